@@ -1,0 +1,72 @@
+"""Keeping some documents of any source away from training.
+
+Owns the split. A document belongs to one side by the hash of its tokens: the same text, wherever it comes from and in whatever
+pass, is always on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from unmask.data.documents import Document, Source, State
+from unmask.errors import ConfigError, DataError
+
+
+class Split:
+    """The documents of a source that are on one side of the split."""
+
+    def __init__(self, source: Source, share: float, *, held_out: bool) -> None:
+        """Split a source.
+
+        Args:
+            source: moved by this object only.
+            share: of the documents held out, in [0, 1).
+            held_out: which side to give.
+
+        Raises:
+            ConfigError: `share` outside its range, or 0 where held-out documents are asked for.
+        """
+        if not 0 <= share < 1 or (held_out and share == 0):
+            raise ConfigError(f"held-out share {share} must lie in {'(0, 1)' if held_out else '[0, 1)'}")
+        self._source, self._share, self._held_out = source, share, held_out
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self._source.name
+
+    @property
+    def epoch(self) -> int:
+        """The source's pass."""
+        return self._source.epoch
+
+    def next_document(self) -> Document:
+        """The next document on this side.
+
+        Raises:
+            StopIteration: held-out side, and the source's first pass is over: held-out documents are read once.
+            DataError: training side, and a whole pass has no document for it.
+        """
+        started = self.epoch
+        while True:
+            if self._held_out and self.epoch > 0:
+                raise StopIteration
+            if self.epoch > started + 1:
+                raise DataError(f"{self.name}: every document is held out; lower data.validation_share ({self._share})")
+            document = self._source.next_document()
+            if is_held_out(document, self._share) == self._held_out:
+                return document
+
+    def state_dict(self) -> State:
+        """Where the source stands."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue where `state` was taken."""
+        self._source.load_state_dict(state)
+
+
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether the hash of the tokens falls into the held-out share."""
+    digest = hashlib.blake2b(document.tokens.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2.0**64

@@ -1,0 +1,169 @@
+"""Hugging Face datasets, streamed: nothing is downloaded whole, and a job resumes at the very next record.
+
+Owns the order of shards and records and the place in them. Knows no tokens; what is in a record is the encoder's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from unmask.data.documents import Document, State
+from unmask.data.encoding import DocumentEncoder
+from unmask.data.hashing import seeded_permutation
+from unmask.data.records import Record
+from unmask.errors import DataError
+
+
+class HuggingFaceSource:
+    """A streamed dataset, pass after pass.
+
+    The shards of a pass come in an order that is a function of (seed, epoch). A shard is read in windows of a fixed
+    number of records, and each window is shuffled by itself: unlike a rolling buffer, it can be filled again from the
+    place where it began, so a saved position is small and exact.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        encoder: DocumentEncoder,
+        *,
+        seed: int,
+        split: str = "train",
+        subset: str | None = None,
+        window: int = 10_000,
+        shuffle: bool = True,
+    ) -> None:
+        """Open a dataset.
+
+        Args:
+            name: for messages.
+            path: id on the hub (`owner/name`), or a local folder of data files.
+            encoder: makes documents of records.
+            seed: of the orders.
+            split: which split.
+            subset: which configuration, where a dataset has several.
+            window: records shuffled together, and kept in memory.
+            shuffle: False keeps the order of the dataset.
+
+        Raises:
+            DataError: it cannot be opened.
+        """
+        self._name = name
+        self._encoder = encoder
+        self._seed = seed
+        self._window_size = window
+        self._shuffle = shuffle
+        self._dataset = _open(path, subset, split)
+        self._num_shards = int(self._dataset.num_shards)
+        self._epoch = 0
+        self._shard_place = 0
+        self._window_place = 0
+        self._window_start: State | None = None
+        self._cursor = 0
+        self._num_in_epoch = 0
+        self._shard: Any = None
+        self._records: Iterator[Record] = iter(())
+        self._window: list[Record] = []
+        self._order: list[int] = []
+        self._open_shard(None)
+        self._read_window()
+        self._skip_empty()
+
+    @property
+    def name(self) -> str:
+        """What messages call this source."""
+        return self._name
+
+    @property
+    def epoch(self) -> int:
+        """The pass the next document belongs to."""
+        return self._epoch
+
+    def next_document(self) -> Document:
+        """The next document; raises DataError when it cannot be read or used."""
+        where = f"{self._name} shard {self._shard_number()} window {self._window_place} record {self._order[self._cursor]}"
+        document = self._encoder.encode(self._window[self._order[self._cursor]], where)
+        self._cursor += 1
+        self._num_in_epoch += 1
+        if self._cursor == len(self._window):
+            self._window_place += 1
+            self._window_start = self._shard.state_dict()
+            self._read_window()
+            self._skip_empty()
+        return document
+
+    def state_dict(self) -> State:
+        """The pass, the shard, where the window began, and the place in it."""
+        return {
+            "num_shards": self._num_shards,
+            "window_size": self._window_size,
+            "epoch": self._epoch,
+            "shard_place": self._shard_place,
+            "window_place": self._window_place,
+            "window_start": self._window_start,
+            "cursor": self._cursor,
+            "num_in_epoch": self._num_in_epoch,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue where `state` was taken; raises DataError when the dataset or the window was another."""
+        for key, now in (("num_shards", self._num_shards), ("window_size", self._window_size)):
+            if state[key] != now:
+                raise DataError(f"{self._name} has {key} {now}, {state[key]} when the job was saved; use the same data")
+        self._epoch, self._shard_place = int(state["epoch"]), int(state["shard_place"])
+        self._window_place, self._num_in_epoch = int(state["window_place"]), int(state["num_in_epoch"])
+        self._open_shard(state["window_start"])
+        self._read_window()
+        self._cursor = int(state["cursor"])
+        if self._cursor >= len(self._window):
+            raise DataError(f"{self._name} is shorter than when the job was saved; put the same data back or start anew")
+
+    def _shard_number(self) -> int:
+        if not self._shuffle:
+            return self._shard_place
+        return int(seeded_permutation(self._num_shards, self._seed, self._epoch)[self._shard_place])
+
+    def _open_shard(self, start: State | None) -> None:
+        self._shard = self._dataset.shard(num_shards=self._num_shards, index=self._shard_number())
+        if start is not None:
+            self._shard.load_state_dict(start)
+        self._records = iter(self._shard)
+        self._window_start = start
+
+    def _skip_empty(self) -> None:
+        """From a shard that is at its end go on to the next that is not, and to the next pass."""
+        while not self._window:
+            self._shard_place += 1
+            if self._shard_place == self._num_shards:
+                if self._num_in_epoch == 0:
+                    raise DataError(f"{self._name} holds 0 records; give data with at least one")
+                self._epoch, self._shard_place, self._num_in_epoch = self._epoch + 1, 0, 0
+            self._window_place = 0
+            self._open_shard(None)
+            self._read_window()
+
+    def _read_window(self) -> None:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            self._window = [record for _, record in zip(range(self._window_size), self._records, strict=False)]
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self._name} cannot be read ({reason}); check the data and the connection") from error
+        self._cursor = 0
+        keys = (self._seed, self._epoch, self._shard_place, self._window_place)
+        length = len(self._window)
+        self._order = seeded_permutation(length, *keys).tolist() if self._shuffle else list(range(length))
+
+
+def _open(path: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(path, name=subset, split=split, streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"dataset {path} cannot be opened ({reason}); check its id, subset and split") from error

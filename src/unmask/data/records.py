@@ -1,0 +1,225 @@
+"""Records in files: text, JSON lines and Parquet, counted and read by number.
+
+Owns finding and reading files and saying where a bad one is. Knows neither tokenizer nor order.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from unmask.errors import DataError
+
+Record = Mapping[str, Any]
+
+
+class Records(Protocol):
+    """Records that can be read in any order."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(self, number: int) -> Record:
+        """Record `number`, from 0."""
+        ...
+
+    def where(self, number: int) -> str:
+        """Where it is, for messages."""
+        ...
+
+
+def find_files(path: str, suffix: str) -> list[Path]:
+    """The files a path stands for, sorted: itself, all with a suffix below a folder, or all that match a pattern.
+
+    Raises:
+        DataError: there is none.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
+        if not found:
+            raise DataError(f"folder {path} holds no {suffix} file; name the files or another folder")
+        return found
+    found = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
+    if not found:
+        raise DataError(f"{path} is no file, folder or pattern that matches a file; check the path")
+    return found
+
+
+class TextRecords:
+    """Text files, each one record; empty ones are left out."""
+
+    def __init__(self, path: str, text_field: str) -> None:
+        """Find the files; raises DataError when there is none with text in it."""
+        self._files = [file for file in find_files(path, ".txt") if file.stat().st_size > 0]
+        self._text_field = text_field
+        _require_some(len(self._files), path)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, number: int) -> Record:
+        """The text of one file; raises DataError when it is not UTF-8."""
+        file = self._files[number]
+        try:
+            return {self._text_field: file.read_bytes().decode()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read as UTF-8 text ({error}); convert or remove it") from error
+
+    def where(self, number: int) -> str:
+        """The file."""
+        return str(self._files[number])
+
+
+class JsonLinesRecords:
+    """Files with one JSON object a line, blank lines left out.
+
+    Every line is looked at when the files are opened, so that a bad one stops a job before it starts; after that only
+    the lines' places are kept in memory.
+    """
+
+    def __init__(self, path: str, check: Callable[[Record], None]) -> None:
+        """Index the files.
+
+        Args:
+            path: a file, folder or pattern.
+            check: raises DataError, without saying where, for a record that cannot be used.
+
+        Raises:
+            DataError: nothing there, or a line that is not a JSON object or does not pass `check`.
+        """
+        self._files = find_files(path, ".jsonl")
+        self._file_of, self._line_of, self._offset_of = array("q"), array("q"), array("q")
+        for file_number, file in enumerate(self._files):
+            self._index(file_number, file, check)
+        _require_some(len(self), path)
+
+    def __len__(self) -> int:
+        return len(self._offset_of)
+
+    def read(self, number: int) -> Record:
+        """One line; raises DataError when the file has changed and it can no longer be read."""
+        where = self.where(number)
+        try:
+            with self._files[self._file_of[number]].open("rb") as stream:
+                stream.seek(self._offset_of[number])
+                return _json_object(stream.readline(), where)
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error}); put the file back") from error
+
+    def where(self, number: int) -> str:
+        """The file and the line, from 1."""
+        return f"{self._files[self._file_of[number]]} line {self._line_of[number]}"
+
+    def _index(self, file_number: int, file: Path, check: Callable[[Record], None]) -> None:
+        offset = 0
+        try:
+            with file.open("rb") as stream:
+                for line_number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        self._check_line(line, f"{file} line {line_number}", check)
+                        self._file_of.append(file_number)
+                        self._line_of.append(line_number)
+                        self._offset_of.append(offset)
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error}); check its permissions") from error
+
+    @staticmethod
+    def _check_line(line: bytes, where: str, check: Callable[[Record], None]) -> None:
+        record = _json_object(line, where)
+        try:
+            check(record)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+class ParquetRecords:
+    """Parquet files, the wanted columns of which are kept in memory as Arrow tables.
+
+    For files that do not fit into memory there is the streaming `huggingface` source.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str], check: Callable[[Record], None]) -> None:
+        """Load the columns.
+
+        Args:
+            path: a file, folder or pattern.
+            columns: names worth reading; those a file does not have are left out.
+            check: raises DataError, without saying where, for a record with the wrong fields; called once per file.
+
+        Raises:
+            DataError: nothing there, no Parquet, or none of the columns.
+        """
+        self._files: list[Path] = []
+        self._tables: list[Any] = []
+        self._starts: list[int] = []
+        self._length = 0
+        for file in find_files(path, ".parquet"):
+            table = _read_table(file, columns)
+            if table.num_rows == 0:
+                continue
+            self._files.append(file)
+            self._tables.append(table)
+            self._starts.append(self._length)
+            self._length += table.num_rows
+            try:
+                check(self.read(self._starts[-1]))
+            except DataError as error:
+                raise DataError(f"{file}: {error}") from error
+        _require_some(self._length, path)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, number: int) -> Record:
+        """One row."""
+        table, row = self._place(number)
+        record: Record = self._tables[table].slice(row, 1).to_pylist()[0]
+        return record
+
+    def where(self, number: int) -> str:
+        """The file and the row, from 1."""
+        table, row = self._place(number)
+        return f"{self._files[table]} row {row + 1}"
+
+    def _place(self, number: int) -> tuple[int, int]:
+        table = max(place for place, start in enumerate(self._starts) if start <= number)
+        return table, number - self._starts[table]
+
+
+def _read_table(file: Path, columns: Sequence[str]) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        there = pq.read_schema(file).names
+        wanted = [name for name in columns if name in there]
+        if not wanted:
+            raise DataError(f"{file}: no column {', '.join(columns)}; the columns there are: {', '.join(there)}")
+        return pq.read_table(file, columns=wanted)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: cannot be read as Parquet ({reason}); check the file") from error
+
+
+def _json_object(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a JSON value ({error}); write one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: {type(record).__name__} instead of a JSON object; write one object a line")
+    return record
+
+
+def _require_some(count: int, path: str) -> None:
+    if count == 0:
+        raise DataError(f"{path} holds 0 records; give data with at least one")

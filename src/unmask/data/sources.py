@@ -1,0 +1,138 @@
+"""Where documents come from: one section of a recipe, and the source it opens.
+
+Owns `SourceConfig` and the choice of reader. Knows the readers, not what is trained on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from unmask.data.documents import Source
+from unmask.data.encoding import DocumentEncoder, Fields, Supervise
+from unmask.data.generated import GeneratedSource
+from unmask.data.huggingface import HuggingFaceSource
+from unmask.data.indexed import IndexedSource
+from unmask.data.records import JsonLinesRecords, ParquetRecords, Records, TextRecords
+from unmask.data.tokenizer import Tokenizer
+
+Kind = Literal["text", "jsonl", "parquet", "huggingface", "reasoning_gym"]
+
+_FILE_KINDS = ("text", "jsonl", "parquet")
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "path": (*_FILE_KINDS, "huggingface"),
+    "id": ("huggingface",),
+    "subset": ("huggingface",),
+    "split": ("huggingface",),
+    "shuffle_window": ("huggingface",),
+    "shuffle": (*_FILE_KINDS, "huggingface"),
+    "families": ("reasoning_gym",),
+    "items_per_epoch": ("reasoning_gym",),
+    "text_field": (*_FILE_KINDS[1:], "huggingface"),
+    "messages_field": (*_FILE_KINDS[1:], "huggingface"),
+    "prompt_field": (*_FILE_KINDS[1:], "huggingface"),
+    "response_field": (*_FILE_KINDS[1:], "huggingface"),
+    "chat": (*_FILE_KINDS[1:], "huggingface", "reasoning_gym"),
+}
+
+
+class SourceConfig(BaseModel):
+    """One source of documents.
+
+    A record is a text (`text_field`), a conversation (`messages_field`) or a prompt with a response (`prompt_field`,
+    `response_field`); the first of these it has decides.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind = Field(description="text, jsonl, parquet, huggingface or reasoning_gym")
+    path: str | None = Field(None, description="a file, a folder, or a pattern; for huggingface a local folder")
+    id: str | None = Field(None, description="huggingface: the dataset's id on the hub, owner/name")
+    subset: str | None = Field(None, description="huggingface: configuration of the dataset")
+    split: str = Field("train", description="huggingface: split of the dataset")
+    shuffle: bool = Field(True, description="a new order each pass; false keeps the data's own order")
+    shuffle_window: int = Field(10_000, gt=0, description="huggingface: records shuffled together")
+    families: dict[str, dict[str, Any]] | None = Field(None, description="reasoning_gym: family -> its configuration")
+    items_per_epoch: int = Field(10_000, gt=0, description="reasoning_gym: problems counted as one pass")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="share of documents in a mixture, in any unit")
+    text_field: str = Field("text", description="field with a whole text")
+    messages_field: str = Field("messages", description="field with a conversation")
+    prompt_field: str = Field("prompt", description="field with a prompt")
+    response_field: str | None = Field(None, description="field with the response; by default response or completion")
+    chat: bool = Field(True, description="render prompt and response through the chat template, if there is one")
+    supervise: Supervise = Field("response", description="response: learn what an assistant wrote; all: every token")
+    eos_fill: int | None = Field(None, gt=0, description="fill with end-of-text tokens to a multiple of so many tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        for name in sorted(self.model_fields_set):
+            kinds = _ONLY_FOR.get(name, (self.kind,))
+            if self.kind not in kinds:
+                raise ValueError(f"{name} has no effect on a {self.kind} source; remove it (it is for {', '.join(kinds)})")
+        if self.kind in _FILE_KINDS and self.path is None:
+            raise ValueError(f"a {self.kind} source has no path; name a file, folder or pattern")
+        if self.kind == "huggingface" and (self.path is None) == (self.id is None):
+            raise ValueError("a huggingface source has both or neither of id and path; give one of them")
+        if self.kind == "reasoning_gym" and not self.families:
+            raise ValueError("a reasoning_gym source has no families; name at least one, such as chain_sum: {}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What messages call the source: its path, id or kind."""
+        return self.path or self.id or self.kind
+
+    @property
+    def fields(self) -> Fields:
+        """Names of the fields of its records."""
+        responses = Fields().response if self.response_field is None else (self.response_field,)
+        return Fields(self.text_field, self.messages_field, self.prompt_field, responses)
+
+
+def open_source(config: SourceConfig, tokenizer: Tokenizer, seed: int) -> Source:
+    """Open a source.
+
+    Args:
+        config: describes it.
+        tokenizer: makes tokens of its texts; its mask token, if set, must not occur in them.
+        seed: of the order of documents, or of the documents themselves where they are generated.
+
+    Returns:
+        The source, at its beginning.
+
+    Raises:
+        DataError: there is no such data, it is empty, or a record of it cannot be used.
+        ConfigError: a family of problems is unknown or refuses its configuration.
+    """
+    encoder = DocumentEncoder(
+        tokenizer=tokenizer,
+        fields=config.fields,
+        chat=config.chat,
+        supervise=config.supervise,
+        eos_fill=config.eos_fill,
+    )
+    if config.kind == "reasoning_gym":
+        assert config.families is not None
+        return GeneratedSource(config.name, config.families, encoder, seed=seed, items_per_epoch=config.items_per_epoch)
+    if config.kind == "huggingface":
+        return HuggingFaceSource(
+            config.name,
+            config.name,
+            encoder,
+            seed=seed,
+            split=config.split,
+            subset=config.subset,
+            window=config.shuffle_window,
+            shuffle=config.shuffle,
+        )
+    assert config.path is not None
+    return IndexedSource(config.name, _records(config, config.path, encoder), encoder, seed=seed, shuffle=config.shuffle)
+
+
+def _records(config: SourceConfig, path: str, encoder: DocumentEncoder) -> Records:
+    if config.kind == "text":
+        return TextRecords(path, config.text_field)
+    if config.kind == "jsonl":
+        return JsonLinesRecords(path, encoder.check)
+    return ParquetRecords(path, config.fields.names, encoder.check)

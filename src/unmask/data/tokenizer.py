@@ -1,0 +1,324 @@
+"""Text to token ids and back, with user text kept from ever becoming a control token; and the choice of a mask token.
+
+Owns the wrapper around the Hugging Face tokenizer in a folder. Knows no documents, no model and no network. "Control
+tokens" are the tokenizer's special tokens: the ones whose literal spelling in a text would be read as one id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from unmask.data.chat import Renderer, Span
+from unmask.errors import CheckpointError, DataError
+
+_MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<mask>", "[MASK]", "<MASK>")
+_SPARE_NAME = re.compile(r"reserved|unused|placeholder|dummy|extra_", re.IGNORECASE)
+_VESTIGIAL_NAME = re.compile(
+    r"^<\|?(repo_?name|file_sep|filename|gh_stars|issue_(start|comment|closed)|jupyter_\w+|empty_output|fim_\w+"
+    r"|vision_\w+|image_pad|video_pad|box_(start|end)|quad_(start|end)|object_ref_(start|end))\|?>$"
+)
+_CONVENTIONAL_NAMES = frozenset(
+    {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"}
+    | {"<|eom_id|>", "<|role_end|>", "<s>", "</s>", "<unk>", "<pad>", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[gMASK]"}
+)
+_APPENDED_NAME = "<|mask|>"
+
+
+class Tokenizer:
+    """A tokenizer from a folder. Make one with `load_tokenizer`."""
+
+    def __init__(self, inner: Any, folder: Path) -> None:
+        """Wrap a `transformers.PreTrainedTokenizerFast`.
+
+        Args:
+            inner: the tokenizer.
+            folder: where it came from, for messages.
+
+        Raises:
+            CheckpointError: it has no `tokenizers` backend or no end-of-text token.
+        """
+        if not inner.is_fast:
+            raise CheckpointError(f"{folder} holds a tokenizer without tokenizer.json; convert it to the fast format")
+        if inner.eos_token_id is None:
+            raise CheckpointError(f"the tokenizer in {folder} has no eos_token; name one in tokenizer_config.json")
+        self._inner = inner
+        self._folder = folder
+        self._read_backend()
+
+    def _read_backend(self) -> None:
+        """Two backends instead of one that is switched to and fro: encoding is then safe in threads."""
+        serialised = self._inner.backend_tokenizer.to_str()
+        self._plain, self._control = Backend.from_str(serialised), Backend.from_str(serialised)
+        for backend in (self._plain, self._control):
+            backend.no_truncation()
+            backend.no_padding()
+        self._plain.encode_special_tokens = True
+        self._added: dict[int, AddedToken] = self._control.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in self._added.items() if token.special}
+        self._renderer = Renderer(self._inner.apply_chat_template, self._special)
+        with_prefix = self._control.encode("", add_special_tokens=True).ids
+        self._prefix_ids = tuple(id_ for id_ in with_prefix if id_ == self.bos_id)
+        self._eos_ids: frozenset[int] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model may have more rows than this."""
+        return int(self._control.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end-of-text token."""
+        return int(self._inner.eos_token_id)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer: `eos_id` and the token with which the chat template closes an assistant turn."""
+        if self._eos_ids is None:
+            closing = self._renderer.closing_token() if self.has_chat_template else None
+            self._eos_ids = frozenset({self.eos_id} if closing is None else {self.eos_id, self._special[closing]})
+        return self._eos_ids
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-text token, if there is one."""
+        return None if self._inner.bos_token_id is None else int(self._inner.bos_token_id)
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What this tokenizer's model expects in front of a plain text: the begin-of-text token, or nothing."""
+        return self._prefix_ids
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token; the end-of-text token when there is none."""
+        return self.eos_id if self._inner.pad_token_id is None else int(self._inner.pad_token_id)
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the mask token, if there is one."""
+        return None if self._inner.mask_token_id is None else int(self._inner.mask_token_id)
+
+    @property
+    def mask_token(self) -> str | None:
+        """Spelling of the mask token, if there is one."""
+        return None if self._inner.mask_token is None else str(self._inner.mask_token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return self._inner.chat_template is not None
+
+    @property
+    def chat_template(self) -> str:
+        """Source of the chat template or templates; empty when there is none."""
+        template = self._inner.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
+
+    @property
+    def reserved_tokens(self) -> frozenset[str]:
+        """Spellings with a role of their own: bos, eos, pad, unk, sep and cls."""
+        named = (self._inner.special_tokens_map or {}).items()
+        return frozenset(str(token) for role, token in named if isinstance(token, str) and role != "mask_token")
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Id and spelling of every added token, special or not, by rising id."""
+        return {id_: self._added[id_].content for id_ in sorted(self._added)}
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling and id of every control token."""
+        return dict(self._special)
+
+    @property
+    def next_free_id(self) -> int:
+        """The id a new token would get."""
+        return max(self._control.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of a text, without anything put before or after it.
+
+        Args:
+            text: the text.
+            allow_special: read literal control tokens in `text` as such; for text we wrote ourselves, never a user's.
+
+        Returns:
+            The ids.
+
+        Raises:
+            DataError: the text is not valid Unicode.
+        """
+        backend = self._control if allow_special else self._plain
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            bad = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise DataError(f"a text holds U+{ord(bad):04X}, half a surrogate pair; remove or repair it") from error
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids, control tokens left out or spelled out."""
+        return str(self._control.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        """Token ids of a conversation, laid out by the chat template.
+
+        Args:
+            messages: dicts with `role` and `content` and whatever else the template reads. No text in them can become
+                a control token.
+            add_generation_prompt: end with the header of an answer, for the model to continue.
+
+        Returns:
+            The ids; equal to `apply_chat_template(tokenize=True)` when no message holds the spelling of a control token.
+
+        Raises:
+            DataError: there is no template, or it does not accept the messages.
+        """
+        self._require_template()
+        text, has_literals = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
+        if not has_literals:
+            return self.encode(text, allow_special=True)
+        return [id_ for span in self._renderer.split(text) for id_ in self._encode_span(span)]
+
+    def chat_document(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+        """A conversation to learn from: its ids, and which of them an assistant wrote.
+
+        An answer and the control token that closes it are the assistant's; headers and all other turns are not. Whatever
+        the template puts after the last answer's closing token is cut off; where it closes an answer with no
+        token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that what stands before one
+        is exactly what the model will be prompted with.
+
+        Args:
+            messages: as for `chat`, at least one of them an assistant's.
+
+        Returns:
+            The ids, and a flag for each.
+
+        Raises:
+            DataError: no template, no answer, or a template that rewrites answers so that they cannot be found.
+        """
+        self._require_template()
+        spans = self._renderer.split(self._renderer.render_answers(messages))
+        ids: list[int] = []
+        answered: list[bool] = []
+        for span in spans:
+            piece = self._encode_span(span)
+            ids += piece
+            answered += [span.is_answer] * len(piece)
+        end = max((place + 1 for place, flag in enumerate(answered) if flag), default=0)
+        ids, answered = ids[:end], answered[:end]
+        if ids and ids[-1] not in self.eos_ids:
+            ids.append(self.eos_id)
+            answered.append(True)
+        return ids, answered
+
+    def set_mask_token(self, token: str) -> int:
+        """Make a token the mask token, appending it if it is new, and return its id."""
+        self._inner.add_special_tokens({"mask_token": token})
+        self._read_backend()
+        assert self.mask_id is not None
+        return self.mask_id
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, mask token and chat template included, into a folder."""
+        self._inner.save_pretrained(str(folder))
+
+    def _require_template(self) -> None:
+        if not self.has_chat_template:
+            raise DataError(f"the tokenizer in {self._folder} has no chat template; use plain text, or one that has")
+
+    def _encode_span(self, span: Span) -> list[int]:
+        return [self._special[span.text]] if span.is_control else self.encode(span.text)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint folder; nothing is fetched.
+
+    Args:
+        folder: holds tokenizer.json and its companions.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{folder} holds no tokenizer.json; give the folder of a checkpoint with its tokenizer")
+    try:
+        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error
+    return Tokenizer(inner, folder)
+
+
+@dataclass(frozen=True)
+class MaskChoice:
+    """Which token stands for `[M]`.
+
+    Attributes:
+        token: its spelling.
+        id: its id.
+        appended: it is new to the tokenizer; the model must grow if `id` is not below its number of rows.
+    """
+
+    token: str
+    id: int
+    appended: bool
+
+
+def choose_mask_token(tokenizer: Tokenizer, vocab_rows: int) -> MaskChoice:
+    """Choose a mask token; nothing is changed (`Tokenizer.set_mask_token` does that).
+
+    In this order, the lowest id of each kind, never a token with another role or one the chat template uses:
+
+    1. the tokenizer's own mask token;
+    2. an added token spelled like one (`<|mask|>`, `<mask>`, `[MASK]`, ...);
+    3. a spare one (`<|reserved_special_token_0|>`, `<unused0>`, ...);
+    4. a vestige of a pre-training corpus (`<repo_name>`, `<file_sep>`, `<|fim_pad|>`, `<|vision_pad|>`, ...);
+    5. a new `<|mask|>`, in the next free row.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_rows: rows of the model's embedding; a token without a row is not chosen in 2-4.
+
+    Returns:
+        The choice.
+
+    Raises:
+        CheckpointError: the tokenizer's own mask token has no row in the model.
+    """
+    if tokenizer.mask_id is not None and tokenizer.mask_token is not None:
+        if tokenizer.mask_id >= vocab_rows:
+            raise CheckpointError(
+                f"mask token {tokenizer.mask_token} has id {tokenizer.mask_id}, the model has {vocab_rows} rows; "
+                "use the tokenizer that belongs to the model"
+            )
+        return MaskChoice(tokenizer.mask_token, tokenizer.mask_id, appended=False)
+    barred = tokenizer.reserved_tokens | _CONVENTIONAL_NAMES
+    free = {
+        id_: token
+        for id_, token in tokenizer.added_tokens.items()
+        if id_ < vocab_rows and token not in barred and token not in tokenizer.chat_template
+    }
+    kinds: tuple[Callable[[str], bool], ...] = (
+        lambda token: token in _MASK_NAMES,
+        lambda token: _SPARE_NAME.search(token) is not None,
+        lambda token: _VESTIGIAL_NAME.match(token) is not None,
+    )
+    for is_kind in kinds:
+        for id_, token in free.items():
+            if is_kind(token):
+                return MaskChoice(token, id_, appended=False)
+    return MaskChoice(_APPENDED_NAME, tokenizer.next_free_id, appended=True)

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics of block diffusion: schedules, corruption, masks, objectives, the decoding step."""

@@ -1,0 +1,261 @@
+"""x0 -> xt: which tokens are masked, and the stream `[x_t | x_t' | x_0]` a model reads.
+
+Owns masking, complementary pairs and the training layout. Knows tensors only. All noise is a function of (seed, epoch,
+document, position): a document is corrupted the same way alone or packed, on one rank or on many.
+
+Legend: R rows, L row length, C noisy copies, T stream positions, N predictions, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion.masks import CLEAN, StreamIndex
+from unmask.diffusion.noise import NoiseKey
+from unmask.diffusion.schedule import Bandwidth, elbo_weight, stratified_t
+from unmask.errors import ConfigError
+
+MaskSampling = Literal["bernoulli", "fixed_count"]
+
+
+class CleanRows(Protocol):
+    """Packed rows of clean documents. `segment_RL` is 0 on padding and counts documents from 1; positions restart in each
+    document; `epoch_RL` and `ordinal_RL` identify the document for its noise."""
+
+    @property
+    def tokens_RL(self) -> Tensor: ...
+    @property
+    def segment_RL(self) -> Tensor: ...
+    @property
+    def position_RL(self) -> Tensor: ...
+    @property
+    def maskable_RL(self) -> Tensor: ...
+    @property
+    def epoch_RL(self) -> Tensor: ...
+    @property
+    def ordinal_RL(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy."""
+
+    mask_id: int
+    block_size: int | None
+    bandwidth: Bandwidth = field(default_factory=Bandwidth)
+    complementary: bool = False
+    sampling: MaskSampling = "bernoulli"
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size <= 0:
+            raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
+
+    @property
+    def num_copies(self) -> int:
+        """Noisy copies of each row. A block of one token is always masked, so its complement would be empty."""
+        return 2 if self.complementary and self.block_size != 1 else 1
+
+
+@dataclass(frozen=True)
+class NoisyCopy:
+    """One corruption of the rows: what is masked, at which rate, and the weight of each prediction."""
+
+    masked_RL: Tensor
+    t_RL: Tensor
+    weight_RL: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the model reads and must predict.
+
+    `predict` are (row, column) indices of the N masked positions in the stream; `target_N` their clean tokens, `weight_N`
+    the objective's weights (float32), `t_N` their mask rates. `num_maskable` counts maskable tokens once per noisy copy:
+    the objective's normaliser. `ordinal_BT` identifies documents for `embedding_noise`.
+    """
+
+    tokens_BT: Tensor
+    position_BT: Tensor
+    index: StreamIndex
+    epoch_BT: Tensor
+    ordinal_BT: Tensor
+    predict: tuple[Tensor, Tensor]
+    target_N: Tensor
+    weight_N: Tensor
+    t_N: Tensor
+    num_maskable: int
+
+
+def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
+    """Block of each token, counted from the start of its document."""
+    return torch.zeros_like(position_RL) if block_size is None else position_RL // block_size
+
+
+def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
+    """Draw the masks of one corruption, or of a complementary pair.
+
+    Bernoulli: each maskable token of a block is masked with probability t, weight 1/t; the complement has rate 1 - t.
+    Fixed count: with m maskable tokens in the block, k of them are masked, weight m/k. Alone, k is uniform on 1..m; in a
+    pair, k = round(u m) so that both members together have that law. Block size 1: everything is masked with weight 1.
+
+    Returns:
+        One `NoisyCopy`, or two that partition the maskable tokens.
+
+    Source: LLaDA2.0 Eqs 1-3, complementary masking section 4.1; ALGORITHMS: exact check (B/k weighting).
+    """
+    key = NoiseKey(seed, rows.epoch_RL)
+    maskable_RL = rows.maskable_RL
+    if config.block_size == 1:
+        ones = torch.ones_like(maskable_RL, dtype=torch.float32)
+        return [NoisyCopy(maskable_RL, ones, ones)]
+    block_RL = block_ids(rows.position_RL, config.block_size)
+    t_RL = stratified_t(key, rows.ordinal_RL, block_RL, config.bandwidth)
+    u_RL = key.uniform("mask", rows.ordinal_RL, rows.position_RL)
+    if config.sampling == "bernoulli":
+        masked_RL = maskable_RL & (u_RL < t_RL)
+        first = NoisyCopy(masked_RL, t_RL, elbo_weight(t_RL))
+        second = NoisyCopy(maskable_RL & ~masked_RL, 1 - t_RL, elbo_weight(1 - t_RL))
+    else:
+        size_RL, rank_RL = _rank_in_block(rows, block_RL, u_RL)
+        count_RL = (t_RL * size_RL + 0.5).floor() if config.num_copies == 2 else (t_RL * size_RL).ceil().clamp(min=1)
+        masked_RL = maskable_RL & (rank_RL < count_RL)
+        first = NoisyCopy(masked_RL, count_RL / size_RL, size_RL / count_RL)
+        rest_RL = size_RL - count_RL
+        second = NoisyCopy(maskable_RL & ~masked_RL, rest_RL / size_RL, size_RL / rest_RL)
+    return [first, second][: config.num_copies]
+
+
+def _rank_in_block(rows: CleanRows, block_RL: Tensor, u_RL: Tensor) -> tuple[Tensor, Tensor]:
+    """How many maskable tokens a token's block has, and where the token stands among them when ordered by `u_RL`."""
+    num_rows, length = block_RL.shape
+    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
+    group_RL = ((row_RL * (length + 1) + rows.segment_RL) * (length + 1) + block_RL).flatten()
+    _, group = group_RL.unique(return_inverse=True)
+    maskable = rows.maskable_RL.flatten()
+    size = torch.bincount(group, weights=maskable.double())
+    by_u = torch.where(maskable, u_RL.flatten(), 2.0).argsort(stable=True)
+    order = by_u[group[by_u].argsort(stable=True)]
+    starts = torch.bincount(group).cumsum(0) - torch.bincount(group)
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - starts[group[order]]
+    size_RL = size[group].float().view_as(block_RL)
+    return size_RL, rank.float().view_as(block_RL)
+
+
+def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionConfig) -> Stream:
+    """Lay noisy and clean tokens side by side, leaving out what no prediction depends on.
+
+    Noisy copies hold only blocks with something maskable (a prompt never needs one); the clean copy holds only blocks that
+    some noisy block may look back at, so a document's last block is never there twice. Full-sequence diffusion has no
+    clean copy at all. What is left out cannot change any prediction.
+
+    Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours.
+    """
+    block_RL = block_ids(rows.position_RL, config.block_size)
+    noisy_RL, clean_RL = _needed(rows, block_RL, config.block_size)
+    parts: list[tuple[Tensor, Tensor, int]] = []
+    for number, copy in enumerate(copies, start=1):
+        xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
+        parts.append((noisy_RL, xt_RL, number))
+    if config.block_size is not None:
+        parts.append((clean_RL, rows.tokens_RL, CLEAN))
+    pieces = [_compact(rows, block_RL, *part) for part in parts]
+    picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    offset = 0
+    for copy, piece in zip(copies, pieces, strict=False):
+        row_N, column_N = torch.nonzero(piece.gather(copy.masked_RL) & piece.valid, as_tuple=True)
+        at = (row_N, piece.source[row_N, column_N])
+        picked.append((row_N, column_N + offset, rows.tokens_RL[at], copy.weight_RL[at], copy.t_RL[at]))
+        offset += piece.valid.shape[1]
+    row_N, column_N, target_N, weight_N, t_N = (torch.cat(columns) for columns in zip(*picked, strict=True))
+    return Stream(
+        tokens_BT=torch.cat([piece.tokens for piece in pieces], dim=1),
+        position_BT=torch.cat([piece.gather(rows.position_RL) for piece in pieces], dim=1),
+        index=StreamIndex(
+            document_BT=torch.cat([piece.gather(rows.segment_RL) for piece in pieces], dim=1),
+            block_BT=torch.cat([piece.gather(block_RL) for piece in pieces], dim=1),
+            copy_BT=torch.cat([torch.full_like(piece.tokens, piece.copy) for piece in pieces], dim=1),
+        ),
+        epoch_BT=torch.cat([piece.gather(rows.epoch_RL) for piece in pieces], dim=1),
+        ordinal_BT=torch.cat([piece.gather(rows.ordinal_RL) for piece in pieces], dim=1),
+        predict=(row_N, column_N),
+        target_N=target_N,
+        weight_N=weight_N.float(),
+        t_N=t_N.float(),
+        num_maskable=int(rows.maskable_RL.sum()) * len(copies),
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One part of the stream: which row positions it takes (0 where `valid` is False), and what stands there."""
+
+    source: Tensor
+    valid: Tensor
+    tokens: Tensor
+    copy: int
+
+    def gather(self, values_RL: Tensor) -> Tensor:
+        taken = values_RL.gather(1, self.source)
+        return torch.where(self.valid, taken, torch.zeros_like(taken))
+
+
+def _needed(rows: CleanRows, block_RL: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
+    """Row positions that a noisy copy, and the clean copy, must hold."""
+    num_rows, length = block_RL.shape
+    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
+    document_RL = row_RL * (length + 1) + rows.segment_RL
+    _, group_RL = (document_RL * (length + 1) + block_RL).unique(return_inverse=True)
+    _, document_RL = document_RL.unique(return_inverse=True)
+    noisy_block = torch.zeros(int(group_RL.max()) + 1, dtype=torch.bool, device=block_RL.device)
+    noisy_block[group_RL[rows.maskable_RL]] = True
+    noisy_RL = noisy_block[group_RL] & (rows.segment_RL > 0)
+    last_noisy = torch.full((int(document_RL.max()) + 1,), -1, dtype=torch.int64, device=block_RL.device)
+    last_noisy.scatter_reduce_(0, document_RL[noisy_RL], block_RL[noisy_RL], "amax")
+    return noisy_RL, (block_RL < last_noisy[document_RL]) & (rows.segment_RL > 0)
+
+
+def _compact(rows: CleanRows, block_RL: Tensor, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:
+    """Move the kept positions of every row to its front; the width is the fullest row's."""
+    width = max(1, int(keep_RL.sum(1).max()))
+    order = torch.argsort((~keep_RL).to(torch.int8), dim=1, stable=True)[:, :width]
+    valid = keep_RL.gather(1, order)
+    source = torch.where(valid, order, torch.zeros_like(order))
+    tokens = torch.where(valid, tokens_RL.gather(1, source), rows.tokens_RL.gather(1, source))
+    return _Piece(source, valid, tokens, copy)
+
+
+def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:
+    """Mask the rows and lay them out: `build_stream(rows, noisy_copies(rows))`."""
+    return build_stream(rows, noisy_copies(rows, config, seed), config)
+
+
+def embedding_noise(stream: Stream, mask_id: int, hidden_size: int, norm: float, seed: int) -> Tensor:
+    """Gaussian noise for the embedding layer's output at masked positions, zero elsewhere.
+
+    Args:
+        stream: what the model reads.
+        mask_id: token that marks masked positions.
+        hidden_size: D.
+        norm: expected L2 norm of a noise vector.
+        seed: the run's seed.
+
+    Returns:
+        float32 [B, T, D].
+
+    Source: LLaDA2.0 section 3 (mask-embedding noise). Departs: scale is ours, since the report gives none.
+    """
+    at = torch.nonzero(stream.tokens_BT == mask_id, as_tuple=True)
+    key = NoiseKey(seed, stream.epoch_BT[at][:, None])
+    identity = (stream.ordinal_BT[at][:, None], stream.position_BT[at][:, None], stream.index.copy_BT[at][:, None])
+    dim = torch.arange(hidden_size, device=stream.tokens_BT.device)[None]
+    u = key.uniform("embedding", *identity, dim)
+    v = key.uniform("embedding", *identity, dim + hidden_size)
+    gaussian = (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * torch.pi * v)
+    noise = torch.zeros(*stream.tokens_BT.shape, hidden_size, dtype=torch.float32, device=u.device)
+    noise[at] = (gaussian * norm / hidden_size**0.5).float()
+    return noise

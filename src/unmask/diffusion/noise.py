@@ -1,0 +1,67 @@
+"""Counter-based random numbers: a pure function of (seed, epoch, document, position).
+
+Owns the hash. Has no state, so that resume, other ranks and other batch splits see the same noise. Arithmetic is int64 with
+wrap-around, identical on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+GOLDEN: Final = _signed(0x9E3779B97F4A7C15)
+"""2^64 / golden ratio: step of the Weyl sequence over documents."""
+PLASTIC: Final = _signed(0xC13FA9A902A6328F)
+"""2^64 / plastic number: step of the Weyl sequence over blocks."""
+
+_MIX_1: Final = _signed(0xBF58476D1CE4E5B9)
+_MIX_2: Final = _signed(0x94D049BB133111EB)
+_TAGS: Final = {"t": 1, "mask": 2, "count": 3, "embedding": 4, "sample": 5, "replace": 6}
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of int64 whose output bits look independent (Steele et al. 2014)."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """The top 53 bits of int64 `x` as float64 in [0, 1)."""
+    return _shift_right(x, 11).to(torch.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Seed and epoch of a batch's noise; `epoch` is int64, broadcastable to whatever is drawn."""
+
+    seed: int
+    epoch: Tensor
+
+    def scalar(self, tag: str) -> Tensor:
+        """One int64 per epoch entry, different for every purpose `tag`."""
+        return mix(mix(self.epoch + _wrap(self.seed)) + _wrap(_TAGS[tag] * GOLDEN))
+
+    def uniform(self, tag: str, *counters: Tensor | int) -> Tensor:
+        """float64 in [0, 1), a hash of (seed, epoch, tag, counters); counters are int64 and broadcast."""
+        state = self.scalar(tag)
+        for counter in counters:
+            state = mix(state * GOLDEN + counter)
+        return to_unit(mix(state))
+
+
+def _wrap(value: int) -> int:
+    """Any integer modulo 2^64, as int64."""
+    return _signed(value & ((1 << 64) - 1))

@@ -1,0 +1,35 @@
+"""Everything a user can do wrong, as exceptions whose message is one line: value, rule, remedy.
+
+Owns the exception types only; knows no other module of the package. The CLI prints the message and exits with
+`exit_code`; anything that is *not* an `UnmaskError` is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UnmaskError(Exception):
+    """Base of every error a user can cause; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ConfigError(UnmaskError):
+    """A recipe, a model configuration or a command-line value breaks a rule."""
+
+
+class CheckpointError(UnmaskError):
+    """A checkpoint is missing, incomplete, corrupt, or does not fit the model."""
+
+
+class DataError(UnmaskError):
+    """A data source cannot be read, is empty, or holds something training must not see."""
+
+
+class RequestError(UnmaskError):
+    """A generation request cannot be served: too long, out of range, or not expressible by this model."""
+
+
+class TrainingError(UnmaskError):
+    """A job started correctly and failed: non-finite loss, disk full, interrupted."""
+
+    exit_code = 1

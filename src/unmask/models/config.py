@@ -1,0 +1,135 @@
+"""The architecture of a model, as one frozen record.
+
+Owns `ModelConfig` and its validation. Knows nothing of files, of Hugging Face key names (see `families`), or of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from unmask.errors import ConfigError
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base, share of the head that rotates, and long-context scaling."""
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive("rope theta", self.theta)
+        _positive("rope factor", self.factor)
+        if not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(f"partial rotary factor is {self.fraction}; it must lie in (0, 1]")
+        if self.kind in ("llama3", "yarn") and self.original_max_positions is None:
+            raise ConfigError(f"rope scaling '{self.kind}' needs original_max_position_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts with the group-limited sigmoid router of Ling 2.0 (ALGORITHMS: group, select, normalise, scale)."""
+
+    num_experts: int
+    num_active: int
+    expert_size: int
+    num_shared: int = 1
+    num_groups: int = 1
+    num_active_groups: int = 1
+    routed_scale: float = 1.0
+    normalize: bool = True
+    num_dense_layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_active", "expert_size", "num_groups", "num_active_groups"):
+            _positive(name, getattr(self, name))
+        if self.num_experts % self.num_groups:
+            raise ConfigError(f"{self.num_experts} experts do not split into {self.num_groups} equal groups")
+        eligible = self.num_experts // self.num_groups * self.num_active_groups
+        if self.num_active_groups > self.num_groups or self.num_active > eligible:
+            raise ConfigError(
+                f"top {self.num_active} of {self.num_active_groups}/{self.num_groups} groups of {self.num_experts} "
+                f"experts: only {eligible} are eligible"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of any supported family.
+
+    `mask_id` and `block_size` are None for an autoregressive model. `hf_extras` holds Hugging Face keys that do not
+    change the computation (initializer range, dropout 0, ...) so that a saved config keeps them.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+    moe: MoEConfig | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    mask_id: int | None = None
+    block_size: int | None = None
+    hf_extras: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+            "max_positions", "norm_eps",
+        ):  # fmt: skip
+            _positive(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} kv heads")
+        if self.rotary_dim % 2:
+            raise ConfigError(f"rotary dimension {self.rotary_dim} is odd; head_dim x partial_rotary_factor must be even")
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
+            raise ConfigError(f"mask token id {self.mask_id} is outside the embedding (0..{self.vocab_size - 1})")
+        if self.block_size is not None:
+            _positive("block_size", self.block_size)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each head that rotate."""
+        return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query-key-value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) routes through experts."""
+        return self.moe is not None and layer >= self.moe.num_dense_layers
+
+    def with_diffusion(self, *, mask_id: int, block_size: int) -> ModelConfig:
+        """The same architecture as a block-diffusion model."""
+        return replace(self, mask_id=mask_id, block_size=block_size)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} is {value}; it must be positive")

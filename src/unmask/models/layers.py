@@ -1,0 +1,114 @@
+"""Norms, rotary embedding and the dense feed-forward.
+
+Owns position-wise layers. Knows nothing of attention patterns, caches, masks or files.
+
+Legend: B batch, T tokens, D hidden, F feed-forward, H heads, S head dim, R rotary dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.models.config import RopeConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in float32 (float64 stays float64)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., size]; returns the same shape and dtype."""
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate x) * up x)` with gate and up in one matrix product."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Apply to `x_BTD`; returns [B, T, D]."""
+        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate_BTF) * up_BTF)
+        return out
+
+
+def rope_frequencies(rope: RopeConfig, rotary_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, float]:
+    """Inverse frequencies and the factor on cos and sin.
+
+    Args:
+        rope: the scaling rule.
+        rotary_dim: even number of rotating dimensions R.
+        device: where to make them.
+
+    Returns:
+        Float32 [R / 2] frequencies in radians per position, and YaRN's attention factor (1.0 otherwise).
+
+    Source: RoFormer Eq. 34; YaRN (2309.00071) Eqs 18-22; Llama 3.1's frequency-dependent scaling.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float() / rotary_dim
+    inv_freq = 1.0 / (rope.theta**exponent)
+    if rope.kind == "default":
+        return inv_freq, 1.0
+    if rope.kind == "linear":
+        return inv_freq / rope.factor, 1.0
+    assert rope.original_max_positions is not None
+    if rope.kind == "llama3":
+        return _llama3_frequencies(inv_freq, rope, rope.original_max_positions), 1.0
+    return _yarn_frequencies(inv_freq, rope, rope.original_max_positions, rotary_dim)
+
+
+def _llama3_frequencies(inv_freq: Tensor, rope: RopeConfig, original: int) -> Tensor:
+    wavelength = 2 * math.pi / inv_freq
+    blend = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (1 - blend) * inv_freq / rope.factor + blend * inv_freq
+    scaled = torch.where(wavelength > original / rope.low_freq_factor, inv_freq / rope.factor, inv_freq)
+    medium = (wavelength <= original / rope.low_freq_factor) & (wavelength >= original / rope.high_freq_factor)
+    return torch.where(medium, smooth, scaled)
+
+
+def _yarn_frequencies(inv_freq: Tensor, rope: RopeConfig, original: int, rotary_dim: int) -> tuple[Tensor, float]:
+    def dimension_of(rotations: float) -> float:
+        return rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension_of(rope.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(rope.beta_slow)), rotary_dim - 1)
+    if low == high:
+        high += 0.001  # type: ignore[assignment]
+    index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=inv_freq.device)
+    ramp = ((index - low) / (high - low)).clamp(0, 1)
+    extrapolate = 1 - ramp
+    scaled = inv_freq / rope.factor * (1 - extrapolate) + inv_freq * extrapolate
+    attention = rope.attention_factor
+    if attention is None:
+        attention = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    return scaled, attention
+
+
+def rope_cos_sin(positions_BT: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines at `positions_BT` (int64): each [B, 1, T, R], ready to broadcast over heads."""
+    angles_BTr = positions_BT[..., None].float() * inv_freq
+    angles = torch.cat((angles_BTr, angles_BTr), dim=-1)[:, None]
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def apply_rope(x_BHTS: Tensor, cos_B1TR: Tensor, sin_B1TR: Tensor) -> Tensor:
+    """Rotate the first R dimensions of each head, halves convention (Hugging Face's `rotate_half`)."""
+    rotary_dim = cos_B1TR.shape[-1]
+    x_rot, x_pass = x_BHTS[..., :rotary_dim], x_BHTS[..., rotary_dim:]
+    first, second = x_rot.chunk(2, dim=-1)
+    rotated = x_rot * cos_B1TR + torch.cat((-second, first), dim=-1) * sin_B1TR
+    return rotated if x_pass.shape[-1] == 0 else torch.cat((rotated, x_pass), dim=-1)

@@ -1,0 +1,123 @@
+"""Top-k checkpoint merge: the parameter-wise mean of the best checkpoints of a run.
+
+Owns the choice of checkpoints and the streaming average. Never holds more than one tensor of each checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from unmask.errors import CheckpointError, ConfigError
+from unmask.models.checkpoint import TensorSpec, read_json, read_model_config, tensor_index, write_checkpoint
+from unmask.train.state import list_checkpoints, validation_score
+
+
+def top_k(run: Path, k: int) -> list[Path]:
+    """Model folders of the k checkpoints with the lowest validation NELBO, best first.
+
+    Only checkpoints scored at the run's last block size compare.
+
+    Raises:
+        ConfigError: k is not positive.
+        CheckpointError: the run has fewer than k scored checkpoints.
+    """
+    if k < 1:
+        raise ConfigError(f"top-k is {k}; it must be at least 1")
+    scored = [(score, path) for path in list_checkpoints(run) if (score := validation_score(path)) is not None]
+    last = scored[-1][0].block_size if scored else None
+    comparable = sorted(((s.nelbo, path) for s, path in scored if s.block_size == last), key=lambda pair: pair[0])
+    if len(comparable) < k:
+        raise CheckpointError(
+            f"{run} has {len(comparable)} evaluated checkpoints at its last block size, {k} are wanted; lower --top-k, "
+            "or train with more train.keep_checkpoints"
+        )
+    return [path / "model" for _, path in comparable[:k]]
+
+
+def merge_checkpoints(
+    folders: Sequence[Path], out: Path, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
+    """Average models parameter by parameter in float32.
+
+    Args:
+        folders: Hugging Face folders of the same architecture.
+        out: folder of the result; config and tokenizer come from the first model.
+        on_progress: (tensors done, tensors in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: the models differ in tensors, shapes or architecture, or `out` is not empty.
+
+    Source: LLaDA2.0 section 3.3 (top-k checkpoint merge). Offline, not an exponential moving average.
+    """
+    if not folders:
+        raise ConfigError("nothing to merge; name at least one model folder")
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty; choose another --out")
+    configs = [read_model_config(folder) for folder in folders]
+    indexes = [tensor_index(folder) for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        if config != configs[0]:
+            raise CheckpointError(f"{folder} is another model than {folders[0]}; merge checkpoints of one run")
+    with ExitStack() as stack:
+        readers = [_Reader(index, stack) for index in indexes]
+        specs = readers[0].specs
+        for folder, reader in zip(folders[1:], readers[1:], strict=True):
+            _check_same(specs, reader.specs, folders[0], folder)
+        done = 0
+
+        def mean(name: str) -> Tensor:
+            nonlocal done
+            total = torch.zeros(specs[name].shape, dtype=torch.float32)
+            for reader in readers:
+                total += reader.read(name)
+            done += 1
+            on_progress(done, len(specs))
+            return (total / len(readers)).to(specs[name].dtype)
+
+        others = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _is_written(path)]
+        write_checkpoint(out, read_json(folders[0] / "config.json"), specs, mean, extra_files=others)
+    return out
+
+
+class _Reader:
+    """Random access to the tensors of one model folder."""
+
+    def __init__(self, index: dict[str, Path], stack: ExitStack) -> None:
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(index.values()))}
+        self._file_of = {name: files[path] for name, path in index.items()}
+        self.specs = {name: _spec(file.get_slice(name)) for name, file in self._file_of.items()}
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _spec(header: Any) -> TensorSpec:
+    """Shape and dtype of a tensor, from its file's header alone."""
+    return TensorSpec(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+
+
+def _check_same(first: dict[str, TensorSpec], other: dict[str, TensorSpec], folder: Path, other_folder: Path) -> None:
+    """Every tensor must agree in shape and dtype."""
+    differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+    if differing:
+        shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise CheckpointError(f"{other_folder} does not match {folder} in {shown}; merge checkpoints of one run")
+
+
+def _is_written(path: Path) -> bool:
+    """Whether `write_checkpoint` makes the file itself."""
+    return path.name == "config.json" or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")

@@ -1,0 +1,204 @@
+"""Recipes: what a run does, as YAML checked by pydantic.
+
+Owns the schema, its loading and `--set a.b=c` overrides. Knows nothing of how a run is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unmask.data.sources import SourceConfig
+from unmask.diffusion.blocks import BlockSchedule, wsd_schedule
+from unmask.diffusion.corrupt import CorruptionConfig
+from unmask.diffusion.schedule import Bandwidth
+from unmask.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    """Where text comes from and how it is packed."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    validation_share: float = Field(0.02, ge=0, lt=1, description="share of each source's documents never trained on")
+    validation_rows: int = Field(16, ge=0, description="rows of held-out text scored at every evaluation; 0 turns it off")
+    row_length: Positive = 384
+
+
+class PhaseSection(Section):
+    """One step of warmup or decay: a block size and its share of the tokens."""
+
+    block_size: Positive
+    share: Share
+
+
+class ScheduleSection(Section):
+    """Warmup-Stable-Decay of the block size; shares are relative to each other."""
+
+    warmup: list[PhaseSection] = []
+    stable: float = Field(0.0, ge=0, description="share of full-sequence diffusion (no clean copy)")
+    decay: list[PhaseSection] = []
+
+    def build(self, total_tokens: int) -> BlockSchedule:
+        """The phases of a run of `total_tokens`."""
+        return wsd_schedule(
+            total_tokens,
+            warmup=[(phase.block_size, phase.share) for phase in self.warmup],
+            stable=self.stable,
+            decay=[(phase.block_size, phase.share) for phase in self.decay],
+        )
+
+
+class ObjectiveSection(Section):
+    """How documents are corrupted."""
+
+    bandwidth: tuple[float, float] = (0.0, 1.0)
+    complementary: bool = True
+    sampling: Literal["bernoulli", "fixed_count"] = "fixed_count"
+    mask_noise_steps: int = Field(50, ge=0, description="steps over which mask-embedding noise decays to zero; 0: none")
+    mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
+
+    def corruption(self, mask_id: int, block_size: int | None) -> CorruptionConfig:
+        """The corruption of one phase."""
+        return CorruptionConfig(
+            mask_id=mask_id,
+            block_size=block_size,
+            bandwidth=Bandwidth(*self.bandwidth),
+            complementary=self.complementary,
+            sampling=self.sampling,
+        )
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of full training. The embedding (with a tied head) trains in full unless frozen."""
+
+    rank: Positive = 16
+    alpha: float = Field(32.0, gt=0)
+    train_embedding: bool = True
+
+
+class TrainSection(Section):
+    """The loop: budget, batch, optimiser, dtypes, checkpoints."""
+
+    tokens: Positive
+    batch_rows: Positive = 8
+    micro_rows: Positive = 2
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    final_lr_share: float = Field(0.1, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
+    activation_checkpointing: bool = False
+    lora: LoraSection | None = None
+    eval_every: Positive = 50
+    checkpoint_every: Positive = 50
+    keep_checkpoints: Positive = 2
+    seed: int = 0
+
+
+class Recipe(Section):
+    """A whole run: `unmask convert --recipe FILE`."""
+
+    model: str
+    mask_token: str | None = Field(None, description="token to serve as [MASK]; default: an unused special token")
+    decode_block_size: Positive = 32
+    data: DataSection
+    schedule: ScheduleSection
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        schedule = self.schedule.build(self.train.tokens)
+        schedule.check_row_length(self.data.row_length)
+        Bandwidth(*self.objective.bandwidth)
+        if self.train.batch_rows % self.train.micro_rows:
+            raise ConfigError(
+                f"train.batch_rows {self.train.batch_rows} is not a multiple of train.micro_rows {self.train.micro_rows}"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=value` strings; the value is read as YAML, a number is a list index (`data.sources.0.path=x`).
+        defaults: values laid over the file before the overrides (from dedicated command-line options).
+
+    Raises:
+        ConfigError: unreadable file, unknown key, or a value that breaks a rule; every problem is named.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} holds no mapping; see recipes/ for examples")
+    values = values | (defaults or {})
+    for override in overrides:
+        _set(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Validate recipe values; `where` names their origin in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg']} (got {problem['input']!r:.60})"
+            for problem in error.errors()
+        )
+        raise ConfigError(f"recipe {where}: {problems}") from error
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+    *path, last = key.split(".")
+    target: Any = values
+    for part in path:
+        if isinstance(target, list):
+            target = target[_index(part, target, override)]
+            continue
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"--set {override!r}: '{part}' is a value, not a section")
+    if isinstance(target, list):
+        target[_index(last, target, override)] = value
+    else:
+        target[last] = value
+
+
+def _index(part: str, target: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise ConfigError(f"--set {override!r}: '{part}' is not an index of a list of {len(target)}")
+    return int(part)

@@ -1,0 +1,114 @@
+"""Training checkpoints: everything a killed run needs to go on as if nothing had happened.
+
+Owns the layout of `checkpoints/step-N/`: `model/` (a Hugging Face folder), `optimizer.safetensors`, `state.json`. A checkpoint
+appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unmask.errors import CheckpointError, TrainingError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `step` optimiser steps. `packer` is the data position; noise needs no state."""
+
+    step: int
+    tokens: int
+    packer: dict[str, Any]
+    recipe: dict[str, Any]
+    validation: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").exists())
+
+
+def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], save_model: Callable[[Path], None]) -> Path:
+    """Write a checkpoint beside its final name, then rename it into place.
+
+    Args:
+        run: the run's folder.
+        state: step, tokens, data position, recipe.
+        tensors: optimiser state.
+        save_model: writes the model into the folder it is given.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TrainingError: the disk is full or not writable; earlier checkpoints stay untouched.
+    """
+    final = checkpoint_path(run, state.step)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_model(partial / "model")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(state)))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume") from error
+    return final
+
+
+def load_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
+    """Read a checkpoint's state and optimiser tensors.
+
+    Raises:
+        CheckpointError: unreadable, of another format, or damaged.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "optimizer.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}; remove it to resume from another") from error
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has format {values.get('format')}; this version reads {FORMAT}")
+    return TrainState(**values), tensors
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Validation NELBO (nats per token) of a checkpoint, and the block size it was measured at (None: whole sequence)."""
+
+    nelbo: float
+    block_size: int | None
+
+
+def validation_score(folder: Path) -> Score | None:
+    """How a checkpoint scored; None if it was not evaluated at the step it was saved."""
+    values = json.loads((folder / "state.json").read_text())
+    score = values["validation"]
+    if not score or score["step"] != values["step"]:
+        return None
+    return Score(score["nelbo"], score["block_size"])

@@ -1,0 +1,83 @@
+"""One micro-batch: corrupt, run the model, score the masked positions.
+
+Owns the way from packed rows to per-prediction losses, and the choice of attention backend. Knows nothing of optimisers, files
+or the loop.
+
+Legend: B rows, T stream positions, N predictions, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from unmask.data.packing import PackedRows
+from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, embedding_noise
+from unmask.diffusion.masks import StreamIndex, blocked_mask, dense_mask, flex_mask_mod
+from unmask.diffusion.objectives import nelbo, token_nll
+from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
+from unmask.models.transformer import Transformer
+
+AttentionBackend = Literal["dense", "blocked", "flex"]
+
+
+def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
+    """The training mask as an attention backend; all backends compute the same."""
+    if backend == "dense":
+        return DenseAttend(dense_mask(index))
+    if backend == "blocked":
+        return BlockedAttend(blocked_mask(index))
+    rows, length = index.copy_BT.shape
+    mask = create_block_mask(flex_mask_mod(index), rows, None, length, length, device=index.copy_BT.device)
+    return FlexAttend(mask)
+
+
+@dataclass(frozen=True)
+class MaskNoise:
+    """Mask-embedding noise of one step: expected norm and the run's seed."""
+
+    norm: float
+    seed: int
+
+
+def score_stream(
+    model: Transformer, stream: Stream, mask_id: int, backend: AttentionBackend, noise: MaskNoise | None = None
+) -> Tensor:
+    """Negative log-likelihood [N] (float32, nats) of every token the stream hides, with gradient."""
+    extra = None
+    if noise is not None and noise.norm > 0:
+        extra = embedding_noise(stream, mask_id, model.config.hidden_size, noise.norm, noise.seed)
+    attend = make_attend(stream.index, backend)
+    hidden_BTD = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
+    return token_nll(model.head, hidden_BTD[stream.predict], stream.target_N, mask_id)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out quality at one block size: NELBO per token, and mean masked cross-entropy by quarter of the mask rate (nats)."""
+
+    nelbo: float
+    ce_by_quarter: tuple[float | None, float | None, float | None, float | None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, rows: PackedRows, corruption: CorruptionConfig, backend: AttentionBackend, *, micro_rows: int, seed: int
+) -> Evaluation:
+    """Score held-out rows under one fixed corruption, so that figures of different steps compare."""
+    total, maskable = 0.0, 0
+    sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(rows.tokens_RL), micro_rows):
+        stream = corrupt(rows.rows(start, start + micro_rows), corruption, seed)
+        nll_N = score_stream(model, stream, corruption.mask_id, backend)
+        total += float(nelbo(nll_N, stream.weight_N, 1))
+        maskable += stream.num_maskable
+        quarter_N = (stream.t_N * 4).ceil().clamp(1, 4).long().cpu() - 1
+        sums.index_add_(0, quarter_N, nll_N.double().cpu())
+        counts.index_add_(0, quarter_N, torch.ones(len(quarter_N), dtype=torch.float64))
+    means = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+    return Evaluation(total / max(maskable, 1), (means[0], means[1], means[2], means[3]))

@@ -1,0 +1,239 @@
+"""The only training loop. Stages differ by objective, data and block schedule, all given.
+
+Owns the order of a step, when to evaluate and when to save. Knows nothing of where a model or its data come from, nor how
+progress is shown.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.data.packing import PackedRows, RowPacker
+from unmask.diffusion.blocks import BlockSchedule, Phase
+from unmask.diffusion.corrupt import CorruptionConfig, corrupt
+from unmask.diffusion.objectives import nelbo
+from unmask.errors import TrainingError
+from unmask.models.transformer import Transformer
+from unmask.train.metrics import MetricLog, Record
+from unmask.train.optim import MasterAdamW, learning_rate
+from unmask.train.recipe import Recipe
+from unmask.train.state import TrainState, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from unmask.train.step import AttentionBackend, MaskNoise, evaluate, score_stream
+
+VALIDATION_SEED = 20_251_215
+"""Noise of every evaluation, in every run: figures compare across runs."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of."""
+
+    model: Transformer
+    packer: RowPacker
+    validation: PackedRows | None
+    recipe: Recipe
+    mask_id: int
+    backend: AttentionBackend
+    save_model: Callable[[Transformer, Path], None]
+
+
+class Trainer:
+    """Trains a model through its block-size schedule.
+
+    Args:
+        parts: model (in its compute dtype, on its device), data, recipe.
+        run: the run's folder: checkpoints, metrics, plot.
+        on_record: sees every metric record as it is written.
+        should_stop: asked after every step; True ends the run in a resumable state.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        run: Path,
+        *,
+        on_record: Callable[[Record], None] = lambda record: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.parts, self.run_folder = parts, run
+        self.recipe, self.train = parts.recipe, parts.recipe.train
+        self.schedule: BlockSchedule = parts.recipe.schedule.build(self.train.tokens)
+        self.optimizer = MasterAdamW(
+            parts.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
+        )
+        self.step, self.tokens = 0, 0
+        self._packer_state: dict[str, Any] = parts.packer.state_dict()
+        self._validation: dict[str, Any] = {}
+        self._on_record, self._should_stop = on_record, should_stop
+        embedding = parts.model.embed.weight.detach().float()
+        self._mask_norm = float(embedding.norm(dim=1).mean()) * parts.recipe.objective.mask_noise_scale
+
+    def resume(self) -> bool:
+        """Continue from the newest complete checkpoint; False when there is none.
+
+        Raises:
+            TrainingError: the checkpoint belongs to another recipe.
+        """
+        checkpoints = list_checkpoints(self.run_folder)
+        if not checkpoints:
+            return False
+        state, tensors = load_checkpoint(checkpoints[-1])
+        ours = self.recipe.model_dump(mode="json")
+        changed = sorted(key for key in ours if ours[key] != state.recipe.get(key))
+        if changed:
+            raise TrainingError(
+                f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
+                "resume with the recipe it was started with, or choose another --out"
+            )
+        self.optimizer.load_state_tensors(tensors)
+        self.parts.packer.load_state_dict(state.packer)
+        self.step, self.tokens, self._validation = state.step, state.tokens, state.validation
+        self._packer_state = state.packer
+        return True
+
+    @property
+    def phase_index(self) -> int:
+        """Which phase of the schedule the next step belongs to."""
+        return self.schedule.index_at(self.tokens)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the token budget is spent."""
+        return self.tokens >= self.train.tokens
+
+    def fit(self) -> bool:
+        """Train until the budget is spent (True) or `should_stop` says so (False); a checkpoint exists either way."""
+        with MetricLog(self.run_folder, from_step=self.step) as log:
+            while not self.finished:
+                before = self.phase_index
+                self._emit(log, self._train_step())
+                phase_ended = self.finished or self.phase_index != before
+                if self.parts.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
+                    self._emit(log, self._evaluate(self.schedule.phases[before]))
+                stop = self._should_stop()
+                if phase_ended or stop or self.step % self.train.checkpoint_every == 0:
+                    self.save()
+                if stop:
+                    return self.finished
+        return True
+
+    def save(self) -> Path:
+        """Write a checkpoint and drop those no longer wanted."""
+        state = TrainState(
+            step=self.step,
+            tokens=self.tokens,
+            packer=self._packer_state,
+            recipe=self.recipe.model_dump(mode="json"),
+            validation=self._validation,
+        )
+        path = save_checkpoint(
+            self.run_folder,
+            state,
+            self.optimizer.state_tensors(),
+            lambda folder: self.parts.save_model(self.parts.model, folder),
+        )
+        prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
+        return path
+
+    def _emit(self, log: MetricLog, record: Record) -> None:
+        log.write(record)
+        self._on_record(record)
+
+    def _train_step(self) -> Record:
+        """One optimiser step over the global batch; returns its metrics."""
+        started = time.perf_counter()
+        phase = self.schedule.phases[self.phase_index]
+        rows = self.parts.packer.next_rows(self.train.batch_rows)
+        corruption = self.recipe.objective.corruption(self.parts.mask_id, phase.block_size)
+        loss = self._accumulate(rows, corruption)
+        norm = float(self.optimizer.clip(self.train.clip_norm))
+        if not math.isfinite(float(loss)) or not math.isfinite(norm):
+            self.optimizer.drop_gradients()
+            path = self.save()
+            raise TrainingError(
+                f"loss {float(loss):g}, gradient norm {norm:g} at step {self.step + 1} (phase {phase.name}, "
+                f"block size {phase.block_size}); the state before the step is in {path}; lower train.learning_rate"
+            )
+        rate = learning_rate(
+            self.step,
+            self.tokens / self.train.tokens,
+            peak=self.train.learning_rate,
+            warmup_steps=self.train.warmup_steps,
+            schedule=self.train.schedule,
+            final_share=self.train.final_lr_share,
+        )
+        self.optimizer.step(rate)
+        self.step += 1
+        self.tokens += rows.num_tokens
+        self._packer_state = self.parts.packer.state_dict()
+        seconds = time.perf_counter() - started
+        return {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.tokens,
+            "phase": phase.name,
+            "block_size": phase.block_size,
+            "row_length": rows.tokens_RL.shape[1],
+            "loss": float(loss),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "mask_noise": self._noise_norm(self.step - 1),
+            "seconds": seconds,
+            "tokens_per_second": rows.num_tokens / seconds,
+        }
+
+    def _accumulate(self, rows: PackedRows, corruption: CorruptionConfig) -> Tensor:
+        """Backward over all micro-batches; the gradient is that of the global batch however it is split."""
+        device = self.parts.model.embed.weight.device
+        num_maskable = int(rows.maskable_RL.sum()) * corruption.num_copies
+        total = torch.zeros((), dtype=torch.float64)
+        noise = MaskNoise(self._noise_norm(self.step), self.train.seed)
+        for start in range(0, len(rows.tokens_RL), self.train.micro_rows):
+            part = rows.rows(start, start + self.train.micro_rows).to(device)
+            stream = corrupt(part, corruption, self.train.seed)
+            nll_N = score_stream(self.parts.model, stream, self.parts.mask_id, self.parts.backend, noise)
+            loss = nelbo(nll_N, stream.weight_N, num_maskable)
+            loss.backward()
+            total += loss.detach().double().cpu()
+        return total
+
+    def _noise_norm(self, step: int) -> float:
+        """Expected norm of the mask-embedding noise: linear decay to zero.
+
+        Source: LLaDA2.0 section 3; scale and length are ours.
+        """
+        steps = self.recipe.objective.mask_noise_steps
+        return self._mask_norm * max(0.0, 1 - step / steps) if steps else 0.0
+
+    def _evaluate(self, phase: Phase) -> Record:
+        assert self.parts.validation is not None
+        corruption = CorruptionConfig(
+            mask_id=self.parts.mask_id, block_size=phase.block_size, complementary=True, sampling="fixed_count"
+        )
+        result = evaluate(
+            self.parts.model,
+            self.parts.validation.to(self.parts.model.embed.weight.device),
+            corruption,
+            self.parts.backend,
+            micro_rows=self.train.micro_rows,
+            seed=VALIDATION_SEED,
+        )
+        self._validation = {"nelbo": result.nelbo, "step": self.step, "block_size": phase.block_size}
+        quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
+        return {
+            "kind": "validation",
+            "step": self.step,
+            "tokens": self.tokens,
+            "phase": phase.name,
+            "block_size": phase.block_size,
+            "nelbo": result.nelbo,
+            **quarters,
+        }

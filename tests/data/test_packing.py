@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.data.documents import Document, Sample, State
+from unmask.data.packing import PIECE_STRIDE, PackedRows, RowPacker
+from unmask.errors import ConfigError, DataError
+
+PAD = 999
+
+
+@dataclass
+class ListStream:
+    """The given documents once, with ordinals 0, 1, ... and epochs 0, 0, 0, 1, 1, 1, ..."""
+
+    documents: list[Document]
+    place: int = field(default=0)
+
+    def __next__(self) -> Sample:
+        if self.place == len(self.documents):
+            raise StopIteration
+        self.place += 1
+        return Sample(epoch=(self.place - 1) // 3, ordinal=self.place - 1, document=self.documents[self.place - 1])
+
+    def state_dict(self) -> State:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: State) -> None:
+        self.place = state["place"]
+
+
+def document(flags: list[bool], first: int = 0) -> Document:
+    tokens = np.arange(first, first + len(flags), dtype=np.int32)
+    return Document(tokens=tokens, maskable=np.array(flags, dtype=np.bool_))
+
+
+def whole(length: int, first: int = 0) -> Document:
+    return document([True] * length, first)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> list[Document]:
+    """Documents whose tokens are all different, so that each can be traced."""
+    made, first = [], 1000
+    for flags in draw(st.lists(st.lists(st.booleans(), max_size=30), max_size=25)):
+        made.append(document(flags, first))
+        first += len(flags)
+    return made
+
+
+def expected_pieces(docs: list[Document], length: int) -> dict[tuple[int, int], tuple[list[int], list[bool]]]:
+    """(epoch, ordinal) -> tokens and flags of every piece that has something maskable."""
+    pieces = {}
+    for ordinal, doc in enumerate(docs):
+        for number, start in enumerate(range(0, len(doc), length)):
+            part = slice(start, start + length)
+            if doc.maskable[part].any():
+                identity = (ordinal // 3, ordinal + number * PIECE_STRIDE)
+                pieces[identity] = (doc.tokens[part].tolist(), doc.maskable[part].tolist())
+    return pieces
+
+
+def found_pieces(rows: PackedRows) -> list[tuple[tuple[int, int], tuple[list[int], list[bool]]]]:
+    """Read the rows back, checking the layout of each on the way."""
+    found = []
+    for row in range(rows.num_rows):
+        segments = rows.segment_RL[row].tolist()
+        used = sum(segment > 0 for segment in segments)
+        assert all(segment == 0 for segment in segments[used:]), "padding only at the end"
+        assert segments[0] == 1
+        assert all(b - a in (0, 1) for a, b in pairwise(segments[:used])), "contiguous and numbered"
+        for segment in range(1, max(segments) + 1):
+            at = rows.segment_RL[row] == segment
+            assert rows.position_RL[row][at].tolist() == list(range(int(at.sum())))
+            epochs, ordinals = set(rows.epoch_RL[row][at].tolist()), set(rows.ordinal_RL[row][at].tolist())
+            assert len(epochs) == len(ordinals) == 1
+            content = (rows.tokens_RL[row][at].tolist(), rows.maskable_RL[row][at].tolist())
+            found.append(((epochs.pop(), ordinals.pop()), content))
+        padding = rows.segment_RL[row] == 0
+        assert (rows.tokens_RL[row][padding] == PAD).all()
+        assert not rows.maskable_RL[row][padding].any()
+        for other in (rows.position_RL, rows.epoch_RL, rows.ordinal_RL):
+            assert (other[row][padding] == 0).all()
+    return found
+
+
+def same(left: PackedRows, right: PackedRows) -> bool:
+    return all(torch.equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(PackedRows))
+
+
+@given(docs=documents(), length=st.integers(1, 20), lookahead=st.integers(1, 9), chunk=st.integers(1, 4))
+def test_every_token_is_in_exactly_one_row_or_counted_as_dropped(docs, length, lookahead, chunk):
+    packer = RowPacker(ListStream(docs), length, pad_id=PAD, lookahead=lookahead)
+    found, num_padding = [], 0
+    while (rows := packer.next_rows(chunk)).num_rows:
+        found += found_pieces(rows)
+        num_padding += int((rows.segment_RL == 0).sum())
+    assert len(found) == len(dict(found))
+    assert dict(found) == expected_pieces(docs, length)
+    stats = packer.stats
+    assert stats.packed_tokens + stats.dropped_tokens == sum(len(doc) for doc in docs)
+    assert stats.packed_tokens == sum(len(tokens) for _, (tokens, _) in found)
+    assert stats.padded_tokens == num_padding
+    assert stats.rows * length == stats.packed_tokens + stats.padded_tokens
+    assert stats.documents == len(docs)
+    assert stats.split_documents == sum(len(doc) > length for doc in docs)
+
+
+@given(docs=documents(), lookahead=st.integers(1, 9), before=st.integers(1, 6))
+@settings(max_examples=50)
+def test_state_restored_in_a_new_packer_gives_the_same_rows(docs, lookahead, before):
+    packer = RowPacker(ListStream(docs), 16, pad_id=PAD, lookahead=lookahead)
+    packer.next_rows(before)
+    state = json.loads(json.dumps(packer.state_dict()))
+    resumed = RowPacker(ListStream(docs), 16, pad_id=PAD, lookahead=lookahead)
+    resumed.load_state_dict(state)
+    assert same(resumed.next_rows(50), packer.next_rows(50))
+    assert resumed.stats == packer.stats
+
+
+@given(docs=documents(), chunks=st.lists(st.integers(1, 3), max_size=6))
+@settings(max_examples=50)
+def test_rows_do_not_depend_on_how_many_are_asked_for(docs, chunks):
+    packer = RowPacker(ListStream(docs), 16, pad_id=PAD)
+    parts = [packer.next_rows(chunk) for chunk in chunks] + [packer.next_rows(100)]
+    at_once = RowPacker(ListStream(docs), 16, pad_id=PAD).next_rows(200)
+    start = 0
+    for part in parts:
+        assert same(part, at_once.rows(start, start + part.num_rows))
+        start += part.num_rows
+    assert start == at_once.num_rows
+
+
+def test_longest_fitting_document_follows_the_one_that_waited_longest():
+    stream = ListStream([whole(5), whole(2), whole(4), whole(5), whole(3)])
+    rows = RowPacker(stream, 10, pad_id=PAD).next_rows(2)
+    assert rows.ordinal_RL[0].tolist() == [0] * 5 + [3] * 5
+    assert rows.ordinal_RL[1].tolist() == [1] * 2 + [2] * 4 + [4] * 3 + [0]
+
+
+def test_lookahead_of_one_keeps_the_order():
+    lengths = [5, 2, 4, 5, 3, 9, 1]
+    rows = RowPacker(ListStream([whole(n) for n in lengths]), 10, pad_id=PAD, lookahead=1).next_rows(9)
+    order = [int(identity[1]) for identity, _ in found_pieces(rows)]
+    assert order == list(range(len(lengths)))
+
+
+def test_little_is_padded_with_the_default_lookahead():
+    generator = np.random.default_rng(0)
+    stream = ListStream([whole(int(n)) for n in generator.integers(10, 200, size=600)])
+    packer = RowPacker(stream, 512, pad_id=PAD)
+    rows = packer.next_rows(80)
+    assert rows.num_rows == 80
+    assert 1 - rows.num_tokens / rows.tokens_RL.numel() < 0.01
+
+
+def test_views_and_counts():
+    rows = RowPacker(ListStream([document([False, True, True]), whole(4)]), 4, pad_id=PAD).next_rows(5)
+    assert rows.num_rows == 2
+    assert rows.num_tokens == 7
+    assert rows.num_maskable == 6
+    last = rows.rows(1, 2)
+    assert last.num_rows == 1
+    assert last.tokens_RL.data_ptr() == rows.tokens_RL[1].data_ptr()
+    assert rows.tokens_RL.dtype == torch.int64
+    assert rows.maskable_RL.dtype == torch.bool
+
+
+def test_piece_without_anything_maskable_is_dropped_and_counted():
+    packer = RowPacker(ListStream([document([False] * 4 + [False, True]), document([False] * 3)]), 4, pad_id=PAD)
+    rows = packer.next_rows(5)
+    assert rows.ordinal_RL.tolist() == [[PIECE_STRIDE, PIECE_STRIDE, 0, 0]]
+    assert (packer.stats.dropped_documents, packer.stats.dropped_tokens) == (2, 7)
+
+
+def test_endless_stream_without_anything_to_learn_is_an_error():
+    stream = ListStream([document([False] * 3)] * 20_000)
+    with pytest.raises(DataError, match="10000 documents one after another have no token to learn"):
+        RowPacker(stream, 4, pad_id=PAD).next_rows(1)
+
+
+@pytest.mark.parametrize(
+    ("row_length", "pad_id", "lookahead", "message"),
+    [
+        (0, 1, 4, "row length 0 is not positive"),
+        (-3, 1, 4, "row length -3"),
+        (4, -1, 4, "pad id -1"),
+        (4, 1, 0, "lookahead 0"),
+    ],
+)
+def test_bad_arguments(row_length, pad_id, lookahead, message):
+    with pytest.raises(ConfigError, match=message):
+        RowPacker(ListStream([]), row_length, pad_id=pad_id, lookahead=lookahead)
+
+
+def test_no_rows_asked_for():
+    with pytest.raises(ConfigError, match="0 rows asked for"):
+        RowPacker(ListStream([whole(3)]), 4, pad_id=PAD).next_rows(0)
+
+
+def test_state_of_another_row_length_is_refused():
+    state = RowPacker(ListStream([whole(3)]), 4, pad_id=PAD).state_dict()
+    with pytest.raises(DataError, match="rows of 4 tokens, this job has 8"):
+        RowPacker(ListStream([whole(3)]), 8, pad_id=PAD).load_state_dict(state)

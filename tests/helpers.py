@@ -1,0 +1,66 @@
+"""Small things the tests of several layers make: a tokenizer of a few hundred tokens with a ChatML template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from unmask.data.tokenizer import Tokenizer, load_tokenizer
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>")
+CORPUS = (
+    "The quick brown fox jumps over the lazy dog. State the final answer to the following arithmetic problem: 12 + 34 =",
+    "user assistant system Hello, how are you? I am fine, thank you. What is 2 + 3? The answer is 5.\n\n",
+)
+
+
+def make_tokenizer(
+    folder: Path,
+    *,
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS,
+    chat_template: str | None = CHATML,
+    eos_token: str | None = "<|endoftext|>",
+    bos_token: str | None = None,
+    mask_token: str | None = None,
+    plain_added: tuple[str, ...] = (),
+    vocab_size: int = 400,
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer in the manner of SmolLM2's, save it to a folder and load it from there.
+
+    Args:
+        folder: where its files go; made if it is not there.
+        special_tokens: control tokens, with ids from 0.
+        chat_template: Jinja source, or None for a tokenizer without one.
+        eos_token, bos_token, mask_token: spellings, which must be special tokens.
+        plain_added: added tokens that are not control tokens.
+        vocab_size: at most so many tokens.
+
+    Returns:
+        The tokenizer.
+    """
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain_added])
+    names = {"eos_token": eos_token, "bos_token": bos_token, "mask_token": mask_token}
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in names.items() if token is not None}
+    )
+    inner.chat_template = chat_template
+    folder.mkdir(parents=True, exist_ok=True)
+    inner.save_pretrained(str(folder))
+    return load_tokenizer(folder)
