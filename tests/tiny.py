@@ -39,9 +39,7 @@ def tiny_config(family: str, **changes: object) -> ModelConfig:
             "qk_norm": True,
             "num_layers": 3,
             "rope": RopeConfig(theta=600_000.0, fraction=0.5),
-            "moe": MoEConfig(
-                num_experts=8, num_active=2, expert_size=16, num_groups=4, num_active_groups=2, routed_scale=2.5
-            ),
+            "moe": MoEConfig(num_experts=8, num_active=2, expert_size=16, num_groups=4, num_active_groups=2, routed_scale=2.5),
         },
     }
     return replace(base, **(per_family[family] | changes))  # type: ignore[arg-type]

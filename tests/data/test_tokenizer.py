@@ -3,18 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer
 from unmask.data.tokenizer import MaskChoice, Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import CheckpointError, DataError
 
 TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 NO_CLOSING = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
 SPACE_BEFORE_CLOSING = CHATML.replace("'<|im_end|>", "' <|im_end|>")
-REWRITING = CHATML.replace("message['content']", "message['content'] | upper | replace('A', 'B')")
+REWRITING = CHATML.replace("message['content']", "message['content'][:3]")
 DROPPING = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.content != 'b' %}")
 TOOLS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content is not none %}{{ m.content }}{% endif %}"
@@ -90,7 +90,6 @@ def test_ids(tmp_path, tokenizer):
     assert other.mask_id == other.special_tokens["<file_sep>"]
 
 
-# Leading white space of an answer is left out here: an answer is tokenized apart from its header.
 content = st.text(alphabet="aheT .,\n<|>im_endé漢", min_size=1).filter(lambda text: "<|im_end|>" not in text)
 
 
@@ -184,7 +183,7 @@ def test_conversations_that_cannot_be_learnt(tmp_path, template, messages, messa
 
 
 def test_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 

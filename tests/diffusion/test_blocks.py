@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from unmask.diffusion.blocks import BlockSchedule, Phase, block_bounds, num_blocks, wsd_schedule
 from unmask.errors import ConfigError
 
-SCHEDULE = BlockSchedule(
-    (Phase("warmup", 1, 10), Phase("warmup", 4, 20), Phase("stable", None, 100), Phase("decay", 32, 30))
-)
+SCHEDULE = BlockSchedule((Phase("warmup", 1, 10), Phase("warmup", 4, 20), Phase("stable", None, 100), Phase("decay", 32, 30)))
 
 
 @given(st.integers(0, 200), st.integers(1, 40))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MASK, Doc, Rows, pack, text
 
+from tiny import MASK, Doc, Rows, pack, text
 from unmask.diffusion.corrupt import CorruptionConfig, MaskSampling, NoisyCopy, block_ids, noisy_copies
 from unmask.diffusion.schedule import Bandwidth
 from unmask.errors import ConfigError
@@ -202,7 +202,7 @@ def test_weighted_masks_have_the_law_of_the_elbo(
     assert len(weighted) == 2**m - 1
     for subset, (mean, error) in weighted.items():
         exact = 1 / (len(subset) * comb(m, len(subset)))
-        assert error < 0.2 * exact
+        assert error < 0.3 * exact
         assert abs(mean - exact) < 4.5 * error + 1e-3 * exact, f"{subset}: {mean} instead of {exact}"
 
 

@@ -90,18 +90,19 @@ class Renderer:
     def split(self, text: str) -> Iterator[Span]:
         """Cut rendered text into control tokens, answers and other text, none of it empty."""
         in_answer = closes_answer = False
-        for part in self._literals.split(text):
+        parts = self._literals.split(text)
+        for place, part in enumerate(parts):
             if part in self._places:
                 yield Span(part, is_control=True, is_answer=closes_answer or in_answer)
                 closes_answer = False
                 continue
+            is_before_control = place + 1 < len(parts)
             for piece in _MARKS.split(part):
-                if piece == _ANSWER:
-                    in_answer, closes_answer = True, False
-                elif piece == _ANSWER_END:
-                    in_answer, closes_answer = False, True
+                if piece in (_ANSWER, _ANSWER_END):
+                    in_answer = piece == _ANSWER
+                    closes_answer = not in_answer
                 elif piece:
-                    closes_answer = closes_answer and piece.isspace()
+                    closes_answer = closes_answer and piece.isspace() and is_before_control
                     decoded = _CODES.sub(lambda match: self._control_tokens[int(match[1])], piece)
                     yield Span(decoded, is_control=False, is_answer=in_answer or closes_answer)
 

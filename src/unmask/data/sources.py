@@ -66,9 +66,9 @@ class SourceConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        for name in sorted(self.model_fields_set):
-            kinds = _ONLY_FOR.get(name, (self.kind,))
-            if self.kind not in kinds:
+        for name, kinds in _ONLY_FOR.items():
+            # A value equal to the default passes: a dumped configuration, which holds them all, can be read again.
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on a {self.kind} source; remove it (it is for {', '.join(kinds)})")
         if self.kind in _FILE_KINDS and self.path is None:
             raise ValueError(f"a {self.kind} source has no path; name a file, folder or pattern")

@@ -11,17 +11,18 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.config import ModelConfig
 from unmask.models.families import read_config, slots, tolerated, write_config
-from unmask.models.files import atomic_write, atomic_write_json, disk_errors, staging_folder, sync_folder
+from unmask.models.files import bytes_writer, disk_errors, json_bytes, staging_folder, sync_folder, write_synced
 from unmask.models.layers import rope_frequencies
 from unmask.models.transformer import Transformer
 
@@ -199,26 +200,23 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
     """
-    with staging_folder(folder) as stage:
+    extra = {path.name: _read_extra(path) for path in extra_files}
+    with staging_folder(folder) as stage, disk_errors(folder):
         shards = plan_shards(specs, max_shard_bytes)
         names = _shard_names(folder, len(shards))
         for name, shard in zip(names, shards, strict=True):
-            atomic_write(stage / name, lambda file, shard=shard: write_safetensors(file, specs, shard, read))  # type: ignore[misc]
+            write_synced(stage / name, partial(write_safetensors, specs=specs, names=shard, read=read))
+        jsons = {CONFIG_NAME: dict(hf_config)}
         if len(shards) > 1:
-            total = sum(_num_bytes(spec) for spec in specs.values())
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            ordered = {tensor: weight_map[tensor] for tensor in sorted(weight_map)}
-            atomic_write_json(stage / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": ordered})
-        atomic_write_json(stage / CONFIG_NAME, dict(hf_config))
-        for path in extra_files:
-            content = path.read_bytes()
-            atomic_write(stage / path.name, lambda file, content=content: file.write(content))  # type: ignore[misc]
-        with disk_errors(folder):
-            if stage.parent == folder:
-                _replace(folder, stage, set(names))
-            else:
-                os.rename(stage, folder)
-            sync_folder(folder.parent)
+            jsons[INDEX_NAME] = _index_json(specs, dict(zip(names, shards, strict=True)))
+        for name, content in {**extra, **{name: json_bytes(value) for name, value in jsons.items()}}.items():
+            write_synced(stage / name, bytes_writer(content))
+        sync_folder(stage)
+        if stage.parent == folder:
+            _replace(folder, stage, set(names))
+        else:
+            os.rename(stage, folder)
+        sync_folder(folder.parent)
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
@@ -253,15 +251,15 @@ def write_safetensors(
     for name in ordered:
         tensor = read(name).detach()
         assert (tuple(tensor.shape), tensor.dtype) == specs[name], f"{name}: {tensor.shape} {tensor.dtype} != {specs[name]}"
-        file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def resize_vocabulary(model: Transformer, new_size: int) -> Transformer:
-    """A model with `new_size` tokens: the same weights, new rows of embedding and head being the mean of the old.
+def resize_vocabulary(model: Transformer, new_size: int) -> None:
+    """Append tokens to `model` in place; new rows of embedding and head are the mean of the old ones.
 
     Args:
-        model: left untouched; all parameters but embedding and head are shared with the result.
-        new_size: at least the present size.
+        model: its embedding and head parameters are replaced, so build optimizers afterwards.
+        new_size: number of tokens, at least the present one.
 
     Raises:
         ConfigError: `new_size` would drop tokens.
@@ -269,17 +267,17 @@ def resize_vocabulary(model: Transformer, new_size: int) -> Transformer:
     old_size = model.config.vocab_size
     if new_size < old_size:
         raise ConfigError(f"vocabulary size {new_size} is below the model's {old_size}; it can only grow")
-    state = dict(model.state_dict())
-    for name in ("embed.weight", "lm_head.weight"):
-        if name in state:
-            rows = state[name]
-            mean = rows.mean(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
-            state[name] = torch.cat((rows, mean.expand(new_size - old_size, -1)))
-    with torch.device("meta"):
-        resized = Transformer(replace(model.config, vocab_size=new_size))
-    resized.load_state_dict(state, strict=True, assign=True)
-    resized.inv_freq = model.inv_freq
-    return resized
+    for module in (model.embed, model.lm_head):
+        if module is not None:
+            rows = module.weight.detach()
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            mean = rows.mean(0, keepdim=True, dtype=wide).to(rows.dtype)
+            grown = torch.cat((rows, mean.expand(new_size - old_size, -1)))
+            module.weight = nn.Parameter(grown, requires_grad=module.weight.requires_grad)
+    model.embed.num_embeddings = new_size
+    if model.lm_head is not None:
+        model.lm_head.out_features = new_size
+    model.config = replace(model.config, vocab_size=new_size)
 
 
 def _check(folder: Path, config: ModelConfig, index: Mapping[str, Path]) -> None:
@@ -323,6 +321,19 @@ def _no_weights(folder: Path) -> str:
 
 def _stored_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if parameter.endswith(_FLOAT32_SUFFIXES) else dtype
+
+
+def _index_json(specs: Mapping[str, TensorSpec], shards: Mapping[str, list[str]]) -> dict[str, Any]:
+    place = {tensor: name for name, shard in shards.items() for tensor in shard}
+    total = sum(_num_bytes(spec) for spec in specs.values())
+    return {"metadata": {"total_size": total}, "weight_map": {tensor: place[tensor] for tensor in sorted(place)}}
+
+
+def _read_extra(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} to copy it: {error.strerror or error}; save without it") from error
 
 
 def _num_bytes(spec: TensorSpec) -> int:

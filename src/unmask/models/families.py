@@ -99,9 +99,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         ConfigError: an unknown family, a missing or ill-typed key, or a key whose value changes the computation in a way
             that is not supported.
     """
-    name = hf.get("model_type")
-    if name not in FAMILIES:
-        raise ConfigError(f"model_type is {name!r}; supported families: {', '.join(FAMILIES)}")
+    name = _family_name(hf)
     family = FAMILIES[name]
     _reject_unsupported(hf)
     hidden_size, num_heads = _integer(hf, "hidden_size"), _integer(hf, "num_attention_heads")
@@ -263,6 +261,13 @@ def _moe_slots(hidden: int, moe: MoEConfig, disk: str, ours: str) -> dict[str, S
     if moe.num_shared:
         found |= _ffn_slots(hidden, ffn * moe.num_shared, False, f"{disk}.shared_experts", f"{ours}.shared")
     return found
+
+
+def _family_name(hf: Mapping[str, Any]) -> str:
+    name = hf.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(f"model_type is {name!r}; supported families: {', '.join(FAMILIES)}")
+    return name
 
 
 def _known_keys(name: str) -> set[str]:

@@ -38,10 +38,7 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
-                writer(file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(temporary, writer)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -51,8 +48,29 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
 
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, completely or not at all (see `atomic_write`)."""
-    content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-    atomic_write(path, lambda file: _write_all(file, content))
+    atomic_write(path, bytes_writer(json_bytes(value)))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def bytes_writer(content: bytes) -> Callable[[BinaryIO], None]:
+    """A writer, as `atomic_write` takes it, of these bytes."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write
+
+
+def write_synced(path: Path, writer: Callable[[BinaryIO], None]) -> None:
+    """Write a file and force it to disk. For files in a staging folder; elsewhere use `atomic_write`."""
+    with path.open("wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -95,10 +113,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _temporary_name(path: Path) -> str:

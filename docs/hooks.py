@@ -1,0 +1,151 @@
+"""What the documentation takes from the code instead of repeating it, and the check that what it names exists.
+
+In a page, a comment of its own paragraph is replaced:
+
+- `help: VERB` by what `unmask VERB --help` prints;
+- `api: DOTTED.NAME` by the signature and docstring of a function, method or class;
+- `recipe: CLASS` by a table of that recipe section's keys; lines `key: text` in the same comment describe the keys
+  whose schema has no description.
+
+Every `unmask....` name and every `tests/....py` path in backticks must exist. What is wrong is logged as a warning, which
+`mkdocs build --strict` turns into a failure. Owns nothing of the site's look; knows of the package only public names.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+ROOT = Path(__file__).parents[1]
+LOG = logging.getLogger("mkdocs.hooks.unmask")
+_PLACE = re.compile(r"^<!-- (help|api|recipe): ?([\w.]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
+_CODE_NAME = re.compile(r"`(unmask(?:\.\w+)+)(?:\(\))?`")
+_TEST_PATH = re.compile(r"`(tests/[\w/.]+)`")
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source|Departs):", re.MULTILINE)
+_WIDTH = 96
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill the places of one page and check the names on it."""
+    where = page.file.src_uri
+    makers = {"help": command_help, "api": api, "recipe": recipe_table}
+    filled = _PLACE.sub(lambda found: makers[found[1]](found[2], found[3], where), markdown)
+    for name in set(_CODE_NAME.findall(markdown)):
+        _resolve(name, where)
+    for path in set(_TEST_PATH.findall(markdown)):
+        if not (ROOT / path).exists():
+            LOG.warning("%s: there is no %s", where, path)
+    return filled
+
+
+def command_help(verb: str, _: str, where: str) -> str:
+    """The help of a command as a code block; of the program itself when `verb` is empty."""
+    command = [str(Path(sys.executable).with_name("unmask")), *verb.split(), "--help"]
+    environment = os.environ | {"COLUMNS": str(_WIDTH), "TYPER_USE_RICH": "0", "NO_COLOR": "1"}
+    try:
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        LOG.warning("%s: `unmask %s --help` failed: %s", where, verb, error)
+        return ""
+    return f"```text\n{ran.stdout.strip()}\n```"
+
+
+def api(name: str, _: str, where: str) -> str:
+    """Signature and docstring of a public name."""
+    thing = _resolve(name, where)
+    if thing is None:
+        return ""
+    node: Any = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    head = node.name
+    if not isinstance(node, ast.ClassDef):
+        pieces = [piece for piece in _split(ast.unparse(node.args)) if piece != "self"]
+        head = f"{node.name}({', '.join(pieces)}) -> {ast.unparse(node.returns)}"
+        if len(head) > _WIDTH:
+            lines = "".join(f"    {piece},\n" for piece in pieces)
+            head = f"{node.name}(\n{lines}) -> {ast.unparse(node.returns)}"
+    return f"```python\n{head}\n```\n\n{_docstring(inspect.getdoc(thing) or '')}"
+
+
+def _split(arguments: str) -> list[str]:
+    """The pieces of an argument list; commas inside brackets do not count."""
+    pieces, depth = [""], 0
+    for char in arguments:
+        depth += (char in "[(") - (char in "])")
+        if char == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += char
+    return [piece.strip() for piece in pieces]
+
+
+def _docstring(text: str) -> str:
+    """Google-style sections as Markdown: arguments as a list, the rest as paragraphs."""
+    lead, *sections = _SECTION.split(text)
+    parts = [lead.strip()]
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        lines = textwrap.dedent(body.strip("\n")).splitlines() if body.startswith("\n") else [body.strip()]
+        items = "\n".join(lines) if title == "Returns" else re.sub(r"(?m)^(\w+): ", r"- `\1`: ", "\n".join(lines))
+        parts.append(f"**{title}**\n\n{items}")
+    return "\n\n".join(parts)
+
+
+def recipe_table(name: str, described: str, where: str) -> str:
+    """The keys of a section: type, default, meaning."""
+    section = _resolve(f"unmask.{name}", where)
+    if section is None:
+        return ""
+    assert issubclass(section, BaseModel)
+    texts = dict(line.split(": ", 1) for line in described.strip().splitlines())
+    schema = section.model_json_schema()
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, value in schema["properties"].items():
+        text = value.get("description") or texts.pop(key, None)
+        if text is None:
+            LOG.warning("%s: key %s of %s has no description, neither in its schema nor on the page", where, key, name)
+        default = _yaml(value["default"]) if "default" in value else "*required*"
+        lines.append(f"| `{key}` | {_kind(value)} | {default} | {text} |".replace(" || ", " \\|\\| "))
+    for key in texts:
+        LOG.warning("%s: %s has no key %s that needs a description", where, name, key)
+    return "\n".join(lines)
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return f"a {schema['$ref'].rpartition('/')[2].removesuffix('Section').lower()} section"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_kind(part) for part in schema["anyOf"])
+    kind = schema["type"]
+    if kind == "array":
+        return f"list of {len(schema['prefixItems'])} numbers" if "prefixItems" in schema else "list"
+    bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {schema[name]:g}" for name, sign in bounds.items() if name in schema]
+    return " ".join([{"object": "mapping"}.get(kind, kind), ", ".join(limits)]).strip()
+
+
+def _yaml(value: Any) -> str:
+    plain = {None: "null", True: "true", False: "false"}
+    if isinstance(value, dict):
+        return "its defaults"
+    spelled = plain[value] if value is None or isinstance(value, bool) else value
+    return f"`{spelled}`"
+
+
+def _resolve(name: str, where: str) -> Any:
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        LOG.warning("%s: there is no %s", where, name)
+        return None

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from helpers import make_tokenizer
+from unmask.data.documents import DocumentStream, Source
+from unmask.data.packing import RowPacker
+from unmask.data.sources import SourceConfig, open_source
+from unmask.data.tokenizer import Tokenizer
+from unmask.errors import ConfigError, DataError
+
+NUM_RECORDS = 11
+FAMILIES = {"chain_sum": {"max_terms": 3}, "leg_counting": {}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def records(start: int, stop: int) -> list[dict[str, Any]]:
+    return [{"text": f"record {number} " + "x" * (number % 4), "id": number} for number in range(start, stop)]
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
+
+
+def text_folder(folder: Path) -> SourceConfig:
+    folder.mkdir()
+    for number, row in enumerate(records(0, NUM_RECORDS)):
+        (folder / f"{number:02}.txt").write_text(row["text"])
+    return SourceConfig(kind="text", path=str(folder))
+
+
+def jsonl_folder(folder: Path) -> SourceConfig:
+    write_jsonl(folder / "a.jsonl", records(0, 4))
+    write_jsonl(folder / "b" / "c.jsonl", records(4, NUM_RECORDS))
+    return SourceConfig(kind="jsonl", path=str(folder))
+
+
+def parquet_folder(folder: Path) -> SourceConfig:
+    write_parquet(folder / "a.parquet", records(0, 5))
+    write_parquet(folder / "b.parquet", records(5, NUM_RECORDS))
+    return SourceConfig(kind="parquet", path=str(folder))
+
+
+def hub_jsonl_folder(folder: Path) -> SourceConfig:
+    write_jsonl(folder / "a.jsonl", records(0, 4))
+    write_jsonl(folder / "b.jsonl", records(4, 5))
+    write_jsonl(folder / "c.jsonl", records(5, NUM_RECORDS))
+    return SourceConfig(kind="huggingface", path=str(folder), shuffle_window=3)
+
+
+def hub_parquet_folder(folder: Path) -> SourceConfig:
+    write_parquet(folder / "a.parquet", records(0, 5))
+    write_parquet(folder / "b.parquet", records(5, NUM_RECORDS))
+    return SourceConfig(kind="huggingface", path=str(folder), shuffle_window=4)
+
+
+def problems(folder: Path) -> SourceConfig:
+    return SourceConfig(kind="reasoning_gym", families=FAMILIES, items_per_epoch=NUM_RECORDS)
+
+
+STORED = [text_folder, jsonl_folder, parquet_folder, hub_jsonl_folder, hub_parquet_folder]
+ALL = [*STORED, problems]
+Maker = Callable[[Path], SourceConfig]
+
+
+def take(tokenizer: Tokenizer, source: Source, count: int) -> list[tuple[int, str]]:
+    """Epoch and text of the next documents."""
+    taken = []
+    for _ in range(count):
+        epoch = source.epoch
+        taken.append((epoch, tokenizer.decode(source.next_document().tokens)))
+    return taken
+
+
+@pytest.mark.parametrize("make", STORED)
+def test_every_pass_has_every_record_once_in_an_order_of_its_own(tmp_path, tokenizer, make: Maker):
+    config = make(tmp_path / "data")
+    source = open_source(config, tokenizer, 5)
+    passes = [take(tokenizer, source, NUM_RECORDS) for _ in range(3)]
+    expected = sorted(row["text"] for row in records(0, NUM_RECORDS))
+    for epoch, taken in enumerate(passes):
+        assert {number for number, _ in taken} == {epoch}
+        assert sorted(text for _, text in taken) == expected
+    orders = {tuple(text for _, text in taken) for taken in passes}
+    other_seed = tuple(text for _, text in take(tokenizer, open_source(config, tokenizer, 6), NUM_RECORDS))
+    assert len(orders | {other_seed}) == 4
+
+
+@pytest.mark.parametrize("make", STORED)
+def test_order_of_the_data_without_shuffling(tmp_path, tokenizer, make: Maker):
+    config = make(tmp_path / "data").model_copy(update={"shuffle": False})
+    taken = take(tokenizer, open_source(config, tokenizer, 5), 2 * NUM_RECORDS)
+    assert [text for _, text in taken] == 2 * [row["text"] for row in records(0, NUM_RECORDS)]
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_state_taken_anywhere_continues_exactly(tmp_path, tokenizer, make: Maker):
+    config = make(tmp_path / "data")
+    source, reference = open_source(config, tokenizer, 5), open_source(config, tokenizer, 5)
+    expected = take(tokenizer, reference, 40)
+    for place in range(26):
+        state = json.loads(json.dumps(source.state_dict()))
+        resumed = open_source(config, tokenizer, 5)
+        take(tokenizer, resumed, 2)
+        resumed.load_state_dict(state)
+        assert take(tokenizer, resumed, 14) == expected[place : place + 14], place
+        assert json.loads(json.dumps(source.state_dict())) == state, "taking a state moves nothing"
+        assert take(tokenizer, source, 1) == expected[place : place + 1]
+
+
+def test_packed_mixture_of_all_kinds_resumes(tmp_path, tokenizer):
+    configs = [make(tmp_path / make.__name__) for make in ALL]
+
+    def open_packer() -> RowPacker:
+        sources = [open_source(config, tokenizer, place) for place, config in enumerate(configs)]
+        return RowPacker(DocumentStream(sources, [1, 2, 1, 1, 1, 3]), 48, pad_id=tokenizer.pad_id, lookahead=7)
+
+    packer, resumed = open_packer(), open_packer()
+    packer.next_rows(9)
+    resumed.load_state_dict(json.loads(json.dumps(packer.state_dict())))
+    ours, theirs = packer.next_rows(12), resumed.next_rows(12)
+    assert ours.tokens_RL.tolist() == theirs.tokens_RL.tolist()
+    assert ours.ordinal_RL.tolist() == theirs.ordinal_RL.tolist()
+    assert ours.epoch_RL.tolist() == theirs.epoch_RL.tolist()
+
+
+def test_problems_are_new_in_every_pass_and_take_turns(tokenizer):
+    source = open_source(problems(Path()), tokenizer, 1)
+    taken = [text for _, text in take(tokenizer, source, 2 * NUM_RECORDS)]
+    assert len(set(taken)) == 2 * NUM_RECORDS
+    assert ["arithmetic" in text for text in taken[:6]] == [True, False] * 3
+    other = take(tokenizer, open_source(problems(Path()), tokenizer, 2), NUM_RECORDS)
+    assert not {text for _, text in other} & set(taken)
+
+
+def test_problem_is_prompt_and_answer(tokenizer):
+    config = SourceConfig(kind="reasoning_gym", families={"chain_sum": {"min_terms": 2, "max_terms": 2}}, chat=False)
+    document = open_source(config, tokenizer, 1).next_document()
+    prompt = tokenizer.decode(document.tokens[~document.maskable])
+    left, sign, right = prompt.split(": ")[1].removesuffix(" =").split()
+    value = int(left) + int(right) if sign == "+" else int(left) - int(right)
+    assert tokenizer.decode(document.tokens[document.maskable]) == str(value)
+
+
+def test_file_pattern_and_single_file(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a1.jsonl", records(0, 2))
+    write_jsonl(tmp_path / "a2.jsonl", records(2, 3))
+    write_jsonl(tmp_path / "b.jsonl", records(3, 9))
+    for path, count in (("a*.jsonl", 3), ("b.jsonl", 6), ("**/*.jsonl", 9)):
+        source = open_source(SourceConfig(kind="jsonl", path=str(tmp_path / path)), tokenizer, 0)
+        assert len(source) == count
+
+
+def test_blank_lines_and_windows_line_ends(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\r\n  \r\n{"text": "two"}')
+    source = open_source(SourceConfig(kind="jsonl", path=str(tmp_path), shuffle=False), tokenizer, 0)
+    assert take(tokenizer, source, 3) == [(0, "one"), (0, "two"), (1, "one")]
+
+
+def test_conversations_in_parquet(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "a", "name": None}]
+    write_parquet(tmp_path / "a.parquet", [{"messages": turns, "prompt": "unused"}])
+    for kind in ("parquet", "huggingface"):
+        document = open_source(SourceConfig(kind=kind, path=str(tmp_path)), tokenizer, 0).next_document()
+        assert tokenizer.decode(document.tokens[document.maskable], skip_special=False) == "a<|im_end|>"
+
+
+def test_options_reach_the_documents(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"q": "2 + 3", "a": "5"}])
+    names = {"prompt_field": "q", "response_field": "a", "path": str(tmp_path), "kind": "jsonl"}
+    document = open_source(SourceConfig(**names, chat=False, supervise="all", eos_fill=16), tokenizer, 0).next_document()
+    assert len(document) == 16
+    assert document.maskable.all()
+    assert tokenizer.decode(document.tokens) == "2 + 35"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n\n{"text": \n', r"data\.jsonl line 3: not a JSON value"),
+        (b'{"text": "a"}\n[1]\n', r"data\.jsonl line 2: list instead of a JSON object"),
+        (b'{"text": "a"}\n{"body": "b"}\n', r"data\.jsonl line 2: no field text, .*; the fields there are: body$"),
+        (b'{"text": "\xff"}\n', r"data\.jsonl line 1: not a JSON value"),
+        (b"\n\n", r"data\.jsonl holds 0 records"),
+    ],
+)
+def test_bad_lines_are_found_when_the_source_is_opened(tmp_path, tokenizer, content, message):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_source(SourceConfig(kind="jsonl", path=str(file)), tokenizer, 0)
+
+
+def test_bad_parquet(tmp_path, tokenizer):
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet"):
+        open_source(config, tokenizer, 0)
+    write_parquet(tmp_path / "a.parquet", [{"body": "x", "id": 1}])
+    with pytest.raises(DataError, match=r"no column text, messages, .*; the columns there are: body, id"):
+        open_source(config, tokenizer, 0)
+    write_parquet(tmp_path / "a.parquet", [{"text": "x"}, {"text": None}])
+    source = open_source(config.model_copy(update={"shuffle": False}), tokenizer, 0)
+    source.next_document()
+    with pytest.raises(DataError, match=r"a\.parquet row 2: no field text"):
+        source.next_document()
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_data_that_is_not_there(tmp_path, tokenizer, kind):
+    with pytest.raises(DataError, match="is no file, folder or pattern that matches a file"):
+        open_source(SourceConfig(kind=kind, path=str(tmp_path / "none*")), tokenizer, 0)
+    with pytest.raises(DataError, match=r"holds no \.\w+ file"):
+        open_source(SourceConfig(kind=kind, path=str(tmp_path)), tokenizer, 0)
+
+
+def test_text_that_is_empty_or_not_utf8(tmp_path, tokenizer):
+    file = tmp_path / "a.txt"
+    file.write_text("")
+    with pytest.raises(DataError, match="holds 0 records"):
+        open_source(SourceConfig(kind="text", path=str(file)), tokenizer, 0)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read as UTF-8"):
+        open_source(SourceConfig(kind="text", path=str(file)), tokenizer, 0).next_document()
+
+
+def test_bad_hub_datasets(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_source(SourceConfig(kind="huggingface", path=str(tmp_path / "none")), tokenizer, 0)
+    write_jsonl(tmp_path / "data" / "a.jsonl", [{"body": "x"}])
+    config = SourceConfig(kind="huggingface", path=str(tmp_path / "data"))
+    with pytest.raises(DataError, match="nowhere"):
+        open_source(config.model_copy(update={"split": "nowhere"}), tokenizer, 0)
+    with pytest.raises(DataError, match=r"shard 0 window 0 record 0: no field text, .*: body$"):
+        open_source(config, tokenizer, 0).next_document()
+
+
+@pytest.mark.parametrize(
+    ("families", "message"),
+    [
+        ({"chain_summ": {}}, "chain_summ is no family of reasoning-gym; use one of .*chain_sum"),
+        ({"chain_sum": {"terms": 3}}, "family chain_sum is refused"),
+        ({"chain_sum": {"min_terms": 5, "max_terms": 2}}, "family chain_sum is refused"),
+        ({"chain_sum": {"seed": 3}}, "seed of family chain_sum is set by the source"),
+    ],
+)
+def test_bad_families(tokenizer, families, message):
+    with pytest.raises(ConfigError, match=message):
+        open_source(SourceConfig(kind="reasoning_gym", families=families), tokenizer, 0)
+
+
+def test_state_of_other_data_is_refused(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", records(0, 3))
+    config = SourceConfig(kind="jsonl", path=str(tmp_path))
+    state = open_source(config, tokenizer, 0).state_dict()
+    write_jsonl(tmp_path / "a.jsonl", records(0, 4))
+    with pytest.raises(DataError, match="holds 4 records, 3 when the job was saved"):
+        open_source(config, tokenizer, 0).load_state_dict(state)
+    hub = hub_jsonl_folder(tmp_path / "hub")
+    state = open_source(hub, tokenizer, 0).state_dict()
+    with pytest.raises(DataError, match="window_size 4, 3 when the job was saved"):
+        open_source(hub.model_copy(update={"shuffle_window": 4}), tokenizer, 0).load_state_dict(state)
+    state = open_source(problems(tmp_path), tokenizer, 0).state_dict()
+    other = problems(tmp_path).model_copy(update={"items_per_epoch": 4})
+    with pytest.raises(DataError, match="makes 4 items an epoch, 11"):
+        open_source(other, tokenizer, 0).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kind": "csv", "path": "x"}, "kind"),
+        ({"kind": "jsonl"}, "a jsonl source has no path"),
+        ({"kind": "jsonl", "path": "x", "split": "test"}, "split has no effect on a jsonl source"),
+        ({"kind": "text", "path": "x", "chat": False}, "chat has no effect on a text source"),
+        ({"kind": "jsonl", "path": "x", "unknown": 1}, "unknown"),
+        ({"kind": "jsonl", "path": "x", "weight": 0}, "weight"),
+        ({"kind": "jsonl", "path": "x", "weight": float("inf")}, "weight"),
+        ({"kind": "jsonl", "path": "x", "eos_fill": 0}, "eos_fill"),
+        ({"kind": "jsonl", "path": "x", "supervise": "none"}, "supervise"),
+        ({"kind": "huggingface"}, "both or neither of id and path"),
+        ({"kind": "huggingface", "id": "a/b", "path": "x"}, "both or neither of id and path"),
+        ({"kind": "reasoning_gym"}, "has no families"),
+        ({"kind": "reasoning_gym", "families": {}}, "has no families"),
+        ({"kind": "reasoning_gym", "families": {"chain_sum": {}}, "path": "x"}, "path has no effect"),
+    ],
+)
+def test_bad_configs(config, message):
+    with pytest.raises(ValidationError, match=message):
+        SourceConfig(**config)
+
+
+def test_config_survives_serialising():
+    """What is written into a checkpoint's recipe can be read again."""
+    for config in (SourceConfig(kind="jsonl", path="x", eos_fill=32), problems(Path())):
+        assert SourceConfig.model_validate(json.loads(config.model_dump_json())) == config

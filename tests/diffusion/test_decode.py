@@ -1,0 +1,211 @@
+"""The denoising decision: quotas, acceptance, candidates and the distribution they are drawn from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unmask.diffusion.decode import DecodeRules, accept, candidates, filtered_probabilities, step_quota
+from unmask.errors import RequestError
+
+VOCAB = 12
+CONFIDENCES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]), min_size=1, max_size=10)
+
+
+def logits_of(seed: int, count: int = 6, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 70), st.integers(1, 100))
+def test_quotas_fill_the_block_with_the_remainder_first(block_size: int, steps: int) -> None:
+    rules = DecodeRules(block_size=block_size, steps=steps)
+    quotas = [step_quota(step, rules) for step in range(steps)]
+    assert sum(quotas) == block_size
+    assert quotas == sorted(quotas, reverse=True)
+    assert max(quotas) - min(quotas) <= 1
+
+
+def accept_by_hand(confidence: list[float], undecided: list[bool], threshold: float, quota: int) -> list[bool]:
+    open_places = [i for i, yes in enumerate(undecided) if yes]
+    chosen = [i for i in open_places if confidence[i] > threshold]
+    if len(chosen) < quota:
+        chosen = sorted(open_places, key=lambda i: (-confidence[i], i))[:quota]
+    return [i in chosen for i in range(len(confidence))]
+
+
+@given(CONFIDENCES, st.data(), st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 1.0]), st.integers(0, 12))
+def test_accept_equals_its_definition(confidence: list[float], data: st.DataObject, threshold: float, quota: int) -> None:
+    """The confidences repeat and hit the threshold exactly: ties and `>` against `>=` both matter."""
+    undecided = data.draw(st.lists(st.booleans(), min_size=len(confidence), max_size=len(confidence)))
+    found = accept(torch.tensor(confidence), torch.tensor(undecided), threshold, quota)
+    assert found.tolist() == accept_by_hand(confidence, undecided, threshold, quota)
+
+
+def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
+    every = torch.ones(3, dtype=torch.bool)
+    assert accept(torch.tensor([0.5, 0.75, 0.25]), every, 0.5, 0).tolist() == [False, True, False]
+    assert not accept(torch.ones(3), every, 1.0, 0).any()
+
+
+def test_ties_go_to_the_lowest_position() -> None:
+    confidence, undecided = torch.full((40,), 0.5), torch.arange(40) >= 3
+    assert torch.nonzero(accept(confidence, undecided, 0.9, 4))[:, 0].tolist() == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_temperature_zero_is_argmax_whatever_the_seed_and_filters(dtype: torch.dtype) -> None:
+    logits, positions = logits_of(0, 50).to(dtype), torch.arange(50)
+    expected = logits.argmax(-1)
+    for seed in range(20):
+        for filters in ({}, {"top_k": 1, "top_p": 0.1}):
+            rules = DecodeRules(seed=seed, **filters)  # type: ignore[arg-type]
+            token, confidence = candidates(logits, positions, seed, rules, None)
+            assert torch.equal(token, expected)
+            assert confidence.dtype == torch.float32
+            full = logits.float().softmax(-1).gather(1, expected[:, None])[:, 0]
+            torch.testing.assert_close(confidence, full)
+
+
+def test_argmax_ties_take_the_lowest_id() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[0, [3, 7]] = 1.0
+    assert candidates(logits, torch.arange(2), 0, DecodeRules(), None)[0].tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
+def test_the_mask_token_is_never_a_candidate(temperature: float) -> None:
+    logits = logits_of(1, 500)
+    logits[:, 4] = 30.0
+    token, confidence = candidates(logits, torch.arange(500), 0, DecodeRules(temperature=temperature), 4)
+    assert (token != 4).all()
+    others = logits.clone()
+    others[:, 4] = float("-inf")
+    expected = (others / (temperature or 1.0)).softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(confidence, expected)
+    unbanned, _ = candidates(logits, torch.arange(500), 0, DecodeRules(), None)
+    assert (unbanned == 4).all()
+
+
+def filter_by_hand(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """Temperature, then top-k, then top-p, in plain floats."""
+    weights = {i: math.exp(x / temperature) for i, x in enumerate(logits)}
+    order = sorted(weights, key=lambda i: -weights[i])
+    if top_k is not None:
+        order = order[:top_k]
+    total = sum(weights[i] for i in order)
+    if top_p is not None:
+        kept, mass = [], 0.0
+        for i in order:
+            kept.append(i)
+            mass += weights[i] / total
+            if mass >= top_p:
+                break
+        order, total = kept, sum(weights[i] for i in kept)
+    return [weights[i] / total if i in order else 0.0 for i in range(len(logits))]
+
+
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.sampled_from([None, 1, 2, 5, VOCAB, 100]),
+    st.sampled_from([None, 0.013, 0.4137, 0.9, 0.9991, 1.0]),
+)
+def test_filters_equal_their_definition(seed: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    logits = logits_of(seed, 3)
+    rules = DecodeRules(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = filtered_probabilities(logits, rules)
+    assert found.dtype == torch.float32
+    expected = torch.tensor([filter_by_hand(row, temperature, top_k, top_p) for row in logits.double().tolist()])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_top_k_keeps_every_tied_token_and_top_p_at_least_one() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
+    kept = filtered_probabilities(logits, DecodeRules(temperature=1.0, top_k=2)) > 0
+    assert kept.tolist() == [[True, True, True, False]]
+    best = filtered_probabilities(logits, DecodeRules(temperature=1.0, top_p=1e-9))
+    assert best.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9}])
+def test_draws_follow_the_filtered_distribution(filters: dict[str, Any]) -> None:
+    count = 20_000
+    rules = DecodeRules(temperature=1.3, seed=4, **filters)
+    logits = logits_of(9, 1).expand(count, VOCAB)
+    token, confidence = candidates(logits, torch.arange(count), 0, rules, 2)
+    banned = logits[0].clone()
+    banned[2] = float("-inf")
+    expected = filtered_probabilities(banned[None], rules)[0]
+    frequency = torch.bincount(token, minlength=VOCAB).double() / count
+    sigma = (expected * (1 - expected) / count).sqrt().double()
+    assert ((frequency - expected).abs() <= 4 * sigma).all()
+    assert not frequency[expected == 0].any()
+    torch.testing.assert_close(confidence, expected[token])
+
+
+def test_seed_step_and_position_key_the_draw() -> None:
+    logits = torch.zeros(400, VOCAB)
+    positions = torch.arange(400)
+
+    def draw(seed: int = 0, step: int = 0, shift: int = 0) -> Tensor:
+        return candidates(logits, positions + shift, step, DecodeRules(temperature=1.0, seed=seed), None)[0]
+
+    base = draw()
+    assert torch.equal(draw(), base)
+    assert torch.equal(draw(shift=1)[:-1], base[1:]), "the absolute position counts, not the place in the call"
+    for other in (draw(seed=1), draw(step=1), draw(shift=400)):
+        assert float((other != base).float().mean()) == pytest.approx(1 - 1 / VOCAB, abs=0.06)
+
+
+@given(st.permutations(range(6)), st.integers(1, 6), st.sampled_from([0.0, 1.0]))
+def test_a_position_does_not_depend_on_the_others_in_the_call(order: list[int], count: int, temperature: float) -> None:
+    logits, positions = logits_of(2), torch.tensor([3, 4, 9, 10, 30, 31])
+    rules = DecodeRules(temperature=temperature, top_k=8, top_p=0.95, seed=1)
+    token, confidence = candidates(logits, positions, 3, rules, 0)
+    part = torch.tensor(order[:count])
+    some_token, some_confidence = candidates(logits[part], positions[part], 3, rules, 0)
+    assert torch.equal(some_token, token[part])
+    torch.testing.assert_close(some_confidence, confidence[part], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 0}, "block size is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0; a block needs at least 1"),
+        ({"threshold": 1.01}, "threshold is 1.01; a probability lies in [0, 1]"),
+        ({"threshold": -0.1}, "threshold is -0.1; a probability lies in [0, 1]"),
+        ({"threshold": math.nan}, "threshold is nan; a probability lies in [0, 1]"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be 0 (argmax) or positive and finite"),
+        ({"temperature": math.inf}, "temperature is inf; it must be 0 (argmax) or positive and finite"),
+        ({"temperature": math.nan}, "temperature is nan; it must be 0 (argmax) or positive and finite"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1, or left out"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must lie in (0, 1], or be left out"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must lie in (0, 1], or be left out"),
+        ({"top_p": math.nan}, "top_p is nan; it must lie in (0, 1], or be left out"),
+    ],
+)
+def test_impossible_rules_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        DecodeRules(**arguments)
+    assert str(error.value) == message
+
+
+def test_the_borders_of_the_rules_are_allowed() -> None:
+    rules = DecodeRules(block_size=1, threshold=0.0, steps=1, temperature=0.0, top_k=1, top_p=1.0)
+    assert step_quota(0, rules) == 1
+    assert DecodeRules(threshold=1.0).threshold == 1.0
+    assert DecodeRules() == DecodeRules(block_size=32, threshold=0.95, steps=32, temperature=0.0, seed=0)
+
+
+def test_a_tiny_temperature_is_close_to_argmax() -> None:
+    logits = logits_of(3, 200)
+    token, confidence = candidates(logits, torch.arange(200), 0, DecodeRules(temperature=1e-3), None)
+    assert float((token == logits.argmax(-1)).float().mean()) > 0.98
+    assert torch.isfinite(confidence).all()
