@@ -61,10 +61,10 @@ lint: $(STAMP) ## ruff, mypy --strict, import-linter (layers), codespell
 	$(BIN)/codespell
 
 docs: $(STAMP) ## Build the documentation into site/, warnings being errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(STAMP) ## Show the documentation on this machine, rebuilt at every change
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
 	@scripts="$(or $(ARGS),$(sort $(wildcard benchmarks/*.py)))"; \

@@ -67,26 +67,34 @@ def api(name: str, _: str, where: str) -> str:
     if thing is None:
         return ""
     node: Any = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
-    head = node.name
-    if not isinstance(node, ast.ClassDef):
-        pieces = [piece for piece in _split(ast.unparse(node.args)) if piece != "self"]
-        head = f"{node.name}({', '.join(pieces)}) -> {ast.unparse(node.returns)}"
+    if isinstance(node, ast.ClassDef):
+        fields = [ast.unparse(line) for line in node.body if isinstance(line, ast.AnnAssign)]
+        head = "\n    ".join([f"class {node.name}:", *fields])
+    else:
+        pieces, returns = _arguments(node.args), ast.unparse(node.returns)
+        head = f"{node.name}({', '.join(pieces)}) -> {returns}"
         if len(head) > _WIDTH:
             lines = "".join(f"    {piece},\n" for piece in pieces)
-            head = f"{node.name}(\n{lines}) -> {ast.unparse(node.returns)}"
+            head = f"{node.name}(\n{lines}) -> {returns}"
     return f"```python\n{head}\n```\n\n{_docstring(inspect.getdoc(thing) or '')}"
 
 
-def _split(arguments: str) -> list[str]:
-    """The pieces of an argument list; commas inside brackets do not count."""
-    pieces, depth = [""], 0
-    for char in arguments:
-        depth += (char in "[(") - (char in "])")
-        if char == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += char
-    return [piece.strip() for piece in pieces]
+def _arguments(arguments: ast.arguments) -> list[str]:
+    """Each argument as it is written in a signature, `self` left out."""
+
+    def spell(argument: ast.arg, default: ast.expr | None, stars: str = "") -> str:
+        annotation = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
+        return f"{stars}{argument.arg}{annotation}" + (f" = {ast.unparse(default)}" if default else "")
+
+    plain = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
+    pieces = [spell(*pair) for pair in zip(plain, defaults, strict=True) if pair[0].arg != "self"]
+    if arguments.vararg is not None:
+        pieces.append(spell(arguments.vararg, None, "*"))
+    elif arguments.kwonlyargs:
+        pieces.append("*")
+    pieces += [spell(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return pieces if arguments.kwarg is None else [*pieces, spell(arguments.kwarg, None, "**")]
 
 
 def _docstring(text: str) -> str:
@@ -95,7 +103,7 @@ def _docstring(text: str) -> str:
     parts = [lead.strip()]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         lines = textwrap.dedent(body.strip("\n")).splitlines() if body.startswith("\n") else [body.strip()]
-        items = "\n".join(lines) if title == "Returns" else re.sub(r"(?m)^(\w+): ", r"- `\1`: ", "\n".join(lines))
+        items = "\n".join(lines) if title == "Returns" else re.sub(r"(?m)^(\w+(?:, \w+)*): ", r"- `\1`: ", "\n".join(lines))
         parts.append(f"**{title}**\n\n{items}")
     return "\n\n".join(parts)
 
@@ -122,7 +130,7 @@ def recipe_table(name: str, described: str, where: str) -> str:
 
 def _kind(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
-        return f"a {schema['$ref'].rpartition('/')[2].removesuffix('Section').lower()} section"
+        return f"section `{schema['$ref'].rpartition('/')[2].removesuffix('Section').lower()}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "anyOf" in schema:

@@ -1,7 +1,7 @@
 """unmask: from an autoregressive checkpoint to a block-diffusion language model, and fast decoding from it.
 
-Public interface: `load(path_or_id, dtype=...)` gives a `LanguageModel` with `generate`, `generate_ids` and `logits`. Errors a user
-can cause are `UnmaskError`s. Imports are lazy so that `import unmask` costs nothing.
+Public interface: `load(path_or_id, dtype=...)` gives a `LanguageModel` with `generate`, `generate_ids` and `logits`. Errors a
+user can cause are `UnmaskError`s. Imports are lazy so that `import unmask` costs nothing.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ PLACES = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2))
 
 
 def table(query: Place, key: Place) -> bool:
-    """ALGORITHMS section 1, row by row."""
+    """Who may attend to whom, row by row."""
     if query[0] != key[0]:
         return False
     query_is_clean, key_is_clean = query[2] == CLEAN, key[2] == CLEAN

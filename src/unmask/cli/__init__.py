@@ -1,1 +1,1 @@
-"""unmask.cli"""
+"""The command line: one small file per verb, everything heavy imported inside it."""

@@ -69,7 +69,7 @@ class Source(Protocol):
         ...
 
     def next_document(self) -> Document:
-        """The next document; raises DataError when it cannot be read."""
+        """The next document; raises StopIteration after the last of a source that ends, DataError for unreadable data."""
         ...
 
     def state_dict(self) -> State:
@@ -131,6 +131,7 @@ class DocumentStream:
         self._weights = weights
         self._epochs = epochs
         self._taken = [0] * len(self._sources)
+        self._ended: set[int] = set()
 
     @property
     def num_samples(self) -> int:
@@ -142,15 +143,24 @@ class DocumentStream:
 
     def __next__(self) -> Sample:
         """The next sample; raises StopIteration when `epochs` passes are through, DataError for unreadable data."""
-        open_places = [i for i, source in enumerate(self._sources) if self._epochs is None or source.epoch < self._epochs]
-        if not open_places:
-            raise StopIteration
-        place = min(open_places, key=lambda i: ((self._taken[i] + 0.5) / self._weights[i], i))
-        source = self._sources[place]
-        epoch, ordinal = source.epoch, self.num_samples
-        document = source.next_document()
+        while True:
+            places = [place for place in range(len(self._sources)) if self._is_open(place)]
+            if not places:
+                raise StopIteration
+            place = min(places, key=lambda i: ((self._taken[i] + 0.5) / self._weights[i], i))
+            source = self._sources[place]
+            epoch, ordinal = source.epoch, self.num_samples
+            try:
+                document = source.next_document()
+            except StopIteration:
+                self._ended.add(place)
+                continue
+            break
         self._taken[place] += 1
         return Sample(epoch=epoch, ordinal=ordinal, document=document)
+
+    def _is_open(self, place: int) -> bool:
+        return place not in self._ended and (self._epochs is None or self._sources[place].epoch < self._epochs)
 
     def state_dict(self) -> State:
         """The place of every source, JSON-able."""

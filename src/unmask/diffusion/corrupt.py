@@ -99,13 +99,14 @@ def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[N
     """Draw the masks of one corruption, or of a complementary pair.
 
     Bernoulli: each maskable token of a block is masked with probability t, weight 1/t; the complement has rate 1 - t.
-    Fixed count: with m maskable tokens in the block, k of them are masked, weight m/k. Alone, k is uniform on 1..m; in a
-    pair, k = round(u m) so that both members together have that law. Block size 1: everything is masked with weight 1.
+    Fixed count: with m maskable tokens in the block, k of them are masked. Alone, k is uniform on 1..m with weight m/k; in a
+    pair, k is uniform on 0..m, so that both members have the same law, with weights (m + 1)/k and (m + 1)/(m - k).
+    Block size 1: everything is masked with weight 1.
 
     Returns:
         One `NoisyCopy`, or two that partition the maskable tokens.
 
-    Source: LLaDA2.0 Eqs 1-3, complementary masking section 4.1; ALGORITHMS: exact check (B/k weighting).
+    Source: LLaDA2.0 Eqs 1-3, complementary masking section 4.1. Departs: fixed-count masks are ours, equal in expectation.
     """
     key = NoiseKey(seed, rows.epoch_RL)
     maskable_RL = rows.maskable_RL
@@ -121,11 +122,13 @@ def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[N
         second = NoisyCopy(maskable_RL & ~masked_RL, 1 - t_RL, elbo_weight(1 - t_RL))
     else:
         size_RL, rank_RL = _rank_in_block(rows, block_RL, u_RL)
-        count_RL = (t_RL * size_RL + 0.5).floor() if config.num_copies == 2 else (t_RL * size_RL).ceil().clamp(min=1)
+        paired = config.num_copies == 2
+        levels_RL = size_RL + 1 if paired else size_RL
+        count_RL = (t_RL * levels_RL).ceil().clamp(min=1) - (1 if paired else 0)
         masked_RL = maskable_RL & (rank_RL < count_RL)
-        first = NoisyCopy(masked_RL, count_RL / size_RL, size_RL / count_RL)
+        first = NoisyCopy(masked_RL, count_RL / size_RL, levels_RL / count_RL)
         rest_RL = size_RL - count_RL
-        second = NoisyCopy(maskable_RL & ~masked_RL, rest_RL / size_RL, size_RL / rest_RL)
+        second = NoisyCopy(maskable_RL & ~masked_RL, rest_RL / size_RL, levels_RL / rest_RL)
     return [first, second][: config.num_copies]
 
 

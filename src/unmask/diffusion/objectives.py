@@ -80,7 +80,7 @@ def exact_block_nelbo(nll_of: Callable[[Sequence[int]], Tensor], maskable: Seque
     Returns:
         Scalar in nats, *not* divided by the number of tokens.
 
-    Source: ALGORITHMS section 2 (exact check), from LLaDA2.0 Eq. 1 integrated over t.
+    Source: LLaDA2.0 Eq. 1 integrated over t: a rate drawn uniformly makes every mask size 1..m equally likely.
     """
     m = len(maskable)
     total = torch.zeros((), dtype=torch.float64)

@@ -59,7 +59,8 @@ def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Band
     Returns:
         float32 rates in (low, high].
 
-    Source: LLaDA2.0 section 3; BD3-LM's stratified sampler. Departs: strata come from a Weyl sequence instead of sorting the batch.
+    Source: LLaDA2.0 section 3; BD3-LM's stratified sampler.
+    Departs: strata come from a Weyl sequence instead of sorting the batch.
     """
     state = key.scalar("t") + document * GOLDEN + block * PLASTIC
     return bandwidth.scale(to_unit(state)).to(torch.float32)

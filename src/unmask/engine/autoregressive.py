@@ -18,6 +18,9 @@ from unmask.engine.completion import Completion, OnStep, Prompt, Step, finish
 from unmask.errors import RequestError
 from unmask.models.transformer import Transformer
 
+_SHRINK_SHARE = 0.75
+"""Sequences still going, as a share of the batch, at which ended ones leave it: leaving copies the cache."""
+
 
 @torch.inference_mode()
 def generate_autoregressive(
@@ -60,19 +63,21 @@ def generate_batch(
     tokens_BT = torch.tensor([[0] * (width - len(p.ids)) + list(p.ids) for p in prompts], device=device)
     cache = KVCache(model.config, width + budget, batch=len(prompts), dtype=model.embed.weight.dtype, device=device)
     generated: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
+    rows, forwards = list(range(len(prompts))), 0
     while rows:
         hidden_BD = _forward(model, cache, tokens_BT, pad_B)
         position_B = cache.length - pad_B
         token_B, _ = candidates(model.head(hidden_BD), position_B, 0, rules, mask_id)
         for row, token in zip(rows, token_B.tolist(), strict=True):
-            generated[row].append(token)
-        if on_step is not None and rows[0] == 0:
-            first = generated[0]
-            on_step(Step(int(position_B[0]), 0, (first[-1],), (first[-1],), (True,), len(first)))
+            if not _ended(generated[row], prompts[row]):
+                generated[row].append(token)
+        forwards += 1
+        if on_step is not None and len(generated[0]) == forwards:
+            last = generated[0][-1]
+            on_step(Step(int(position_B[0]), 0, (last,), (last,), (True,), forwards))
         going = [i for i, row in enumerate(rows) if not _ended(generated[row], prompts[row])]
         tokens_BT = token_B[:, None]
-        if len(going) < len(rows):
+        if len(going) <= _SHRINK_SHARE * len(rows):
             rows = [rows[i] for i in going]
             index = torch.tensor(going, dtype=torch.int64, device=device)
             cache.keep_rows(index)
@@ -81,7 +86,7 @@ def generate_batch(
 
 
 def _ended(ids: list[int], prompt: Prompt) -> bool:
-    return ids[-1] in prompt.eos_ids or len(ids) >= prompt.max_new_tokens
+    return (bool(ids) and ids[-1] in prompt.eos_ids) or len(ids) >= prompt.max_new_tokens
 
 
 def _forward(model: Transformer, cache: KVCache, tokens_BT: Tensor, pad_B: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class LanguageModel:
         if chat is None:
             chat = tokenizer.has_chat_template
         if not chat:
-            return tokenizer.encode(text)
+            return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
         if not tokenizer.has_chat_template:
             raise RequestError(f"model {self.name} has no chat template; use plain text (--raw)")
         return tokenizer.chat([{"role": "user", "content": text}], add_generation_prompt=True)

@@ -28,7 +28,7 @@ def generate_reference(model: Transformer, prompt: Prompt, rules: DecodeRules, m
     Returns:
         The completion; `forwards` counts the passes made here.
 
-    Source: LLaDA2.0 section 5; ALGORITHMS section 5.
+    Source: LLaDA2.0 section 5.
     """
     prompt.check(model.config)
     size = rules.block_size

@@ -37,11 +37,16 @@ def sdpa(q_BHTS: Tensor, k_BGKS: Tensor, v_BGKS: Tensor, mask: Tensor | None) ->
     """
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"attention mask has dtype {mask.dtype}; it must be torch.bool")
-    groups = q_BHTS.shape[1] // k_BGKS.shape[1]
-    if groups > 1:
-        k_BGKS = k_BGKS.repeat_interleave(groups, dim=1)
-        v_BGKS = v_BGKS.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q_BHTS, k_BGKS, v_BGKS, attn_mask=mask)
+    batch, heads, length, size = q_BHTS.shape
+    shared = heads // k_BGKS.shape[1]
+    if shared == 1:
+        return F.scaled_dot_product_attention(q_BHTS, k_BGKS, v_BGKS, attn_mask=mask)
+    # Heads that share keys become extra queries of one head: no copy of keys and values.
+    q_BGQS = q_BHTS.reshape(batch, -1, shared * length, size)
+    if mask is not None and length > 1:
+        mask = mask.repeat(*(1,) * (mask.ndim - 2), shared, 1)
+    out = F.scaled_dot_product_attention(q_BGQS, k_BGKS, v_BGKS, attn_mask=mask)
+    return out.reshape(batch, heads, length, size)
 
 
 class DenseAttend:

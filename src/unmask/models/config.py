@@ -39,7 +39,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixture of experts with the group-limited sigmoid router of Ling 2.0 (ALGORITHMS: group, select, normalise, scale)."""
+    """Mixture of experts with the group-limited sigmoid router of Ling 2.0: group, select, normalise, scale."""
 
     num_experts: int
     num_active: int

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(_temporary_name(path))
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent, path)
         try:
             write_synced(temporary, writer)
             os.replace(temporary, path)
@@ -116,17 +118,26 @@ def sync_folder(folder: Path) -> None:
 
 
 def _temporary_name(path: Path) -> str:
-    return f".{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}"
+    """A hidden name that says who is writing, and is unique among that process's threads."""
+    return f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}{_MARK}{socket.gethostname()}-"
 
 
 def _remove_abandoned(parent: Path, target: Path) -> None:
-    prefix = f".{target.name}{_MARK}{socket.gethostname()}-"
+    """Delete what a killed process left while writing `target`; another machine's processes cannot be judged from here."""
     for entry in parent.iterdir():
-        if not entry.name.startswith(prefix):
+        if not entry.name.startswith(_prefix(target)):
             continue
-        owner = entry.name.removeprefix(prefix)
-        if owner.isdigit() and (int(owner) == os.getpid() or not _is_running(int(owner))):
+        pid = entry.name.removeprefix(_prefix(target)).split("-")[0]
+        if not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

@@ -55,7 +55,7 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     if model == EMBEDDED_DIFFUSION:
         return _embedded_diffusion(cache_folder(cache))
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _download(model)

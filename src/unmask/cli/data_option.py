@@ -1,0 +1,48 @@
+"""What `--data` means: one word from a user to one source of a recipe.
+
+Owns the guess at a source's kind. Whether the source is any good is `data.sources`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from unmask.errors import ConfigError
+
+GENERATED_PREFIX = "reasoning_gym:"
+_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
+_WAYS = "use a .jsonl, .parquet or .txt file, a folder of such, a Hugging Face dataset id, or reasoning_gym:FAMILY"
+
+
+def source_of(data: str) -> dict[str, object]:
+    """The source that `data` names, as a recipe spells it.
+
+    Args:
+        data: a file, a folder of files of one kind, a pattern, `reasoning_gym:family[,family...]`, or the id of a dataset.
+
+    Raises:
+        ConfigError: it is nothing of the sort.
+    """
+    if data.startswith(GENERATED_PREFIX):
+        families = [family.strip() for family in data.removeprefix(GENERATED_PREFIX).split(",")]
+        return {"kind": "reasoning_gym", "families": {family: {} for family in families}}
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return {"kind": _kind_of_folder(path), "path": data}
+    if path.suffix in _KINDS:
+        return {"kind": _KINDS[path.suffix], "path": data}
+    if path.exists():
+        raise ConfigError(f"--data {data}: '{path.suffix}' files cannot be read; {_WAYS}")
+    if _HUB_ID.fullmatch(data):
+        return {"kind": "huggingface", "id": data}
+    raise ConfigError(f"--data {data}: no such file; {_WAYS}")
+
+
+def _kind_of_folder(folder: Path) -> str:
+    found = [kind for suffix, kind in _KINDS.items() if any(folder.rglob(f"*{suffix}"))]
+    if len(found) != 1:
+        what = f"files of {len(found)} kinds ({', '.join(found)})" if found else "no data files"
+        raise ConfigError(f"--data {folder}: the folder holds {what}; {_WAYS}")
+    return found[0]

@@ -1,0 +1,120 @@
+"""The conversion inside `unmask demo`: data the model writes itself, and a budget that fits the time.
+
+Owns the prompts, the time box and the terminal plot. Training is `train.convert`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+
+from unmask.cli.progress import showing_progress
+from unmask.diffusion.corrupt import corrupt
+from unmask.diffusion.decode import DecodeRules
+from unmask.engine.autoregressive import generate_batch
+from unmask.engine.completion import Prompt
+from unmask.engine.model import LanguageModel
+from unmask.train.convert import ConvertResult, build_parts, convert
+from unmask.train.metrics import read_metrics, smoothed
+from unmask.train.recipe import Recipe, load_recipe
+from unmask.train.state import list_checkpoints
+from unmask.train.step import score_stream
+
+ANSWER_TOKENS = 64
+PROMPTS = (
+    "What is the capital of France?",
+    "What is the capital of Japan?",
+    "What is the largest ocean?",
+    "Who wrote Romeo and Juliet?",
+    "What do bees make?",
+    "What color is the sky on a clear day?",
+    "How many legs does a spider have?",
+    "What is photosynthesis?",
+    "Why do we sleep?",
+    "What is gravity?",
+    "Name three fruits.",
+    "Name two planets.",
+    "What is a volcano?",
+    "How do fish breathe?",
+    "What is the opposite of hot?",
+    "Give me a tip for learning a language.",
+    "What is water made of?",
+    "Why is exercise good for you?",
+    "What is a poem?",
+    "How do I boil an egg?",
+    "What does a doctor do?",
+    "What is the moon?",
+    "Describe a cat in one sentence.",
+    "Say something kind to a friend.",
+)
+# Of the measured speed of bare steps, what is left beside the optimiser, loading and saving.
+_USABLE_SHARE = 0.6
+
+
+def write_answers(model: LanguageModel, path: Path) -> int:
+    """Let the model answer the built-in prompts, all at once, into a jsonl file; returns how many tokens it wrote."""
+    eos_ids = frozenset(model.config.eos_ids)
+    requests = [Prompt(tuple(model.encode_prompt(f"{prompt} Answer briefly.")), ANSWER_TOKENS, eos_ids) for prompt in PROMPTS]
+    answers = generate_batch(model.transformer, requests, DecodeRules())
+    tokenizer = model.tokenizer
+    assert tokenizer is not None, "encode_prompt refuses a model without a tokenizer"
+    pairs = [(prompt, tokenizer.decode(answer.ids).strip()) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs if response]
+    path.write_text("".join(lines), encoding="utf-8")
+    return sum(len(answer.ids) for answer in answers)
+
+
+def plan_conversion(answers: Path, seconds: float) -> Recipe:
+    """The demo's recipe with as many tokens as this machine should manage in `seconds`, found by timing two bare steps."""
+    path = Path(str(resources.files("unmask.cli") / "demo_recipe.yaml"))
+    overrides = [f"data.sources.0.path={json.dumps(str(answers))}"]
+    recipe = load_recipe(path, overrides)
+    rate = _tokens_per_second(recipe)
+    at_least = 3 * recipe.train.batch_rows * recipe.data.row_length
+    tokens = max(at_least, round(rate * seconds * _USABLE_SHARE))
+    return load_recipe(path, [*overrides, f"train.tokens={tokens}"])
+
+
+def run_conversion(console: Console, recipe: Recipe, out: Path, seconds: float) -> ConvertResult:
+    """Convert, stopping after `seconds` whatever was planned; the folder in the result is a model's in either case."""
+    deadline = time.monotonic() + seconds
+    with showing_progress(console, recipe.train.tokens) as on_record:
+        result = convert(recipe, out, on_record=on_record, should_stop=lambda: time.monotonic() > deadline)
+    if result.finished:
+        return result
+    return replace(result, folder=list_checkpoints(out)[-1] / "model")
+
+
+def terminal_plot(metrics: Path, width: int) -> str:
+    """The smoothed training loss over tokens, drawn with characters; empty before the first step."""
+    from plotext import figure
+
+    train = [record for record in read_metrics(metrics) if record["kind"] == "train"]
+    if not train:
+        return ""
+    figure.clear()
+    figure.theme("colorless")
+    figure.plot_size(width, 15)
+    figure.title("loss (nats per token, smoothed) over tokens")
+    figure.draw(figure.signal([record["tokens"] for record in train], smoothed(record["loss"] for record in train)))
+    drawn: str = figure.build().string(colorless=True)
+    return drawn
+
+
+def _tokens_per_second(recipe: Recipe) -> float:
+    """Speed of forward and backward passes, the second of two: the first one warms up."""
+    parts = build_parts(recipe)
+    corruption = recipe.objective.corruption(parts.mask_id, recipe.decode_block_size)
+    rate = 0.0
+    for _ in range(2):
+        rows = parts.packer.next_rows(recipe.train.micro_rows)
+        started = time.perf_counter()
+        stream = corrupt(rows.to(parts.model.embed.weight.device), corruption, recipe.train.seed)
+        score_stream(parts.model, stream, parts.mask_id, parts.backend).mean().backward()
+        rate = rows.num_tokens / (time.perf_counter() - started)
+    return rate

@@ -1,0 +1,178 @@
+"""`unmask info`: what a model is, from its config.json alone.
+
+Owns the figures shown of an architecture. Weights are looked at only where they lie in the folder, and never read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unmask.cli.console import make_console
+from unmask.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from unmask.models.config import ModelConfig
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What lies in the folder beside config.json; `missing` counts tensors of the architecture that do not."""
+
+    num_tensors: int
+    num_files: int
+    num_bytes: int
+    missing: int
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, Hugging Face id, embedded model, or preset (llada2-mini).")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Describe a model.
+
+    Architecture, parameters, memory in each precision, mask token, block size.
+
+    \b
+    unmask info smollm2-135m
+    unmask info llada2-mini --json
+
+    Only config.json is needed: nothing else is fetched, and no weight is read.
+    """
+    config, folder = _find(model)
+    weights = None if folder is None else _weights(folder, config)
+    facts = describe(config)
+    if as_json:
+        on_disk = None if weights is None else vars(weights)
+        typer.echo(json.dumps({"model": model, **facts, "weights_on_disk": on_disk}))
+        return
+    console = make_console()
+    for name, value in _rows(config, facts, weights):
+        console.print(f"{name:<16} {value}", soft_wrap=True)
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """Facts of an architecture, as `unmask info --json` prints them. Memory is that of the weights, in bytes."""
+    import torch
+
+    from unmask.models.families import ignored_keys
+    from unmask.models.transformer import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = model.num_parameters()
+    moe = config.moe
+    experts = None if moe is None else {"routed": moe.num_experts, "active": moe.num_active, "shared": moe.num_shared}
+    return {
+        "architecture": config.family,
+        "kind": "autoregressive" if config.mask_id is None else "diffusion",
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_size": config.ffn_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied_head": config.tied_head,
+        "experts": experts,
+        "parameters": total,
+        "active_parameters": model.num_active_parameters(),
+        "memory_bytes": {name: round(total * size) for name, size in BYTES_PER_PARAMETER.items()},
+        "kv_cache_bytes_per_token": 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim,
+        "mask_id": config.mask_id,
+        "block_size": config.block_size,
+        "eos_ids": list(config.eos_ids),
+        "context": config.max_positions,
+        "ignored_config_keys": list(ignored_keys(config)),
+    }
+
+
+def _find(model: str) -> tuple[ModelConfig, Path | None]:
+    """The architecture, and the folder it was found in, unless that is of no interest."""
+    from unmask.models.checkpoint import read_model_config
+    from unmask.models.families import read_config
+    from unmask.models.hub import EMBEDDED, EMBEDDED_DIFFUSION, resolve
+    from unmask.models.presets import PRESETS, preset
+
+    if model in (EMBEDDED, EMBEDDED_DIFFUSION) or Path(model).expanduser().is_dir():
+        folder = resolve(model)
+        return read_model_config(folder), folder
+    if model in PRESETS:
+        return read_config(preset(model)), None
+    if _HUB_ID.fullmatch(model):
+        return read_model_config(_fetch_config(model)), None
+    known = ", ".join((EMBEDDED, EMBEDDED_DIFFUSION, *PRESETS))
+    raise CheckpointError(f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {known}")
+
+
+def _fetch_config(model: str) -> Path:
+    """The folder of a config.json from the Hugging Face hub, without the weights beside it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except Exception as error:  # the client raises its own, its transport's and the file system's errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"cannot get the config.json of '{model}' ({reason}); check the name and the network, or give a folder"
+        ) from error
+
+
+def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
+    """What safetensors the folder holds; None for a config.json alone."""
+    from unmask.models.checkpoint import tensor_index
+    from unmask.models.families import slots
+
+    if not any(folder.glob("*.safetensors*")):
+        return None
+    index = tensor_index(folder)
+    files = set(index.values())
+    missing = len(slots(config).keys() - index.keys())
+    return _Weights(len(index), len(files), sum(file.stat().st_size for file in files), missing)
+
+
+def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) -> list[tuple[str, str]]:
+    """Facts in words, for people."""
+    total, active = facts["parameters"], facts["active_parameters"]
+    rows = [
+        ("architecture", f"{config.family}, {facts['kind']}"),
+        ("layers", f"{config.num_layers} of hidden size {config.hidden_size}, feed-forward {config.ffn_size}"),
+        ("attention", f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"),
+    ]
+    if config.moe is not None:
+        moe = config.moe
+        rows.append(("experts", f"{moe.num_active} of {moe.num_experts} of size {moe.expert_size}, {moe.num_shared} shared"))
+    rows += [
+        ("vocabulary", f"{config.vocab_size:,} tokens, head {'tied' if config.tied_head else 'of its own'}"),
+        ("parameters", f"{total:,}" + ("" if active == total else f" ({active:,} active for a token)")),
+        ("memory", ", ".join(f"{name} {_size(size)}" for name, size in facts["memory_bytes"].items())),
+        ("cache", f"{_size(facts['kv_cache_bytes_per_token'])} for each token in bfloat16"),
+        ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
+        ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
+        ("context", f"{config.max_positions:,} tokens"),
+        ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
+    ]
+    if weights is not None:
+        lack = f", {weights.missing} missing" if weights.missing else ""
+        what = f"{weights.num_tensors} tensors in {weights.num_files} {'file' if weights.num_files == 1 else 'files'}"
+        rows.append(("on disk", f"{what}, {_size(weights.num_bytes)}{lack}"))
+    return rows
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes in decimal units, as disks and models are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 999.5 or unit == "TB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 99.5 else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,63 @@
+"""The `unmask` program: which verbs there are.
+
+Owns the application and `--version`. What a verb does is in its own file.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from unmask import __version__
+from unmask.cli.console import Guarded
+from unmask.cli.convert import convert
+from unmask.cli.demo import demo
+from unmask.cli.generate import generate
+from unmask.cli.info import info
+from unmask.cli.merge import merge
+
+app = typer.Typer(
+    name="unmask",
+    cls=Guarded,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (generate, convert, info, merge, demo):
+    app.command(no_args_is_help=verb is not demo)(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"unmask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Turn an autoregressive language model into a block-diffusion one, and talk to it.
+
+    \b
+    See it work:      unmask demo
+    Ask something:    unmask generate "What is the capital of France?" --watch
+    Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
+
+    Models are folders in the Hugging Face layout, Hugging Face ids, or one of the embedded smollm2-135m and
+    smollm2-135m-diffusion.
+    """
+
+
+def main() -> None:
+    """Entry point of the program."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark instead of ending the program.
+        if stream is not None:
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    app()

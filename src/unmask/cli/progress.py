@@ -1,0 +1,113 @@
+"""Progress of a conversion: a bar in a terminal, a line now and then elsewhere.
+
+Owns what is shown of metric records. Knows their keys and nothing of training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from unmask.cli.console import is_live
+
+Record = dict[str, Any]
+PLAIN_INTERVAL = 10.0
+_WINDOW = 20
+
+
+class Pace:
+    """Tokens per second over the last steps, by the clock: evaluations and checkpoints count."""
+
+    def __init__(self, total: int, clock: Callable[[], float]) -> None:
+        self._total, self._clock = total, clock
+        self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+
+    def update(self, record: Record) -> tuple[float, float]:
+        """Take in a training record; returns (tokens per second, seconds left)."""
+        # The clock starts before the first step: what it took is in its record.
+        if not self._seen:
+            num_tokens = round(record["tokens_per_second"] * record["seconds"])
+            self._seen.append((self._clock() - record["seconds"], record["tokens"] - num_tokens))
+        self._seen.append((self._clock(), record["tokens"]))
+        (start, first), (now, last) = self._seen[0], self._seen[-1]
+        rate = (last - first) / max(now - start, 1e-9)
+        return rate, max(0, self._total - last) / max(rate, 1e-9)
+
+
+@contextmanager
+def showing_progress(
+    console: Console, total: int, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[Record], None]]:
+    """Something to call with every metric record of a run of `total` tokens."""
+    if not is_live(console):
+        yield _plain(console, total, clock)
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[figures]}"),
+        console=console,
+    ) as progress:  # fmt: skip
+        yield _live(progress, total, clock)
+
+
+def describe_validation(record: Record) -> str:
+    """A validation record as one line."""
+    return f"step {record['step']}: validation NELBO {record['nelbo']:.3f} nats per token at {describe_phase(record)}"
+
+
+def describe_phase(record: Record) -> str:
+    """Phase and block size in words."""
+    size = record["block_size"]
+    return f"{record['phase']}, {'whole sequence' if size is None else f'block {size}'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss under an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _live(progress: Progress, total: int, clock: Callable[[], float]) -> Callable[[Record], None]:
+    pace = Pace(total, clock)
+    task = progress.add_task("loading model and data", total=None, figures="")
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == "validation":
+            progress.console.print(Text(describe_validation(record), style="dim"))
+            return
+        rate, left = pace.update(record)
+        figures = f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s  {duration(left)} left"
+        done = min(record["tokens"], total)
+        progress.update(task, description=describe_phase(record), total=total, completed=done, figures=figures)
+
+    return on_record
+
+
+def _plain(console: Console, total: int, clock: Callable[[], float]) -> Callable[[Record], None]:
+    pace = Pace(total, clock)
+    printed: float | None = None
+
+    def on_record(record: Record) -> None:
+        nonlocal printed
+        if record["kind"] == "validation":
+            console.print(describe_validation(record), soft_wrap=True)
+            return
+        rate, left = pace.update(record)
+        now = clock()
+        if printed is not None and now - printed < PLAIN_INTERVAL and record["tokens"] < total:
+            return
+        printed = now
+        console.print(
+            f"{record['tokens']:,} of {total:,} tokens: {describe_phase(record)}, loss {record['loss']:.3f}, "
+            f"{rate:,.0f} tokens/s, {duration(left)} left",
+            soft_wrap=True,
+        )
+
+    return on_record

@@ -1,0 +1,79 @@
+"""A tiny model folder with a tokenizer, autoregressive and diffusion, and a way to call the program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import make_tokenizer
+from tiny import tiny_model
+from typer.testing import CliRunner
+
+from unmask.cli.main import app
+from unmask.models.checkpoint import save_model
+
+CONTEXT = 256
+Run = Callable[..., Any]
+
+
+def make_folder(folder: Path, *, diffusion: bool) -> Path:
+    """A random llama with the test tokenizer; <file_sep> is the mask token of the diffusion one."""
+    tokenizer = make_tokenizer(folder, mask_token="<file_sep>" if diffusion else None)
+    special: dict[str, Any] = {"mask_id": tokenizer.mask_id, "block_size": 8} if diffusion else {}
+    model = tiny_model(
+        "llama", vocab_size=tokenizer.vocab_size, max_positions=CONTEXT, eos_ids=(tokenizer.eos_id,), tied_head=True, **special
+    )
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoregressive model; read only."""
+    return make_folder(tmp_path_factory.mktemp("models") / "ar", diffusion=False)
+
+
+@pytest.fixture(scope="session")
+def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion model; read only."""
+    return make_folder(tmp_path_factory.mktemp("models") / "diffusion", diffusion=True)
+
+
+@pytest.fixture
+def own_folder(ar_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the autoregressive model for a test to damage."""
+    return Path(shutil.copytree(ar_folder, tmp_path / "own"))
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    """Forty short exchanges as jsonl."""
+    path = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"prompt": f"What is {i} + 3?", "response": f"The answer is {i + 3}."}) for i in range(40)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def run() -> Run:
+    """Call the program in this process: `run("info", folder)` gives exit_code, stdout and stderr."""
+    return lambda *arguments, **options: CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+@pytest.fixture
+def fails(run: Run) -> Callable[..., str]:
+    """Call the program, which must end with one line of error and this exit code; gives the line."""
+
+    def check(*arguments: object, code: int = 2, **options: Any) -> str:
+        result = run(*arguments, **options)
+        assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+        assert isinstance(result.exception, SystemExit), f"a traceback: {result.exception!r}"
+        assert result.stderr.startswith("error: "), result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+        return str(result.stderr)
+
+    return check

@@ -1,0 +1,187 @@
+"""`unmask generate`: text, JSON, standard input, watching, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import unmask
+from unmask.cli.generate import DIFFUSION_MODEL
+from unmask.diffusion.decode import DecodeRules
+from unmask.models.hub import EMBEDDED_DIFFUSION
+
+FIELDS = {
+    "text": str,
+    "prompt_tokens": int,
+    "completion_tokens": int,
+    "finish_reason": str,
+    "forwards": int,
+    "tokens_per_forward": float,
+    "seconds": float,
+    "tokens_per_second": float,
+}
+SHORT = ("--max-new-tokens", 24, "--dtype", "float32", "--device", "cpu")
+
+
+@pytest.fixture(params=["ar", "diffusion"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
+def test_text_equals_the_python_interface(run, folder: Path) -> None:
+    expected = unmask.load(folder, dtype="float32").generate("Hello, how are you?", max_new_tokens=24)
+    result = run("generate", "Hello, how are you?", "--model", folder, *SHORT)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected.text + "\n", "")
+
+
+def test_json_is_one_object(run, folder: Path) -> None:
+    result = run("generate", "Hello", "-m", folder, "--json", *SHORT)
+    assert result.exit_code == 0
+    values = json.loads(result.stdout)
+    assert {name: type(value) for name, value in values.items()} == FIELDS
+    assert values["finish_reason"] in ("stop", "length")
+    assert values["tokens_per_forward"] == values["completion_tokens"] / values["forwards"]
+    assert values["tokens_per_second"] == pytest.approx(values["completion_tokens"] / values["seconds"])
+
+
+def test_options_reach_the_decoder(run, diffusion_folder: Path) -> None:
+    options = {"block_size": 4, "threshold": 0.2, "steps": 3, "temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5}
+    expected = unmask.load(diffusion_folder, dtype="float32").generate("Hello", max_new_tokens=24, chat=False, **options)
+    plain = unmask.load(diffusion_folder, dtype="float32").generate("Hello", max_new_tokens=24, chat=False)
+    assert (expected.text, expected.forwards) != (plain.text, plain.forwards)
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    values = json.loads(run("generate", "Hello", "-m", diffusion_folder, "--raw", "--json", *SHORT, *given).stdout)
+    got = (values["text"], values["prompt_tokens"], values["forwards"])
+    assert got == (expected.text, expected.prompt_tokens, expected.forwards)
+
+
+@pytest.mark.parametrize("option", ["block_size", "threshold", "steps", "temperature", "top_k", "top_p", "seed"])
+def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, option: str) -> None:
+    seen = {}
+
+    def record(self, text, **options):
+        seen.update(options)
+        raise unmask.UnmaskError("enough")
+
+    monkeypatch.setattr("unmask.engine.model.LanguageModel.generate", record)
+    run("generate", "Hello", "-m", diffusion_folder, f"--{option.replace('_', '-')}", 3)
+    assert seen[option] == 3
+
+
+def test_defaults_are_the_decoders(run, diffusion_folder: Path) -> None:
+    default = json.loads(run("generate", "Hello", "-m", diffusion_folder, "--json", *SHORT).stdout)
+    rules = DecodeRules()
+    written = ("--threshold", rules.threshold, "--temperature", rules.temperature, "--seed", rules.seed, "--block-size", 8)
+    explicit = json.loads(run("generate", "Hello", "-m", diffusion_folder, "--json", *SHORT, *written).stdout)
+    assert (default["text"], default["forwards"]) == (explicit["text"], explicit["forwards"])
+
+
+def test_default_model_is_the_embedded_one() -> None:
+    assert DIFFUSION_MODEL == EMBEDDED_DIFFUSION
+
+
+def test_prompt_from_standard_input(run, folder: Path) -> None:
+    named = run("generate", "Hello, how are you?", "-m", folder, "--json", *SHORT)
+    piped = run("generate", "-", "-m", folder, "--json", *SHORT, input="Hello, how are you?\n")
+    assert json.loads(piped.stdout)["text"] == json.loads(named.stdout)["text"]
+    assert json.loads(piped.stdout)["prompt_tokens"] == json.loads(named.stdout)["prompt_tokens"]
+
+
+@pytest.mark.parametrize("text", ["", "\n", b"\xff\xfe"])
+def test_bad_standard_input(fails, folder: Path, text: str | bytes) -> None:
+    assert "standard input" in fails("generate", "-", "-m", folder, input=text)
+
+
+def test_watch_without_a_terminal_prints_the_same_text(run, folder: Path) -> None:
+    plain = run("generate", "Hello", "-m", folder, *SHORT)
+    watched = run("generate", "Hello", "-m", folder, "--watch", *SHORT)
+    assert (watched.exit_code, watched.stdout) == (0, plain.stdout)
+    assert "\x1b" not in watched.stdout
+
+
+def test_watch_beside_json_keeps_standard_output_clean(run, folder: Path) -> None:
+    result = run("generate", "Hello", "-m", folder, "--watch", "--json", *SHORT)
+    assert json.loads(result.stdout)["text"] in result.stderr
+
+
+def test_markup_in_the_answer_is_printed_as_it_is(run, diffusion_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids, **options: "[bold]x[/nope] <|im_end|> :cat:")
+    for options in ((), ("--watch",)):
+        result = run("generate", "Hello", "-m", diffusion_folder, *SHORT, *options)
+        assert (result.exit_code, result.stdout) == (0, "[bold]x[/nope] <|im_end|> :cat:\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-new-tokens", 0), "max_new_tokens is 0"),
+        (("--max-new-tokens", -3), "max_new_tokens is -3"),
+        (("--block-size", 0), "block size is 0"),
+        (("--block-size", -8), "block size is -8"),
+        (("--steps", 0), "steps is 0"),
+        (("--threshold", 1.5), "threshold is 1.5"),
+        (("--temperature", -1), "temperature is -1"),
+        (("--top-k", 0), "top_k is 0"),
+        (("--top-p", 0), "top_p is 0"),
+        (("--dtype", "float7"), "dtype 'float7' is unknown"),
+        (("--dtype", "int64"), "dtype 'int64' is unknown"),
+        (("--device", "abacus"), "device 'abacus' is unknown"),
+        (("--device", "meta"), "device 'meta' is not supported"),
+        (("--device", "cuda:99"), "device 'cuda:99' is not there"),
+        (("--max-new-tokens", 1000), "exceeds the context of 256"),
+    ],
+)
+def test_bad_options(fails, diffusion_folder: Path, options: tuple[object, ...], said: str) -> None:
+    assert said in fails("generate", "Hello", "-m", diffusion_folder, *options)
+
+
+def test_prompt_longer_than_the_context(fails, folder: Path) -> None:
+    assert "exceeds the context of 256" in fails("generate", "word " * 400, "-m", folder, "--max-new-tokens", 1)
+
+
+def test_unknown_model(fails) -> None:
+    assert "'nope'" in fails("generate", "Hello", "-m", "nope")
+
+
+def test_folder_without_config(fails, tmp_path: Path) -> None:
+    assert "config.json" in fails("generate", "Hello", "-m", tmp_path)
+
+
+def test_config_that_is_not_json(fails, own_folder: Path) -> None:
+    (own_folder / "config.json").write_text("{")
+    assert "not valid JSON" in fails("generate", "Hello", "-m", own_folder)
+
+
+def test_unsupported_architecture(fails, own_folder: Path) -> None:
+    (own_folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    said = fails("generate", "Hello", "-m", own_folder)
+    assert "mamba" in said
+    assert "qwen3" in said
+
+
+def test_missing_tensor(fails, own_folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(own_folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, own_folder / "model.safetensors")
+    assert "missing: model.norm.weight" in fails("generate", "Hello", "-m", own_folder)
+
+
+def test_truncated_weights(fails, own_folder: Path) -> None:
+    content = (own_folder / "model.safetensors").read_bytes()
+    (own_folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "not a complete safetensors file" in fails("generate", "Hello", "-m", own_folder)
+
+
+def test_no_tokenizer(fails, own_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (own_folder / name).unlink()
+    assert "no tokenizer" in fails("generate", "Hello", "-m", own_folder)
+
+
+def test_damaged_tokenizer(fails, own_folder: Path) -> None:
+    (own_folder / "tokenizer.json").write_text('{"model": 3}')
+    assert "tokenizer" in fails("generate", "Hello", "-m", own_folder)

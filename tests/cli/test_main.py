@@ -1,0 +1,104 @@
+"""The program as a whole: help, version, start-up cost, and how failures end."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+import unmask
+from unmask.errors import DataError
+
+VERBS = ("generate", "convert", "info", "merge", "demo")
+
+
+def test_version(run) -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"unmask {unmask.__version__}\n")
+
+
+def test_help_names_every_verb(run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    listed = {line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()}
+    assert listed == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_teaches_with_an_example(run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f"\n  unmask {verb}" in result.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from unmask.cli.main import app; "
+        "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
+        "print([name for name in ('torch', 'transformers', 'numpy', 'rich.live') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--nope"], ["nope"], ["generate", "x", "--nope"], ["generate", "x", "--seed", "a"], ["convert", "--data", "x"]]
+)
+def test_usage_errors_end_with_2(run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def _raise_from_info(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let `unmask info x` end with `error` deep inside."""
+
+    def explode(model: str) -> None:
+        raise error
+
+    monkeypatch.setattr("unmask.cli.info._find", explode)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("one\ntwo"), 2, "error: one two\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), 1, "error: /out/x: no space left on the disk; free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out/x"), 1, "error: /out/x: Permission denied; check the path"),
+        (MemoryError(), 1, "error: out of memory; "),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory; "),
+    ],
+)
+def test_failures_are_one_line(fails, monkeypatch, error: BaseException, code: int, said: str) -> None:
+    _raise_from_info(monkeypatch, error)
+    assert fails("info", "x", code=code).startswith(said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), KeyError("x"), OSError("odd")])
+def test_our_own_bugs_keep_their_traceback(run, monkeypatch, error: Exception) -> None:
+    _raise_from_info(monkeypatch, error)
+    assert run("info", "x").exception is error
+
+
+def test_interrupt_ends_with_130(run, monkeypatch) -> None:
+    _raise_from_info(monkeypatch, KeyboardInterrupt())
+    result = run("info", "x")
+    assert (result.exit_code, result.stdout) == (130, "")
+
+
+@pytest.mark.parametrize("printing", ["typer.echo('x' * 100_000)", "make_console().print('x' * 100_000)"])
+def test_broken_pipe_is_quiet(printing: str) -> None:
+    """The reader goes away before the first byte: no traceback, no complaint at shutdown."""
+    code = (
+        "import typer; from unmask.cli.main import app, main; from unmask.cli.console import make_console; "
+        f"app.command('say')(lambda: {printing}); main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "say"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    stderr = process.stderr.read()
+    process.wait()
+    assert stderr == b""

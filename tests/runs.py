@@ -1,0 +1,83 @@
+"""A tiny checkpoint folder, a tiny data file and a tiny recipe: everything a whole training run needs, in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers import make_tokenizer
+from unmask.models.checkpoint import save_model
+from unmask.models.config import ModelConfig
+from unmask.models.transformer import Transformer
+from unmask.train.recipe import Recipe, parse_recipe
+
+
+def tiny_folder(folder: Path, *, family: str = "llama", **changes: Any) -> Path:
+    """A random autoregressive model with tokenizer and chat template, as a Hugging Face folder."""
+    tokenizer = make_tokenizer(folder)
+    config = ModelConfig(
+        family=family,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_size=48,
+        max_positions=256,
+        tied_head=True,
+        eos_ids=tuple(sorted(tokenizer.eos_ids)),
+        pad_id=tokenizer.pad_id,
+        **changes,
+    )
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0), std=0.2)
+    save_model(model, folder)
+    return folder
+
+
+def tiny_jsonl(path: Path, count: int = 40) -> Path:
+    """Question-answer pairs, a few tokens each."""
+    lines = [json.dumps({"prompt": f"say {i}", "response": f"{i} and {i + 1}, then {i * 7 % 13}"}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny_recipe(model: Path, data: Path, **train: Any) -> Recipe:
+    """Warmup 1 -> 4, whole sequence, decay 16 -> 8; some twenty steps."""
+    return parse_recipe(tiny_values(model, data, **train), "test")
+
+
+def tiny_values(model: Path, data: Path, **train: Any) -> dict[str, Any]:
+    """The values of `tiny_recipe`."""
+    return {
+        "model": str(model),
+        "decode_block_size": 8,
+        "data": {
+            "row_length": 64,
+            "validation_share": 0.1,
+            "validation_rows": 2,
+            "sources": [{"kind": "jsonl", "path": str(data), "eos_fill": 8}],
+        },
+        "schedule": {
+            "warmup": [{"block_size": 1, "share": 0.2}, {"block_size": 4, "share": 0.2}],
+            "stable": 0.2,
+            "decay": [{"block_size": 16, "share": 0.2}, {"block_size": 8, "share": 0.2}],
+        },
+        "objective": {"mask_noise_steps": 4},
+        "train": {
+            "tokens": 3000,
+            "batch_rows": 4,
+            "micro_rows": 2,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "compute_dtype": "float32",
+            "device": "cpu",
+            "eval_every": 5,
+            "checkpoint_every": 3,
+            **train,
+        },
+    }
