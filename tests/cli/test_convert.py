@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CHATML, make_tokenizer
+from helpers import make_tokenizer
 from safetensors.torch import load_file
+from tiny import tiny_model
 
 from unmask.cli.convert import default_recipe
+from unmask.models.checkpoint import save_model
 from unmask.train.recipe import load_recipe
 
 # The default recipe at the size of the tests' model: some sixteen steps in three phases and the whole-sequence one.
@@ -46,39 +48,35 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in steps(run)]
 
 
-def test_converts_and_the_result_generates(run, arguments: list[str], tmp_path: Path) -> None:
+def test_converts_and_the_result_generates(run, fails, arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert steps(out)[-1]["tokens"] >= 4000
     assert list(dict.fromkeys(record["block_size"] for record in steps(out))) == [4, 8, None, 32]
     assert (out / "loss.png").stat().st_size > 1000
-    assert f"plot     {out / 'loss.png'}" in result.stdout
-    command = next(line for line in result.stdout.splitlines() if line.startswith("try it")).removeprefix("try it")
-    words = shlex.split(command)
+    lines = result.stdout.splitlines()
+    assert f"plot     {out / 'loss.png'}" in lines
+    _check_plain_progress(lines)
+    words = shlex.split(next(line for line in lines if line.startswith("try it")).removeprefix("try it"))
     assert words[:2] == ["unmask", "generate"]
     answer = run(*words[1:], "--max-new-tokens", 16, "--json")
     assert answer.exit_code == 0, answer.output
     assert json.loads(answer.stdout)["completion_tokens"] > 0
     facts = json.loads(run("info", out, "--json").stdout)
     assert (facts["kind"], facts["block_size"]) == ("diffusion", 32)
+    before = (out / "model.safetensors").read_bytes()
+    assert "--resume" in fails(*arguments)
+    assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_progress_without_a_terminal_is_plain_lines(run, arguments: list[str]) -> None:
-    lines = run(*arguments).stdout.splitlines()
+def _check_plain_progress(lines: list[str]) -> None:
     assert "\x1b" not in "".join(lines)
     assert any(line.startswith("step ") and "validation NELBO" in line and "block 32" in line for line in lines)
     counts = [line for line in lines if " of 4,000 tokens: " in line]
     assert "warmup, block 4, loss " in counts[0]
     assert "decay, block 32, loss " in counts[-1]
     assert counts[-1].endswith("0:00 left")
-
-
-def test_refuses_a_folder_with_a_run(run, fails, arguments: list[str], tmp_path: Path) -> None:
-    assert run(*arguments).exit_code == 0
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    assert "--resume" in fails(*arguments)
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -144,7 +142,7 @@ def test_resume_alone_needs_a_checkpoint(fails, tmp_path: Path) -> None:
 
 
 def test_resume_with_options_starts_a_run_that_never_saved(run, arguments: list[str], tmp_path: Path) -> None:
-    assert run(*arguments, "--resume").exit_code == 0
+    assert run(*arguments, "--set", "train.tokens=600", "--resume").exit_code == 0
     assert (tmp_path / "run" / "config.json").exists()
 
 
@@ -171,7 +169,7 @@ def test_recipe_file_and_dedicated_options(run, arguments: list[str], ar_folder:
     """--model and --data replace what the file says; --set has the last word."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(default_recipe().read_text().replace("smollm2-135m", "nope").replace("[]", "[{kind: text, path: nope}]"))
-    assert run(*arguments, "--recipe", recipe, "--set", "decode_block_size=16").exit_code == 0
+    assert run(*arguments, "--recipe", recipe, "--set", "decode_block_size=16", "--set", "train.tokens=600").exit_code == 0
     state = json.loads(max(tmp_path.glob("run/checkpoints/*/state.json")).read_text())["recipe"]
     assert (state["model"], state["decode_block_size"]) == (str(ar_folder), 16)
     assert [(source["kind"], source["path"]) for source in state["data"]["sources"]] == [("jsonl", str(answers))]
@@ -270,11 +268,13 @@ def test_out_that_cannot_be_a_folder(fails, ar_folder: Path, answers: Path, tmp_
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_model_that_needs_a_new_token_for_its_mask(run, own_folder: Path, answers: Path, tmp_path: Path) -> None:
-    make_tokenizer(own_folder, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), chat_template=CHATML)
-    tokens = json.loads((own_folder / "config.json").read_text())["vocab_size"]
-    out = tmp_path / "run"
-    result = run(*options(own_folder, answers, out, "train.tokens=600"))
+def test_model_that_needs_a_new_token_for_its_mask(run, answers: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "full", tmp_path / "run"
+    tokenizer = make_tokenizer(folder, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    rows = tokenizer.vocab_size
+    save_model(tiny_model("llama", vocab_size=rows, max_positions=256, tied_head=True), folder)
+    result = run(*options(folder, answers, out, "train.tokens=600"))
     assert result.exit_code == 0, result.output
-    assert json.loads((out / "config.json").read_text())["mask_token_id"] <= tokens
+    config = json.loads((out / "config.json").read_text())
+    assert (config["mask_token_id"], config["vocab_size"]) == (rows, rows + 1)
     assert run("generate", "Hello", "-m", out, "--max-new-tokens", 8).exit_code == 0

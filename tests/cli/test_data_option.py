@@ -50,7 +50,12 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         source_of(str(tmp_path / "a.csv"))
 
 
-@pytest.mark.parametrize("data", ["", "./data", "/data/x", "a/b/c", "../up", "~/x", "a b"])
+def test_empty() -> None:
+    with pytest.raises(ConfigError, match="--data is empty"):
+        source_of("")
+
+
+@pytest.mark.parametrize("data", ["./data", "/data/x", "a/b/c", "../up", "~/x", "a b"])
 def test_nothing_of_the_sort(data: str) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         source_of(data)

@@ -114,7 +114,8 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.calls.append(len(hidden))
-        return torch.nn.functional.linear(hidden, self.weight) + 50.0 * (torch.arange(VOCAB) == MASK)
+        favourite = 50.0 * (torch.arange(VOCAB) == MASK).to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.weight) + favourite
 
 
 def hidden_and_targets(count: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ def source_of(data: str) -> dict[str, object]:
     if data.startswith(GENERATED_PREFIX):
         families = [family.strip() for family in data.removeprefix(GENERATED_PREFIX).split(",")]
         return {"kind": "reasoning_gym", "families": {family: {} for family in families}}
+    if not data:
+        raise ConfigError(f"--data is empty; {_WAYS}")
     path = Path(data).expanduser()
     if path.is_dir():
         return {"kind": _kind_of_folder(path), "path": data}

@@ -122,8 +122,8 @@ def _print_table(console: Console, rounds: Sequence[_Round]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_lines=True, expand=is_live(console))
-    table.add_column("")
+    table = Table(show_lines=True, width=min(console.width, 120))
+    table.add_column("", max_width=20)
     table.add_column("autoregressive", ratio=1)
     if rounds[0].diffusion is not None:
         table.add_column("diffusion", ratio=1)
@@ -141,7 +141,7 @@ def _figures(answer: Generation) -> str:
 def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes: float) -> None:
     from unmask.cli.demo_conversion import PROMPTS, plan_conversion, run_conversion, terminal_plot, write_answers
 
-    _say(console, f"Now the conversion: {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} minutes")
+    _say(console, f"Now the conversion: {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} min")
     _replace(out)
     answers = out / "answers.jsonl"
     num_tokens = write_answers(autoregressive, answers)

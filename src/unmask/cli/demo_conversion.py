@@ -91,11 +91,11 @@ def run_conversion(console: Console, recipe: Recipe, out: Path, seconds: float) 
 
 
 def terminal_plot(metrics: Path, width: int) -> str:
-    """The smoothed training loss over tokens, drawn with characters; empty before the first step."""
+    """The smoothed training loss over tokens, drawn with characters; empty before there are two points to draw."""
     from plotext import figure
 
     train = [record for record in read_metrics(metrics) if record["kind"] == "train"]
-    if not train:
+    if len(train) < 2:
         return ""
     figure.clear()
     figure.theme("colorless")
