@@ -20,7 +20,7 @@ from unmask.models.delta import decode_delta, encode_delta
 from unmask.models.hub import ASSET_FORMAT, resolve
 from unmask.train.metrics import Record, read_metrics
 
-MAX_BYTES = 45_000_000
+MAX_BYTES = 44_500_000
 ASSET = Path(__file__).parents[2] / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
 
 CARD = """# smollm2-135m-diffusion
@@ -35,7 +35,7 @@ SmolLM2-135M-Instruct converted to block diffusion (block size {block_size}) wit
 | recipe | `recipes/smollm2-135m_convert_cpu.yaml` |
 | training | {steps} steps, {tokens} tokens, {hours:.1f} hours on a CPU, full weights |
 | schedule | {phases} |
-| stored as | 3-bit difference to the base, {megabytes:.1f} MB |
+| stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
 
 ## Losses
@@ -100,7 +100,7 @@ def main() -> None:
     model = options.model or options.run
     base_folder = resolve("smollm2-135m")
     base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
-    encoded = encode_delta(base, tuned, bits=3, max_bytes=MAX_BYTES)
+    encoded = encode_delta(base, tuned, bits=4, max_bytes=MAX_BYTES)
     restored = decode_delta(encoded, base)
     worst = max(float((restored[name] - tuned[name].float()).abs().max()) for name in tuned)
     old = read_json(base_folder / "config.json")

@@ -107,7 +107,9 @@ def test_watch_beside_json_keeps_standard_output_clean(run, folder: Path) -> Non
 
 
 def test_markup_in_the_answer_is_printed_as_it_is(run, diffusion_folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids, **options: "[bold]x[/nope] <|im_end|> :cat:")
+    monkeypatch.setattr(
+        "unmask.data.tokenizer.Tokenizer.decode", lambda self, ids, **options: "[bold]x[/nope] <|im_end|> :cat:"
+    )
     for options in ((), ("--watch",)):
         result = run("generate", "Hello", "-m", diffusion_folder, *SHORT, *options)
         assert (result.exit_code, result.stdout) == (0, "[bold]x[/nope] <|im_end|> :cat:\n")

@@ -44,7 +44,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--nope"], ["nope"], ["generate", "x", "--nope"], ["generate", "x", "--seed", "a"], ["convert", "--data", "x"]]
+    "arguments",
+    [["--nope"], ["nope"], ["generate", "x", "--nope"], ["generate", "x", "--seed", "a"], ["convert", "--data", "x"]],
 )
 def test_usage_errors_end_with_2(run, arguments: list[str]) -> None:
     result = run(*arguments)

@@ -30,7 +30,7 @@ QUESTIONS = (
     "Why do we need to sleep?",
     "Give me a tip for learning a new language.",
 )
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 64
 MARK = "MADE-BY-UNMASK-DEMO.txt"
 
 
@@ -147,7 +147,7 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
     num_tokens = write_answers(autoregressive, answers)
     own = f"{len(PROMPTS)} answers of its own ({num_tokens} tokens) in {answers}"
     console.print(f"data     {own}, and generated sums", soft_wrap=True)
-    recipe = plan_conversion(answers, 60 * minutes)
+    recipe = plan_conversion(autoregressive.name, answers, 60 * minutes)
     phases = [phase.block_size for phase in recipe.schedule.build(recipe.train.tokens).phases]
     console.print(f"plan     {recipe.train.tokens:,} tokens at block sizes {', '.join(map(str, phases))}", soft_wrap=True)
     result = run_conversion(console, recipe, out / "conversion", 60 * minutes)

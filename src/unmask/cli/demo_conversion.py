@@ -69,10 +69,10 @@ def write_answers(model: LanguageModel, path: Path) -> int:
     return sum(len(answer.ids) for answer in answers)
 
 
-def plan_conversion(answers: Path, seconds: float) -> Recipe:
+def plan_conversion(model: str, answers: Path, seconds: float) -> Recipe:
     """The demo's recipe with as many tokens as this machine should manage in `seconds`, found by timing two bare steps."""
     path = Path(str(resources.files("unmask.cli") / "demo_recipe.yaml"))
-    overrides = [f"data.sources.0.path={json.dumps(str(answers))}"]
+    overrides = [f"model={json.dumps(model)}", f"data.sources.0.path={json.dumps(str(answers))}"]
     recipe = load_recipe(path, overrides)
     rate = _tokens_per_second(recipe)
     at_least = 3 * recipe.train.batch_rows * recipe.data.row_length
@@ -114,7 +114,7 @@ def _tokens_per_second(recipe: Recipe) -> float:
     for _ in range(2):
         rows = parts.packer.next_rows(recipe.train.micro_rows)
         started = time.perf_counter()
-        stream = corrupt(rows.to(parts.model.embed.weight.device), corruption, recipe.train.seed)
+        stream = corrupt(rows, corruption, recipe.train.seed)
         score_stream(parts.model, stream, parts.mask_id, parts.backend).mean().backward()
         rate = rows.num_tokens / (time.perf_counter() - started)
     return rate

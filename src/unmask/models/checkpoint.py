@@ -362,7 +362,7 @@ def _replace(folder: Path, stage: Path, weights: set[str]) -> None:
         os.replace(stage / name, folder / name)
     if SINGLE_NAME in staged:
         (folder / INDEX_NAME).unlink(missing_ok=True)
-    # The old single file goes first: until it is gone it hides the new index.
-    for path in sorted(old, key=lambda path: path.name != SINGLE_NAME):
+    # An old single file hides the new index until it is gone: its removal is then the moment of exchange.
+    for path in sorted(old):
         path.unlink()
     sync_folder(folder)

@@ -95,8 +95,9 @@ class MoE(nn.Module):
         tokens_P = order_P // self.moe.num_active
         gate_PF, up_PF = grouped_linear(x_ND[tokens_P], self.gate_up, ends_E).chunk(2, dim=-1)
         out_PD = grouped_linear(F.silu(gate_PF) * up_PF, self.down, ends_E)
-        weighted_PD = out_PD * weights_NA.flatten()[order_P, None].to(out_PD.dtype)
-        out_ND = torch.zeros_like(x_ND).index_add_(0, tokens_P, weighted_PD)
+        # Back in token order, then weighted and summed in the weights' float32: no scatter, so the order is fixed.
+        out_NAD = out_PD[order_P.argsort()].view(*indices_NA.shape, -1)
+        out_ND = (out_NAD * weights_NA[..., None]).sum(1).to(x_ND.dtype)
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
         return out_ND.view_as(x_BTD)
