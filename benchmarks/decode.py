@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--prompts 4] [--repeats 5] [--max-new-tokens 64] [--thresholds 0.95,0.8] [--uncached]
 
-The ways of decoding take turns (A B A B ...) on the same prompts in one process; each figure is the median over the repeats with
-its range. Every forward counts, prefill and commit included. Texts are printed, because speed means nothing without them.
+The ways of decoding take turns (A B A B ...) on the same prompts in one process; each figure is the median over the repeats
+with its range. Every forward counts, prefill and commit included. Texts are printed, because speed means nothing without them.
 With --uncached, the cached decoder is timed against the uncached reference, and must give the same tokens. Writes the figures
 to benchmarks/results/.
 """

@@ -49,7 +49,8 @@ Held-out documents, {block_size}-token blocks, nats per token; cross-entropy by 
 ## Limits
 
 A demonstration of the conversion, not an assistant. It is as small and as unreliable as its base, and has seen {tokens}
-tokens of diffusion training: it repeats words, drops them, and is wrong about facts. English only. Nothing was done about safety.
+tokens of diffusion training: it repeats words, drops them, and is wrong about facts. English only.
+Nothing was done about safety.
 """
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_tokenizer
-from tiny import tiny_model
 from typer.testing import CliRunner
 
+from helpers import make_tokenizer
+from tiny import tiny_model
 from unmask.cli.main import app
 from unmask.models.checkpoint import save_model
 

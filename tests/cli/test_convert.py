@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_tokenizer
 from safetensors.torch import load_file
-from tiny import tiny_model
 
+from helpers import make_tokenizer
+from tiny import tiny_model
 from unmask.cli.convert import default_recipe
 from unmask.models.checkpoint import save_model
 from unmask.train.recipe import load_recipe
@@ -227,7 +227,7 @@ def test_bad_recipes(fails, arguments: list[str], tmp_path: Path, override: str,
 def test_bad_data(fails, arguments: list[str], answers: Path, content: str, said: str) -> None:
     answers.write_text(content)
     error = fails(*arguments)
-    assert said in error or said == "empty" and "no " in error
+    assert said in error or (said == "empty" and "no " in error)
 
 
 def test_missing_data_file(fails, ar_folder: Path, tmp_path: Path) -> None:

@@ -100,9 +100,13 @@ def test_hub_out_of_reach(fails, monkeypatch) -> None:
     assert "cannot get the config.json of 'owner/name' (no route to host)" in fails("info", "owner/name")
 
 
-@pytest.mark.parametrize("model", ["nope", "./nope", "/nope/nope", "a/b/c", ""])
+@pytest.mark.parametrize("model", ["nope", "./nope", "/nope/nope", "a/b/c"])
 def test_unknown_model(fails, model: str) -> None:
     assert "llada2-mini" in fails("info", model)
+
+
+def test_no_model(fails) -> None:
+    assert "''" in fails("info", "")
 
 
 def test_folder_without_config(fails, tmp_path: Path) -> None:

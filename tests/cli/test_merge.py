@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from safetensors.torch import load_file
 
+from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.models.checkpoint import load_model, save_model
 from unmask.train.convert import convert
 from unmask.train.merge import top_k

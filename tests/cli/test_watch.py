@@ -156,6 +156,15 @@ def test_live_view_draws_every_step_and_leaves_the_answer(answer, monkeypatch: p
     assert f"{generation.completion_tokens} tokens in {generation.forwards} forwards" in last
 
 
+def test_live_view_lets_no_control_character_through(answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids: "\x1b[2J\x07 \x9b1m" * len(ids))
+    _, written = answer(_Terminal())
+    assert "\x1b[2J" not in written
+    assert not {"\x07", "\x9b"} & set(written)
+    assert "\ufffd[2J" in written
+
+
 def test_blocks_are_written_as_they_finish(answer) -> None:
     writes: list[str] = []
 

@@ -7,6 +7,7 @@ model may write anything.
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -54,6 +56,11 @@ def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: a control character in it, which could move the cursor or worse, becomes a replacement mark."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def try_command(folder: Path) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console
+from unmask.cli.console import is_live, make_console, visible
 from unmask.cli.generate import DIFFUSION_MODEL
 from unmask.errors import CheckpointError, ConfigError
 
@@ -129,7 +129,7 @@ def _print_table(console: Console, rounds: Sequence[_Round]) -> None:
         table.add_column("diffusion", ratio=1)
     for entry in rounds:
         pair = [entry.autoregressive] if entry.diffusion is None else [entry.autoregressive, entry.diffusion]
-        table.add_row(Text(entry.question, style="bold"), *(Text(answer.text.strip()) for answer in pair))
+        table.add_row(Text(entry.question, style="bold"), *(Text(visible(answer.text.strip())) for answer in pair))
         table.add_row("tokens/s\ntokens per forward\nforwards", *(_figures(answer) for answer in pair))
     console.print(table)
 

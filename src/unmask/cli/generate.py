@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console, pick_device
+from unmask.cli.console import is_live, make_console, pick_device, visible
 from unmask.errors import RequestError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def generate(
         typer.echo(json.dumps(generation.to_json()))
         return
     if not watch:
-        typer.echo(generation.text)
+        typer.echo(visible(generation.text) if sys.stdout.isatty() else generation.text)
     if sys.stderr.isatty() and not (watch and is_live(console)):
         make_console(stderr=True).print(costs(generation), style="dim")
 

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from unmask.cli.console import is_live
+from unmask.cli.console import is_live, visible
 from unmask.engine.completion import OnStep, Step
 from unmask.engine.model import Generation, LanguageModel
 
@@ -167,7 +167,7 @@ def _show_live(console: Console, transcript: Transcript, generate: Callable[[OnS
             live.update(_frame(console, transcript), refresh=True)
 
         generation = generate(on_step)
-        live.update(Group(Text(generation.text), Text(costs(generation), style="dim")), refresh=True)
+        live.update(Group(Text(visible(generation.text)), Text(costs(generation), style="dim")), refresh=True)
     return generation
 
 
@@ -175,7 +175,7 @@ def _frame(console: Console, transcript: Transcript) -> Group:
     """The lines of the answer that fit the terminal, the newest ones, and the counts so far."""
     text = Text()
     for piece in transcript.pieces():
-        text.append(piece.text, style=STYLES[piece.kind])
+        text.append(visible(piece.text), style=STYLES[piece.kind])
     lines = text.wrap(console, console.width)[-max(1, console.height - 2) :]
     tokens, forwards = transcript.num_decided, transcript.forwards
     footer = f"{tokens} tokens in {forwards} forwards ({tokens / max(forwards, 1):.2f} tokens per forward)"
