@@ -49,7 +49,7 @@ demo: $(STAMP) ## Answers by denoising, autoregressive and diffusion side by sid
 	@$(BIN)/unmask demo $(ARGS)
 
 test: $(STAMP) ## Tests, without the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 test-slow: $(STAMP) ## The slow tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)

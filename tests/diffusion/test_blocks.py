@@ -106,9 +106,9 @@ def test_shares_add_up_to_the_run(total: int, shares: list[float], stable: float
         assert abs(phase.tokens - total * share / whole) <= 1
 
 
-def test_the_smallest_share_still_gets_a_token() -> None:
-    schedule = wsd_schedule(10, warmup=[(1, 1e-9)], stable=1.0, decay=[])
-    assert schedule.phases[0].tokens == 1
+def test_a_phase_without_a_token_is_refused_rather_than_silently_lengthened() -> None:
+    with pytest.raises(ConfigError, match="warmup at block size 1 gets none of 10 tokens"):
+        wsd_schedule(10, warmup=[(1, 1e-9)], stable=1.0, decay=[])
 
 
 @pytest.mark.parametrize(

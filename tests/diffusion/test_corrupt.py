@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny import MASK, Doc, Rows, pack, text
@@ -92,7 +92,6 @@ def test_predictions_have_a_finite_positive_weight(docs: list[Doc], config: Corr
         assert (weight > 0).all()
 
 
-@settings(max_examples=60)
 @given(documents(), configs, st.integers(0, 100), st.randoms(use_true_random=False))
 def test_a_document_is_corrupted_the_same_in_every_packing(
     docs: list[Doc], config: CorruptionConfig, seed: int, random: object

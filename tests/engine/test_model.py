@@ -70,10 +70,12 @@ def test_top_p_reaches_the_decoder() -> None:
     assert narrow == oracle(model, 8, DecodeRules(4, 1.0, 4, temperature=1.0, top_p=1e-6, seed=3))
 
 
-def test_steps_follow_a_given_block_size() -> None:
+@pytest.mark.parametrize("size", [8, 40])
+def test_steps_follow_a_given_block_size(size: int) -> None:
     model = diffusion()
-    expected = oracle(model, 16, DecodeRules(block_size=8, threshold=1.0, steps=8))
-    assert model.generate_ids(IDS, max_new_tokens=16, block_size=8, threshold=1.0) == expected
+    expected = oracle(model, 10, DecodeRules(block_size=size, threshold=1.0, steps=size))
+    assert model.generate_ids(IDS, max_new_tokens=10, block_size=size, threshold=1.0) == expected
+    assert model.complete(IDS, max_new_tokens=33, block_size=40, threshold=1.0).forwards == 33, "one token per pass"
 
 
 def test_an_autoregressive_model_denoises_when_given_a_mask() -> None:
@@ -184,7 +186,7 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
     calls: list[tuple[str, Callable[[], object]]] = [
         ("model tiny has no tokenizer; use generate_ids, ", lambda: model.generate("hello")),
         ("model tiny has no tokenizer; use generate_ids, ", lambda: model.encode_prompt("hello")),
-        ("logits need at least one token", lambda: model.logits([])),
+        ("0 tokens given; logits need 1 to ", lambda: model.logits([])),
         ("block size is 0; it must be at least 1", lambda: model.logits(IDS, block_size=0)),
         ("autoregressive decoding needs at least one prompt token", lambda: autoregressive().generate_ids([])),
     ]

@@ -244,3 +244,11 @@ def test_appended_mask_token_grows_the_model(base: Path, recipe: Recipe, tmp_pat
     assert model.config.vocab_size == rows + 1
     assert model.tokenizer is not None
     assert model.tokenizer.mask_id == rows
+
+
+def test_a_word_of_the_vocabulary_keeps_its_id_as_mask_token(recipe: Recipe) -> None:
+    parts = build_parts(recipe.model_copy(update={"mask_token": "<repo_name>"}))
+    tokenizer = unmask.load(recipe.model).tokenizer
+    assert tokenizer is not None
+    assert parts.mask_id == tokenizer.special_tokens["<repo_name>"]
+    assert parts.model.config.vocab_size == tokenizer.vocab_size

@@ -101,7 +101,8 @@ def terminal_plot(metrics: Path, width: int) -> str:
     figure.theme("colorless")
     figure.plot_size(width, 15)
     figure.title("loss (nats per token, smoothed) over tokens")
-    figure.draw(figure.signal([record["tokens"] for record in train], smoothed(record["loss"] for record in train)))
+    curve = figure.signal([record["tokens"] for record in train], smoothed(record["loss"] for record in train))
+    figure.draw(curve.lines())
     drawn: str = figure.build().string(colorless=True)
     return drawn
 

@@ -98,10 +98,11 @@ def wsd_schedule(
         decay: (block size, share) pairs with shrinking sizes.
 
     Returns:
-        The schedule; shares are normalised to sum to one and every phase has at least one token.
+        The schedule; shares are normalised to sum to one.
 
     Raises:
-        ConfigError: no phase, a negative share, or sizes that do not grow (warmup) or shrink (decay).
+        ConfigError: no phase, a negative share, too few tokens for a phase, or sizes that do not grow (warmup) or
+            shrink (decay).
     """
     named: list[tuple[PhaseName, int | None, float]] = [("warmup", size, share) for size, share in warmup]
     if stable > 0:
@@ -119,13 +120,14 @@ def wsd_schedule(
     whole = sum(share for _, _, share in named)
     ends = [round(total_tokens * part / whole) for part in accumulate(share for _, _, share in named)]
     spans = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    return BlockSchedule(
-        tuple(Phase(name, size, max(1, tokens)) for (name, size, _), tokens in zip(named, spans, strict=True))
-    )
+    for (name, size, _), tokens in zip(named, spans, strict=True):
+        if tokens == 0:
+            raise ConfigError(f"{name} at block size {size} gets none of {total_tokens} tokens; raise train.tokens")
+    return BlockSchedule(tuple(Phase(name, size, tokens) for (name, size, _), tokens in zip(named, spans, strict=True)))
 
 
 def _check_monotone(name: str, growing: Sequence[int]) -> None:
     if any(a >= b for a, b in pairwise(growing)):
-        direction = "grow" if name == "warmup" else "shrink"
-        raise ConfigError(f"{name} block sizes must {direction} step by step; got {list(growing)}")
+        direction, shown = ("grow", list(growing)) if name == "warmup" else ("shrink", list(growing[::-1]))
+        raise ConfigError(f"{name} block sizes must {direction} step by step; got {shown}")
 

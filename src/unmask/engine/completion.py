@@ -27,15 +27,20 @@ class Prompt:
         """Raises: RequestError: empty budget, a token outside the vocabulary, or more than the context holds."""
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        outside = [token for token in self.ids if not 0 <= token < config.vocab_size]
-        if outside:
-            raise RequestError(f"prompt token {outside[0]} is outside the vocabulary (0..{config.vocab_size - 1})")
+        check_vocabulary(self.ids, config)
         total = len(self.ids) + self.max_new_tokens
         if total > config.max_positions:
             raise RequestError(
                 f"prompt of {len(self.ids)} tokens plus {self.max_new_tokens} new ones exceeds the context of "
                 f"{config.max_positions}; shorten the prompt or lower --max-new-tokens"
             )
+
+
+def check_vocabulary(ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises: RequestError: a token outside the vocabulary."""
+    outside = [token for token in ids if not 0 <= token < config.vocab_size]
+    if outside:
+        raise RequestError(f"prompt token {outside[0]} is outside the vocabulary (0..{config.vocab_size - 1})")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from unmask.diffusion.decode import DecodeRules
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.autoregressive import generate_autoregressive
 from unmask.engine.blockwise import generate_blockwise
-from unmask.engine.completion import Completion, FinishReason, OnStep, Prompt
+from unmask.engine.completion import Completion, FinishReason, OnStep, Prompt, check_vocabulary
 from unmask.errors import RequestError
 from unmask.models.attention import DenseAttend
 from unmask.models.checkpoint import load_model
@@ -205,11 +205,11 @@ class LanguageModel:
             float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one.
 
         Raises:
-            RequestError: no ids, or one outside the vocabulary.
+            RequestError: no ids, more than the context holds, or one outside the vocabulary.
         """
-        Prompt(tuple(ids), 1, frozenset()).check(self.config)
-        if not ids:
-            raise RequestError("logits need at least one token")
+        check_vocabulary(ids, self.config)
+        if not 0 < len(ids) <= self.config.max_positions:
+            raise RequestError(f"{len(ids)} tokens given; logits need 1 to {self.config.max_positions}, the model's context")
         size = block_size if block_size is not None else self.config.block_size or 1
         if size < 1:
             raise RequestError(f"block size is {size}; it must be at least 1")

@@ -15,7 +15,7 @@ from unmask.data.documents import DocumentStream
 from unmask.data.holdout import Split
 from unmask.data.packing import PackedRows, RowPacker
 from unmask.data.sources import open_source
-from unmask.data.tokenizer import MaskChoice, Tokenizer, choose_mask_token, load_tokenizer
+from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
 from unmask.models.adapter import attach_lora, folded_state
 from unmask.models.checkpoint import load_model, resize_vocabulary, save_state
@@ -86,11 +86,11 @@ def build_parts(recipe: Recipe) -> Parts:
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
-    choice = _mask_choice(recipe, tokenizer, model)
-    tokenizer.set_mask_token(choice.token)
-    if choice.id >= model.config.vocab_size:
-        resize_vocabulary(model, choice.id + 1)
-    model.config = model.config.with_diffusion(mask_id=choice.id, block_size=recipe.decode_block_size)
+    token = recipe.mask_token or choose_mask_token(tokenizer, model.config.vocab_size).token
+    mask_id = tokenizer.set_mask_token(token)
+    if mask_id >= model.config.vocab_size:
+        resize_vocabulary(model, mask_id + 1)
+    model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size)
     if train.lora is not None:
         attach_lora(
             model,
@@ -106,20 +106,10 @@ def build_parts(recipe: Recipe) -> Parts:
         packer=RowPacker(_stream(recipe, tokenizer, held_out=False), recipe.data.row_length, pad_id=tokenizer.pad_id),
         validation=_validation_rows(recipe, tokenizer),
         recipe=recipe,
-        mask_id=choice.id,
+        mask_id=mask_id,
         backend=_backend(recipe, device),
         save_model=lambda trained, target: _save(trained, tokenizer, target),
     )
-
-
-def _mask_choice(recipe: Recipe, tokenizer: Tokenizer, model: Transformer) -> MaskChoice:
-    """The recipe's mask token, the model's own if it is a diffusion model already, or the tokenizer's best."""
-    if recipe.mask_token is None:
-        return choose_mask_token(tokenizer, model.config.vocab_size)
-    known = tokenizer.special_tokens
-    if recipe.mask_token not in known:
-        return MaskChoice(recipe.mask_token, tokenizer.next_free_id, appended=True)
-    return MaskChoice(recipe.mask_token, known[recipe.mask_token], appended=False)
 
 
 def _stream(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> DocumentStream:
