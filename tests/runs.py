@@ -46,6 +46,30 @@ def tiny_jsonl(path: Path, count: int = 40) -> Path:
     return path
 
 
+def tiny_preferences(path: Path, count: int = 24) -> Path:
+    """Pairs of answers that differ in their wording."""
+    lines = [
+        json.dumps({"prompt": f"say {i}", "chosen": f"{i} and {i + 1}", "rejected": f"no, not {i * 3 % 11}"})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def stage_recipe(model: Path, data: Path, *, objective: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    """Fine-tuning at block size 8; some ten steps. `sections`: `preference`, or keys of `train`."""
+    values = tiny_values(model, data)
+    del values["schedule"]
+    preference = sections.pop("preference", None)
+    values["data"] |= {"overlong": "truncate", "validation_share": 0.2}
+    values["objective"] = {"mask_noise_steps": 0, **(objective or {})}
+    values["train"] |= {"tokens": 1500, **sections}
+    if preference is not None:
+        values["preference"] = preference
+        values["objective"] |= {"complementary": False}
+    return parse_recipe(values, "test")
+
+
 def tiny_recipe(model: Path, data: Path, **train: Any) -> Recipe:
     """Warmup 1 -> 4, whole sequence, decay 16 -> 8; some twenty steps."""
     return parse_recipe(tiny_values(model, data, **train), "test")

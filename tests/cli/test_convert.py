@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from helpers import make_tokenizer
 from tiny import tiny_model
-from unmask.cli.convert import default_recipe
+from unmask.cli.training import default_recipe
 from unmask.models.checkpoint import save_model
 from unmask.train.recipe import load_recipe
 
@@ -168,7 +168,9 @@ def test_sigkill_resume_equals_an_uninterrupted_run(run, arguments: list[str], t
 def test_recipe_file_and_dedicated_options(run, arguments: list[str], ar_folder: Path, answers: Path, tmp_path: Path) -> None:
     """--model and --data replace what the file says; --set has the last word."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(default_recipe().read_text().replace("smollm2-135m", "nope").replace("[]", "[{kind: text, path: nope}]"))
+    recipe.write_text(
+        default_recipe("convert").read_text().replace("smollm2-135m", "nope").replace("[]", "[{kind: text, path: nope}]")
+    )
     assert run(*arguments, "--recipe", recipe, "--set", "decode_block_size=16", "--set", "train.tokens=600").exit_code == 0
     state = json.loads(max(tmp_path.glob("run/checkpoints/*/state.json")).read_text())["recipe"]
     assert (state["model"], state["decode_block_size"]) == (str(ar_folder), 16)
@@ -177,7 +179,7 @@ def test_recipe_file_and_dedicated_options(run, arguments: list[str], ar_folder:
 
 def test_default_recipe_is_warmup_stable_decay() -> None:
     source = 'data.sources=[{"kind": "text", "path": "x.txt"}]'
-    phases = load_recipe(default_recipe(), [source]).schedule.build(100).phases
+    phases = load_recipe(default_recipe("convert"), [source]).blocks.phases
     assert [(phase.name, phase.block_size) for phase in phases] == [
         ("warmup", 4), ("warmup", 8), ("stable", None), ("decay", 32),
     ]  # fmt: skip

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from unmask.cli.convert import default_recipe
-from unmask.cli.data_option import EOS_FILL, source_of
+from unmask.cli.data_option import source_of
 from unmask.data.sources import SourceConfig
 from unmask.errors import ConfigError
 
@@ -27,7 +25,7 @@ from unmask.errors import ConfigError
     ],
 )
 def test_words(data: str, expected: dict[str, object]) -> None:
-    assert source_of(data) == {**expected, "eos_fill": EOS_FILL}
+    assert source_of(data) == expected
     SourceConfig.model_validate(source_of(data))
 
 
@@ -35,11 +33,7 @@ def test_words(data: str, expected: dict[str, object]) -> None:
 def test_a_folder_is_what_its_files_are(tmp_path: Path, suffix: str, kind: str) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / f"part{suffix}").touch()
-    assert source_of(str(tmp_path)) == {"kind": kind, "path": str(tmp_path), "eos_fill": EOS_FILL}
-
-
-def test_documents_fill_the_blocks_of_the_default_recipe() -> None:
-    assert yaml.safe_load(default_recipe().read_text())["decode_block_size"] == EOS_FILL
+    assert source_of(str(tmp_path)) == {"kind": kind, "path": str(tmp_path)}
 
 
 @pytest.mark.parametrize("names", [[], ["a.jsonl", "b.txt"], ["a.csv"]])

@@ -100,7 +100,7 @@ def test_plan_fits_the_machine(ar_folder: Path, answers: Path) -> None:
     recipe = plan_conversion(str(ar_folder), answers, 0.5)
     again = plan_conversion(str(ar_folder), answers, 500)
     assert 0 < recipe.train.tokens < again.train.tokens
-    assert [phase.block_size for phase in recipe.schedule.build(recipe.train.tokens).phases] == [4, 8, 32]
+    assert [phase.block_size for phase in recipe.blocks.phases] == [4, 8, 32]
     assert recipe.model == str(ar_folder)
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.models.checkpoint import load_model, save_model
-from unmask.train.convert import convert
 from unmask.train.merge import top_k
+from unmask.train.run import run_recipe
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_folders_are_averaged(run, sisters: list[Path], tmp_path: Path) -> None:
 def test_best_of_a_run(run, fails, tmp_path: Path) -> None:
     folder, trained, out = tiny_folder(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
     recipe = tiny_recipe(folder, tiny_jsonl(tmp_path / "data.jsonl"), eval_every=1, checkpoint_every=1, keep_checkpoints=9)
-    convert(recipe, trained)
+    run_recipe(recipe, trained)
     result = run("merge", "--run", trained, "--top-k", 2, "--out", out)
     assert result.exit_code == 0, result.output
     averaged = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("averaged")]

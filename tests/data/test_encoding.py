@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,18 @@ from tokenizers import processors
 
 from helpers import make_tokenizer
 from unmask.data.documents import Document
-from unmask.data.encoding import DocumentEncoder, Fields
+from unmask.data.encoding import DocumentEncoder
+from unmask.data.shapes import Fields
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import DataError
 
-MESSAGES = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": "5"}]
+
+def say(*contents: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
+
+
+MESSAGES = say("2 + 3", "5")
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +109,116 @@ def test_begin_of_text_is_put_in_front_and_never_learnt(tmp_path):
         assert spelled(tokenizer, document) == ("<|im_start|>", "a<|endoftext|>")
 
 
+def test_template_is_for_conversations_and_tools_even_where_prompts_are_plain(encoder, tokenizer):
+    plain = replace(encoder, chat=False)
+    laid_out = encoder.encode({"prompt": "2 + 3", "response": "5"}, "here").tokens.tolist()
+    answer = [{"role": "assistant", "content": "5"}]
+    assert plain.encode({"prompt": "2 + 3", "response": answer}, "here").tokens.tolist() == laid_out
+    assert plain.encode({"prompt": "2 + 3", "response": "5", "tools": [{}]}, "here").tokens.tolist() == laid_out
+    assert plain.encode({"prompt": "2 + 3", "response": "5", "tools": "[]"}, "here").tokens.tolist() != laid_out
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_empty_response_is_an_end_alone(encoder, tokenizer, chat):
+    document = replace(encoder, chat=chat).encode({"prompt": "2 + 3", "response": ""}, "here")
+    assert spelled(tokenizer, document)[1] == ("<|im_end|>" if chat else "<|endoftext|>")
+    filled = replace(encoder, chat=chat, eos_fill=64).encode({"prompt": "2 + 3", "response": ""}, "here")
+    assert len(filled) == 64
+    assert int(filled.maskable.sum()) == 64 - int((~document.maskable).sum())
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_end_has_a_place_even_after_a_response_that_ends_at_a_block_edge(encoder, tokenizer, chat):
+    plain = replace(encoder, chat=chat).encode({"prompt": "2 + 3", "response": "the fox"}, "here")
+    record = {"prompt": "2 + 3", "response": "the fox"}
+    exact = replace(encoder, chat=chat, eos_fill=len(plain)).encode(record, "here")
+    assert exact.tokens.tolist() == plain.tokens.tolist(), "the end is the last token of a block: nothing to fill"
+    one_more = replace(encoder, chat=chat, eos_fill=len(plain) - 1).encode(record, "here")
+    assert len(one_more) == 2 * (len(plain) - 1), "the end is the first token of a block: that is filled"
+    assert one_more.maskable[len(plain) - 1 :].all()
+    assert (one_more.tokens[len(plain) :] == tokenizer.eos_id).all()
+
+
+def test_end_of_text_spelled_in_an_answer_ends_nothing(encoder, tokenizer):
+    for response in ("a<|endoftext|>b", "a<|im_end|>b"):
+        document = encoder.encode({"prompt": "<|endoftext|>", "response": response}, "here")
+        learnt = document.tokens[document.maskable]
+        assert [int(token) in tokenizer.eos_ids for token in learnt] == [False] * (len(learnt) - 1) + [True]
+        assert tokenizer.decode(learnt, skip_special=False) == f"{response}<|im_end|>"
+        assert not set(document.tokens[~document.maskable]) & {tokenizer.eos_id}
+
+
+PAIRS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "", "good", "bad"),
+    ({"prompt": "q", "chosen": "", "rejected": "bad"}, "", "", "bad"),
+    ({"prompt": say("q"), "chosen": say("", "good")[1:], "rejected": say("", "bad")[1:]}, "", "good", "bad"),
+    ({"prompt": "q", "chosen": say("q", "good"), "rejected": say("q", "bad")}, "", "good", "bad"),
+    ({"chosen": say("q", "good"), "rejected": say("q", "bad")}, "", "good", "bad"),
+    ({"chosen": say("p", "x", "q", "good"), "rejected": say("p", "x", "q", "bad")}, "p|x|", "good", "bad"),
+    ({"prompt": say("p", "x", "q"), "chosen": "good", "rejected": say("", "bad")[1:]}, "p|x|", "good", "bad"),
+]
+
+
+@pytest.mark.parametrize(("record", "before", "good", "bad"), PAIRS)
+def test_preference_gives_two_documents_that_share_all_that_is_given(encoder, tokenizer, record, before, good, bad):
+    document = replace(encoder, pairs=True, eos_fill=16).encode(record, "here")
+    rejected = document.rejected
+    assert rejected is not None
+    assert rejected.rejected is None
+    given, learnt = spelled(tokenizer, document)
+    turns = "".join(
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in zip(("user", "assistant", "user"), [*before.split("|")[:-1], "q"], strict=False)
+    )
+    assert given == f"{turns}<|im_start|>assistant\n"
+    assert learnt.replace("<|endoftext|>", "") == f"{good}<|im_end|>"
+    assert spelled(tokenizer, rejected)[0] == given
+    assert spelled(tokenizer, rejected)[1].replace("<|endoftext|>", "") == f"{bad}<|im_end|>"
+    num_given = int((~document.maskable).sum())
+    assert document.tokens[:num_given].tolist() == rejected.tokens[:num_given].tolist()
+    assert len(document) % 16 == len(rejected) % 16 == 0
+
+
+@pytest.mark.parametrize(("record", "before", "good", "bad"), PAIRS)
+def test_preference_without_pairs_is_its_chosen_side(encoder, tokenizer, record, before, good, bad):
+    document = encoder.encode(record, "here")
+    assert document.rejected is None
+    assert spelled(tokenizer, document)[1].endswith(f"{good}<|im_end|>")
+    is_whole = "prompt" not in record and before
+    assert (spelled(tokenizer, document)[1] == f"{good}<|im_end|>") != bool(is_whole), "a whole conversation: every turn"
+
+
+def test_texts_of_a_preference_are_cut_where_they_part(encoder, tokenizer):
+    pairs = replace(encoder, pairs=True)
+    document = pairs.encode({"chosen": "Human: hi\n\nAssistant: yes", "rejected": "Human: hi\n\nAssistant: yellow"}, "here")
+    assert document.rejected is not None
+    assert spelled(tokenizer, document) == ("Human: hi\n\nAssistant:", " yes<|endoftext|>")
+    assert spelled(tokenizer, document.rejected) == ("Human: hi\n\nAssistant:", " yellow<|endoftext|>")
+    whole = pairs.encode({"chosen": "yes", "rejected": "yellow"}, "here")
+    assert spelled(tokenizer, whole) == ("", "yes<|endoftext|>")
+    assert spelled(tokenizer, encoder.encode({"chosen": "a b", "rejected": "a c"}, "here")) == ("", "a b<|endoftext|>")
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"body": "x", "id": None}, r"^here: no field text, messages or prompt; the fields there are: body, id \(null\)$"),
+        (
+            {"body": "x", "id": None},
+            r"^here: no field text, messages, conversations, chosen or prompt; the fields there are: body, id \(null\)$",
+        ),
         ({}, "the fields there are: none"),
         ({"prompt": "x"}, "no field response or completion; the fields there are: prompt"),
         ({"text": 3}, "field text holds int, not a text"),
-        ({"prompt": "x", "response": ["y"]}, "field response holds list"),
+        ({"prompt": "x", "response": ["y"]}, "^here: field response is not a text or a list of messages"),
+        ({"prompt": "x", "response": 3}, "^here: field response is not a text or a list of messages"),
         ({"messages": "hi"}, "field messages is not a list"),
         ({"messages": [["hi"]]}, "field messages is not a list"),
-        ({"messages": []}, "^here: 0 messages"),
-        ({"text": "\ud800"}, r"^here: a text holds U\+D800"),
+        ({"messages": []}, "^here: field messages holds 0 messages"),
+        ({"text": "\ud800"}, r"^here: field text: a text holds U\+D800"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            "^here: field messages: the chat template refuses",
+        ),
     ],
 )
 def test_bad_records(encoder, record, message):
@@ -125,7 +231,9 @@ def test_mask_token_in_the_data_is_an_error(tmp_path):
     tokenizer = make_tokenizer(tmp_path, mask_token="<file_sep>")
     template = "{{ '<file_sep>' }}{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
     tokenizer._inner.chat_template = template
-    with pytest.raises(DataError, match=r"^here: token 0 is the mask token <file_sep> \(id 4\), which must not be"):
+    with pytest.raises(
+        DataError, match=r"^here: field messages: token 0 is the mask token <file_sep> \(id 4\), which must not be"
+    ):
         DocumentEncoder(tokenizer).encode({"messages": MESSAGES}, "here")
     document = DocumentEncoder(tokenizer).encode({"text": "a literal <file_sep>"}, "here")
     assert tokenizer.mask_id not in document.tokens

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.data.documents import Document, Sample, State
-from unmask.data.packing import PIECE_STRIDE, PackedRows, RowPacker
+from unmask.data.packing import PIECE_STRIDE, Overlong, PackedRows, PackingStats, RowPacker
 from unmask.errors import ConfigError, DataError
 
 PAD = 999
@@ -56,11 +56,16 @@ def documents(draw: st.DrawFn) -> list[Document]:
     return made
 
 
-def expected_pieces(docs: list[Document], length: int) -> dict[tuple[int, int], tuple[list[int], list[bool]]]:
+def expected_pieces(
+    docs: list[Document], length: int, overlong: Overlong
+) -> dict[tuple[int, int], tuple[list[int], list[bool]]]:
     """(epoch, ordinal) -> tokens and flags of every piece that has something maskable."""
     pieces = {}
     for ordinal, doc in enumerate(docs):
-        for number, start in enumerate(range(0, len(doc), length)):
+        if overlong == "drop" and len(doc) > length:
+            continue
+        stop = len(doc) if overlong == "split" else length
+        for number, start in enumerate(range(0, min(stop, len(doc)), length)):
             part = slice(start, start + length)
             if doc.maskable[part].any():
                 identity = (ordinal // 3, ordinal + number * PIECE_STRIDE)
@@ -96,22 +101,34 @@ def same(left: PackedRows, right: PackedRows) -> bool:
     return all(torch.equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(PackedRows))
 
 
-@given(docs=documents(), length=st.integers(1, 20), lookahead=st.integers(1, 9), chunk=st.integers(1, 4))
-def test_every_token_is_in_exactly_one_row_or_counted_as_dropped(docs, length, lookahead, chunk):
-    packer = RowPacker(ListStream(docs), length, pad_id=PAD, lookahead=lookahead)
+@given(
+    docs=documents(),
+    length=st.integers(1, 20),
+    lookahead=st.integers(1, 9),
+    chunk=st.integers(1, 4),
+    overlong=st.sampled_from(["split", "truncate", "drop"]),
+)
+def test_every_token_is_in_exactly_one_row_or_counted_as_dropped(docs, length, lookahead, chunk, overlong):
+    packer = RowPacker(ListStream(docs), length, pad_id=PAD, lookahead=lookahead, overlong=overlong)
     found, num_padding = [], 0
     while (rows := packer.next_rows(chunk)).num_rows:
         found += found_pieces(rows)
         num_padding += int((rows.segment_RL == 0).sum())
     assert len(found) == len(dict(found))
-    assert dict(found) == expected_pieces(docs, length)
+    assert dict(found) == expected_pieces(docs, length, overlong)
     stats = packer.stats
     assert stats.packed_tokens + stats.dropped_tokens == sum(len(doc) for doc in docs)
     assert stats.packed_tokens == sum(len(tokens) for _, (tokens, _) in found)
     assert stats.padded_tokens == num_padding
     assert stats.rows * length == stats.packed_tokens + stats.padded_tokens
     assert stats.documents == len(docs)
-    assert stats.split_documents == sum(len(doc) > length for doc in docs)
+    num_long = sum(len(doc) > length for doc in docs)
+    assert stats.split_documents == (num_long if overlong == "split" else 0)
+    kept = {ordinal for _, ordinal in dict(found)}
+    num_cut = sum(len(doc) > length for ordinal, doc in enumerate(docs) if ordinal in kept)
+    assert stats.truncated_documents == (num_cut if overlong == "truncate" else 0)
+    if overlong != "split":
+        assert stats.dropped_documents == len(docs) - len(found)
 
 
 @given(docs=documents(), lookahead=st.integers(1, 9), before=st.integers(1, 6))
@@ -179,6 +196,47 @@ def test_piece_without_anything_maskable_is_dropped_and_counted():
     rows = packer.next_rows(5)
     assert rows.ordinal_RL.tolist() == [[PIECE_STRIDE, PIECE_STRIDE, 0, 0]]
     assert (packer.stats.dropped_documents, packer.stats.dropped_tokens) == (2, 7)
+
+
+def test_long_document_is_cut_at_the_end_of_the_row():
+    answer_ends_at_the_edge = document([False] * 2 + [True] * 2, 10)
+    docs = [document([False] * 3 + [True] * 3), document([False] * 4 + [True]), answer_ends_at_the_edge]
+    packer = RowPacker(ListStream(docs), 4, pad_id=PAD, overlong="truncate")
+    rows = packer.next_rows(5)
+    assert rows.tokens_RL.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert rows.maskable_RL.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2]
+    assert rows.ordinal_RL.tolist() == [[0] * 4, [2] * 4]
+    stats = packer.stats
+    assert (stats.documents, stats.truncated_documents, stats.dropped_documents, stats.dropped_tokens) == (3, 1, 1, 2 + 5)
+
+
+def test_long_document_is_dropped_whole_and_one_of_the_rows_length_is_not():
+    packer = RowPacker(ListStream([whole(5), whole(4, 10)]), 4, pad_id=PAD, overlong="drop")
+    assert packer.next_rows(5).tokens_RL.tolist() == [[10, 11, 12, 13]]
+    assert (packer.stats.truncated_documents, packer.stats.dropped_documents, packer.stats.dropped_tokens) == (0, 1, 5)
+
+
+def test_summary_tells_what_occurred_and_nothing_else():
+    assert PackingStats().summary == "documents: none"
+    assert PackingStats(documents=1200, rows=3, packed_tokens=4, padded_tokens=5).summary == "documents: 1,200 read"
+    everything = PackingStats(documents=9, split_documents=1, truncated_documents=2, dropped_documents=3, dropped_tokens=4567)
+    expected = "documents: 9 read, 1 split over rows, 2 cut at the row's end, 3 left out (4,567 tokens not used)"
+    assert everything.summary == expected
+
+
+def test_counts_of_an_older_state_are_read():
+    packer = RowPacker(ListStream([whole(3)]), 4, pad_id=PAD)
+    state = packer.state_dict()
+    del state["stats"]["truncated_documents"]
+    packer.load_state_dict(state)
+    assert packer.stats == PackingStats()
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_endless_stream_of_prompts_that_fill_the_row_is_an_error(overlong):
+    stream = ListStream([document([False] * 4 + [True])] * 20_000)
+    with pytest.raises(DataError, match="have no token to learn in a row of 4; use longer rows"):
+        RowPacker(stream, 4, pad_id=PAD, overlong=overlong).next_rows(1)
 
 
 def test_endless_stream_without_anything_to_learn_is_an_error():

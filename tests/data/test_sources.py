@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from helpers import make_tokenizer
 from unmask.data.documents import DocumentStream, Source
 from unmask.data.packing import RowPacker
+from unmask.data.pairs import PairPacker
 from unmask.data.sources import SourceConfig, open_source
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import ConfigError, DataError
@@ -183,6 +184,75 @@ def test_conversations_in_parquet(tmp_path, tokenizer):
         assert tokenizer.decode(document.tokens[document.maskable], skip_special=False) == "a<|im_end|>"
 
 
+PREFERENCES = [{"prompt": "q", "chosen": "good" * (n + 1), "rejected": "bad", "id": n} for n in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "huggingface"])
+def test_preferences_become_pairs_or_their_chosen_sides(tmp_path, tokenizer, kind):
+    write = write_jsonl if kind == "jsonl" else write_parquet
+    write(tmp_path / f"a.{'jsonl' if kind == 'jsonl' else 'parquet'}", PREFERENCES)
+    config = SourceConfig(kind=kind, path=str(tmp_path), shuffle=False)
+    source = open_source(config, tokenizer, 0, pairs=True)
+    documents = [source.next_document() for _ in PREFERENCES]
+    answers = [tokenizer.decode(document.tokens[document.maskable]) for document in documents]
+    assert answers == ["good" * (n + 1) for n in range(5)]
+    for document in documents:
+        assert document.rejected is not None
+        assert tokenizer.decode(document.rejected.tokens[document.rejected.maskable]) == "bad"
+    alone = open_source(config, tokenizer, 0)
+    for document in documents:
+        chosen = alone.next_document()
+        assert chosen.rejected is None
+        assert chosen.tokens.tolist() == document.tokens.tolist()
+    packer = PairPacker(DocumentStream([open_source(config, tokenizer, 0, pairs=True)], epochs=2), 64, pad_id=0)
+    assert packer.next_rows(100).num_rows == 20
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "huggingface"])
+def test_conversations_with_tools_from_every_kind_of_file(tmp_path, tokenizer, kind):
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    conversation = [{"from": "human", "value": "q"}, {"from": "function_call", "value": call}]
+    conversation += [{"from": "observation", "value": "1"}, {"from": "gpt", "value": "one"}]
+    record = {"conversations": conversation, "tools": json.dumps([{"name": "add"}])}
+    write = write_jsonl if kind == "jsonl" else write_parquet
+    write(tmp_path / "data" / f"a.{'jsonl' if kind == 'jsonl' else 'parquet'}", [record])
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name + '!' }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template=template)
+    document = open_source(SourceConfig(kind=kind, path=str(tmp_path / "data")), tokenizer, 0).next_document()
+    assert tokenizer.decode(document.tokens) == '[{"name": "add"}]userqassistantadd!tool1assistantone'
+    assert tokenizer.decode(document.tokens[document.maskable], skip_special=False) == "add!<|im_end|>one<|im_end|>"
+
+
+def test_record_that_is_no_preference_is_found_when_pairs_are_opened(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {"prompt": "q", "response": "r"}])
+    config = SourceConfig(kind="jsonl", path=str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl line 2: no field chosen, which a preference has; the fields there are: prompt"
+    ):
+        open_source(config, tokenizer, 0, pairs=True)
+    write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {"prompt": "q", "chosen": "a", "rejected": "a"}])
+    with pytest.raises(DataError, match=r"a\.jsonl line 2: fields chosen and rejected are equal"):
+        open_source(config, tokenizer, 0, pairs=True)
+    open_source(config, tokenizer, 0)
+    for other in (problems(tmp_path), SourceConfig(kind="text", path=str(tmp_path))):
+        with pytest.raises(ConfigError, match=f"a {other.kind} source holds no preferences; use jsonl, parquet or hugg"):
+            open_source(other, tokenizer, 0, pairs=True)
+
+
+def test_fill_is_the_sources_own_or_else_the_callers(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    config = SourceConfig(kind="jsonl", path=str(tmp_path))
+    lengths = [
+        len(open_source(config.model_copy(update={"eos_fill": own}), tokenizer, 0, eos_fill=fill).next_document())
+        for own, fill in ((None, None), (None, 8), (16, 8), (16, None))
+    ]
+    assert lengths == [2, 8, 16, 16]
+
+
 def test_options_reach_the_documents(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", [{"q": "2 + 3", "a": "5"}])
     names = {"prompt_field": "q", "response_field": "a", "path": str(tmp_path), "kind": "jsonl"}
@@ -198,6 +268,10 @@ def test_options_reach_the_documents(tmp_path, tokenizer):
         (b'{"text": "a"}\n\n{"text": \n', r"data\.jsonl line 3: not a JSON value"),
         (b'{"text": "a"}\n[1]\n', r"data\.jsonl line 2: list instead of a JSON object"),
         (b'{"text": "a"}\n{"body": "b"}\n', r"data\.jsonl line 2: no field text, .*; the fields there are: body$"),
+        (
+            b'{"text": "a"}\n{"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}\n',
+            r"data\.jsonl line 2: field messages: message 2: role 'bot' of a message",
+        ),
         (b'{"text": "\xff"}\n', r"data\.jsonl line 1: not a JSON value"),
         (b"\n\n", r"data\.jsonl holds 0 records"),
     ],

@@ -15,10 +15,11 @@ import torch
 import unmask
 from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.data.packing import PackedRows
+from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, DataError, TrainingError
-from unmask.train.convert import build_parts, convert
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe
+from unmask.train.run import build_parts, run_recipe
 from unmask.train.state import list_checkpoints
 from unmask.train.trainer import Trainer
 
@@ -42,7 +43,7 @@ def losses(run: Path) -> dict[int, tuple[float, int | None]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(base: Path) -> Path:
-    result = convert(tiny_recipe(base / "model", base / "data.jsonl"), base / "whole")
+    result = run_recipe(tiny_recipe(base / "model", base / "data.jsonl"), base / "whole")
     assert result.finished
     return base / "whole"
 
@@ -77,10 +78,10 @@ def test_resume_in_any_phase_gives_the_same_losses(
         steps += 1
         return steps >= stop_after
 
-    first = convert(recipe, tmp_path / "run", should_stop=stop)
+    first = run_recipe(recipe, tmp_path / "run", should_stop=stop)
     assert not first.finished
     assert first.steps == stop_after
-    assert convert(recipe, tmp_path / "run", resume=True).finished
+    assert run_recipe(recipe, tmp_path / "run", resume=True).finished
     assert losses(tmp_path / "run") == losses(uninterrupted)
     whole, resumed = (unmask.load(path, dtype="float32").transformer.state_dict() for path in (uninterrupted, tmp_path / "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -90,7 +91,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from runs import tiny_recipe
-from unmask.train.convert import convert
+from unmask.train.run import run_recipe
 
 base, run, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 recipe = tiny_recipe(base / "model", base / "data.jsonl")
@@ -99,7 +100,7 @@ def on_record(record):
     if record["step"] == step:
         os.kill(os.getpid(), signal.SIGKILL)
 
-convert(recipe, run, resume=True, on_record=on_record)
+run_recipe(recipe, run, resume=True, on_record=on_record)
 """
 
 
@@ -112,12 +113,12 @@ def test_resume_after_sigkill_gives_the_same_losses(
     process = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert losses(tmp_path / "run").keys() >= {kill_at}
-    assert convert(recipe, tmp_path / "run", resume=True).finished
+    assert run_recipe(recipe, tmp_path / "run", resume=True).finished
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
 
 def test_a_half_written_checkpoint_is_ignored(recipe: Recipe, tmp_path: Path) -> None:
-    convert(recipe, tmp_path / "run", should_stop=lambda: True)
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
     broken = tmp_path / "run" / "checkpoints" / ".step-0000002.partial"
     broken.mkdir()
     (broken / "optimizer.safetensors").write_bytes(b"half")
@@ -127,8 +128,7 @@ def test_a_half_written_checkpoint_is_ignored(recipe: Recipe, tmp_path: Path) ->
 def gradients(recipe: Recipe, rows: PackedRows, micro_rows: int, block_size: int | None) -> dict[str, torch.Tensor]:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_rows": micro_rows})})
     parts = build_parts(changed)
-    trainer = Trainer(parts, Path("unused"))
-    trainer._accumulate(rows, changed.objective.corruption(parts.mask_id, block_size))
+    parts.objective.accumulate(rows, Phase("decay", block_size, 1), 0)
     return {name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None}
 
 
@@ -145,14 +145,14 @@ def test_gradients_do_not_depend_on_the_micro_batch_split(recipe: Recipe, block_
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_backends_train_alike(recipe: Recipe, uninterrupted: Path, tmp_path: Path, backend: str) -> None:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"attention": backend})})
-    convert(changed, tmp_path / "run", should_stop=lambda: True)
+    run_recipe(changed, tmp_path / "run", should_stop=lambda: True)
     assert losses(tmp_path / "run")[1][0] == pytest.approx(losses(uninterrupted)[1][0], rel=1e-4)
 
 
 def test_activation_checkpointing_changes_nothing(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"activation_checkpointing": True})})
     stops = iter([False, False, True])
-    convert(changed, tmp_path / "run", should_stop=lambda: next(stops))
+    run_recipe(changed, tmp_path / "run", should_stop=lambda: next(stops))
     expected = losses(uninterrupted)
     for step, (loss, _) in losses(tmp_path / "run").items():
         assert loss == pytest.approx(expected[step][0], rel=1e-4)
@@ -166,8 +166,8 @@ def test_lora_trains_few_parameters_and_saves_a_plain_model(base: Path, recipe: 
     assert all(".lora_" in name or name == "embed.weight" for name in trainable)
     assert any(".lora_" in name for name in trainable)
     stops = iter([False] * 5 + [True])
-    convert(changed, tmp_path / "run", should_stop=lambda: next(stops))
-    assert convert(changed, tmp_path / "run", resume=True).finished
+    run_recipe(changed, tmp_path / "run", should_stop=lambda: next(stops))
+    assert run_recipe(changed, tmp_path / "run", resume=True).finished
     folders = (tmp_path / "run", base / "model")
     tuned, original = (unmask.load(folder, dtype="float32").transformer.state_dict() for folder in folders)
     assert tuned.keys() == original.keys()
@@ -178,10 +178,10 @@ def test_lora_trains_few_parameters_and_saves_a_plain_model(base: Path, recipe: 
 def test_lora_resumes_exactly(recipe: Recipe, tmp_path: Path) -> None:
     lora = {"lora": LoraSection(rank=2)}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=lora)})
-    convert(changed, tmp_path / "whole")
+    run_recipe(changed, tmp_path / "whole")
     stops = iter([False] * 6 + [True])
-    convert(changed, tmp_path / "parts", should_stop=lambda: next(stops))
-    convert(changed, tmp_path / "parts", resume=True)
+    run_recipe(changed, tmp_path / "parts", should_stop=lambda: next(stops))
+    run_recipe(changed, tmp_path / "parts", resume=True)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
@@ -199,30 +199,30 @@ def test_non_finite_loss_stops_with_step_phase_and_state(recipe: Recipe, tmp_pat
     with pytest.raises(TrainingError, match=r"nan.* at step 3 \(phase warmup, block size 1\).*step-0000002"):
         trainer.fit()
     assert list_checkpoints(tmp_path / "run")[-1].name == "step-0000002"
-    assert convert(recipe, tmp_path / "run", resume=True).finished
+    assert run_recipe(recipe, tmp_path / "run", resume=True).finished
 
 
 def test_resume_with_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    convert(recipe, tmp_path / "run", should_stop=lambda: True)
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
     with pytest.raises(TrainingError, match="train differ"):
-        convert(changed, tmp_path / "run", resume=True)
+        run_recipe(changed, tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match="--resume"):
-        convert(recipe, tmp_path / "run")
+        run_recipe(recipe, tmp_path / "run")
 
 
 def test_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(recipe, tmp_path / "run", should_stop=lambda: True)
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("unmask.train.state.save_file", full)
     with pytest.raises(TrainingError, match="No space left on device"):
-        convert(recipe, tmp_path / "run", resume=True)
+        run_recipe(recipe, tmp_path / "run", resume=True)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]
-    assert convert(recipe, tmp_path / "run", resume=True).finished
+    assert run_recipe(recipe, tmp_path / "run", resume=True).finished
 
 
 def test_mask_token_in_the_data_is_refused(base: Path, tmp_path: Path) -> None:
@@ -232,13 +232,13 @@ def test_mask_token_in_the_data_is_refused(base: Path, tmp_path: Path) -> None:
     assert parts.mask_id in word.added_tokens
     recipe = tiny_recipe(base / "model", base / "data.jsonl")
     with pytest.raises(DataError, match=r"data\.jsonl"):
-        convert(recipe.model_copy(update={"mask_token": "<|im_start|>"}), tmp_path / "run")
+        run_recipe(recipe.model_copy(update={"mask_token": "<|im_start|>"}), tmp_path / "run")
 
 
 def test_appended_mask_token_grows_the_model(base: Path, recipe: Recipe, tmp_path: Path) -> None:
     rows = unmask.load(base / "model").config.vocab_size
     changed = recipe.model_copy(update={"mask_token": "<|brand new|>"})
-    convert(changed, tmp_path / "run", should_stop=lambda: True)
+    run_recipe(changed, tmp_path / "run", should_stop=lambda: True)
     model = unmask.load(tmp_path / "run" / "checkpoints" / "step-0000001" / "model", dtype="float32")
     assert model.config.mask_id == rows
     assert model.config.vocab_size == rows + 1

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from unmask.errors import ConfigError
 
-EOS_FILL = 32
-"""The block size that the default recipe ends with."""
 GENERATED_PREFIX = "reasoning_gym:"
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
@@ -19,7 +17,7 @@ _WAYS = "use a .jsonl, .parquet or .txt file, a folder of such, a Hugging Face d
 
 
 def source_of(data: str) -> dict[str, object]:
-    """The source that `data` names, as a recipe spells it; documents are filled to whole blocks, as decoding sees them.
+    """The source that `data` names, as a recipe spells it.
 
     Args:
         data: a file, a folder of files of one kind, a pattern, `reasoning_gym:family[,family...]`, or the id of a dataset.
@@ -27,10 +25,6 @@ def source_of(data: str) -> dict[str, object]:
     Raises:
         ConfigError: it is nothing of the sort.
     """
-    return {**_place_of(data), "eos_fill": EOS_FILL}
-
-
-def _place_of(data: str) -> dict[str, object]:
     if data.startswith(GENERATED_PREFIX):
         families = [family.strip() for family in data.removeprefix(GENERATED_PREFIX).split(",")]
         return {"kind": "reasoning_gym", "families": {family: {} for family in families}}

@@ -148,7 +148,7 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
     own = f"{len(PROMPTS)} answers of its own ({num_tokens} tokens) in {answers}"
     console.print(f"data     {own}, and generated sums", soft_wrap=True)
     recipe = plan_conversion(autoregressive.name, answers, 60 * minutes)
-    phases = [phase.block_size for phase in recipe.schedule.build(recipe.train.tokens).phases]
+    phases = [phase.block_size for phase in recipe.blocks.phases]
     console.print(f"plan     {recipe.train.tokens:,} tokens at block sizes {', '.join(map(str, phases))}", soft_wrap=True)
     result = run_conversion(console, recipe, out / "conversion", 60 * minutes)
     plot = terminal_plot(out / "conversion" / "metrics.jsonl", min(console.width, 100))

@@ -1,6 +1,6 @@
 """The conversion inside `unmask demo`: data the model writes itself, and a budget that fits the time.
 
-Owns the prompts, the time box and the terminal plot. Training is `train.convert`'s.
+Owns the prompts, the time box and the terminal plot. Training is `train.run`'s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from unmask.diffusion.decode import DecodeRules
 from unmask.engine.autoregressive import generate_batch
 from unmask.engine.completion import Prompt
 from unmask.engine.model import LanguageModel
-from unmask.train.convert import ConvertResult, build_parts, convert
 from unmask.train.metrics import read_metrics, smoothed
 from unmask.train.recipe import Recipe, load_recipe
+from unmask.train.run import RunResult, build_parts, run_recipe
 from unmask.train.state import list_checkpoints
 from unmask.train.step import score_stream
 
@@ -80,11 +80,11 @@ def plan_conversion(model: str, answers: Path, seconds: float) -> Recipe:
     return load_recipe(path, [*overrides, f"train.tokens={tokens}"])
 
 
-def run_conversion(console: Console, recipe: Recipe, out: Path, seconds: float) -> ConvertResult:
+def run_conversion(console: Console, recipe: Recipe, out: Path, seconds: float) -> RunResult:
     """Convert, stopping after `seconds` whatever was planned; the folder in the result is a model's in either case."""
     deadline = time.monotonic() + seconds
     with showing_progress(console, recipe.train.tokens) as on_record:
-        result = convert(recipe, out, on_record=on_record, should_stop=lambda: time.monotonic() > deadline)
+        result = run_recipe(recipe, out, on_record=on_record, should_stop=lambda: time.monotonic() > deadline)
     if result.finished:
         return result
     return replace(result, folder=list_checkpoints(out)[-1] / "model")

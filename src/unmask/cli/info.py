@@ -49,15 +49,19 @@ def info(
 
     Only config.json is needed: nothing else is fetched, and no weight is read.
     """
+    from unmask.models.hub import base_name
+
     config, folder = _find(model)
-    weights = None if folder is None else _weights(folder, config)
+    base = None if folder is None else base_name(folder)
+    weights = None if folder is None or base is not None else _weights(folder, config)
     facts = describe(config)
     if as_json:
         on_disk = None if weights is None else vars(weights)
-        typer.echo(json.dumps({"model": model, **facts, "weights_on_disk": on_disk}))
+        typer.echo(json.dumps({"model": model, **facts, "adapter_of": base, "weights_on_disk": on_disk}))
         return
     console = make_console()
-    for name, value in _rows(config, facts, weights):
+    rows = _rows(config, facts, weights) if base is None else [*_rows(config, facts, None), ("adapter", f"of {base}")]
+    for name, value in rows:
         console.print(f"{name:<16} {value}", soft_wrap=True)
 
 

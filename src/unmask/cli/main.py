@@ -14,9 +14,12 @@ from unmask import __version__
 from unmask.cli.console import Guarded
 from unmask.cli.convert import convert
 from unmask.cli.demo import demo
+from unmask.cli.dpo import dpo
+from unmask.cli.export import export
 from unmask.cli.generate import generate
 from unmask.cli.info import info
 from unmask.cli.merge import merge
+from unmask.cli.sft import sft
 
 app = typer.Typer(
     name="unmask",
@@ -26,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, convert, info, merge, demo):
+for verb in (generate, convert, sft, dpo, info, merge, export, demo):
     app.command(no_args_is_help=verb is not demo)(verb)
 
 
@@ -48,6 +51,7 @@ def root(
     See it work:      unmask demo
     Ask something:    unmask generate "What is the capital of France?" --watch
     Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
+    Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 
     Models are folders in the Hugging Face layout, Hugging Face ids, or one of the embedded smollm2-135m and
     smollm2-135m-diffusion.

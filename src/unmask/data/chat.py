@@ -2,9 +2,9 @@
 
 Owns rendering and the cutting of the result into control tokens, answers and plain text. Knows no token ids.
 
-Before rendering, every spelling of a control token inside a message is replaced by a code made of Unicode noncharacters,
-which cannot be in text; so every control token in the rendered text is the template's own. The codes are turned
-back when the text between control tokens is cut out, and that text is encoded as plain text only.
+Before rendering, every spelling of a control token inside a message or a tool is replaced by a code made of Unicode
+noncharacters, which cannot be in text; so every control token in the rendered text is the template's own. The codes are
+turned back when the text between control tokens is cut out, and that text is encoded as plain text only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from unmask.errors import DataError
+
+Message = Mapping[str, Any]
+"""`role`, `content` and whatever else the template reads, such as `tool_calls`."""
+Tool = Mapping[str, Any]
+"""The definition of a function a model may call, as the template wants it."""
 
 _CODE, _ANSWER, _ANSWER_END = "\ufdd0", "\ufdd1", "\ufdd2"
 _CODES = re.compile(f"{_CODE}(\\d+){_CODE}")
@@ -40,6 +45,18 @@ class Span:
     is_answer: bool
 
 
+def check_message(message: Message) -> None:
+    """Raise DataError for a message that no template could lay out."""
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise DataError(f"role {role!r} of a message is not one of {', '.join(sorted(_ROLES))}; use one of them")
+    says_more = any(value for key, value in message.items() if key not in ("role", "content", "name"))
+    if not isinstance(content, str) and not (content is None and says_more):
+        raise DataError(f"content {_short(content)} of the {role} message is not a text; give a string")
+    if calls is not None and not (isinstance(calls, (list, tuple)) and all(_is_call(call) for call in calls)):
+        raise DataError(f"tool_calls {_short(calls)} of the {role} message is not a list of calls; give each a name")
+
+
 class Renderer:
     """One tokenizer's chat template."""
 
@@ -56,36 +73,32 @@ class Renderer:
         pattern = "|".join(re.escape(token) for token in self._control_tokens)
         self._literals = re.compile(f"({pattern})" if pattern else "(?!)()")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> tuple[str, bool]:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] | None = None
+    ) -> tuple[str, bool]:
         """The conversation as text with coded literals, and whether there is any such literal in it."""
-        coded = self._coded(messages)
-        text = self._template(coded, add_generation_prompt)
+        text = self._template(self._coded(messages), self._coded_value(tools), add_generation_prompt)
         return text, _CODE in text
 
-    def render_answers(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as text with coded literals and a mark before and after each answer.
+    def render_answers(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0) -> str:
+        """The conversation as text with coded literals and a mark before and after each answer from message `num_given` on.
 
         Raises:
-            DataError: there is no answer, or the template rewrites one so that its marks do not survive.
+            DataError: there is no answer, or the template does not show where one begins and ends.
         """
-        coded = self._coded(messages)
-        num_answers = sum(_is_answer(message) for message in coded)
-        if num_answers == 0:
-            raise DataError("0 assistant turns with content in a conversation; it needs one to learn from")
-        plain = self._template(coded, add_generation_prompt=False)
-        for outside_space in (False, True):
-            marked = self._template([_marked(message, outside_space) for message in coded], add_generation_prompt=False)
-            if _MARKS.sub("", marked) == plain:
-                break
-        else:
-            raise DataError(
-                f"the chat template rewrites one of {num_answers} answers, so what to learn is unknown; "
-                "use supervise: all, or a template that leaves answers as they are"
-            )
-        marks = "".join(_MARKS.findall(marked))
-        if marks != (_ANSWER + _ANSWER_END) * num_answers:
-            raise DataError(f"the chat template leaves out some of {num_answers} answers; use another template")
-        return marked
+        coded, tools = self._coded(messages), self._coded_value(tools)
+        whole = self._template(coded, tools)
+        marked, end = "", 0
+        for place in range(num_given, len(coded)):
+            if coded[place]["role"] == "assistant":
+                start, stop = self._answer(whole, coded, tools, place)
+                if start < end:
+                    raise _hidden(place)
+                marked += f"{whole[end:start]}{_ANSWER}{whole[start:stop]}{_ANSWER_END}"
+                end = stop
+        if not marked:
+            raise DataError("0 assistant turns in a conversation; it needs one to learn from")
+        return marked + whole[end:]
 
     def split(self, text: str) -> Iterator[Span]:
         """Cut rendered text into control tokens, answers and other text, none of it empty."""
@@ -115,28 +128,62 @@ class Renderer:
             return None
         return next((span.text for span in spans if span.is_control and span.is_answer), None)
 
-    def _template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _answer(self, whole: str, coded: list[dict[str, Any]], tools: Any, place: int) -> tuple[int, int]:
+        """Where in the rendered conversation the answer of message `place` starts and stops, its closing left out.
+
+        A turn may be content, tool calls, thoughts or all of them, and only the template knows how it writes these. So the
+        turn is replaced by a mark: what then stands before and after the mark stands before and after the answer. A template
+        that refuses the replacement, for the sake of the tool results after it, is asked for the turns up to this one.
+        What the template writes between its generation prompt and the mark (an empty thought, say) is the answer's too,
+        since the model is not prompted with it.
+        """
+        replaced = [*coded[:place], {"role": "assistant", "content": _ANSWER}, *coded[place + 1 :]]
+        before, mark, after = self._attempt(replaced, tools).partition(_ANSWER)
+        prompt = self._attempt(coded[:place], tools, add_generation_prompt=True)
+        if mark and whole.startswith(before) and whole[len(before) :].endswith(after):
+            start, stop = len(before), len(whole) - len(after)
+        else:
+            turns = self._without_closing(self._attempt(coded[: place + 1], tools))
+            if not (prompt and turns.startswith(prompt) and whole.startswith(turns)):
+                raise _hidden(place)
+            start, stop = len(prompt), len(turns)
+        is_longer = prompt and len(prompt) < start and whole.startswith(prompt)
+        if is_longer and prompt != self._attempt(coded[:place], tools):
+            start = len(prompt)
+        return start, stop
+
+    def _without_closing(self, text: str) -> str:
+        text = text.rstrip()
+        return text.removesuffix(next((token for token in self._control_tokens if text.endswith(token)), ""))
+
+    def _attempt(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+        """The rendered conversation; nothing where there is none or the template refuses it."""
         try:
-            return str(self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+            return self._template(messages, tools, add_generation_prompt) if messages else ""
+        except DataError:
+            return ""
+
+    def _template(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+        try:
+            return str(self._apply(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(f"the chat template refuses turns {roles} ({reason}); order or name them as it wants") from error
 
-    def _coded(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _coded(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not messages:
             raise DataError("0 messages in a conversation; it needs at least one")
         return [self._coded_message(message) for message in messages]
 
-    def _coded_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        role = message.get("role")
-        if not isinstance(role, str) or role not in _ROLES:
-            raise DataError(f"role {role!r} of a message is not one of {', '.join(sorted(_ROLES))}; use one of them")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and len(message) > 2):
-            raise DataError(f"content {_short(content)} of a {role} message is not a text; give a string")
-        rest = {key: self._coded_value(value) for key, value in message.items() if key != "role" and value is not None}
-        return {"role": role, "content": None} | rest
+    def _coded_message(self, message: Message) -> dict[str, Any]:
+        check_message(message)
+        there = {key: value for key, value in message.items() if value is not None}
+        if "tool_calls" in there:
+            # Before coding: an escape in the JSON could spell a control token.
+            there["tool_calls"] = [_with_read_arguments(call) for call in there["tool_calls"]]
+        coded = {key: self._coded_value(value) for key, value in there.items() if key != "role"}
+        return {"role": there["role"], "content": None} | coded
 
     def _coded_value(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -150,19 +197,27 @@ class Renderer:
         return value
 
 
-def _is_answer(message: Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant" and message["content"] is not None
+def _hidden(place: int) -> DataError:
+    return DataError(
+        f"the chat template does not show where message {place + 1}, an assistant's, starts and ends, so what to learn is "
+        "unknown; use supervise: all, or another template"
+    )
 
 
-def _marked(message: dict[str, Any], outside_space: bool) -> dict[str, Any]:
-    """Marks around an answer; inside its surrounding white space when the template trims that."""
-    if not _is_answer(message):
-        return message
-    content: str = message["content"]
-    core = content.strip() if outside_space else content
-    lead = content[: len(content) - len(content.lstrip())] if outside_space else ""
-    trail = content[len(content.rstrip()) :] if outside_space and core else ""
-    return message | {"content": f"{lead}{_ANSWER}{core}{_ANSWER_END}{trail}"}
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
+def _with_read_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with arguments as an object, which templates want, where OpenAI's JSON text of one was given."""
+    if "function" in call:
+        return {**call, "function": _with_read_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return dict(call)
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else dict(call)
 
 
 def _short(value: object) -> str:

@@ -26,10 +26,12 @@ class Document:
     Attributes:
         tokens: int32 `[length]`.
         maskable: bool `[length]`; False where a token is never masked and never predicted (a prompt).
+        rejected: of a preference, the same prompt with the answer that is liked less; this document is the chosen one.
     """
 
     tokens: NDArray[np.int32]
     maskable: NDArray[np.bool_]
+    rejected: Document | None = None
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1

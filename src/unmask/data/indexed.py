@@ -85,7 +85,8 @@ class IndexedSource:
         if number in self._cache:
             return self._cache[number]
         document = self._encoder.encode(self._records.read(number), self._records.where(number))
-        if len(document) <= self._room:
+        size = len(document) + (0 if document.rejected is None else len(document.rejected))
+        if size <= self._room:
             self._cache[number] = document
-            self._room -= len(document)
+            self._room -= size
         return document

@@ -1,7 +1,7 @@
 """Documents laid end to end in rows of one length, with little padding, deterministically and resumably.
 
-Owns the layout of a row: tokens, segments, positions, identities. Knows neither where samples come from nor what noise
-is put on them; a row never says anything about its neighbours.
+Owns the layout of a row: tokens, segments, positions, identities; and what becomes of documents that are too long. Knows
+neither where samples come from nor what noise is put on them; a row never says anything about its neighbours.
 
 Shapes: R rows, L tokens of a row.
 """
@@ -9,15 +9,17 @@ Shapes: R rows, L tokens of a row.
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unmask.data.documents import SampleStream, State
+from unmask.data.documents import Document, Sample, SampleStream, State
 from unmask.errors import ConfigError, DataError
 
 PIECE_STRIDE = 1 << 40
@@ -29,6 +31,8 @@ So ordinals of whole documents are consecutive, which is what a low-discrepancy 
 _MAX_PIECES = 1 << 22
 
 _MAX_DROPPED_IN_A_ROW = 10_000
+
+Overlong = Literal["split", "truncate", "drop"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,25 +58,14 @@ class PackedRows:
 
     def rows(self, start: int, stop: int) -> PackedRows:
         """Rows `start .. stop - 1`, as views of the same memory."""
-        return PackedRows(
-            tokens_RL=self.tokens_RL[start:stop],
-            segment_RL=self.segment_RL[start:stop],
-            position_RL=self.position_RL[start:stop],
-            maskable_RL=self.maskable_RL[start:stop],
-            epoch_RL=self.epoch_RL[start:stop],
-            ordinal_RL=self.ordinal_RL[start:stop],
-        )
+        return self._each(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> PackedRows:
         """The same rows on another device."""
-        return PackedRows(
-            tokens_RL=self.tokens_RL.to(device),
-            segment_RL=self.segment_RL.to(device),
-            position_RL=self.position_RL.to(device),
-            maskable_RL=self.maskable_RL.to(device),
-            epoch_RL=self.epoch_RL.to(device),
-            ordinal_RL=self.ordinal_RL.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
+        return PackedRows(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     @property
     def num_rows(self) -> int:
@@ -95,10 +88,12 @@ class PackingStats:
     """What became of the samples so far; nothing is lost that is not counted here.
 
     Attributes:
-        documents: samples read from the stream.
+        documents: documents read from the stream.
         split_documents: those longer than a row, cut into pieces.
-        dropped_documents: documents, or pieces of split ones, left out because nothing in them is maskable.
-        dropped_tokens: their tokens.
+        truncated_documents: those longer than a row, of which the first row is kept.
+        dropped_documents: documents, or pieces of split ones, left out: nothing in them (or in what is left of them) is
+            maskable, or they are longer than a row and such are to be dropped, or they are half of a pair that has to go.
+        dropped_tokens: their tokens, and those cut off truncated ones.
         rows: rows handed out.
         packed_tokens: document tokens in those rows.
         padded_tokens: padding in those rows.
@@ -106,15 +101,29 @@ class PackingStats:
 
     documents: int = 0
     split_documents: int = 0
+    truncated_documents: int = 0
     dropped_documents: int = 0
     dropped_tokens: int = 0
     rows: int = 0
     packed_tokens: int = 0
     padded_tokens: int = 0
 
+    @property
+    def summary(self) -> str:
+        """What is worth telling a person, in a line; what did not occur is not in it."""
+        counts = {
+            "read": self.documents,
+            "split over rows": self.split_documents,
+            "cut at the row's end": self.truncated_documents,
+            "left out": self.dropped_documents,
+        }
+        told = [f"{count:,} {what}" for what, count in counts.items() if count]
+        lost = f" ({self.dropped_tokens:,} tokens not used)" if self.dropped_tokens else ""
+        return f"documents: {', '.join(told) or 'none'}{lost}"
+
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class Piece:
     """A document, or one row-long part of it, waiting for a row."""
 
     epoch: int
@@ -134,44 +143,30 @@ class _Piece:
         }
 
     @staticmethod
-    def from_state_dict(state: State) -> _Piece:
+    def from_state_dict(state: State) -> Piece:
         tokens = np.frombuffer(base64.b64decode(state["tokens"]), dtype="<i4").astype(np.int32)
         bits = np.frombuffer(base64.b64decode(state["maskable"]), dtype=np.uint8)
         maskable = np.unpackbits(bits, count=len(tokens)).astype(np.bool_)
-        return _Piece(epoch=state["epoch"], ordinal=state["ordinal"], tokens=tokens, maskable=maskable)
+        return Piece(epoch=state["epoch"], ordinal=state["ordinal"], tokens=tokens, maskable=maskable)
 
 
-class RowPacker:
-    """Fills rows from a stream, each from a buffer of waiting documents.
+class Packer(ABC):
+    """Fills rows from a stream; what a trainer reads."""
 
-    A row starts with the document that has waited longest, so none waits for ever; then the longest one that still
-    fits follows (the one that has waited longest among equals), until none fits.
-    """
+    rows_together = 1
+    """Rows that only come together: a number of rows asked for is a multiple of it."""
 
-    def __init__(self, stream: SampleStream, row_length: int, *, pad_id: int, lookahead: int = 64) -> None:
-        """Pack a stream.
-
-        Args:
-            stream: where samples come from; the packer moves it.
-            row_length: tokens of a row. Documents longer than this are cut into pieces of this length, each from then
-                on a document of its own: positions restart and attention does not cross.
-            pad_id: token id to fill rows with.
-            lookahead: how many documents wait at most; more pack tighter and make a larger saved state.
-
-        Raises:
-            ConfigError: a length or an id that breaks these rules.
-        """
+    def __init__(self, stream: SampleStream, row_length: int, *, pad_id: int, overlong: Overlong) -> None:
+        """Pack a stream; raises ConfigError for a length or an id that cannot be."""
         if row_length < 1:
             raise ConfigError(f"row length {row_length} is not positive; use a multiple of the block size, such as 1024")
-        if lookahead < 1:
-            raise ConfigError(f"lookahead {lookahead} is not positive; use 1 for documents in order, 64 for tight rows")
         if pad_id < 0:
             raise ConfigError(f"pad id {pad_id} is negative; use the tokenizer's padding or end-of-text id")
         self._stream = stream
         self._row_length = row_length
         self._pad_id = pad_id
-        self._lookahead = lookahead
-        self._waiting: list[_Piece] = []
+        self._overlong = overlong
+        self._waiting: list[Piece] = []
         self._ended = False
         self._stats = PackingStats()
 
@@ -189,20 +184,23 @@ class RowPacker:
         """The next rows.
 
         Args:
-            num_rows: how many.
+            num_rows: how many, a multiple of `rows_together`.
 
         Returns:
             `num_rows` rows; fewer, down to none, only when the stream has ended.
 
         Raises:
-            ConfigError: `num_rows` is not positive.
+            ConfigError: `num_rows` is not positive, or no such multiple.
             DataError: the stream could not be read, or holds nothing maskable.
         """
         if num_rows < 1:
             raise ConfigError(f"{num_rows} rows asked for; ask for 1 or more")
-        rows: list[list[_Piece]] = []
-        while len(rows) < num_rows and (row := self._next_row()):
-            rows.append(row)
+        if num_rows % self.rows_together:
+            together = self.rows_together
+            raise ConfigError(f"{num_rows} rows asked for, which come {together} at a time; ask for a multiple of {together}")
+        rows: list[list[Piece]] = []
+        while len(rows) < num_rows and (group := self._next_group()):
+            rows += group
         return self._lay_out(rows)
 
     def state_dict(self) -> State:
@@ -227,71 +225,63 @@ class RowPacker:
                 "use the same row length"
             )
         self._stream.load_state_dict(state["stream"])
-        self._waiting = [_Piece.from_state_dict(piece) for piece in state["waiting"]]
+        self._waiting = [Piece.from_state_dict(piece) for piece in state["waiting"]]
         self._ended = bool(state["ended"])
         self._stats = PackingStats(**state["stats"])
+
+    @abstractmethod
+    def _next_group(self) -> list[list[Piece]]:
+        """The next `rows_together` rows; none at the end."""
+
+    @abstractmethod
+    def _pieces(self, sample: Sample) -> list[Piece]:
+        """What of a sample goes into rows; the rest is counted."""
+
+    def _read(self) -> bool:
+        """Put the pieces of the next sample that has any into the waiting list; False at the stream's end."""
+        for _ in range(_MAX_DROPPED_IN_A_ROW):
+            try:
+                sample = None if self._ended else next(self._stream)
+            except StopIteration:
+                sample = None
+            if sample is None:
+                self._ended = True
+                return False
+            pieces = self._pieces(sample)
+            self._waiting += pieces
+            if pieces:
+                return True
+        raise DataError(
+            f"{_MAX_DROPPED_IN_A_ROW} documents one after another have no token to learn in a row of {self._row_length}; "
+            "use longer rows, or check the field names and the supervise option"
+        )
+
+    def _fitted(self, sample: Sample, document: Document) -> Piece | None:
+        """What of a document fits into one row; None if it is too long and such are dropped, or has nothing maskable then."""
+        if len(document) > self._row_length and self._overlong == "drop":
+            return None
+        part = slice(0, self._row_length)
+        piece = Piece(sample.epoch, sample.ordinal, document.tokens[part], document.maskable[part])
+        return piece if piece.maskable.any() else None
+
+    def _counted(self, documents: list[Document], fitted: list[Piece | None]) -> list[Piece]:
+        """The pieces of documents that stay or go together: all of them, or none if one is None; counted."""
+        pieces = [piece for piece in fitted if piece is not None]
+        if len(pieces) < len(documents):
+            pieces = []
+        self._count(
+            documents=len(documents),
+            truncated_documents=sum(len(document) > self._row_length for document in documents) if pieces else 0,
+            dropped_documents=0 if pieces else len(documents),
+            dropped_tokens=sum(map(len, documents)) - sum(map(len, pieces)),
+        )
+        return pieces
 
     def _count(self, **counts: int) -> None:
         before: dict[str, Any] = asdict(self._stats)
         self._stats = replace(self._stats, **{name: before[name] + count for name, count in counts.items()})
 
-    def _next_row(self) -> list[_Piece]:
-        row: list[_Piece] = []
-        free = self._row_length
-        while free > 0:
-            self._fill_waiting()
-            place = self._best_fit(free) if row else (0 if self._waiting else None)
-            if place is None:
-                break
-            row.append(self._waiting.pop(place))
-            free -= len(row[-1])
-        return row
-
-    def _best_fit(self, free: int) -> int | None:
-        fitting = [place for place, piece in enumerate(self._waiting) if len(piece) <= free]
-        return max(fitting, key=lambda place: (len(self._waiting[place]), -place), default=None)
-
-    def _fill_waiting(self) -> None:
-        dropped_in_a_row = 0
-        while len(self._waiting) < self._lookahead and not self._ended:
-            if self._read_document() > 0:
-                dropped_in_a_row = 0
-                continue
-            dropped_in_a_row += 1
-            if dropped_in_a_row >= _MAX_DROPPED_IN_A_ROW:
-                raise DataError(
-                    f"{dropped_in_a_row} documents one after another have no token to learn; a document needs a response or "
-                    "a text, check the field names and the supervise option"
-                )
-
-    def _read_document(self) -> int:
-        """Take one sample, put its pieces into the waiting list and say how many those were."""
-        try:
-            sample = next(self._stream)
-        except StopIteration:
-            self._ended = True
-            return 0
-        document = sample.document
-        num_pieces = max(1, -(-len(document) // self._row_length))
-        if num_pieces > _MAX_PIECES:
-            raise DataError(
-                f"document {sample.ordinal} makes {num_pieces} rows of {self._row_length} tokens, more than "
-                f"{_MAX_PIECES}; split it or use longer rows"
-            )
-        self._count(documents=1, split_documents=int(num_pieces > 1))
-        num_kept = 0
-        for number in range(num_pieces):
-            part = slice(number * self._row_length, (number + 1) * self._row_length)
-            ordinal = sample.ordinal + number * PIECE_STRIDE
-            piece = _Piece(sample.epoch, ordinal, document.tokens[part], document.maskable[part])
-            if piece.maskable.any():
-                self._waiting.append(piece)
-                num_kept += 1
-            else:
-                self._count(dropped_documents=1, dropped_tokens=len(piece))
-        return num_kept
-
-    def _lay_out(self, rows: list[list[_Piece]]) -> PackedRows:
+    def _lay_out(self, rows: list[list[Piece]]) -> PackedRows:
         shape = (len(rows), self._row_length)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
         segment, position, epoch, ordinal = (np.zeros(shape, dtype=np.int64) for _ in range(4))
@@ -313,3 +303,73 @@ class RowPacker:
             epoch_RL=torch.from_numpy(epoch),
             ordinal_RL=torch.from_numpy(ordinal),
         )
+
+
+class RowPacker(Packer):
+    """Fills each row from a buffer of waiting documents.
+
+    A row starts with the document that has waited longest, so none waits for ever; then the longest one that still
+    fits follows (the one that has waited longest among equals), until none fits.
+    """
+
+    def __init__(
+        self, stream: SampleStream, row_length: int, *, pad_id: int, lookahead: int = 64, overlong: Overlong = "split"
+    ) -> None:
+        """Pack a stream.
+
+        Args:
+            stream: where samples come from; the packer moves it.
+            row_length: tokens of a row, a multiple of the block size.
+            pad_id: token id to fill rows with.
+            lookahead: how many documents wait at most; more pack tighter and make a larger saved state.
+            overlong: what becomes of a document longer than a row. "split": it is cut into pieces of a row's length, each from
+                then on a document of its own: positions restart and attention does not cross. "truncate": what does not fit
+                is cut off, at the edge of a block since a row ends at one; a document whose prompt fills the row is then left
+                out. "drop": it is left out.
+
+        Raises:
+            ConfigError: a length or an id that breaks these rules.
+        """
+        if lookahead < 1:
+            raise ConfigError(f"lookahead {lookahead} is not positive; use 1 for documents in order, 64 for tight rows")
+        super().__init__(stream, row_length, pad_id=pad_id, overlong=overlong)
+        self._lookahead = lookahead
+
+    def _next_group(self) -> list[list[Piece]]:
+        row: list[Piece] = []
+        free = self._row_length
+        while free > 0:
+            while len(self._waiting) < self._lookahead and self._read():
+                pass
+            place = self._best_fit(free) if row else (0 if self._waiting else None)
+            if place is None:
+                break
+            row.append(self._waiting.pop(place))
+            free -= len(row[-1])
+        return [row] if row else []
+
+    def _best_fit(self, free: int) -> int | None:
+        fitting = [place for place, piece in enumerate(self._waiting) if len(piece) <= free]
+        return max(fitting, key=lambda place: (len(self._waiting[place]), -place), default=None)
+
+    def _pieces(self, sample: Sample) -> list[Piece]:
+        document = sample.document
+        if self._overlong != "split":
+            return self._counted([document], [self._fitted(sample, document)])
+        num_pieces = max(1, -(-len(document) // self._row_length))
+        if num_pieces > _MAX_PIECES:
+            raise DataError(
+                f"document {sample.ordinal} makes {num_pieces} rows of {self._row_length} tokens, more than "
+                f"{_MAX_PIECES}; split it or use longer rows"
+            )
+        self._count(documents=1, split_documents=int(num_pieces > 1))
+        pieces = []
+        for number in range(num_pieces):
+            part = slice(number * self._row_length, (number + 1) * self._row_length)
+            ordinal = sample.ordinal + number * PIECE_STRIDE
+            piece = Piece(sample.epoch, ordinal, document.tokens[part], document.maskable[part])
+            if piece.maskable.any():
+                pieces.append(piece)
+            else:
+                self._count(dropped_documents=1, dropped_tokens=len(piece))
+        return pieces

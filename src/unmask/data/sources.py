@@ -10,12 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from unmask.data.documents import Source
-from unmask.data.encoding import DocumentEncoder, Fields, Supervise
+from unmask.data.encoding import DocumentEncoder, Supervise
 from unmask.data.generated import GeneratedSource
 from unmask.data.huggingface import HuggingFaceSource
 from unmask.data.indexed import IndexedSource
 from unmask.data.records import JsonLinesRecords, ParquetRecords, Records, TextRecords
+from unmask.data.shapes import Fields
 from unmask.data.tokenizer import Tokenizer
+from unmask.errors import ConfigError
 
 Kind = Literal["text", "jsonl", "parquet", "huggingface", "reasoning_gym"]
 
@@ -40,8 +42,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 class SourceConfig(BaseModel):
     """One source of documents.
 
-    A record is a text (`text_field`), a conversation (`messages_field`) or a prompt with a response (`prompt_field`,
-    `response_field`); the first of these it has decides.
+    A record is a text (`text_field`), a conversation (`messages_field` or conversations), a preference (chosen, rejected,
+    perhaps `prompt_field`) or a prompt with a response (`prompt_field`, `response_field`); the first of these it has decides.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,8 +59,8 @@ class SourceConfig(BaseModel):
     items_per_epoch: int = Field(10_000, gt=0, description="reasoning_gym: problems counted as one pass")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="share of documents in a mixture, in any unit")
     text_field: str = Field("text", description="field with a whole text")
-    messages_field: str = Field("messages", description="field with a conversation")
-    prompt_field: str = Field("prompt", description="field with a prompt")
+    messages_field: str = Field("messages", description="field with a conversation; conversations is one, too")
+    prompt_field: str = Field("prompt", description="field with a prompt: a text or messages")
     response_field: str | None = Field(None, description="field with the response; by default response or completion")
     chat: bool = Field(True, description="render prompt and response through the chat template, if there is one")
     supervise: Supervise = Field("response", description="response: learn what an assistant wrote; all: every token")
@@ -90,27 +92,36 @@ class SourceConfig(BaseModel):
         return Fields(self.text_field, self.messages_field, self.prompt_field, responses)
 
 
-def open_source(config: SourceConfig, tokenizer: Tokenizer, seed: int) -> Source:
+def open_source(
+    config: SourceConfig, tokenizer: Tokenizer, seed: int, *, pairs: bool = False, eos_fill: int | None = None
+) -> Source:
     """Open a source.
 
     Args:
         config: describes it.
         tokenizer: makes tokens of its texts; its mask token, if set, must not occur in them.
         seed: of the order of documents, or of the documents themselves where they are generated.
+        pairs: every record is a preference and gives a document with a `rejected` one; otherwise a preference gives its
+            chosen side.
+        eos_fill: used where the source has none of its own.
 
     Returns:
         The source, at its beginning.
 
     Raises:
         DataError: there is no such data, it is empty, or a record of it cannot be used.
-        ConfigError: a family of problems is unknown or refuses its configuration.
+        ConfigError: a family of problems is unknown or refuses its configuration, or pairs are wanted of a kind of source
+            that has none.
     """
+    if pairs and config.kind in ("text", "reasoning_gym"):
+        raise ConfigError(f"a {config.kind} source holds no preferences; use jsonl, parquet or huggingface")
     encoder = DocumentEncoder(
         tokenizer=tokenizer,
         fields=config.fields,
         chat=config.chat,
         supervise=config.supervise,
-        eos_fill=config.eos_fill,
+        eos_fill=eos_fill if config.eos_fill is None else config.eos_fill,
+        pairs=pairs,
     )
     if config.kind == "reasoning_gym":
         assert config.families is not None

@@ -7,7 +7,7 @@ tokens" are the tokenizer's special tokens: the ones whose literal spelling in a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from unmask.data.chat import Renderer, Span
+from unmask.data.chat import Message, Renderer, Span, Tool
 from unmask.errors import CheckpointError, DataError
 
 _MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<mask>", "[MASK]", "<MASK>")
@@ -168,13 +168,16 @@ class Tokenizer:
         """Text of token ids, control tokens left out or spelled out."""
         return str(self._control.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+    def chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, laid out by the chat template.
 
         Args:
             messages: dicts with `role` and `content` and whatever else the template reads. No text in them can become
                 a control token.
             add_generation_prompt: end with the header of an answer, for the model to continue.
+            tools: definitions of functions, for a template that shows them.
 
         Returns:
             The ids; equal to `apply_chat_template(tokenize=True)` when no message holds the spelling of a control token.
@@ -183,30 +186,34 @@ class Tokenizer:
             DataError: there is no template, or it does not accept the messages.
         """
         self._require_template()
-        text, has_literals = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
+        text, has_literals = self._renderer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         if not has_literals:
             return self.encode(text, allow_special=True)
         return [id_ for span in self._renderer.split(text) for id_ in self._encode_span(span)]
 
-    def chat_document(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+    def chat_document(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0
+    ) -> tuple[list[int], list[bool]]:
         """A conversation to learn from: its ids, and which of them an assistant wrote.
 
-        An answer and the control token that closes it are the assistant's; headers and all other turns are not. Whatever
-        the template puts after the last answer's closing token is cut off; where it closes an answer with no
-        token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that what stands before one
-        is exactly what the model will be prompted with.
+        An answer (text, tool calls, or both) and the control token that closes it are the assistant's; headers and all
+        other turns are not. Whatever the template puts after the last answer's closing token is cut off; where it closes an
+        answer with no token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that what stands
+        before one is exactly what the model will be prompted with.
 
         Args:
             messages: as for `chat`, at least one of them an assistant's.
+            tools: as for `chat`.
+            num_given: so many messages at the start are context only, an assistant's as well.
 
         Returns:
             The ids, and a flag for each.
 
         Raises:
-            DataError: no template, no answer, or a template that rewrites answers so that they cannot be found.
+            DataError: no template, no answer, or a template that does not show where answers start and end.
         """
         self._require_template()
-        spans = self._renderer.split(self._renderer.render_answers(messages))
+        spans = self._renderer.split(self._renderer.render_answers(messages, tools=tools, num_given=num_given))
         ids: list[int] = []
         answered: list[bool] = []
         for span in spans:

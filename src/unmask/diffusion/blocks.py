@@ -130,4 +130,3 @@ def _check_monotone(name: str, growing: Sequence[int]) -> None:
     if any(a >= b for a, b in pairwise(growing)):
         direction, shown = ("grow", list(growing)) if name == "warmup" else ("shrink", list(growing[::-1]))
         raise ConfigError(f"{name} block sizes must {direction} step by step; got {shown}")
-

@@ -42,22 +42,28 @@ class CleanRows(Protocol):
 
 @dataclass(frozen=True)
 class CorruptionConfig:
-    """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy."""
+    """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy.
+
+    `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly.
+    """
 
     mask_id: int
     block_size: int | None
     bandwidth: Bandwidth = field(default_factory=Bandwidth)
     complementary: bool = False
     sampling: MaskSampling = "bernoulli"
+    draws: int = 1
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
             raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
+        if self.draws < 1:
+            raise ConfigError(f"{self.draws} draws of the mask; use 1 or more")
 
     @property
     def num_copies(self) -> int:
-        """Noisy copies of each row. A block of one token is always masked, so its complement would be empty."""
-        return 2 if self.complementary and self.block_size != 1 else 1
+        """Noisy copies of each row. A block of one token is always masked: no complement, and every draw would be the same."""
+        return 1 if self.block_size == 1 else self.draws * (2 if self.complementary else 1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
 
 
 def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
-    """Draw the masks of one corruption, or of a complementary pair.
+    """Draw the masks of `config.draws` corruptions, or of as many complementary pairs.
 
     Bernoulli: each maskable token of a block is masked with probability t, weight 1/t; the complement has rate 1 - t.
     Fixed count: with m maskable tokens in the block, k of them are masked. Alone, k is uniform on 1..m with weight m/k; in a
@@ -104,32 +110,37 @@ def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[N
     Block size 1: everything is masked with weight 1.
 
     Returns:
-        One `NoisyCopy`, or two that partition the maskable tokens.
+        For every draw one `NoisyCopy`, or two that partition the maskable tokens.
 
     Source: LLaDA2.0 Eqs 1-3, complementary masking section 4.1. Departs: fixed-count masks are ours, equal in expectation.
     """
+    if config.block_size == 1:
+        ones = torch.ones_like(rows.maskable_RL, dtype=torch.float32)
+        return [NoisyCopy(rows.maskable_RL, ones, ones)]
+    return [copy for draw in range(config.draws) for copy in _draw(rows, config, seed, draw)]
+
+
+def _draw(rows: CleanRows, config: CorruptionConfig, seed: int, draw: int) -> list[NoisyCopy]:
+    """One corruption or complementary pair, the `draw`-th of `config.draws`."""
     key = NoiseKey(seed, rows.epoch_RL)
     maskable_RL = rows.maskable_RL
-    if config.block_size == 1:
-        ones = torch.ones_like(maskable_RL, dtype=torch.float32)
-        return [NoisyCopy(maskable_RL, ones, ones)]
     block_RL = block_ids(rows.position_RL, config.block_size)
-    t_RL = stratified_t(key, rows.ordinal_RL, block_RL, config.bandwidth)
-    u_RL = key.uniform("mask", rows.ordinal_RL, rows.position_RL)
+    t_RL = stratified_t(key, rows.ordinal_RL, block_RL, config.bandwidth, turn=draw / config.draws)
+    u_RL = key.uniform("mask", rows.ordinal_RL, rows.position_RL, *([draw] if draw else []))
     if config.sampling == "bernoulli":
         masked_RL = maskable_RL & (u_RL < t_RL)
         first = NoisyCopy(masked_RL, t_RL, elbo_weight(t_RL))
         second = NoisyCopy(maskable_RL & ~masked_RL, 1 - t_RL, elbo_weight(1 - t_RL))
     else:
         size_RL, rank_RL = _rank_in_block(rows, block_RL, u_RL)
-        paired = config.num_copies == 2
+        paired = config.complementary
         levels_RL = size_RL + 1 if paired else size_RL
         count_RL = (t_RL * levels_RL).ceil().clamp(min=1) - (1 if paired else 0)
         masked_RL = maskable_RL & (rank_RL < count_RL)
         first = NoisyCopy(masked_RL, count_RL / size_RL, levels_RL / count_RL)
         rest_RL = size_RL - count_RL
         second = NoisyCopy(maskable_RL & ~masked_RL, rest_RL / size_RL, levels_RL / rest_RL)
-    return [first, second][: config.num_copies]
+    return [first, second] if config.complementary else [first]
 
 
 def _rank_in_block(rows: CleanRows, block_RL: Tensor, u_RL: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,10 +102,7 @@ def blocked_mask(stream: StreamIndex, *, query_tile: int = 128, key_tile: int = 
     length = dense_BTT.shape[1]
     return BlockedMask(
         tuple(
-            tuple(
-                _tile(dense_TT, start, min(start + query_tile, length), key_tile)
-                for start in range(0, length, query_tile)
-            )
+            tuple(_tile(dense_TT, start, min(start + query_tile, length), key_tile) for start in range(0, length, query_tile))
             for dense_TT in dense_BTT
         )
     )

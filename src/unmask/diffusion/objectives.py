@@ -1,21 +1,25 @@
-"""What training minimises: the negative evidence lower bound over masked positions.
+"""What training minimises: the negative evidence lower bound over masked positions, confidence (CAP), preference (DPO).
 
-Owns cross-entropy at predicted positions and the NELBO. Knows tensors only; normalisers come in as arguments because only
-the trainer knows the global batch.
+Owns cross-entropy at predicted positions and the losses made of it. Knows tensors only; normalisers come in as arguments
+because only the trainer knows the global batch.
 
-Legend: N predictions, D hidden, V vocabulary.
+Legend: N predictions, D hidden, V vocabulary, P preference pairs, S noise samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
 
 
 def ban_mask(logits: Tensor, mask_id: int) -> Tensor:
@@ -46,10 +50,114 @@ def token_nll(
     def nll(part_ND: Tensor, part_N: Tensor) -> Tensor:
         return F.cross_entropy(ban_mask(head(part_ND).float(), mask_id), part_N, reduction="none")
 
+    return torch.cat(_in_chunks(nll, hidden_ND, target_N, chunk))
+
+
+def _in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:
+    """`score` of every `chunk` predictions; with more than one chunk each is recomputed in the backward pass."""
     if len(target_N) <= chunk:
-        return nll(hidden_ND, target_N)
+        return [score(hidden_ND, target_N)]
     pieces = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(nll, part, target, use_reentrant=False) for part, target in pieces])
+    return [checkpoint(score, part_ND, part_N, use_reentrant=False) for part_ND, part_N in pieces]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model says of each of N masked positions.
+
+    `nll_N` (nats, float32) and `entropy_N` (nats, float32, zero where the argmax is wrong) carry gradients; `right_N` (bool)
+    says where the most probable token is the clean one, `confidence_N` (float32) how probable it is.
+    """
+
+    nll_N: Tensor
+    entropy_N: Tensor
+    right_N: Tensor
+    confidence_N: Tensor
+
+
+def token_scores(
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    mask_id: int,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+) -> TokenScores:
+    """`token_nll` together with what confidence-aware training needs, in one projection.
+
+    Args:
+        head, hidden_ND, target_N, mask_id, chunk: as for `token_nll`.
+        temperature: divides the logits before the entropy (not before the likelihood).
+
+    Source: LLaDA2.0 section 4.2 (CAP); dParallel (2509.26488) for the temperature.
+    """
+
+    def score(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits_NV = ban_mask(head(part_ND).float(), mask_id)
+        log_z_N = logits_NV.logsumexp(-1)
+        nll_N = log_z_N - logits_NV.gather(1, part_N[:, None])[:, 0]
+        best = logits_NV.detach().max(-1)
+        right_N = best.indices == part_N
+        entropy_N = torch.zeros_like(nll_N).masked_scatter(right_N, entropy(logits_NV[right_N] / temperature))
+        return nll_N, entropy_N, right_N, (best.values - log_z_N.detach()).exp()
+
+    columns = zip(*_in_chunks(score, hidden_ND, target_N, chunk), strict=True)
+    return TokenScores(*(torch.cat(column) for column in columns))
+
+
+def entropy(logits_NV: Tensor) -> Tensor:
+    """Shannon entropy [N] in nats of softmax(logits); entries at -inf count as probability zero."""
+    finite_NV = logits_NV.masked_fill(logits_NV == float("-inf"), 0.0)
+    return logits_NV.logsumexp(-1) - (logits_NV.softmax(-1) * finite_NV).sum(-1)
+
+
+def confidence_loss(entropy_N: Tensor, num_right: int) -> Tensor:
+    """`L_conf`: mean entropy over the masked positions whose argmax is right already.
+
+    Args:
+        entropy_N: `TokenScores.entropy_N` (of this micro-batch).
+        num_right: such positions in the *global* batch.
+
+    Returns:
+        Scalar; summed over micro-batches it is the batch's. Zero with zero gradient where nothing is right.
+
+    Source: LLaDA2.0 section 4.2 (confidence-aware parallel training).
+    """
+    return entropy_N.sum() / max(num_right, 1)
+
+
+def preference_loss(margin_P: Tensor, beta: float) -> Tensor:
+    """`-log sigmoid(beta * margin)` of each pair; log 2 where policy and reference agree.
+
+    Args:
+        margin_P: `[B(theta, x_w) - B(ref, x_w)] - [B(theta, x_l) - B(ref, x_l)]`, B the ELBO of all response tokens (nats).
+        beta: strength of the pull towards the reference.
+
+    Source: LLaDA2.0 Eq. 7; VRPO (2505.19223) Eq. 4. Departs: sign, as in `elbo_weight`.
+    """
+    return -F.logsigmoid(beta * margin_P)
+
+
+def elbo_gains(
+    policy_N: Tensor, reference_N: Tensor, weight_N: Tensor, row_N: Tensor, sample_N: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """ELBO of the policy less that of the reference, by row and noise sample.
+
+    Args:
+        policy_N, reference_N: negative log-likelihoods of the same masked tokens under the same noise (nats).
+        weight_N: 1/t weights.
+        row_N, sample_N: row and noise sample (both from 0) of each prediction.
+        shape: (rows, samples).
+
+    Returns:
+        [rows, samples] in nats, summed over tokens; exactly zero where policy and reference agree.
+
+    Source: VRPO (2505.19223) Eq. 6: policy and reference share t and mask, so their noise cancels.
+    """
+    gain_N = weight_N * (reference_N - policy_N)
+    flat = torch.zeros(shape[0] * shape[1], dtype=gain_N.dtype, device=gain_N.device)
+    return flat.index_add(0, row_N * shape[1] + sample_N, gain_N).view(shape)
 
 
 def nelbo(nll_N: Tensor, weight_N: Tensor, num_maskable: int) -> Tensor:

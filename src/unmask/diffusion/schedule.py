@@ -43,7 +43,7 @@ class Bandwidth:
         return self.high - unit * (self.high - self.low)
 
 
-def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Bandwidth) -> Tensor:
+def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Bandwidth, *, turn: float = 0.0) -> Tensor:
     """One mask rate per block, spread evenly over the bandwidth across the blocks of a batch.
 
     A Weyl sequence: `frac(u(seed, epoch) + document * g1 + block * g2)` with irrational steps. Each rate is uniform over
@@ -55,6 +55,7 @@ def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Band
         document: int64 document ids (consecutive in the data order).
         block: int64 block numbers within the document.
         bandwidth: where rates may lie.
+        turn: share of the interval, in [0, 1), by which every rate is moved round it: j / n for draw j of n covers it evenly.
 
     Returns:
         float32 rates in (low, high].
@@ -63,4 +64,4 @@ def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Band
     Departs: strata come from a Weyl sequence instead of sorting the batch.
     """
     state = key.scalar("t") + document * GOLDEN + block * PLASTIC
-    return bandwidth.scale(to_unit(state)).to(torch.float32)
+    return bandwidth.scale((to_unit(state) + turn) % 1.0).to(torch.float32)

@@ -25,7 +25,7 @@ from unmask.models.attention import DenseAttend
 from unmask.models.checkpoint import load_model
 from unmask.models.config import ModelConfig
 from unmask.models.dtypes import parse_dtype
-from unmask.models.hub import resolve
+from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
 
 DEFAULT_BLOCK_SIZE = 32
@@ -235,7 +235,8 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = 
     """Load a model for generation.
 
     Args:
-        model: a folder, a Hugging Face id, or an embedded model (`smollm2-135m`, `smollm2-135m-diffusion`).
+        model: a folder (of a model, or of an adapter), a Hugging Face id, or an embedded model (`smollm2-135m`,
+            `smollm2-135m-diffusion`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
 
@@ -248,5 +249,5 @@ def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = 
     """
     folder = resolve(str(model))
     transformer = load_model(folder, dtype=parse_dtype(dtype, device), device=device)
-    has_tokenizer = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
-    return LanguageModel(transformer, load_tokenizer(folder) if has_tokenizer else None, name=str(model))
+    source = tokenizer_folder(folder)
+    return LanguageModel(transformer, None if source is None else load_tokenizer(source), name=str(model))

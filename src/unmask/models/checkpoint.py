@@ -29,11 +29,13 @@ from unmask.models.transformer import Transformer
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+# The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
+ADAPTED_NAME = "unmask_config.json"
 DEFAULT_SHARD_BYTES = 5 * 2**30
 # Router logits decide which experts run: their inputs keep float32 whatever the model's dtype is.
 _FLOAT32_SUFFIXES = (".router", ".expert_bias")
 _WEIGHT_FILE = re.compile(r"model(-v\d+)?(-\d{5}-of-\d{5})?\.safetensors")
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class TensorSpec(NamedTuple):
@@ -44,16 +46,19 @@ class TensorSpec(NamedTuple):
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The architecture in `folder`/config.json.
+    """The architecture in `folder`/config.json; of an adapter, that of the adapted model or else of its base.
 
     Raises:
         CheckpointError: no config.json, or it is not a JSON object, or describes an unsupported model.
     """
-    hf = read_json(folder / CONFIG_NAME)
+    path = next((folder / name for name in (ADAPTED_NAME, CONFIG_NAME) if (folder / name).exists()), None)
+    if path is None and (base := _base_folder(folder)) is not None:
+        return read_model_config(base)
+    path = path or folder / CONFIG_NAME
     try:
-        return read_config(hf)
+        return read_config(read_json(path))
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,21 +87,25 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     whatever `dtype` is narrower: a router rounded to bfloat16 chooses other experts.
 
     Args:
-        folder: a Hugging Face folder.
+        folder: a Hugging Face folder, or one with an adapter, which is folded into its base.
         dtype: a floating dtype for the parameters.
         device: where they live.
 
     Raises:
         CheckpointError: anything missing, unexpected, misshapen or corrupt; tensors are named, all of them at once.
     """
+    base = _base_folder(folder)
+    if base is not None:
+        from unmask.models.adapter import load_adapted  # which builds on this module
+
+        return load_adapted(folder, base, dtype=dtype, device=device)
     config = read_model_config(folder)
-    index = tensor_index(folder)
     wanted = slots(config)
-    _check(folder, config, index)
+    check_tensors(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
     state = {
-        name: torch.empty(tensor.shape, dtype=_stored_dtype(name, dtype), device=device)
+        name: torch.empty(tensor.shape, dtype=parameter_dtype(name, dtype), device=device)
         for name, tensor in model.state_dict().items()
     }
     for name, tensor in iter_tensors(folder, only=set(wanted)):
@@ -182,7 +191,8 @@ def save_state(
 
 def write_checkpoint(
     folder: Path, hf_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (),
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (), extra_jsons: Mapping[str, Any] | None = None,
+    always_index: bool = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint from tensors made on demand, one in memory at a time.
 
@@ -196,6 +206,8 @@ def write_checkpoint(
         read: gives the tensor of a name, in the spec's shape and dtype, on any device.
         max_shard_bytes: see `save_model`.
         extra_files: see `save_model`.
+        extra_jsons: more files, by name; they replace extra files of the same name.
+        always_index: write numbered shards and an index even where one file would do.
 
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
@@ -203,11 +215,12 @@ def write_checkpoint(
     extra = {path.name: _read_extra(path) for path in extra_files}
     with staging_folder(folder) as stage, disk_errors(folder):
         shards = plan_shards(specs, max_shard_bytes)
-        names = _shard_names(folder, len(shards))
+        indexed = always_index or len(shards) > 1
+        names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
         for name, shard in zip(names, shards, strict=True):
             write_synced(stage / name, partial(write_safetensors, specs=specs, names=shard, read=read))
-        jsons = {CONFIG_NAME: dict(hf_config)}
-        if len(shards) > 1:
+        jsons = {**(extra_jsons or {}), CONFIG_NAME: dict(hf_config)}
+        if indexed:
             jsons[INDEX_NAME] = _index_json(specs, dict(zip(names, shards, strict=True)))
         for name, content in {**extra, **{name: json_bytes(value) for name, value in jsons.items()}}.items():
             write_synced(stage / name, bytes_writer(content))
@@ -242,7 +255,7 @@ def write_safetensors(
     offset = 0
     for name in ordered:
         end = offset + _num_bytes(specs[name])
-        entry = {"dtype": _DTYPE_NAMES[specs[name].dtype], "shape": list(specs[name].shape), "data_offsets": [offset, end]}
+        entry = {"dtype": DTYPE_NAMES[specs[name].dtype], "shape": list(specs[name].shape), "data_offsets": [offset, end]}
         header[name] = entry
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -280,8 +293,13 @@ def resize_vocabulary(model: Transformer, new_size: int) -> None:
     model.config = replace(model.config, vocab_size=new_size)
 
 
-def _check(folder: Path, config: ModelConfig, index: Mapping[str, Path]) -> None:
-    wanted, skipped = slots(config), tolerated(config)
+def check_tensors(folder: Path, config: ModelConfig) -> None:
+    """Compare the headers of all weight files with the architecture.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, misshaped or not floating point; all of them are named.
+    """
+    index, wanted, skipped = tensor_index(folder), slots(config), tolerated(config)
     problems = [f"missing: {name}" for name in wanted if name not in index]
     problems += [f"unexpected: {name}" for name in index if name not in wanted and not skipped.fullmatch(name)]
     for path in sorted(set(index.values())):
@@ -290,10 +308,16 @@ def _check(folder: Path, config: ModelConfig, index: Mapping[str, Path]) -> None
                 view = file.get_slice(name)
                 if tuple(view.get_shape()) != wanted[name].shape:
                     problems.append(f"wrong shape: {name} is {view.get_shape()}, must be {list(wanted[name].shape)}")
-                if view.get_dtype() not in _DTYPE_NAMES.values():
+                if view.get_dtype() not in DTYPE_NAMES.values():
                     problems.append(f"wrong dtype: {name} is {view.get_dtype()}, must be floating point")
     if problems:
         raise CheckpointError(f"{folder} does not fit family '{config.family}' as in its config.json: {'; '.join(problems)}")
+
+
+def _base_folder(folder: Path) -> Path | None:
+    from unmask.models.hub import base_folder  # which builds on this module
+
+    return base_folder(folder)
 
 
 def _open(path: Path) -> Any:
@@ -319,7 +343,8 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; give a folder in the Hugging Face layout"
 
 
-def _stored_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
+def parameter_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, but at least float32 for what decides on a token's experts (names as in our state dict)."""
     return torch.promote_types(dtype, torch.float32) if parameter.endswith(_FLOAT32_SUFFIXES) else dtype
 
 
@@ -342,8 +367,6 @@ def _num_bytes(spec: TensorSpec) -> int:
 
 def _shard_names(folder: Path, count: int) -> list[str]:
     """Names that collide with no present shard, so that old and new weights can lie side by side during the exchange."""
-    if count == 1:
-        return [SINGLE_NAME]
     generation = 1
     while True:
         stem = "model" if generation == 1 else f"model-v{generation}"

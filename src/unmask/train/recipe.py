@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from unmask.data.packing import Overlong
 from unmask.data.sources import SourceConfig
-from unmask.diffusion.blocks import BlockSchedule, wsd_schedule
+from unmask.diffusion.blocks import BlockSchedule, Phase, wsd_schedule
 from unmask.diffusion.corrupt import CorruptionConfig
 from unmask.diffusion.schedule import Bandwidth
 from unmask.errors import ConfigError
+from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0)]
@@ -35,6 +37,7 @@ class DataSection(Section):
     validation_share: float = Field(0.02, ge=0, lt=1, description="share of each source's documents never trained on")
     validation_rows: int = Field(16, ge=0, description="rows of held-out text scored at every evaluation; 0 turns it off")
     row_length: Positive = 384
+    overlong: Overlong = Field("split", description="a document longer than a row: split into rows, truncate or drop it")
 
 
 class PhaseSection(Section):
@@ -61,24 +64,49 @@ class ScheduleSection(Section):
         )
 
 
+class CapSection(Section):
+    """Confidence-aware parallel training: sharpens predictions that are right already."""
+
+    weight: float = Field(2.0, ge=0, description="lambda; 0 logs the figures and trains as without")
+    temperature: float = Field(1.0, gt=0, description="divides the logits before the entropy")
+    threshold: float = Field(0.95, gt=0, lt=1, description="decoding threshold that the log counts predictions above")
+
+
 class ObjectiveSection(Section):
-    """How documents are corrupted."""
+    """How documents are corrupted, and what is added to the NELBO."""
 
     bandwidth: tuple[float, float] = (0.0, 1.0)
     complementary: bool = True
     sampling: Literal["bernoulli", "fixed_count"] = "fixed_count"
     mask_noise_steps: int = Field(50, ge=0, description="steps over which mask-embedding noise decays to zero; 0: none")
     mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
+    cap: CapSection | None = None
 
-    def corruption(self, mask_id: int, block_size: int | None) -> CorruptionConfig:
-        """The corruption of one phase."""
+    def corruption(self, mask_id: int, block_size: int | None, *, draws: int = 1) -> CorruptionConfig:
+        """The corruption of one phase, `draws` times over the same clean copy."""
         return CorruptionConfig(
             mask_id=mask_id,
             block_size=block_size,
             bandwidth=Bandwidth(*self.bandwidth),
             complementary=self.complementary,
             sampling=self.sampling,
+            draws=draws,
         )
+
+
+class PreferenceSection(Section):
+    """Preference optimisation (DPO) over the ELBO."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
+    samples: Positive = Field(8, description="noise samples (mask rate and mask) per response; the report uses 1")
+
+
+class RouterSection(Section):
+    """What becomes of a mixture's routers."""
+
+    policy: RouterPolicy | None = Field(None, description="frozen, bias or aux; left out: bias, or frozen with LoRA")
+    rate: float = Field(1e-3, gt=0, description="bias: how far the selection bias moves in a step")
+    aux_weight: float = Field(1e-3, gt=0, description="aux: weight of the load-balancing loss")
 
 
 class LoraSection(Section):
@@ -107,6 +135,7 @@ class TrainSection(Section):
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: bool = False
     lora: LoraSection | None = None
+    router: RouterSection = RouterSection()
     eval_every: Positive = 50
     checkpoint_every: Positive = 50
     keep_checkpoints: Positive = 2
@@ -114,26 +143,61 @@ class TrainSection(Section):
 
 
 class Recipe(Section):
-    """A whole run: `unmask convert --recipe FILE`."""
+    """A whole run: `unmask convert`, `sft` or `dpo` with `--recipe FILE`.
+
+    With a `schedule` of block sizes the run is a conversion, which may start from an autoregressive model. Without one it
+    trains a diffusion model at `decode_block_size`. With `preference` it minimises DPO's loss over pairs.
+    """
 
     model: str
-    mask_token: str | None = Field(None, description="token to serve as [MASK]; default: an unused special token")
+    mask_token: str | None = Field(
+        None, description="token to serve as [MASK]; default: the model's, or an unused special token"
+    )
     decode_block_size: Positive = 32
     data: DataSection
-    schedule: ScheduleSection
+    schedule: ScheduleSection | None = None
     objective: ObjectiveSection = ObjectiveSection()
+    preference: PreferenceSection | None = None
     train: TrainSection
+
+    @property
+    def blocks(self) -> BlockSchedule:
+        """The phases of the run."""
+        if self.schedule is None:
+            return BlockSchedule((Phase("decay", self.decode_block_size, self.train.tokens),))
+        return self.schedule.build(self.train.tokens)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        schedule = self.schedule.build(self.train.tokens)
-        schedule.check_row_length(self.data.row_length)
+        self.blocks.check_row_length(self.data.row_length)
         Bandwidth(*self.objective.bandwidth)
         if self.train.batch_rows % self.train.micro_rows:
             raise ConfigError(
                 f"train.batch_rows {self.train.batch_rows} is not a multiple of train.micro_rows {self.train.micro_rows}"
             )
+        if self.preference is not None:
+            self._check_preference()
         return self
+
+    def _check_preference(self) -> None:
+        if self.train.micro_rows % 2:
+            raise ConfigError(
+                f"train.micro_rows is {self.train.micro_rows}; a preference pair takes two rows: use an even number"
+            )
+        if self.data.validation_rows % 2:
+            raise ConfigError(f"data.validation_rows is {self.data.validation_rows}; a pair takes two rows: use an even number")
+        if self.data.overlong == "split":
+            raise ConfigError("data.overlong is split, which would tear a preference pair apart; use truncate or drop")
+        if self.objective.complementary or self.objective.cap is not None or self.objective.mask_noise_steps:
+            raise ConfigError(
+                "preference training draws samples of its own; set objective.complementary to false, "
+                "objective.mask_noise_steps to 0 and leave objective.cap out"
+            )
+        if self.train.lora is not None and self.train.lora.train_embedding:
+            raise ConfigError(
+                "preference training with LoRA takes the model without its adapter as reference, so the embedding must not "
+                "move; set train.lora.train_embedding to false"
+            )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None) -> Recipe:

@@ -92,8 +92,20 @@ def load_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(run)[:-keep]:
+    """Remove all but `keep` checkpoints: the newest stays, to resume from, and of the others the best.
+
+    The best have the lowest validation NELBO at the newest one's block size; checkpoints that do not compare come last, the
+    newer before the older.
+    """
+    *others, newest = list_checkpoints(run) or [run]
+    block_size = json.loads((newest / "state.json").read_text())["validation"].get("block_size") if others else None
+
+    def rank(path: Path) -> tuple[float, int]:
+        score = validation_score(path)
+        comparable = score is not None and score.block_size == block_size
+        return (score.nelbo if score is not None and comparable else float("inf"), -others.index(path))
+
+    for path in sorted(others, key=rank)[keep - 1 :]:
         shutil.rmtree(path)
 
 

@@ -8,6 +8,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from unmask.diffusion.masks import StreamIndex, blocked_mask, dense_mask, flex_m
 from unmask.diffusion.objectives import nelbo, token_nll
 from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.transformer import Transformer
+from unmask.train.router import RouterMonitor
 
 AttentionBackend = Literal["dense", "blocked", "flex"]
 
@@ -44,16 +46,32 @@ class MaskNoise:
     seed: int
 
 
-def score_stream(
-    model: Transformer, stream: Stream, mask_id: int, backend: AttentionBackend, noise: MaskNoise | None = None
+def predicted_hidden(
+    model: Transformer,
+    stream: Stream,
+    mask_id: int,
+    backend: AttentionBackend,
+    noise: MaskNoise | None = None,
+    router: RouterMonitor | None = None,
 ) -> Tensor:
-    """Negative log-likelihood [N] (float32, nats) of every token the stream hides, with gradient."""
+    """Hidden states [N, D] at the positions the stream hides.
+
+    `noise` is added to the embedding of masked positions; `router` watches where the tokens are sent (None: nobody does).
+    """
     extra = None
     if noise is not None and noise.norm > 0:
         extra = embedding_noise(stream, mask_id, model.config.hidden_size, noise.norm, noise.seed)
     attend = make_attend(stream.index, backend)
-    hidden_BTD = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
-    return token_nll(model.head, hidden_BTD[stream.predict], stream.target_N, mask_id)
+    with nullcontext() if router is None else router.watching(stream):
+        hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
+    return hidden_BTD[stream.predict]
+
+
+def score_stream(
+    model: Transformer, stream: Stream, mask_id: int, backend: AttentionBackend, noise: MaskNoise | None = None
+) -> Tensor:
+    """Negative log-likelihood [N] (float32, nats) of every token the stream hides, with gradient."""
+    return token_nll(model.head, predicted_hidden(model, stream, mask_id, backend, noise), stream.target_N, mask_id)
 
 
 @dataclass(frozen=True)

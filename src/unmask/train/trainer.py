@@ -1,7 +1,7 @@
 """The only training loop. Stages differ by objective, data and block schedule, all given.
 
-Owns the order of a step, when to evaluate and when to save. Knows nothing of where a model or its data come from, nor how
-progress is shown.
+Owns the order of a step, when to evaluate and when to save. Knows nothing of what is minimised, of where a model or its data
+come from, nor how progress is shown.
 """
 
 from __future__ import annotations
@@ -13,23 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from unmask.data.packing import PackedRows, RowPacker
+from unmask.data.packing import PackedRows, Packer
 from unmask.diffusion.blocks import BlockSchedule, Phase
-from unmask.diffusion.corrupt import CorruptionConfig, corrupt
-from unmask.diffusion.objectives import nelbo
 from unmask.errors import TrainingError
 from unmask.models.transformer import Transformer
 from unmask.train.metrics import MetricLog, Record
+from unmask.train.objective import Objective
 from unmask.train.optim import MasterAdamW, learning_rate
 from unmask.train.recipe import Recipe
+from unmask.train.router import RouterMonitor
 from unmask.train.state import TrainState, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from unmask.train.step import AttentionBackend, MaskNoise, evaluate, score_stream
-
-VALIDATION_SEED = 20_251_215
-"""Noise of every evaluation, in every run: figures compare across runs."""
+from unmask.train.step import AttentionBackend
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,9 @@ class Parts:
     """Everything a run is made of."""
 
     model: Transformer
-    packer: RowPacker
+    objective: Objective
+    router: RouterMonitor | None
+    packer: Packer
     validation: PackedRows | None
     recipe: Recipe
     mask_id: int
@@ -65,7 +61,7 @@ class Trainer:
     ) -> None:
         self.parts, self.run_folder = parts, run
         self.recipe, self.train = parts.recipe, parts.recipe.train
-        self.schedule: BlockSchedule = parts.recipe.schedule.build(self.train.tokens)
+        self.schedule: BlockSchedule = parts.recipe.blocks
         self.optimizer = MasterAdamW(
             parts.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
         )
@@ -73,8 +69,6 @@ class Trainer:
         self._packer_state: dict[str, Any] = parts.packer.state_dict()
         self._validation: dict[str, Any] = {}
         self._on_record, self._should_stop = on_record, should_stop
-        embedding = parts.model.embed.weight.detach().float()
-        self._mask_norm = float(embedding.norm(dim=1).mean()) * parts.recipe.objective.mask_noise_scale
 
     def resume(self) -> bool:
         """Continue from the newest complete checkpoint; False when there is none.
@@ -94,6 +88,8 @@ class Trainer:
                 "resume with the recipe it was started with, or choose another --out"
             )
         self.optimizer.load_state_tensors(tensors)
+        if self.parts.router is not None:
+            self.parts.router.load_state_tensors(tensors)
         self.parts.packer.load_state_dict(state.packer)
         self.step, self.tokens, self._validation = state.step, state.tokens, state.validation
         self._packer_state = state.packer
@@ -134,10 +130,11 @@ class Trainer:
             recipe=self.recipe.model_dump(mode="json"),
             validation=self._validation,
         )
+        routers = {} if self.parts.router is None else self.parts.router.state_tensors()
         path = save_checkpoint(
             self.run_folder,
             state,
-            self.optimizer.state_tensors(),
+            {**self.optimizer.state_tensors(), **routers},
             lambda folder: self.parts.save_model(self.parts.model, folder),
         )
         prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
@@ -152,14 +149,16 @@ class Trainer:
         started = time.perf_counter()
         phase = self.schedule.phases[self.phase_index]
         rows = self.parts.packer.next_rows(self.train.batch_rows)
-        corruption = self.recipe.objective.corruption(self.parts.mask_id, phase.block_size)
-        loss = self._accumulate(rows, corruption)
-        norm = float(self.optimizer.clip(self.train.clip_norm))
-        if not math.isfinite(float(loss)) or not math.isfinite(norm):
+        router = self.parts.router
+        if router is not None:
+            router.begin_step(rows.num_tokens)
+        figures = self.parts.objective.accumulate(rows, phase, self.step)
+        loss, norm = figures["loss"], float(self.optimizer.clip(self.train.clip_norm))
+        if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.drop_gradients()
             path = self.save()
             raise TrainingError(
-                f"loss {float(loss):g}, gradient norm {norm:g} at step {self.step + 1} (phase {phase.name}, "
+                f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1} (phase {phase.name}, "
                 f"block size {phase.block_size}); the state before the step is in {path}; lower train.learning_rate"
             )
         rate = learning_rate(
@@ -171,6 +170,7 @@ class Trainer:
             final_share=self.train.final_lr_share,
         )
         self.optimizer.step(rate)
+        loads = {} if router is None else router.end_step()
         self.step += 1
         self.tokens += rows.num_tokens
         self._packer_state = self.parts.packer.state_dict()
@@ -182,58 +182,23 @@ class Trainer:
             "phase": phase.name,
             "block_size": phase.block_size,
             "row_length": rows.tokens_RL.shape[1],
-            "loss": float(loss),
+            **figures,
             "grad_norm": norm,
             "learning_rate": rate,
-            "mask_noise": self._noise_norm(self.step - 1),
+            **loads,
             "seconds": seconds,
             "tokens_per_second": rows.num_tokens / seconds,
         }
 
-    def _accumulate(self, rows: PackedRows, corruption: CorruptionConfig) -> Tensor:
-        """Backward over all micro-batches; the gradient is that of the global batch however it is split."""
-        device = self.parts.model.embed.weight.device
-        num_maskable = int(rows.maskable_RL.sum()) * corruption.num_copies
-        total = torch.zeros((), dtype=torch.float64)
-        noise = MaskNoise(self._noise_norm(self.step), self.train.seed)
-        for start in range(0, len(rows.tokens_RL), self.train.micro_rows):
-            part = rows.rows(start, start + self.train.micro_rows).to(device)
-            stream = corrupt(part, corruption, self.train.seed)
-            nll_N = score_stream(self.parts.model, stream, self.parts.mask_id, self.parts.backend, noise)
-            loss = nelbo(nll_N, stream.weight_N, num_maskable)
-            loss.backward()
-            total += loss.detach().double().cpu()
-        return total
-
-    def _noise_norm(self, step: int) -> float:
-        """Expected norm of the mask-embedding noise: linear decay to zero.
-
-        Source: LLaDA2.0 section 3; scale and length are ours.
-        """
-        steps = self.recipe.objective.mask_noise_steps
-        return self._mask_norm * max(0.0, 1 - step / steps) if steps else 0.0
-
     def _evaluate(self, phase: Phase) -> Record:
         assert self.parts.validation is not None
-        corruption = CorruptionConfig(
-            mask_id=self.parts.mask_id, block_size=phase.block_size, complementary=True, sampling="fixed_count"
-        )
-        result = evaluate(
-            self.parts.model,
-            self.parts.validation.to(self.parts.model.embed.weight.device),
-            corruption,
-            self.parts.backend,
-            micro_rows=self.train.micro_rows,
-            seed=VALIDATION_SEED,
-        )
-        self._validation = {"nelbo": result.nelbo, "step": self.step, "block_size": phase.block_size}
-        quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
+        figures = self.parts.objective.evaluate(self.parts.validation, phase)
+        self._validation = {"nelbo": figures["nelbo"], "step": self.step, "block_size": phase.block_size}
         return {
             "kind": "validation",
             "step": self.step,
             "tokens": self.tokens,
             "phase": phase.name,
             "block_size": phase.block_size,
-            "nelbo": result.nelbo,
-            **quarters,
+            **figures,
         }

@@ -1,0 +1,72 @@
+"""`unmask export`: write a model as other programs read it.
+
+Owns the options. What is written is `models.export`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmask.cli.console import is_live, make_console
+from unmask.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", re.IGNORECASE)
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a model or adapter, Hugging Face id, or embedded model.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder for the files.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as each tensor is stored.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Split larger weights into files of at most this size.")] = "5GB",
+) -> None:
+    """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer.
+
+    \b
+    unmask export out/mine --out out/for-transformers
+    unmask export out/chat/adapter --out out/chat-bf16 --dtype bfloat16
+
+    An adapter is folded into its base. A Ling model converted to diffusion becomes a LLaDA2 model. Router weights stay in
+    float32 whatever dtype is narrower.
+    """
+    from rich.progress import Progress
+
+    from unmask.models.dtypes import parse_dtype
+    from unmask.models.export import export_model
+    from unmask.models.hub import resolve
+
+    size = shard_bytes(max_shard_size)
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    console = make_console()
+    with Progress(console=console, disable=not is_live(console)) as progress:
+        task = progress.add_task("exporting", total=None)
+        exported = export_model(
+            resolve(model), out, dtype=wanted, max_shard_bytes=size,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
+    console.print(f"model    {out}", soft_wrap=True)
+    console.print(f"format   {exported.config.family}, {kind}, {str(exported.dtype).removeprefix('torch.')}", soft_wrap=True)
+    for note in exported.notes:
+        console.print(f"note     {note}", soft_wrap=True)
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of a size such as "5GB", "500 MB" or "2GiB".
+
+    Raises:
+        ConfigError: not a size, or less than a byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    number = 0
+    if found is not None:
+        thousand = 1024 if found[3] else 1000
+        number = int(float(found[1]) * thousand ** " kmgt".index(found[2].lower() or " "))
+    if number < 1:
+        raise ConfigError(f"--max-shard-size is {text!r}; write a number and a unit, such as 5GB or 500MiB")
+    return number

@@ -1,0 +1,135 @@
+"""What the training verbs share: options, how they become a recipe, and what is printed about the run.
+
+Owns everything but each verb's help text and default recipe. The run itself is `train.run`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unmask.cli.console import INTERRUPTED, make_console, pick_device, try_command
+from unmask.cli.data_option import source_of
+from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmask.train.recipe import Recipe
+    from unmask.train.run import RunResult
+
+_NO_DATA = "no data: name a file or dataset with --data, or a recipe that has sources with --recipe"
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run: checkpoints, metrics, plot and the model.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; left out: a short run for a laptop.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Model to start from, instead of the recipe's.")]
+Data = Annotated[
+    str | None, typer.Option(help="File, folder, dataset id or reasoning_gym:FAMILY, instead of the recipe's sources.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; alone, with its own recipe.")]
+
+
+def default_recipe(verb: str) -> Path:
+    """The recipe of a run of `verb` without --recipe."""
+    return Path(str(resources.files("unmask.cli") / f"{verb}_recipe.yaml"))
+
+
+def train(
+    verb: str,
+    out: Path,
+    recipe: Path | None,
+    model: str | None,
+    data: str | None,
+    overrides: list[str] | None,
+    resume: bool,
+) -> None:
+    """Make the recipe that the options ask for, carry it out and say what came of it."""
+    plan = _plan(verb, recipe, model, data, overrides or [], out if resume else None)
+    pick_device(plan.train.device)
+    result = _run(verb, plan, out, resume=resume)
+    console = make_console()
+    console.print(f"trained  {result.tokens:,} tokens in {result.steps:,} steps", soft_wrap=True)
+    console.print(result.data, soft_wrap=True)
+    console.print(f"model    {result.folder}", soft_wrap=True)
+    if plan.train.lora is not None:
+        from unmask.train.run import ADAPTER
+
+        console.print(f"adapter  {result.folder / ADAPTER}", soft_wrap=True)
+    if result.plot is not None:
+        console.print(f"plot     {result.plot}", soft_wrap=True)
+    console.print(f"try it   {try_command(result.folder)}", soft_wrap=True)
+
+
+def _plan(
+    verb: str, recipe: Path | None, model: str | None, data: str | None, overrides: list[str], run: Path | None
+) -> Recipe:
+    """The recipe that the options ask for; of a run that goes on, its own unless they ask for something."""
+    from unmask.train.recipe import load_recipe, parse_recipe
+
+    asked = recipe is not None or model is not None or data is not None or bool(overrides)
+    if run is not None and not asked:
+        return _check_verb(verb, parse_recipe(_recipe_of(run), str(run)))
+    if recipe is None and data is None and not any(override.startswith("data.sources") for override in overrides):
+        raise ConfigError(_NO_DATA)
+    options = [] if model is None else [f"model={json.dumps(model)}"]
+    if data is not None:
+        options.append(f"data.sources={json.dumps([source_of(data)])}")
+    return _check_verb(verb, load_recipe(recipe or default_recipe(verb), [*options, *overrides]))
+
+
+def _check_verb(verb: str, recipe: Recipe) -> Recipe:
+    """A recipe belongs to one verb: its sections say which."""
+    theirs = "dpo" if recipe.preference is not None else "sft" if recipe.schedule is None else "convert"
+    if theirs != verb:
+        why = {
+            "dpo": "has a preference section",
+            "sft": "has neither a schedule of block sizes nor a preference section",
+            "convert": "has a schedule of block sizes",
+        }[theirs]
+        raise ConfigError(f"the recipe {why}, which makes it one for unmask {theirs}, not unmask {verb}; use that verb")
+    return recipe
+
+
+def _recipe_of(run: Path) -> dict[str, Any]:
+    from unmask.models.checkpoint import read_json
+    from unmask.train.state import list_checkpoints
+
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise ConfigError(f"{run} holds no checkpoint to resume; give --data or --recipe as when it was started")
+    values = read_json(checkpoints[-1] / "state.json").get("recipe")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{checkpoints[-1]} names no recipe; remove it to resume from an earlier one")
+    return values
+
+
+def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
+    """Carry the recipe out; an interrupted run ends the program, with the command that goes on."""
+    from unmask.cli.interrupt import stop_on_interrupt
+    from unmask.cli.progress import showing_progress
+    from unmask.train.run import run_recipe
+
+    try:
+        with stop_on_interrupt() as should_stop, showing_progress(make_console(), recipe.train.tokens) as on_record:
+            result = run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what follows the last checkpoint is lost", err=True)
+        _leave(verb, out)
+    if not result.finished:
+        typer.echo(f"stopped after {result.steps:,} steps, saved", err=True)
+        _leave(verb, out)
+    return result
+
+
+def _leave(verb: str, out: Path) -> None:
+    from unmask.train.state import list_checkpoints
+
+    if list_checkpoints(out):
+        typer.echo(f"resume with: {shlex.join(['unmask', verb, '--out', str(out), '--resume'])}", err=True)
+    raise typer.Exit(INTERRUPTED)

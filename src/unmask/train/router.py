@@ -1,0 +1,119 @@
+"""What becomes of a mixture's routers while the model is converted: frozen, balanced by bias, or by an auxiliary loss.
+
+Owns the balancing policies and the count of tokens each expert was sent, masked and visible apart: identical [M] embeddings
+can collapse early routing, and only separate counts show it. Knows nothing of objectives or of the loop.
+
+Legend: K kinds of token (masked, visible), L routed layers, E experts, N tokens, A active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion.corrupt import Stream
+from unmask.models.moe import MoE, RouterObserver
+from unmask.models.transformer import Transformer
+
+RouterPolicy = Literal["frozen", "bias", "aux"]
+MASKED, VISIBLE, PADDING = 0, 1, 2
+
+
+class RouterMonitor:
+    """Watches every router of a model and applies one policy.
+
+    - `frozen`: neither router weights nor selection bias change.
+    - `bias`: the selection bias moves by `rate` against the sign of the load error after each step, never by gradient.
+    - `aux`: a loss `aux_weight * E * sum_e f_e P_e` per layer pulls on the router weights, P the mean normalised score of the
+      step's tokens, f the share of tokens each expert received in the step *before*.
+
+    Source: DeepSeek-V3 (2412.19437) Eq. 16 (`bias`); Switch Transformer (2101.03961) Eq. 4 (`aux`). Departs: f is a step old,
+        so that the gradient does not depend on how a batch is split.
+    """
+
+    def __init__(self, model: Transformer, policy: RouterPolicy, *, rate: float, aux_weight: float) -> None:
+        self.policy = policy
+        self._rate, self._aux_weight = rate, aux_weight
+        self._layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+        assert self._layers, "the model has no routed layer"
+        self._num_experts = self._layers[0].moe.num_experts
+        shape, device = (len(self._layers), self._num_experts), self._layers[0].router.device
+        self._load_KLE = torch.zeros(3, *shape, dtype=torch.int64, device=device)
+        self._share_LE = torch.full(shape, 1 / self._num_experts, device=device)
+        self._kind_N = torch.empty(0, dtype=torch.int64)
+        self._num_tokens = 1
+        self._counting = False
+        for number, moe in enumerate(self._layers):
+            moe.router.requires_grad_(policy != "frozen" and moe.router.requires_grad)
+            moe.observer = self._observer(number)
+
+    def begin_step(self, num_tokens: int) -> None:
+        """Start counting anew; `num_tokens` is the size of the *global* batch, which the auxiliary loss is a mean over."""
+        self._num_tokens = max(num_tokens, 1)
+        self._load_KLE.zero_()
+
+    @contextmanager
+    def watching(self, stream: Stream) -> Iterator[None]:
+        """Count what the forward pass of `stream` inside the block does."""
+        kind_BT = torch.full_like(stream.tokens_BT, VISIBLE)
+        kind_BT[stream.index.document_BT == 0] = PADDING
+        kind_BT[stream.predict] = MASKED
+        self._kind_N, self._counting = kind_BT.flatten(), True
+        try:
+            yield
+        finally:
+            self._counting = False
+
+    def end_step(self) -> dict[str, float]:
+        """Move the biases if the policy says so; returns the step's loads.
+
+        `load_masked`, `load_visible`: the busiest expert's tokens over the mean, in the worst layer (1: balanced).
+        `idle_masked`, `idle_visible`: share of experts that received none.
+        """
+        load_LE = self._load_KLE[:PADDING].sum(0)
+        mean_L1 = load_LE.double().mean(1, keepdim=True)
+        if self.policy == "bias":
+            for moe, load_E, mean in zip(self._layers, load_LE, mean_L1, strict=True):
+                error_E = (mean - load_E).sign().to(moe.expert_bias)
+                moe.expert_bias += self._rate * error_E
+        self._share_LE.copy_(load_LE / load_LE.sum(1, keepdim=True).clamp(min=1))
+        metrics: dict[str, float] = {}
+        for name, kind in (("masked", MASKED), ("visible", VISIBLE)):
+            counts_LE = self._load_KLE[kind].double()
+            metrics[f"load_{name}"] = float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)).max())
+            metrics[f"idle_{name}"] = float((counts_LE == 0).double().mean())
+        return metrics
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs: the biases and the last step's shares."""
+        biases_LE = torch.stack([moe.expert_bias for moe in self._layers])
+        return {"router.bias": biases_LE, "router.share": self._share_LE}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave."""
+        for moe, bias_E in zip(self._layers, tensors["router.bias"], strict=True):
+            moe.expert_bias.copy_(bias_E)
+        self._share_LE.copy_(tensors["router.share"])
+
+    def _observer(self, layer: int) -> RouterObserver:
+        def observe(logits_NE: Tensor, indices_NA: Tensor) -> Tensor | None:
+            if len(self._kind_N) != len(logits_NE):
+                return None
+            if self._counting:
+                self._count(layer, indices_NA)
+            if self.policy != "aux" or not torch.is_grad_enabled():
+                return None
+            scores_NE = logits_NE.sigmoid() * (self._kind_N != PADDING)[:, None]
+            mean_E = (scores_NE / scores_NE.sum(1, keepdim=True).clamp(min=1e-9)).sum(0) / self._num_tokens
+            return self._aux_weight * self._num_experts * (self._share_LE[layer].to(mean_E) * mean_E).sum()
+
+        return observe
+
+    def _count(self, layer: int, indices_NA: Tensor) -> None:
+        flat_P = (self._kind_N[:, None] * self._num_experts + indices_NA).flatten()
+        counts = torch.bincount(flat_P, minlength=3 * self._num_experts).view(3, self._num_experts)
+        self._load_KLE[:, layer] += counts

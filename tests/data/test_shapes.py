@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from unmask.data.shapes import Conversation, Fields, Plain, read_example, read_pair
+from unmask.errors import DataError
+
+FIELDS = Fields()
+CALL = {"name": "add", "arguments": {"a": 1}}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def say(*contents: str) -> list[dict[str, Any]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
+
+
+def shared_gpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"from": speaker, "value": value} for speaker, value in turns]
+
+
+def turns_of(record: dict[str, Any]) -> tuple[list[Any], int]:
+    example = read_example(record, FIELDS)
+    assert isinstance(example, Conversation)
+    return example.messages, example.num_given
+
+
+def test_first_shape_that_is_there_decides():
+    record = {"prompt": "p", "response": "r"}
+    assert turns_of(record) == (say("p", "r"), 1)
+    record |= {"chosen": "c", "rejected": "x"}
+    assert turns_of(record) == (say("p", "c"), 1)
+    record |= {"conversations": shared_gpt(("human", "h"), ("gpt", "g"))}
+    assert turns_of(record) == (say("h", "g"), 0)
+    record |= {"messages": say("u", "a")}
+    assert turns_of(record) == (say("u", "a"), 0)
+    assert read_example(record | {"text": "t"}, FIELDS) == Plain("field text", "", "t")
+    assert turns_of(record | {"text": None}) == (say("u", "a"), 0)
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_dialects_of_a_conversation_are_the_same(name):
+    openai = [{"role": "system", "content": "s"}, *say("q", "a")]
+    openai += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "b"}]
+    others = [
+        shared_gpt(("system", "s"), ("human", "q"), ("gpt", "a"), ("tool", "3"), ("gpt", "b")),
+        shared_gpt(("system", "s"), ("user", "q"), ("assistant", "a"), ("observation", "3"), ("assistant", "b")),
+        [{**message, "from": None, "name": None} for message in openai],
+    ]
+    for other in others:
+        assert turns_of({name: other}) == (openai, 0)
+
+
+@pytest.mark.parametrize("value", [json.dumps(CALL), json.dumps([CALL])])
+def test_function_call_becomes_a_tool_call(value):
+    messages, _ = turns_of({"conversations": shared_gpt(("human", "q"), ("function_call", value), ("observation", "1"))})
+    assert messages[1] == {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    assert messages[2] == {"role": "tool", "content": "1"}
+
+
+@pytest.mark.parametrize("answer", ["r", [{"role": "assistant", "content": "r"}], shared_gpt(("gpt", "r"))])
+@pytest.mark.parametrize("prompt", ["p", say("p"), shared_gpt(("human", "p"))])
+@pytest.mark.parametrize("name", ["response", "completion", "chosen"])
+def test_prompt_and_answer_are_each_a_text_or_messages(prompt, answer, name):
+    example = read_example({"prompt": prompt, name: answer}, FIELDS)
+    assert isinstance(example, Conversation)
+    assert (example.messages, example.num_given) == (say("p", "r"), 1)
+    as_texts = Plain(f"fields prompt and {name}", "p", "r") if prompt == "p" and answer == "r" else None
+    assert example.plain == as_texts
+
+
+def test_answers_in_a_prompt_are_given():
+    assert turns_of({"prompt": say("a", "b", "c"), "completion": "d"}) == (say("a", "b", "c", "d"), 3)
+
+
+def test_whole_conversation_as_an_answer_holds_the_prompt_once():
+    system = [{"role": "system", "content": "s"}]
+    assert turns_of({"prompt": "p", "chosen": [*system, *say("p", "r")]}) == ([*system, *say("p", "r")], 2)
+    with pytest.raises(DataError, match="field chosen starts with a user turn but does not hold prompt; drop one of them"):
+        read_example({"prompt": "p", "chosen": say("q", "r")}, FIELDS)
+    result = {"role": "tool", "content": "1"}
+    called = [{"role": "assistant", "tool_calls": [CALL]}]
+    messages = [*say("p"), *called, result, {"role": "assistant", "content": "b"}]
+    assert turns_of({"prompt": messages[:2], "response": messages[2:]}) == (messages, 2)
+
+
+@pytest.mark.parametrize("value", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("shape", [{"messages": say("q", "a")}, {"prompt": "q", "response": "a"}])
+def test_tools_are_a_list_or_its_json(shape, value):
+    example = read_example({**shape, "tools": value}, FIELDS)
+    assert isinstance(example, Conversation)
+    assert example.tools == TOOLS
+    for nothing in (None, [], "", " ", "[]", "null"):
+        none = read_example({**shape, "tools": nothing}, FIELDS)
+        assert isinstance(none, Conversation)
+        assert none.tools is None
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, "^field messages holds 0 messages"),
+        ({"conversations": "x"}, "^field conversations is not a list of messages"),
+        ({"messages": say("q")}, "^field messages: 0 assistant turns to learn from"),
+        ({"messages": [*say("q"), {"role": "robot", "content": "x"}]}, "^field messages: message 2: role 'robot' of a message"),
+        ({"messages": [*say("q", "a"), {"content": "x"}]}, "^field messages: message 3: role None"),
+        ({"messages": [{"role": "user", "content": 3}]}, "^field messages: message 1: content 3 of the user message"),
+        ({"messages": [*say("q"), {"role": "assistant"}]}, "^field messages: message 2: content null"),
+        ({"conversations": shared_gpt(("robot", "x"))}, "^field conversations: message 1: from 'robot' is not one of human, "),
+        ({"conversations": shared_gpt(("gpt", None))}, "^field conversations: message 1: content null"),
+        ({"conversations": shared_gpt(("function_call", "{"))}, "message 1: value of a function_call is not JSON"),
+        ({"conversations": shared_gpt(("function_call", None))}, "message 1: value of a function_call is not JSON"),
+        ({"conversations": shared_gpt(("function_call", "{}"))}, "message 1: tool_calls .* is not a list of calls"),
+        ({"conversations": shared_gpt(("function_call", "[]"))}, "message 1: content null"),
+        ({"prompt": [], "response": "r"}, "^field prompt holds 0 messages"),
+        ({"prompt": "p", "response": []}, "^field response holds 0 messages"),
+        ({"prompt": "p", "response": 3}, "^field response is not a text or a list of messages"),
+        ({"prompt": 3, "response": "r"}, "^field prompt is not a text or a list of messages"),
+        ({"prompt": "p", "response": say("p")}, "^fields prompt and response: 0 assistant turns to learn from"),
+        ({"prompt": say("p", "r"), "response": [{"role": "tool", "content": "1"}]}, "^fields prompt and response: 0 assistant"),
+        ({"messages": say("q", "a"), "tools": "{"}, "^field tools is not JSON"),
+        ({"messages": say("q", "a"), "tools": {"name": "f"}}, "^field tools is not a list of tools"),
+        ({"messages": say("q", "a"), "tools": "{}"}, "^field tools is not a list of tools"),
+        ({"messages": say("q", "a"), "tools": ["f"]}, "^field tools is not a list of tools"),
+        ({"messages": say("q", "a"), "tools": 0}, "^field tools is not a list of tools"),
+    ],
+)
+def test_bad_records_name_field_and_message(record, message):
+    with pytest.raises(DataError, match=message) as error:
+        read_example(record, FIELDS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": say("q", "a")}, "^no field chosen, which a preference has; the fields there are: messages$"),
+        (
+            {"chosen": "a", "rejected": None},
+            "^no field rejected, which a preference has; the fields there are: chosen, rejected",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "^fields chosen and rejected are equal"),
+        ({"chosen": "a b", "rejected": "a b"}, "^fields chosen and rejected are equal"),
+        ({"chosen": say("q", "a"), "rejected": say("q", "a")}, "^fields chosen and rejected are equal"),
+        ({"prompt": "p", "chosen": "a", "rejected": say("p", "a")}, "^fields chosen and rejected are equal"),
+        ({"chosen": "a", "rejected": say("q", "a")}, "are a text and a list of messages; without prompt give both alike"),
+        ({"chosen": say("q", "a"), "rejected": say("x", "b")}, "first differ at message 1, no answer of both"),
+        ({"chosen": say("q", "a", "r", "b"), "rejected": say("q", "a", "x", "b")}, "first differ at message 3, no answer"),
+        ({"chosen": say("q", "a"), "rejected": say("q", "a", "x", "b")}, "first differ at message 3, no answer"),
+        ({"chosen": say("q", "a"), "rejected": [*say("q", "a"), *say("", "b")[1:]]}, "first differ at message 3, no answer"),
+        ({"chosen": say("q", "a"), "rejected": [*say("q"), *say("x", "b")]}, "first differ at message 2, no answer"),
+        ({"prompt": "p", "chosen": "a", "rejected": []}, "^field rejected holds 0 messages"),
+        ({"prompt": "p", "chosen": 1, "rejected": "a"}, "^field chosen is not a text or a list"),
+        ({"chosen": say("q", "a"), "rejected": say("q")}, "^field rejected: 0 assistant turns"),
+    ],
+)
+def test_bad_preferences(record, message):
+    with pytest.raises(DataError, match=message):
+        read_pair(record, FIELDS)
+
+
+def test_all_that_both_sides_share_is_given():
+    chosen, rejected = read_pair({"chosen": say("a", "b", "c", "d"), "rejected": say("a", "b", "c", "e", "f", "g")}, FIELDS)
+    assert isinstance(chosen, Conversation)
+    assert isinstance(rejected, Conversation)
+    assert (chosen.num_given, rejected.num_given) == (3, 3)
+    assert (len(chosen.messages), len(rejected.messages)) == (4, 6)
+
+
+def test_every_field_that_is_read_is_among_the_names():
+    """Parquet readers load these columns and no others."""
+    assert len(set(FIELDS.names)) == 9
+    record = dict.fromkeys(FIELDS.names)
+    with pytest.raises(DataError, match="no field text"):
+        read_example(record, FIELDS)

@@ -1,0 +1,216 @@
+"""Fine-tuning, preferences and mixtures as whole runs: what they start from, what they leave, and that they resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unmask
+from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
+from unmask.errors import ConfigError
+from unmask.models.config import MoEConfig, RopeConfig
+from unmask.train.metrics import read_metrics
+from unmask.train.recipe import LoraSection, Recipe
+from unmask.train.run import ADAPTER, build_parts, run_recipe
+from unmask.train.state import list_checkpoints, prune_checkpoints
+
+MIXTURE: dict[str, Any] = {
+    "qk_norm": True,
+    "rope": RopeConfig(theta=600_000.0, fraction=0.5),
+    "moe": MoEConfig(num_experts=8, num_active=2, expert_size=16, num_groups=4, num_active_groups=2, routed_scale=2.5),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoregressive model, a diffusion one made from it, a mixture, and data."""
+    folder = tmp_path_factory.mktemp("stages")
+    tiny_folder(folder / "ar")
+    tiny_jsonl(folder / "chats.jsonl")
+    tiny_preferences(folder / "pairs.jsonl")
+    run_recipe(tiny_recipe(folder / "ar", folder / "chats.jsonl", learning_rate=1e-3), folder / "diffusion")
+    tiny_folder(folder / "mixture", family="bailing_moe_v2", **MIXTURE)
+    return folder
+
+
+def sft(base: Path, **changes: Any) -> Recipe:
+    return stage_recipe(base / "diffusion", base / "chats.jsonl", **changes)
+
+
+def dpo(base: Path, **changes: Any) -> Recipe:
+    return stage_recipe(base / "diffusion", base / "pairs.jsonl", preference={"samples": 3}, **changes)
+
+
+LORA = LoraSection(rank=2, train_embedding=False).model_dump()
+ADAPT_ALL = LoraSection(rank=2).model_dump()
+RUNS = {
+    "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
+    "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}}),
+    "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
+    "dpo": dpo,
+    "dpo-lora": lambda base: dpo(base, lora=LORA),
+    "moe-bias": lambda base: mixture(base, "bias"),
+    "moe-aux": lambda base: mixture(base, "aux"),
+    "moe-frozen": lambda base: mixture(base, "frozen"),
+}
+
+
+def mixture(base: Path, policy: str) -> Recipe:
+    return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=2000, router={"policy": policy, "rate": 0.01})
+
+
+def stop_after(steps: int) -> Iterator[bool]:
+    yield from [False] * (steps - 1)
+    yield True
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    timing = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_tells_the_same_history(base: Path, tmp_path: Path, name: str) -> None:
+    recipe = RUNS[name](base)
+    assert run_recipe(recipe, tmp_path / "whole").finished
+    stops = stop_after(4)
+    first = run_recipe(recipe, tmp_path / "parts", should_stop=lambda: next(stops))
+    assert not first.finished
+    assert run_recipe(recipe, tmp_path / "parts", resume=True).finished
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    whole, parts = (unmask.load(tmp_path / run, dtype="float32").transformer.state_dict() for run in ("whole", "parts"))
+    assert all(torch.equal(whole[tensor], parts[tensor]) for tensor in whole)
+
+
+def test_sft_learns_and_keeps_mask_token_and_block_size(base: Path, tmp_path: Path) -> None:
+    run_recipe(sft(base), tmp_path / "run")
+    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert {record["block_size"] for record in train} == {8}
+    assert sum(r["loss"] for r in train[-3:]) < sum(r["loss"] for r in train[:3])
+    before, after = unmask.load(base / "diffusion"), unmask.load(tmp_path / "run")
+    assert (after.config.mask_id, after.config.block_size) == (before.config.mask_id, 8)
+    assert after.tokenizer is not None
+    assert after.tokenizer.mask_id == after.config.mask_id
+
+
+def test_fine_tuning_refuses_an_autoregressive_model(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"autoregressive.*convert it first"):
+        run_recipe(stage_recipe(base / "ar", base / "chats.jsonl"), tmp_path / "run")
+
+
+def test_another_mask_token_than_the_models_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match="the model was trained with"):
+        build_parts(sft(base).model_copy(update={"mask_token": "<|im_start|>"}))
+
+
+@pytest.mark.parametrize(("name", "lora"), [("sft", ADAPT_ALL), ("dpo", LORA)])
+def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Path, name: str, lora: dict[str, Any]) -> None:
+    recipe = sft(base, lora=lora) if name == "sft" else dpo(base, lora=lora)
+    run_recipe(recipe, tmp_path / "run")
+    folded = unmask.load(tmp_path / "run", dtype="float32")
+    adapted = unmask.load(tmp_path / "run" / ADAPTER, dtype="float32")
+    ids = [3, 5, 7, 11, 13, 2]
+    torch.testing.assert_close(adapted.logits(ids), folded.logits(ids), atol=1e-5, rtol=1e-5)
+    original = unmask.load(base / "diffusion", dtype="float32").logits(ids)
+    assert (folded.logits(ids) - original).abs().max() > 1e-3
+    assert adapted.config.mask_id == folded.config.mask_id
+
+
+def test_dpo_prefers_the_chosen_answers(base: Path, tmp_path: Path) -> None:
+    run_recipe(dpo(base, tokens=4000, learning_rate=1e-3), tmp_path / "run")
+    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert train[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert (train[0]["margin"], train[0]["accuracy"], train[0]["variance"]) == (0.0, 0.5, 0.0)
+    assert train[-1]["accuracy"] > 0.9
+    assert train[-1]["margin"] > 0
+    held_out = [record for record in records(tmp_path / "run") if record["kind"] == "validation"][-1]
+    assert held_out["accuracy"] > 0.7
+    assert held_out["preference_loss"] < 0.69
+
+
+def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
+    for recipe in (dpo(base), dpo(base, lora=LORA)):
+        parts = build_parts(recipe)
+        rows = parts.packer.next_rows(4)
+        phase = recipe.blocks.phases[0]
+        parts.objective.accumulate(rows, phase, 0)
+        with torch.no_grad():
+            for parameter in parts.model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        figures = parts.objective.accumulate(rows, phase, 1)
+        assert figures["margin"] != 0.0
+        assert figures["variance"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda base: dpo(base, lora=ADAPT_ALL), "train_embedding"),
+        (lambda base: stage_recipe(base / "diffusion", base / "pairs.jsonl", preference={}, micro_rows=1), "even"),
+    ],
+)
+def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make(base)
+
+
+def test_a_dense_model_has_no_router_to_set(base: Path) -> None:
+    with pytest.raises(ConfigError, match="no routed experts"):
+        build_parts(sft(base, router={"policy": "bias"}))
+
+
+def test_adapters_leave_routers_alone(base: Path) -> None:
+    recipe = tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}, router={"policy": "bias"})
+    with pytest.raises(ConfigError, match="frozen"):
+        build_parts(recipe)
+    allowed = build_parts(tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}))
+    assert allowed.router is not None
+    assert allowed.router.policy == "frozen"
+
+
+def test_a_mixture_logs_its_loads_and_moves_its_bias(base: Path, tmp_path: Path) -> None:
+    run_recipe(mixture(base, "bias"), tmp_path / "run")
+    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    for record in train:
+        assert 1.0 <= record["load_visible"] <= 4.0
+        assert 1.0 <= record["load_masked"] <= 4.0
+        assert 0.0 <= record["idle_masked"] <= 1.0
+    biases = [
+        [
+            block.mlp.expert_bias
+            for block in unmask.load(path, dtype="float32").transformer.blocks
+            if hasattr(block.mlp, "expert_bias")
+        ]
+        for path in (base / "mixture", tmp_path / "run")
+    ]
+    assert len(biases[0]) == 1
+    assert not torch.equal(biases[0][0], biases[1][0])
+    assert biases[1][0].dtype == torch.float32
+
+
+def test_what_does_not_fit_is_reported(base: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    tiny_jsonl(long)
+    with long.open("a") as file:
+        for _ in range(10):
+            file.write('{"prompt": "count", "response": "' + " ".join(str(i) for i in range(90)) + '"}\n')
+    result = run_recipe(stage_recipe(base / "diffusion", long), tmp_path / "run")
+    assert "cut at the row's end" in result.data
+    assert "cut" not in run_recipe(sft(base), tmp_path / "fits").data
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest(base: Path, tmp_path: Path) -> None:
+    run_recipe(sft(base, eval_every=1, checkpoint_every=1, keep_checkpoints=100, tokens=2500), tmp_path / "run")
+    scores = {r["step"]: r["nelbo"] for r in records(tmp_path / "run") if r["kind"] == "validation"}
+    newest = max(scores)
+    best = sorted((step for step in scores if step != newest), key=lambda step: scores[step])[:2]
+    prune_checkpoints(tmp_path / "run", 3)
+    kept = {int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run")}
+    assert kept == {newest, *best}
+    prune_checkpoints(tmp_path / "run", 1)
+    assert [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run")] == [newest]
