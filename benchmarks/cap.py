@@ -19,6 +19,7 @@ from typing import Any
 
 import reasoning_gym
 from decode import machine
+from quality import FAMILIES, UNSEEN_SEED
 from rich.console import Console
 from rich.progress import track
 
@@ -29,11 +30,6 @@ from unmask.train.metrics import read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import run_recipe
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "word_sequence_reversal": {"min_words": 3, "max_words": 5},
-}
-TEST_SEED = 987_654_321
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,7 +47,7 @@ def recipe(model: str, tokens: int, *, weight: float, seed: int) -> Recipe:
             "objective": {"bandwidth": [0.3, 1.0], "mask_noise_steps": 0, "cap": {"weight": weight}},
             "train": {
                 "tokens": tokens, "batch_rows": 4, "micro_rows": 4, "learning_rate": 1e-4, "warmup_steps": 5,
-                "eval_every": 20, "checkpoint_every": 20, "keep_checkpoints": 1, "seed": seed,
+                "eval_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1, "seed": seed,
             },
         },
         "benchmarks/cap.py",
@@ -71,7 +67,7 @@ def measure(model: LanguageModel, threshold: float, count: int, name: str) -> di
     """Score by family (share of exactly right answers), tokens per forward (all forwards counted) and tokens/s."""
     scores, tokens, forwards, seconds = {}, 0, 0, 0.0
     for family, settings in FAMILIES.items():
-        problems = reasoning_gym.create_dataset(family, seed=TEST_SEED, size=count, **settings)
+        problems = reasoning_gym.create_dataset(family, seed=UNSEEN_SEED, size=count, **settings)
         right = 0
         for problem in track(problems, description=f"{name}, threshold {threshold}, {family}", transient=True):
             answer = model.generate(problem["question"], max_new_tokens=32, threshold=threshold)

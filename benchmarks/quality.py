@@ -18,7 +18,7 @@ from unmask.engine.model import LanguageModel
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+    "word_sequence_reversal": {"min_words": 3, "max_words": 5},
 }
 UNSEEN_SEED = 987_654_321
 

@@ -65,7 +65,7 @@ def card(runs: list[Path], answers: Path, size: int) -> str:
         same = [r for r in stage if r["kind"] == "validation" and r["block_size"] == block_size]
         scores += [r | {"tokens": r["tokens"] + before} for r in same]
         before += stage[-1]["tokens"]
-    sources = recipes[0]["data"]["sources"]
+    sources = recipes[-1]["data"]["sources"]
     weights = [source["weight"] for source in sources]
     return CARD.format(
         block_size=block_size,

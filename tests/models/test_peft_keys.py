@@ -178,6 +178,11 @@ def test_values_of_the_wrong_kind(changes: dict[str, Any], match: str) -> None:
         read_pairs(settings, MODULES)
 
 
+def test_an_unnamed_kind_of_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="peft_type is None"):
+        read_pairs({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, MODULES)
+
+
 def test_written_settings_read_back() -> None:
     pairs = {
         "model.layers.0.self_attn.q_proj": Pair(4, 8.0),
