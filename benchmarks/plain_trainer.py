@@ -62,6 +62,6 @@ def accumulate(
     # The clean copy has logits, too; nobody asks for them.
     target = torch.cat((x0, x0), 1) if clean_copy else x0
     nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)[:, : x0.shape[1]]
-    loss = torch.where(masked, nll * weight, 0.0).sum() / masked.sum().clamp(min=1)
+    loss = torch.where(masked, nll * weight, 0.0).sum() / tall.num_maskable
     loss.backward()
     return float(loss.detach())

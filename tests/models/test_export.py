@@ -197,6 +197,10 @@ def test_a_value_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds values beyond float16's range \(65504\)"):
         export_model(source, tmp_path / "out", dtype=torch.float16)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    adapted = attach_lora(load_model(source, dtype=torch.float32), rank=1, alpha=1.0, seed=0, train_embedding=False)
+    save_adapter(adapted, tmp_path / "adapter", base=str(source))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds values beyond float16's range"):
+        export_model(tmp_path / "adapter", tmp_path / "out", dtype=torch.float16)
     export_model(source, tmp_path / "out", dtype=torch.bfloat16)
     assert tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"][3, 4] > 9e4
 

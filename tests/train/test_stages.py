@@ -11,8 +11,9 @@ import torch
 
 import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
-from unmask.errors import ConfigError
+from unmask.errors import CheckpointError, ConfigError
 from unmask.models.config import MoEConfig, RopeConfig
+from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe
 from unmask.train.run import ADAPTER, build_parts, run_recipe
@@ -118,6 +119,12 @@ def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Pat
     original = unmask.load(base / "diffusion", dtype="float32").logits(ids)
     assert (folded.logits(ids) - original).abs().max() > 1e-3
     assert adapted.config.mask_id == folded.config.mask_id
+    assert adapted.tokenizer is not None
+    assert adapted.tokenizer.mask_id == adapted.config.mask_id
+    # An adapter is a model like any other: training goes on from it, merging says what to do.
+    assert run_recipe(sft(base).model_copy(update={"model": str(tmp_path / "run" / ADAPTER)}), tmp_path / "on").finished
+    with pytest.raises(CheckpointError, match="is an adapter"):
+        merge_checkpoints([tmp_path / "run" / ADAPTER], tmp_path / "merged")
 
 
 def test_dpo_prefers_the_chosen_answers(base: Path, tmp_path: Path) -> None:

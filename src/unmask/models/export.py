@@ -138,6 +138,8 @@ def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> 
     whole = folder
     while (base := base_folder(whole)) is not None:
         whole = base
+    if dtype == torch.float16:
+        dtype = torch.float32  # loaded in float16, a value too large would be infinite before anybody looks at it
     model = load_model(folder, dtype=dtype or next(iter(_open_files(whole, stack).dtypes.values())))
     state, places = model.state_dict(), slots(model.config)
     dtypes = {name: state[slot.parameter].dtype for name, slot in places.items()}
@@ -163,11 +165,10 @@ def _convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Sorted, as Hugging Face writes it: exporting an export changes nothing."""
     if config.family == "llada2_moe":
         keys = _LLADA2_KEYS | {"rotary_dim": config.rotary_dim}
         config = replace(config, hf_extras=config.hf_extras | keys)
-    return dict(sorted(write_config(config, dtype=str(dtype).removeprefix("torch.")).items()))
+    return write_config(config, dtype=str(dtype).removeprefix("torch."))
 
 
 def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str, Any]]:

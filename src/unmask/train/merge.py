@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.checkpoint import TensorSpec, read_json, read_model_config, tensor_index, write_checkpoint
+from unmask.models.checkpoint import DTYPE_NAMES, TensorSpec, read_json, read_model_config, tensor_index, write_checkpoint
+from unmask.models.hub import ADAPTER_CONFIG
 from unmask.train.state import list_checkpoints, validation_score
 
 
@@ -63,6 +64,9 @@ def merge_checkpoints(
         raise ConfigError("nothing to merge; name at least one model folder")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another --out")
+    adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).exists()), None)
+    if adapter is not None:
+        raise CheckpointError(f"{adapter} is an adapter, not a whole model; fold it first (unmask export), then merge")
     configs = [read_model_config(folder) for folder in folders]
     indexes = [tensor_index(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
@@ -102,7 +106,7 @@ class _Reader:
         return tensor
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def _spec(header: Any) -> TensorSpec:

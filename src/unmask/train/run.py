@@ -23,7 +23,7 @@ from unmask.errors import ConfigError
 from unmask.models.adapter import adapters_off, attach_lora, folded_state, save_adapter
 from unmask.models.checkpoint import load_model, resize_vocabulary, save_state
 from unmask.models.dtypes import parse_dtype
-from unmask.models.hub import resolve
+from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
 from unmask.train.metrics import Record, plot_run, read_metrics
 from unmask.train.objective import Denoising, Objective, Preference, Setting
@@ -87,6 +87,7 @@ def run_recipe(
         parts.save_model(parts.model, out)
         if recipe.train.lora is not None:
             save_adapter(parts.model, out / ADAPTER, base=recipe.model)
+            parts.tokenizer.save(out / ADAPTER)
     return RunResult(finished, out, plot, trainer.step, trainer.tokens, parts.packer.stats.summary)
 
 
@@ -95,7 +96,7 @@ def build_parts(recipe: Recipe) -> Parts:
     train = recipe.train
     device = ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
     folder = resolve(recipe.model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
     mask_id = _give_mask_token(model, tokenizer, recipe)
     reference = None if recipe.preference is None or train.lora is not None else deepcopy(model).requires_grad_(False).eval()
@@ -120,6 +121,7 @@ def build_parts(recipe: Recipe) -> Parts:
         recipe=recipe,
         mask_id=mask_id,
         backend=backend,
+        tokenizer=tokenizer,
         save_model=lambda trained, target: _save(trained, tokenizer, target),
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.data.packing import PackedRows, Packer
+from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.errors import TrainingError
 from unmask.models.transformer import Transformer
@@ -38,6 +39,7 @@ class Parts:
     recipe: Recipe
     mask_id: int
     backend: AttentionBackend
+    tokenizer: Tokenizer
     save_model: Callable[[Transformer, Path], None]
 
 
