@@ -1,6 +1,6 @@
 """What noise samples buy in DPO over the ELBO: preference accuracy and margin over steps with 1 and with 8, and the variance.
 
-    python benchmarks/dpo.py [--tokens 8000] [--samples 1,8] [--answers scripts/embedded/answers.jsonl] [--out out/bench-dpo]
+    python benchmarks/dpo.py [--tokens 3000] [--samples 1,8] [--answers scripts/embedded/answers.jsonl] [--out out/bench-dpo]
 
 The pairs need no judge: an answer of the base model is preferred to the same answer with a word doubled and one dropped, the
 faults of a young diffusion model. All runs see the same pairs in the same order. Variance: of the mean margin of the same
@@ -60,14 +60,14 @@ def recipe(model: str, pairs: Path, tokens: int, samples: int) -> Recipe:
         {
             "model": model,
             "data": {
-                "row_length": 128, "overlong": "drop", "validation_share": 0.1, "validation_rows": 16,
+                "row_length": 128, "overlong": "drop", "validation_share": 0.1, "validation_rows": 8,
                 "sources": [{"kind": "jsonl", "path": str(pairs)}],
             },
             "objective": {"complementary": False, "mask_noise_steps": 0},
             "preference": {"samples": samples},
             "train": {
-                "tokens": tokens, "batch_rows": 8, "micro_rows": 4, "learning_rate": 1e-5, "schedule": "constant",
-                "warmup_steps": 3, "eval_every": 4, "checkpoint_every": 20, "keep_checkpoints": 1,
+                "tokens": tokens, "batch_rows": 4, "micro_rows": 2, "learning_rate": 2e-5, "schedule": "constant",
+                "warmup_steps": 3, "eval_every": 3, "checkpoint_every": 20, "keep_checkpoints": 1,
             },
         },
         "benchmarks/dpo.py",
@@ -112,9 +112,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-diffusion")
     parser.add_argument("--answers", type=Path, default=Path("scripts/embedded/answers.jsonl"))
     parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--tokens", type=int, default=8_000)
+    parser.add_argument("--tokens", type=int, default=3_000)
     parser.add_argument("--samples", default="1,8")
-    parser.add_argument("--noise-seeds", type=int, default=6, help="fresh draws for the variance")
+    parser.add_argument("--noise-seeds", type=int, default=4, help="fresh draws for the variance")
     parser.add_argument("--out", type=Path, default=Path("out/bench-dpo"))
     options = parser.parse_args()
     console = Console()

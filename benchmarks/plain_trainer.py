@@ -1,7 +1,7 @@
 """The trainer everybody writes, which `train_step.py` measures ours against: short, obvious, and right.
 
-The network is transformers' own class with its default attention (`sdpa`), as people would take it. Every noisy copy is a row of
-its own, `[x_t | x_0]` of 2L tokens under a dense boolean mask, prompt and padding included; the head projects all 2L positions
+The network is transformers' own class with its default attention (`sdpa`), as people would take it. Every noisy copy is a row
+of its own, `[x_t | x_0]` of 2L tokens under a dense boolean mask, prompt and padding included; the head projects every position
 onto the whole vocabulary, and the masked ones are picked from the loss afterwards. bfloat16 is autocast over float32 weights.
 The masks are ours (`noisy_copies`), so the gradient must be ours too.
 
@@ -24,6 +24,8 @@ from unmask.diffusion.corrupt import CorruptionConfig, block_ids, noisy_copies
 def load_network(folder: Path) -> nn.Module:
     """The checkpoint as transformers sees it, in float32."""
     network: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # It drops the input gradient of the padding token, which here ends every answer, too.
+    network.get_input_embeddings().padding_idx = None
     return network.train()
 
 

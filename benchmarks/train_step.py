@@ -5,27 +5,27 @@
 Three batches: `cpt`, plain text in complementary pairs at block size 32; `sft`, chat answers, packed; `stable`, the same text
 as full-sequence diffusion. For each it prints
 
-- T1: how many times faster our step is, taking turns (A B A B ...), wall clock and CPU time; a step is the gradient of the batch,
-  clipping and the optimiser. Beforehand both gradients are compared in float32.
+- T1: how many times faster our step is, taking turns (A B A B ...), wall clock and CPU time; a step is the gradient of the
+  batch, clipping and the optimiser. Beforehand both gradients are compared in float32.
 - T2: share of our step's CPU time spent in matrix products.
 - T3: peak memory of two steps, in a process of its own, over what the loaded model takes.
 
-The plain trainer reads `[x_t | x_0]` in every phase; in `stable` no query ever looks at the clean half, so there is a second one
-that leaves it out. Writes benchmarks/results/train_step.json.
+The plain trainer reads `[x_t | x_0]` in every phase; in `stable` no query ever looks at the clean half, so there is a second
+one that leaves it out. Writes benchmarks/results/train_step.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ import plain_trainer
 import torch
 from decode import machine
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from unmask.data.packing import PackedRows
@@ -106,30 +106,39 @@ class Case:
         return plain_trainer.accumulate(network, self.rows, corruption, seed, precision, clean_copy=clean_copy)
 
 
-def our_step(case: Case) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Step:
+    """A training step in its two halves."""
+
+    gradient: Callable[[], float]
+    update: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.gradient()
+        self.update()
+
+
+def our_step(case: Case) -> Step:
     """What the trainer does in a step."""
     optimizer = Trainer(case.parts, Path()).optimizer
 
-    def step() -> None:
-        case.ours()
+    def update() -> None:
         optimizer.clip(1.0)
         optimizer.step(RATE)
 
-    return step
+    return Step(case.ours, update)
 
 
-def plain_step(case: Case, network: nn.Module, dtype: str, *, clean_copy: bool = True) -> Callable[[], None]:
+def plain_step(case: Case, network: nn.Module, dtype: str) -> Step:
     """What a plain trainer does in a step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        case.plain(network, dtype, clean_copy=clean_copy)
+    def update() -> None:
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Step(lambda: case.plain(network, dtype), update)
 
 
 def gradient_difference(case: Case, network: nn.Module) -> dict[str, float]:
@@ -148,7 +157,7 @@ def gradient_difference(case: Case, network: nn.Module) -> dict[str, float]:
     return {"loss": loss, "plain_loss": plain, "relative_gradient_difference": (difference / total) ** 0.5}
 
 
-def in_turn(ways: dict[str, Callable[[], None]], repeats: int, console: Console, label: str) -> dict[str, Any]:
+def in_turn(ways: Mapping[str, Callable[[], None]], repeats: int, console: Console, label: str) -> dict[str, Any]:
     """Every way once to warm up, then `repeats` times in turn; seconds of each by the wall clock and of CPU time."""
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
@@ -187,27 +196,23 @@ def product_share(step: Callable[[], None]) -> dict[str, float]:
 def peak_memory(way: str, batch: str, options: argparse.Namespace) -> None:
     """Take two steps in this process; prints MiB over the loaded model: of a gradient, and of whole steps."""
     case = Case.build(batch, options, options.dtype)
+    # Our model stays in the plain trainer's process: what counts comes on top of what is loaded.
+    step = our_step(case)
     if way == "plain":
-        network = plain_trainer.load_network(resolve(options.model))
-        loaded = rss()  # Both models: a plain trainer holds one, but what is counted is what comes on top.
-        gradient, step = (lambda: case.plain(network, options.dtype)), plain_step(case, network, options.dtype)
-    else:
-        loaded = rss()
-        gradient, step = case.ours, our_step(case)
-    gradient()
-    of_gradient = peak_rss()
+        step = plain_step(case, plain_trainer.load_network(resolve(options.model)), options.dtype)
+    loaded = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # The peak so far, of loading, does not count.
+    step.gradient()
+    of_gradient = resident("VmHWM")
+    step.update()
     step()
-    step()
-    print(json.dumps({"gradient_mib": of_gradient - loaded, "step_mib": peak_rss() - loaded}))
+    print(json.dumps({"gradient_mib": of_gradient - loaded, "step_mib": resident("VmHWM") - loaded}))
 
 
-def rss() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def peak_rss() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def resident(which: str) -> float:
+    """MiB of this process, now (VmRSS) or at most (VmHWM). Not getrusage's, which a process inherits from its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 2**10
 
 
 def memory_of(way: str, batch: str, options: argparse.Namespace) -> dict[str, float]:
@@ -231,7 +236,8 @@ def measure(batch: str, options: argparse.Namespace, console: Console) -> dict[s
         case = Case.build(batch, options, options.dtype)
     ways = {"ours": our_step(case), "plain": plain_step(case, network, options.dtype)}
     if case.phase.block_size is None:
-        ways["plain, no clean half"] = plain_step(case, network, options.dtype, clean_copy=False)
+        shorter = replace(ways["plain"], gradient=partial(case.plain, network, options.dtype, clean_copy=False))
+        ways["plain, no clean half"] = shorter
     times = in_turn(ways, options.repeats, console, batch)
     shares = product_share(ways["ours"])
     rows = {"rows": case.rows.num_rows, "tokens": case.rows.num_tokens, "maskable": case.rows.num_maskable}
@@ -244,8 +250,9 @@ def measure(batch: str, options: argparse.Namespace, console: Console) -> dict[s
 def report(console: Console, batch: str, figures: dict[str, Any]) -> None:
     rows, check, times, memory = (figures[name] for name in ("batch", "check", "times", "memory"))
     console.print(
-        f"\n{batch}: {rows['rows']} rows, {rows['tokens']} tokens, {rows['maskable']} of them maskable; loss {check['loss']:.4f} "
-        f"and {check['plain_loss']:.4f}, gradients differ by {check['relative_gradient_difference']:.1e}"
+        f"\n{batch}: {rows['rows']} rows, {rows['tokens']} tokens, {rows['maskable']} of them maskable; "
+        f"loss {check['loss']:.4f} and {check['plain_loss']:.4f}, "
+        f"gradients differ by {check['relative_gradient_difference']:.1e}"
     )
     for name, row in times.items():
         spread = f"{min(row['wall']):.1f}-{max(row['wall']):.1f}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the embedded diffusion model again, from the autoregressive one: about an hour and a half on one CPU core.
+# Makes the embedded diffusion model again, from the autoregressive one: about three hours on one CPU core.
 # Interrupted, it goes on where it was. SAMPLE=1 first lets the model answer the prompts anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

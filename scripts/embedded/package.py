@@ -25,7 +25,8 @@ ASSET = Path(__file__).parents[2] / "src" / "unmask" / "assets" / "smollm2-135m-
 
 CARD = """# smollm2-135m-diffusion
 
-SmolLM2-135M-Instruct converted to block diffusion (block size {block_size}) with unmask {version}, on {date}.
+SmolLM2-135M-Instruct converted to block diffusion with unmask {version}, on {date}: trained down to block size {block_size},
+decoded with blocks of {decode_block_size} unless `--block-size` says otherwise.
 
 | | |
 |---|---|
@@ -54,7 +55,7 @@ Nothing was done about safety.
 """
 
 
-def card(runs: list[Path], answers: Path, size: int) -> str:
+def card(runs: list[Path], answers: Path, size: int, decode_block_size: int) -> str:
     """The model card, every figure of it read from the runs."""
     recipes = [json.loads(max((run / "checkpoints").glob("step-*/state.json")).read_text())["recipe"] for run in runs]
     records = [read_metrics(run / "metrics.jsonl") for run in runs]
@@ -69,6 +70,7 @@ def card(runs: list[Path], answers: Path, size: int) -> str:
     weights = [source["weight"] for source in sources]
     return CARD.format(
         block_size=block_size,
+        decode_block_size=decode_block_size,
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         answers=sum(1 for _ in answers.open()),
@@ -102,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
     parser.add_argument("--answers", type=Path, default=Path(__file__).parent / "answers.jsonl")
+    parser.add_argument("--decode-block-size", type=int, default=8, help="what generate uses unless told otherwise")
     parser.add_argument("--asset", type=Path, default=ASSET)
     options = parser.parse_args()
     model = options.runs[-1]
@@ -112,6 +115,7 @@ def main() -> None:
     worst = max(float((restored[name] - tuned[name].float()).abs().max()) for name in tuned)
     old = read_json(base_folder / "config.json")
     changed = {key: value for key, value in read_json(model / "config.json").items() if old.get(key) != value}
+    changed["block_size"] = options.decode_block_size
     tokenizer = read_json(model / "tokenizer_config.json")
     if "mask_token" not in tokenizer:
         raise CheckpointError(f"{model}/tokenizer_config.json names no mask_token; convert again")
@@ -119,7 +123,7 @@ def main() -> None:
     (options.asset / "delta.bin").write_bytes(encoded)
     metadata = {"format": ASSET_FORMAT, "config": changed, "tokenizer_config": {"mask_token": tokenizer["mask_token"]}}
     (options.asset / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    (options.asset / "MODEL_CARD.md").write_text(card(options.runs, options.answers, len(encoded)))
+    (options.asset / "MODEL_CARD.md").write_text(card(options.runs, options.answers, len(encoded), options.decode_block_size))
     print(f"{len(encoded) / 1e6:.1f} MB, largest rounding error {worst:.4f}, written to {options.asset}")
 
 

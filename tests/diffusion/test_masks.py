@@ -132,10 +132,28 @@ LAYOUTS = [([9, 1, 6], 4, 1), ([5, 11], 3, 2), ([16], 16, 1), ([3, 3, 10], 1, 1)
 @pytest.mark.parametrize(("query", "key"), [(4, 3), (7, 8), (128, 32)])
 def test_blocked_attention_equals_dense(documents: list[int], block_size: int, copies: int, query: int, key: int) -> None:
     index = index_of([training_layout(documents, block_size, copies), training_layout(documents[::-1], block_size, copies)])
-    q, k, v = heads(index.copy_BT.shape[1])
-    dense = DenseAttend(dense_mask(index))(0, q, k, v)
-    blocked = BlockedAttend(blocked_mask(index, query_tile=query, key_tile=key))(0, q, k, v)
+    inputs = [x.requires_grad_() for x in heads(index.copy_BT.shape[1])]
+    dense = DenseAttend(dense_mask(index))(0, *inputs)
+    attend = BlockedAttend(blocked_mask(index, query_tile=query, key_tile=key))
+    blocked = attend(0, *inputs)
     torch.testing.assert_close(blocked, dense, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend.slice_by_slice(*inputs), dense, atol=1e-5, rtol=0)
+    cotangent = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0))
+    found, expected = (torch.autograd.grad(out, inputs, cotangent) for out in (blocked, dense))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_blocked_attention_in_bfloat16_sums_gradients_in_float32() -> None:
+    index = index_of([training_layout([64], 8, 2)] * 2)
+    inputs = [x.bfloat16().requires_grad_() for x in heads(index.copy_BT.shape[1])]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    mask = blocked_mask(index, query_tile=8, key_tile=8)
+    cotangent = torch.ones(inputs[0].shape)
+    found = torch.autograd.grad(BlockedAttend(mask)(0, *inputs), inputs, cotangent.bfloat16())
+    expected = torch.autograd.grad(DenseAttend(dense_mask(index))(0, *wide), wide, cotangent.double())
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.004
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

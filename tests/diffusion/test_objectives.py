@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny import MASK, VOCAB, Rows, pack, text, tiny_model
@@ -212,3 +213,26 @@ def test_a_batch_with_nothing_to_learn_costs_zero(block_size: int | None, comple
         loss.backward()
         assert float(loss.detach()) == 0.0
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [2048, 4])
+def test_gradient_is_that_of_cross_entropy_without_the_mask_token(dtype: torch.dtype, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_() for n in (9, VOCAB))
+    target, scale = torch.arange(9), torch.linspace(0, 2, 9)
+    nll_N = token_nll(lambda h: h @ weight.T, hidden, target, MASK, chunk=chunk)
+    expected = F.cross_entropy(ban_mask((hidden @ weight.T).float(), MASK), target, reduction="none")
+    found, plain = (torch.autograd.grad((nll * scale).sum(), (hidden, weight)) for nll in (nll_N, expected))
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=20 * torch.finfo(dtype).eps, rtol=0)
+    assert not found[1][MASK].any()
+
+
+def test_logits_are_left_alone_and_a_second_backward_pass_is_refused() -> None:
+    logits = torch.randn(4, VOCAB, requires_grad=True)
+    before, nll_N = logits.detach().clone(), token_nll(lambda h: h, logits, torch.arange(4), MASK)
+    nll_N.sum().backward(retain_graph=True)
+    assert torch.equal(logits.detach(), before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll_N.sum().backward()

@@ -10,7 +10,7 @@ Legend: B batch, T stream positions, Q queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,10 @@ class BlockedMask:
     """The predicate cut into tiles, row by row: what a CPU needs to skip invisible keys."""
 
     rows: tuple[tuple[Tile, ...], ...]
+
+    def tiles(self) -> Iterator[tuple[int, Tile]]:
+        """Every tile, with its row."""
+        return ((row, tile) for row, tiles in enumerate(self.rows) for tile in tiles)
 
     def visible_share(self) -> float:
         """Scores computed, as a share of the dense T x T ones."""

@@ -12,14 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
+
+_CACHED = 64
+"""Rows of logits worked on at once, so that what lies between two passes over them stays in cache."""
 
 
 def ban_mask(logits: Tensor, mask_id: int) -> Tensor:
@@ -48,9 +52,32 @@ def token_nll(
     """
 
     def nll(part_ND: Tensor, part_N: Tensor) -> Tensor:
-        return F.cross_entropy(ban_mask(head(part_ND).float(), mask_id), part_N, reduction="none")
+        nll_N: Tensor = _CrossEntropy.apply(head(part_ND), part_N, mask_id)  # type: ignore[no-untyped-call]
+        return nll_N
 
     return torch.cat(_in_chunks(nll, hidden_ND, target_N, chunk))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits [N, V] with the mask token banned, float32; one [N, V] buffer holds log p, then the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, mask_id: int) -> Tensor:
+        log_p_NV = torch.empty_like(logits_NV, dtype=torch.float32)
+        for logits, log_p in zip(logits_NV.split(_CACHED), log_p_NV.split(_CACHED), strict=True):
+            torch.log_softmax(ban_mask(logits.float(), mask_id), -1, out=log_p)
+        ctx.save_for_backward(log_p_NV, target_N)
+        ctx.dtype = logits_NV.dtype
+        return -log_p_NV.gather(1, target_N[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        log_p_NV, target_N = ctx.saved_tensors
+        # In place: a second backward pass through the same graph is an error of autograd's.
+        grad_NV = log_p_NV.exp_().mul_(grad_N[:, None])
+        grad_NV.scatter_add_(1, target_N[:, None], -grad_N[:, None])
+        return grad_NV.to(ctx.dtype), None, None
 
 
 def _in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:

@@ -9,11 +9,12 @@ Legend: B batch, T query tokens, K key tokens, D hidden, H query heads, G kv hea
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unmask.diffusion.masks import BlockedMask, Tile
@@ -66,6 +67,13 @@ class BlockedAttend:
         self.mask = mask
 
     def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        if q_BHTS.device.type == "cpu":
+            out: Tensor = _TiledAttention.apply(q_BHTS, k_BGTS, v_BGTS, self.mask)  # type: ignore[no-untyped-call]
+            return out
+        return self.slice_by_slice(q_BHTS, k_BGTS, v_BGTS)
+
+    def slice_by_slice(self, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        """The same for any device, without gradients written by hand."""
         rows = []
         for row, tiles in enumerate(self.mask.rows):
             q, k, v = q_BHTS[row : row + 1], k_BGTS[row : row + 1], v_BGTS[row : row + 1]
@@ -74,6 +82,57 @@ class BlockedAttend:
                 parts.append(sdpa(q[:, :, tile.start : tile.stop], _visible(k, tile), _visible(v, tile), tile.mask))
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows, dim=0)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """All tiles as one node of the graph: their gradients are summed in place instead of slice by slice."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor, mask: BlockedMask) -> Tensor:
+        # Heads innermost, as the output projection reads them.
+        out_BHTS = torch.empty_like(q_BHTS.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        normalisers = []
+        for row, tile in mask.tiles():
+            q, k, v, bias = _tile_inputs(q_BHTS[row], k_BGTS[row], v_BGTS[row], tile)
+            out, log_z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+            at = out_BHTS[row, :, tile.start : tile.stop]
+            at.copy_(out.reshape(at.shape))
+            normalisers.append(log_z)
+        ctx.mask = mask
+        # Values are a view of the fused projection, all of which would stay in memory.
+        ctx.save_for_backward(q_BHTS, k_BGTS, v_BGTS.contiguous(), out_BHTS, *normalisers)
+        return out_BHTS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTS: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BHTS, k_BGTS, v_BGTS, out_BHTS, *normalisers = ctx.saved_tensors
+        wide = torch.promote_types(k_BGTS.dtype, torch.float32)
+        grad_q, grad_k, grad_v = torch.empty_like(q_BHTS), *(torch.zeros_like(x, dtype=wide) for x in (k_BGTS, v_BGTS))
+        for (row, tile), log_z in zip(ctx.mask.tiles(), normalisers, strict=True):
+            q, k, v, bias = _tile_inputs(q_BHTS[row], k_BGTS[row], v_BGTS[row], tile)
+            grad, out = (x[row, :, tile.start : tile.stop].reshape(q.shape) for x in (grad_BHTS, out_BHTS))
+            of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, log_z, 0.0, False, attn_mask=bias
+            )
+            at = grad_q[row, :, tile.start : tile.stop]
+            at.copy_(of_q.reshape(at.shape))
+            sizes = [stop - start for start, stop in tile.keys]
+            for total, part in ((grad_k[row], of_k[0]), (grad_v[row], of_v[0])):
+                for (start, stop), piece in zip(tile.keys, part.split(sizes, dim=1), strict=True):
+                    total[:, start:stop] += piece
+        return grad_q, grad_k.to(k_BGTS.dtype), grad_v.to(v_BGTS.dtype), None
+
+
+def _tile_inputs(q_HTS: Tensor, k_GTS: Tensor, v_GTS: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A tile's queries, heads that share keys in a row, its keys and values, and its mask as a bias; each with a batch of 1."""
+    groups, _, size = k_GTS.shape
+    q_1GQS = q_HTS[:, tile.start : tile.stop].reshape(1, groups, -1, size)
+    k_1GKS, v_1GKS = _visible(k_GTS[None], tile), _visible(v_GTS[None], tile)
+    if tile.mask is None:
+        return q_1GQS, k_1GKS, v_1GKS, None
+    bias_QK = torch.zeros_like(tile.mask, dtype=q_HTS.dtype).masked_fill_(~tile.mask, float("-inf"))
+    return q_1GQS, k_1GKS, v_1GKS, bias_QK.repeat(q_HTS.shape[0] // groups, 1)[None, None]
 
 
 class FlexAttend:

@@ -8,10 +8,12 @@ Legend: B batch, T tokens, D hidden, F feed-forward, H heads, S head dim, R rota
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from unmask.models.config import RopeConfig
 
@@ -26,9 +28,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., size]; returns the same shape and dtype."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        out: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Normalise(torch.autograd.Function):
+    """`x / rms(x) * weight`: keeps `x` and one number a row for the backward pass, and makes few passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (x * scale).to(x.dtype)
+        return normed.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        product = grad.to(scale.dtype) * x
+        along = (product @ weight.to(scale.dtype))[..., None]
+        grad_weight = scale.flatten() @ product.flatten(0, -2)
+        grad_x = (grad * weight).to(scale.dtype).mul_(scale)
+        grad_x.addcmul_(x.to(scale.dtype), along * scale.pow(3), value=-1 / x.shape[-1])
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class FeedForward(nn.Module):
@@ -41,8 +66,28 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Apply to `x_BTD`; returns [B, T, D]."""
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate_BTF) * up_BTF)
+        out: Tensor = self.down(_Gate.apply(self.gate_up(x_BTD)))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Gate(torch.autograd.Function):
+    """`silu(gate) * up` of `gate | up` [..., 2F]: keeps its input only, and writes both gradients side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        of_gate, of_up = out.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=of_up)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
         return out
 
 
