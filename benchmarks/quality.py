@@ -42,13 +42,13 @@ def main() -> None:
     parser.add_argument("--thresholds", default="0.95,0.8")
     options = parser.parse_args()
     model, base = unmask.load(options.model), unmask.load(options.autoregressive)
-    print(f"{'':<20}{'way':<28}{'right':>8}{'tokens per forward':>22}")
+    print(f"{'':<26}{'way':<28}{'right':>8}{'tokens per forward':>22}")
     for family in FAMILIES:
         right, per_forward = score(base, family, options.count)
-        print(f"{family:<20}{'autoregressive':<28}{right:>8.0%}{per_forward:>22.2f}")
+        print(f"{family:<26}{'autoregressive':<28}{right:>8.0%}{per_forward:>22.2f}")
         for threshold in (float(value) for value in options.thresholds.split(",")):
             right, per_forward = score(model, family, options.count, threshold=threshold)
-            print(f"{family:<20}{f'diffusion, threshold {threshold}':<28}{right:>8.0%}{per_forward:>22.2f}")
+            print(f"{family:<26}{f'diffusion, threshold {threshold}':<28}{right:>8.0%}{per_forward:>22.2f}")
 
 
 if __name__ == "__main__":

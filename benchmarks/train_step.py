@@ -17,6 +17,7 @@ one that leaves it out. Writes benchmarks/results/train_step.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,8 @@ def memory_of(way: str, batch: str, options: argparse.Namespace) -> dict[str, fl
     return figures
 
 
-def measure(batch: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All figures of one batch."""
+def timed(batch: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """All figures of one batch but memory."""
     case = Case.build(batch, options, "float32")
     network = plain_trainer.load_network(resolve(options.model))
     with console.status(f"{batch}: comparing gradients"):
@@ -236,15 +236,20 @@ def measure(batch: str, options: argparse.Namespace, console: Console) -> dict[s
         case = Case.build(batch, options, options.dtype)
     ways = {"ours": our_step(case), "plain": plain_step(case, network, options.dtype)}
     if case.phase.block_size is None:
-        shorter = replace(ways["plain"], gradient=partial(case.plain, network, options.dtype, clean_copy=False))
+        shorter = replace(ways["plain"], gradient=lambda: case.plain(network, options.dtype, clean_copy=False))
         ways["plain, no clean half"] = shorter
     times = in_turn(ways, options.repeats, console, batch)
-    shares = product_share(ways["ours"])
     rows = {"rows": case.rows.num_rows, "tokens": case.rows.num_tokens, "maskable": case.rows.num_maskable}
-    del case, network, ways
+    return {"batch": rows, "check": check, "times": times, "shares": product_share(ways["ours"])}
+
+
+def measure(batch: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """All figures of one batch."""
+    figures = timed(batch, options, console)
+    gc.collect()  # Both models and their optimisers, before other processes take as much.
     with console.status(f"{batch}: peak memory"):
         memory = {way: memory_of(way, batch, options) for way in ("ours", "plain")}
-    return {"batch": rows, "check": check, "times": times, "shares": shares, "memory": memory}
+    return {**figures, "memory": memory}
 
 
 def report(console: Console, batch: str, figures: dict[str, Any]) -> None:
