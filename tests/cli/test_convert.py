@@ -94,7 +94,7 @@ def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_interrupt_saves_and_the_printed_command_resumes(run, arguments: list[str], tmp_path: Path, monkeypatch) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
+    whole, out, handler = tmp_path / "whole", tmp_path / "run", signal.getsignal(signal.SIGINT)
     assert run(*[str(whole) if word == str(out) else word for word in arguments]).exit_code == 0
     with monkeypatch.context() as patch:
         _interrupt_at(patch, 7)
@@ -102,7 +102,7 @@ def test_interrupt_saves_and_the_printed_command_resumes(run, arguments: list[st
     assert result.exit_code == 130
     assert steps(out)[-1]["step"] == 8
     assert not (out / "config.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     command = shlex.split(result.stderr.splitlines()[-1].removeprefix("resume with: "))
     assert command == ["unmask", "convert", "--out", str(out), "--resume"]
     assert run(*command[1:]).exit_code == 0
