@@ -1,163 +1,318 @@
-"""Decoding speed: diffusion against autoregressive decoding of the model it came from, and cached against uncached.
+"""Decoding speed: PERFORMANCE targets D2-D6, each against its floor or its rival, measured in turn in one process.
 
-    python benchmarks/decode.py [--prompts 4] [--repeats 5] [--max-new-tokens 64] [--thresholds 0.95,0.8] [--uncached]
+    python benchmarks/decode.py [--quick] [--json] [--only D3,D5] [--threads 2]
 
-The ways of decoding take turns (A B A B ...) on the same prompts in one process; each figure is the median over the repeats
-with its range. Every forward counts, prefill and commit included. Texts are printed, because speed means nothing without them.
-With --uncached, the cached decoder is timed against the uncached reference, and must give the same tokens. Writes the figures
-to benchmarks/results/.
+D2  diffusion against the same engine decoding the autoregressive parent, each at its best precision and, for diffusion,
+    block size and threshold among those that score within 2 points of its best; structured answers (JSON by a schema, both
+    sides with the same grammar) and short facts. Tokens/s, tokens per forward with every forward counted, and the score.
+D3  one denoising forward against max(bytes of weights / bandwidth, operations / rate), measured in the same run.
+D4  the engine against the uncached reference, the same tokens.
+D5  eight requests at once against one after the other, the same tokens.
+D6  reading a prompt of 2,048 tokens against the floor.
+
+Texts of D2 are in the result file: speed means nothing without them. Writes benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from floors import bandwidth, float_rate, forward_floor, int8_rate, machine, seconds_of
+from rich.console import Console
+from rich.table import Table
+from tasks import Task, extraction, facts
 
 import unmask
-from unmask.diffusion.decode import DecodeRules
-from unmask.engine.completion import Completion, Prompt
+from unmask.engine.engine import Engine
 from unmask.engine.model import LanguageModel
 from unmask.engine.reference import generate_reference
+from unmask.engine.request import Completion, Request
+from unmask.engine.runner import Backend
+from unmask.models.rows import Rows, Segment
 
-PROMPTS = (
-    "What is the capital of France?",
-    "List five fruits.",
-    "What is photosynthesis?",
-    "How do I make a cup of tea?",
-    "Write a short poem about the sea.",
-    "What is 17 plus 25?",
-    "Why is sleep important?",
-    "Give me three tips for saving money.",
-)
+WEIGHTS = ("float32", "int8", "int4")
+BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
+LOG = Console(stderr=True)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return {
-        "cpu": model,
-        "amx_bf16": "amx_bf16" in flags,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def load(name: str, weights: str) -> LanguageModel:
+    model = unmask.load(name, dtype="float32", quantize=None if weights == "float32" else weights)
+    model.backend(wait=True)
+    return model
 
 
-def in_turn(ways: dict[str, Callable[[], list[Completion]]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Run every way once to warm up, then `repeats` times in turn; tokens, forwards and seconds of each."""
-    for way in ways.values():
-        way()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, list[Completion]] = {}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            results[name] = way()
-            seconds[name].append(time.perf_counter() - started)
-    figures = {}
-    for name, completions in results.items():
-        tokens = sum(len(completion.ids) for completion in completions)
-        forwards = sum(completion.forwards for completion in completions)
-        rates = [tokens / s for s in seconds[name]]
-        figures[name] = {
-            "tokens": tokens,
-            "forwards": forwards,
-            "tokens_per_forward": tokens / forwards,
-            "tokens_per_second": statistics.median(rates),
-            "range": [min(rates), max(rates)],
-            "seconds": seconds[name],
-            "completions": completions,
-        }
-    return figures
+class Machine:
+    """The floors, measured once."""
 
+    def __init__(self) -> None:
+        self.bytes_per_second = bandwidth()
+        self.rates = {"float32": float_rate(), "int8": int8_rate()}
 
-def report(figures: dict[str, dict[str, Any]], first: str) -> None:
-    """Print a table; the last column is the median ratio of tokens/s to the first way's, repeat by repeat."""
-    base = figures[first]
-    print(f"{'':<26}{'tokens/s':>10}{'range':>16}{'per forward':>13}{'forwards':>10}{'ratio':>8}")
-    for name, row in figures.items():
-        ratios = [
-            (row["tokens"] / mine) / (base["tokens"] / theirs)
-            for mine, theirs in zip(row["seconds"], base["seconds"], strict=True)
-        ]
-        low, high = row["range"]
-        print(
-            f"{name:<26}{row['tokens_per_second']:>10.1f}{f'{low:.1f}-{high:.1f}':>16}"
-            f"{row['tokens_per_forward']:>13.2f}{row['forwards']:>10}{statistics.median(ratios):>8.2f}"
+    def floor(self, model: LanguageModel, weights: str, rows: int, head_rows: int) -> float:
+        rate = self.rates["float32" if weights == "float32" else "int8"]
+        return forward_floor(
+            model.config, rows, head_rows, bytes_per_weight=BYTES[weights], rate=rate, bytes_per_second=self.bytes_per_second
         )
 
 
-def encode(model: LanguageModel, count: int, max_new_tokens: int) -> list[Prompt]:
-    eos_ids = frozenset(model.config.eos_ids)
-    return [Prompt(tuple(model.encode_prompt(text)), max_new_tokens, eos_ids) for text in PROMPTS[:count]]
+def measure_d2(names: tuple[str, str], quick: bool) -> dict[str, Any]:
+    """Speed at equal or better score, structured and free."""
+    suites = {"structured": extraction(4 if quick else 12), "facts": facts(4 if quick else 8)}
+    weights = ("int8",) if quick else WEIGHTS
+    ways: dict[str, Callable[[Task], Any]] = {}
+    for kind in weights:
+        parent, child = load(names[0], kind), load(names[1], kind)
+        ways[f"AR {kind}"] = way(parent)
+        for size in (8,) if quick else (8, 16, 32):
+            for threshold in (0.9, 0.6) if quick else (0.95, 0.8, 0.6):
+                ways[f"diffusion {kind}, block {size}, threshold {threshold}"] = way(
+                    child, block_size=size, threshold=threshold
+                )
+    found: dict[str, Any] = {"target": 2.1, "suites": {}}
+    for suite, tasks in suites.items():
+        rows = in_turn(ways, tasks, 3 if quick else 5)
+        autoregressive = best({n: r for n, r in rows.items() if n.startswith("AR")})
+        diffusion = best({n: r for n, r in rows.items() if n.startswith("diffusion")})
+        ratios = [a / d for a, d in zip(rows[autoregressive]["seconds"], rows[diffusion]["seconds"], strict=True)]
+        share = rows[diffusion]["tokens"] / rows[autoregressive]["tokens"]
+        found["suites"][suite] = {
+            "ratio": statistics.median(ratios) * share, "autoregressive": autoregressive, "diffusion": diffusion, "ways": rows,
+            "answers_per_second_ratio": statistics.median(ratios),
+        }  # fmt: skip
+        print_d2(suite, rows, autoregressive, diffusion, found["suites"][suite]["ratio"])
+    found["value"] = found["suites"]["structured"]["ratio"]
+    return found
 
 
-def decode_all(model: LanguageModel, prompts: list[Prompt], **options: Any) -> list[Completion]:
-    return [model.complete(prompt.ids, max_new_tokens=prompt.max_new_tokens, **options) for prompt in prompts]
+def way(model: LanguageModel, **options: Any) -> Callable[[Task], Any]:
+    def answer(task: Task) -> Any:
+        return model.generate(task.prompt, max_new_tokens=64, json_schema=task.schema, **options)
+
+    return answer
 
 
-def uncached(model: LanguageModel, prompts: list[Prompt], threshold: float) -> list[Completion]:
+def in_turn(ways: dict[str, Callable[[Task], Any]], tasks: list[Task], repeats: int) -> dict[str, dict[str, Any]]:
+    """Every way answers all tasks, the ways in turn, after one answer to warm up."""
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
+    for answer in ways.values():
+        answer(tasks[0])
+    for _ in range(repeats):
+        for name, answer in ways.items():
+            answers = [answer(task) for task in tasks]
+            row = rows[name]
+            row["seconds"].append(sum(each.seconds for each in answers))
+            row["tokens"] = sum(each.completion_tokens for each in answers)
+            row["forwards"] = sum(each.forwards for each in answers)
+            row["score"] = 100 * statistics.mean(t.score(a.text) for t, a in zip(tasks, answers, strict=True))
+            row["texts"] = [each.text for each in answers]
+    for row in rows.values():
+        row["tokens_per_second"] = row["tokens"] / statistics.median(row["seconds"])
+        row["tokens_per_forward"] = row["tokens"] / row["forwards"]
+    return rows
+
+
+def best(rows: dict[str, dict[str, Any]]) -> str:
+    """The fastest way whose score is within 2 points of the best of its side."""
+    top = max(row["score"] for row in rows.values())
+    good = {name: row for name, row in rows.items() if row["score"] >= top - 2}
+    return max(good, key=lambda name: good[name]["tokens_per_second"])
+
+
+def print_d2(suite: str, rows: dict[str, Any], autoregressive: str, diffusion: str, ratio: float) -> None:
+    table = Table(title=f"D2 {suite}: {ratio:.2f}x (target 2.1x)")
+    for column in ("", "tokens/s", "tokens per forward", "score", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in rows.items():
+        chosen = name in (autoregressive, diffusion)
+        seconds = f"{statistics.median(row['seconds']):.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
+        cells = (f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_forward']:.2f}", f"{row['score']:.0f}", seconds)
+        table.add_row(f"{name} *" if chosen else name, *cells)
+    LOG.print(table)
+
+
+def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """A forward of `rows` rows after `context` cached tokens, and its hidden states."""
+    config = backend.config
+    slots = torch.arange(context + rows)
+    store = torch.randn(config.num_layers, 2, config.num_kv_heads, context + rows, config.head_dim, dtype=backend.dtype)
+    tokens = torch.randint(0, config.vocab_size, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = Rows.join([tokens], [Segment(0, rows, context, rows, slots, True)], backend.device)
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return backend.forward(batch, store)
+
+    return run, run()
+
+
+def measure_d3(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
+    """A denoising forward with its head, over rows and weights; and what a step is made of."""
+    table = Table(title="D3: one denoising forward, context 256 (ms; target 1.5x the floor)")
+    for column in ("weights", "rows", "layers", "attention", "head", "sum", "floor", "ratio"):
+        table.add_column(column, justify="right")
+    rows_of = {}
+    for weights in ("int8",) if quick else WEIGHTS:
+        model = load(name, weights)
+        backend = model.backend()
+        for rows in (1, 8, 16, 32, 64):
+            run, hidden = one_forward(backend, rows, 256)
+            bare, _ = one_forward(backend, rows, 0)
+            mask_id = backend.config.mask_id
+            head = torch.inference_mode()(lambda b=backend, h=hidden, m=mask_id: b.greedy(h, m))
+            layers, without, top = (min(seconds_of(work)) for work in (run, bare, head))
+            floor = floors.floor(model, weights, rows, rows)
+            rows_of[f"{weights}, {rows}"] = {
+                "layers": layers, "attention": max(layers - without, 0.0), "head": top, "sum": layers + top, "floor": floor,
+                "ratio": (layers + top) / floor,
+            }  # fmt: skip
+            figures = rows_of[f"{weights}, {rows}"]
+            cells = (f"{1e3 * figures[key]:.1f}" for key in ("layers", "attention", "head", "sum", "floor"))
+            table.add_row(weights, str(rows), *cells, f"{figures['ratio']:.2f}")
+    LOG.print(table)
     size = model.config.block_size or 32
-    rules = DecodeRules(block_size=size, threshold=threshold, steps=size)
+    at_block = [figures["ratio"] for key, figures in rows_of.items() if key.endswith(f", {size}")]
+    python = measure_python(load(name, "int8"))
+    LOG.print(f"A step of a request beside the model (sampling, bookkeeping, Python): {1e3 * python:.2f} ms")
+    return {"value": min(at_block), "target": 1.5, "rows": rows_of, "python_seconds": python}
+
+
+def measure_python(model: LanguageModel) -> float:
+    """Seconds a step spends outside forward and head."""
+    backend = model.backend()
+    spent = [0.0]
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*arguments)
+            spent[0] += time.perf_counter() - started
+            return result
+
+        return inner
+
+    engine = Engine(backend)
+    engine._runner.backend = Timed(backend, timed)
+    request = model.request(model.encode_prompt("List five fruits."), max_new_tokens=64, eos_id=())
+    engine.add(request)
+    started, steps = time.perf_counter(), 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+    return (time.perf_counter() - started - spent[0]) / steps
+
+
+class Timed:
+    """A backend whose calls are timed."""
+
+    def __init__(self, backend: Backend, timed: Callable[..., Any]) -> None:
+        self.config, self.device, self.dtype = backend.config, backend.device, backend.dtype
+        self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
+
+
+def measure_d4(name: str, quick: bool) -> dict[str, Any]:
+    """The engine against the uncached reference, both in float32 on the same weights."""
+    model = load(name, "float32")
+    ids = tuple(model.encode_prompt("Write a long story about the sea."))
+    count = 96 if quick else 512
+    request = model.request(ids, max_new_tokens=count, eos_id=(), steps=2)
     assert model.config.mask_id is not None
-    return [generate_reference(model.transformer, prompt, rules, model.config.mask_id) for prompt in prompts]
+    engine = Engine(model.backend(), prefix_cache=False)
+    cached = seconds_of(lambda: engine.run([request]), 1 if quick else 3)
+    started = time.perf_counter()
+    reference = generate_reference(model.transformer, request, model.config.mask_id)
+    uncached = time.perf_counter() - started
+    same = engine.run([request])[0].ids == reference.ids
+    ratio = uncached / statistics.median(cached)
+    LOG.print(
+        f"D4: {count} tokens, uncached {uncached:.1f} s, cached {statistics.median(cached):.1f} s: {ratio:.1f}x (target 10x)"
+    )
+    assert same, "the engine and the reference disagree"
+    return {"value": ratio, "target": 10.0, "tokens": count, "cached": cached, "uncached": uncached, "identical": same}
+
+
+def measure_d5(name: str, quick: bool) -> dict[str, Any]:
+    """Eight requests at once against one after the other."""
+    model = load(name, "int8")
+    prompts = [task.prompt for task in (*facts(4), *extraction(4))]
+    requests = [model.request(model.encode_prompt(text), max_new_tokens=48, eos_id=()) for text in prompts]
+
+    def together() -> list[Completion]:
+        return Engine(model.backend(), prefix_cache=False).run(requests)
+
+    def alone() -> list[Completion]:
+        return [Engine(model.backend(), prefix_cache=False).run([request])[0] for request in requests]
+
+    pairs = [(seconds_of(alone, 1)[0], seconds_of(together, 1)[0]) for _ in range(3 if quick else 5)]
+    ratio = statistics.median(one / many for one, many in pairs)
+    same = [a.ids == b.ids for a, b in zip(together(), alone(), strict=True)]
+    LOG.print(f"D5: eight requests, {sum(same)} of 8 identical: {ratio:.2f}x the throughput of one (target 4x)")
+    return {"value": ratio, "target": 4.0, "pairs": pairs, "identical": sum(same)}
+
+
+def measure_d6(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
+    """A prompt of 2,048 tokens through the engine's own prefill."""
+    best_ratio, rows_of = float("inf"), {}
+    for weights in ("int8",) if quick else ("float32", "int8"):
+        model = load(name, weights)
+        config = model.config
+        size = config.block_size or 32
+        ids = torch.randint(0, config.vocab_size, (2048,), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def prefill(model: LanguageModel = model, ids: list[int] = ids) -> None:
+            engine = Engine(model.backend(), prefix_cache=False)
+            request: Request = replace(model.request(ids, max_new_tokens=1, eos_id=()), eos_ids=frozenset())
+            engine.run([request])
+
+        seconds = min(seconds_of(prefill, 2 if quick else 3))
+        floor = floors.floor(model, weights, 2048 + size, size)
+        rows_of[weights] = {"seconds": seconds, "floor": floor, "ratio": seconds / floor}
+        best_ratio = min(best_ratio, seconds / floor)
+        LOG.print(f"D6: 2,048 tokens, {weights}: {seconds:.2f} s, floor {floor:.2f} s: {seconds / floor:.2f}x (target 1.5x)")
+    return {"value": best_ratio, "target": 1.5, "rows": rows_of}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-diffusion")
     parser.add_argument("--autoregressive", default="smollm2-135m")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--thresholds", default="0.95,0.8")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--uncached", action="store_true", help="time the cached decoder against the uncached reference")
+    parser.add_argument("--quick", action="store_true", help="8-bit weights only, fewer prompts and repeats")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
+    parser.add_argument("--only", default="D2,D3,D4,D5,D6")
+    parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    model = unmask.load(options.model, dtype=options.dtype)
-    prompts = encode(model, options.prompts, options.max_new_tokens)
-    thresholds = [float(value) for value in options.thresholds.split(",")]
-    if options.uncached:
-        first = "uncached reference"
-        ways: dict[str, Callable[[], list[Completion]]] = {
-            first: lambda: uncached(model, prompts, thresholds[0]),
-            "cached": lambda: decode_all(model, prompts, threshold=thresholds[0]),
-        }
-    else:
-        base, first = unmask.load(options.autoregressive, dtype=options.dtype), "autoregressive"
-        ways = {first: lambda: decode_all(base, prompts)}
-        for threshold in thresholds:
-            ways[f"diffusion, threshold {threshold}"] = lambda t=threshold: decode_all(model, prompts, threshold=t)
-    figures = in_turn(ways, options.repeats)
-    print(json.dumps(machine()))
-    report(figures, first)
-    if options.uncached:
-        cached, reference = figures["cached"]["completions"], figures[first]["completions"]
-        same = [a.ids == b.ids for a, b in zip(cached, reference, strict=True)]
-        print(f"token-identical: {sum(same)} of {len(same)}")
-    for name, row in figures.items():
-        for text, completion in zip(PROMPTS, row.pop("completions"), strict=False):
-            assert model.tokenizer is not None
-            print(f"[{name}] {text} -> {model.tokenizer.decode(completion.ids)!r}")
-    now = datetime.now(UTC)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    floors = Machine()
+    rates = ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in floors.rates.items())
+    LOG.print(f"{json.dumps(machine())}\nread bandwidth {floors.bytes_per_second / 1e9:.1f} GB/s, large products: {rates}")
+    names = (options.autoregressive, options.model)
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "D2": lambda: measure_d2(names, options.quick),
+        "D3": lambda: measure_d3(options.model, floors, options.quick),
+        "D4": lambda: measure_d4(options.model, options.quick),
+        "D5": lambda: measure_d5(options.model, options.quick),
+        "D6": lambda: measure_d6(options.model, floors, options.quick),
+    }
+    wanted = options.only.split(",")
+    figures: dict[str, Any] = {name: measure() for name, measure in work.items() if name in wanted}
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    path = results / f"decode{'_uncached' if options.uncached else ''}_{now:%Y-%m-%d}.json"
-    settings = vars(options)
-    path.write_text(json.dumps({"machine": machine(), "options": settings, "figures": figures}, indent=1) + "\n")
-    print(f"written to {path}")
+    out = results / f"decode_{datetime.now(UTC).date()}{'_quick' if options.quick else ''}.json"
+    everything = {"machine": machine(), "bytes_per_second": floors.bytes_per_second, "rates": floors.rates, **figures}
+    out.write_text(json.dumps(everything, indent=1) + "\n")
+    if options.json:
+        json.dump({name: {"value": row["value"], "target": row["target"]} for name, row in figures.items()}, sys.stdout)
+        print()
 
 
 if __name__ == "__main__":

@@ -6,35 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from helpers import make_tokenizer
+from tiny import tiny_model
 from unmask.models.checkpoint import save_model
-from unmask.models.config import ModelConfig
-from unmask.models.transformer import Transformer
 from unmask.train.recipe import Recipe, parse_recipe
 
 
 def tiny_folder(folder: Path, *, family: str = "llama", **changes: Any) -> Path:
     """A random autoregressive model with tokenizer and chat template, as a Hugging Face folder."""
     tokenizer = make_tokenizer(folder)
-    config = ModelConfig(
-        family=family,
+    model = tiny_model(
+        family,
+        std=0.2,
         vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        ffn_size=48,
         max_positions=256,
         tied_head=True,
         eos_ids=tuple(sorted(tokenizer.eos_ids)),
         pad_id=tokenizer.pad_id,
         **changes,
     )
-    model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(0), std=0.2)
     save_model(model, folder)
     return folder
 

@@ -18,9 +18,6 @@ from pathlib import Path
 from prompts import prompts as make_prompts
 
 import unmask
-from unmask.diffusion.decode import DecodeRules
-from unmask.engine.autoregressive import generate_batch
-from unmask.engine.completion import Prompt
 from unmask.engine.model import LanguageModel
 
 HINTS = (" Answer briefly.", " Answer in one or two sentences.")
@@ -41,14 +38,13 @@ def sample(model: LanguageModel, questions: list[str], out: Path, *, max_new_tok
     for number, question in enumerate(todo):
         message = {"role": "user", "content": question + HINTS[number % len(HINTS)]}
         encoded.append((tuple(tokenizer.chat([message], add_generation_prompt=True)), question))
-    eos_ids = frozenset(model.transformer.config.eos_ids)
     kept = dropped = 0
     started = time.perf_counter()
     with out.open("a") as file:
         for start in range(0, len(encoded), batch):
             part = sorted(encoded[start : start + batch], key=lambda pair: len(pair[0]))
-            requests = [Prompt(ids, max_new_tokens, eos_ids) for ids, _ in part]
-            answers = generate_batch(model.transformer, requests, DecodeRules(temperature=0.0, seed=seed))
+            requests = [model.request(ids, max_new_tokens=max_new_tokens, seed=seed) for ids, _ in part]
+            answers = model.engine(max_running=batch).run(requests)
             for (_, question), answer in zip(part, answers, strict=True):
                 text = tokenizer.decode(answer.ids).strip()
                 if answer.finish_reason != "stop" or not text or loops(text):

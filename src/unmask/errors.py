@@ -33,3 +33,11 @@ class TrainingError(UnmaskError):
     """A job started correctly and failed: non-finite loss, disk full, interrupted."""
 
     exit_code = 1
+
+
+class BackendError(UnmaskError):
+    """A compute backend cannot be used on this machine: no compiler, or a processor it is not written for."""
+
+
+class UnmaskWarning(UserWarning):
+    """Something works, but not in the way that was asked for."""

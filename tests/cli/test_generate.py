@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import unmask
-from unmask.cli.generate import DIFFUSION_MODEL
+from unmask.cli.decoding import DIFFUSION_MODEL
 from unmask.diffusion.decode import DecodeRules
 from unmask.models.hub import EMBEDDED_DIFFUSION
 
@@ -21,6 +22,7 @@ FIELDS = {
     "tokens_per_forward": float,
     "seconds": float,
     "tokens_per_second": float,
+    "costs": dict,
 }
 SHORT = ("--max-new-tokens", 24, "--dtype", "float32", "--device", "cpu")
 
@@ -187,3 +189,45 @@ def test_no_tokenizer(fails, own_folder: Path) -> None:
 def test_damaged_tokenizer(fails, own_folder: Path) -> None:
     (own_folder / "tokenizer.json").write_text('{"model": 3}')
     assert "tokenizer" in fails("generate", "Hello", "-m", own_folder)
+
+
+def test_a_schema_file_shapes_the_answer(run, folder: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}')
+    for more in ((), ("--temperature", 1.0, "--seed", 3)):
+        result = run("generate", "Sure?", "-m", folder, "--json-schema", schema, "--max-new-tokens", 64, *more)
+        assert result.exit_code == 0, result.output
+        assert isinstance(json.loads(result.stdout)["sure"], bool)
+
+
+def test_an_expression_and_a_grammar_file_shape_the_answer(run, folder: Path, tmp_path: Path) -> None:
+    grammar = tmp_path / "colour.lark"
+    grammar.write_text('start: "red" | "green"')
+    assert run("generate", "Colour?", "-m", folder, "--grammar", grammar, *SHORT).stdout.strip() in ("red", "green")
+    answer = run("generate", "Number?", "-m", folder, "--regex", "[0-9]{3}-[0-9]{2}", *SHORT).stdout.strip()
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", answer)
+
+
+def test_bad_rules_are_one_line(fails, folder: Path, tmp_path: Path) -> None:
+    assert "--json-schema" in fails("generate", "x", "-m", folder, "--json-schema", tmp_path / "none.json")
+    assert "regex" in fails("generate", "x", "-m", folder, "--regex", "(")
+    rules = tmp_path / "rules.lark"
+    rules.write_text('start: "a"')
+    assert "both given" in fails("generate", "x", "-m", folder, "--regex", "a", "--grammar", rules)
+    assert "preset" in fails("generate", "x", "-m", folder, "--preset", "turbo")
+    assert "policy" in fails("generate", "x", "-m", folder, "--policy", "luck")
+
+
+def test_a_stop_string_ends_the_text_before_it(run, folder: Path) -> None:
+    whole = run("generate", "Hello", "-m", folder, *SHORT).stdout.rstrip("\n")
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    stopped = json.loads(run("generate", "Hello", "-m", folder, "--json", "--stop", stop, *SHORT).stdout)
+    assert (stopped["text"], stopped["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_log_probabilities_are_reported(run, folder: Path) -> None:
+    values = json.loads(run("generate", "Hello", "-m", folder, "--json", "--logprobs", 2, *SHORT).stdout)
+    assert len(values["logprobs"]) == values["completion_tokens"]
+    for entry in values["logprobs"]:
+        assert entry["logprob"] <= 0
+        assert len(entry["alternatives"]) == 2

@@ -65,7 +65,7 @@ def test_missing_folder(fails, sisters: list[Path], tmp_path: Path) -> None:
 
 
 def test_other_architecture(fails, sisters: list[Path], tmp_path: Path) -> None:
-    other = tiny_folder(tmp_path / "other", family="qwen2", qkv_bias=True)
+    other = tiny_folder(tmp_path / "other", family="qwen2")
     assert "merge checkpoints of one run" in fails("merge", sisters[0], other, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

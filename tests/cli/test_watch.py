@@ -12,8 +12,8 @@ from rich.console import Console
 import unmask
 from unmask.cli.console import is_live
 from unmask.cli.watch import MASKED_GLYPH, Piece, Transcript, show
-from unmask.engine.completion import Step
 from unmask.engine.model import Generation
+from unmask.engine.request import Step
 
 EOS = 0
 
@@ -24,14 +24,18 @@ def spell(ids: Sequence[int]) -> str:
     return text.replace(chr(126) + chr(127), "é").replace(chr(126), "\ufffd").replace(chr(127), "\ufffd")
 
 
-def step(tokens: str, guess: str = "", accepted: str = "", *, start: int = 0, fixed: int = 0, forwards: int = 1) -> Step:
-    """A step from letters: "." is undecided, "$" end of text; `accepted` holds "x" where something was."""
+def step(
+    tokens: str, guess: str = "", accepted: str = "", edited: str = "", *, start: int = 0, fixed: int = 0, forwards: int = 1
+) -> Step:
+    """A step from letters: "." is undecided, "$" end of text; `accepted` and `edited` hold "x" where something was; the
+    first `fixed` tokens are the prompt's."""
 
     def ids(text: str) -> tuple[int | None, ...]:
         return tuple(None if char == "." else EOS if char == "$" else ord(char) - 96 for char in text.ljust(len(tokens), "."))
 
-    taken = tuple(char == "x" for char in accepted.ljust(len(tokens)))
-    return Step(start, fixed, ids(tokens), ids(guess), taken, forwards)
+    taken, replaced = (tuple(char == "x" for char in marks.ljust(len(tokens))) for marks in (accepted, edited))
+    given = tuple(i < fixed for i in range(len(tokens)))
+    return Step(start, given, ids(tokens), ids(guess), (0.5,) * len(tokens), taken, replaced, forwards)
 
 
 def transcript(budget: int = 100) -> Transcript:
@@ -85,6 +89,15 @@ def test_nothing_is_shown_past_the_end_of_text() -> None:
     one.observe(step("a$cd"))
     assert pieces(one) == [("a", "committed")]
     assert one.finished_text() == "a"
+
+
+def test_a_replaced_token_shows_and_a_window_slides() -> None:
+    one = transcript()
+    one.observe(step("abcd", edited=" x"))
+    assert pieces(one)[:3] == [("a", "committed"), ("b", "edited"), ("cd", "committed")]
+    one.observe(step("cdef", start=2, fixed=0))
+    assert pieces(one)[0] == ("abcdef", "committed")
+    assert one.num_decided == 6
 
 
 def test_a_guessed_end_of_text_hides_nothing() -> None:

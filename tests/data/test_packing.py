@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -10,31 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.data.documents import Document, Sample, State
+from streams import PAD, ListStream
+from unmask.data.documents import Document
 from unmask.data.packing import PIECE_STRIDE, Overlong, PackedRows, PackingStats, RowPacker
 from unmask.errors import ConfigError, DataError
-
-PAD = 999
-
-
-@dataclass
-class ListStream:
-    """The given documents once, with ordinals 0, 1, ... and epochs 0, 0, 0, 1, 1, 1, ..."""
-
-    documents: list[Document]
-    place: int = field(default=0)
-
-    def __next__(self) -> Sample:
-        if self.place == len(self.documents):
-            raise StopIteration
-        self.place += 1
-        return Sample(epoch=(self.place - 1) // 3, ordinal=self.place - 1, document=self.documents[self.place - 1])
-
-    def state_dict(self) -> State:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: State) -> None:
-        self.place = state["place"]
 
 
 def document(flags: list[bool], first: int = 0) -> Document:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -9,32 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.documents import Document, Sample, State
+from streams import PAD, ListStream
+from unmask.data.documents import Document
 from unmask.data.packing import Overlong, PackedRows
 from unmask.data.pairs import PairPacker
 from unmask.errors import ConfigError, DataError
-
-PAD = 999
-
-
-@dataclass
-class ListStream:
-    """The given documents once, with ordinals 0, 1, ... and epochs 0, 0, 0, 1, 1, 1, ..."""
-
-    documents: list[Document]
-    place: int = field(default=0)
-
-    def __next__(self) -> Sample:
-        if self.place == len(self.documents):
-            raise StopIteration
-        self.place += 1
-        return Sample(epoch=(self.place - 1) // 3, ordinal=self.place - 1, document=self.documents[self.place - 1])
-
-    def state_dict(self) -> State:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: State) -> None:
-        self.place = state["place"]
 
 
 def side(num_given: int, answer: list[int]) -> Document:

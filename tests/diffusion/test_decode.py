@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.diffusion.decode import DecodeRules, accept, candidates, filtered_probabilities, step_quota
+from unmask.diffusion.decode import (
+    PRESETS,
+    DecodeRules,
+    Guess,
+    accept,
+    accept_within_entropy,
+    candidates,
+    decide,
+    entropies,
+    filtered_probabilities,
+    step_quota,
+)
 from unmask.errors import RequestError
 
 VOCAB = 12
@@ -43,19 +54,21 @@ def accept_by_hand(confidence: list[float], undecided: list[bool], threshold: fl
 def test_accept_equals_its_definition(confidence: list[float], data: st.DataObject, threshold: float, quota: int) -> None:
     """The confidences repeat and hit the threshold exactly: ties and `>` against `>=` both matter."""
     undecided = data.draw(st.lists(st.booleans(), min_size=len(confidence), max_size=len(confidence)))
-    found = accept(torch.tensor(confidence), torch.tensor(undecided), threshold, quota)
-    assert found.tolist() == accept_by_hand(confidence, undecided, threshold, quota)
+    places = [i for i, yes in enumerate(undecided) if yes]
+    found = accept([confidence[i] for i in places], threshold, quota)
+    assert [i in {places[j] for j in found} for i in range(len(confidence))] == accept_by_hand(
+        confidence, undecided, threshold, quota
+    )
+    assert found == sorted(set(found))
 
 
 def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
-    every = torch.ones(3, dtype=torch.bool)
-    assert accept(torch.tensor([0.5, 0.75, 0.25]), every, 0.5, 0).tolist() == [False, True, False]
-    assert not accept(torch.ones(3), every, 1.0, 0).any()
+    assert accept([0.5, 0.75, 0.25], 0.5, 0) == [1]
+    assert accept([1.0] * 3, 1.0, 0) == []
 
 
 def test_ties_go_to_the_lowest_position() -> None:
-    confidence, undecided = torch.full((40,), 0.5), torch.arange(40) >= 3
-    assert torch.nonzero(accept(confidence, undecided, 0.9, 4))[:, 0].tolist() == [3, 4, 5, 6]
+    assert accept([0.1] * 3 + [0.5] * 37, 0.9, 4) == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -178,7 +191,7 @@ def test_a_position_does_not_depend_on_the_others_in_the_call(order: list[int], 
     ("arguments", "message"),
     [
         ({"block_size": 0}, "block size is 0; it must be at least 1"),
-        ({"steps": 0}, "steps is 0; a block needs at least 1"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"threshold": 1.01}, "threshold is 1.01; a probability lies in [0, 1]"),
         ({"threshold": -0.1}, "threshold is -0.1; a probability lies in [0, 1]"),
         ({"threshold": math.nan}, "threshold is nan; a probability lies in [0, 1]"),
@@ -189,6 +202,14 @@ def test_a_position_does_not_depend_on_the_others_in_the_call(order: list[int], 
         ({"top_p": 0.0}, "top_p is 0.0; it must lie in (0, 1], or be left out"),
         ({"top_p": 1.5}, "top_p is 1.5; it must lie in (0, 1], or be left out"),
         ({"top_p": math.nan}, "top_p is nan; it must lie in (0, 1], or be left out"),
+        ({"window": 0, "edit_threshold": 0.5}, "window is 0; it must be at least 1"),
+        ({"window": 2}, "window is 2 without an edit_threshold; only edits reach back into older blocks"),
+        ({"edit_threshold": 1.5}, "edit_threshold is 1.5; a probability lies in [0, 1]"),
+        ({"edit_threshold": -0.1}, "edit_threshold is -0.1; a probability lies in [0, 1]"),
+        ({"policy": "greedy"}, "policy is 'greedy'; use one of threshold, entropy, fixed"),
+        ({"entropy_bound": -0.5}, "entropy_bound is -0.5; it must be at least 0 nats"),
+        ({"entropy_bound": math.nan}, "entropy_bound is nan; it must be at least 0 nats"),
+        ({"max_post_steps": -1}, "max_post_steps is -1; it must be at least 0"),
     ],
 )
 def test_impossible_rules_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -209,3 +230,129 @@ def test_a_tiny_temperature_is_close_to_argmax() -> None:
     token, confidence = candidates(logits, torch.arange(200), 0, DecodeRules(temperature=1e-3), None)
     assert float((token == logits.argmax(-1)).float().mean()) > 0.98
     assert torch.isfinite(confidence).all()
+
+
+def test_samples_of_one_prompt_differ() -> None:
+    def draw(seed: int, sample: int) -> Tensor:
+        rules = DecodeRules(temperature=1.0, seed=seed)
+        return candidates(torch.zeros(400, VOCAB), torch.arange(400), 0, rules, None, sample=sample)[0]
+
+    second = draw(3, 1)
+    assert torch.equal(second, draw(3, 1))
+    for other in (draw(3, 0), draw(4, 0), draw(2, 2), draw(3, 2)):
+        assert float((second != other).float().mean()) == pytest.approx(1 - 1 / VOCAB, abs=0.06)
+
+
+def test_entropies_are_those_of_the_distribution_without_the_mask() -> None:
+    logits = logits_of(5)
+    kept = [i for i in range(VOCAB) if i != 4]
+    shares = logits[:, kept].double().softmax(-1)
+    expected = -(shares * shares.log()).sum(-1)
+    torch.testing.assert_close(entropies(logits, 4).double(), expected, atol=1e-6, rtol=1e-5)
+    certain = torch.full((1, VOCAB), float("-inf"))
+    certain[0, 3] = 0.0
+    assert entropies(certain, None).tolist() == [0.0], "a banned token adds nothing, not NaN"
+    assert entropies(torch.zeros(1, VOCAB), None).item() == pytest.approx(math.log(VOCAB))
+
+
+def within_by_hand(of_positions: list[float], bound: float, quota: int) -> list[int]:
+    """The largest set of least entropies whose sum without its largest stays within the bound."""
+    ranked = sorted(range(len(of_positions)), key=lambda i: (of_positions[i], i))
+    best = max(n for n in range(len(ranked) + 1) if sum(of_positions[i] for i in ranked[: max(n - 1, 0)]) <= bound)
+    return sorted(ranked[: max(best, quota)])
+
+
+# Sixteenths add up exactly, so that a sum can hit the bound.
+ENTROPIES = st.lists(st.integers(0, 24).map(lambda n: n / 16), min_size=1, max_size=9)
+
+
+@given(ENTROPIES, st.integers(0, 32).map(lambda n: n / 16), st.integers(0, 9))
+def test_entropy_acceptance_equals_its_definition(of_positions: list[float], bound: float, quota: int) -> None:
+    found = accept_within_entropy(of_positions, bound, quota)
+    assert found == within_by_hand(of_positions, bound, quota)
+    assert len(found) >= 1, "one position alone has no others to sum over"
+
+
+@given(ENTROPIES, st.integers(0, 32).map(lambda n: n / 16))
+def test_no_larger_set_is_within_the_entropy_bound(of_positions: list[float], bound: float) -> None:
+    """Brute force over all subsets: none that keeps the bound has more members."""
+    most = 0
+    for bits in range(1, 2 ** len(of_positions)):
+        chosen = [e for i, e in enumerate(of_positions) if bits >> i & 1]
+        if sum(chosen) - max(chosen) <= bound:
+            most = max(most, len(chosen))
+    assert len(accept_within_entropy(of_positions, bound, 0)) == most
+
+
+def guess_of(*said: tuple[int, int, float], entropy: list[float] | None = None) -> Guess:
+    """(position, candidate, confidence) of every queried position."""
+    positions, tokens, confidences = zip(*said, strict=True)
+    return Guess(positions, tokens, confidences, entropy)
+
+
+def test_the_threshold_policy_commits_masked_positions_only() -> None:
+    guess = guess_of((8, 1, 0.99), (9, 2, 0.4), (10, 3, 0.97), (11, 4, 0.5))
+    rules = DecodeRules(block_size=4, steps=4)
+    assert decide(guess, {8: 7}, 0, rules).commits == {10: 3}
+    assert decide(guess, {8: 7, 10: 3}, 0, rules).commits == {11: 4}, "the quota: the most confident"
+    assert decide(guess_of((9, 2, 0.4)), {}, 5, DecodeRules(block_size=4, steps=8)).commits == {}, "steps without a quota"
+    assert decide(guess, {8: 7}, 0, rules).edits == {}, "edit_threshold None is off"
+
+
+def test_the_fixed_policy_ignores_confidence_but_for_the_order() -> None:
+    guess = guess_of((0, 1, 0.999), (1, 2, 1.0), (2, 3, 1.0), (3, 4, 0.2), (4, 5, 0.3))
+    rules = DecodeRules(block_size=5, steps=3, policy="fixed", threshold=0.1)
+    assert decide(guess, {}, 0, rules).commits == {1: 2, 2: 3}
+    assert decide(guess, {1: 2, 2: 3}, 1, rules).commits == {0: 1, 4: 5}
+    assert decide(guess, {1: 2, 2: 3, 0: 1, 4: 5}, 2, rules).commits == {3: 4}
+
+
+def test_the_entropy_policy_ranks_by_entropy() -> None:
+    guess = guess_of((4, 1, 0.9), (5, 2, 0.8), (6, 3, 0.7), (7, 4, 0.99), entropy=[0.5, 0.25, 1.0, 0.0])
+    rules = DecodeRules(block_size=4, steps=4, policy="entropy", entropy_bound=0.25)
+    assert decide(guess, {}, 0, rules).commits == {4: 1, 5: 2, 7: 4}
+    assert decide(guess, {7: 9}, 0, rules).commits == {4: 1, 5: 2}, "a decided position does not count"
+    tight = DecodeRules(block_size=4, steps=1, policy="entropy", entropy_bound=0.0)
+    assert decide(guess, {}, 0, tight).commits == {4: 1, 5: 2, 6: 3, 7: 4}, "the quota"
+    with pytest.raises(AssertionError, match="needs the entropies"):
+        decide(guess_of((4, 1, 0.9)), {}, 0, rules)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=6),
+    st.lists(st.none() | st.integers(0, 3), min_size=6, max_size=6),
+    st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]),
+    st.sampled_from(["threshold", "fixed"]),
+)
+def test_edits_equal_their_definition(
+    said: list[tuple[int, float]], holds: list[int | None], edit_threshold: float | None, policy: str
+) -> None:
+    """Confidences hit the threshold exactly, candidates equal the token held: `>` and `!=` both matter."""
+    rules = DecodeRules(block_size=6, steps=6, threshold=0.5, edit_threshold=edit_threshold, policy=policy)  # type: ignore[arg-type]
+    positions = [10 + i for i in range(len(said))]
+    guess = Guess(positions, [token for token, _ in said], [confidence for _, confidence in said])
+    decided = {p: token for p, token in zip(positions, holds, strict=False) if token is not None}
+    decision = decide(guess, decided, 0, rules)
+    expected = {}
+    for position, (token, confidence) in zip(positions, said, strict=True):
+        held = decided.get(position)
+        if held is not None and held != token and edit_threshold is not None and confidence > edit_threshold:
+            expected[position] = token
+    assert decision.edits == expected
+    assert not decided.keys() & decision.commits.keys()
+    assert decision.commits == decide(guess, decided, 0, DecodeRules(6, 0.5, 6, policy=rules.policy)).commits
+
+
+def test_edit_threshold_0_edits_any_change_and_none_edits_nothing() -> None:
+    guess, decided = guess_of((0, 5, 1e-6), (1, 6, 0.999), (2, 7, 1e-6)), {0: 4, 1: 6, 2: 3}
+    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=0.0)).edits == {0: 5, 2: 7}
+    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=None)).edits == {}
+    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=1.0)).edits == {}
+    assert not DecodeRules().editing
+    assert DecodeRules(edit_threshold=0.0).editing
+
+
+def test_the_presets_are_the_published_ones() -> None:
+    settings = {name: (p["threshold"], p["edit_threshold"], p["max_post_steps"]) for name, p in PRESETS.items()}
+    assert settings == {"speed": (0.5, 0.0, 16), "quality": (0.7, 0.5, 16)}
+    assert all(DecodeRules(**preset).editing for preset in PRESETS.values())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tiny import FAMILIES, MASK, VOCAB, tiny_model
-from unmask.diffusion.decode import DecodeRules
-from unmask.engine.autoregressive import generate_autoregressive
-from unmask.engine.completion import Completion, Prompt, Step
+from unmask.diffusion.decode import PRESETS, DecodeRules
+from unmask.engine.engine import Engine
 from unmask.engine.model import DEFAULT_BLOCK_SIZE, LanguageModel
 from unmask.engine.reference import generate_reference
+from unmask.engine.request import Completion, Request, Step
 from unmask.errors import RequestError
 from unmask.models.attention import DenseAttend
 
@@ -30,7 +31,7 @@ def autoregressive(family: str = "llama", **changes: Any) -> LanguageModel:
 
 
 def oracle(model: LanguageModel, max_new_tokens: int, rules: DecodeRules, *eos: int, mask: int = MASK) -> list[int]:
-    return list(generate_reference(model.transformer, Prompt(IDS, max_new_tokens, frozenset(eos)), rules, mask).ids)
+    return list(generate_reference(model.transformer, Request(IDS, max_new_tokens, frozenset(eos), rules), mask).ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +47,7 @@ def test_a_model_with_a_mask_token_denoises(family: str) -> None:
 def test_a_model_without_one_predicts_the_next_token(family: str) -> None:
     model = autoregressive(family)
     assert not model.is_diffusion
-    expected = generate_autoregressive(model.transformer, Prompt(IDS, 10, frozenset()), DecodeRules())
+    (expected,) = Engine(model.transformer).run([Request(IDS, 10)])
     assert model.complete(IDS, max_new_tokens=10) == expected
     assert model.generate_ids(IDS, max_new_tokens=10) == list(expected.ids)
 
@@ -158,7 +159,7 @@ def test_the_whole_context_can_be_used(make: Callable[..., LanguageModel]) -> No
         ({"threshold": 1.2}, "threshold is 1.2; a probability lies in [0, 1]"),
         ({"threshold": -1.0}, "threshold is -1.0; a probability lies in [0, 1]"),
         ({"block_size": 0}, "block size is 0; it must be at least 1"),
-        ({"steps": 0}, "steps is 0; a block needs at least 1"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"temperature": -0.5}, "temperature is -0.5; it must be 0 (argmax) or positive and finite"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1, or left out"),
         ({"top_p": 0.0}, "top_p is 0.0; it must lie in (0, 1], or be left out"),
@@ -188,7 +189,10 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
         ("model tiny has no tokenizer; use generate_ids, ", lambda: model.encode_prompt("hello")),
         ("0 tokens given; logits need 1 to ", lambda: model.logits([])),
         ("block size is 0; it must be at least 1", lambda: model.logits(IDS, block_size=0)),
-        ("autoregressive decoding needs at least one prompt token", lambda: autoregressive().generate_ids([])),
+        (
+            "autoregressive decoding needs at least one prompt token",
+            lambda: autoregressive().generate_ids([], max_new_tokens=4),
+        ),
     ]
     for message, call in calls:
         with pytest.raises(RequestError) as error:
@@ -199,5 +203,71 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
 
 def test_an_empty_prompt_is_enough_for_diffusion() -> None:
     model = diffusion()
-    expected = generate_reference(model.transformer, Prompt((), 9, frozenset()), DecodeRules(4, 0.95, 4), MASK)
+    expected = generate_reference(model.transformer, Request((), 9, rules=DecodeRules(4, 0.95, 4)), MASK)
     assert model.generate_ids([], max_new_tokens=9) == list(expected.ids)
+
+
+def test_editing_options_reach_the_decoder() -> None:
+    model = diffusion("qwen3")
+    changes: dict[str, Any] = {"threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3, "window": 2}
+    found = model.generate_ids(IDS, max_new_tokens=12, **changes)
+    assert found == oracle(model, 12, DecodeRules(4, steps=4, **changes))
+    assert found != model.generate_ids(IDS, max_new_tokens=12, threshold=0.3)
+    forwards = {n: model.complete(IDS, max_new_tokens=12, **(changes | {"max_post_steps": n})).forwards for n in (0, 3)}
+    assert forwards[0] < forwards[3]
+
+
+@pytest.mark.parametrize("preset", ["speed", "quality"])
+def test_presets_are_shorthands_that_options_override(preset: str) -> None:
+    model = diffusion()
+    rules = model.request(IDS, preset=preset).rules
+    assert rules == DecodeRules(4, steps=4, **PRESETS[preset])
+    assert model.generate_ids(IDS, max_new_tokens=9, preset=preset) == oracle(model, 9, rules)
+    assert model.request(IDS, preset=preset, threshold=0.9).rules == replace(rules, threshold=0.9)
+
+
+def test_holes_are_filled_through_the_public_call() -> None:
+    model = diffusion()
+    ids = (*IDS[:2], None, *IDS[3:], None)
+    expected = generate_reference(model.transformer, Request(ids, 3, rules=DecodeRules(4, steps=4)), MASK).ids
+    assert model.generate_ids(ids, max_new_tokens=3) == list(expected)
+    assert len(model.generate_ids(ids, max_new_tokens=0)) == 2
+
+
+def test_request_options_reach_the_engine() -> None:
+    model = diffusion()
+    free = model.generate_ids(IDS, max_new_tokens=8)
+    request = model.request(IDS, max_new_tokens=8, min_new_tokens=3, logit_bias={free[0]: float("-inf")}, sample=2, priority=-1)
+    assert (request.min_new_tokens, request.sample, request.priority) == (3, 2, -1)
+    assert free[0] not in model.generate_ids(IDS, max_new_tokens=8, logit_bias={free[0]: float("-inf")})
+    traced = model.complete(IDS, max_new_tokens=8, trace=True, logprobs=1)
+    seen: list[Step] = []
+    model.complete(IDS, max_new_tokens=8, on_step=seen.append)
+    assert list(traced.trace) == seen
+    assert traced.logprobs is not None
+    assert len(traced.logprobs) == 8
+    assert model.complete(IDS, max_new_tokens=8).trace == ()
+
+
+def test_several_requests_share_an_engine() -> None:
+    model = diffusion("llada2")
+    engine = model.engine(num_tokens=256)
+    requests = [model.request(IDS[:n], max_new_tokens=9) for n in (2, 5, 7)]
+    assert [list(c.ids) for c in engine.run(requests)] == [model.generate_ids(IDS[:n], max_new_tokens=9) for n in (2, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heat": 1.0}, "unknown option heat; use one of edit_threshold, entropy_bound, "),
+        ({"preset": "fast"}, "preset is 'fast'; use one of speed, quality"),
+        ({"window": 2}, "window is 2 without an edit_threshold; only edits reach back into older blocks"),
+        ({"policy": "best"}, "policy is 'best'; use one of threshold, entropy, fixed"),
+        ({"regex": "a", "json_schema": {}}, "json_schema and regex are both given; a completion follows one of them"),
+        ({"stop": "x"}, "stop strings need a tokenizer; use eos_ids, or give the engine a decode function"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        diffusion().generate_ids(IDS, max_new_tokens=4, **options)
+    assert str(error.value).startswith(message)

@@ -116,7 +116,7 @@ def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[f
 
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7, "temperature": 0.8}])
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
-def test_neither_loss_nor_gradient_depends_on_the_split(cap: dict[str, float] | None, backend: str) -> None:
+def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] | None, backend: str) -> None:
     model = tiny_model("llama", 2, torch.float64)
     rows = packed(pack(DOCS, 16))
     results = []
@@ -124,7 +124,7 @@ def test_neither_loss_nor_gradient_depends_on_the_split(cap: dict[str, float] | 
         objective = Denoising(setting(model, recipe(micro_rows, cap=cap), backend))
         figures: dict[str, Any] = {}
         found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))  # noqa: B023
-        results.append((figures, found))
+        results.append((figures | objective.evaluate(rows, PHASE), found))
     for figures, found in results[1:]:
         assert figures == pytest.approx(results[0][0], rel=1e-5)
         assert_same(found, results[0][1])

@@ -12,18 +12,11 @@ import torch
 import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.config import MoEConfig, RopeConfig
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe
 from unmask.train.run import ADAPTER, build_parts, run_recipe
 from unmask.train.state import list_checkpoints, prune_checkpoints
-
-MIXTURE: dict[str, Any] = {
-    "qk_norm": True,
-    "rope": RopeConfig(theta=600_000.0, fraction=0.5),
-    "moe": MoEConfig(num_experts=8, num_active=2, expert_size=16, num_groups=4, num_active_groups=2, routed_scale=2.5),
-}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_jsonl(folder / "chats.jsonl")
     tiny_preferences(folder / "pairs.jsonl")
     run_recipe(tiny_recipe(folder / "ar", folder / "chats.jsonl", learning_rate=1e-3), folder / "diffusion")
-    tiny_folder(folder / "mixture", family="bailing_moe_v2", **MIXTURE)
+    tiny_folder(folder / "mixture", family="llada2", num_layers=2)
     return folder
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli.console import is_live, make_console, visible
-from unmask.cli.generate import DIFFUSION_MODEL
+from unmask.cli.decoding import DIFFUSION_MODEL
 from unmask.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.engine.completion import OnStep
     from unmask.engine.model import Generation, LanguageModel
+    from unmask.engine.request import OnStep
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (

@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
 
 from unmask.cli.progress import showing_progress
+from unmask.cli.training import default_recipe
 from unmask.diffusion.corrupt import corrupt
-from unmask.diffusion.decode import DecodeRules
-from unmask.engine.autoregressive import generate_batch
-from unmask.engine.completion import Prompt
 from unmask.engine.model import LanguageModel
 from unmask.train.metrics import read_metrics, smoothed
 from unmask.train.recipe import Recipe, load_recipe
@@ -58,12 +55,8 @@ _USABLE_SHARE = 0.6
 
 def write_answers(model: LanguageModel, path: Path) -> int:
     """Let the model answer the built-in prompts, all at once, into a jsonl file; returns how many tokens it wrote."""
-    eos_ids = frozenset(model.config.eos_ids)
-    requests = [Prompt(tuple(model.encode_prompt(f"{prompt} Answer briefly.")), ANSWER_TOKENS, eos_ids) for prompt in PROMPTS]
-    answers = generate_batch(model.transformer, requests, DecodeRules())
-    tokenizer = model.tokenizer
-    assert tokenizer is not None, "encode_prompt refuses a model without a tokenizer"
-    pairs = [(prompt, tokenizer.decode(answer.ids).strip()) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    answers = model.generate_batch([f"{prompt} Answer briefly." for prompt in PROMPTS], max_new_tokens=ANSWER_TOKENS)
+    pairs = [(prompt, answer.text.strip()) for prompt, answer in zip(PROMPTS, answers, strict=True)]
     lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs if response]
     path.write_text("".join(lines), encoding="utf-8")
     return sum(len(answer.ids) for answer in answers)
@@ -71,7 +64,7 @@ def write_answers(model: LanguageModel, path: Path) -> int:
 
 def plan_conversion(model: str, answers: Path, seconds: float) -> Recipe:
     """The demo's recipe with as many tokens as this machine should manage in `seconds`, found by timing two bare steps."""
-    path = Path(str(resources.files("unmask.cli") / "demo_recipe.yaml"))
+    path = default_recipe("demo")
     overrides = [f"model={json.dumps(model)}", f"data.sources.0.path={json.dumps(str(answers))}"]
     recipe = load_recipe(path, overrides)
     rate = _tokens_per_second(recipe)

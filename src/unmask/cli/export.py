@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console
+from unmask.cli.console import make_console
 from unmask.errors import ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", re.IGNORECASE)
@@ -34,8 +34,7 @@ def export(
     An adapter is folded into its base. A Ling model converted to diffusion becomes a LLaDA2 model. Router weights stay in
     float32 whatever dtype is narrower.
     """
-    from rich.progress import Progress
-
+    from unmask.cli.progress import counting
     from unmask.models.dtypes import parse_dtype
     from unmask.models.export import export_model
     from unmask.models.hub import resolve
@@ -43,12 +42,8 @@ def export(
     size = shard_bytes(max_shard_size)
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     console = make_console()
-    with Progress(console=console, disable=not is_live(console)) as progress:
-        task = progress.add_task("exporting", total=None)
-        exported = export_model(
-            resolve(model), out, dtype=wanted, max_shard_bytes=size,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with counting(console, "exporting") as on_progress:
+        exported = export_model(resolve(model), out, dtype=wanted, max_shard_bytes=size, on_progress=on_progress)
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     console.print(f"model    {out}", soft_wrap=True)
     console.print(f"format   {exported.config.family}, {kind}, {str(exported.dtype).removeprefix('torch.')}", soft_wrap=True)

@@ -7,36 +7,46 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unmask.cli import decoding as options
 from unmask.cli.console import is_live, make_console, pick_device, visible
 from unmask.errors import RequestError
 
 if TYPE_CHECKING:
-    from unmask.engine.completion import OnStep
     from unmask.engine.model import Generation
-
-DIFFUSION_MODEL = "smollm2-135m-diffusion"
+    from unmask.engine.request import OnStep
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer; - reads it from standard input.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, Hugging Face id or embedded model.")] = DIFFUSION_MODEL,
+    model: options.Model = options.DIFFUSION_MODEL,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    block_size: Annotated[int | None, typer.Option(help="Tokens denoised together; left out: the model's.")] = None,
-    threshold: Annotated[float, typer.Option(help="Accept every token more probable than this.")] = 0.95,
-    steps: Annotated[int | None, typer.Option(help="Most steps per block; left out: the block size.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; left out: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this mass; left out: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    min_new_tokens: Annotated[int, typer.Option(help="No end of text before so many tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    block_size: options.BlockSize = None,
+    threshold: options.Threshold = None,
+    steps: options.Steps = None,
+    preset: options.Preset = None,
+    edit_threshold: options.EditThreshold = None,
+    policy: options.Policy = None,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    json_schema: Annotated[Path | None, typer.Option(help="The answer is JSON that the schema in this file accepts.")] = None,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="The answer is a sentence of the Lark grammar in this file.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and so many alternatives.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantize: options.Quantize = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show the blocks while they are denoised.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt.
 
@@ -45,31 +55,39 @@ def generate(
     \b
     unmask generate "What is the capital of France?" --watch
     unmask generate "Tell me a story." --temperature 0.8 --top-p 0.95 --seed 7
+    unmask generate "Describe Ada Lovelace." --json-schema person.json
     cat question.txt | unmask generate - --model out/mine --json
 
     A lower --threshold accepts more tokens per step: faster, less careful.
     """
     text = _read_stdin() if prompt == "-" else prompt
+    wanted = options.given(
+        min_new_tokens=min_new_tokens or None,
+        stop=stop,
+        block_size=block_size,
+        threshold=threshold,
+        steps=steps,
+        preset=preset,
+        edit_threshold=edit_threshold,
+        policy=policy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        json_schema=options.read_rules(json_schema, "--json-schema"),
+        regex=regex,
+        grammar=options.read_rules(grammar, "--grammar"),
+        logprobs=logprobs,
+    )
 
     import unmask
     from unmask.cli.watch import costs, show
 
-    language_model = unmask.load(model, dtype=dtype, device=pick_device(device))
+    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
 
     def answer(on_step: OnStep | None) -> Generation:
-        return language_model.generate(
-            text,
-            max_new_tokens=max_new_tokens,
-            chat=False if raw else None,
-            block_size=block_size,
-            threshold=threshold,
-            steps=steps,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            on_step=on_step,
-        )
+        chat = False if raw else None
+        return language_model.generate(text, max_new_tokens=max_new_tokens, chat=chat, on_step=on_step, **wanted)
 
     console = make_console(stderr=as_json)
     generation = show(console, language_model, max_new_tokens, answer) if watch else answer(None)

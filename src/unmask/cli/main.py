@@ -6,6 +6,7 @@ Owns the application and `--version`. What a verb does is in its own file.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -17,9 +18,12 @@ from unmask.cli.demo import demo
 from unmask.cli.dpo import dpo
 from unmask.cli.export import export
 from unmask.cli.generate import generate
+from unmask.cli.infill import infill
 from unmask.cli.info import info
 from unmask.cli.merge import merge
 from unmask.cli.sft import sft
+from unmask.cli.trace import trace
+from unmask.errors import UnmaskWarning
 
 app = typer.Typer(
     name="unmask",
@@ -29,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, convert, sft, dpo, info, merge, export, demo):
+for verb in (generate, infill, trace, convert, sft, dpo, info, merge, export, demo):
     app.command(no_args_is_help=verb is not demo)(verb)
 
 
@@ -50,6 +54,7 @@ def root(
     \b
     See it work:      unmask demo
     Ask something:    unmask generate "What is the capital of France?" --watch
+    Fill a gap:       unmask infill "The capital of ___ is Paris."
     Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
     Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 
@@ -64,4 +69,13 @@ def main() -> None:
         # A terminal that cannot show a character shows a question mark instead of ending the program.
         if stream is not None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    warnings.showwarning = _show_warning
     app()
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    """Ours as a line a user can read; those of others, about their own deprecations, not at all."""
+    if issubclass(category, UnmaskWarning):
+        typer.echo(f"note: {message}", err=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console, try_command
+from unmask.cli.console import make_console, try_command
 from unmask.errors import ConfigError
 
 
@@ -33,19 +33,15 @@ def merge(
     if (run is None) != (top_k is None):
         raise ConfigError("--run and --top-k belong together: give both or neither")
 
-    from rich.progress import Progress
-
+    from unmask.cli.progress import counting
     from unmask.train import merge as merging
 
     chosen = folders or []
     if run is not None and top_k is not None:
         chosen = merging.top_k(run, top_k)
     console = make_console()
-    with Progress(console=console, disable=not is_live(console)) as progress:
-        task = progress.add_task("merging", total=None)
-        merged = merging.merge_checkpoints(
-            chosen, out, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    with counting(console, "merging") as on_progress:
+        merged = merging.merge_checkpoints(chosen, out, on_progress=on_progress)
     for folder in chosen:
         console.print(f"averaged {folder}", soft_wrap=True)
     console.print(f"model    {merged}", soft_wrap=True)

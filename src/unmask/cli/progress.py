@@ -1,4 +1,4 @@
-"""Progress of a conversion: a bar in a terminal, a line now and then elsewhere.
+"""Progress of a long job: a bar in a terminal, and of a training run a line now and then elsewhere.
 
 Owns what is shown of metric records. Knows their keys and nothing of training.
 """
@@ -54,6 +54,14 @@ def showing_progress(
         console=console,
     ) as progress:  # fmt: skip
         yield _live(progress, total, clock)
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Something to call with (done, total) while a job called `what` goes on; a bar, in a terminal only."""
+    with Progress(console=console, disable=not is_live(console)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def describe_validation(record: Record) -> str:

@@ -5,26 +5,19 @@ Owns the help text. Options, recipe and output are `cli.training`'s.
 
 from __future__ import annotations
 
-from unmask.cli.training import Data, Model, Out, Overrides, RecipeFile, Resume, train
+from unmask.cli.training import training_verb
 
-
-def sft(
-    out: Out,
-    recipe: RecipeFile = None,
-    model: Model = None,
-    data: Data = None,
-    overrides: Overrides = None,
-    resume: Resume = False,
-) -> None:
+sft = training_verb(
+    "sft",
     """Fine-tune a diffusion model on conversations: only what the assistant says is learnt.
 
-    \b
-    unmask sft --model out/mine --data chats.jsonl --out out/chat
-    unmask sft --data reasoning_gym:chain_sum --out out/sums --set objective.cap.weight=2
-    unmask sft --data chats.jsonl --out out/lora --set train.lora.rank=16
-    unmask sft --out out/chat --resume
+\b
+unmask sft --model out/mine --data chats.jsonl --out out/chat
+unmask sft --data reasoning_gym:chain_sum --out out/sums --set objective.cap.weight=2
+unmask sft --data chats.jsonl --out out/lora --set train.lora.rank=16
+unmask sft --out out/chat --resume
 
-    A record holds "messages" (OpenAI), "conversations" (ShareGPT), or "prompt" and "response"; "tools" go to the chat template.
-    objective.cap adds confidence-aware training (CAP): more tokens per forward, at some cost in quality.
-    """
-    train("sft", out, recipe, model, data, overrides, resume)
+A record holds "messages" (OpenAI), "conversations" (ShareGPT), or "prompt" and "response"; "tools" go to the chat template.
+objective.cap adds confidence-aware training (CAP): more tokens per forward, at some cost in quality.
+""",
+)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,19 +41,27 @@ def default_recipe(verb: str) -> Path:
     return Path(str(resources.files("unmask.cli") / f"{verb}_recipe.yaml"))
 
 
-def train(
-    verb: str,
-    out: Path,
-    recipe: Path | None,
-    model: str | None,
-    data: str | None,
-    overrides: list[str] | None,
-    resume: bool,
-) -> None:
-    """Make the recipe that the options ask for, carry it out and say what came of it."""
-    plan = _plan(verb, recipe, model, data, overrides or [], out if resume else None)
-    pick_device(plan.train.device)
-    result = _run(verb, plan, out, resume=resume)
+def training_verb(name: str, help_text: str) -> Callable[..., None]:
+    """The command `unmask NAME`: make the recipe that the options ask for, carry it out and say what came of it."""
+
+    def command(
+        out: Out,
+        recipe: RecipeFile = None,
+        model: Model = None,
+        data: Data = None,
+        overrides: Overrides = None,
+        resume: Resume = False,
+    ) -> None:
+        plan = _plan(name, recipe, model, data, overrides or [], out if resume else None)
+        pick_device(plan.train.device)
+        _report(plan, _run(name, plan, out, resume=resume))
+
+    command.__name__, command.__doc__ = name, help_text
+    return command
+
+
+def _report(plan: Recipe, result: RunResult) -> None:
+    """Say what a run left behind."""
     console = make_console()
     console.print(f"trained  {result.tokens:,} tokens in {result.steps:,} steps", soft_wrap=True)
     console.print(result.data, soft_wrap=True)
@@ -80,7 +89,20 @@ def _plan(
     options = [] if model is None else [f"model={json.dumps(model)}"]
     if data is not None:
         options.append(f"data.sources={json.dumps([source_of(data)])}")
-    return _check_verb(verb, load_recipe(recipe or default_recipe(verb), [*options, *overrides]))
+    plan = load_recipe(recipe or default_recipe(verb), [*options, *overrides])
+    if recipe is None and plan.schedule is None:
+        own = _own_block_size(plan.model)
+        plan = load_recipe(default_recipe(verb), [*own, *options, *overrides])
+    return _check_verb(verb, plan)
+
+
+def _own_block_size(model: str) -> list[str]:
+    """Fine-tuning keeps the block size that the model decodes with, unless a recipe or --set says otherwise."""
+    from unmask.models.checkpoint import read_model_config
+    from unmask.models.hub import resolve
+
+    size = read_model_config(resolve(model)).block_size
+    return [] if size is None else [f"decode_block_size={size}"]
 
 
 def _check_verb(verb: str, recipe: Recipe) -> Recipe:

@@ -15,12 +15,18 @@ from rich.live import Live
 from rich.text import Text
 
 from unmask.cli.console import is_live, visible
-from unmask.engine.completion import OnStep, Step
 from unmask.engine.model import Generation, LanguageModel
+from unmask.engine.request import OnStep, Step
 
-Kind = Literal["committed", "accepted", "provisional", "masked"]
+Kind = Literal["committed", "accepted", "edited", "provisional", "masked"]
 MASKED_GLYPH = "░"
-STYLES: dict[Kind, str] = {"committed": "", "accepted": "bold green", "provisional": "dim italic", "masked": "dim"}
+STYLES: dict[Kind, str] = {
+    "committed": "",
+    "accepted": "bold green",
+    "edited": "bold underline yellow",
+    "provisional": "dim italic",
+    "masked": "dim",
+}
 _BROKEN = "\ufffd"
 """What a tokenizer gives for the first half of a character."""
 
@@ -48,9 +54,9 @@ class Transcript:
         self._step: Step | None = None
 
     def observe(self, step: Step) -> None:
-        """Take in the next step; the first one of a block closes the block before."""
-        if self._step is not None and step.start != self._step.start:
-            self._done += self._decided()
+        """Take in the next step; what lies before its first position is closed."""
+        if self._step is not None:
+            self._done += self._decided()[: self._num_open(range(self._step.start, step.start))]
         self._step = step
 
     @property
@@ -79,7 +85,8 @@ class Transcript:
             return []
         states: list[tuple[int | None, Kind]] = [(token, "committed") for token in self._done]
         step = self._step
-        states += [_state(*three) for three in zip(step.tokens, step.guess, step.accepted, strict=True)][step.fixed :]
+        places = zip(step.tokens, step.guess, step.accepted, step.edited, strict=True)
+        states += [_state(*place) for fixed, place in zip(step.fixed, places, strict=True) if not fixed]
         states = self._until_end(states)
         ended = states and states[-1][0] in self._eos_ids
         if self.block_is_finished and not ended:
@@ -87,8 +94,14 @@ class Transcript:
         return self._spell(states[: self._budget])
 
     def _decided(self) -> list[int]:
-        step = self._step
-        return [] if step is None else [token for token in step.tokens[step.fixed :] if token is not None]
+        if self._step is None:
+            return []
+        pairs = zip(self._step.fixed, self._step.tokens, strict=True)
+        return [token for fixed, token in pairs if not fixed and token is not None]
+
+    def _num_open(self, positions: range) -> int:
+        """How many of these positions of the current step are not the prompt's."""
+        return 0 if self._step is None else sum(not fixed for fixed in self._step.fixed[: len(positions)])
 
     def _cut(self, ids: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
@@ -205,7 +218,7 @@ def _write(console: Console, text: str) -> None:
     console.file.flush()
 
 
-def _state(token: int | None, guess: int | None, accepted: bool) -> tuple[int | None, Kind]:
+def _state(token: int | None, guess: int | None, accepted: bool, edited: bool) -> tuple[int | None, Kind]:
     if token is not None:
-        return token, "accepted" if accepted else "committed"
+        return token, "edited" if edited else "accepted" if accepted else "committed"
     return (None, "masked") if guess is None else (guess, "provisional")

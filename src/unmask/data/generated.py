@@ -36,24 +36,14 @@ class GeneratedSource:
             raise ConfigError("0 families of problems given; name at least one, such as chain_sum: {}")
         if items_per_epoch < 1:
             raise ConfigError(f"{items_per_epoch} items an epoch is not positive; use 1 or more")
-        self._name = name
+        self.name = name
         self._families = dict(families)
         self._encoder = encoder
         self._seed = seed
         self._items_per_epoch = items_per_epoch
-        self._epoch = 0
+        self.epoch = 0
         self._cursor = 0
         self._datasets = self._open(0)
-
-    @property
-    def name(self) -> str:
-        """What messages call this source."""
-        return self._name
-
-    @property
-    def epoch(self) -> int:
-        """The pass the next document belongs to."""
-        return self._epoch
 
     def next_document(self) -> Document:
         """The next problem; raises DataError when its family makes one without question or answer."""
@@ -61,26 +51,26 @@ class GeneratedSource:
         entry = self._datasets[family][self._cursor // len(self._datasets)]
         fields = self._encoder.fields
         record = {fields.prompt: entry["question"], fields.response[0]: entry["answer"]}
-        document = self._encoder.encode(record, f"{self._name} {family} item {self._cursor} of epoch {self._epoch}")
+        document = self._encoder.encode(record, f"{self.name} {family} item {self._cursor} of epoch {self.epoch}")
         self._cursor += 1
         if self._cursor == self._items_per_epoch:
-            self._epoch, self._cursor = self._epoch + 1, 0
-            self._datasets = self._open(self._epoch)
+            self.epoch, self._cursor = self.epoch + 1, 0
+            self._datasets = self._open(self.epoch)
         return document
 
     def state_dict(self) -> State:
         """The pass and the place in it."""
-        return {"items_per_epoch": self._items_per_epoch, "epoch": self._epoch, "cursor": self._cursor}
+        return {"items_per_epoch": self._items_per_epoch, "epoch": self.epoch, "cursor": self._cursor}
 
     def load_state_dict(self, state: State) -> None:
         """Continue where `state` was taken; raises DataError when an epoch was of another length then."""
         if state["items_per_epoch"] != self._items_per_epoch:
             raise DataError(
-                f"{self._name} makes {self._items_per_epoch} items an epoch, {state['items_per_epoch']} when the job was "
+                f"{self.name} makes {self._items_per_epoch} items an epoch, {state['items_per_epoch']} when the job was "
                 "saved; use the same number"
             )
-        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._datasets = self._open(self._epoch)
+        self.epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
+        self._datasets = self._open(self.epoch)
 
     def _open(self, epoch: int) -> dict[str, Any]:
         """The families' datasets for one pass; they make an item when it is asked for."""

@@ -50,14 +50,14 @@ class HuggingFaceSource:
         Raises:
             DataError: it cannot be opened.
         """
-        self._name = name
+        self.name = name
         self._encoder = encoder
         self._seed = seed
         self._window_size = window
         self._shuffle = shuffle
         self._dataset = _open(path, subset, split)
         self._num_shards = int(self._dataset.num_shards)
-        self._epoch = 0
+        self.epoch = 0
         self._shard_place = 0
         self._window_place = 0
         self._window_start: State | None = None
@@ -71,19 +71,9 @@ class HuggingFaceSource:
         self._read_window()
         self._skip_empty()
 
-    @property
-    def name(self) -> str:
-        """What messages call this source."""
-        return self._name
-
-    @property
-    def epoch(self) -> int:
-        """The pass the next document belongs to."""
-        return self._epoch
-
     def next_document(self) -> Document:
         """The next document; raises DataError when it cannot be read or used."""
-        where = f"{self._name} shard {self._shard_number()} window {self._window_place} record {self._order[self._cursor]}"
+        where = f"{self.name} shard {self._shard_number()} window {self._window_place} record {self._order[self._cursor]}"
         document = self._encoder.encode(self._window[self._order[self._cursor]], where)
         self._cursor += 1
         self._num_in_epoch += 1
@@ -99,7 +89,7 @@ class HuggingFaceSource:
         return {
             "num_shards": self._num_shards,
             "window_size": self._window_size,
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "shard_place": self._shard_place,
             "window_place": self._window_place,
             "window_start": self._window_start,
@@ -111,19 +101,19 @@ class HuggingFaceSource:
         """Continue where `state` was taken; raises DataError when the dataset or the window was another."""
         for key, now in (("num_shards", self._num_shards), ("window_size", self._window_size)):
             if state[key] != now:
-                raise DataError(f"{self._name} has {key} {now}, {state[key]} when the job was saved; use the same data")
-        self._epoch, self._shard_place = int(state["epoch"]), int(state["shard_place"])
+                raise DataError(f"{self.name} has {key} {now}, {state[key]} when the job was saved; use the same data")
+        self.epoch, self._shard_place = int(state["epoch"]), int(state["shard_place"])
         self._window_place, self._num_in_epoch = int(state["window_place"]), int(state["num_in_epoch"])
         self._open_shard(state["window_start"])
         self._read_window()
         self._cursor = int(state["cursor"])
         if self._cursor >= len(self._window):
-            raise DataError(f"{self._name} is shorter than when the job was saved; put the same data back or start anew")
+            raise DataError(f"{self.name} is shorter than when the job was saved; put the same data back or start anew")
 
     def _shard_number(self) -> int:
         if not self._shuffle:
             return self._shard_place
-        return int(seeded_permutation(self._num_shards, self._seed, self._epoch)[self._shard_place])
+        return int(seeded_permutation(self._num_shards, self._seed, self.epoch)[self._shard_place])
 
     def _open_shard(self, start: State | None) -> None:
         self._shard = self._dataset.shard(num_shards=self._num_shards, index=self._shard_number())
@@ -138,8 +128,8 @@ class HuggingFaceSource:
             self._shard_place += 1
             if self._shard_place == self._num_shards:
                 if self._num_in_epoch == 0:
-                    raise DataError(f"{self._name} holds 0 records; give data with at least one")
-                self._epoch, self._shard_place, self._num_in_epoch = self._epoch + 1, 0, 0
+                    raise DataError(f"{self.name} holds 0 records; give data with at least one")
+                self.epoch, self._shard_place, self._num_in_epoch = self.epoch + 1, 0, 0
             self._window_place = 0
             self._open_shard(None)
             self._read_window()
@@ -151,9 +141,9 @@ class HuggingFaceSource:
             self._window = [record for _, record in zip(range(self._window_size), self._records, strict=False)]
         except (OSError, ValueError, DatasetsError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"{self._name} cannot be read ({reason}); check the data and the connection") from error
+            raise DataError(f"{self.name} cannot be read ({reason}); check the data and the connection") from error
         self._cursor = 0
-        keys = (self._seed, self._epoch, self._shard_place, self._window_place)
+        keys = (self._seed, self.epoch, self._shard_place, self._window_place)
         length = len(self._window)
         self._order = seeded_permutation(length, *keys).tolist() if self._shuffle else list(range(length))
 

@@ -28,12 +28,12 @@ class IndexedSource:
             seed: of the orders.
             shuffle: a new order each pass; False: the records' own, always.
         """
-        self._name = name
+        self.name = name
         self._records = records
         self._encoder = encoder
         self._seed = seed
         self._shuffle = shuffle
-        self._epoch = 0
+        self.epoch = 0
         self._cursor = 0
         self._order = self._order_of(0)
         self._cache: dict[int, Document] = {}
@@ -43,39 +43,29 @@ class IndexedSource:
         """Documents in one pass."""
         return len(self._records)
 
-    @property
-    def name(self) -> str:
-        """What messages call this source."""
-        return self._name
-
-    @property
-    def epoch(self) -> int:
-        """The pass the next document belongs to."""
-        return self._epoch
-
     def next_document(self) -> Document:
         """The next document; raises DataError when it cannot be read or used."""
         number = self._order[self._cursor]
         document = self._document(int(number))
         self._cursor += 1
         if self._cursor == len(self._records):
-            self._epoch, self._cursor = self._epoch + 1, 0
-            self._order = self._order_of(self._epoch)
+            self.epoch, self._cursor = self.epoch + 1, 0
+            self._order = self._order_of(self.epoch)
         return document
 
     def state_dict(self) -> State:
         """The pass and the place in it."""
-        return {"records": len(self._records), "epoch": self._epoch, "cursor": self._cursor}
+        return {"records": len(self._records), "epoch": self.epoch, "cursor": self._cursor}
 
     def load_state_dict(self, state: State) -> None:
         """Continue where `state` was taken; raises DataError when there were more or fewer records then."""
         if state["records"] != len(self._records):
             raise DataError(
-                f"{self._name} holds {len(self._records)} records, {state['records']} when the job was saved; "
+                f"{self.name} holds {len(self._records)} records, {state['records']} when the job was saved; "
                 "put the same data back or start anew"
             )
-        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._order = self._order_of(self._epoch)
+        self.epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
+        self._order = self._order_of(self.epoch)
 
     def _order_of(self, epoch: int) -> list[int] | range:
         length = len(self._records)

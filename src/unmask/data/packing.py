@@ -168,17 +168,7 @@ class Packer(ABC):
         self._overlong = overlong
         self._waiting: list[Piece] = []
         self._ended = False
-        self._stats = PackingStats()
-
-    @property
-    def stats(self) -> PackingStats:
-        """What became of the samples read so far."""
-        return self._stats
-
-    @property
-    def row_length(self) -> int:
-        """L."""
-        return self._row_length
+        self.stats = PackingStats()
 
     def next_rows(self, num_rows: int) -> PackedRows:
         """The next rows.
@@ -210,7 +200,7 @@ class Packer(ABC):
             "stream": self._stream.state_dict(),
             "waiting": [piece.state_dict() for piece in self._waiting],
             "ended": self._ended,
-            "stats": asdict(self._stats),
+            "stats": asdict(self.stats),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -227,7 +217,7 @@ class Packer(ABC):
         self._stream.load_state_dict(state["stream"])
         self._waiting = [Piece.from_state_dict(piece) for piece in state["waiting"]]
         self._ended = bool(state["ended"])
-        self._stats = PackingStats(**state["stats"])
+        self.stats = PackingStats(**state["stats"])
 
     @abstractmethod
     def _next_group(self) -> list[list[Piece]]:
@@ -278,8 +268,8 @@ class Packer(ABC):
         return pieces
 
     def _count(self, **counts: int) -> None:
-        before: dict[str, Any] = asdict(self._stats)
-        self._stats = replace(self._stats, **{name: before[name] + count for name, count in counts.items()})
+        before: dict[str, Any] = asdict(self.stats)
+        self.stats = replace(self.stats, **{name: before[name] + count for name, count in counts.items()})
 
     def _lay_out(self, rows: list[list[Piece]]) -> PackedRows:
         shape = (len(rows), self._row_length)

@@ -142,6 +142,11 @@ class Tokenizer:
         """The id a new token would get."""
         return max(self._control.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def serialised(self) -> str:
+        """The backend as the text of a tokenizer.json, for a library that brings its own reader of them."""
+        return str(self._plain.to_str())
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text, without anything put before or after it.
 

@@ -21,11 +21,6 @@ def num_blocks(length: int, block_size: int) -> int:
     return -(-length // block_size)
 
 
-def block_bounds(block: int, block_size: int) -> tuple[int, int]:
-    """First position of block `block` and the position after its last."""
-    return block * block_size, (block + 1) * block_size
-
-
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training at one block size; `tokens` is its length in clean tokens.

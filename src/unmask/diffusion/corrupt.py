@@ -170,14 +170,14 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours.
     """
     block_RL = block_ids(rows.position_RL, config.block_size)
-    noisy_RL, clean_RL = _needed(rows, block_RL, config.block_size)
+    noisy_RL, clean_RL = _needed(rows, block_RL)
     parts: list[tuple[Tensor, Tensor, int]] = []
     for number, copy in enumerate(copies, start=1):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
         parts.append((noisy_RL, xt_RL, number))
     if config.block_size is not None:
         parts.append((clean_RL, rows.tokens_RL, CLEAN))
-    pieces = [_compact(rows, block_RL, *part) for part in parts]
+    pieces = [_compact(rows, *part) for part in parts]
     picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
     for copy, piece in zip(copies, pieces, strict=False):
@@ -218,7 +218,7 @@ class _Piece:
         return torch.where(self.valid, taken, torch.zeros_like(taken))
 
 
-def _needed(rows: CleanRows, block_RL: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
+def _needed(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, Tensor]:
     """Row positions that a noisy copy, and the clean copy, must hold."""
     num_rows, length = block_RL.shape
     row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
@@ -233,7 +233,7 @@ def _needed(rows: CleanRows, block_RL: Tensor, block_size: int | None) -> tuple[
     return noisy_RL, (block_RL < last_noisy[document_RL]) & (rows.segment_RL > 0)
 
 
-def _compact(rows: CleanRows, block_RL: Tensor, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:
+def _compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:
     """Move the kept positions of every row to its front; the width is the fullest row's."""
     width = max(1, int(keep_RL.sum(1).max()))
     order = torch.argsort((~keep_RL).to(torch.int8), dim=1, stable=True)[:, :width]

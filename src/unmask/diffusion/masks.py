@@ -85,11 +85,6 @@ class BlockedMask:
         """Every tile, with its row."""
         return ((row, tile) for row, tiles in enumerate(self.rows) for tile in tiles)
 
-    def visible_share(self) -> float:
-        """Scores computed, as a share of the dense T x T ones."""
-        computed = sum((t.stop - t.start) * sum(b - a for a, b in t.keys) for row in self.rows for t in row)
-        return computed / sum(row[-1].stop ** 2 for row in self.rows)
-
 
 def blocked_mask(stream: StreamIndex, *, query_tile: int = 128, key_tile: int = 32) -> BlockedMask:
     """Cut the predicate into tiles of `query_tile` queries; keys are kept in runs of `key_tile`.

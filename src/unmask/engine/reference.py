@@ -1,58 +1,98 @@
 """The oracle: block-diffusion decoding without a cache, in one screen. Kept for ever; every faster path must equal it.
 
-Owns the plainest statement of LLaDA2.0's decoding. Must not be optimised.
+Owns the plainest statement of LLaDA2.0's and 2.1's decoding. Must not be optimised. Knows no grammar and no stop strings.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from unmask.diffusion.blocks import num_blocks
-from unmask.diffusion.decode import DecodeRules, accept, candidates, step_quota
+from unmask.diffusion.decode import Guess, candidates, decide, entropies
 from unmask.diffusion.masks import block_causal_mask
-from unmask.engine.completion import Completion, Prompt, finish
+from unmask.diffusion.objectives import ban_mask
+from unmask.engine.request import Completion, OnStep, Request, Step, finish
 from unmask.models.attention import DenseAttend
 from unmask.models.transformer import Transformer
 
 
 @torch.inference_mode()
-def generate_reference(model: Transformer, prompt: Prompt, rules: DecodeRules, mask_id: int) -> Completion:
+def generate_reference(model: Transformer, request: Request, mask_id: int, on_step: OnStep | None = None) -> Completion:
     """Decode block by block, running the whole canvas up to the current block at every step.
 
     Args:
         model: any family, any float dtype.
-        prompt: ids and limits.
-        rules: block size, threshold, steps, sampling.
+        request: ids, limits and rules.
         mask_id: the mask token.
+        on_step: sees every step.
 
     Returns:
         The completion; `forwards` counts the passes made here.
 
-    Source: LLaDA2.0 section 5.
+    Source: LLaDA2.0 section 5; LLaDA2.1 for edits.
     """
-    prompt.check(model.config)
-    size = rules.block_size
-    length = num_blocks(len(prompt.ids) + prompt.max_new_tokens, size) * size
-    canvas = torch.full((length,), mask_id)
-    canvas[: len(prompt.ids)] = torch.tensor(prompt.ids, dtype=torch.int64)
-    undecided = torch.arange(length) >= len(prompt.ids)
+    request.check(model.config)
+    rules, size = request.rules, request.rules.block_size
+    rest = request.canvas_length - len(request.ids)
+    canvas = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
+    undecided = [token is None for token in request.ids] + [True] * rest
+    wanted = [place for place, open_ in enumerate(undecided) if open_]
+    first = wanted[0] // size * size
     forwards = 0
-    for block in range(len(prompt.ids) // size, length // size):
-        end = (block + 1) * size
-        mask = DenseAttend(block_causal_mask(end, end, size)[None])
-        for step in range(size):
-            if not undecided[:end].any():
-                break
-            logits = model.head(model(canvas[None, :end], torch.arange(end)[None], mask))[0]
+    for front in range(first, len(canvas), size):
+        if not any(undecided[front : front + size]):
+            continue
+        end, step, post_steps, done = front + size, 0, 0, False
+        window = max(first, front - (rules.window - 1) * size) if rules.editing else front
+        while not done:
+            had_masks = any(undecided[front:end])
+            asked = [p for p in wanted if window <= p < end and (rules.editing or undecided[p])]
+            logits = _logits(model, canvas[:end], asked, request, mask_id)
             forwards += 1
-            where = torch.nonzero(undecided[:end])[:, 0]
-            token, confidence = candidates(logits[where], where, step, rules, mask_id)
-            chosen = accept(confidence, torch.ones_like(where, dtype=torch.bool), rules.threshold, step_quota(step, rules))
-            canvas[where[chosen]] = token[chosen]
-            undecided[where[chosen]] = False
-            for position in range(len(prompt.ids), end):
-                if undecided[position]:
-                    break
-                if int(canvas[position]) in prompt.eos_ids:
-                    return finish(canvas[len(prompt.ids) : position + 1].tolist(), prompt, forwards)
-    return finish(canvas[len(prompt.ids) :].tolist(), prompt, forwards)
+            where = torch.tensor(asked)
+            token, confidence = candidates(logits, where, step, rules, None, sample=request.sample)
+            guess = Guess(asked, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
+            decided = {p: canvas[p] for p in asked if not undecided[p]}
+            decision = decide(guess, decided, step, rules)
+            for place, chosen in (*decision.commits.items(), *decision.edits.items()):
+                canvas[place], undecided[place] = chosen, False
+            if on_step is not None:
+                places = range(window, end)
+                said = {p: (guess.tokens[i], guess.confidences[i]) for i, p in enumerate(asked)}
+                on_step(
+                    Step(
+                        window,
+                        tuple(p not in wanted for p in places),
+                        tuple(None if undecided[p] else canvas[p] for p in places),
+                        tuple(said[p][0] if p in said else None for p in places),
+                        tuple(said[p][1] if p in said else 0.0 for p in places),
+                        tuple(p in decision.commits for p in places),
+                        tuple(p in decision.edits for p in places),
+                        forwards,
+                    )
+                )
+            step += 1
+            post_steps += not had_masks
+            filled = not any(undecided[front:end])
+            done = filled
+            if rules.editing:
+                done = filled and (post_steps >= rules.max_post_steps or (not had_masks and not decision.edits))
+            if done or not rules.editing:
+                stable = next((p for p in wanted if undecided[p]), len(canvas))
+                text = [canvas[p] for p in wanted if p < stable]
+                if request.eos_ids.intersection(text) or len(text) >= request.num_wanted:
+                    return finish(text, request, forwards)
+    raise AssertionError("a canvas holds all that is wanted")
+
+
+def _logits(model: Transformer, canvas: list[int], asked: list[int], request: Request, mask_id: int) -> Tensor:
+    """Logits at the positions `asked`, with what the request bans or favours."""
+    end = len(canvas)
+    mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size)[None])
+    logits = ban_mask(model.head(model(torch.tensor(canvas)[None], torch.arange(end)[None], mask))[0, asked], mask_id)
+    for row, position in enumerate(asked):
+        for token, bias in request.logit_bias.items():
+            logits[row, token] += bias
+        if position < len(request.ids) + request.min_new_tokens:
+            logits[row, sorted(request.eos_ids)] = float("-inf")
+    return logits

@@ -14,25 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from unmask.errors import CheckpointError
 from unmask.models.checkpoint import (
     DEFAULT_SHARD_BYTES,
-    DTYPE_NAMES,
     TensorSpec,
     check_tensors,
     load_model,
     parameter_dtype,
     read_json,
     read_model_config,
-    tensor_index,
     write_checkpoint,
 )
 from unmask.models.config import ModelConfig
 from unmask.models.families import LLADA2_BLOCK_SIZE, LLADA2_MASK_ID, slots, write_config
 from unmask.models.hub import base_folder, tokenizer_folder
+from unmask.models.tensor_files import TensorFiles
 
 LLADA2_CODE = "inclusionAI/LLaDA2.0-mini"
 """The repository with the modelling code that Hugging Face runs for `llada2_moe`."""
@@ -126,11 +124,8 @@ def export_model(
 def _open_files(folder: Path, stack: ExitStack) -> _Source:
     config = read_model_config(folder)
     check_tensors(folder, config)
-    index = tensor_index(folder)
-    files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(index.values()))}
-    known = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    dtypes = {name: known[files[index[name]].get_slice(name).get_dtype()] for name in slots(config)}
-    return _Source(config, dtypes, lambda name: files[index[name]].get_tensor(name))
+    files = TensorFiles(folder, stack)
+    return _Source(config, {name: files.spec(name).dtype for name in slots(config)}, files.read)
 
 
 def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> _Source:

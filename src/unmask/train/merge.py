@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.checkpoint import DTYPE_NAMES, TensorSpec, read_json, read_model_config, tensor_index, write_checkpoint
+from unmask.models.checkpoint import TensorSpec, read_json, read_model_config, write_checkpoint
 from unmask.models.hub import ADAPTER_CONFIG
+from unmask.models.tensor_files import TensorFiles
 from unmask.train.state import list_checkpoints, validation_score
 
 
@@ -68,15 +67,14 @@ def merge_checkpoints(
     if adapter is not None:
         raise CheckpointError(f"{adapter} is an adapter, not a whole model; fold it first (unmask export), then merge")
     configs = [read_model_config(folder) for folder in folders]
-    indexes = [tensor_index(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         if config != configs[0]:
             raise CheckpointError(f"{folder} is another model than {folders[0]}; merge checkpoints of one run")
     with ExitStack() as stack:
-        readers = [_Reader(index, stack) for index in indexes]
-        specs = readers[0].specs
-        for folder, reader in zip(folders[1:], readers[1:], strict=True):
-            _check_same(specs, reader.specs, folders[0], folder)
+        readers = [TensorFiles(folder, stack) for folder in folders]
+        specs, *others = [{name: reader.spec(name) for name in reader.names} for reader in readers]
+        for folder, other in zip(folders[1:], others, strict=True):
+            _check_same(specs, other, folders[0], folder)
         done = 0
 
         def mean(name: str) -> Tensor:
@@ -88,30 +86,9 @@ def merge_checkpoints(
             on_progress(done, len(specs))
             return (total / len(readers)).to(specs[name].dtype)
 
-        others = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _is_written(path)]
-        write_checkpoint(out, read_json(folders[0] / "config.json"), specs, mean, extra_files=others)
+        extra = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _is_written(path)]
+        write_checkpoint(out, read_json(folders[0] / "config.json"), specs, mean, extra_files=extra)
     return out
-
-
-class _Reader:
-    """Random access to the tensors of one model folder."""
-
-    def __init__(self, index: dict[str, Path], stack: ExitStack) -> None:
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(index.values()))}
-        self._file_of = {name: files[path] for name, path in index.items()}
-        self.specs = {name: _spec(file.get_slice(name)) for name, file in self._file_of.items()}
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
-
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-def _spec(header: Any) -> TensorSpec:
-    """Shape and dtype of a tensor, from its file's header alone."""
-    return TensorSpec(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
 
 
 def _check_same(first: dict[str, TensorSpec], other: dict[str, TensorSpec], folder: Path, other_folder: Path) -> None:

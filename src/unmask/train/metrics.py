@@ -1,4 +1,4 @@
-"""What a run writes about itself: JSON lines, TensorBoard, a plot, a progress bar.
+"""What a run writes about itself: JSON lines, TensorBoard, a plot.
 
 Owns the files under the run's folder. Knows nothing of models; a metric is a number with a name.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -38,16 +37,12 @@ class MetricLog:
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def close(self) -> None:
-        """Flush and close every file."""
-        self._file.close()
-        self._board.close()
-
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._board.close()
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -31,7 +31,7 @@ from unmask.diffusion.objectives import (
 )
 from unmask.models.transformer import Transformer
 from unmask.train.metrics import Record
-from unmask.train.recipe import Recipe
+from unmask.train.recipe import CapSection, Recipe
 from unmask.train.router import RouterMonitor
 from unmask.train.step import AttentionBackend, MaskNoise, evaluate, predicted_hidden
 
@@ -75,8 +75,7 @@ class Setting:
     def score_held_out(self, rows: PackedRows, phase: Phase) -> Record:
         """NELBO, and mean cross-entropy by quarter of the mask rate, of held-out rows."""
         corruption = CorruptionConfig(self.mask_id, phase.block_size, complementary=True, sampling="fixed_count")
-        device, size = self.model.embed.weight.device, self.recipe.train.micro_rows
-        result = evaluate(self.model, rows.to(device), corruption, self.backend, micro_rows=size, seed=VALIDATION_SEED)
+        result = evaluate(self.model, self.micro_batches(rows), corruption, self.backend, VALIDATION_SEED)
         quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
         return {"nelbo": result.nelbo, **quarters}
 
@@ -99,17 +98,16 @@ class Denoising:
         num_maskable = rows.num_maskable * corruption.num_copies
         noise = MaskNoise(self._noise_norm(step), train.seed)
         streams = [corrupt(part, corruption, train.seed) for part in setting.micro_batches(rows)]
-        tally = None if self._cap is None else CapTally(self._num_right(streams, noise), self._cap.threshold)
+        tally = None if self._cap is None else CapTally(self._cap, self._num_right(streams, noise))
         total = 0.0
         for stream in streams:
             hidden_ND = setting.hidden(stream, noise)
-            if self._cap is None or tally is None:
+            if tally is None:
                 nll_N = token_nll(setting.model.head, hidden_ND, stream.target_N, setting.mask_id)
                 loss = nelbo(nll_N, stream.weight_N, num_maskable)
             else:
                 scores = self._scores(hidden_ND, stream)
-                loss = nelbo(scores.nll_N, stream.weight_N, num_maskable)
-                loss = loss + self._cap.weight * tally.add(scores)
+                loss = nelbo(scores.nll_N, stream.weight_N, num_maskable) + tally.add(scores)
             loss.backward()
             total += float(loss.detach())
         extra = {} if tally is None else tally.metrics()
@@ -143,20 +141,21 @@ class Denoising:
 class CapTally:
     """The confidence term of a global batch, micro-batch by micro-batch, and the figures that tell whether it works."""
 
-    def __init__(self, num_right: int | None, threshold: float) -> None:
-        self._num_right, self._threshold = num_right, threshold
+    def __init__(self, cap: CapSection, num_right: int | None) -> None:
+        self._cap, self._num_right = cap, num_right
         self._right = self._predictions = self._sure = self._sure_right = 0
         self._entropy = 0.0
 
     def add(self, scores: TokenScores) -> Tensor:
-        """This micro-batch's share of `L_conf`."""
-        right, sure = scores.right_N, scores.confidence_N > self._threshold
+        """This micro-batch's share of `lambda * L_conf`."""
+        right, sure = scores.right_N, scores.confidence_N > self._cap.threshold
         self._predictions += len(right)
         self._right += int(right.sum())
         self._sure += int(sure.sum())
         self._sure_right += int((sure & right).sum())
         self._entropy += float(scores.entropy_N.detach().sum())
-        return confidence_loss(scores.entropy_N, self._right if self._num_right is None else self._num_right)
+        num_right = self._right if self._num_right is None else self._num_right
+        return self._cap.weight * confidence_loss(scores.entropy_N, num_right)
 
     def metrics(self) -> Record:
         """`right`: share of predictions whose argmax is right; `right_entropy`: their mean entropy (nats); `confident`: share

@@ -200,13 +200,12 @@ class Recipe(Section):
             )
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
         path: a YAML file.
         overrides: `a.b=value` strings; the value is read as YAML, a number is a list index (`data.sources.0.path=x`).
-        defaults: values laid over the file before the overrides (from dedicated command-line options).
 
     Raises:
         ConfigError: unreadable file, unknown key, or a value that breaks a rule; every problem is named.
@@ -219,7 +218,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), defaults: dict[str, A
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} holds no mapping; see recipes/ for examples")
-    values = values | (defaults or {})
     for override in overrides:
         _set(values, override)
     return parse_recipe(values, str(path))

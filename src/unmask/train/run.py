@@ -20,8 +20,8 @@ from unmask.data.pairs import PairPacker
 from unmask.data.sources import open_source
 from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
-from unmask.models.adapter import adapters_off, attach_lora, folded_state, save_adapter
-from unmask.models.checkpoint import load_model, resize_vocabulary, save_state
+from unmask.models.adapter import adapters_off, attach_lora, save_adapter
+from unmask.models.checkpoint import load_model, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
@@ -29,7 +29,7 @@ from unmask.train.metrics import Record, plot_run, read_metrics
 from unmask.train.objective import Denoising, Objective, Preference, Setting
 from unmask.train.recipe import Recipe, TrainSection
 from unmask.train.router import RouterMonitor
-from unmask.train.state import list_checkpoints
+from unmask.train.state import list_checkpoints, save_model
 from unmask.train.step import AttentionBackend
 from unmask.train.trainer import Parts, Trainer
 
@@ -84,7 +84,7 @@ def run_recipe(
     finally:
         plot = _plot(out)
     if finished:
-        parts.save_model(parts.model, out)
+        save_model(parts.model, parts.tokenizer, out)
         if recipe.train.lora is not None:
             save_adapter(parts.model, out / ADAPTER, base=recipe.model)
             parts.tokenizer.save(out / ADAPTER)
@@ -122,7 +122,6 @@ def build_parts(recipe: Recipe) -> Parts:
         mask_id=mask_id,
         backend=backend,
         tokenizer=tokenizer,
-        save_model=lambda trained, target: _save(trained, tokenizer, target),
     )
 
 
@@ -200,12 +199,6 @@ def _backend(recipe: Recipe, device: str) -> AttentionBackend:
     if recipe.train.attention != "auto":
         return recipe.train.attention
     return "flex" if device.startswith("cuda") else "blocked"
-
-
-def _save(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights (adapters folded in), config and tokenizer as a Hugging Face folder."""
-    save_state(folded_state(model), model.config, folder)
-    tokenizer.save(folder)
 
 
 def _plot(out: Path) -> Path | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unmask.data.tokenizer import Tokenizer
 from unmask.errors import CheckpointError, TrainingError
+from unmask.models.adapter import folded_state
+from unmask.models.checkpoint import save_state
+from unmask.models.transformer import Transformer
 
 FORMAT = 1
 
@@ -44,14 +47,20 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").exists())
 
 
-def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], save_model: Callable[[Path], None]) -> Path:
+def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights (adapters folded in), config and tokenizer as a Hugging Face folder."""
+    save_state(folded_state(model), model.config, folder)
+    tokenizer.save(folder)
+
+
+def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], model: Transformer, tokenizer: Tokenizer) -> Path:
     """Write a checkpoint beside its final name, then rename it into place.
 
     Args:
         run: the run's folder.
         state: step, tokens, data position, recipe.
         tensors: optimiser state.
-        save_model: writes the model into the folder it is given.
+        model, tokenizer: what `model/` is to hold.
 
     Returns:
         The checkpoint's folder.
@@ -64,7 +73,7 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], sa
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_model(partial / "model")
+        save_model(model, tokenizer, partial / "model")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(state)))
         shutil.rmtree(final, ignore_errors=True)

@@ -8,6 +8,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -84,13 +85,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, rows: PackedRows, corruption: CorruptionConfig, backend: AttentionBackend, *, micro_rows: int, seed: int
+    model: Transformer, parts: Iterable[PackedRows], corruption: CorruptionConfig, backend: AttentionBackend, seed: int
 ) -> Evaluation:
-    """Score held-out rows under one fixed corruption, so that figures of different steps compare."""
+    """Score held-out rows, part by part, under one fixed corruption, so that figures of different steps compare."""
     total, maskable = 0.0, 0
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(rows.tokens_RL), micro_rows):
-        stream = corrupt(rows.rows(start, start + micro_rows), corruption, seed)
+    for rows in parts:
+        stream = corrupt(rows, corruption, seed)
         nll_N = score_stream(model, stream, corruption.mask_id, backend)
         total += float(nelbo(nll_N, stream.weight_N, 1))
         maskable += stream.num_maskable

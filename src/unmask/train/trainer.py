@@ -40,7 +40,6 @@ class Parts:
     mask_id: int
     backend: AttentionBackend
     tokenizer: Tokenizer
-    save_model: Callable[[Transformer, Path], None]
 
 
 class Trainer:
@@ -133,12 +132,8 @@ class Trainer:
             validation=self._validation,
         )
         routers = {} if self.parts.router is None else self.parts.router.state_tensors()
-        path = save_checkpoint(
-            self.run_folder,
-            state,
-            {**self.optimizer.state_tensors(), **routers},
-            lambda folder: self.parts.save_model(self.parts.model, folder),
-        )
+        tensors = {**self.optimizer.state_tensors(), **routers}
+        path = save_checkpoint(self.run_folder, state, tensors, self.parts.model, self.parts.tokenizer)
         prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
         return path
 

@@ -1,0 +1,240 @@
+"""Quantised matrix products on this CPU: the libraries' and ours against float32 and the floor.
+
+    python benchmarks/gemm.py [--rows 1,8,32,64] [--repeats 5] [--json]
+
+Shapes are SmolLM2-135M's. Every way is first held to the exact product it claims to compute, at every row count, and its
+time is printed only then. Weights are cold, as in a forward: each way goes round several copies that do not fit into a
+cache. Ways take turns (A B A B ...); a figure is the median over the repeats, with the range behind it. The floor is the
+larger of weight bytes / read bandwidth and operations / peak rate of 8-bit dot products, both measured here, for 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from decode import machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from unmask.models.native import build
+from unmask.models.native.interface import Kernels
+from unmask.models.native.linear import PackedLinear
+from unmask.models.native.quantize import quantize
+
+SHAPES = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
+COLD_BYTES = 64 << 20
+Product = Callable[[Tensor], Tensor]
+PEAK = """
+#include "vector.h"
+extern "C" int rounds(int64_t count) {
+    alignas(64) uint8_t weights[64] = {1, 2, 3};
+    Ints sums[12];
+    for (int j = 0; j < 12; j++) sums[j] = splat(j);
+    for (int64_t i = 0; i < count; i++) {
+#pragma GCC unroll 12
+        for (int j = 0; j < 12; j++) sums[j] = dot4(sums[j], weights, 0x01010101);
+    }
+    Ints total = {};
+    for (int j = 0; j < 12; j++) total += sums[j];
+    return total[0];
+}
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to multiply: one callable per copy of the weights, and the matrix [N, K] it should multiply by."""
+
+    products: list[Product]
+    weight: Tensor
+    rounds_activations: bool
+
+    def expected(self, x: Tensor) -> Tensor:
+        if not self.rounds_activations:
+            return (x.double() @ self.weight.double().T).float()
+        q, scale = round_rows(x)
+        return (q.double() @ self.weight.double().T).float() * scale
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as signed 8-bit integers, and their scales."""
+    peak = x.abs().amax(1, keepdim=True)
+    return (x * (torch.full_like(peak, 127) / peak)).round().to(torch.int8), peak / 127
+
+
+def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
+    """Every way there is, by name. The libraries' take a float matrix and round its rows as ours do."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    eight, four = quantize(weight, 8), quantize(weight, 4)
+    copies = range(max(2, COLD_BYTES // (inputs * outputs)))
+
+    def int_mm(_: int) -> Product:
+        w = eight.integers_NK.clone().t()
+
+        def product(x: Tensor) -> Tensor:
+            q, scale = round_rows(x)
+            return torch._int_mm(q, w).float() * scale * eight.scale_N
+
+        return product
+
+    def onednn(_: int) -> Product:
+        packed = torch.ops.onednn.qlinear_prepack(eight.integers_NK, None)
+        zeros = torch.zeros(outputs, dtype=torch.int64)
+
+        def product(x: Tensor) -> Tensor:
+            q, scale = round_rows(x)
+            # Signed inputs take a path without vector instructions, so 128 is added and told.
+            unsigned = q.view(torch.uint8).bitwise_xor_(128)
+            out = torch.ops.onednn.qlinear_pointwise(
+                unsigned, 1.0, 128, packed, eight.scale_N, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+            return out * scale
+
+        return product
+
+    def weight_only(_: int) -> Product:
+        w = eight.integers_NK.clone()
+        return lambda x: torch._weight_int8pack_mm(x, w, eight.scale_N)
+
+    def ours(bits: int) -> Callable[[int], Product]:
+        return lambda _: PackedLinear(weight, None, bits, kernels)
+
+    def plain(_: int) -> Product:
+        w = weight.clone()
+        return lambda x: F.linear(x, w)
+
+    return {
+        "float32": Way([plain(i) for i in copies], weight, False),
+        "_int_mm": Way([int_mm(i) for i in copies], eight.dequantize(), True),
+        "onednn qlinear": Way([onednn(i) for i in copies], eight.dequantize(), True),
+        "_weight_int8pack_mm": Way([weight_only(i) for i in copies], eight.dequantize(), False),
+        "ours, int8": Way([ours(8)(i) for i in copies], eight.dequantize(), True),
+        "ours, int4": Way([ours(4)(i) for i in copies], four.dequantize(), True),
+    }
+
+
+def check(way: Way, x: Tensor, plain: Way) -> str | None:
+    """Why a way is not timed, if so: it fails, it is wrong, or it has no fast kernel here."""
+    try:
+        got = [product(x) for product in way.products[:2]]
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:40]
+    expected = way.expected(x)
+    error = max(float((out - expected).norm() / expected.norm()) for out in got)
+    if error > 1e-5:
+        return f"WRONG by {error:.1e}"
+    slower = timed(lambda: way.products[0](x)) / timed(lambda: plain.products[0](x))
+    return f"{slower:.0f} times slower than float32" if slower > 10 else None
+
+
+def seconds(way: Way, x: Tensor) -> float:
+    """Seconds a product, over all copies."""
+    started = time.perf_counter()
+    for product in way.products:
+        product(x)
+    return (time.perf_counter() - started) / len(way.products)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading memory with all threads."""
+    data = torch.ones(64 << 20, dtype=torch.int32)
+    return max(data.nbytes / timed(lambda: data.max()) for _ in range(7))
+
+
+def peak_rate() -> float:
+    """8-bit operations per second of all threads, multiplications and additions counted apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "peak.cpp", Path(folder) / "peak.so"
+        source.write_text(PEAK)
+        command = [*build._compiler(), *build._FLAGS, f"-I{Path(build.__file__).parent}", "-shared", source, "-o", library]
+        subprocess.run(command, check=True)
+        rounds = ctypes.CDLL(str(library)).rounds
+        rounds.argtypes = [ctypes.c_int64]
+        one = max(1e6 * 12 * 16 * 8 / timed(lambda: rounds(1_000_000)) for _ in range(7))
+    return one * torch.get_num_threads()
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(shape: str, rows: list[int], repeats: int, kernels: Kernels) -> list[dict[str, Any]]:
+    """Figures of one shape: for each row count and way, milliseconds in the order of the repeats, or why there are none."""
+    inputs, outputs = SHAPES[shape]
+    all_ways, figures = ways(inputs, outputs, kernels), []
+    for count in rows:
+        x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(count))
+        reasons = {name: check(way, x, all_ways["float32"]) for name, way in all_ways.items()}
+        times: dict[str, list[float]] = {name: [] for name, reason in reasons.items() if reason is None}
+        for _ in range(repeats):
+            for name in times:
+                times[name].append(1e3 * seconds(all_ways[name], x))
+        for name, reason in reasons.items():
+            figures.append({"shape": shape, "rows": count, "way": name, "ms": times.get(name, []), "reason": reason})
+    return figures
+
+
+def floor_ms(shape: str, rows: int, limits: dict[str, float]) -> float:
+    inputs, outputs = SHAPES[shape]
+    return 1e3 * max(inputs * outputs / limits["bandwidth"], 2 * rows * inputs * outputs / limits["peak"])
+
+
+def table(figures: list[dict[str, Any]], limits: dict[str, float]) -> Table:
+    out = Table("shape", "rows", "way", "ms", "range", "GOP/s", "x floor", title="Matrix products, cold weights")
+    for figure in figures:
+        inputs, outputs = SHAPES[figure["shape"]]
+        if not figure["ms"]:
+            out.add_row(figure["shape"], str(figure["rows"]), figure["way"], "-", figure["reason"], "", "")
+            continue
+        median = statistics.median(figure["ms"])
+        rate = 2 * figure["rows"] * inputs * outputs / median / 1e6
+        floor = floor_ms(figure["shape"], figure["rows"], limits)
+        spread = f"{min(figure['ms']):.3f}-{max(figure['ms']):.3f}"
+        out.add_row(
+            figure["shape"],
+            str(figure["rows"]),
+            figure["way"],
+            f"{median:.3f}",
+            spread,
+            f"{rate:.0f}",
+            f"{median / floor:.1f}",
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,8,32,64")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    console = Console(stderr=options.json)
+    kernels = Kernels(build.start_build().load())
+    limits = {"bandwidth": read_bandwidth(), "peak": peak_rate()}
+    rows, figures = [int(n) for n in options.rows.split(",")], []
+    for shape in options.shapes.split(","):
+        figures += measure(shape, rows, options.repeats, kernels)
+    console.print(table(figures, limits))
+    console.print(f"read bandwidth {limits['bandwidth'] / 1e9:.1f} GB/s, peak {limits['peak'] / 1e9:.0f} GOP/s, {machine()}")
+    if options.json:
+        print(json.dumps({"machine": machine(), "limits": limits, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`unmask trace`: a picture of the order in which an answer was decided.
+
+Owns the drawing. What happened at each step is the engine's record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmask.cli import decoding as options
+from unmask.cli.console import make_console, pick_device
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from unmask.engine.model import Generation
+    from unmask.engine.request import Step
+
+_MOST_LABELS = 96
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("trace.png"),
+    model: options.Model = options.DIFFUSION_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    block_size: options.BlockSize = None,
+    threshold: options.Threshold = None,
+    steps: options.Steps = None,
+    preset: options.Preset = None,
+    edit_threshold: options.EditThreshold = None,
+    policy: options.Policy = None,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantize: options.Quantize = None,
+) -> None:
+    """Draw the order in which the tokens of an answer were decided.
+
+    \b
+    unmask trace "What is 17 plus 25?" --out order.png
+    unmask trace "List five fruits." --threshold 0.7 --block-size 32
+
+    One column a token, one row a forward. The colour is the model's confidence in its candidate; a dot marks the forward
+    that decided the token, a cross one that replaced it.
+    """
+    wanted = options.given(
+        block_size=block_size,
+        threshold=threshold,
+        steps=steps,
+        preset=preset,
+        edit_threshold=edit_threshold,
+        policy=policy,
+        temperature=temperature,
+        seed=seed,
+    )
+
+    import unmask
+    from unmask.cli.watch import costs
+
+    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
+    generation = language_model.generate(
+        prompt, max_new_tokens=max_new_tokens, chat=False if raw else None, trace=True, **wanted
+    )
+    assert language_model.tokenizer is not None, "generate() refuses a model without a tokenizer"
+    draw_trace(generation, language_model.tokenizer.decode, out)
+    console = make_console()
+    console.print(costs(generation), soft_wrap=True)
+    console.print(f"plot     {out}", soft_wrap=True)
+
+
+def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], out: Path) -> None:
+    """Write the picture of a traced generation.
+
+    Args:
+        generation: of a call with `trace=True`.
+        decode: text of ids, for the labels.
+        out: the PNG; its folder is made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, count = generation.trace, len(generation.ids)
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.24 * count), max(3.0, 0.2 * len(steps) + 1.6)), layout="constrained")
+    first = min((step.start + place for step in steps for place, fixed in enumerate(step.fixed) if not fixed), default=0)
+    _draw_confidence(axes, steps, first, count)
+    for marker, label, kind in (("o", "decided", "accepted"), ("x", "replaced", "edited")):
+        marks = _marks(steps, kind, first, count)
+        if marks:
+            columns, rows = zip(*marks, strict=True)
+            axes.scatter(columns, rows, marker=marker, s=18, c="black", linewidths=1, label=label)
+    axes.set(xlabel="token of the answer", ylabel="forward", title=f"{count} tokens in {generation.forwards} forwards")
+    if count <= _MOST_LABELS:
+        labels = [decode([token]).replace("\n", "⏎").replace("$", r"\$") or "∎" for token in generation.ids]
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
+    axes.legend(loc="upper right", fontsize=7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_confidence(axes: Axes, steps: Sequence[Step], first: int, count: int) -> None:
+    """The confidence in every candidate, as an image."""
+    import numpy as np
+
+    image = np.full((len(steps), count), np.nan)
+    for row, step in enumerate(steps):
+        for place, (guess, confidence) in enumerate(zip(step.guess, step.confidence, strict=True)):
+            column = step.start + place - first
+            if guess is not None and 0 <= column < count:
+                image[row, column] = confidence
+    shown = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest", alpha=0.75)
+    assert axes.figure is not None
+    axes.figure.colorbar(shown, ax=axes, label="confidence in the candidate")
+
+
+def _marks(steps: Sequence[Step], kind: str, first: int, count: int) -> list[tuple[int, int]]:
+    """(column, row) of every token that a step decided, or replaced."""
+    marks = []
+    for row, step in enumerate(steps):
+        flags = step.accepted if kind == "accepted" else step.edited
+        columns = [step.start + place - first for place, yes in enumerate(flags) if yes]
+        marks += [(column, row) for column in columns if 0 <= column < count]
+    return marks

@@ -1,0 +1,231 @@
+"""The engine: requests in, tokens out, many at a time.
+
+Owns the loop and the public calls `add`, `step`, `stream`, `run`, `abort`. Everything it decides is in `scheduler` (who), in
+`sequence` (what) and in `runner` (how).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+from unmask.engine.causal import CausalSequence
+from unmask.engine.denoising import BlockSequence
+from unmask.engine.pages import PagePool
+from unmask.engine.request import Completion, Request, Step
+from unmask.engine.runner import Backend, Runner, TorchBackend
+from unmask.engine.scheduler import Scheduler
+from unmask.engine.sequence import Decode, Sequence
+from unmask.errors import RequestError
+from unmask.models.transformer import Transformer
+
+DEFAULT_PAGE_SIZE = 32
+_STORE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did for one request: ids that are final now, what it saw, and the completion when it has ended.
+
+    `error` is set instead when the request cannot go on (a grammar that has led into a dead end); the others do.
+    """
+
+    number: int
+    new_ids: tuple[int, ...]
+    step: Step | None
+    completion: Completion | None
+    error: RequestError | None = None
+
+
+class Engine:
+    """Serves many requests through one cache. Not thread-safe: one caller at a time.
+
+    A request's tokens do not depend on what else is served, on what is cached, or on whether it was interrupted: float
+    rounding aside (a matrix product may round differently at another number of rows), its steps are those of a request
+    served alone.
+
+    Args:
+        model: a transformer, or a backend that computes one.
+        mask_id: the mask token; default: the model's. A model without one decodes autoregressively.
+        decode: text of ids, for stop strings.
+        page_size: tokens in a page of the cache; default: the model's block size.
+        num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
+            `max_running` of them. Memory is taken as it is used.
+        max_running: most requests denoised together.
+        max_rows: most rows of a forward: longer prompts are prefilled in parts.
+        prefix_cache: share the cache of equal beginnings, also with requests that have ended.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | Backend,
+        *,
+        mask_id: int | None = None,
+        decode: Decode | None = None,
+        page_size: int | None = None,
+        num_tokens: int | None = None,
+        max_running: int = 16,
+        max_rows: int = 512,
+        prefix_cache: bool = True,
+    ) -> None:
+        backend = TorchBackend(model) if isinstance(model, Transformer) else model
+        self.config = backend.config
+        self.mask_id = self.config.mask_id if mask_id is None else mask_id
+        if self.mask_id is not None and not 0 <= self.mask_id < self.config.vocab_size:
+            raise RequestError(f"mask token {self.mask_id} is outside the vocabulary (0..{self.config.vocab_size - 1})")
+        size = page_size if page_size is not None else self.config.block_size or DEFAULT_PAGE_SIZE
+        num_tokens = self._default_tokens(backend, max_running) if num_tokens is None else num_tokens
+        for name, value in (
+            ("page_size", size),
+            ("num_tokens", num_tokens),
+            ("max_running", max_running),
+            ("max_rows", max_rows),
+        ):
+            if value < 1:
+                raise RequestError(f"{name} is {value}; it must be at least 1")
+        pages = -(-num_tokens // size)
+        self.page_size, self._decode = size, decode
+        self.pool = PagePool(pages)
+        self.scheduler = Scheduler(self.pool, size, max_running=max_running, max_rows=max_rows, prefix_cache=prefix_cache)
+        self._runner = Runner(backend, pages * size, self.mask_id)
+        self._sequences: dict[int, Sequence] = {}
+        self._emitted: dict[int, int] = {}
+        self._unread: list[Update] = []
+        self._next = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._sequences or self._unread)
+
+    def add(self, request: Request, *, watch: bool = False) -> int:
+        """Queue a request.
+
+        Args:
+            request: what to do.
+            watch: report what every step saw (`Update.step`).
+
+        Returns:
+            Its number.
+
+        Raises:
+            RequestError: an impossible request; nothing is queued.
+        """
+        request.check(self.config)
+        self._check_room(request)
+        number = self._next
+        sequence: Sequence
+        if self.mask_id is None:
+            sequence = CausalSequence(request, number, self.page_size, self._decode)
+        else:
+            sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode)
+        sequence.watched |= watch
+        self._next += 1
+        self._sequences[number], self._emitted[number] = sequence, 0
+        if sequence.completion is None:
+            self.scheduler.add(sequence)
+        return number
+
+    def step(self) -> list[Update]:
+        """One forward for everyone who takes part in it; nothing if there is no work."""
+        updates, self._unread = self._unread, []
+        # A grammar may leave no choice at all: such a request has ended without a forward.
+        updates += [self._update(sequence) for sequence in list(self._sequences.values()) if sequence.completion is not None]
+        work = self.scheduler.schedule()
+        answers = self._runner.run(work) if work else []
+        for (sequence, plan), answer in zip(work, answers, strict=True):
+            sequence.last_step = None
+            try:
+                sequence.apply(plan, answer)
+            except RequestError as error:
+                self.abort(sequence.number)
+                updates.append(Update(sequence.number, (), None, None, error))
+            else:
+                self.scheduler.publish(sequence)
+                updates.append(self._update(sequence))
+        return updates
+
+    def abort(self, number: int) -> None:
+        """End a request without a completion; its pages are free at once. One that has ended is left alone."""
+        sequence = self._sequences.pop(number, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+            del self._emitted[number]
+
+    def stream(self, request: Request, *, watch: bool = False) -> Iterator[Update]:
+        """Updates of one request until it ends. Other requests advance alongside; `step` reports on them afterwards.
+
+        Stopping early aborts it.
+
+        Raises:
+            RequestError: it is impossible, or cannot go on.
+        """
+        number = self.add(request, watch=watch)
+        try:
+            while number in self._sequences:
+                yield from self._step_for({number})
+        finally:
+            self.abort(number)
+
+    def run(self, requests: List[Request]) -> list[Completion]:
+        """Serve all of these to the end; completions in their order. `step` reports on others afterwards.
+
+        Raises:
+            RequestError: one of them is impossible, or cannot go on; all are aborted.
+        """
+        numbers: dict[int, Completion | None] = {}
+        try:
+            for request in requests:
+                numbers[self.add(request)] = None
+            while None in numbers.values():
+                for update in self._step_for(numbers.keys()):
+                    numbers[update.number] = update.completion
+        finally:
+            for number in numbers:
+                self.abort(number)
+        return [completion for completion in numbers.values() if completion is not None]
+
+    def _step_for(self, numbers: Container[int]) -> list[Update]:
+        """A step's updates of some requests; those of others are kept for whoever calls `step`."""
+        updates = self.step()
+        self._unread += [update for update in updates if update.number not in numbers]
+        mine = [update for update in updates if update.number in numbers]
+        for update in mine:
+            if update.error is not None:
+                raise update.error
+        return mine
+
+    def _update(self, sequence: Sequence) -> Update:
+        number = sequence.number
+        new = tuple(sequence.new_ids[self._emitted[number] :])
+        self._emitted[number] += len(new)
+        if sequence.completion is not None:
+            self.abort(number)
+        return Update(number, new, sequence.last_step, sequence.completion)
+
+    def _check_room(self, request: Request) -> None:
+        if self.mask_id is None:
+            if None in request.ids:
+                raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
+            if not request.ids:
+                raise RequestError("autoregressive decoding needs at least one prompt token")
+        elif request.rules.window * request.rules.block_size > self.scheduler.max_rows:
+            raise RequestError(
+                f"{request.rules.window} blocks of {request.rules.block_size} tokens do not fit a forward of "
+                f"{self.scheduler.max_rows} rows; use a smaller block size or window, or an engine with more rows"
+            )
+        length = len(request.ids) + request.max_new_tokens if self.mask_id is None else request.canvas_length
+        if length > self.pool.num_pages * self.page_size:
+            raise RequestError(
+                f"{length} tokens in whole blocks do not fit a cache of {self.pool.num_pages * self.page_size}; "
+                "shorten the prompt, ask for fewer new tokens, or use a larger cache"
+            )
+        if request.stop and self._decode is None:
+            raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
+
+    def _default_tokens(self, backend: Backend, max_running: int) -> int:
+        config = self.config
+        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize
+        fitting = min(_STORE_BYTES // per_token, max_running * config.max_positions)
+        return max(fitting, config.max_positions + DEFAULT_PAGE_SIZE)

@@ -1,0 +1,106 @@
+"""Filling holes in a text with both sides in view: what a model that reads from left to right cannot do.
+
+Owns how a text with holes becomes requests, one per length tried, and which of the fillings is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unmask.data.tokenizer import Tokenizer
+from unmask.engine.request import Completion, Request
+from unmask.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """A filled text.
+
+    Attributes:
+        text: all of it.
+        fills: what went into each hole.
+        tokens_per_hole: the length that was kept.
+        score: mean log-probability of the filled tokens, in nats, each at the step that decided it.
+        forwards: of all lengths tried.
+    """
+
+    text: str
+    fills: tuple[str, ...]
+    tokens_per_hole: int
+    score: float
+    forwards: int
+    seconds: float
+
+
+def split_holes(text: str, hole: str) -> list[str]:
+    """The text around the holes, one part more than there are holes. A space before a hole goes to the hole.
+
+    Raises:
+        RequestError: no hole.
+    """
+    if not hole or hole not in text:
+        raise RequestError(f"the text has no hole {hole!r}; write one where something is to be filled in")
+    parts = text.split(hole)
+    return [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]
+
+
+def filling_requests(
+    template: Request, parts: Sequence[str], tokens: int | tuple[int, int], tokenizer: Tokenizer, *, whole: bool
+) -> list[Request]:
+    """A request for every length tried.
+
+    Args:
+        template: options; its ids and budget are replaced.
+        parts: the text around the holes.
+        tokens: tokens of a hole, or the least and the most.
+        tokenizer: no special token is ever filled in.
+        whole: one block over everything.
+    """
+    least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
+    if not 1 <= least <= most:
+        raise RequestError(f"tokens of a hole are {least} to {most}; they must be at least 1, the least first")
+    banned = {token: float("-inf") for token in tokenizer.special_tokens.values()}
+    around = [tokenizer.encode(part) for part in parts]
+    requests = []
+    for count in range(least, most + 1):
+        ids: list[int | None] = [*tokenizer.prefix_ids, *around[0]]
+        for part in around[1:]:
+            ids += [*[None] * count, *part]
+        rules = template.rules
+        if whole:
+            # A block as long as the text; the same number of commits a step at least as in blocks of the usual size.
+            rules = replace(rules, block_size=len(ids), steps=min(rules.steps, len(ids)))
+        bias = {**banned, **template.logit_bias}
+        requests.append(
+            replace(template, ids=tuple(ids), max_new_tokens=0, rules=rules, logit_bias=bias, logprobs=template.logprobs or 0)
+        )
+    return requests
+
+
+def best_filling(
+    requests: Sequence[Request], completions: Sequence[Completion], tokenizer: Tokenizer, seconds: float
+) -> Infilling:
+    """The filling whose tokens are likeliest on average; the shortest on ties."""
+    scores = []
+    for completion in completions:
+        assert completion.logprobs is not None, "filling requests ask for them"
+        scores.append(sum(entry.logprob for entry in completion.logprobs) / len(completion.logprobs))
+    best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+    request, filled = requests[best], iter(completions[best].ids)
+    ids = [next(filled) if token is None else token for token in request.ids]
+    holes: list[list[int]] = []
+    for place, token in enumerate(request.ids):
+        if token is None:
+            if place == 0 or request.ids[place - 1] is not None:
+                holes.append([])
+            holes[-1].append(ids[place])
+    num_prefix = len(tokenizer.prefix_ids)
+    return Infilling(
+        text=tokenizer.decode(ids[num_prefix:]),
+        fills=tuple(tokenizer.decode(hole) for hole in holes),
+        tokens_per_hole=len(holes[0]),
+        score=scores[best],
+        forwards=sum(completion.forwards for completion in completions),
+        seconds=seconds,
+    )

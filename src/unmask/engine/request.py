@@ -1,0 +1,178 @@
+"""What a decoder is asked, what it reports while it works, and what it returns.
+
+Owns the request's limits and the records shared by every decoder. Knows no model and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from unmask.diffusion.blocks import num_blocks
+from unmask.diffusion.decode import DecodeRules
+from unmask.engine.grammar import Grammar
+from unmask.errors import RequestError
+from unmask.models.config import ModelConfig
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to complete, how, and where to stop.
+
+    Attributes:
+        ids: the prompt; None is a hole to fill (diffusion models). A mask or end-of-sequence token inside it is an ordinary
+            token.
+        max_new_tokens: most tokens behind the prompt.
+        eos_ids: tokens that end the completion.
+        rules: block size, acceptance, sampling.
+        stop: strings that end the completion; they are not part of it.
+        min_new_tokens: no end before so many tokens. Holes are never filled with an end.
+        logit_bias: added to the logits of these tokens, in nats; -inf bans one.
+        logprobs: report the log-probability of every token, and of this many alternatives.
+        grammar: what the completion must be a sentence of.
+        sample: which of several completions of one prompt: part of the key of every draw.
+        priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
+        trace: keep every step.
+    """
+
+    ids: tuple[int | None, ...]
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    rules: DecodeRules = field(default_factory=DecodeRules)
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    sample: int = 0
+    priority: int = 0
+    trace: bool = False
+
+    @cached_property
+    def num_wanted(self) -> int:
+        """Tokens that the model decides at most: holes and new ones."""
+        return sum(token is None for token in self.ids) + self.max_new_tokens
+
+    @property
+    def canvas_length(self) -> int:
+        """Positions in whole blocks."""
+        return num_blocks(len(self.ids) + self.max_new_tokens, self.rules.block_size) * self.rules.block_size
+
+    def samples(self, count: int) -> list[Request]:
+        """So many requests that differ in what they draw; they share the cache of their prompt."""
+        return [replace(self, sample=self.sample + i) for i in range(count)]
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises: RequestError: nothing to decide, a token outside the vocabulary, or more than the context holds."""
+        holes = any(token is None for token in self.ids)
+        if self.max_new_tokens < (0 if holes else 1):
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least {0 if holes else 1}")
+        check_vocabulary([token for token in self.ids if token is not None], config)
+        check_vocabulary(list(self.logit_bias), config, "logit_bias")
+        total = len(self.ids) + self.max_new_tokens
+        if total > config.max_positions:
+            raise RequestError(
+                f"prompt of {len(self.ids)} tokens plus {self.max_new_tokens} new ones exceeds the context of "
+                f"{config.max_positions}; shorten the prompt or lower --max-new-tokens"
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens is {self.min_new_tokens}; it must lie in 0..{self.max_new_tokens}, the most new ones"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise RequestError(f"logprobs is {self.logprobs}; between 0 and 20 alternatives can be reported")
+        if "" in self.stop:
+            raise RequestError("a stop string is empty; it would end every completion at once")
+        if self.grammar is not None and (holes or self.rules.editing):
+            raise RequestError("a grammar goes with neither holes nor an edit_threshold; leave one of them out")
+
+
+def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prompt") -> None:
+    """Raises: RequestError: a token outside the vocabulary."""
+    outside = [token for token in ids if not 0 <= token < config.vocab_size]
+    if outside:
+        raise RequestError(f"{where} token {outside[0]} is outside the vocabulary (0..{config.vocab_size - 1})")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward, as seen from outside: the tokens of the block (or window of blocks) after it, by place in it.
+
+    Attributes:
+        start: absolute position of the first.
+        fixed: True where the request gave the token.
+        tokens: None where undecided.
+        guess: the model's candidate where it was asked for one.
+        confidence: of the candidate; 0 where there is none.
+        accepted: True where this step decided the token.
+        edited: True where this step replaced a decided token.
+        forwards: forwards of this request so far, this one included.
+    """
+
+    start: int
+    fixed: tuple[bool, ...]
+    tokens: tuple[int | None, ...]
+    guess: tuple[int | None, ...]
+    confidence: tuple[float, ...]
+    accepted: tuple[bool, ...]
+    edited: tuple[bool, ...]
+    forwards: int
+
+
+OnStep = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probabilities under the model's own distribution (mask token left out), at the step that decided."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a request cost.
+
+    `prefill_forwards` are those that decided nothing; `cached_tokens` prompt tokens whose keys and values were there
+    already; times are in seconds: waiting, until the first denoising step, and from there to the end.
+    """
+
+    prefill_forwards: int = 0
+    edits: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Decided ids in order of position, up to and including the end-of-sequence token, and what they cost.
+
+    `forwards` counts every forward that had rows of this request, prefill and commit included. `text` is set when stop
+    strings were asked for: the text before the stop string.
+    """
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    forwards: int
+    text: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
+    costs: Costs = field(default_factory=Costs, compare=False)
+    trace: tuple[Step, ...] = field(default=(), compare=False)
+
+
+def finish(generated: Sequence[int], request: Request, forwards: int) -> Completion:
+    """Cut decided tokens at the first end-of-sequence token or at the budget."""
+    kept = list(generated[: request.num_wanted])
+    ends = [i for i, token in enumerate(kept) if token in request.eos_ids]
+    if ends:
+        return Completion(tuple(kept[: ends[0] + 1]), "stop", forwards)
+    return Completion(tuple(kept), "length", forwards)

@@ -1,0 +1,372 @@
+// Forward pass of a dense transformer over quantised weights, and its vocabulary head: the C ABI that `packed.py` calls.
+//
+// One parallel region per call. A layer is a few phases with a barrier between them: phases over rows (norm, rotary, SwiGLU,
+// quantisation), over output channels (matrix products) and over (segment, kv head, rows) items (attention). No phase's result
+// depends on how it is shared out.
+#include <omp.h>
+
+#include "attention.h"
+#include "gemm.h"
+
+struct Layer {
+    Linear qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm;
+    const float *query_norm, *key_norm;  // null without per-head norms
+};
+
+struct Model {
+    const Layer* layers;
+    const float* final_norm;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, ffn, mixed;
+    float eps;
+
+    // A row of gate and up values, off multiples of a page, where rows would share cache sets.
+    int64_t gate_up_stride() const { return 2 * ffn + kLanes; }
+    int64_t attended() const { return heads * head_dim; }
+    int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Keys and values [layer][key | value][kv head][slot][head_dim].
+struct Store {
+    float* data;
+    int64_t slots;
+};
+
+struct Step {
+    int64_t rows, num_segments;
+    const Segment* segments;
+    const float *cos, *sin;  // [rows][rotary_dim]
+    float* hidden;           // [rows][hidden]: embeddings on entry, hidden states on return
+    Store store;
+};
+
+// Cuts a buffer into aligned pieces; without a buffer it only measures.
+struct Arena {
+    char* base;
+    int64_t used = 0;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* out = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return out;
+    }
+    Rows8 take_rows(int64_t rows, int64_t width) {
+        const int64_t stride = (width + 63) / 64 * 64 + 64;  // off powers of two, where rows would share cache sets
+        return {take<int8_t>(rows * stride), take<float>(rows), take<int32_t>(rows), stride};
+    }
+};
+
+struct Workspace {
+    float *qkv, *heads, *gate_up;
+    Rows8 normed, attended, gated;
+    const int64_t** slots;  // of each row's own key
+    float* scratch;         // one piece a thread
+    int64_t scratch_floats;
+    uint8_t* unpacked;
+    int64_t unpacked_bytes;
+
+    Workspace(const Model& m, int64_t rows, int threads, Arena& arena) {
+        qkv = arena.take<float>(rows * m.qkv());
+        heads = arena.take<float>(rows * m.attended());
+        gate_up = arena.take<float>(rows * m.gate_up_stride());
+        normed = arena.take_rows(rows, m.hidden);
+        attended = arena.take_rows(rows, m.attended());
+        gated = arena.take_rows(rows, m.ffn);
+        slots = arena.take<const int64_t*>(rows);
+        scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
+        scratch = arena.take<float>(threads * scratch_floats);
+        unpacked_bytes = 0;
+        for (const Linear* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
+            unpacked_bytes = std::max(unpacked_bytes, w->depth * kLanes * kTilePanels);
+        unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
+    }
+};
+
+// x / rms(x) * weight; `to` may be `x`.
+INLINE void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* to) {
+    Floats squares = {};
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Floats v = load_some(x + i, lanes_left(i, size));
+        squares = fma(v, v, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum_of(squares) / float(size) + eps);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int count = lanes_left(i, size);
+        store_some(to + i, load_some(x + i, count) * scale * load_some(weight + i, count), count);
+    }
+}
+
+// Rotates the first `rotary` dimensions of a head, first half against second.
+INLINE void rotate(float* head, const float* cos, const float* sin, int64_t rotary) {
+    const int64_t half = rotary / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int count = lanes_left(i, half);
+        const Floats a = load_some(head + i, count), b = load_some(head + half + i, count);
+        const Floats c = load_some(cos + i, count), s = load_some(sin + i, count);
+        store_some(head + i, a * c - b * s, count);
+        store_some(head + half + i, b * c + a * s, count);
+    }
+}
+
+// silu(gate) * up
+INLINE void swiglu(const float* gate_up, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int count = lanes_left(i, size);
+        const Floats gate = load_some(gate_up + i, count), up = load_some(gate_up + size + i, count);
+        store_some(to + i, gate / (exp_(-gate) + 1.0f) * up, count);
+    }
+}
+
+// The Hadamard transform, not normalised, over `count` vectors of each block: channels i, i + 16, ... (see rotation.py).
+INLINE void mix(float* x, int64_t size, int64_t count) {
+    for (float* block = x; count > 1 && block < x + size; block += count * kLanes)
+        for (int64_t apart = 1; apart < count; apart *= 2)
+            for (int64_t i = 0; i < count; i++) {
+                if (i & apart) continue;
+                float *low = block + i * kLanes, *high = low + apart * kLanes;
+                const Floats a = load<Floats>(low), b = load<Floats>(high);
+                store(low, a + b), store(high, a - b);
+            }
+}
+
+// One thread's part of one forward pass.
+struct Forward {
+    const Model& m;
+    const Step& step;
+    const Workspace& work;
+    Worker worker;
+    float* scratch = work.scratch + worker.index * work.scratch_floats;
+
+    void run() const {
+        find_slots();
+        for (int64_t layer = 0; layer < m.num_layers; layer++) {
+            const Layer& l = m.layers[layer];
+            normalize(l.attention_norm);
+            product(l.qkv, work.normed, {work.qkv, m.qkv()});
+            place_keys(l, layer);
+            attend_all(layer);
+            quantize(work.heads, m.attended(), work.attended);
+            product(l.out, work.attended, {step.hidden, m.hidden, true});
+            normalize(l.mlp_norm);
+            product(l.gate_up, work.normed, {work.gate_up, m.gate_up_stride()});
+            gate();
+            product(l.down, work.gated, {step.hidden, m.hidden, true});
+        }
+        const Range rows = worker.share_of(step.rows);
+        for (int64_t r = rows.from; r < rows.to; r++) {
+            float* x = step.hidden + r * m.hidden;
+            rms_norm(x, m.final_norm, m.hidden, m.eps, x);
+        }
+    }
+
+    void find_slots() const {
+        if (worker.index == 0)
+            for (int64_t i = 0; i < step.num_segments; i++) {
+                const Segment& s = step.segments[i];
+                for (int64_t r = s.start; r < s.stop; r++) work.slots[r] = s.slots + s.past + r - s.start;
+            }
+    }
+
+    void product(const Linear& w, const Rows8& a, const Target& to) const {
+        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
+        gemm(w, a, {0, step.rows}, worker.share_of(w.panels()), to, unpacked);
+        worker.wait();
+    }
+
+    void normalize(const float* weight) const {
+        const Range rows = worker.share_of(step.rows);
+        for (int64_t r = rows.from; r < rows.to; r++) {
+            rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
+            quantize_row(scratch, m.hidden, work.normed, r);
+        }
+        worker.wait();
+    }
+
+    void quantize(const float* x, int64_t width, const Rows8& to) const {
+        const Range rows = worker.share_of(step.rows);
+        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
+        worker.wait();
+    }
+
+    void gate() const {
+        const Range rows = worker.share_of(step.rows);
+        for (int64_t r = rows.from; r < rows.to; r++) {
+            swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
+            mix(scratch, m.ffn, m.mixed);
+            quantize_row(scratch, m.ffn, work.gated, r);
+        }
+        worker.wait();
+    }
+
+    float* stored(int64_t layer, int64_t value, int64_t head) const {
+        return step.store.data + ((layer * 2 + value) * m.kv_heads + head) * step.store.slots * m.head_dim;
+    }
+
+    // Norms and rotates queries and keys, and writes keys and values to their slots.
+    void place_keys(const Layer& l, int64_t layer) const {
+        const Range rows = worker.share_of(step.rows);
+        for (int64_t r = rows.from; r < rows.to; r++) {
+            float* head = work.qkv + r * m.qkv();
+            for (int64_t h = 0; h < m.heads + m.kv_heads; h++, head += m.head_dim) {
+                if (l.query_norm) rms_norm(head, h < m.heads ? l.query_norm : l.key_norm, m.head_dim, m.eps, head);
+                rotate(head, step.cos + r * m.rotary_dim, step.sin + r * m.rotary_dim, m.rotary_dim);
+            }
+            const float* keys = head - m.kv_heads * m.head_dim;
+            for (int64_t h = 0; h < 2 * m.kv_heads; h++)
+                memcpy(stored(layer, h / m.kv_heads, h % m.kv_heads) + *work.slots[r] * m.head_dim, keys + h * m.head_dim,
+                       m.head_dim * sizeof(float));
+        }
+        worker.wait();
+    }
+
+    void attend_all(int64_t layer) const {
+        const int64_t heads = m.heads / m.kv_heads, size = m.head_dim;
+        const AttentionScratch buffers(scratch, size);
+        int64_t item = 0;
+        for (int64_t i = 0; i < step.num_segments; i++) {
+            const Segment& s = step.segments[i];
+            const int64_t lanes = (s.stop - s.start) * heads;
+            for (int64_t g = 0; g < m.kv_heads; g++)
+                for (int64_t from = 0; from < lanes; from += kQueryLanes, item++) {
+                    if (item % worker.count != worker.index) continue;
+                    const int64_t to = std::min(from + kQueryLanes, lanes), at = g * heads * size;
+                    attend(s, {stored(layer, 0, g), stored(layer, 1, g)},
+                           {work.qkv + at, work.heads + at, m.qkv(), m.attended(), heads, size, from, to}, buffers);
+                }
+        }
+        worker.wait();
+    }
+};
+
+// The vocabulary in chunks: each is scored into a buffer, then reduced, and chunks are joined in order.
+constexpr int64_t kChunkPanels = 48, kChunk = kChunkPanels * kLanes, kHeadRows = 64;
+
+struct Best {
+    float peak, total;  // largest logit, and sum of exp(logit - peak)
+    int64_t token;
+};
+
+INLINE Best best_of(const float* logits, int64_t count, int64_t first) {
+    const float none = -std::numeric_limits<float>::infinity();
+    Floats peak = splat(none);
+    Ints at = {};
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+        const Floats x = load<Floats>(logits + i);
+        at = x > peak ? splat(int32_t(i)) : at;
+        peak = larger(peak, x);
+    }
+    Best best = {max_of(peak), 0, count};
+    for (int64_t lane = 0; lane < kLanes; lane++)
+        if (peak[lane] == best.peak) best.token = std::min<int64_t>(best.token, at[lane] + lane);
+    const int64_t whole = count / kLanes * kLanes;
+    for (int64_t i = whole; i < count; i++)
+        if (logits[i] > best.peak) best.peak = logits[i], best.token = i;
+    best.token += first;
+    if (best.peak == none) return best;
+    Floats total = {};
+    for (int64_t i = 0; i < whole; i += kLanes) total += exp_(load<Floats>(logits + i) - best.peak);
+    best.total = sum_of(total);
+    for (int64_t i = whole; i < count; i++) best.total += exp_(splat(logits[i] - best.peak))[0];
+    return best;
+}
+
+static Best join(const Best& a, const Best& b) {
+    if (b.peak == -std::numeric_limits<float>::infinity()) return a;
+    const float peak = std::max(a.peak, b.peak);
+    const float total = a.total * std::exp(a.peak - peak) + b.total * std::exp(b.peak - peak);
+    return {peak, total, b.peak > a.peak ? b.token : a.token};
+}
+
+struct LinearWorkspace {
+    Rows8 rows;
+    Best* best;  // [chunk][row]
+    float* scratch;
+    uint8_t* unpacked;
+    int64_t chunks, unpacked_bytes;
+
+    LinearWorkspace(const Linear& w, int64_t count, int threads, Arena& arena) {
+        chunks = (w.panels() + kChunkPanels - 1) / kChunkPanels;
+        unpacked_bytes = w.depth * kLanes * kTilePanels;
+        rows = arena.take_rows(count, w.depth);
+        best = arena.take<Best>(chunks * count);
+        scratch = arena.take<float>(threads * kHeadRows * kChunk);
+        unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
+    }
+};
+
+extern "C" {
+
+int64_t unmask_forward_bytes(const Model* model, int64_t rows, int threads) {
+    Arena arena{nullptr};
+    Workspace(*model, rows, threads, arena);
+    return arena.used;
+}
+
+void unmask_forward(const Model* model, const Step* step, void* buffer, int threads) {
+    Arena arena{static_cast<char*>(buffer)};
+    const Workspace work(*model, step->rows, threads, arena);
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    Forward{*model, *step, work, {omp_get_thread_num(), omp_get_num_threads(), barrier}}.run();
+}
+
+int64_t unmask_linear_bytes(const Linear* w, int64_t count, int threads) {
+    Arena arena{nullptr};
+    LinearWorkspace(*w, count, threads, arena);
+    return arena.used;
+}
+
+// Products [count][outputs] of rows [count][width].
+void unmask_linear(const Linear* w, const float* x, int64_t count, int64_t width, float* out, void* buffer, int threads) {
+    Arena arena{static_cast<char*>(buffer)};
+    const LinearWorkspace work(*w, count, threads, arena);
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const Worker worker{omp_get_thread_num(), omp_get_num_threads(), barrier};
+        const Range rows = worker.share_of(count);
+        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, work.rows, r);
+        worker.wait();
+        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
+        gemm(*w, work.rows, {0, count}, worker.share_of(w->panels()), {out, w->outputs}, unpacked);
+    }
+}
+
+// The likeliest token of each row but `banned` (none: outputs), the lowest of equals, and its probability.
+void unmask_greedy(const Linear* head, const float* hidden, int64_t count, int64_t width, int64_t banned, int64_t* tokens,
+                   float* probabilities, void* buffer, int threads) {
+    Arena arena{static_cast<char*>(buffer)};
+    const LinearWorkspace work(*head, count, threads, arena);
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const Worker worker{omp_get_thread_num(), omp_get_num_threads(), barrier};
+        const Range rows = worker.share_of(count);
+        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(hidden + r * width, width, work.rows, r);
+        worker.wait();
+        float* logits = work.scratch + worker.index * kHeadRows * kChunk;
+        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t chunk = 0; chunk < work.chunks; chunk++) {
+            const int64_t first = chunk * kChunk, size = std::min(kChunk, head->outputs - first);
+            const Range panels = {chunk * kChunkPanels, std::min((chunk + 1) * kChunkPanels, head->panels())};
+            for (int64_t from = 0; from < count; from += kHeadRows) {
+                const int64_t to = std::min(from + kHeadRows, count);
+                gemm(*head, work.rows, {from, to}, panels, {logits - from * kChunk, kChunk, false, first}, unpacked);
+                for (int64_t r = from; r < to; r++) {
+                    float* row = logits + (r - from) * kChunk;
+                    if (banned >= first && banned < first + size) row[banned - first] = -std::numeric_limits<float>::infinity();
+                    work.best[chunk * count + r] = best_of(row, size, first);
+                }
+            }
+        }
+        for (int64_t r = rows.from; r < rows.to; r++) {
+            Best best = work.best[r];
+            for (int64_t chunk = 1; chunk < work.chunks; chunk++) best = join(best, work.best[chunk * count + r]);
+            tokens[r] = best.token;
+            probabilities[r] = 1.0f / best.total;
+        }
+    }
+}
+}

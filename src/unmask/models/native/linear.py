@@ -1,0 +1,68 @@
+"""One quantised matrix: its product with rows, and greedy choice when it is a vocabulary head.
+
+Owns the memory its C structure points to. Knows nothing of transformers.
+
+Legend: N rows, K inputs, V outputs.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.models.native import interface
+from unmask.models.native.quantize import PANEL, pack, quantize
+
+
+class PackedLinear:
+    """`x W^T + b` with 8-bit activations, one scale a row, and 8- or 4-bit weights."""
+
+    def __init__(self, weight_VK: Tensor, bias_V: Tensor | None, bits: int, kernels: interface.Kernels) -> None:
+        matrix = pack(quantize(weight_VK.detach(), bits))
+        bias = None if bias_V is None else F.pad(bias_V.detach().float(), (0, -len(bias_V) % PANEL))
+        self._tensors = (matrix.weight, matrix.group_scale, matrix.scale, bias)
+        self._kernels, self._outputs, self._inputs = kernels, matrix.outputs, weight_VK.shape[1]
+        self._workspace = interface.Workspace()
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+        self.struct = interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+    @torch.no_grad()
+    def __call__(self, x_NK: Tensor) -> Tensor:
+        """float32 [N, V] products of float rows."""
+        x_NK, threads = self._checked(x_NK), torch.get_num_threads()
+        out_NV = torch.empty(len(x_NK), self._outputs)
+        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), len(x_NK), threads))
+        self._kernels.linear(byref(self.struct), x_NK.data_ptr(), *x_NK.shape, out_NV.data_ptr(), buffer, threads)
+        return out_NV
+
+    @torch.no_grad()
+    def greedy(self, x_NK: Tensor, banned_id: int | None) -> tuple[Tensor, Tensor]:
+        """The largest output of each row and its softmax probability, without writing the others; see `PackedTransformer`."""
+        x_NK, threads, count = self._checked(x_NK), torch.get_num_threads(), len(x_NK)
+        tokens_N, probability_N = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        banned = self._outputs if banned_id is None else banned_id
+        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), count, threads))
+        self._kernels.greedy(
+            byref(self.struct),
+            x_NK.data_ptr(),
+            *x_NK.shape,
+            banned,
+            tokens_N.data_ptr(),
+            probability_N.data_ptr(),
+            buffer,
+            threads,
+        )
+        return tokens_N, probability_N
+
+    def _checked(self, x_NK: Tensor) -> Tensor:
+        assert x_NK.ndim == 2
+        assert x_NK.shape[1] == self._inputs
+        return x_NK.float().contiguous()

@@ -1,0 +1,177 @@
+"""A dense transformer over quantised weights, run by the C++ kernels.
+
+Owns packing a model and one forward of it. Knows nothing of requests, pages or decoding: which rows see what comes in as
+`Rows`, keys and values live in the caller's store.
+
+Legend: T rows, N selected rows, D hidden, V vocabulary, K inputs, L layers, G kv heads, P slots, S head dim.
+"""
+
+from __future__ import annotations
+
+from ctypes import addressof, byref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.errors import ConfigError
+from unmask.models.config import ModelConfig
+from unmask.models.layers import FeedForward, RMSNorm, rope_cos_sin
+from unmask.models.native import interface
+from unmask.models.native.interface import Kernels
+from unmask.models.native.linear import PackedLinear
+from unmask.models.native.rotation import Rotation, mix, mixed_channels
+from unmask.models.rows import Rows, Segment
+from unmask.models.transformer import Block, Transformer
+
+__all__ = ["Kernels", "PackedTransformer"]
+
+
+class PackedTransformer:
+    """Inference of a llama, qwen2 or qwen3 model with 8- or 4-bit weights and 8-bit activations on the CPU.
+
+    Weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per row and
+    product; sums are exact integers, everything else is float32. A row's result is the same bits whatever the other rows and
+    the number of threads. Not reentrant: calls share one workspace.
+
+    Args:
+        model: on the CPU, any floating dtype. It can be dropped afterwards.
+        bits: 8, or 4 for the layers and 8 for the vocabulary head.
+        kernels: the compiled library.
+        rotate: spread outliers of the hidden states over all channels first; None: with 8 bits. With 4 bits it costs more in
+            weights, which lose their quiet groups, than it gains in activations.
+
+    Raises:
+        ConfigError: a routed model, another number of bits, or a model that is not on the CPU.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, bits: int, kernels: Kernels, *, rotate: bool | None = None) -> None:
+        _check(model, bits)
+        rotates = bits == 8 if rotate is None else rotate
+        self.config: ModelConfig = model.config
+        self.bits = bits
+        self._kernels = kernels
+        self._rotation = Rotation(model.config.hidden_size) if rotates else None
+        embed_VD = model.embed.weight.detach()
+        self._embed_VD = embed_VD if self._rotation is None else self._rotation(embed_VD).half()
+        self._inv_freq, self._rope_factor = model.inv_freq.float(), model.rope_factor
+        # What the C structures point to.
+        self._linears: list[PackedLinear] = []
+        self._norms: list[Tensor] = []
+        self._layers = (interface.Layer * len(model.blocks))(*(self._layer(block) for block in model.blocks))
+        head_VD, norm_D = self._reading(model.head_weight, model.norm)
+        self._head = PackedLinear(head_VD, None, 8, kernels)
+        config = model.config
+        self._model = interface.Model(
+            addressof(self._layers), self._norm(norm_D), config.num_layers, config.hidden_size, config.num_heads,
+            config.num_kv_heads, config.head_dim, config.rotary_dim, config.ffn_size, mixed_channels(config.ffn_size),
+            config.norm_eps,
+        )  # fmt: skip
+        self._workspace = interface.Workspace()
+
+    @torch.no_grad()
+    def forward(self, rows: Rows, store: Tensor) -> Tensor:
+        """Hidden states after the final norm; keys and values are written to their slots.
+
+        Args:
+            rows: what to run.
+            store: float32 [L, 2, G, P, S], contiguous.
+
+        Returns:
+            float32 [T, D], in this model's own basis: for its `logits` and `greedy`.
+        """
+        config = self.config
+        expected = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
+        if store.dtype != torch.float32 or not store.is_contiguous() or (*store.shape[:3], *store.shape[4:]) != expected:
+            raise ConfigError(f"the store is {store.dtype} {tuple(store.shape)}; it must be contiguous float32 [L, 2, G, P, S]")
+        hidden_TD = F.embedding(rows.tokens_T, self._embed_VD).float()
+        cos, sin = rope_cos_sin(rows.positions_T[None], self._inv_freq, self._rope_factor, torch.float32)
+        segments = (interface.Segment * len(rows.segments))(*map(_segment, rows.segments))
+        step = interface.Step(
+            len(hidden_TD), len(segments), addressof(segments), cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr(),
+            store.data_ptr(), store.shape[3],
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        buffer = self._workspace.address(self._kernels.forward_bytes(byref(self._model), len(hidden_TD), threads))
+        self._kernels.forward(byref(self._model), byref(step), buffer, threads)
+        return hidden_TD
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V] logits of hidden states [N, D]."""
+        return self._head(hidden_ND)
+
+    def greedy(self, hidden_ND: Tensor, banned_id: int | None = None) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each row and its probability, without writing logits.
+
+        Args:
+            hidden_ND: hidden states.
+            banned_id: a token that is never chosen and has no probability.
+
+        Returns:
+            int64 [N] tokens, the lowest of equals, and float32 [N] probabilities.
+        """
+        return self._head.greedy(hidden_ND, banned_id)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, embedding included."""
+        matrices = sum(linear.nbytes for linear in (*self._linears, self._head))
+        return self._embed_VD.nbytes + matrices + sum(norm.nbytes for norm in self._norms)
+
+    def _layer(self, block: nn.Module) -> interface.Layer:
+        assert isinstance(block, Block)
+        assert isinstance(block.mlp, FeedForward)
+        attention, mlp = block.attention, block.mlp
+        qkv, attention_norm = self._reading(attention.qkv.weight, block.attention_norm)
+        gate_up, mlp_norm = self._reading(mlp.gate_up.weight, block.mlp_norm)
+        count = mixed_channels(self.config.ffn_size)
+        head_norms = (attention.query_norm, attention.key_norm)
+        return interface.Layer(
+            self._linear(qkv, attention.qkv.bias),
+            self._linear(*self._writing(attention.out.weight, attention.out.bias)),
+            self._linear(gate_up, mlp.gate_up.bias),
+            self._linear(*self._writing(mix(mlp.down.weight.float(), count) / count, mlp.down.bias)),
+            self._norm(attention_norm),
+            self._norm(mlp_norm),
+            *(None if norm is None else self._norm(norm.weight) for norm in head_norms),
+        )
+
+    def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """A matrix behind a norm, and the weights left to that norm."""
+        if self._rotation is None:
+            return weight_ND, norm.weight
+        return self._rotation.inputs(weight_ND, norm.weight), torch.ones_like(norm.weight)
+
+    def _writing(self, weight_DK: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A matrix that adds to the hidden states, and its bias."""
+        if self._rotation is None:
+            return weight_DK, bias_D
+        return self._rotation.outputs(weight_DK), None if bias_D is None else self._rotation(bias_D)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> interface.Linear:
+        self._linears.append(PackedLinear(weight, bias, self.bits, self._kernels))
+        return self._linears[-1].struct
+
+    def _norm(self, weight: Tensor) -> int:
+        self._norms.append(weight.detach().float().contiguous())
+        return self._norms[-1].data_ptr()
+
+
+def _segment(segment: Segment) -> interface.Segment:
+    slots_K = segment.slots_K
+    assert slots_K.dtype == torch.int64
+    assert slots_K.is_contiguous()
+    assert len(slots_K) >= segment.num_keys
+    return interface.Segment(segment.start, segment.stop, segment.past, segment.block_size, slots_K.data_ptr())
+
+
+def _check(model: Transformer, bits: int) -> None:
+    if bits not in (8, 4):
+        raise ConfigError(f"{bits}-bit weights are not supported by the CPU kernels; use 8 or 4")
+    if model.config.moe is not None:
+        raise ConfigError(
+            f"the CPU kernels run dense models, not the routed layers of {model.config.family}; use plain PyTorch"
+        )
+    if model.embed.weight.device.type != "cpu":
+        raise ConfigError(f"the model is on {model.embed.weight.device}; move it to the CPU before packing it")

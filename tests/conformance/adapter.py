@@ -1,0 +1,122 @@
+"""What the suite asks of an implementation, as JSON; the implementations of this repository in that form.
+
+An implementation is a function of a model folder and a request; `README.md` has the format.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.diffusion.decode import DecodeRules
+from unmask.engine.engine import Engine
+from unmask.engine.reference import generate_reference
+from unmask.engine.request import Completion, Request, Step
+from unmask.models.checkpoint import load_model
+
+Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
+
+_OF_REQUEST = ("max_new_tokens", "min_new_tokens", "sample")
+
+
+def as_json(request: Request, mask_id: int) -> dict[str, Any]:
+    """A request in the suite's format; every option is spelled out."""
+    return {
+        "ids": list(request.ids),
+        "mask_id": mask_id,
+        "eos_ids": sorted(request.eos_ids),
+        "logit_bias": {str(t): None if bias == float("-inf") else bias for t, bias in request.logit_bias.items()},
+        **{name: getattr(request, name) for name in _OF_REQUEST},
+        **asdict(request.rules),
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Request:
+    """The other way round, without the mask token."""
+    rules = {name: values[name] for name in DecodeRules.__dataclass_fields__}
+    bias = {int(token): float("-inf") if by is None else by for token, by in values["logit_bias"].items()}
+    options = {name: values[name] for name in _OF_REQUEST}
+    return Request(
+        tuple(values["ids"]), eos_ids=frozenset(values["eos_ids"]), rules=DecodeRules(**rules), logit_bias=bias, **options
+    )
+
+
+def trajectory(completion: Completion, steps: list[Step]) -> dict[str, Any]:
+    """A result in the suite's format."""
+    return {
+        "ids": list(completion.ids),
+        "finish_reason": completion.finish_reason,
+        "steps": [
+            {
+                "start": step.start,
+                "tokens": list(step.tokens),
+                "accepted": [step.start + i for i, yes in enumerate(step.accepted) if yes],
+                "edited": [step.start + i for i, yes in enumerate(step.edited) if yes],
+                "confidence": [
+                    None if guess is None else round(confidence, 6)
+                    for guess, confidence in zip(step.guess, step.confidence, strict=True)
+                ],
+            }
+            for step in steps
+        ],
+    }
+
+
+def check_clean(engine: Engine) -> None:
+    """No page is held, and the books are in order."""
+    engine.pool.check()
+    assert engine.pool.num_held == 0, "a page leaked"
+    assert not engine.has_work
+
+
+_load = cache(load_model)
+
+
+def reference(dtype: torch.dtype = torch.float64) -> Implementation:
+    """The oracle."""
+
+    def generate(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+        steps: list[Step] = []
+        model = _load(folder, dtype=dtype)
+        return trajectory(generate_reference(model, from_json(values), values["mask_id"], steps.append), steps)
+
+    return generate
+
+
+def engine(dtype: torch.dtype = torch.float64, *, tight: bool = False, **options: Any) -> Implementation:
+    """This repository's engine; `tight`: with the least rows and pages that serve the request."""
+
+    def generate(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+        request, limits = from_json(values), dict(options)
+        if tight:
+            limits |= {"max_rows": request.rules.window * request.rules.block_size, "num_tokens": request.canvas_length}
+        made = Engine(_load(folder, dtype=dtype), mask_id=values["mask_id"], **limits)
+        updates = list(made.stream(request, watch=True))
+        check_clean(made)
+        completion = updates[-1].completion
+        assert completion is not None
+        return trajectory(completion, [update.step for update in updates if update.step is not None])
+
+    return generate
+
+
+def implementations() -> dict[str, Implementation]:
+    """By name; `UNMASK_CONFORMANCE=package.module:function` adds one from elsewhere."""
+    known = {
+        "reference": reference(),
+        "engine": engine(),
+        "engine-tight": engine(tight=True, page_size=3),
+        "engine-float32": engine(torch.float32, page_size=16),
+    }
+    outside = os.environ.get("UNMASK_CONFORMANCE")
+    if outside:
+        module, _, name = outside.partition(":")
+        known[outside] = getattr(importlib.import_module(module), name)
+    return known

@@ -1,0 +1,52 @@
+"""The suite's models: one tiny random transformer of every family, the same on every machine.
+
+Weights come from NumPy's frozen Mersenne Twister, not from torch, whose generators differ between CPUs in the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tiny import MASK, tiny_config
+from unmask.models.checkpoint import save_model
+from unmask.models.transformer import Transformer
+
+STD = 0.4
+"""Large enough that predictions are decisive and varied."""
+
+
+@cache
+def golden_model(family: str, dtype: torch.dtype = torch.float64) -> Transformer:
+    """float32 weights, uniform with deviation 0.4, norms 1; the parameters in alphabetical order."""
+    model = Transformer(tiny_config(family, mask_id=MASK, block_size=8))
+    drawn = np.random.RandomState(3)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in sorted(state):
+            if name.endswith("norm.weight"):
+                state[name].fill_(1.0)
+            elif not name.endswith("inv_freq"):
+                scale = (0.1 if name.endswith("expert_bias") else STD) * 3**0.5
+                values = drawn.uniform(-scale, scale, tuple(state[name].shape))
+                state[name].copy_(torch.from_numpy(values.astype(np.float32)))
+    return model.to(dtype).eval()
+
+
+def checksum(family: str) -> str:
+    """Of the weights, so that a change of the models is not taken for one of the decoder."""
+    state = golden_model(family, torch.float32).state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_golden_model(family: str, folder: Path) -> Path:
+    """A Hugging Face folder, float32."""
+    save_model(golden_model(family, torch.float32), folder)
+    return folder

@@ -1,0 +1,131 @@
+"""The engine's public calls: what it refuses, and what an end, an abort or a stream left early leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import MASK, VOCAB, tiny_model
+from unmask.diffusion.decode import DecodeRules
+from unmask.engine.engine import Engine, Update
+from unmask.engine.reference import generate_reference
+from unmask.engine.request import Request
+from unmask.errors import RequestError
+
+MODEL = tiny_model("llama", 1, torch.float64)
+SMALL = DecodeRules(block_size=4)
+
+
+@pytest.mark.parametrize("oracle", [False, True], ids=["engine", "oracle"])
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((1, 2), 0, rules=SMALL), "max_new_tokens is 0"),
+        (Request((1, VOCAB), 4, rules=SMALL), f"prompt token {VOCAB} is outside"),
+        (Request((1,) * 125, 4, rules=SMALL), "exceeds the context of 128"),
+    ],
+)
+def test_requests_are_checked_before_any_forward(request_: Request, message: str, oracle: bool) -> None:
+    engine = Engine(MODEL, mask_id=MASK)
+    with pytest.raises(RequestError, match=message):
+        generate_reference(MODEL, request_, MASK) if oracle else engine.add(request_)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("options", "request_", "message"),
+    [
+        ({"max_rows": 7}, Request((1,), 4, rules=DecodeRules(8)), "1 blocks of 8 tokens do not fit a forward of 7 rows; use a"),
+        (
+            {"max_rows": 7},
+            Request((1,), 4, rules=DecodeRules(4, edit_threshold=0.5, window=2)),
+            "2 blocks of 4 tokens do not fit a forward of 7 rows; use a smaller block size or window",
+        ),
+        ({"num_tokens": 16}, Request((1,) * 9, 8, rules=SMALL), "20 tokens in whole blocks do not fit a cache of 16; shorten"),
+        ({}, Request((1,), 8, rules=SMALL, stop=("x",)), "stop strings need a tokenizer; use eos_ids"),
+    ],
+)
+def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, message: str) -> None:
+    engine = Engine(MODEL, mask_id=MASK, **{"page_size": 4, **options})
+    with pytest.raises(RequestError) as error:
+        engine.add(request_)
+    assert str(error.value).startswith(message)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("name", ["page_size", "num_tokens", "max_running", "max_rows"])
+def test_engine_options_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name} is 0; it must be at least 1$"):
+        Engine(MODEL, mask_id=MASK, **{name: 0})
+    with pytest.raises(RequestError, match=rf"^mask token {VOCAB} is outside the vocabulary \(0..{VOCAB - 1}\)$"):
+        Engine(MODEL, mask_id=VOCAB)
+
+
+def request_of(length: int, max_new_tokens: int, *, start: int = 0) -> Request:
+    """A prompt that no other begins like; one token a step."""
+    ids = tuple((start + 7 * i) % MASK for i in range(length))
+    return Request(ids, max_new_tokens, rules=DecodeRules(block_size=4, steps=4, threshold=1.0))
+
+
+def test_an_abort_frees_pages_at_once() -> None:
+    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=20)
+    first, second, third = (engine.add(request_of(9, 9, start=n)) for n in range(3))
+    engine.step()
+    assert engine.pool.num_held == 3, "the others need three as well, and there are five"
+    engine.abort(first)
+    assert engine.pool.num_held == 0
+    engine.pool.check()
+    engine.abort(third)  # while it waits
+    engine.abort(first)  # twice
+    engine.abort(99)  # one that never was
+    updates: list[Update] = []
+    while engine.has_work:
+        updates += engine.step()
+    assert {update.number for update in updates} == {second}
+    completion = updates[-1].completion
+    assert completion is not None
+    assert completion.ids == generate_reference(MODEL, request_of(9, 9, start=1), MASK).ids
+    engine.abort(second)  # after its end
+    assert engine.pool.num_held == 0
+
+
+def test_a_stream_left_early_aborts() -> None:
+    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=64)
+    stream = engine.stream(request_of(5, 20))
+    next(stream)
+    assert engine.has_work
+    stream.close()
+    assert not engine.has_work
+    assert engine.pool.num_held == 0
+
+
+def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
+    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=256)
+    other = engine.add(request_of(3, 2))
+    for update in engine.stream(request_of(5, 12, start=1)):
+        assert update.number != other
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert {update.number for update in updates} == {other}
+    ids = sum((update.new_ids for update in updates), ())
+    assert ids == generate_reference(MODEL, request_of(3, 2), MASK).ids
+    assert updates[-1].completion is not None
+
+
+def test_run_aborts_all_when_one_is_impossible() -> None:
+    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=64)
+    with pytest.raises(RequestError, match="max_new_tokens is 0"):
+        engine.run([request_of(3, 4), request_of(3, 0)])
+    assert not engine.has_work
+    assert engine.pool.num_held == 0
+    assert engine.step() == []
+
+
+def test_the_cache_is_no_larger_than_all_that_runs_can_fill() -> None:
+    """Or a tiny model would get millions of pages, and every allocation would look through them."""
+    engine = Engine(MODEL, mask_id=MASK, page_size=4, max_running=3)
+    assert engine.pool.num_pages * 4 == 3 * MODEL.config.max_positions
+    assert Engine(MODEL, mask_id=MASK, page_size=4, max_running=1).pool.num_pages * 4 > MODEL.config.max_positions

@@ -1,0 +1,309 @@
+"""The C++ kernels against the same quantised arithmetic written plainly in torch, and against themselves in other company."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import unmask
+from tiny import tiny_model
+from unmask.errors import ConfigError
+from unmask.models.config import ModelConfig, RopeConfig
+from unmask.models.layers import RMSNorm, apply_rope, rope_cos_sin
+from unmask.models.native.packed import Kernels, PackedTransformer
+from unmask.models.native.quantize import quantize
+from unmask.models.native.rotation import mix, mixed_channels
+from unmask.models.rows import PagedAttend, Rows, Segment
+from unmask.models.transformer import Block, Transformer
+
+SLOTS = 300
+# Odd sizes, so that every tail of every loop runs; a vocabulary of more than one chunk; one head and many a kv head.
+MODELS = {
+    "llama": {"family": "llama", "hidden_size": 52, "ffn_size": 75, "num_heads": 6, "num_kv_heads": 2, "head_dim": 24},
+    "qwen2": {"family": "qwen2", "hidden_size": 48, "num_heads": 7, "num_kv_heads": 1, "head_dim": 12, "vocab_size": 1559},
+    "qwen3": {"family": "qwen3", "hidden_size": 67, "num_heads": 3, "num_kv_heads": 3, "head_dim": 10},
+    "partial": {"family": "llama", "head_dim": 24, "rope": RopeConfig(fraction=0.75), "vocab_size": 800},
+    "biased": {"family": "llama", "out_bias": True, "mlp_bias": True, "qkv_bias": True, "ffn_size": 128},
+}
+
+
+def model_of(name: str, **changes: object) -> Transformer:
+    """A small model whose embeddings are whole numbers, so that the first norm sums them without rounding in any order."""
+    model = tiny_model(**(MODELS[name] | changes), std=0.2).requires_grad_(False)  # type: ignore[arg-type]
+    model.embed.weight.mul_(15).round_()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def new_store(c: ModelConfig) -> Tensor:
+    return torch.zeros(c.num_layers, 2, c.num_kv_heads, SLOTS, c.head_dim)
+
+
+class Reference:
+    """A forward and a head with the kernels' quantisation: integers summed exactly, in float64."""
+
+    def __init__(self, model: Transformer, bits: int) -> None:
+        self.model, self.bits = model, bits
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+        peak = x.abs().amax(-1, keepdim=True)
+        q = (x * (torch.full_like(peak, 127) / peak)).round()  # `127 / peak` would multiply by a rounded reciprocal
+        matrix = quantize(weight, bits)
+        out = (q.double() @ matrix.integers_NK.double().T).float() * (peak / 127) * matrix.scale_N
+        return out if bias is None else out + bias
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.model.config.norm_eps).sqrt().reciprocal() * weight
+
+    def block(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend: PagedAttend) -> Tensor:
+        def apply(x: Tensor, linear: torch.nn.Linear) -> Tensor:
+            return self.linear(x, linear.weight, linear.bias, self.bits)
+
+        a, c = block.attention, self.model.config
+        heads = apply(self.norm(x, block.attention_norm.weight), a.qkv).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        if a.query_norm is not None and a.key_norm is not None:
+            q, k = a.query_norm(q), a.key_norm(k)
+        out = attend(block.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        x = x + apply(out.transpose(1, 2).flatten(2), a.out)
+        gate, up = apply(self.norm(x, block.mlp_norm.weight), block.mlp.gate_up).chunk(2, dim=-1)
+        count = mixed_channels(c.ffn_size)
+        down = mix(block.mlp.down.weight, count) / count
+        return x + self.linear(mix(F.silu(gate) * up, count), down, block.mlp.down.bias, self.bits)
+
+    def forward(self, rows: Rows, store: Tensor) -> Tensor:
+        model, attend = self.model, PagedAttend(store, rows)
+        x = model.embed(rows.tokens_T[None])
+        cos, sin = rope_cos_sin(rows.positions_T[None], model.inv_freq, model.rope_factor, x.dtype)
+        for block in model.blocks:
+            x = self.block(block, x, cos, sin, attend)
+        return model.norm(x)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden, self.model.head_weight, None, 8)
+
+
+def rows_of(*parts: tuple[Sequence[int], int, int, Sequence[int]]) -> Rows:
+    """Rows of segments `(tokens, past, block size, slots)`."""
+    segments, start = [], 0
+    for tokens, past, block_size, slots in parts:
+        segments.append(Segment(start, start + len(tokens), past, block_size, torch.tensor(slots), False))
+        start += len(tokens)
+    return Rows.join([tokens for tokens, *_ in parts], segments, "cpu")
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(60) for _ in range(count)]
+
+
+def prompt_and(packed: PackedTransformer, reference: Reference, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Errors of `count` rows that follow a prompt in blocks of 8, at scattered slots: of hidden states and of keys."""
+    slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(seed)).tolist()
+    store, plain = new_store(packed.config), new_store(packed.config)
+    past = 0
+    for size in (21, count):
+        rows = rows_of((random_tokens(size, seed=seed + size), past, 8, slots[: past + size]))
+        hidden, expected = packed.forward(rows, store), reference.forward(rows, plain)
+        past += size
+    assert store[:, :, :, slots[past:]].count_nonzero() == 0
+    written = (x[:, :, :, slots[:past]].transpose(2, 3).flatten(3) for x in (store, plain))
+    return row_errors(hidden, expected), row_errors(*written)
+
+
+def row_errors(got: Tensor, expected: Tensor) -> Tensor:
+    return (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
+    """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
+    model = model_of(name, num_layers=1)
+    packed, reference = PackedTransformer(model, bits, any_kernels, rotate=False), Reference(model, bits)
+    everything = []
+    for count in (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 200):
+        repeats = [prompt_and(packed, reference, count, seed) for seed in range(5 if count < 8 else 1)]
+        hidden, stored = (torch.cat(errors) for errors in zip(*repeats, strict=True))
+        assert hidden.median() < 1e-5
+        assert stored.max() < 1e-4
+        everything.append(hidden)
+        inputs = torch.randint(
+            -9, 10, (count, model.config.hidden_size), generator=torch.Generator().manual_seed(count)
+        ).float()
+        torch.testing.assert_close(packed.logits(inputs), reference.logits(inputs), rtol=1e-5, atol=1e-5)
+    errors = torch.cat(everything)
+    assert (errors > 1e-4).float().mean() < 0.1
+    assert errors.max() < 5e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_run_in_order(kernels: Kernels, name: str) -> None:
+    """Three layers, where one activation rounded the other way reaches every later row: close, not equal."""
+    model = model_of(name, num_layers=3)
+    hidden, stored = prompt_and(PackedTransformer(model, 8, kernels, rotate=False), Reference(model, 8), 32, seed=0)
+    assert hidden.mean() < 4e-2
+    assert stored.mean() < 4e-2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_approximates_the_model_itself(kernels: Kernels, name: str, rotate: bool, bits: int) -> None:
+    """Rotated or not, what is left is the error of rounding."""
+    model = model_of(name)
+    packed, store, plain = PackedTransformer(model, bits, kernels, rotate=rotate), *(new_store(model.config) for _ in range(2))
+    rows = rows_of((random_tokens(64), 0, 16, range(64)))
+    logits = packed.logits(packed.forward(rows, store))
+    expected = model.head(model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(plain, rows)))[0]
+    assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_with_threads(count: int, packed: PackedTransformer, rows: Rows) -> tuple[Tensor, Tensor]:
+    store = new_store(packed.config)
+    with threads_set(count):
+        return packed.forward(rows, store), store
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
+    """Alone with its sequence, among others, with other slots, in smaller forwards, and with other numbers of threads."""
+    model = model_of(name)
+    packed = PackedTransformer(model, bits, any_kernels)
+    texts = [random_tokens(n, seed=n) for n in (40, 1, 64, 9, 17)]
+    bounds = torch.tensor([0, *(len(t) for t in texts)]).cumsum(0).tolist()
+    together = [(text, 0, 8, range(bounds[i], bounds[i + 1])) for i, text in enumerate(texts)]
+    hidden, store = run_with_threads(1, packed, rows_of(*together))
+    logits = packed.logits(hidden)
+    for threads in (2, 3):
+        other, other_store = run_with_threads(threads, packed, rows_of(*together))
+        assert torch.equal(other, hidden)
+        assert torch.equal(other_store, store)
+    with threads_set(3):
+        assert torch.equal(packed.logits(hidden[5:]), logits[5:])
+        many = packed.greedy(hidden)
+    assert all(map(torch.equal, many, packed.greedy(hidden)))
+    for i, text in enumerate(texts):
+        alone, slots = new_store(model.config), torch.randperm(SLOTS).tolist()
+        parts = [
+            packed.forward(rows_of((text[past : past + 8], past, 8, slots[: min(past + 8, len(text))])), alone)
+            for past in range(0, len(text), 8)
+        ]
+        assert torch.equal(torch.cat(parts), hidden[bounds[i] : bounds[i + 1]])
+        assert torch.equal(alone[:, :, :, slots[: len(text)]], store[:, :, :, bounds[i] : bounds[i + 1]])
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 32])
+def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
+    """A later token changes exactly the rows that may see it."""
+    model = model_of("llama")
+    packed = PackedTransformer(model, 8, kernels)
+    tokens, slots = random_tokens(70), range(70)
+    before = packed.forward(rows_of((tokens, 0, block_size, slots)), new_store(model.config))
+    tokens[43] = (tokens[43] + 1) % 60
+    after = packed.forward(rows_of((tokens, 0, block_size, slots)), new_store(model.config))
+    changed = (before != after).any(dim=1).tolist()
+    assert changed == [position // block_size >= 43 // block_size for position in range(70)]
+
+
+@pytest.mark.parametrize("banned_id", [None, 3, 767, 768, 1558])
+def test_greedy_is_the_argmax_of_the_logits(any_kernels: Kernels, banned_id: int | None) -> None:
+    model = model_of("qwen2")
+    packed = PackedTransformer(model, 8, any_kernels)
+    for count in (1, 8, 65, 130):
+        hidden = torch.randn(count, model.config.hidden_size, generator=torch.Generator().manual_seed(count))
+        logits = packed.logits(hidden)
+        if banned_id is not None:
+            logits[:, banned_id] = float("-inf")
+        tokens, probability = packed.greedy(hidden, banned_id)
+        assert torch.equal(tokens, logits.argmax(-1))
+        torch.testing.assert_close(probability, logits.softmax(-1).amax(-1), rtol=1e-5, atol=0)
+        for i in range(0, count, 7):
+            alone = packed.greedy(hidden[i : i + 1], banned_id)
+            assert (alone[0][0], alone[1][0]) == (tokens[i], probability[i])
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens_unless_banned(kernels: Kernels) -> None:
+    model = model_of("qwen2")
+    hidden = torch.randn(1, model.config.hidden_size)
+    twins = (40, 41, 780, 1558)
+    model.embed.weight[list(twins)] = hidden / hidden.norm() * 20
+    packed = PackedTransformer(model, 8, kernels, rotate=False)
+    assert packed.greedy(hidden)[0].item() == 40
+    assert packed.greedy(hidden, 40)[0].item() == 41
+    # Three or four equal shares.
+    assert packed.greedy(hidden)[1].item() == pytest.approx(1 / 4, rel=1e-3)
+    assert packed.greedy(hidden, 780)[1].item() == pytest.approx(1 / 3, rel=1e-3)
+
+
+def test_extreme_logits_have_finite_probabilities(kernels: Kernels) -> None:
+    model = model_of("qwen2")
+    model.embed.weight.mul_(1e4)
+    packed = PackedTransformer(model, 8, kernels, rotate=False)
+    hidden = torch.cat((torch.zeros(1, model.config.hidden_size), torch.ones(1, model.config.hidden_size) * 100))
+    tokens, probability = packed.greedy(hidden)
+    assert tokens[0] == 0
+    assert probability[0].item() == pytest.approx(1 / model.config.vocab_size, rel=1e-5)
+    assert probability[1].item() == 1.0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
+    model = tiny_model(family).requires_grad_(False)
+    exact = PackedTransformer(model.bfloat16().float(), 8, kernels)
+    packed = PackedTransformer(model.bfloat16(), 8, kernels)
+    rows = rows_of((random_tokens(5), 0, 4, range(5)))
+    torch.testing.assert_close(
+        packed.forward(rows, new_store(model.config)), exact.forward(rows, new_store(model.config)), rtol=0.02, atol=0.02
+    )
+
+
+def test_unsupported_models_are_named(kernels: Kernels) -> None:
+    with pytest.raises(ConfigError, match="dense models"):
+        PackedTransformer(tiny_model("llada2"), 8, kernels)
+    with pytest.raises(ConfigError, match="3-bit"):
+        PackedTransformer(tiny_model("llama"), 3, kernels)
+    model = tiny_model("llama").requires_grad_(False)
+    with pytest.raises(ConfigError, match="float32"):
+        PackedTransformer(model, 8, kernels).forward(rows_of(([1], 0, 1, [0])), new_store(model.config).double())
+
+
+TEXT = """Photosynthesis is how plants, algae and some bacteria turn light into chemical energy. Chlorophyll in leaves absorbs
+mostly red and blue light; water is split, oxygen is released, and carbon dioxide is built into sugar. The first stage needs
+light directly, the second does not. def area(radius): return 3.14159 * radius ** 2. Ingredients: two eggs, 250 g of flour."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "cosine", "agreement", "divergence"), [(8, 0.995, 0.9, 0.03), (4, 0.85, 0.5, 1.0)])
+def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: float, agreement: float, divergence: float) -> None:
+    model = unmask.load("smollm2-135m-diffusion", dtype="float32")
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(TEXT)
+    packed = PackedTransformer(model.transformer, bits, kernels)
+    c = model.config
+    store = torch.zeros(c.num_layers, 2, c.num_kv_heads, len(ids), c.head_dim)
+    logits = packed.logits(packed.forward(rows_of((ids, 0, 32, range(len(ids)))), store))
+    expected = model.logits(ids, block_size=32)
+    assert F.cosine_similarity(logits, expected).mean() > cosine
+    assert (logits.argmax(1) == expected.argmax(1)).float().mean() > agreement
+    assert F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean") < divergence
