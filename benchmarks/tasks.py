@@ -42,11 +42,11 @@ class Task:
     expected: Any
 
     def score(self, text: str) -> float:
-        """Share of it that is right: fields of a JSON answer, or whether the word occurs."""
+        """Share of it that is right: fields of the JSON object in it, or whether the word occurs."""
         if self.schema is None:
             return float(self.expected.lower() in text.lower())
         try:
-            found = json.loads(text)
+            found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         except ValueError:
             return 0.0
         return sum(found.get(key) == value for key, value in self.expected.items()) / len(self.expected)
