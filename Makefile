@@ -67,7 +67,7 @@ docs-serve: $(STAMP) ## Show the documentation on this machine, rebuilt at every
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
-	@scripts="$(or $(ARGS),$(filter-out %/plain_trainer.py %/floors.py %/tasks.py,$(sort $(wildcard benchmarks/*.py))))"; \
+	@scripts="$(or $(ARGS),$(filter-out %/plain_trainer.py %/floors.py %/tasks.py %/vs_llamacpp.py,$(sort $(wildcard benchmarks/*.py))))"; \
 	test -n "$$scripts" || echo "benchmarks/ holds no scripts yet; see benchmarks/README.md"; \
 	for script in $$scripts; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

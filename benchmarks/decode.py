@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floors import bandwidth, float_rate, forward_floor, int8_rate, machine, seconds_of
+from floors import Machine, machine, seconds_of
 from rich.console import Console
 from rich.table import Table
 from tasks import Task, extraction, facts
@@ -40,10 +40,10 @@ from unmask.engine.model import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request
 from unmask.engine.runner import Backend
+from unmask.models.config import ModelConfig
 from unmask.models.rows import Rows, Segment
 
 WEIGHTS = ("float32", "int8", "int4")
-BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
 FREE = ", without grammar"
 LOG = Console(stderr=True)
 
@@ -52,20 +52,6 @@ def load(name: str, weights: str) -> LanguageModel:
     model = unmask.load(name, dtype="float32", quantize=None if weights == "float32" else weights)
     model.backend(wait=True)
     return model
-
-
-class Machine:
-    """The floors, measured once."""
-
-    def __init__(self) -> None:
-        self.bytes_per_second = bandwidth()
-        self.rates = {"float32": float_rate(), "int8": int8_rate()}
-
-    def floor(self, model: LanguageModel, weights: str, rows: int, head_rows: int) -> float:
-        rate = self.rates["float32" if weights == "float32" else "int8"]
-        return forward_floor(
-            model.config, rows, head_rows, bytes_per_weight=BYTES[weights], rate=rate, bytes_per_second=self.bytes_per_second
-        )
 
 
 def measure_d2(names: tuple[str, str], quick: bool) -> dict[str, Any]:
@@ -177,13 +163,9 @@ def measure_d3(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
             bare, _ = one_forward(backend, rows, 0)
             mask_id = backend.config.mask_id
             head = torch.inference_mode()(lambda b=backend, h=hidden, m=mask_id: b.greedy(h, m))
-            layers, without, top = (min(seconds_of(work)) for work in (run, bare, head))
-            floor = floors.floor(model, weights, rows, rows)
-            rows_of[f"{weights}, {rows}"] = {
-                "layers": layers, "attention": max(layers - without, 0.0), "head": top, "sum": layers + top, "floor": floor,
-                "ratio": (layers + top) / floor,
-            }  # fmt: skip
-            figures = rows_of[f"{weights}, {rows}"]
+            rounds = [one_round(floors, (run, bare, head), backend.config, weights, rows) for _ in range(9)]
+            figures = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+            rows_of[f"{weights}, {rows}"] = figures
             cells = (f"{1e3 * figures[key]:.1f}" for key in ("layers", "attention", "head", "sum", "floor"))
             table.add_row(weights, str(rows), *cells, f"{figures['ratio']:.2f}")
     LOG.print(table)
@@ -192,6 +174,19 @@ def measure_d3(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
     python = measure_python(load(name, "int8"))
     LOG.print(f"A step of a request beside the model (sampling, bookkeeping, Python): {1e3 * python:.2f} ms")
     return {"value": min(at_block), "target": 1.5, "rows": rows_of, "python_seconds": python}
+
+
+def one_round(
+    floors: Machine, works: tuple[Callable[[], Any], ...], config: ModelConfig, weights: str, rows: int
+) -> dict[str, float]:
+    """A forward with and without context, its head, and the floor, one after the other."""
+    floors.measure()
+    layers, without, top = (min(seconds_of(work, 2, warm=False)) for work in works)
+    floor = floors.floor(config, weights, rows, rows)
+    return {
+        "layers": layers, "attention": max(layers - without, 0.0), "head": top, "sum": layers + top, "floor": floor,
+        "ratio": (layers + top) / floor,
+    }  # fmt: skip
 
 
 def measure_python(model: LanguageModel) -> float:
@@ -299,7 +294,8 @@ def measure_d6(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
             engine.run([request])
 
         seconds = min(seconds_of(prefill, 2 if quick else 3))
-        products = floors.floor(model, weights, 2048 + size, size)
+        floors.measure(3)
+        products = floors.floor(config, weights, 2048 + size, size)
         # Scores and mixing, every position seeing the blocks up to its own, in float32 on every backend.
         pairs = sum((position // size + 1) * size for position in range(2048 + size))
         operations = 4 * pairs * config.num_layers * config.num_heads * config.head_dim

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,11 @@ from typing import Any
 import torch
 
 from unmask.models.config import ModelConfig
+from unmask.models.native.build import start_build
+from unmask.models.native.interface import Kernels
+from unmask.models.native.linear import PackedLinear
+
+BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
 
 
 def machine() -> dict[str, Any]:
@@ -29,9 +33,10 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def seconds_of(work: Callable[[], Any], repeats: int = 7) -> list[float]:
-    """Seconds of each run after one to warm up."""
-    work()
+def seconds_of(work: Callable[[], Any], repeats: int = 7, *, warm: bool = True) -> list[float]:
+    """Seconds of each run, after one to warm up."""
+    if warm:
+        work()
     found = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -40,40 +45,52 @@ def seconds_of(work: Callable[[], Any], repeats: int = 7) -> list[float]:
     return found
 
 
-def bandwidth() -> float:
-    """Bytes a second that all threads together read, from a tensor far larger than any cache."""
+Probe = tuple[Callable[[], Any], int]
+
+
+def probes(rows: int = 512) -> dict[str, Probe]:
+    """Works that show what the machine can do, and how many bytes or operations each is: reading a tensor far larger than
+    any cache, and large products in float32 and in 8 bits (the library's and ours)."""
     big = torch.ones(2**28, dtype=torch.uint8).view(torch.int64)
-    return 2**28 / min(seconds_of(lambda: big.sum()))
-
-
-def float_rate(rows: int = 512) -> float:
-    """Float32 operations a second of a large product."""
     a, b = torch.randn(rows, 2048), torch.randn(2048, 2048)
-    return 2 * rows * 2048 * 2048 / min(seconds_of(lambda: a @ b))
+    a8, b8 = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, 2048), (2048, 2048)))
+    packed = PackedLinear(b, None, 8, Kernels(start_build().load()))
+    operations = 2 * rows * 2048 * 2048
+    return {
+        "read": (lambda: big.sum(), 2**28),
+        "float32": (lambda: a @ b, operations),
+        "int8": (lambda: torch._int_mm(a8, b8), operations),
+        "int8, ours": (lambda: packed(a), operations),
+    }
 
 
-def int8_rate(rows: int = 512) -> float:
-    """Integer operations a second of a large 8-bit product: the library's."""
-    a, b = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, 2048), (2048, 2048)))
-    return 2 * rows * 2048 * 2048 / min(seconds_of(lambda: torch._int_mm(a, b)))
+class Machine:
+    """The floors. `measure` anew beside each thing that is compared: the speed of a shared machine changes by the minute."""
+
+    def __init__(self) -> None:
+        self._probes = probes()
+        self.bytes_per_second, self.rates = 0.0, {"float32": 0.0, "int8": 0.0}
+        self.measure(7)
+
+    def measure(self, repeats: int = 1) -> None:
+        """What the machine can do now, the best of `repeats`."""
+        rates = {}
+        for name, (work, amount) in self._probes.items():
+            rates[name] = amount / min(seconds_of(work, repeats, warm=False))
+        self.bytes_per_second = rates["read"]
+        self.rates = {"float32": rates["float32"], "int8": max(rates["int8"], rates["int8, ours"])}
+
+    def floor(self, config: ModelConfig, weights: str, rows: int, head_rows: int) -> float:
+        """Seconds that a forward of `rows` rows takes at least, `head_rows` of them through the vocabulary; attention is
+        free."""
+        head = config.vocab_size * config.hidden_size if head_rows else 0
+        moved = (products(config) + head) * BYTES[weights]
+        operations = 2 * (rows * products(config) + head_rows * head)
+        rate = self.rates["float32" if weights == "float32" else "int8"]
+        return max(moved / self.bytes_per_second, operations / rate)
 
 
 def products(config: ModelConfig) -> int:
     """Weights of a dense model that every row is multiplied with, the vocabulary apart."""
     attention = config.hidden_size * (config.qkv_size + config.num_heads * config.head_dim)
     return config.num_layers * (attention + 3 * config.hidden_size * config.ffn_size)
-
-
-def forward_floor(
-    config: ModelConfig, rows: int, head_rows: int, *, bytes_per_weight: float, rate: float, bytes_per_second: float
-) -> float:
-    """Seconds that a forward of `rows` rows takes at least, `head_rows` of them through the vocabulary; attention is free."""
-    head = config.vocab_size * config.hidden_size if head_rows else 0
-    moved = (products(config) + head) * bytes_per_weight
-    operations = 2 * (rows * products(config) + head_rows * head)
-    return max(moved / bytes_per_second, operations / rate)
-
-
-def spread(values: list[float]) -> str:
-    """Median with the range."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
