@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,6 @@ from unmask.errors import RequestError
 
 if TYPE_CHECKING:
     from unmask.engine.model import Generation
-    from unmask.engine.request import OnStep
 
 
 def generate(
@@ -81,22 +81,27 @@ def generate(
     )
 
     import unmask
-    from unmask.cli.watch import costs, show
+    from unmask.cli.watch import show
 
     language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
 
-    def answer(on_step: OnStep | None) -> Generation:
-        chat = False if raw else None
-        return language_model.generate(text, max_new_tokens=max_new_tokens, chat=chat, on_step=on_step, **wanted)
-
+    chat = False if raw else None
+    ask = partial(language_model.generate, text, max_new_tokens=max_new_tokens, chat=chat, **wanted)
     console = make_console(stderr=as_json)
-    generation = show(console, language_model, max_new_tokens, answer) if watch else answer(None)
+    generation = show(console, language_model, max_new_tokens, lambda on_step: ask(on_step=on_step)) if watch else ask()
     if as_json:
         typer.echo(json.dumps(generation.to_json()))
-        return
-    if not watch:
+    else:
+        _print_text(generation, shown=watch, live=watch and is_live(console))
+
+
+def _print_text(generation: Generation, *, shown: bool, live: bool) -> None:
+    """The answer, unless it has been shown while it formed, and what it cost, unless the live view said so."""
+    from unmask.cli.watch import costs
+
+    if not shown:
         typer.echo(visible(generation.text) if sys.stdout.isatty() else generation.text)
-    if sys.stderr.isatty() and not (watch and is_live(console)):
+    if sys.stderr.isatty() and not live:
         make_console(stderr=True).print(costs(generation), style="dim")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from unmask.diffusion.decode import Decision, Guess, decide
+from unmask.diffusion.objectives import ban_mask
 from unmask.engine.constrained import advance_frontier, fill_forced
 from unmask.engine.request import Request, Step
 from unmask.engine.sequence import Answer, Decode, Plan, Sequence
@@ -69,7 +70,9 @@ class BlockSequence(Sequence):
         self._edits += len(decision.edits)
         self.step += 1
         if self.watched:
-            self._report(self._as_step(answer.guess, decision, place, plan.stop))
+            places = range(place if self.request.rules.editing else self._front, plan.stop)
+            state = (self.tokens, self.undecided, self._fixed)
+            self._report(Step.after(places, answer.guess, decision, *state, self.forwards))
         done = self._is_done(had_masks, decision)
         self._end(self._final_positions(done), over=self.grammar is not None and self.grammar.finished)
         if done and self.completion is None:
@@ -146,22 +149,6 @@ class BlockSequence(Sequence):
     def _note(self, plan: Plan, answer: Answer, decision: Decision) -> None:
         assert answer.logits_NV is not None
         at = {position: i for i, position in enumerate(plan.queries) if position not in self.forced}
-        logits_NV = answer.logits_NV.float().clone()
-        logits_NV[:, self.mask_id] = float("-inf")
-        self.note_logprobs([*decision.commits, *decision.edits], logits_NV.log_softmax(-1), at)
-
-    def _as_step(self, guess: Guess, decision: Decision, start: int, stop: int) -> Step:
-        if not self.request.rules.editing:
-            start = self._front
-        places = range(start, stop)
-        said = dict(zip(guess.positions, zip(guess.tokens, guess.confidences, strict=True), strict=True))
-        return Step(
-            start,
-            tuple(self._fixed[p] for p in places),
-            tuple(None if self.undecided[p] else self.tokens[p] for p in places),
-            tuple(said[p][0] if p in said else None for p in places),
-            tuple(said[p][1] if p in said else 0.0 for p in places),
-            tuple(p in decision.commits for p in places),
-            tuple(p in decision.edits for p in places),
-            self.forwards,
-        )
+        assert self.mask_id is not None
+        logprobs_NV = ban_mask(answer.logits_NV.float(), self.mask_id).log_softmax(-1)
+        self.note_logprobs([*decision.commits, *decision.edits], logprobs_NV, at)

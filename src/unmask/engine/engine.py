@@ -90,7 +90,6 @@ class Engine:
         self.scheduler = Scheduler(self.pool, size, max_running=max_running, max_rows=max_rows, prefix_cache=prefix_cache)
         self._runner = Runner(backend, pages * size, self.mask_id)
         self._sequences: dict[int, Sequence] = {}
-        self._emitted: dict[int, int] = {}
         self._unread: list[Update] = []
         self._next = 0
 
@@ -122,7 +121,7 @@ class Engine:
             sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode)
         sequence.watched |= watch
         self._next += 1
-        self._sequences[number], self._emitted[number] = sequence, 0
+        self._sequences[number] = sequence
         if sequence.completion is None:
             self.scheduler.add(sequence)
         return number
@@ -151,7 +150,6 @@ class Engine:
         sequence = self._sequences.pop(number, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
-            del self._emitted[number]
 
     def stream(self, request: Request, *, watch: bool = False) -> Iterator[Update]:
         """Updates of one request until it ends. Other requests advance alongside; `step` reports on them afterwards.
@@ -197,12 +195,9 @@ class Engine:
         return mine
 
     def _update(self, sequence: Sequence) -> Update:
-        number = sequence.number
-        new = tuple(sequence.new_ids[self._emitted[number] :])
-        self._emitted[number] += len(new)
         if sequence.completion is not None:
-            self.abort(number)
-        return Update(number, new, sequence.last_step, sequence.completion)
+            self.abort(sequence.number)
+        return Update(sequence.number, sequence.take_new_ids(), sequence.last_step, sequence.completion)
 
     def _check_room(self, request: Request) -> None:
         if self.mask_id is None:

@@ -12,7 +12,7 @@ import torch
 from unmask.engine.runner import Backend, TorchBackend
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.native.build import Build, start_build
-from unmask.models.native.packed import Kernels, PackedTransformer
+from unmask.models.native.packed import Kernels, PackedTransformer, check_packable
 from unmask.models.transformer import Transformer
 
 BITS = {"int8": 8, "int4": 4}
@@ -43,8 +43,7 @@ class QuantizedModel:
     def __init__(self, model: Transformer, weights: str) -> None:
         if weights not in BITS:
             raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}")
-        if model.config.moe is not None:
-            raise ConfigError("the CPU kernels run dense models only; leave quantize out")
+        check_packable(model, BITS[weights])
         self._plain, self._bits, self._weights = TorchBackend(model), BITS[weights], weights
         self._packed: NativeBackend | None = None
         self._told = False

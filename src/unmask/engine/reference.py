@@ -36,6 +36,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
     rest = request.canvas_length - len(request.ids)
     canvas = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
     undecided = [token is None for token in request.ids] + [True] * rest
+    fixed = [not open_ for open_ in undecided]
     wanted = [place for place, open_ in enumerate(undecided) if open_]
     first = wanted[0] // size * size
     forwards = 0
@@ -57,20 +58,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             for place, chosen in (*decision.commits.items(), *decision.edits.items()):
                 canvas[place], undecided[place] = chosen, False
             if on_step is not None:
-                places = range(window, end)
-                said = {p: (guess.tokens[i], guess.confidences[i]) for i, p in enumerate(asked)}
-                on_step(
-                    Step(
-                        window,
-                        tuple(p not in wanted for p in places),
-                        tuple(None if undecided[p] else canvas[p] for p in places),
-                        tuple(said[p][0] if p in said else None for p in places),
-                        tuple(said[p][1] if p in said else 0.0 for p in places),
-                        tuple(p in decision.commits for p in places),
-                        tuple(p in decision.edits for p in places),
-                        forwards,
-                    )
-                )
+                on_step(Step.after(range(window, end), guess, decision, canvas, undecided, fixed, forwards))
             step += 1
             post_steps += not had_masks
             filled = not any(undecided[front:end])

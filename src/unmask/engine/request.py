@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 from unmask.diffusion.blocks import num_blocks
-from unmask.diffusion.decode import DecodeRules
+from unmask.diffusion.decode import Decision, DecodeRules, Guess
 from unmask.engine.grammar import Grammar
 from unmask.errors import RequestError
 from unmask.models.config import ModelConfig
@@ -121,6 +121,30 @@ class Step:
     accepted: tuple[bool, ...]
     edited: tuple[bool, ...]
     forwards: int
+
+    @classmethod
+    def after(
+        cls,
+        places: range,
+        guess: Guess,
+        decision: Decision,
+        canvas: Sequence[int],
+        undecided: Sequence[bool],
+        fixed: Sequence[bool],
+        forwards: int,
+    ) -> Step:
+        """The record of `places` when `decision` has been carried out on the canvas."""
+        said = dict(zip(guess.positions, zip(guess.tokens, guess.confidences, strict=True), strict=True))
+        return cls(
+            places.start,
+            tuple(fixed[p] for p in places),
+            tuple(None if undecided[p] else canvas[p] for p in places),
+            tuple(said[p][0] if p in said else None for p in places),
+            tuple(said[p][1] if p in said else 0.0 for p in places),
+            tuple(p in decision.commits for p in places),
+            tuple(p in decision.edits for p in places),
+            forwards,
+        )
 
 
 OnStep = Callable[[Step], None]

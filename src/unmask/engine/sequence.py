@@ -63,7 +63,8 @@ class Sequence(ABC):
         self.slots_K = torch.empty(0, dtype=torch.int64)
         self.consecutive = True
         self.order = (0, number)
-        self.new_ids: list[int] = []
+        self._final_ids: list[int] = []
+        self._num_taken = 0
         self.step = 0
         self.last_step: Step | None = None
         self.last_served = 0
@@ -137,6 +138,12 @@ class Sequence(ABC):
         ends = bool(request.eos_ids) and (request.min_new_tokens > 0 or None in request.ids)
         return whole and not ends and rules.temperature == 0.0 and rules.policy != "entropy"
 
+    def take_new_ids(self) -> tuple[int, ...]:
+        """Ids that have become final since the last call."""
+        new = tuple(self._final_ids[self._num_taken :])
+        self._num_taken = len(self._final_ids)
+        return new
+
     def _count(self, plan: Plan) -> None:
         self.forwards += 1
         if not plan.queries:
@@ -171,11 +178,11 @@ class Sequence(ABC):
         stopped = found.finish_reason == "stop" or (over and len(positions) <= self.request.num_wanted)
         if self.request.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
-            cut = find_stop(self._decode, found.ids, len(self.new_ids), self.request.stop)
+            cut = find_stop(self._decode, found.ids, len(self._final_ids), self.request.stop)
             count, text = (len(found.ids), self._decode(found.ids)) if cut is None else cut
             found = replace(found, ids=found.ids[:count], text=text)
             stopped |= cut is not None
-        self.new_ids = list(found.ids)
+        self._final_ids = list(found.ids)
         if stopped or len(found.ids) == self.request.num_wanted:
             reason: FinishReason = "stop" if stopped else "length"
             logprobs = None
@@ -204,7 +211,8 @@ def find_stop(decode: Decode, ids: Ids[int], num_searched: int, stops: Ids[str])
         num_searched: leading ids known to hold none.
         stops: the strings; of several, the one that begins first counts.
     """
-    if not any(stop in decode(ids) for stop in stops):
+    whole = decode(ids)
+    if not any(stop in whole for stop in stops):
         return None
     for count in range(num_searched, len(ids) + 1):
         text = decode(ids[:count])

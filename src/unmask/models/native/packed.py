@@ -47,7 +47,7 @@ class PackedTransformer:
 
     @torch.no_grad()
     def __init__(self, model: Transformer, bits: int, kernels: Kernels, *, rotate: bool | None = None) -> None:
-        _check(model, bits)
+        check_packable(model, bits)
         rotates = bits == 8 if rotate is None else rotate
         self.config: ModelConfig = model.config
         self.bits = bits
@@ -166,7 +166,8 @@ def _segment(segment: Segment) -> interface.Segment:
     return interface.Segment(segment.start, segment.stop, segment.past, segment.block_size, slots_K.data_ptr())
 
 
-def _check(model: Transformer, bits: int) -> None:
+def check_packable(model: Transformer, bits: int) -> None:
+    """Raises: ConfigError: a model or a width that the kernels do not run."""
     if bits not in (8, 4):
         raise ConfigError(f"{bits}-bit weights are not supported by the CPU kernels; use 8 or 4")
     if model.config.moe is not None:
