@@ -6,7 +6,7 @@ Owns the annotated types. Knows no verb.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,12 @@ Policy = Annotated[str | None, typer.Option(help="What a step accepts: threshold
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Quantize = Annotated[
-    str | None, typer.Option(help="int8 or int4: decode with quantised weights on the CPU; left out: the weights as they are.")
+    str | None,
+    typer.Option(help="int8, int4 or auto: decode with quantised weights on the CPU; left out: the weights as they are."),
+]
+QuantizeAuto = Annotated[
+    Literal["auto", "none", "int8", "int4"],
+    typer.Option(help="Decode with quantised weights; auto: int8 on a CPU where the model allows it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.")]
 

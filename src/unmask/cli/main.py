@@ -21,6 +21,7 @@ from unmask.cli.generate import generate
 from unmask.cli.infill import infill
 from unmask.cli.info import info
 from unmask.cli.merge import merge
+from unmask.cli.serve import serve
 from unmask.cli.sft import sft
 from unmask.cli.trace import trace
 from unmask.errors import UnmaskWarning
@@ -33,8 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, infill, trace, convert, sft, dpo, info, merge, export, demo):
-    app.command(no_args_is_help=verb is not demo)(verb)
+for verb in (generate, infill, trace, serve, convert, sft, dpo, info, merge, export, demo):
+    app.command(no_args_is_help=verb not in (serve, demo))(verb)
 
 
 def _print_version(wanted: bool) -> None:

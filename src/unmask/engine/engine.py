@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from unmask.engine.causal import CausalSequence
 from unmask.engine.denoising import BlockSequence
 from unmask.engine.pages import PagePool
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, Request, Step, TokenLogprob
 from unmask.engine.runner import Backend, Runner, TorchBackend
 from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequence import Decode, Sequence
@@ -29,6 +29,7 @@ class Update:
     """What a step did for one request: ids that are final now, what it saw, and the completion when it has ended.
 
     `error` is set instead when the request cannot go on (a grammar that has led into a dead end); the others do.
+    `new_logprobs` are those of `new_ids` where the request asked for them, else empty.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Update:
     step: Step | None
     completion: Completion | None
     error: RequestError | None = None
+    new_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Engine:
@@ -111,8 +113,7 @@ class Engine:
         Raises:
             RequestError: an impossible request; nothing is queued.
         """
-        request.check(self.config)
-        self._check_room(request)
+        self.check(request)
         number = self._next
         sequence: Sequence
         if self.mask_id is None:
@@ -125,6 +126,15 @@ class Engine:
         if sequence.completion is None:
             self.scheduler.add(sequence)
         return number
+
+    def check(self, request: Request) -> None:
+        """Whether `add` would take a request; may be called from any thread.
+
+        Raises:
+            RequestError: an impossible request.
+        """
+        request.check(self.config)
+        self._check_room(request)
 
     def step(self) -> list[Update]:
         """One forward for everyone who takes part in it; nothing if there is no work."""
@@ -197,7 +207,8 @@ class Engine:
     def _update(self, sequence: Sequence) -> Update:
         if sequence.completion is not None:
             self.abort(sequence.number)
-        return Update(sequence.number, sequence.take_new_ids(), sequence.last_step, sequence.completion)
+        new_ids, new_logprobs = sequence.take_new()
+        return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs)
 
     def _check_room(self, request: Request) -> None:
         if self.mask_id is None:

@@ -69,7 +69,11 @@ class _Spelling:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and model. Takes seconds to make for a large vocabulary: keep it."""
+    """Compiles grammars for one tokenizer and model. Takes seconds to make for a large vocabulary: keep it.
+
+    Attributes:
+        token_bytes: what each id stands for; empty for control tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int) -> None:
         """Read the spelling of every token.
@@ -103,6 +107,7 @@ class GrammarCompiler:
             b"" if id_ in control else added.get(id_) or (b"" if plain.is_special_token(id_) else plain.decode_bytes([id_]))
             for id_ in range(vocab_size)
         )
+        self.token_bytes = tokens
         self._inner = LLTokenizer(TokenizerWrapper(_Spelling(tokenizer, plain, tokens, ends[0])), eos_token=ends)
         self._vocabulary = _Vocabulary(vocab_size, torch.tensor([bool(token) for token in tokens]), tuple(ends))
 

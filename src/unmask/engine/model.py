@@ -70,14 +70,15 @@ class LanguageModel:
         transformer: the weights.
         tokenizer: None: only calls that take and give ids work.
         name: what to call it in messages.
-        quantize: "int8" or "int4": decode with quantised weights on the CPU; None: with the weights as they are.
+        quantize: "int8" or "int4": decode with quantised weights on the CPU; "auto": int8 where that works; None: with the
+            weights as they are.
     """
 
     def __init__(
         self, transformer: Transformer, tokenizer: Tokenizer | None, *, name: str, quantize: str | None = None
     ) -> None:
         self.transformer, self.tokenizer, self.name = transformer.eval(), tokenizer, name
-        self._quantized = None if quantize is None else QuantizedModel(self.transformer, quantize)
+        self._quantized = QuantizedModel.choose(self.transformer, quantize)
 
     @property
     def config(self) -> ModelConfig:
@@ -357,7 +358,8 @@ def load(
             `smollm2-135m-diffusion`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
-        quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); `logits` keeps the loaded ones.
+        quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); "auto": int8 where that works;
+            `logits` keeps the loaded ones.
 
     Returns:
         The model; its tokenizer is None when the folder has none.

@@ -42,7 +42,7 @@ class QuantizedModel:
 
     def __init__(self, model: Transformer, weights: str) -> None:
         if weights not in BITS:
-            raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}")
+            raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
         check_packable(model, BITS[weights])
         self._plain, self._bits, self._weights = TorchBackend(model), BITS[weights], weights
         self._packed: NativeBackend | None = None
@@ -52,6 +52,20 @@ class QuantizedModel:
             self._build = start_build()
         except BackendError as error:
             self._tell(f"{error}; computing with the weights as they are")
+
+    @classmethod
+    def choose(cls, model: Transformer, weights: str | None) -> QuantizedModel | None:
+        """What a user asked for: int8, int4, "auto" (int8 where the kernels run the model) or None, the weights as they are.
+
+        Raises:
+            ConfigError: another kind of weights, or, but for auto, a model that the kernels do not run.
+        """
+        if weights == "auto":
+            try:
+                return cls(model, "int8")
+            except ConfigError:
+                return None
+        return None if weights is None else cls(model, weights)
 
     def current(self, *, wait: bool = False) -> Backend:
         """The fastest way to compute that is ready; `wait` lets the compiler finish first."""

@@ -64,6 +64,7 @@ class Sequence(ABC):
         self.consecutive = True
         self.order = (0, number)
         self._final_ids: list[int] = []
+        self._final_places: Ids[int] = ()
         self._num_taken = 0
         self.step = 0
         self.last_step: Step | None = None
@@ -138,11 +139,12 @@ class Sequence(ABC):
         ends = bool(request.eos_ids) and (request.min_new_tokens > 0 or None in request.ids)
         return whole and not ends and rules.temperature == 0.0 and rules.policy != "entropy"
 
-    def take_new_ids(self) -> tuple[int, ...]:
-        """Ids that have become final since the last call."""
-        new = tuple(self._final_ids[self._num_taken :])
+    def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Ids that have become final since the last call, and their log-probabilities if those were asked for."""
+        new = slice(self._num_taken, len(self._final_ids))
         self._num_taken = len(self._final_ids)
-        return new
+        logprobs = () if self.request.logprobs is None else tuple(self._logprobs[p] for p in self._final_places[new])
+        return tuple(self._final_ids[new]), logprobs
 
     def _count(self, plan: Plan) -> None:
         self.forwards += 1
@@ -182,7 +184,7 @@ class Sequence(ABC):
             count, text = (len(found.ids), self._decode(found.ids)) if cut is None else cut
             found = replace(found, ids=found.ids[:count], text=text)
             stopped |= cut is not None
-        self._final_ids = list(found.ids)
+        self._final_ids, self._final_places = list(found.ids), positions
         if stopped or len(found.ids) == self.request.num_wanted:
             reason: FinishReason = "stop" if stopped else "length"
             logprobs = None

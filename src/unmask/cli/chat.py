@@ -1,0 +1,154 @@
+"""`unmask chat`: a conversation in the terminal.
+
+Owns the options, how messages are read, and what Ctrl-C does at the prompt. What a message or command does is
+`chat_session`'s; who answers is in `chat_local` and `chat_remote`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmask.cli import decoding as options
+from unmask.cli.chat_session import Conversation, note
+from unmask.cli.console import is_live, make_console, pick_device
+from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmask.cli.chat_session import Answerer
+
+_PROMPT, _MORE = "> ", ". "
+_FENCE = '"""'
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"Folder, Hugging Face id or embedded model; left out: {options.DIFFUSION_MODEL}. With --url: one of the "
+            "server's; left out: its first.",
+        ),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Talk to the OpenAI-compatible server at this address.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="UNMASK_API_KEY", help="What the server at --url asks for.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; left out: 512.")] = None,
+    block_size: options.BlockSize = None,
+    threshold: options.Threshold = None,
+    steps: options.Steps = None,
+    preset: options.Preset = None,
+    edit_threshold: options.EditThreshold = None,
+    policy: options.Policy = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; higher is more varied; left out: 0, or the server's.")
+    ] = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws at a temperature above 0.")] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="auto, none, int8 or int4: quantised weights on the CPU; auto: int8 where that works.")
+    ] = "auto",
+    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.")] = False,
+) -> None:
+    """Talk with a model, in this process or on a server.
+
+    Answers appear as they become final. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves.
+
+    \b
+    unmask chat --watch
+    unmask chat --model out/mine --system "Answer in one sentence." --temperature 0.7
+    unmask chat --url http://127.0.0.1:8000
+    printf '%s\\n' "My name is Ada." "What is my name?" | unmask chat
+
+    /help lists what can be typed besides messages, such as /undo, /save FILE and /set threshold 0.7.
+    """
+    wanted = options.given(
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        threshold=threshold,
+        steps=steps,
+        preset=preset,
+        edit_threshold=edit_threshold,
+        policy=policy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    is_interactive = sys.stdin.isatty()
+    if url is None:
+        answerer = _local(model or options.DIFFUSION_MODEL, dtype, device, quantize, watch=watch, is_interactive=is_interactive)
+    elif watch or (dtype, device, quantize) != ("auto", "auto", "auto"):
+        raise ConfigError("--watch, --dtype, --device and --quantize are for a model in this process; not with --url")
+    else:
+        from unmask.cli.chat_remote import RemoteAnswerer
+
+        answerer = RemoteAnswerer(url, key=api_key or None, model=model, interruptible=is_interactive)
+    conversation = Conversation(answerer, wanted, system)
+    if is_interactive:
+        note(f"{answerer.about}; /help lists the commands, Ctrl-D leaves")
+    _converse(conversation, is_interactive=is_interactive)
+    if conversation.has_failed and not is_interactive:
+        raise typer.Exit(1)
+
+
+def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Answerer:
+    from unmask.cli.chat_local import LocalAnswerer, open_model
+
+    language_model = open_model(name, dtype=dtype, device=pick_device(device), quantize=quantize)
+    console = make_console()
+    return LocalAnswerer(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
+
+
+def _converse(conversation: Conversation, *, is_interactive: bool) -> None:
+    """Take messages until there are no more, or Ctrl-C has come twice at the prompt."""
+    if is_interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and history)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    was_interrupted = False
+    while True:
+        try:
+            text = _read(is_interactive and sys.stdout.isatty())
+            was_interrupted = False
+            if text.strip():
+                conversation.take(text)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_interactive:
+                raise
+            if was_interrupted:
+                return
+            was_interrupted = True
+            note("\nCtrl-C again, or Ctrl-D, leaves")
+
+
+def _read(with_prompt: bool) -> str:
+    """A message: a line, lines that end in a backslash and the next, or the lines between two fences.
+
+    Raises:
+        EOFError: no more.
+    """
+    prompt, more = (_PROMPT, _MORE) if with_prompt else ("", "")
+    lines = [input(prompt)]
+    # The end of input within a message ends the message.
+    with contextlib.suppress(EOFError):
+        if lines[0].strip() == _FENCE:
+            del lines[0]
+            while (line := input(more)).strip() != _FENCE:
+                lines.append(line)
+        else:
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1].removesuffix("\\")
+                lines.append(input(more))
+    return "\n".join(lines)

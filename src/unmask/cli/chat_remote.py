@@ -1,0 +1,160 @@
+"""`unmask chat` with a server: ours, or any that streams chat completions as OpenAI's does.
+
+Owns the requests and what is made of their failures. Knows no command, no prompt line and no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx2
+
+from unmask.cli.chat_session import Answer, End, Message, Write
+from unmask.errors import ConfigError, RequestError
+
+_STANDARD = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
+"""Fields that every server knows; the others go where only ours looks."""
+_TIMEOUT = httpx2.Timeout(10.0, read=600.0)
+_LONGEST_MESSAGE = 400
+
+
+class RemoteAnswerer:
+    """A server: ours, or any that streams chat completions as OpenAI's does.
+
+    Args:
+        url: of the server; without a path, /v1 is meant.
+        key: sent as a bearer token.
+        model: one that the server has; None: its first.
+        interruptible: Ctrl-C ends the answer, not the program.
+
+    Raises:
+        ConfigError: a malformed URL or key.
+        RequestError: nobody answers there.
+    """
+
+    def __init__(self, url: str, *, key: str | None, model: str | None, interruptible: bool) -> None:
+        try:
+            parts = httpx2.URL(url)
+        except httpx2.InvalidURL as error:
+            raise ConfigError(f"--url {url} is malformed ({error}); give one like http://127.0.0.1:8000") from error
+        if parts.scheme not in ("http", "https") or not parts.host:
+            raise ConfigError(f"--url {url} is not of a server; give one like http://127.0.0.1:8000")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ConfigError("the API key holds a character that no header can carry; copy it again")
+        self._root = url.rstrip("/") + ("/v1" if parts.path == "/" else "")
+        self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._interruptible = interruptible
+        self._model = model if model is not None else self._first_model()
+        self.about = f"{self._model} at {url}"
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """The server checks."""
+
+    def answer(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> Answer:
+        body: dict[str, Any] = {"model": self._model, "messages": list(messages), "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
+        body |= {name: options[ours] for ours, name in _STANDARD.items() if ours in options}
+        if attempt or "seed" in options:
+            body["seed"] = options.get("seed", 0) + attempt
+        ours = {name: value for name, value in options.items() if name not in _STANDARD and name != "seed"}
+        if ours:
+            body["diffusion"] = ours
+        return self._read(body, write)
+
+    def _read(self, body: Mapping[str, Any], write: Write) -> Answer:
+        started, text, problem = time.perf_counter(), "", None
+        end: End = "lost"
+        usage: dict[str, Any] = {}
+        cost: dict[str, Any] = {}
+        try:
+            for chunk in self._chunks(body):
+                usage, cost = {**usage, **(chunk.get("usage") or {})}, {**cost, **(chunk.get("diffusion") or {})}
+                for choice in chunk.get("choices") or ():
+                    piece = choice["delta"].get("content") or ""
+                    if choice.get("finish_reason") is not None:
+                        end = "length" if choice["finish_reason"] == "length" else "stop"
+                    text += piece
+                    if piece:
+                        write(piece)
+            if end == "lost":
+                problem = "the server ended the answer without saying why; /retry asks again"
+        except KeyboardInterrupt:
+            if not self._interruptible:
+                raise
+            end = "interrupted"
+        except RequestError as error:
+            end, problem = "lost", str(error)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            end, problem = "lost", f"what {self._root} sends is not a stream of chat completions ({error!r}); correct --url"
+        if problem is not None and not text:
+            raise RequestError(problem)
+        return Answer(
+            text=text,
+            end=end,
+            seconds=time.perf_counter() - started,
+            tokens=_count(usage, "completion_tokens"),
+            forwards=_count(cost, "forwards"),
+            cached_tokens=_count(cost, "cached_tokens"),
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            problem=problem,
+        )
+
+    def _chunks(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._request("POST", "/chat/completions", body) as response:
+            for event in httpx2.EventSource(response):
+                if event.data == "[DONE]":
+                    return
+                chunk: Any = event.json()
+                if "error" in chunk:
+                    raise RequestError(f"the server broke off: {_told(chunk)}; /retry asks again")
+                yield chunk
+
+    def _first_model(self) -> str:
+        with self._request("GET", "/models") as response:
+            response.read()
+            try:
+                return str(response.json()["data"][0]["id"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise RequestError(f"{self._root} does not list its models; name one with --model") from error
+
+    @contextlib.contextmanager
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx2.Response]:
+        """A connection of its own for each: one that Ctrl-C has cut is never used again."""
+        try:
+            with (
+                httpx2.Client(headers=self._headers, timeout=_TIMEOUT) as client,
+                client.stream(method, self._root + path, json=body) as response,
+            ):
+                if response.status_code != httpx2.codes.OK:
+                    raise RequestError(_refusal(response))
+                yield response
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise RequestError(f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url") from error
+        except httpx2.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise RequestError(f"the connection to {self._root} is lost ({reason}); /retry asks again") from error
+
+
+def _count(values: Mapping[str, Any], name: str) -> int | None:
+    value = values.get(name)
+    return value if isinstance(value, int) else None
+
+
+def _refusal(response: httpx2.Response) -> str:
+    response.read()
+    try:
+        told = _told(response.json())
+    except ValueError:
+        told = " ".join(response.text.split())[:_LONGEST_MESSAGE] or response.reason_phrase
+    remedy = "; give --api-key, or set UNMASK_API_KEY" if response.status_code == 401 else ""
+    return f"the server refuses with {response.status_code}: {told}{remedy}"
+
+
+def _told(body: Any) -> str:
+    """The message in an error, in any of the shapes that servers give it."""
+    while isinstance(body, dict):
+        body = next((body[name] for name in ("error", "message", "detail") if name in body), str(body))
+    return " ".join(str(body).split())[:_LONGEST_MESSAGE]

@@ -1,0 +1,63 @@
+// One answer as it comes: takes in the stream's chunks, keeps the message they make up. Knows nothing of the page.
+
+import { ApiError, streamChat } from "./api.js";
+
+export const newAnswer = () => ({ role: "assistant", content: "", state: "running", finish: null, error: null, stats: null });
+
+/**
+ * Fill `message` from the server.
+ *
+ * @param show called after each chunk with the block being denoised, or null.
+ * @param pace milliseconds to wait after each step, for the eye.
+ * Ends with message.state "done", "stopped" (by `signal`) or "failed" (message.error says why); throws nothing but an ApiError
+ * of status 401.
+ */
+export async function receive(message, { body, key, signal, pace, show }) {
+  const began = performance.now();
+  const seconds = () => (performance.now() - began) / 1000;
+  try {
+    for await (const chunk of streamChat(body, key, signal)) {
+      const view = chunk.diffusion?.tokens ? chunk.diffusion : null;
+      take(chunk, message, seconds());
+      show(view);
+      if (view && pace) await pause(pace(), signal);
+      if (signal.aborted) break;
+    }
+    message.state = signal.aborted ? "stopped" : "done";
+  } catch (error) {
+    message.state = signal.aborted ? "stopped" : "failed";
+    if (!signal.aborted) message.error = error instanceof ApiError ? error.message : `Something went wrong on this page: ${error.message}`;
+    if (error.status === 401) throw error;
+  }
+}
+
+function take({ choices: [choice] = [], diffusion, usage }, message, seconds) {
+  message.content += choice?.delta?.content ?? "";
+  message.finish = choice?.finish_reason ?? message.finish;
+  if (diffusion?.tokens) {
+    message.stats = { ...message.stats, tokens: diffusion.committed, forwards: diffusion.forwards, seconds };
+  } else if (diffusion) {
+    const { forwards, tokens_per_forward: perForward, tokens_per_second: perSecond, edits } = diffusion;
+    message.stats = { ...message.stats, forwards, perForward, perSecond, edits, seconds: diffusion.seconds };
+  }
+  if (usage) message.stats = { seconds, ...message.stats, tokens: usage.completion_tokens };
+}
+
+function pause(milliseconds, signal) {
+  if (!milliseconds) return null;
+  return new Promise((resolve) => {
+    setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", resolve, { once: true });
+  });
+}
+
+/** What of a conversation the server is told: answers that never came leave no gap between two questions. */
+export function history(messages) {
+  const turns = [];
+  for (const { role, content } of messages) {
+    if (!content) continue;
+    if (turns.at(-1)?.role === role) turns.at(-1).content += `\n\n${content}`;
+    else turns.push({ role, content });
+  }
+  return turns;
+}

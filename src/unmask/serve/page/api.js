@@ -1,0 +1,85 @@
+// The server this page came from: what it serves, and its answers as they stream. Knows nothing of the page.
+
+/** What went wrong, in words for the reader. `status` is the HTTP status, or 0 where there was none. */
+export class ApiError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** The served model: {id, max_model_len, diffusion: {block_size, threshold} | null}. */
+export async function fetchModel(key) {
+  const response = await request("v1/models", { headers: authorization(key) });
+  const { data } = await response.json();
+  if (!data?.length) throw new ApiError("The server has no model.");
+  return data[0];
+}
+
+/** Chunks of one chat completion, parsed, until the server says that it is done. */
+export async function* streamChat(body, key, signal) {
+  const headers = { "Content-Type": "application/json", ...authorization(key) };
+  const response = await request("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
+  try {
+    for await (const data of serverEvents(response.body)) {
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new ApiError(`The server broke the answer off: ${chunk.error.message}`);
+      yield chunk;
+    }
+  } catch (error) {
+    if (error instanceof ApiError || signal.aborted) throw error;
+    throw new ApiError("The connection was lost before the answer was complete.");
+  }
+  throw new ApiError("The connection was lost before the answer was complete.");
+}
+
+async function request(path, options) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, credentials: "omit", cache: "no-store" });
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new ApiError("The server cannot be reached. Is it still running?");
+  }
+  if (!response.ok) throw await refusal(response);
+  return response;
+}
+
+async function refusal(response) {
+  const { status } = response;
+  const said = await response.json().then((body) => body.error?.message, () => null);
+  const wait = Number(response.headers.get("Retry-After"));
+  const later = wait > 0 ? `in ${wait} ${wait === 1 ? "second" : "seconds"}` : "in a moment";
+  const words = {
+    401: "The server did not accept the API key.",
+    429: `The server is busy. Try again ${later}.`,
+    503: `The server is not ready: it is starting or stopping. Try again ${later}.`,
+  };
+  const generic = status < 500 ? "The server did not accept this" : "Something went wrong in the server";
+  return new ApiError(words[status] ?? `${generic}: ${said ?? `status ${status}`}`, status);
+}
+
+function authorization(key) {
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+/** The data of each server-sent event. */
+async function* serverEvents(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const events = (rest + value).split(/\r?\n\r?\n/);
+      rest = events.pop();
+      for (const event of events) {
+        const lines = event.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+        if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // the connection may be gone already
+  }
+}

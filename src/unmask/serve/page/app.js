@@ -1,0 +1,312 @@
+// The page: one conversation in view, one answer running at most. Joins the other modules; owns what the reader does.
+
+import { fetchModel } from "./api.js";
+import { history, newAnswer, receive } from "./answer.js";
+import { button, make } from "./dom.js";
+import { Settings } from "./settings.js";
+import { chatMarkdown, chatTitle, load, loadChats, newChat, removeChat, save, saveChat } from "./store.js";
+import { AnswerTurn, userTurn } from "./turn.js";
+
+const EXAMPLES = ["What is the capital of France?", "List three primary colours.", "Write one sentence about the sea.", "What is 7 + 5?"];
+const THEMES = ["auto", "light", "dark"];
+const THEME_ICONS = {
+  auto: "M10 3a7 7 0 1 0 0 14zM10 3a7 7 0 0 1 0 14",
+  light: "M10 6.5a3.5 3.5 0 1 0 0 7 3.5 3.5 0 0 0 0-7zM10 1.5v2M10 16.5v2M1.5 10h2M16.5 10h2M4 4l1.4 1.4M14.6 14.6L16 16M4 16l1.4-1.4M14.6 5.4L16 4",
+  dark: "M16.5 12.2A7 7 0 0 1 7.8 3.5a7 7 0 1 0 8.7 8.7z",
+};
+const SAVE_EVERY = 500; // milliseconds while an answer runs
+const MODEL_RETRY = 3000;
+
+const $ = (id) => document.getElementById(id);
+const input = $("input");
+const scroller = $("scroller");
+const settings = new Settings($("settings-form"));
+
+let chats = loadChats();
+let chat = chats.find(({ id }) => id === load("current", null)) ?? chats[0] ?? newChat();
+let model = null;
+let running = null; // {controller, chat, turn} of the answer that is coming
+let editing = null; // place of the message that the next one replaces
+let following = true; // whether the reader is at the end of the conversation
+
+// ---- the model
+
+async function findModel() {
+  try {
+    model = await fetchModel(load("key", ""));
+    settings.setModel(model);
+    $("model").textContent = model.id;
+    for (const element of document.querySelectorAll(".diffusion-only")) element.hidden = !model.diffusion;
+    for (const element of document.querySelectorAll(".plain-only")) element.hidden = Boolean(model.diffusion);
+  } catch (error) {
+    if (error.status === 401) askForKey();
+    $("model").textContent = error.status === 401 ? "needs a key" : "not connected";
+    throw error;
+  }
+}
+
+async function findModelSoon() {
+  while (!model) {
+    const error = await findModel().catch((problem) => problem);
+    if (error?.status === 401) return; // the key form goes on from here
+    if (error) await new Promise((resolve) => setTimeout(resolve, MODEL_RETRY));
+  }
+}
+
+function askForKey() {
+  $("key-form").hidden = false;
+  $("key").value = load("key", "");
+  $("key").focus();
+}
+
+$("key-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  save("key", $("key").value.trim());
+  $("key-form").hidden = true;
+  $("change-key").hidden = false;
+  input.focus();
+  model = null;
+  const refused = await findModel().catch((error) => error);
+  if (!refused && chat.messages.at(-1)?.state === "failed") answerAgain();
+});
+
+// ---- asking and answering
+
+async function send() {
+  const text = input.value.trim();
+  if (!text || running) return;
+  if (editing !== null) chat.messages.length = editing;
+  setDraft("");
+  setEditing(null);
+  await ask(text);
+}
+
+async function ask(text) {
+  if (running) return;
+  chat.messages.push({ role: "user", content: text });
+  showChat();
+  await answer();
+}
+
+async function answer() {
+  const message = newAnswer();
+  const mine = { controller: new AbortController(), chat, turn: addAnswer(message) };
+  chat.messages.push(message);
+  setRunning(mine);
+  keep(chat);
+  showChats();
+  toEnd();
+  let view = null;
+  let saved = performance.now();
+  const draw = everyFrame(() => {
+    if (message.state !== "running") return;
+    following ? atEnd(() => mine.turn.draw(view)) : mine.turn.draw(view);
+    if (performance.now() - saved > SAVE_EVERY) {
+      saved = performance.now();
+      keep(mine.chat);
+    }
+  });
+  try {
+    if (!model) await findModel();
+    await receive(message, {
+      body: settings.request(history(mine.chat.messages)),
+      key: load("key", ""),
+      signal: mine.controller.signal,
+      pace: () => settings.values.pace,
+      show: (block) => { view = block ?? view; draw(); },
+    });
+  } catch (error) {
+    Object.assign(message, { state: "failed", error: error.message });
+    if (error.status === 401) askForKey();
+  }
+  atEnd(() => mine.turn.draw());
+  keep(mine.chat);
+  setRunning(null);
+  announce(message);
+}
+
+function answerAgain() {
+  if (running) return;
+  if (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
+  showChat();
+  answer();
+}
+
+function stop() {
+  running?.controller.abort();
+}
+
+function setRunning(now) {
+  const hadFocus = document.activeElement === $("stop");
+  running = now;
+  $("send").hidden = Boolean(now);
+  $("stop").hidden = !now;
+  document.body.classList.toggle("running", Boolean(now));
+  if (!now && hadFocus) input.focus();
+}
+
+function announce({ state, content, error }) {
+  const words = { done: "Answer complete.", stopped: "Stopped.", failed: error };
+  $("announce").textContent = `${words[state]} ${content.slice(0, 500)}`;
+}
+
+function everyFrame(draw) {
+  let waiting = false;
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; draw(); });
+  };
+}
+
+// ---- the conversation in view
+
+function showChat() {
+  $("messages").replaceChildren();
+  chat.messages.forEach((message, place) => {
+    if (message.role === "user") $("messages").append(userTurn(message, { edit: () => setEditing(place) }));
+    else addAnswer(message);
+  });
+  $("empty").hidden = chat.messages.length > 0;
+  toEnd();
+}
+
+function addAnswer(message) {
+  const turn = new AnswerTurn(message, { retry: answerAgain });
+  $("messages").append(turn.element);
+  return turn;
+}
+
+function openChat(next) {
+  stop();
+  chat = next;
+  save("current", chat.id);
+  setEditing(null);
+  showChat();
+  showChats();
+  if ($("chats").matches(":popover-open")) $("chats").hidePopover();
+  input.focus();
+}
+
+function showChats() {
+  chats.sort((a, b) => b.changed - a.changed);
+  $("chat-list").replaceChildren(...chats.map((one) => {
+    const open = button(chatTitle(one), () => openChat(one), { className: "open" });
+    if (one === chat) open.ariaCurrent = "true";
+    return make("li", {}, open, deleteButton(one));
+  }));
+}
+
+/** Asks by a second press: what is deleted is gone. */
+function deleteButton(one) {
+  const remove = button("Delete", () => {
+    if (remove.textContent === "Delete") {
+      remove.textContent = "Really?";
+      return;
+    }
+    if (one === running?.chat) stop();
+    chats = chats.filter((other) => other !== one);
+    removeChat(one);
+    one.deleted = true; // an answer that still runs must not bring it back
+    openChat(one === chat ? chats[0] ?? newChat() : chat);
+  }, { className: "delete", onblur: () => { remove.textContent = "Delete"; } });
+  return remove;
+}
+
+function keep(changed) {
+  if (changed.deleted) return;
+  changed.changed = Date.now();
+  if (!chats.includes(changed)) chats.push(changed);
+  const kept = saveChat(changed) && save("current", chat.id);
+  $("chats").classList.toggle("full", !kept);
+}
+
+function setEditing(place) {
+  editing = place;
+  $("editing").hidden = place === null;
+  if (place === null) return;
+  const unsent = input.value.trim();
+  setDraft(chat.messages[place].content + (unsent ? `\n\n${unsent}` : ""));
+  input.focus();
+}
+
+function setDraft(text) {
+  input.value = text;
+  save("draft", text);
+}
+
+// ---- scrolling: follow the answer only while the reader is at its end
+
+function atEnd(change) {
+  const follow = following;
+  change();
+  if (follow) toEnd();
+}
+
+function toEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+  following = true;
+  $("to-end").hidden = true;
+}
+
+scroller.addEventListener("scroll", () => {
+  following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
+  $("to-end").hidden = following;
+}, { passive: true });
+
+// ---- the theme
+
+function showTheme() {
+  const theme = document.documentElement.dataset.theme;
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", THEME_ICONS[theme]);
+  const icon = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  icon.setAttribute("viewBox", "0 0 20 20");
+  icon.append(path);
+  $("theme").replaceChildren(icon);
+  $("theme").ariaLabel = $("theme").title = `Theme: ${theme}`;
+}
+
+$("theme").addEventListener("click", () => {
+  const { dataset } = document.documentElement;
+  dataset.theme = THEMES[(THEMES.indexOf(dataset.theme) + 1) % THEMES.length];
+  save("theme", dataset.theme);
+  showTheme();
+});
+
+// ---- what the reader does
+
+$("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+$("stop").addEventListener("click", stop);
+$("to-end").addEventListener("click", () => { toEnd(); input.focus(); });
+$("new-chat").addEventListener("click", () => openChat(newChat()));
+$("cancel-edit").addEventListener("click", () => { setDraft(""); setEditing(null); input.focus(); });
+$("reset").addEventListener("click", () => settings.reset());
+$("change-key").addEventListener("click", () => { $("settings").hidePopover(); askForKey(); });
+$("export").addEventListener("click", () => {
+  const url = URL.createObjectURL(new Blob([chatMarkdown(chat)], { type: "text/markdown" }));
+  make("a", { href: url, download: `${chatTitle(chat).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}.md` }).click();
+  URL.revokeObjectURL(url);
+});
+
+input.addEventListener("input", () => save("draft", input.value));
+input.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || document.querySelector(":popover-open")) return;
+  if (running) stop();
+  else if (editing !== null) $("cancel-edit").click();
+});
+addEventListener("pagehide", () => { if (running) keep(running.chat); });
+
+$("examples").append(...EXAMPLES.map((text) => make("li", {}, button(text, () => { ask(text); input.focus(); }))));
+$("change-key").hidden = !load("key", "");
+input.value = load("draft", "");
+showTheme();
+showChat();
+showChats();
+findModelSoon();
+input.focus();

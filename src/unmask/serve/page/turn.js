@@ -1,0 +1,74 @@
+// One message of the conversation on the page: its text, the block behind it, what it cost, what can be done with it.
+
+import { button, copyButton, make } from "./dom.js";
+import { LiveBlock, align } from "./live.js";
+import { Markdown } from "./markdown.js";
+
+const ENDS = {
+  stop: "finished",
+  length: "cut off at the most tokens",
+  tool_calls: "asked for a tool",
+  content_filter: "withheld",
+};
+
+export function userTurn(message, { edit }) {
+  const actions = make("div", { className: "actions" }, button("Edit", edit), copyButton(() => message.content));
+  return make("li", { className: "turn user" }, heading("You"), make("div", { className: "said" }, message.content), actions);
+}
+
+/** An answer, drawn again as it grows. */
+export class AnswerTurn {
+  #live = new LiveBlock();
+  #body = make("div", { className: "markdown" });
+  #markdown = new Markdown(this.#body);
+  #costs = make("p", { className: "costs" });
+  #problem = make("p", { className: "problem", hidden: true });
+  #actions;
+
+  constructor(message, { retry }) {
+    this.message = message;
+    this.#actions = make("div", { className: "actions" }, copyButton(() => message.content), button("Try again", retry, { className: "retry" }));
+    this.element = make("li", { className: "turn answer" }, heading("Answer"), this.#body, this.#problem, this.#costs, this.#actions);
+    this.draw();
+  }
+
+  /** Show the message as it is; `view` is the block that is being denoised, if one is. */
+  draw(view = null) {
+    const { content, state, error } = this.message;
+    const running = state === "running";
+    this.#live.element.parentElement?.matches(".next") ? this.#live.element.parentElement.remove() : this.#live.element.remove();
+    const { base, skipped } = running && view ? align(content, view) : { base: content, skipped: 0 };
+    this.#markdown.update(base);
+    if (running && view) {
+      this.#live.show(view, skipped);
+      this.#markdown.appendInline(base, this.#live.element);
+    }
+    this.element.dataset.state = state;
+    this.element.ariaBusy = String(running);
+    this.#problem.hidden = !error;
+    this.#problem.textContent = error ?? "";
+    this.#costs.textContent = costs(this.message);
+    this.#actions.hidden = running;
+  }
+}
+
+function heading(name) {
+  return make("h3", { className: "hidden" }, name);
+}
+
+function costs({ state, finish, stats }) {
+  const { tokens, forwards, seconds, edits } = stats ?? {};
+  const perForward = stats?.perForward ?? tokens / forwards;
+  const parts = [
+    tokens > 0 && count(tokens, "token"),
+    forwards > 0 && count(forwards, "forward"),
+    tokens > 0 && forwards > 0 && `${perForward.toFixed(2)} tokens per forward`,
+    tokens > 0 && seconds > 0 && `${rate(stats.perSecond ?? tokens / seconds)} tokens/s`,
+    edits > 0 && count(edits, "edit"),
+    state === "running" ? !stats && "waiting for the first tokens" : state === "stopped" ? "stopped" : ENDS[finish] ?? finish,
+  ];
+  return parts.filter(Boolean).join(" · ");
+}
+
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const rate = (value) => value.toFixed(value < 10 ? 1 : 0);

@@ -1,0 +1,274 @@
+"""What clients send: OpenAI's request bodies, and ours.
+
+Owns names, types and ranges of fields. A field that we do not act on is refused unless it changes nothing about the answer:
+those are listed in `_Ignored`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from unmask.diffusion.decode import Policy
+
+_Text = Annotated[str, Field(min_length=1)]
+_TokenIds = list[Annotated[int, Field(ge=0)]]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _misfit(param: str, message: str) -> PydanticCustomError:
+    """A field that does not go with others."""
+    return PydanticCustomError("misfit", "{reason}", {"reason": message, "param": param})
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Diffusion(_Body):
+    """How to denoise: ours, in every body that generates.
+
+    `watch`: with `stream`, also send what every forward saw (see docs/serving.md); the rest as of `unmask generate`.
+    """
+
+    watch: bool = False
+    threshold: Share | None = None
+    block_size: Annotated[int, Field(ge=1, le=512)] | None = None
+    steps: Count | None = None
+    preset: Literal["speed", "quality"] | None = None
+    edit_threshold: Share | None = None
+    max_post_steps: Annotated[int, Field(ge=0)] | None = None
+    window: Annotated[int, Field(ge=1, le=64)] | None = None
+    policy: Policy | None = None
+    entropy_bound: Annotated[float, Field(ge=0)] | None = None
+    top_k: Count | None = None
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class _Ignored(_Body):
+    """Fields that say who asks, or how to bill or store it: they change nothing about the answer."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class _Sampling(_Ignored):
+    """What all bodies that generate share."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    diffusion: Diffusion = Field(default_factory=Diffusion)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        wrong = next((key for key in value or {} if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong[:40]!r} is not a token id; the keys are ids, as digits")
+        return value
+
+
+class StreamOptions(_Body):
+    """What a stream holds beside its deltas."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Generating(_Sampling):
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+
+    @field_validator("presence_penalty", "frequency_penalty", mode="before")
+    @classmethod
+    def _no_penalty(cls, value: Any) -> Any:
+        if value not in (None, 0):
+            raise ValueError(f"{str(value)[:40]} is not supported: there are no penalties; leave it out, or 0")
+        return None if value is None else 0
+
+    @model_validator(mode="after")
+    def _streams(self) -> _Generating:
+        if not self.stream and (self.stream_options is not None or self.diffusion.watch):
+            name = "diffusion.watch" if self.stream_options is None else "stream_options"
+            raise _misfit(name, f"{name} is given without stream; set stream to true, or leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class TextPart(_Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Body):
+    """Name and arguments (JSON text) of an earlier call."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """A call that the assistant made earlier."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(BaseModel):
+    """A turn. Fields that belong to answers (refusal, annotations, audio) may come back as they were sent."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"content of the {self.role} message is missing; give a text")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("tool_call_id of the tool message is missing; give the id of the call that it answers")
+        return self
+
+
+class FunctionSpec(_Body):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(_Body):
+    """A tool: only functions are known."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(_Body):
+    """Which function must be called."""
+
+    name: str
+
+
+class NamedTool(_Body):
+    """`tool_choice` by name."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchemaSpec(_Body):
+    """A schema with a name."""
+
+    name: Annotated[str, Field(max_length=64)]
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaSpec | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema and the type json_schema go together; give both or neither")
+        return self
+
+
+class ChatRequest(_Generating):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _misfit("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true, or leave it out")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise _misfit("tool_choice", "tool_choice asks for a call but there are no tools; give tools")
+        return self
+
+
+class CompletionRequest(_Generating):
+    """Body of /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)] | _TokenIds | list[_TokenIds]
+    max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _misfit(
+                "best_of", f"best_of is {self.best_of} and n is {self.n or 1}; they must be the same"
+            )
+        if self.suffix:
+            raise _misfit("suffix", "suffix is not supported here; send the text with a hole to /v1/infill")
+        if self.echo and self.logprobs is not None:
+            raise _misfit("echo", "echo and logprobs are both given; prompts are not scored: leave one of them out")
+        return self
+
+
+class InfillRequest(_Sampling):
+    """Body of /v1/infill: a text with holes."""
+
+    text: str
+    hole: Annotated[str, Field(min_length=1)] = "___"
+    tokens: Annotated[int, Field(ge=1, le=512)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 8
+
+
+class TokenizeRequest(_Body):
+    """Body of /v1/tokenize: a text, or a conversation as the model would see it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise _misfit("prompt", "prompt and messages: give one of them")
+        return self

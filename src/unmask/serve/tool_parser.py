@@ -1,0 +1,190 @@
+"""Tool calls read from the text of an answer while it grows.
+
+Owns the cutting of committed text into content, names of called functions and the JSON text of their arguments. Knows neither
+tokens nor schemas nor which functions there are: text made under `ToolFormat.grammar` parses by construction, and of any other
+text what is no call is content, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MARKER, END_MARKER = "<tool_call>", "</tool_call>"
+_HEAD = r'\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+_FIRST = re.compile(rf"\s*{MARKER}\s*\[?\s*{_HEAD}")
+_BARE_FIRST, _BARE_START = re.compile(_HEAD), '{"name"'
+_NEXT = re.compile(rf"\s*\}}\s*[,;]?\s*{_HEAD}")
+_NO_CALLS = re.compile(rf"\s*{MARKER}\s*\[\s*\]\s*{END_MARKER}")
+_ENDING = re.compile(r"\s*\}?\s*[\],;]?\s*")
+_TAG = re.compile(f"{MARKER}|{END_MARKER}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """A call has begun; `index` counts the calls of an answer from 0."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+Event = Content | CallStart | CallArguments
+
+
+class CallParser:
+    """Cuts one answer into content and calls; the joined events do not depend on how the answer was cut into pieces.
+
+    What may be the beginning of a call is held back until that is decided; white space before and after a call is dropped.
+    A call is announced as soon as its name is known and an object follows for its arguments, whose text is handed on as it
+    comes. What breaks off before that is content.
+    """
+
+    def __init__(self, *, marked: bool = True) -> None:
+        """Begin an answer.
+
+        Args:
+            marked: calls stand between `<tool_call>` and `</tool_call>`, one or a list; False: the answer is a call if it
+                starts with `{"name"`.
+        """
+        self._marked = marked
+        self._state = self._text if marked else self._head
+        self._held = ""
+        self._events: list[Event] = []
+        self._calls = 0
+        self._just_called = False
+        self._depth, self._in_string, self._escaped = 0, False, False
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that have begun."""
+        return self._calls
+
+    def push(self, text: str) -> list[Event]:
+        """More text of the answer; what is certain now."""
+        self._held += text
+        while self._state():
+            pass
+        return self._take()
+
+    def finish(self) -> list[Event]:
+        """The answer has ended, perhaps within a call; the rest."""
+        held = self._held
+        if self._state == self._after:
+            rest = held[self._ending_of(held) :]
+            dropped = (END_MARKER if self._marked else "").startswith(rest)
+        else:
+            dropped = self._just_called and held.isspace()
+        self._say(0 if dropped else len(held))
+        self._held = ""
+        return self._take()
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _say(self, end: int) -> None:
+        """Hand on the first `end` characters held as content."""
+        if end:
+            self._events.append(Content(self._held[:end]))
+            self._held = self._held[end:]
+            self._just_called = False
+
+    def _text(self) -> bool:
+        """Before, between and after calls. Each state returns whether there is more to do with what is held."""
+        start = self._held.find(MARKER) if self._marked else -1
+        if start >= 0:
+            self._state = self._head
+        else:
+            sizes = range(len(MARKER) - 1, -1, -1) if self._marked else (0,)
+            start = len(self._held) - next(size for size in sizes if self._held.endswith(MARKER[:size]))
+        self._say(len(self._held[:start].rstrip()) if self._marked else start)
+        return self._state == self._head
+
+    def _head(self) -> bool:
+        """Up to the arguments; white space and the marker are held, too, and are content if this is no call."""
+        if head := (_FIRST if self._marked else _BARE_FIRST).match(self._held):
+            self._begin(head)
+            return True
+        if not self._marked:
+            if not (_BARE_START.startswith(self._held) or self._held.startswith(_BARE_START)):
+                self._state = self._text
+            return self._state == self._text
+        tag = _TAG.search(self._held, self._held.index(MARKER) + 1)
+        if tag is None:
+            return False
+        if _NO_CALLS.match(self._held):
+            self._held = self._held[tag.end() :]
+            self._just_called = True
+        else:
+            self._leave(tag)
+        self._state = self._text
+        return True
+
+    def _begin(self, head: re.Match[str]) -> None:
+        self._held = self._held[head.end() :]
+        self._events.append(CallStart(self._calls, head[1]))
+        self._calls += 1
+        self._depth = 0
+        self._state = self._arguments
+
+    def _arguments(self) -> bool:
+        """Within the arguments, up to the bracket that closes the first one."""
+        end = len(self._held)
+        for place, char in enumerate(self._held):
+            if self._in_string:
+                self._in_string = self._escaped or char != '"'
+                self._escaped = char == "\\" and not self._escaped
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    end = place + 1
+                    self._state = self._after
+                    break
+        if end:
+            self._events.append(CallArguments(self._calls - 1, self._held[:end]))
+            self._held = self._held[end:]
+        return self._state == self._after
+
+    def _after(self) -> bool:
+        """Behind the arguments: the end of the call, and either another call or the end of them all."""
+        if head := _NEXT.match(self._held):
+            self._begin(head)
+            return True
+        tag = _TAG.search(self._held) if self._marked else None
+        if tag is None:
+            return False
+        self._just_called = True
+        if self._ending_of(self._held) == tag.start():
+            self._held = self._held[tag.end() if tag[0] == END_MARKER else tag.start() :]
+        else:
+            self._leave(tag)
+        self._state = self._text
+        return True
+
+    def _leave(self, tag: re.Match[str]) -> None:
+        """What is held is no call: it is content up to the end of this one, or the start of the next."""
+        self._say(tag.end() if tag[0] == END_MARKER else len(self._held[: tag.start()].rstrip()))
+
+    @staticmethod
+    def _ending_of(text: str) -> int:
+        ending = _ENDING.match(text)
+        return ending.end() if ending else 0

@@ -1,0 +1,291 @@
+"""The engine in a thread of its own, and the asyncio side of talking to it.
+
+Owns the thread, the bounded queue, deadlines and the way down. Knows engine requests and updates only: no HTTP, no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+
+from unmask.engine.engine import Engine, Update
+from unmask.engine.request import Request
+from unmask.errors import RequestError
+from unmask.serve.errors import ApiError, bad_request, stopping, timed_out
+from unmask.serve.metrics import Metrics
+
+_log = logging.getLogger("unmask.serve")
+_Command = Callable[[Engine], None]
+
+
+class AbortedError(Exception):
+    """The client has gone: nobody waits for an answer."""
+
+
+class EngineFailedError(Exception):
+    """A bug of ours ended this request."""
+
+
+class Job:
+    """What one client waits for: some requests and what has happened to them since it last looked.
+
+    A reader that is slower than the engine gets the updates of several steps as one, so a job never holds more than an
+    update per request.
+    """
+
+    def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool) -> None:
+        self.requests, self.watch = list(requests), watch
+        self.started = time.perf_counter()
+        self.open = set(range(len(self.requests)))
+        self.first_token_seconds: float | None = None
+        self._worker = worker
+        self._new: dict[int, Update] = {}
+        self._wake = asyncio.Event()
+        self._error: Exception | None = None
+
+    async def updates(self) -> AsyncIterator[list[tuple[int, Update]]]:
+        """Updates with the index of their request, until all have ended.
+
+        Raises:
+            ApiError: the job cannot be finished.
+        """
+        left = len(self.requests)
+        while left:
+            await self._wake.wait()
+            self._wake.clear()
+            new, self._new = self._new, {}
+            left -= sum(update.completion is not None for update in new.values())
+            if new:
+                yield list(new.items())
+            if self._error is not None:
+                raise self._error
+
+    def abort(self, reason: str) -> None:
+        """End it without a result; its pages are free before the next step. One that has ended is left alone."""
+        self._worker.abort(self, reason)
+
+    def take(self, index: int, update: Update) -> None:
+        """An update has come (on the event loop)."""
+        if index not in self.open:
+            return
+        if update.new_ids and self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.started
+        if update.completion is not None:
+            self.open.discard(index)
+        before = self._new.get(index)
+        if before is not None:
+            ids, logprobs = before.new_ids + update.new_ids, before.new_logprobs + update.new_logprobs
+            update = replace(update, new_ids=ids, new_logprobs=logprobs, step=update.step or before.step)
+        self._new[index] = update
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """It cannot be finished (on the event loop)."""
+        self.open.clear()
+        self._error = error
+        self._wake.set()
+
+
+class Worker:
+    """Runs the engine and hands its updates to jobs.
+
+    Every method is called on the event loop's thread; the engine is touched by its own thread only.
+
+    Args:
+        make_engine: called in the thread, again after an error that is a bug of ours.
+        max_requests: most requests queued and running; more are refused.
+        timeout: most seconds of a job, waiting included.
+        metrics: what is counted.
+        on_failure: called when no engine can be made.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        *,
+        max_requests: int,
+        timeout: float,
+        metrics: Metrics,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._make_engine, self._max_requests, self._timeout = make_engine, max_requests, timeout
+        self._metrics, self._on_failure = metrics, on_failure
+        self._loop = asyncio.get_running_loop()
+        self._jobs: dict[Job, asyncio.TimerHandle] = {}
+        self._numbers: dict[int, tuple[Job, int]] = {}
+        self._commands: deque[_Command] = deque()
+        self._wake = threading.Condition()
+        self._stop = False
+        self._draining = False
+        self._engine: Engine | None = None
+        self._mean_seconds = 1.0
+        self._thread = threading.Thread(target=self._run, name="unmask-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """loading, ready or stopping."""
+        return "stopping" if self._draining else "loading" if self._engine is None else "ready"
+
+    @property
+    def engine(self) -> Engine:
+        """For reading sizes and counts.
+
+        Raises:
+            ApiError: not there yet.
+        """
+        if self._engine is None:
+            raise ApiError(503, "the model is being prepared; try again in some seconds", headers={"retry-after": "2"})
+        return self._engine
+
+    @property
+    def num_requests(self) -> int:
+        """Requests queued and running."""
+        return sum(len(job.open) for job in self._jobs)
+
+    def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Job:
+        """Queue requests of one client.
+
+        Raises:
+            ApiError: the queue is full, the server is not ready, or the engine cannot serve one of them.
+        """
+        if self._draining:
+            raise stopping()
+        for request in requests:
+            try:
+                self.engine.check(request)
+            except RequestError as error:
+                raise bad_request(str(error)) from error
+        waiting = self.num_requests
+        if len(requests) > self._max_requests:
+            raise bad_request(f"{len(requests)} completions asked for; this server takes {self._max_requests} at once", "n")
+        if waiting + len(requests) > self._max_requests:
+            raise self._full(waiting)
+        job = Job(self, requests, watch=watch)
+        self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
+        self._send(lambda engine: self._add(engine, job))
+        return job
+
+    def abort(self, job: Job, reason: str) -> None:
+        """End a job that has not ended, and free its pages."""
+        if job in self._jobs:
+            self._end(job, AbortedError(reason), reason)
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
+    async def close(self, grace: float) -> None:
+        """Let what runs finish for so many seconds, fail the rest, and end the thread."""
+        self.drain()
+        deadline = time.perf_counter() + grace
+        while self._jobs and time.perf_counter() < deadline:
+            await asyncio.sleep(0.02)
+        for job in list(self._jobs):
+            self._end(job, stopping(), "shutdown")
+        with self._wake:
+            self._stop = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _full(self, waiting: int) -> ApiError:
+        wait = max(1, round(self._mean_seconds / max(1, len(self._jobs))))
+        message = f"{waiting} requests are queued and running, and {self._max_requests} is the most; try again in {wait} s"
+        return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
+
+    def _expire(self, job: Job) -> None:
+        self._end(job, timed_out(self._timeout), "timeout")
+
+    def _end(self, job: Job, error: Exception, reason: str) -> None:
+        self._metrics.aborts.labels(reason).inc(len(job.open))
+        self._jobs.pop(job).cancel()
+        job.fail(error)
+        self._send(lambda engine: self._remove(engine, job))
+
+    def _deliver(self, news: Sequence[tuple[Job, int, Update]]) -> None:
+        """On the event loop: what a step gave."""
+        for job, index, update in news:
+            if job not in self._jobs:
+                continue
+            if update.error is not None:
+                self._end(job, bad_request(str(update.error)), "error")
+                continue
+            job.take(index, update)
+            if update.completion is not None:
+                self._metrics.completed(update.completion)
+            if not job.open:
+                self._jobs.pop(job).cancel()
+                self._mean_seconds += 0.1 * (time.perf_counter() - job.started - self._mean_seconds)
+
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
+        for job in jobs:
+            if job in self._jobs:
+                self._end(job, error, "error")
+
+    def _send(self, command: _Command) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    # From here on: the engine's thread.
+
+    def _run(self) -> None:
+        while not self._stop:
+            try:
+                engine = self._make_engine()
+            except Exception as error:
+                self._call(self._on_failure, error)
+                return
+            self._engine = engine
+            try:
+                while self._turn(engine):
+                    pass
+            except Exception:
+                # A bug of ours: whoever was served learns that it failed; those still to be added find an empty cache.
+                _log.exception("the engine failed; starting another")
+                self._engine = None
+                served = {job for job, _ in self._numbers.values()}
+                self._numbers.clear()
+                self._call(self._fail, served, EngineFailedError())
+
+    def _turn(self, engine: Engine) -> bool:
+        with self._wake:
+            while not (self._commands or engine.has_work or self._stop):
+                self._wake.wait()
+        while self._commands:
+            self._commands.popleft()(engine)
+        if engine.has_work and not self._stop:
+            news = [(*self._numbers[update.number], update) for update in engine.step()]
+            for _, _, update in news:
+                if update.completion is not None or update.error is not None:
+                    del self._numbers[update.number]
+            telling = [entry for entry in news if entry[2].new_ids or entry[2].step or entry[2].completion or entry[2].error]
+            if telling:
+                self._call(self._deliver, telling)
+        return not self._stop
+
+    def _add(self, engine: Engine, job: Job) -> None:
+        for index, request in enumerate(job.requests):
+            try:
+                self._numbers[engine.add(request, watch=job.watch)] = (job, index)
+            except RequestError as error:
+                self._call(self._deliver, [(job, index, Update(0, (), None, None, error))])
+                return
+            except Exception:
+                _log.exception("a request could not be added")
+                self._call(self._fail, [job], EngineFailedError())
+                return
+
+    def _remove(self, engine: Engine, job: Job) -> None:
+        for number in [number for number, (owner, _) in self._numbers.items() if owner is job]:
+            engine.abort(number)
+            del self._numbers[number]
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)

@@ -1,0 +1,122 @@
+"""A server on loopback with a tiny random model, for tests that talk to it as clients do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from helpers import make_tokenizer
+from tiny import tiny_model
+from unmask.engine.model import LanguageModel
+from unmask.engine.runner import Backend as EngineBackend
+from unmask.engine.runner import TorchBackend
+from unmask.models.rows import Rows
+from unmask.serve.app import create_app
+from unmask.serve.served import Settings
+from unmask.serve.server import Server, listen, url_of
+from unmask.serve.worker import Worker
+
+NAME = "tiny"
+CONTEXT = 256
+
+
+class _Slow(TorchBackend):
+    """A model that takes its time over every forward."""
+
+    def __init__(self, model: Any, seconds: float) -> None:
+        super().__init__(model)
+        self._seconds = seconds
+
+    def forward(self, rows: Rows, store: torch.Tensor) -> torch.Tensor:
+        time.sleep(self._seconds)
+        return super().forward(rows, store)
+
+
+class SlowModel(LanguageModel):
+    """A language model whose forwards take at least `seconds`."""
+
+    seconds = 0.0
+
+    def backend(self, *, wait: bool = False) -> EngineBackend:
+        return _Slow(self.transformer, self.seconds)
+
+
+def served_model(folder: Path, *, diffusion: bool = True, seconds: float = 0.0, **tokenizer_options: Any) -> LanguageModel:
+    """A random model in float64, so that a completion does not depend on its neighbours even in the last bit of a tie."""
+    tokenizer = make_tokenizer(folder, mask_token="<file_sep>" if diffusion else None, **tokenizer_options)
+    special: dict[str, Any] = {"mask_id": tokenizer.mask_id, "block_size": 8} if diffusion else {}
+    transformer = tiny_model(
+        "llama",
+        dtype=torch.float64,
+        vocab_size=tokenizer.vocab_size,
+        max_positions=CONTEXT,
+        eos_ids=(tokenizer.eos_id,),
+        **special,
+    )
+    model = SlowModel(transformer, tokenizer, name=NAME)
+    model.seconds = seconds
+    return model
+
+
+@dataclass
+class Live:
+    """A running server."""
+
+    url: str
+    app: FastAPI
+    server: Server
+
+    @property
+    def worker(self) -> Worker:
+        worker: Worker = self.app.state.backend.worker
+        return worker
+
+    def wait_idle(self, seconds: float = 10.0) -> None:
+        """Until nothing is served; then no page may be held and the books must agree."""
+        engine, end = self.worker.engine, time.monotonic() + seconds
+        while self.worker.num_requests or engine.has_work or engine.pool.num_held:
+            assert time.monotonic() < end, (
+                f"{self.worker.num_requests} requests, {engine.pool.num_held} pages held, work: {engine.has_work}"
+            )
+            time.sleep(0.01)
+        engine.pool.check()
+
+
+@contextmanager
+def live(model: LanguageModel, settings: Settings | None = None) -> Iterator[Live]:
+    """Serve until the block ends."""
+    settings = settings if settings is not None else Settings()
+    app, listener = create_app(model, settings), listen("127.0.0.1", 0)
+    server = Server(uvicorn.Config(app, log_config=None, access_log=False), app, settings.shutdown_grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        url = url_of(listener)
+        _wait_ready(url)
+        yield Live(url, app, server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def _wait_ready(url: str) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if httpx2.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx2.HTTPError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError("the server did not become ready")
