@@ -25,12 +25,10 @@ from rich.console import Console
 import unmask
 from unmask.cli import chat as verb
 from unmask.cli import chat_session
-from unmask.cli.chat_local import LocalAnswerer, open_model
+from unmask.cli.chat_local import LocalAnswerer
 from unmask.cli.chat_session import Answer, Conversation
 from unmask.engine.engine import Engine
 from unmask.engine.model import LanguageModel
-from unmask.engine.runner import TorchBackend
-from unmask.errors import CheckpointError, ConfigError
 
 PLAIN = ("--dtype", "float32", "--device", "cpu", "--quantize", "none")
 SHORT = (*PLAIN, "--max-new-tokens", 24)
@@ -141,14 +139,12 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pyte
         (("--block-size", 0), "block size is 0"),
         (("--preset", "turbo"), "preset is 'turbo'"),
         (("--device", "abacus"), "device 'abacus'"),
-        (("--quantize", "int3"), "'int3'"),
     ],
 )
 def test_bad_options_end_it_before_the_first_message(
     fails, diffusion_folder: Path, options: tuple[object, ...], said: str
 ) -> None:
-    plain = PLAIN if options[0] == "--threshold" else ()
-    assert said in fails("chat", "-m", diffusion_folder, "--quantize", "none", *plain, *options, input="Hello\n")
+    assert said in fails("chat", "-m", diffusion_folder, "--quantize", "none", *options, input="Hello\n")
 
 
 def test_a_model_without_a_chat_template(fails, own_folder: Path) -> None:
@@ -236,7 +232,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_conversation_that_no_longer_fits_says_so_and_loses_nothing(
     run, model: LanguageModel, diffusion_folder: Path
 ) -> None:
-    long = "one two three four five six seven eight nine ten " * 2
+    long = "7" * 140
     lines = [long, long, "/reset", "/retry", "Hi"]
     result = run("chat", "-m", diffusion_folder, *PLAIN, "--max-new-tokens", 8, input=typed(*lines))
     said = re.search(r"error: the conversation is (\d+) tokens and the context 256: .*/reset", result.stderr)
@@ -255,32 +251,25 @@ def test_an_answer_takes_what_room_the_context_has(run, diffusion_folder: Path) 
     assert int(re.findall(r"answers: 1, (\d+) tokens", result.stderr)[0]) == 256 - prompt
 
 
-def test_quantize_auto_takes_8_bit_weights_where_they_work(ar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Quantized:
-        refused = False
+@pytest.mark.parametrize(("given", "passed"), [((), "auto"), (("--quantize", "none"), None), (("--quantize", "int4"), "int4")])
+def test_the_kernels_are_ready_before_the_engine_is_made(
+    run, ar_folder: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], passed: str | None
+) -> None:
+    asked: list[object] = []
+    load, backend = unmask.load, LanguageModel.backend
 
-        def __init__(self, transformer: Any, weights: str) -> None:
-            if self.refused:
-                raise ConfigError("not this model")
-            made.append(weights)
-            self.plain = TorchBackend(transformer)
+    def plain_load(model: str, *, quantize: str | None, **options: Any) -> LanguageModel:
+        asked.append(quantize)
+        return load(model, **options)
 
-        def current(self, *, wait: bool = False) -> TorchBackend:
-            waited.append(wait)
-            return self.plain
+    def recorded(self: LanguageModel, *, wait: bool = False) -> Any:
+        asked.append(wait)
+        return backend(self)
 
-    made: list[str] = []
-    waited: list[bool] = []
-    monkeypatch.setattr("unmask.engine.model.QuantizedModel", Quantized)
-    for quantize in ("auto", "int4", "none"):
-        open_model(str(ar_folder), dtype="float32", device="cpu", quantize=quantize)
-    assert (made, waited) == (["int8", "int4"], [True, True])
-    Quantized.refused = True
-    assert open_model(str(ar_folder), dtype="float32", device="cpu", quantize="auto").generate_ids([5], max_new_tokens=2)
-    with pytest.raises(ConfigError):
-        open_model(str(ar_folder), dtype="float32", device="cpu", quantize="int8")
-    with pytest.raises(CheckpointError):
-        open_model("nowhere", dtype="float32", device="cpu", quantize="auto")
+    monkeypatch.setattr("unmask.load", plain_load)
+    monkeypatch.setattr(LanguageModel, "backend", recorded)
+    assert run("chat", "-m", ar_folder, *given, input="").exit_code == 0
+    assert asked[:2] == [passed, True]
 
 
 @pytest.mark.usefixtures("letters")

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from helpers import make_tokenizer
@@ -97,7 +96,7 @@ def live(model: LanguageModel, settings: Settings | None = None) -> Iterator[Liv
     """Serve until the block ends."""
     settings = settings if settings is not None else Settings()
     app, listener = create_app(model, settings), listen("127.0.0.1", 0)
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False), app, settings.shutdown_grace)
+    server = Server(app, settings.shutdown_grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

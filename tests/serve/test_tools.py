@@ -259,6 +259,12 @@ def test_a_template_that_only_shows_tools(make):
     assert listed(("get_weather", CITY), ("get", "{}")) in rendered(make(SHOWN + as_list + CHATML), HISTORY, FUNCTIONS)
 
 
+def test_a_template_that_writes_calls_but_no_results(make):
+    without = HERMES.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    text = rendered(make(without), HISTORY)
+    assert "<tool_response>\nrain" in text
+
+
 def test_templates_that_cannot_be_used(make):
     with pytest.raises(RequestError, match="tools need a chat template"):
         tool_format(make(None))
@@ -408,6 +414,7 @@ def test_smollm2_may_say_that_it_calls_nothing(check):
 def test_open_schemas_stay_open(formats, compiler, make):
     """An object without a list of properties, and one that asks for others."""
     names = {"any": {"type": "object"}, "more": {"properties": {}, "additionalProperties": {"type": "integer"}}, "none": {}}
+    names["unlisted"] = {"properties": {}, "required": ["x"]}
     names["either"] = {"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]}
     functions = [Function(name, None, schema) for name, schema in names.items()]
     grammar = formats["llama"].compile(compiler, functions, REQUIRED, parallel=True)
@@ -422,6 +429,7 @@ def test_open_schemas_stay_open(formats, compiler, make):
     assert not whole("more", '{"x": "1"}')
     assert whole("either", '{"b": 1}')
     assert not whole("either", "{}")
+    assert whole("unlisted", '{"x": 1}')
     assert whole("none", "{}")
     assert not whole("none", '{"x": 1}')
     assert not whole("any", "1")

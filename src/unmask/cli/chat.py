@@ -53,9 +53,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of the draws at a temperature above 0.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: Annotated[
-        str, typer.Option(help="auto, none, int8 or int4: quantised weights on the CPU; auto: int8 where that works.")
-    ] = "auto",
+    quantize: options.QuantizeAuto = "auto",
     watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.")] = False,
 ) -> None:
     """Talk with a model, in this process or on a server.
@@ -101,9 +99,13 @@ def chat(
 
 
 def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Answerer:
-    from unmask.cli.chat_local import LocalAnswerer, open_model
+    import unmask
+    from unmask.cli.chat_local import LocalAnswerer
 
-    language_model = open_model(name, dtype=dtype, device=pick_device(device), quantize=quantize)
+    chosen = None if quantize == "none" else quantize
+    language_model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=chosen)
+    # One engine serves all turns: kernels that are still compiled must not leave it with the weights as they are.
+    language_model.backend(wait=True)
     console = make_console()
     return LocalAnswerer(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
 

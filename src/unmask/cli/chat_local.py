@@ -16,27 +16,12 @@ from rich.console import Console
 
 from unmask.cli.chat_session import Answer, End, Message, Write
 from unmask.cli.watch import show
-from unmask.engine.model import Generation, LanguageModel, load
+from unmask.engine.model import Generation, LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
-from unmask.errors import ConfigError, RequestError
+from unmask.errors import RequestError
 from unmask.serve.text import TextStream
 
 MAX_NEW_TOKENS = 512
-
-
-def open_model(name: str, *, dtype: str, device: str, quantize: str) -> LanguageModel:
-    """Load a model, its kernels ready; "auto" quantises to int8 where the kernels run the model: dense, on the CPU.
-
-    Raises:
-        CheckpointError: no such model.
-        ConfigError: it cannot be quantised so.
-    """
-    model = load(name, dtype=dtype, device=device, quantize=None if quantize in ("auto", "none") else quantize)
-    if quantize == "auto" and device == "cpu":
-        with contextlib.suppress(ConfigError):
-            model = LanguageModel(model.transformer, model.tokenizer, name=name, quantize="int8")
-    model.backend(wait=True)
-    return model
 
 
 class LocalAnswerer:

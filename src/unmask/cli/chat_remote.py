@@ -46,6 +46,8 @@ class RemoteAnswerer:
             raise ConfigError("the API key holds a character that no header can carry; copy it again")
         self._root = url.rstrip("/") + ("/v1" if parts.path == "/" else "")
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        # Reading the certificates takes a tenth of a second: once, and only for https.
+        self._tls = httpx2.create_ssl_context() if parts.scheme == "https" else False
         self._interruptible = interruptible
         self._model = model if model is not None else self._first_model()
         self.about = f"{self._model} at {url}"
@@ -125,7 +127,7 @@ class RemoteAnswerer:
         """A connection of its own for each: one that Ctrl-C has cut is never used again."""
         try:
             with (
-                httpx2.Client(headers=self._headers, timeout=_TIMEOUT) as client,
+                httpx2.Client(headers=self._headers, timeout=_TIMEOUT, verify=self._tls) as client,
                 client.stream(method, self._root + path, json=body) as response,
             ):
                 if response.status_code != httpx2.codes.OK:

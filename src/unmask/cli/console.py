@@ -7,8 +7,11 @@ model may write anything.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,9 +66,16 @@ def visible(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
+def program() -> str:
+    """How the user can start this program again: by its name where that is on the path, else where it lies."""
+    if shutil.which("unmask") is not None or Path(sys.argv[0]).name != "unmask":
+        return "unmask"
+    return os.path.relpath(sys.argv[0])
+
+
 def try_command(folder: Path) -> str:
     """A command line that talks to the model in a folder."""
-    return shlex.join(["unmask", "generate", "What is the capital of France?", "--model", str(folder), "--watch"])
+    return shlex.join([program(), "generate", "What is the capital of France?", "--model", str(folder), "--watch"])
 
 
 def is_live(console: Console) -> bool:

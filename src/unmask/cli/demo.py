@@ -5,7 +5,6 @@ Owns the order of the acts and what is said between them. Each act is done by th
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console, visible
+from unmask.cli.console import is_live, make_console, program, visible
 from unmask.cli.decoding import DIFFUSION_MODEL
 from unmask.errors import CheckpointError, ConfigError
 
@@ -76,8 +75,8 @@ def demo(
     if diffusion is None:
         typer.echo(f"error: the demo is not complete: '{DIFFUSION_MODEL}' is missing", err=True)
         raise typer.Exit(1)
-    command = shlex.join(["unmask", "generate", "How do plants grow?", "--watch"])
-    _say(console, f"Your turn:  {command}")
+    _say(console, f"Ask it something:  {program()} generate 'How do plants grow?' --watch")
+    console.print(f"Chat with it in a browser:  {program()} serve   then open http://127.0.0.1:8000/", soft_wrap=True)
 
 
 def _load_diffusion(console: Console) -> LanguageModel | None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from unmask import __version__
+from unmask.cli.chat import chat
 from unmask.cli.console import Guarded
 from unmask.cli.convert import convert
 from unmask.cli.demo import demo
@@ -34,8 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, infill, trace, serve, convert, sft, dpo, info, merge, export, demo):
-    app.command(no_args_is_help=verb not in (serve, demo))(verb)
+for verb in (generate, infill, trace, chat, serve, convert, sft, dpo, info, merge, export, demo):
+    app.command(no_args_is_help=verb not in (chat, serve, demo))(verb)
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,6 +57,7 @@ def root(
     See it work:      unmask demo
     Ask something:    unmask generate "What is the capital of France?" --watch
     Fill a gap:       unmask infill "The capital of ___ is Paris."
+    Serve it:         unmask serve      (the OpenAI API, and a page to chat)
     Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
     Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import pick_device
+from unmask.cli.console import INTERRUPTED, pick_device
 from unmask.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def serve(
     In Python:  openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     In a shell: unmask chat --url http://127.0.0.1:8000
 
-    Ctrl-C lets what runs finish and takes nothing new; twice ends at once.
+    Ctrl-C or SIGTERM lets what runs finish and takes nothing new (exit code 0); Ctrl-C again ends at once (130).
     """
     from unmask.serve.served import Settings
 
@@ -82,7 +82,8 @@ def serve(
     typer.echo(f"chat in a browser: {place}/    API: {place}/v1    metrics: {place}/metrics    Ctrl-C stops", err=True)
     if not settings.api_keys and not is_loopback(host):
         typer.echo(f"note: anybody who reaches {host} may use this server; give --api-key", err=True)
-    run(language_model, settings, listener, loopback=is_loopback(host))
+    if not run(language_model, settings, listener, loopback=is_loopback(host)):
+        raise typer.Exit(INTERRUPTED)
 
 
 def is_loopback(host: str) -> bool:

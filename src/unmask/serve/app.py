@@ -64,6 +64,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "No API key, or a wrong one",
         403: "This host or web origin may not use the server",
         404: "No such path or model",
+        408: "The body took too long to arrive",
         413: "The body is larger than the server takes",
         415: "The body is not JSON",
         429: "The queue is full; Retry-After says when to try again",
@@ -76,7 +77,7 @@ _PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for st
 router = APIRouter()
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:
     backend: Backend = request.app.state.backend
     return backend
 
@@ -84,20 +85,29 @@ def _backend(request: Request) -> Backend:
 Served = Annotated[Backend, Depends(_backend)]
 
 
+async def _generating(backend: Served) -> Backend:
+    """Before a body is worked on: a flood is refused at no cost."""
+    backend.worker.check_room()
+    return backend
+
+
+Generating = Annotated[Backend, Depends(_generating)]
+
+
 @router.post("/v1/chat/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_chat(http: Request, body: protocol.ChatRequest, backend: Served) -> Response:
+async def post_chat(http: Request, body: protocol.ChatRequest, backend: Generating) -> Response:
     """Answer a conversation."""
     return await chat.chat(backend, http, body)
 
 
 @router.post("/v1/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_completions(http: Request, body: protocol.CompletionRequest, backend: Served) -> Response:
+async def post_completions(http: Request, body: protocol.CompletionRequest, backend: Generating) -> Response:
     """Continue texts."""
     return await completions.complete(backend, http, body)
 
 
 @router.post("/v1/infill", responses=_ERRORS, response_class=JSONResponse)
-async def post_infill(http: Request, body: protocol.InfillRequest, backend: Served) -> Response:
+async def post_infill(http: Request, body: protocol.InfillRequest, backend: Generating) -> Response:
     """Fill the holes of a text, with what stands on both sides of each in view."""
     return await completions.infill(backend, http, body)
 
@@ -156,7 +166,7 @@ def create_app(
     settings: Settings | None = None,
     *,
     loopback: bool = True,
-    on_failure: Callable[[Exception], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application; its engine runs while the application does (lifespan).
 
@@ -202,6 +212,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.include_router(router)
     app.mount("/page", _Page(directory=_PAGE), name="page")
@@ -243,7 +254,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {
-        404: f"no such path: {request.url.path[:200]}",
+        404: f"no such path: {request.scope['path'][:200]}",
         405: f"{request.method} is not allowed here",
     }.get(error.status_code, str(error.detail))
     return await _on_error(request, ApiError(error.status_code, message, headers=error.headers))
@@ -273,5 +284,5 @@ def _is_field(part: Any) -> bool:
 _KINDS = frozenset({"str", "int", "float", "bool", "constrained-str", "literal"})
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error

@@ -69,8 +69,8 @@ async def _events(
 
 
 def _deltas(news: News) -> Iterable[tuple[dict[str, Any], tuple[TokenLogprob, ...]]]:
-    """OpenAI's deltas; log-probabilities go with the first."""
-    if news.text or (news.logprobs and not news.calls):
+    """OpenAI's deltas; log-probabilities go with text, even with none."""
+    if news.text or news.logprobs:
         yield {"content": news.text}, news.logprobs
     for call in news.calls:
         yield {"tool_calls": [call]}, ()

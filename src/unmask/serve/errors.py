@@ -62,6 +62,12 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
+def loading() -> ApiError:
+    """The server comes up."""
+    message = "the model is being prepared; try again in some seconds"
+    return ApiError(503, message, code="loading", headers={"retry-after": "2"})
+
+
 def stopping() -> ApiError:
     """The server goes down."""
     return ApiError(503, "the server is stopping; try again soon", code="stopping", headers={"retry-after": "5"})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,9 @@ from unmask.serve.answer import Answer, News, costs
 from unmask.serve.errors import ApiError, internal
 from unmask.serve.metrics import Metrics
 from unmask.serve.served import Prepared, ServedModel, Settings
-from unmask.serve.worker import EngineFailedError, Job, Worker
+from unmask.serve.worker import AbortedError, EngineFailedError, Job, Worker
 
-SEND_SECONDS = 60.0
-"""A client that takes nothing for so long is given up."""
+_log = logging.getLogger("unmask.serve")
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,14 @@ class Exchange:
                 yield [(self.answers[i], self.answers[i].take(update), update) for i, update in updates]
         except EngineFailedError as error:
             raise internal(self._http.scope["unmask.id"]) from error
-        finally:
-            self._note_end()
 
     async def finish(self) -> None:
         """Wait for all of it."""
         async for _ in self.news():
             pass
 
-    def _note_end(self) -> None:
+    def close(self) -> None:
+        """It has ended, one way or another: note what it came to."""
         first = self._job.first_token_seconds
         if first is not None:
             self._metrics.first_token.observe(first)
@@ -111,12 +110,14 @@ async def open_exchange(
     job = backend.worker.submit(prepared.requests, watch=watch)
     watcher = asyncio.create_task(_watch_client(http, job))
     try:
-        yield Exchange(backend, http, prepared, job)
+        exchange = Exchange(backend, http, prepared, job)
+        try:
+            yield exchange
+        finally:
+            exchange.close()
     finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
         job.abort("disconnect")
+        watcher.cancel()
 
 
 async def _watch_client(http: HttpRequest, job: Job) -> None:
@@ -131,41 +132,40 @@ async def stream(events: AsyncGenerator[dict[str, Any]]) -> Response:
     Raises:
         ApiError: there is not even a first event.
     """
-    first = await anext(events)
-
-    async def lines() -> AsyncGenerator[bytes]:
-        yield _line(first)
-        try:
-            async for event in events:
-                yield _line(event)
-        except ApiError as error:
-            yield _line(error.body())
-            return
-        yield b"data: [DONE]\n\n"
-
-    return _EventStream(lines(), events)
+    return _EventStream(await anext(events), events)
 
 
 class _EventStream(Response):
-    """Sends lines as they come; gives up on a reader that takes none for a minute."""
+    """Sends events as they come; an error among them is the last one."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[bytes], events: AsyncGenerator[dict[str, Any]]) -> None:
+    def __init__(self, first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._lines, self._events = lines, events
+        self._first, self._events = first, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with aclosing(self._events):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for line in self._lines:
-                async with asyncio.timeout(SEND_SECONDS):
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            async for line in self._lines(scope["unmask.id"]):
+                await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            for source in (self._lines, self._events):
-                await source.aclose()
+
+    async def _lines(self, request_id: str) -> AsyncGenerator[bytes]:
+        yield _line(self._first)
+        try:
+            async for event in self._events:
+                yield _line(event)
+        except ApiError as error:
+            yield _line(error.body())
+        except AbortedError:
+            raise
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            yield _line(internal(request_id).body())
+        else:
+            yield b"data: [DONE]\n\n"
 
 
 def _line(event: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ Owns the outermost layer of the application. Knows paths and headers, never bodi
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -25,6 +26,8 @@ from unmask.serve.worker import AbortedError
 OPEN_PATHS = ("/", "/health", "/ready")
 """Reached without a key, as is all below /page/."""
 CLIENT_CLOSED = 499
+BODY_SECONDS = 60.0
+"""Most seconds that a body may take to arrive."""
 _log = logging.getLogger("unmask.serve")
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PORT = re.compile(r":\d+$")
@@ -69,12 +72,14 @@ class Guard:
         visit = _Visit(scope, send)
         try:
             self._check(scope, headers)
-            await self._app(scope, _Limited(receive, self._max_body).receive, visit.send)
+            await self._app(scope, _Body(receive, self._max_body).receive, visit.send)
         except ApiError as error:
             await visit.fail(error)
         except AbortedError:
             visit.status = CLIENT_CLOSED
-        except Exception:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of the libraries in Rust is no Exception
             _log.exception("request %s failed", scope["unmask.id"])
             await visit.fail(internal(scope["unmask.id"]))
         finally:
@@ -96,6 +101,9 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the body must be JSON; send content-type: application/json")
+        told = headers.get("content-length", "")
+        if told.isdecimal() and int(told[:20]) > self._max_body:
+            raise ApiError(413, _too_large(self._max_body))
 
     def _knows(self, authorization: str) -> bool:
         """Whether it holds a key; takes the same time whichever it is."""
@@ -121,18 +129,27 @@ class Guard:
         _log.log(level, "request", extra={"details": details})
 
 
-class _Limited:
-    """A body that ends in 413 where it gets too long."""
+class _Body:
+    """A body that ends in 413 where it gets too long, and in 408 where it takes too long."""
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._left, self._most = receive, most, most
+        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._complete = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        # HTTPException is the one kind of error that FastAPI lets through while it reads a body.
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body took longer than {BODY_SECONDS:g} s to arrive; send it again") from error
+        self._complete = not message.get("more_body", False)
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            # The one kind of error that FastAPI lets through while it reads a body.
-            raise HTTPException(413, f"the body is larger than {self._most} bytes; send less, or raise --max-body")
+            raise HTTPException(413, _too_large(self._most))
         return message
 
 
@@ -167,3 +184,7 @@ class _Visit:
 def _is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _too_large(most: int) -> str:
+    return f"the body is larger than {most} bytes; send less, or raise --max-body"

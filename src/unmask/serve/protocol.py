@@ -14,9 +14,10 @@ from pydantic_core import PydanticCustomError
 from unmask.diffusion.decode import Policy
 
 _Text = Annotated[str, Field(min_length=1)]
-_TokenIds = list[Annotated[int, Field(ge=0)]]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+_MANY = Field(min_length=1, max_length=128)
 
 
 def _misfit(param: str, message: str) -> PydanticCustomError:
@@ -49,7 +50,7 @@ class Diffusion(_Body):
 
 
 class _Ignored(_Body):
-    """Fields that say who asks, or how to bill or store it: they change nothing about the answer."""
+    """Fields that say who asks, how to bill, store or hasten it, or how long to think: none changes a word of the answer."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -57,6 +58,10 @@ class _Ignored(_Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class _Sampling(_Ignored):
@@ -64,7 +69,7 @@ class _Sampling(_Ignored):
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Share | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     diffusion: Diffusion = Field(default_factory=Diffusion)
@@ -97,14 +102,14 @@ class _Generating(_Sampling):
     @classmethod
     def _no_penalty(cls, value: Any) -> Any:
         if value not in (None, 0):
-            raise ValueError(f"{str(value)[:40]} is not supported: there are no penalties; leave it out, or 0")
+            raise ValueError("there are no penalties; leave it out, or 0")
         return None if value is None else 0
 
     @model_validator(mode="after")
     def _streams(self) -> _Generating:
         if not self.stream and (self.stream_options is not None or self.diffusion.watch):
             name = "diffusion.watch" if self.stream_options is None else "stream_options"
-            raise _misfit(name, f"{name} is given without stream; set stream to true, or leave it out")
+            raise _misfit(name, "given without stream; set stream to true, or leave it out")
         return self
 
     @property
@@ -113,21 +118,27 @@ class _Generating(_Sampling):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class TextPart(_Body):
+class _Said(BaseModel):
+    """A part of a conversation: what others (clients, earlier answers) have put beside the fields that we know is let be."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class TextPart(_Said):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Body):
+class CalledFunction(_Said):
     """Name and arguments (JSON text) of an earlier call."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Body):
+class ToolCall(_Said):
     """A call that the assistant made earlier."""
 
     id: str
@@ -135,10 +146,8 @@ class ToolCall(_Body):
     function: CalledFunction
 
 
-class Message(BaseModel):
+class Message(_Said):
     """A turn. Fields that belong to answers (refusal, annotations, audio) may come back as they were sent."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -222,17 +231,17 @@ class ChatRequest(_Generating):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise _misfit("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true, or leave it out")
+        if self.top_logprobs and not self.logprobs:
+            raise _misfit("top_logprobs", "given without logprobs; set logprobs to true, or leave it out")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise _misfit("tool_choice", "tool_choice asks for a call but there are no tools; give tools")
+            raise _misfit("tool_choice", "it asks for a call but there are no tools; give tools")
         return self
 
 
 class CompletionRequest(_Generating):
     """Body of /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)] | _TokenIds | list[_TokenIds]
+    prompt: str | Annotated[list[str], _MANY] | _TokenIds | Annotated[list[_TokenIds], _MANY]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -242,13 +251,11 @@ class CompletionRequest(_Generating):
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _misfit(
-                "best_of", f"best_of is {self.best_of} and n is {self.n or 1}; they must be the same"
-            )
+            raise _misfit("best_of", f"it is {self.best_of} and n is {self.n or 1}; they must be the same")
         if self.suffix:
-            raise _misfit("suffix", "suffix is not supported here; send the text with a hole to /v1/infill")
+            raise _misfit("suffix", "it is not supported here; send the text with a hole to /v1/infill")
         if self.echo and self.logprobs is not None:
-            raise _misfit("echo", "echo and logprobs are both given; prompts are not scored: leave one of them out")
+            raise _misfit("echo", "given with logprobs, but prompts are not scored; leave one of them out")
         return self
 
 
@@ -270,5 +277,5 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _misfit("prompt", "prompt and messages: give one of them")
+            raise _misfit("prompt", "give either prompt or messages")
         return self

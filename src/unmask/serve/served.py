@@ -7,6 +7,7 @@ from several threads.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,11 @@ from unmask.errors import ConfigError, RequestError, UnmaskError
 from unmask.serve import protocol
 from unmask.serve.errors import ApiError, bad_request
 from unmask.serve.tool_parser import CallParser
-from unmask.serve.tools import Function, ToolChoice, tool_format
+from unmask.serve.tools import Function, ToolChoice, ToolFormat, tool_format
+
+_PLACE = re.compile(r"tools\[\d+\][\w.]*|tool_choice")
+_LEAST_TOP_P = 1e-9
+"""OpenAI takes 0, too: the likeliest token."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,12 @@ class ServedModel:
         if not self.tokenizer.has_chat_template:
             raise bad_request(f"model {self.name} has no chat template; use /v1/completions", "messages")
         functions, choice, _ = _tools(body)
+        turns: list[Mapping[str, Any]] = [self._turn(each) for each in messages]
+        shown = None
         try:
-            turns, shown = tool_format(self.tokenizer).messages([_turn(each) for each in messages], functions, choice)
+            # A model whose tool format is unknown can still talk.
+            if functions or any(each.tool_calls or each.role == "tool" for each in messages):
+                turns, shown = self._format.messages(turns, functions, choice)
             return self.tokenizer.chat(turns, add_generation_prompt=True, tools=shown)
         except UnmaskError as error:
             raise bad_request(str(error), "messages") from error
@@ -165,11 +174,12 @@ class ServedModel:
         calling = bool(functions) and choice.mode != "none"
         grammar = self._response_grammar(body.response_format, calling)
         if calling:
+            told = [[each.name, each.description, each.parameters] for each in functions]
             try:
-                source = tool_format(self.tokenizer).grammar(functions, choice, parallel=parallel)
-                grammar = None if source is None else self._compile("lark", source)
+                grammar = self._compile("tools", json.dumps([told, [choice.mode, choice.name], parallel]))
             except RequestError as error:
-                raise bad_request(str(error), "tools") from error
+                place = _PLACE.match(str(error))
+                raise bad_request(str(error), "tools" if place is None else place[0]) from error
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         wants = None if not body.logprobs else body.top_logprobs or 0
         requests = self._requests(body, [ids], most, self.settings.default_max_tokens, wants, grammar)
@@ -204,13 +214,14 @@ class ServedModel:
             template = self.language_model.request((), max_new_tokens=1, **self._options(body))
             whole = body.diffusion.block_size is None
             requests = filling_requests(template, parts, tokens, self.tokenizer, whole=whole)
+            requests[-1].check(self.language_model.config)
         except UnmaskError as error:
-            raise bad_request(str(error), "text" if "hole" in str(error) else None) from error
+            raise _refused(error, body, "text") from error
         return Prepared(requests, sum(token is not None for token in requests[0].ids))
 
     def parser(self) -> CallParser:
         """Finds the tool calls in one answer."""
-        return tool_format(self.tokenizer).parser()
+        return self._format.parser()
 
     def warm(self) -> None:
         """What would make the first request slow."""
@@ -254,15 +265,19 @@ class ServedModel:
                 request = self.language_model.request(
                     ids, max_new_tokens=new, stop=body.stops, logprobs=logprobs, grammar=grammar, **options
                 )
+                request.check(self.language_model.config)
             except RequestError as error:
-                raise bad_request(str(error)) from error
+                raise _refused(error, body, "response_format") from error
             made += request.samples(body.n or 1)
         return made
 
     def _options(self, body: protocol._Sampling) -> dict[str, Any]:
         """Decoding options as `LanguageModel.request` calls them. Without a seed, draws differ from call to call."""
         options = body.diffusion.model_dump(exclude_none=True, exclude={"watch"})
-        options |= {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
+        if body.temperature is not None:
+            options["temperature"] = body.temperature
+        if body.top_p is not None:
+            options["top_p"] = max(body.top_p, _LEAST_TOP_P)
         options["seed"] = secrets.randbits(62) if body.seed is None else body.seed
         options["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         return options
@@ -278,9 +293,26 @@ class ServedModel:
         except RequestError as error:
             raise bad_request(str(error), "response_format.json_schema.schema") from error
 
-    def _compile_once(self, kind: str, source: str) -> Grammar:
+    def _turn(self, message: protocol.Message) -> dict[str, Any]:
+        """A message as templates read it: content as one text, a role they know."""
+        turn: dict[str, Any] = {"content": None} | message.model_dump(exclude_none=True)
+        if isinstance(message.content, list):
+            turn["content"] = "\n".join(part.text for part in message.content)
+        if message.role == "developer" and "developer" not in self.tokenizer.chat_template:
+            turn["role"] = "system"
+        return turn
+
+    @cached_property
+    def _format(self) -> ToolFormat:
+        return tool_format(self.tokenizer)
+
+    def _compile_once(self, kind: str, source: str) -> Grammar | None:
         grammars = self.language_model.grammars
-        return grammars.lark(source) if kind == "lark" else grammars.json_schema(source)
+        if kind == "json_schema":
+            return grammars.json_schema(source)
+        functions, choice, parallel = json.loads(source)
+        given = [Function(*function) for function in functions]
+        return self._format.compile(grammars, given, ToolChoice(*choice), parallel=parallel)
 
 
 def _tools(body: protocol.ChatRequest | None) -> tuple[list[Function], ToolChoice, bool]:
@@ -301,9 +333,11 @@ def _tools(body: protocol.ChatRequest | None) -> tuple[list[Function], ToolChoic
     return functions, ToolChoice(chosen), body.parallel_tool_calls is not False
 
 
-def _turn(message: protocol.Message) -> Mapping[str, Any]:
-    """A message as templates read it: content as one text."""
-    turn = message.model_dump(exclude_none=True)
-    if isinstance(message.content, list):
-        turn["content"] = "\n".join(part.text for part in message.content)
-    return {"content": None} | turn
+def _refused(error: UnmaskError, body: protocol._Sampling, otherwise: str) -> ApiError:
+    """What the engine says of an option, with the name of the field that it begins with."""
+    name = str(error).partition(" ")[0]
+    if name in protocol.Diffusion.model_fields:
+        name = f"diffusion.{name}"
+    elif name not in type(body).model_fields:
+        name = otherwise
+    return bad_request(str(error), name)

@@ -12,13 +12,16 @@ from unmask.engine.request import Completion
 
 _BROKEN = "\ufffd"
 """What a tokenizer gives for the first half of a character."""
+_RARE = "\U0010ffff"
+"""A character that no tokenizer has as a token: it is spelled in bytes."""
 
 
 class TextStream:
     """One completion's text as it becomes final.
 
     A window of ids is decoded, not all of them: it begins one piece early, because some tokenizers drop the space in front
-    of the first token of a text.
+    of the first token of a text. Others read bytes in a row as one, so that a broken one spoils the characters before it:
+    text is shown when not even such a byte would change it.
 
     Args:
         tokenizer: the model's.
@@ -27,28 +30,35 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = tokenizer.decode, tuple(stops)
-        self._ids: list[int] = []
-        self._window = self._read = 0
+        self._broken_byte = tokenizer.encode(_RARE)[-1:]
+        self._window: list[int] = []
+        self._num_read = 0
+        self._known = ""
         self._held = ""
         self._num_shown = 0
 
     def push(self, ids: Sequence[int]) -> str:
         """What can be shown after these ids, beyond what was shown before."""
-        self._ids += ids
-        known = self._decode(self._ids[self._window : self._read])
-        text = self._decode(self._ids[self._window :])
-        if text.endswith(_BROKEN) or len(text) <= len(known):
-            return ""
-        self._window, self._read = self._read, len(self._ids)
-        held = self._held + text[len(known) :]
-        keep = held_back(held, self._stops)
-        self._held = held[len(held) - keep :]
-        return self._show(held[: len(held) - keep])
+        return "".join(self._push(token) for token in ids)
 
     def finish(self, completion: Completion) -> str:
         """The rest: all that was shown, joined, is the completion's text. Its last ids need not have been pushed."""
         text = self._decode(completion.ids) if completion.text is None else completion.text
         return self._show(text[self._num_shown :])
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._decode(self._window)
+        if len(text) <= len(self._known) or text.endswith(_BROKEN):
+            return ""
+        if not self._decode([*self._window, *self._broken_byte]).startswith(text):
+            return ""
+        held = self._held + text[len(self._known) :]
+        del self._window[: self._num_read]
+        self._num_read, self._known = len(self._window), self._decode(self._window)
+        keep = held_back(held, self._stops)
+        self._held = held[len(held) - keep :]
+        return self._show(held[: len(held) - keep])
 
     def _show(self, text: str) -> str:
         self._num_shown += len(text)

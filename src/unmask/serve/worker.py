@@ -11,14 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from unmask.engine.engine import Engine, Update
 from unmask.engine.request import Request
+from unmask.engine.scheduler import STEPS_PER_PRIORITY
 from unmask.errors import RequestError
-from unmask.serve.errors import ApiError, bad_request, stopping, timed_out
+from unmask.serve.errors import ApiError, bad_request, loading, stopping, timed_out
 from unmask.serve.metrics import Metrics
 
+_JOIN_SECONDS = 10.0
+"""How long the way down waits for a forward, or for a model that is still being prepared."""
 _log = logging.getLogger("unmask.serve")
 _Command = Callable[[Engine], None]
 
@@ -101,7 +105,7 @@ class Worker:
         max_requests: most requests queued and running; more are refused.
         timeout: most seconds of a job, waiting included.
         metrics: what is counted.
-        on_failure: called when no engine can be made.
+        on_failure: called when no engine can be made; nothing is taken any more then.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class Worker:
         max_requests: int,
         timeout: float,
         metrics: Metrics,
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self._make_engine, self._max_requests, self._timeout = make_engine, max_requests, timeout
         self._metrics, self._on_failure = metrics, on_failure
@@ -140,7 +144,7 @@ class Worker:
             ApiError: not there yet.
         """
         if self._engine is None:
-            raise ApiError(503, "the model is being prepared; try again in some seconds", headers={"retry-after": "2"})
+            raise loading()
         return self._engine
 
     @property
@@ -148,24 +152,33 @@ class Worker:
         """Requests queued and running."""
         return sum(len(job.open) for job in self._jobs)
 
+    def check_room(self, count: int = 1) -> None:
+        """Whether so many requests more could be taken now.
+
+        Raises:
+            ApiError: the queue is full, or the server is not ready.
+        """
+        if self._draining:
+            raise stopping()
+        if self._engine is None:
+            raise loading()
+        if self.num_requests + count > self._max_requests:
+            raise self._full()
+
     def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Job:
         """Queue requests of one client.
 
         Raises:
             ApiError: the queue is full, the server is not ready, or the engine cannot serve one of them.
         """
-        if self._draining:
-            raise stopping()
         for request in requests:
             try:
                 self.engine.check(request)
             except RequestError as error:
                 raise bad_request(str(error)) from error
-        waiting = self.num_requests
         if len(requests) > self._max_requests:
             raise bad_request(f"{len(requests)} completions asked for; this server takes {self._max_requests} at once", "n")
-        if waiting + len(requests) > self._max_requests:
-            raise self._full(waiting)
+        self.check_room(len(requests))
         job = Job(self, requests, watch=watch)
         self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
         self._send(lambda engine: self._add(engine, job))
@@ -181,7 +194,7 @@ class Worker:
         self._draining = True
 
     async def close(self, grace: float) -> None:
-        """Let what runs finish for so many seconds, fail the rest, and end the thread."""
+        """Let what runs finish for so many seconds, fail the rest, and end the thread; called again, it can cut that short."""
         self.drain()
         deadline = time.perf_counter() + grace
         while self._jobs and time.perf_counter() < deadline:
@@ -191,9 +204,10 @@ class Worker:
         with self._wake:
             self._stop = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
-    def _full(self, waiting: int) -> ApiError:
+    def _full(self) -> ApiError:
+        waiting = self.num_requests
         wait = max(1, round(self._mean_seconds / max(1, len(self._jobs))))
         message = f"{waiting} requests are queued and running, and {self._max_requests} is the most; try again in {wait} s"
         return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
@@ -227,6 +241,11 @@ class Worker:
             if job in self._jobs:
                 self._end(job, error, "error")
 
+    def _give_up(self, error: BaseException) -> None:
+        self.drain()
+        self._fail(list(self._jobs), EngineFailedError())
+        self._on_failure(error)
+
     def _send(self, command: _Command) -> None:
         with self._wake:
             self._commands.append(command)
@@ -237,18 +256,19 @@ class Worker:
     def _run(self) -> None:
         while not self._stop:
             try:
-                engine = self._make_engine()
-            except Exception as error:
-                self._call(self._on_failure, error)
+                engine = self._engine = self._make_engine()
+            except BaseException as error:  # a panic of the libraries in Rust is no Exception
+                self._call(self._give_up, error)
                 return
-            self._engine = engine
             try:
                 while self._turn(engine):
                     pass
-            except Exception:
+            except BaseException:  # likewise
                 # A bug of ours: whoever was served learns that it failed; those still to be added find an empty cache.
                 _log.exception("the engine failed; starting another")
+                # Its memory must be free before the next one takes as much.
                 self._engine = None
+                del engine
                 served = {job for job, _ in self._numbers.values()}
                 self._numbers.clear()
                 self._call(self._fail, served, EngineFailedError())
@@ -271,8 +291,12 @@ class Worker:
 
     def _add(self, engine: Engine, job: Job) -> None:
         for index, request in enumerate(job.requests):
+            # More than can run together wait as if they had come when those before them end: what another client sends in the
+            # meantime goes first.
+            wave = index // engine.scheduler.max_running
+            later = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
             try:
-                self._numbers[engine.add(request, watch=job.watch)] = (job, index)
+                self._numbers[engine.add(replace(request, priority=later), watch=job.watch)] = (job, index)
             except RequestError as error:
                 self._call(self._deliver, [(job, index, Update(0, (), None, None, error))])
                 return
@@ -287,5 +311,6 @@ class Worker:
             del self._numbers[number]
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        if not self._loop.is_closed():
+        # After a forced end the loop may be closed already.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)

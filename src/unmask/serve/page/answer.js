@@ -7,7 +7,7 @@ export const newAnswer = () => ({ role: "assistant", content: "", state: "runnin
 /**
  * Fill `message` from the server.
  *
- * @param show called after each chunk with the block being denoised, or null.
+ * @param show called after each chunk with the block being denoised and the text before it, or null.
  * @param pace milliseconds to wait after each step, for the eye.
  * Ends with message.state "done", "stopped" (by `signal`) or "failed" (message.error says why); throws nothing but an ApiError
  * of status 401.
@@ -17,10 +17,10 @@ export async function receive(message, { body, key, signal, pace, show }) {
   const seconds = () => (performance.now() - began) / 1000;
   try {
     for await (const chunk of streamChat(body, key, signal)) {
-      const view = chunk.diffusion?.tokens ? chunk.diffusion : null;
-      take(chunk, message, seconds());
+      take(chunk, message, pace() ? null : seconds()); // slowed down, its speed says nothing
+      const view = chunk.diffusion?.tokens ? { ...chunk.diffusion, text: message.content } : null;
       show(view);
-      if (view && pace) await pause(pace(), signal);
+      if (view && pace()) await pause(pace(), signal);
       if (signal.aborted) break;
     }
     message.state = signal.aborted ? "stopped" : "done";
@@ -44,7 +44,6 @@ function take({ choices: [choice] = [], diffusion, usage }, message, seconds) {
 }
 
 function pause(milliseconds, signal) {
-  if (!milliseconds) return null;
   return new Promise((resolve) => {
     setTimeout(resolve, milliseconds);
     signal.addEventListener("abort", resolve, { once: true });

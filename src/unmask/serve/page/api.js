@@ -52,7 +52,7 @@ async function refusal(response) {
   const wait = Number(response.headers.get("Retry-After"));
   const later = wait > 0 ? `in ${wait} ${wait === 1 ? "second" : "seconds"}` : "in a moment";
   const words = {
-    401: "The server did not accept the API key.",
+    401: "The server wants a valid API key.",
     429: `The server is busy. Try again ${later}.`,
     503: `The server is not ready: it is starting or stopping. Try again ${later}.`,
   };

@@ -300,7 +300,11 @@ document.addEventListener("keydown", (event) => {
   if (running) stop();
   else if (editing !== null) $("cancel-edit").click();
 });
-addEventListener("pagehide", () => { if (running) keep(running.chat); });
+addEventListener("pagehide", () => { // a request that the browser cuts off would count as failed
+  if (!running) return;
+  keep(running.chat);
+  stop();
+});
 
 $("examples").append(...EXAMPLES.map((text) => make("li", {}, button(text, () => { ask(text); input.focus(); }))));
 $("change-key").hidden = !load("key", "");

@@ -2,10 +2,12 @@
 
 import { make } from "./dom.js";
 
-const BROKEN = /\ufffd+$/; // the first half of a character
 const UNGUESSED = "░░";
 
-/** A view of a block is {start, committed, tokens: [{text, state, confidence}]}; places count from the answer's first token. */
+/**
+ * A view of a block is {start, committed, tokens: [{text, state, confidence}]}; places count from the answer's first token.
+ * What is committed stands in the text before the block, and is not shown again.
+ */
 export class LiveBlock {
   element = make("span", { className: "block" });
   #start = null;
@@ -15,8 +17,7 @@ export class LiveBlock {
     this.element.ariaHidden = "true"; // words that may change are not for reading aloud
   }
 
-  /** Show the tokens of a view, leaving out the first `skipped`. */
-  show(view, skipped) {
+  show(view) {
     if (view.start !== this.#start) {
       this.#start = view.start;
       this.#edited.clear();
@@ -25,7 +26,7 @@ export class LiveBlock {
     const spans = this.element.children;
     view.tokens.forEach((token, place) => {
       if (token.state === "edited") this.#edited.add(place);
-      draw(spans[place] ?? this.element.appendChild(make("span")), token, this.#edited.has(place), place < skipped);
+      draw(spans[place] ?? this.element.appendChild(make("span")), token, this.#edited.has(place), view.start + place < view.committed);
     });
     while (spans.length > view.tokens.length) this.element.lastChild.remove();
   }
@@ -44,21 +45,7 @@ function draw(span, { text, state, confidence }, wasEdited, isHidden) {
 
 function spell(text, state) {
   const whole = text.replaceAll("\ufffd", "·");
-  if (state === "committed") return whole;
   if (state !== "masked") return whole.replaceAll("\n", "↵\n");
   const guess = whole.replaceAll("\n", "↵");
   return guess.trim() ? guess : UNGUESSED;
-}
-
-/**
- * Where the text that has come ends and the block begins.
- *
- * The block's committed tokens are part of the text already. They are taken from its end and shown in the block; where they
- * cannot be found there (a character of several tokens, a stop string held back) the block shows only what follows them.
- */
-export function align(text, view) {
-  const numCommitted = Math.max(0, view.committed - view.start);
-  const words = view.tokens.slice(0, numCommitted).map((token) => token.text).join("").replace(BROKEN, "");
-  const found = text.endsWith(words);
-  return { base: found ? text.slice(0, text.length - words.length) : text, skipped: found ? 0 : numCommitted };
 }

@@ -60,7 +60,7 @@ export class Settings {
     else if (NUMBERS.has(name)) this.values[name] = value === "" ? null : Number(value);
     else this.values[name] = value;
     save("settings", this.values);
-    showValue(field);
+    this.#showNumbers();
   }
 
   #fill() {
@@ -70,12 +70,15 @@ export class Settings {
       if (!field) continue; // a setting of an older page
       if (field.type === "checkbox") field.checked = value;
       else field.value = value ?? own[name] ?? "";
-      showValue(field);
+    }
+    this.#showNumbers();
+  }
+
+  #showNumbers() {
+    const { threshold, preset } = this.values;
+    for (const output of this.#form.querySelectorAll("output")) {
+      const field = this.#form.elements[output.htmlFor];
+      output.value = field.name === "threshold" && preset && threshold === null ? "as for the edits" : field.value;
     }
   }
-}
-
-function showValue(field) {
-  const output = field.type === "range" && field.closest("label").querySelector("output");
-  if (output) output.value = field.value;
 }

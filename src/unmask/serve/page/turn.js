@@ -1,12 +1,12 @@
 // One message of the conversation on the page: its text, the block behind it, what it cost, what can be done with it.
 
 import { button, copyButton, make } from "./dom.js";
-import { LiveBlock, align } from "./live.js";
+import { LiveBlock } from "./live.js";
 import { Markdown } from "./markdown.js";
 
 const ENDS = {
   stop: "finished",
-  length: "cut off at the most tokens",
+  length: "cut off at max tokens",
   tool_calls: "asked for a tool",
   content_filter: "withheld",
 };
@@ -32,16 +32,16 @@ export class AnswerTurn {
     this.draw();
   }
 
-  /** Show the message as it is; `view` is the block that is being denoised, if one is. */
+  /** Show the message as it is; `view` is the block that is being denoised behind `view.text`, if one is. */
   draw(view = null) {
     const { content, state, error } = this.message;
     const running = state === "running";
     this.#live.element.parentElement?.matches(".next") ? this.#live.element.parentElement.remove() : this.#live.element.remove();
-    const { base, skipped } = running && view ? align(content, view) : { base: content, skipped: 0 };
-    this.#markdown.update(base);
+    const text = running && view ? view.text : content;
+    this.#markdown.update(text);
     if (running && view) {
-      this.#live.show(view, skipped);
-      this.#markdown.appendInline(base, this.#live.element);
+      this.#live.show(view);
+      this.#markdown.appendInline(text, this.#live.element);
     }
     this.element.dataset.state = state;
     this.element.ariaBusy = String(running);

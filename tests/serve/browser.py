@@ -1,14 +1,14 @@
 """A server that says what a test scripts, in the words of the real one, for a browser to talk to.
 
-Owns the loopback server's life, and the steps of a block that falls into place. Knows no model.
+Owns the loopback server's life, the steps of a block that falls into place, and a reader's visit. Knows no model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +18,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from playwright.sync_api import Browser, Locator, Page
 
 import unmask.serve.app as real
+from unmask.serve.server import listen, url_of
 
 CHROMIUM_FLAGS = (
     "--headless",
@@ -39,7 +41,7 @@ class Script:
     Attributes:
         tokens: the answer, token by token.
         block_size: tokens that form together; each step decides two of them, the outer ones first.
-        wrong: place -> what stands there until the block's last step edits it.
+        wrong: place -> what stands there until the block's last step but one edits it.
         hold: wait at this step, the first is 0, until the test releases it or the client has gone.
         delay: seconds between steps.
         breaks: "error" or "cut": how the stream ends after the first block, if it does.
@@ -60,43 +62,52 @@ class Script:
         """Per forward: the text that became final, and what a watcher sees."""
         forwards = 0
         for start in range(0, len(self.tokens), self.block_size):
-            places = list(range(start, min(start + self.block_size, len(self.tokens))))
-            order = [place for pair in zip(places, reversed(places), strict=True) for place in pair]
-            order = list(dict.fromkeys(order))
+            places = range(start, min(start + self.block_size, len(self.tokens)))
+            order = list(dict.fromkeys(place for pair in zip(places, reversed(places), strict=True) for place in pair))
             rounds = [order[:count] for count in range(0, len(order) + 2, 2)]
-            rounds += [order] if any(place in self.wrong for place in places) else []
+            editing = not self.wrong.keys().isdisjoint(places)
+            rounds += [order, order] if editing else []
             done = start
-            for number, decided in enumerate(rounds):
-                last = number == len(rounds) - 1
-                editing = any(place in self.wrong for place in places)
+            for left, decided in zip(reversed(range(len(rounds))), rounds, strict=True):
                 before = done
-                while not (editing and not last) and done in decided:
+                while done in decided and (left == 0 or not editing):
                     done += 1
-                shown = [self._token(place, place in decided, place < done, last) for place in places]
+                tokens = [self._token(place, place in decided, place < done, left) for place in places]
                 forwards += 1
-                view = {"index": 0, "start": start, "committed": done, "forwards": forwards, "tokens": shown}
+                view = {"index": 0, "start": start, "committed": done, "forwards": forwards, "tokens": tokens}
                 yield "".join(self.tokens[before:done]), view
 
-    def _token(self, place: int, decided: bool, final: bool, last: bool) -> dict[str, Any]:
+    def _token(self, place: int, decided: bool, final: bool, left: int) -> dict[str, Any]:
         text = self.tokens[place]
         if not decided:
             return {"text": text if place % 2 else "", "state": "masked", "confidence": 0.4 if place % 2 else 0.0}
-        if place in self.wrong:
-            return {"text": text if last else self.wrong[place], "state": "edited" if last else "provisional", "confidence": 0.9}
+        if place in self.wrong and left > 0:
+            shown, state = (text, "edited") if left == 1 else (self.wrong[place], "provisional")
+            return {"text": shown, "state": state, "confidence": 0.9}
         return {"text": text, "state": "committed" if final else "provisional", "confidence": 0.98}
 
 
-@dataclass
 class FakeServer:
-    """Set `script` before a request; `bodies` are the requests that came."""
+    """Set `script` before a request.
 
-    script: Script = field(default_factory=Script)
-    key: str | None = None
-    diffusion: bool = True
-    bodies: list[Any] = field(default_factory=list)
-    url: str = ""
-    gone: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)
+    Attributes:
+        key: the API key it wants, if any.
+        diffusion: whether it says that its model is one.
+        bodies: requests that came.
+        gone: set when a client has left an answer.
+        released: set it to let a held answer go on.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As new."""
+        self.script = Script()
+        self.key: str | None = None
+        self.diffusion = True
+        self.bodies: list[Any] = []
+        self.gone, self.released = threading.Event(), threading.Event()
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -150,10 +161,10 @@ class FakeServer:
                     yield _event(error={"message": "the engine failed"}) if script.breaks == "error" else ""
                     return
                 await asyncio.sleep(script.delay)
-            count = len(script.tokens)
-            costs = {"forwards": forwards, "tokens_per_forward": count / forwards, "tokens_per_second": 88.1, "edits": len(script.wrong)}
+            count, edits = len(script.tokens), len(script.wrong)
+            speed = {"tokens_per_forward": count / forwards, "tokens_per_second": 88.1, "seconds": 0.26}
             end = {"index": 0, "delta": {}, "finish_reason": "stop"}
-            yield _event(choices=[end], **({"diffusion": {**costs, "seconds": 0.26}} if self.diffusion else {}))
+            yield _event(choices=[end], diffusion={"forwards": forwards, "edits": edits, "cached_tokens": 0, **speed})
             yield _event(choices=[], usage={"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count})
             yield "data: [DONE]\n\n"
         except (asyncio.CancelledError, GeneratorExit):
@@ -170,18 +181,65 @@ def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Serve an application on a free loopback port, in a thread; its URL."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+def running(fake: FakeServer) -> Iterator[str]:
+    """Serve on a free loopback port, in a thread, until the block ends; its URL."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(fake.app(), log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        while not server.started:
+            assert thread.is_alive(), "the test server did not start"
+            time.sleep(0.01)
+        yield url_of(listener)
     finally:
+        fake.released.set()
         server.should_exit = True
         thread.join(10)
-        listener.close()
         assert not thread.is_alive(), "the test server did not stop"
+
+
+@dataclass
+class Visit:
+    """One reader's browser: a page, and what went wrong on it."""
+
+    page: Page
+    url: str
+    problems: list[str] = field(default_factory=list)
+
+    def expect(self, words: str) -> None:
+        """Take one problem that this test has brought about off the list."""
+        found = [problem for problem in self.problems if words in problem]
+        assert found, f"no {words!r} in {self.problems}"
+        self.problems.remove(found[0])
+
+    def ask(self, text: str) -> None:
+        """Write a message and send it as a reader does."""
+        self.page.locator("#input").fill(text)
+        self.page.locator("#input").press("Enter")
+
+    def answer(self, state: str = "done") -> Locator:
+        """The last answer, once it is in this state."""
+        answer = self.page.locator(f"#messages > li.answer:last-child[data-state={state}]")
+        answer.wait_for()
+        return answer
+
+
+@contextmanager
+def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
+    """Open the page in a browser that has never seen it; at the end nothing may have gone wrong that was not expected."""
+    context = browser.new_context(**{"viewport": {"width": 1100, "height": 720}, **options})
+    context.set_default_timeout(8000)
+    page = context.new_page()
+    visit = Visit(page, url)
+    page.on("console", lambda message: visit.problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: visit.problems.append(str(error)))
+    page.on(
+        "request", lambda request: visit.problems.append(request.url) if not request.url.startswith((url, "blob:")) else None
+    )
+    try:
+        page.goto(url)
+        yield visit
+        assert not visit.problems, visit.problems
+    finally:
+        context.close()

@@ -1,0 +1,1 @@
+"""Quality and speed: benchmarks with scores, tokens per forward and tokens per second side by side."""

@@ -1,0 +1,221 @@
+"""The model as an `lm-eval` model, so that everything that library has works by its own task names.
+
+Owns the translation between the library's requests and the engine's. Imports lm-eval: import this file only where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm.auto import tqdm
+
+from unmask.engine.engine import Engine
+from unmask.engine.model import LanguageModel
+from unmask.engine.request import Completion, Request
+from unmask.errors import ConfigError, RequestError
+from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
+
+_DEFAULT_TOKENS = 256
+_GENERATION_OPTIONS = {
+    "until",
+    "max_gen_toks",
+    "max_tokens",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+}
+
+
+class HarnessLM(TemplateLM):  # type: ignore[misc]
+    """An `lm_eval.api.model.LM`.
+
+    Likelihoods of a diffusion model are bounds, -NELBO; `scored` keeps each with its standard error. Greedy answers come from
+    the engine, `batch` at a time; `completions` keeps what each cost.
+
+    Args:
+        model: with a tokenizer.
+        samples: draws per block of the bound.
+        seed: of the draws, and of sampled answers whose task sets none.
+        batch: answers decoded together.
+        decoding: options of `LanguageModel.request` for every answer (threshold, block_size, ...).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        samples: int = 16,
+        seed: int = 0,
+        batch: int = 16,
+        decoding: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if model.tokenizer is None:
+            raise ConfigError(f"model {model.name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
+        self._model, self._text, self._seed, self._batch = model, model.tokenizer, seed, batch
+        self._decoding = dict(decoding or {})
+        self._samples = samples
+        self._estimator: LikelihoodEstimator | None = None
+        self._templated = False
+        self.scored: list[Likelihood] = []
+        self.completions: list[Completion] = []
+        self.truncated = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the context holds."""
+        return self._model.config.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self._text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it."""
+        return self._text.prefix_ids[0] if self._text.prefix_ids else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of lm-eval's cache keys."""
+        return self._model.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Source of the template, for lm-eval's records."""
+        return self._text.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text; from now on control tokens in texts are read as such."""
+        self._templated = True
+        ids = self._text.chat(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._text.decode(ids, skip_special=False)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; a plain text begins as the model expects it."""
+        ids = self._text.encode(string, allow_special=self._templated)
+        prefix = [] if self._templated or add_special_tokens is False else [*self._text.prefix_ids]
+        return prefix + ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        fitted = [self._fitted(context, continuation) for _, context, continuation in requests]
+        # Sorted, neighbours share their contexts.
+        order = sorted(range(len(fitted)), key=lambda i: fitted[i])
+        found: dict[int, Likelihood] = {}
+        for i in tqdm(order, desc="likelihoods", disable=disable_tqdm):
+            found[i] = self._score(*fitted[i])
+        greedy = self._are_greedy(fitted)
+        answers = [(found[i].value, greedy[i]) for i in range(len(fitted))]
+        self.scored += [found[i] for i in range(len(fitted))]
+        for (pair, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", pair, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the context's length."""
+        answers = []
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
+            parts = [self._score(*make_disjoint_window(window)) for window in windows]
+            self.scored += parts
+            answers.append(sum(part.value for part in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop string."""
+        made = [self._request(*request.args) for request in requests]
+        texts = []
+        with tqdm(total=len(made), desc="answers", disable=disable_tqdm) as progress:
+            for request, completion in zip(requests, run_in_order(self._engine(), made, progress.update), strict=True):
+                self.completions.append(completion)
+                texts.append(self._text.decode(completion.ids) if completion.text is None else completion.text)
+                self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def _engine(self) -> Engine:
+        return self._model.engine(max_running=self._batch)
+
+    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
+        if self._estimator is None:
+            size = self._decoding.get("block_size")
+            self._estimator = LikelihoodEstimator(self._model, samples=self._samples, seed=self._seed, block_size=size)
+        return self._estimator.score(context, continuation)
+
+    def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """As much of the context's end as fits."""
+        room = self.max_length - len(continuation)
+        if room < 1:
+            raise RequestError(f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}")
+        self.truncated += len(context) > room
+        return context[-room:], continuation
+
+    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether greedy decoding gives each continuation; a request is dropped at the first token that differs."""
+        engine, waiting = self._engine(), dict(enumerate(pairs))
+        expected: dict[int, tuple[int, list[int]]] = {}
+        same = [False] * len(pairs)
+        while waiting or expected:
+            while waiting and len(expected) < self._batch:
+                i = next(iter(waiting))
+                context, continuation = waiting.pop(i)
+                request = self._model.request(context, max_new_tokens=len(continuation), **self._decoding)
+                expected[engine.add(request)] = (i, list(continuation))
+            for update in engine.step():
+                i, left = expected[update.number]
+                fits = left[: len(update.new_ids)] == list(update.new_ids)
+                expected[update.number] = (i, left[len(update.new_ids) :])
+                same[i] = fits and len(left) == len(update.new_ids)
+                if not fits or update.completion is not None:
+                    engine.abort(update.number)
+                    del expected[update.number]
+        return same
+
+    def _request(self, context: str, options: Mapping[str, Any]) -> Request:
+        unknown = options.keys() - _GENERATION_OPTIONS
+        if unknown:
+            raise ConfigError(
+                f"generation option {min(unknown)} of a task is not known; use one of {sorted(_GENERATION_OPTIONS)}"
+            )
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens")
+        most = next((int(options[name]) for name in names if name in options), _DEFAULT_TOKENS)
+        ids = self.tok_encode(context)
+        room = self.max_length - min(most, self.max_length - 1)
+        self.truncated += len(ids) > room
+        stop = options.get("until", ())
+        drawn = {"temperature": options.get("temperature", 1.0), "seed": self._seed} if options.get("do_sample") else {}
+        drawn |= {name: options[name] for name in ("top_p", "top_k", "seed") if name in options and options.get("do_sample")}
+        return self._model.request(
+            ids[-room:],
+            max_new_tokens=self.max_length - room,
+            stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
+            **{**self._decoding, **drawn},
+        )
+
+
+def run_in_order(engine: Engine, requests: Sequence[Request], on_done: Callable[[int], object]) -> list[Completion]:
+    """Completions of all requests, with news of each that ends.
+
+    Raises:
+        RequestError: one of them is impossible, or cannot go on.
+    """
+    numbers = [engine.add(request) for request in requests]
+    found: dict[int, Completion] = {}
+    while len(found) < len(numbers):
+        for update in engine.step():
+            if update.error is not None:
+                raise update.error
+            if update.completion is not None:
+                found[update.number] = update.completion
+                on_done(1)
+    return [found[number] for number in numbers]

@@ -1,0 +1,33 @@
+"""One server for all tests that only talk to it, and the official client in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from asking import connect
+from live import Live, live, served_model
+from openai import OpenAI
+
+from unmask.engine.model import LanguageModel
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A random diffusion model."""
+    return served_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def site(tiny: LanguageModel) -> Iterator[Live]:
+    """It, served with the usual settings; at the end no page may be held."""
+    with live(tiny) as running:
+        yield running
+        running.wait_idle()
+
+
+@pytest.fixture(scope="session")
+def client(site: Live) -> Iterator[OpenAI]:
+    """The official client of that server, which tries nothing twice."""
+    with connect(site.url) as made:
+        yield made

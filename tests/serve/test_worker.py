@@ -1,0 +1,479 @@
+"""The worker: its bound, its deadlines, its way down, and what it does when the engine breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from unmask.engine.engine import Update
+from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.errors import RequestError
+from unmask.serve.errors import ApiError
+from unmask.serve.metrics import Metrics
+from unmask.serve.worker import AbortedError, EngineFailedError, Job, Worker
+
+DONE = Completion((1,), "stop", 1)
+ORDINARY = Request(ids=(1, 2), max_new_tokens=8)
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises when it panics."""
+
+
+class Scripted:
+    """An engine that does what the test says. It steps only when `go` is released, one step each."""
+
+    def __init__(self) -> None:
+        self.scheduler = SimpleNamespace(max_running=2)
+        self.go = threading.Semaphore(0)
+        self.log: list[str] = []
+        self.added: dict[int, Request] = {}
+        self.active: list[int] = []
+        self.script: deque[tuple[Update, ...]] = deque()
+        self.error: BaseException | None = None
+        self.num_begun = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.active)
+
+    def check(self, request: Request) -> None:
+        if request.max_new_tokens > 100:
+            raise RequestError("too many")
+
+    def add(self, request: Request, *, watch: bool = False) -> int:
+        if request.max_new_tokens == 77:
+            raise RequestError("cannot be added")
+        if request.max_new_tokens == 66:
+            raise ValueError("a bug while adding")
+        number = len(self.added)
+        self.added[number] = request
+        self.active.append(number)
+        self.log.append(f"add {number}")
+        return number
+
+    def step(self) -> list[Update]:
+        self.num_begun += 1
+        assert self.go.acquire(timeout=20)
+        self.log.append("step")
+        if self.error is not None:
+            raise self.error
+        said = self.script.popleft() if self.script else ()
+        news = [each for each in said if each.number in self.active]
+        self.active = [n for n in self.active if not any(u.number == n and (u.completion or u.error) for u in news)]
+        return news
+
+    def abort(self, number: int) -> None:
+        self.log.append(f"abort {number}")
+        if number in self.active:
+            self.active.remove(number)
+
+    def say(self, *updates: Update) -> None:
+        """The step that is under way, or the next, gives these."""
+        self.script.append(updates)
+        self.go.release()
+
+    async def serves(self, count: int) -> None:
+        """Until a step is under way and so many requests have been added."""
+        await until(lambda: self.num_begun)
+        while len(self.added) < count:
+            begun = self.num_begun
+            self.say()
+            await until(lambda begun=begun: self.num_begun > begun)
+
+
+class Scene:
+    """A worker over scripted engines."""
+
+    def __init__(self, max_requests: int, timeout: float, engines: Sequence[Scripted | BaseException]) -> None:
+        self.made: list[Scripted] = []
+        self.failures: list[BaseException] = []
+        self.metrics = Metrics()
+        self._left = list(engines)
+        self.worker = Worker(
+            self._make,
+            max_requests=max_requests,
+            timeout=timeout,
+            metrics=self.metrics,
+            on_failure=self.failures.append,
+        )
+
+    def _make(self) -> Any:
+        engine = self._left.pop(0)
+        if isinstance(engine, BaseException):
+            raise engine
+        self.made.append(engine)
+        return engine
+
+    def aborts(self, reason: str) -> float:
+        return self.metrics.aborts.labels(reason)._value.get()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def scene(
+    *engines: Scripted | BaseException, max_requests: int = 8, timeout: float = 60.0, ready: bool = True
+) -> AsyncIterator[Scene]:
+    made = Scene(max_requests, timeout, engines)
+    if ready:
+        await until(lambda: made.worker.state == "ready")
+    try:
+        yield made
+    finally:
+        for engine in made.made:
+            engine.go.release(1000)
+        await made.worker.close(0.0)
+        assert not made.worker._thread.is_alive()
+        assert not made.worker._jobs
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+
+
+def said(number: int, *ids: int, completion: Completion | None = None, step: Step | None = None) -> Update:
+    logprobs = tuple(TokenLogprob(token, -1.0) for token in ids)
+    return Update(number, ids, step, completion, None, logprobs)
+
+
+def seen(tokens: tuple[int | None, ...]) -> Step:
+    return Step(0, (False,), tokens, tokens, (0.5,), (True,), (False,), 1)
+
+
+async def everything(job: Job) -> list[tuple[int, Update]]:
+    return [entry async for updates in job.updates() for entry in updates]
+
+
+def test_a_slow_reader_gets_several_steps_as_one_in_order() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job = s.worker.submit([ORDINARY, ORDINARY])
+            early, late = seen((1,)), seen((2,))
+            engine.say(said(0, 1, 2, step=early), said(1, 9))
+            await until(lambda: job.first_token_seconds is not None)
+            engine.say(said(0, 3, step=late))
+            engine.say(said(0, 4), said(1, 8, completion=DONE))
+            await until(lambda: job.open == {0})
+            batches = job.updates()
+            first = dict(await anext(batches))
+            assert first[0].new_ids == (1, 2, 3, 4)
+            assert [each.token for each in first[0].new_logprobs] == [1, 2, 3, 4]
+            assert first[0].step is late
+            assert first[1].new_ids == (9, 8)
+            assert first[1].completion is DONE
+            engine.say(said(0, 5, completion=DONE))
+            assert [(i, update.new_ids) for i, update in await anext(batches)] == [(0, (5,))]
+            with pytest.raises(StopAsyncIteration):
+                await anext(batches)
+            assert s.worker.num_requests == 0
+
+    run(test)
+
+
+def test_abort_frees_pages_before_the_next_step_and_other_jobs_go_on() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            gone, stays = s.worker.submit([ORDINARY]), s.worker.submit([ORDINARY])
+            await engine.serves(2)
+            before = len(engine.log)
+            gone.abort("disconnect")
+            gone.abort("disconnect")
+            assert s.worker.num_requests == 1
+            engine.say(said(0, 1), said(1, 1))
+            engine.say(said(1, 2, completion=DONE))
+            assert [update.new_ids for _, update in await everything(stays)][-1][-1] == 2
+            with pytest.raises(AbortedError):
+                await everything(gone)
+            assert engine.log[before:] == ["step", "abort 0", "step"]
+            assert s.aborts("disconnect") == 1
+
+    run(test)
+
+
+def test_a_job_aborted_before_its_add_ran_leaves_nothing_behind() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            first = s.worker.submit([ORDINARY])
+            await engine.serves(1)
+            job = s.worker.submit([ORDINARY, ORDINARY])
+            job.abort("disconnect")
+            engine.say(said(0, 1, completion=DONE))
+            assert len(await everything(first)) == 1
+            await until(lambda: "abort 2" in engine.log)
+            assert engine.log == ["add 0", "step", "add 1", "add 2", "abort 1", "abort 2"]
+            assert not engine.has_work
+            assert not s.worker._numbers
+
+    run(test)
+
+
+def test_news_of_an_aborted_job_is_not_delivered() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job = s.worker.submit([ORDINARY])
+            await engine.serves(1)
+            engine.say(said(0, 1, completion=DONE))
+            while s.worker._numbers:
+                time.sleep(0.002)  # The loop must not run: what the step gave is on its way to it.
+            job.abort("disconnect")
+            with pytest.raises(AbortedError):
+                await everything(job)
+            await asyncio.sleep(0.01)
+            assert s.metrics._ended.labels("stop")._value.get() == 0
+
+    run(test)
+
+
+def test_the_bound_counts_completions_not_jobs() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine, max_requests=3) as s:
+            job = s.worker.submit([ORDINARY] * 2)
+            with pytest.raises(ApiError) as refused:
+                s.worker.submit([ORDINARY] * 2)
+            assert refused.value.status == 429
+            assert refused.value.code == "queue_full"
+            assert 1 <= int(refused.value.headers["retry-after"]) <= 60
+            last = s.worker.submit([ORDINARY])
+            assert s.worker.num_requests == 3
+            with pytest.raises(ApiError) as full:
+                s.worker.check_room()
+            assert full.value.status == 429
+            job.abort("disconnect")
+            s.worker.check_room(2)
+            last.abort("disconnect")
+
+    run(test)
+
+
+def test_a_400_takes_no_place() -> None:
+    async def test() -> None:
+        async with scene(Scripted(), max_requests=2) as s:
+            with pytest.raises(ApiError, match="too many") as refused:
+                s.worker.submit([ORDINARY, Request(ids=(1,), max_new_tokens=101)])
+            assert refused.value.status == 400
+            with pytest.raises(ApiError, match="3 completions asked for; this server takes 2") as refused:
+                s.worker.submit([ORDINARY] * 3)
+            assert refused.value.status == 400
+            assert s.worker.num_requests == 0
+            assert not s.worker._commands
+
+    run(test)
+
+
+@pytest.mark.parametrize(("size", "status"), [(77, 400), (66, None)])
+def test_one_that_cannot_be_added_fails_alone(size: int, status: int | None) -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            other = s.worker.submit([ORDINARY])
+            await engine.serves(1)
+            job = s.worker.submit([ORDINARY, Request(ids=(1,), max_new_tokens=size)])
+            engine.say()
+            with pytest.raises(EngineFailedError if status is None else ApiError) as failed:
+                await everything(job)
+            assert getattr(failed.value, "status", None) == status
+            await until(lambda: engine.active == [0] or engine.say())
+            engine.say(said(0, 1, completion=DONE))
+            assert [update.completion for _, update in await everything(other)] == [DONE]
+
+    run(test)
+
+
+def test_a_request_that_cannot_go_on_fails_its_job_alone() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job, other = s.worker.submit([ORDINARY] * 2), s.worker.submit([ORDINARY])
+            await engine.serves(3)
+            engine.say(said(1, 4), Update(0, (), None, None, RequestError("a dead end")))
+            with pytest.raises(ApiError, match="a dead end") as failed:
+                await everything(job)
+            assert failed.value.status == 400
+            engine.say(said(2, 1, completion=DONE))
+            assert len(await everything(other)) == 1
+
+    run(test)
+
+
+def test_a_deadline_ends_a_job_with_504() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine, timeout=0.05) as s:
+            job = s.worker.submit([ORDINARY])
+            with pytest.raises(ApiError, match=r"longer than 0\.05 s") as late:
+                await everything(job)
+            assert (late.value.status, late.value.headers["x-should-retry"]) == (504, "false")
+            assert s.worker.num_requests == 0
+            engine.say()
+            await until(lambda: "abort 0" in engine.log)
+            assert s.aborts("timeout") == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), Panic("a panic")])
+def test_a_crash_fails_those_served_and_the_next_engine_serves_those_still_to_be_added(error: BaseException) -> None:
+    async def test() -> None:
+        broken, fresh = Scripted(), Scripted()
+        broken.error = error
+        async with scene(broken, fresh) as s:
+            job = s.worker.submit([ORDINARY])
+            await broken.serves(1)
+            waiting = s.worker.submit([ORDINARY])
+            broken.go.release()
+            with pytest.raises(EngineFailedError):
+                await everything(job)
+            fresh.say(said(0, 7, completion=DONE))
+            assert [update.new_ids for _, update in await everything(waiting)] == [(7,)]
+            assert s.worker.state == "ready"
+            assert s.worker.engine is fresh
+            assert s.failures == []
+
+    run(test)
+
+
+def test_the_broken_engine_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pytest keeps what is logged, and with it the traceback and all in it.
+    monkeypatch.setattr("unmask.serve.worker._log.disabled", True)
+
+    async def test() -> None:
+        broken, gone = Scripted(), []
+        broken.error = ValueError("a bug")
+        broken.go.release()
+        known = weakref.ref(broken)
+        made = [broken]
+        del broken
+
+        def make() -> Any:
+            if made:
+                return made.pop()
+            gc.collect()
+            gone.append(known() is None)
+            return Scripted()
+
+        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics(), on_failure=lambda error: None)
+        await until(lambda: worker.state == "ready")
+        with pytest.raises(EngineFailedError):
+            await everything(worker.submit([ORDINARY]))
+        await until(lambda: gone)
+        assert gone == [True]
+        await worker.close(0.0)
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [ValueError("no memory"), Panic("a panic")])
+def test_an_engine_that_cannot_be_made_ends_all_jobs(error: BaseException) -> None:
+    async def test() -> None:
+        broken = Scripted()
+        broken.error = ValueError("a bug")
+        async with scene(broken, error) as s:
+            job = s.worker.submit([ORDINARY])
+            await broken.serves(1)
+            waiting = s.worker.submit([ORDINARY])
+            broken.go.release()
+            for each in (job, waiting):
+                with pytest.raises(EngineFailedError):
+                    await everything(each)
+            assert s.failures == [error]
+            assert s.worker.state == "stopping"
+            with pytest.raises(ApiError) as refused:
+                s.worker.submit([ORDINARY])
+            assert refused.value.status == 503
+
+    run(test)
+
+
+def test_a_worker_that_is_not_ready_says_503_and_when_to_come_back() -> None:
+    async def test() -> None:
+        gate = threading.Event()
+
+        def make() -> Any:
+            assert gate.wait(20)
+            return Scripted()
+
+        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics(), on_failure=lambda error: None)
+        assert worker.state == "loading"
+        for ask in (lambda: worker.submit([ORDINARY]), worker.check_room, lambda: worker.engine):
+            with pytest.raises(ApiError, match="being prepared") as refused:
+                ask()
+            assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "2")
+        gate.set()
+        await until(lambda: worker.state == "ready")
+        worker.drain()
+        assert worker.state == "stopping"
+        with pytest.raises(ApiError, match="stopping") as refused:
+            worker.submit([ORDINARY])
+        assert refused.value.status == 503
+        await worker.close(0.0)
+        assert not worker._thread.is_alive()
+
+    run(test)
+
+
+def test_closing_lets_what_runs_finish_within_the_grace() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job = s.worker.submit([ORDINARY])
+            closing = asyncio.create_task(s.worker.close(20.0))
+            await until(lambda: s.worker.state == "stopping")
+            engine.say(said(0, 3, completion=DONE))
+            assert [update.new_ids for _, update in await everything(job)] == [(3,)]
+            await closing
+            assert not s.worker._thread.is_alive()
+
+    run(test)
+
+
+def test_closing_again_cuts_the_grace_short() -> None:
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job = s.worker.submit([ORDINARY])
+            closing = asyncio.create_task(s.worker.close(1000.0))
+            await until(lambda: s.worker.state == "stopping")
+            engine.go.release()
+            await s.worker.close(0.0)
+            with pytest.raises(ApiError, match="stopping") as failed:
+                await everything(job)
+            assert failed.value.status == 503
+            await closing
+            assert s.aborts("shutdown") == 1
+
+    run(test)
+
+
+def test_more_than_run_together_make_room_for_others() -> None:
+    """The third and later of one job wait as if they had come when those before them must have ended."""
+
+    async def test() -> None:
+        engine = Scripted()
+        async with scene(engine) as s:
+            job = s.worker.submit([Request(ids=(1,), max_new_tokens=70)] * 5)
+            await engine.serves(1)
+            assert [engine.added[i].priority for i in range(5)] == [0, 0, 2, 2, 4]
+            job.abort("disconnect")
+            engine.say()
+
+    run(test)
