@@ -41,7 +41,7 @@ class Script:
     Attributes:
         tokens: the answer, token by token.
         block_size: tokens that form together; each step decides two of them, the outer ones first.
-        wrong: place -> what stands there until the block's last step but one edits it.
+        wrong: place -> what stands there until it is edited, two steps before the block's end.
         hold: wait at this step, the first is 0, until the test releases it or the client has gone.
         delay: seconds between steps.
         breaks: "error" or "cut": how the stream ends after the first block, if it does.
@@ -66,7 +66,7 @@ class Script:
             order = list(dict.fromkeys(place for pair in zip(places, reversed(places), strict=True) for place in pair))
             rounds = [order[:count] for count in range(0, len(order) + 2, 2)]
             editing = not self.wrong.keys().isdisjoint(places)
-            rounds += [order, order] if editing else []
+            rounds += [order] * 3 if editing else []  # the edit, a look at it, the end
             done = start
             for left, decided in zip(reversed(range(len(rounds))), rounds, strict=True):
                 before = done
@@ -82,8 +82,8 @@ class Script:
         if not decided:
             return {"text": text if place % 2 else "", "state": "masked", "confidence": 0.4 if place % 2 else 0.0}
         if place in self.wrong and left > 0:
-            shown, state = (text, "edited") if left == 1 else (self.wrong[place], "provisional")
-            return {"text": shown, "state": state, "confidence": 0.9}
+            shown = text if left <= 2 else self.wrong[place]
+            return {"text": shown, "state": "edited" if left == 2 else "provisional", "confidence": 0.9}
         return {"text": text, "state": "committed" if final else "provisional", "confidence": 0.98}
 
 

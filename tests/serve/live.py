@@ -50,7 +50,9 @@ class SlowModel(LanguageModel):
         return _Slow(self.transformer, self.seconds)
 
 
-def served_model(folder: Path, *, diffusion: bool = True, seconds: float = 0.0, **tokenizer_options: Any) -> LanguageModel:
+def served_model(
+    folder: Path, *, diffusion: bool = True, seconds: float = 0.0, context: int = CONTEXT, **tokenizer_options: Any
+) -> LanguageModel:
     """A random model in float64, so that a completion does not depend on its neighbours even in the last bit of a tie."""
     tokenizer = make_tokenizer(folder, mask_token="<file_sep>" if diffusion else None, **tokenizer_options)
     special: dict[str, Any] = {"mask_id": tokenizer.mask_id, "block_size": 8} if diffusion else {}
@@ -58,7 +60,7 @@ def served_model(folder: Path, *, diffusion: bool = True, seconds: float = 0.0, 
         "llama",
         dtype=torch.float64,
         vocab_size=tokenizer.vocab_size,
-        max_positions=CONTEXT,
+        max_positions=context,
         eos_ids=(tokenizer.eos_id,),
         **special,
     )

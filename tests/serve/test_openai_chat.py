@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from asking import HELLO, WAYS, Reply, ask, chat_ids, expected, texts
+from asking import HELLO, TWO_WAYS, WAYS, Reply, ask, chat_ids, expected, texts
 from live import Live, live, served_model
 from openai import OpenAI
 from pydantic import BaseModel, Field
@@ -88,7 +88,7 @@ def test_without_a_seed_draws_differ(client: OpenAI) -> None:
     assert len({draw() for _ in range(3)}) > 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", TWO_WAYS)
 def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, max_tokens=20, logprobs=True, top_logprobs=3, logit_bias=END, **SAMPLED)
     wanted = tiny.complete(chat_ids(tiny), max_new_tokens=20, logprobs=3, logit_bias=ENDS, **SAMPLED)
@@ -123,7 +123,7 @@ class Sum(BaseModel):
 SUM = {"type": "json_schema", "json_schema": {"name": "sum", "strict": True, "schema": Sum.model_json_schema()}}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", TWO_WAYS)
 def test_json_that_follows_a_schema(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, max_tokens=64, response_format=SUM, n=2, **SAMPLED)
     wanted = expected(tiny, chat_ids(tiny), max_new_tokens=64, json_schema=Sum.model_json_schema(), n=2, **SAMPLED)
@@ -260,7 +260,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Lan
         running.wait_idle()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", TWO_WAYS)
 @pytest.mark.parametrize("fields", [{}, {"n": 2, **SAMPLED}, {"stop": "e", **SAMPLED}], ids=["greedy", "sampled", "stop"])
 def test_an_autoregressive_model(causal: tuple[Live, LanguageModel], fields: dict[str, Any], way: str) -> None:
     site, model = causal

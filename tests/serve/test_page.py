@@ -161,7 +161,7 @@ def test_a_block_is_watched_as_it_forms(tab: Visit, fake: FakeServer) -> None:
 
 
 def test_an_edit_is_marked_while_its_block_forms(tab: Visit, fake: FakeServer) -> None:
-    fake.script = Script(tokens=("a", " b", " c", " d", " e"), wrong={1: " x"}, hold=4)
+    fake.script = Script(tokens=("a", " b", " c", " d", " e"), wrong={1: " x"}, hold=5)
     tab.ask("?")
     expect(tab.page.locator("#messages .edited")).to_have_text("b")
     fake.released.set()
@@ -209,6 +209,7 @@ def test_stop_keeps_what_has_come_and_ends_the_request(tab: Visit, fake: FakeSer
     tab.page.get_by_role("button", name="Try again").click()
     expect(tab.answer().locator(".markdown")).to_have_text(ANSWER)
     expect(tab.page.locator("#messages > li")).to_have_count(2)
+    expect(tab.page.locator("#input")).to_be_focused()
 
 
 def test_escape_closes_a_panel_before_it_stops_an_answer(tab: Visit, fake: FakeServer) -> None:
@@ -421,9 +422,9 @@ def test_markdown_is_shown_and_copied(opened: Open, fake: FakeServer) -> None:
 
 
 def test_a_block_forms_inside_code_and_lists(tab: Visit, fake: FakeServer) -> None:
-    fake.script = Script(tokens=MARKDOWN, block_size=1, hold=10)
+    fake.script = Script(tokens=MARKDOWN, block_size=1, hold=9)
     tab.ask("markdown")
-    expect(tab.page.locator("#messages pre .block")).to_have_text("print(1)\n".strip())
+    expect(tab.page.locator("#messages pre code .block")).to_have_text("░░")
     fake.released.set()
     tab.answer()
 
@@ -482,7 +483,7 @@ def test_everything_fits_a_phone(opened: Open, fake: FakeServer) -> None:
 
 
 def test_the_page_follows_the_answer_only_while_the_reader_is_at_its_end(tab: Visit, fake: FakeServer) -> None:
-    fake.script = Script(tokens=tuple(f"line {i}\n\n" for i in range(60)), block_size=2, hold=80)
+    fake.script = Script(tokens=tuple(f"line {i}\n\n" for i in range(60)), block_size=2, hold=50)
     tab.ask("many lines")
     expect(tab.page.locator("#messages .markdown")).to_contain_text("line 40")
     assert tab.page.evaluate(TO_END) < 48

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmask.data.chat import Message
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.diffusion.decode import PRESETS, DecodeRules
 from unmask.diffusion.masks import block_causal_mask
@@ -106,9 +107,14 @@ class LanguageModel:
             chat = tokenizer.has_chat_template
         if not chat:
             return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
+        return self.encode_chat([{"role": "user", "content": text}])
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation, laid out for an answer."""
+        tokenizer = self._need_tokenizer()
         if not tokenizer.has_chat_template:
             raise RequestError(f"model {self.name} has no chat template; use plain text (--raw)")
-        return tokenizer.chat([{"role": "user", "content": text}], add_generation_prompt=True)
+        return tokenizer.chat(messages, add_generation_prompt=True)
 
     def generate(
         self, text: str, *, max_new_tokens: int = 256, chat: bool | None = None, on_step: OnStep | None = None, **options: Any

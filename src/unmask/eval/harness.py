@@ -5,9 +5,13 @@ Owns the translation between the library's requests and the engine's. Imports lm
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -18,6 +22,8 @@ from unmask.engine.model import LanguageModel
 from unmask.engine.request import Completion, Request
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
+from unmask.eval.provenance import environment, weights_digest
+from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
 _GENERATION_OPTIONS = {
@@ -98,24 +104,24 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         ids = self._text.chat(chat_history, add_generation_prompt=add_generation_prompt)
         return self._text.decode(ids, skip_special=False)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Ids of a text; a plain text begins as the model expects it."""
         ids = self._text.encode(string, allow_special=self._templated)
         prefix = [] if self._templated or add_special_tokens is False else [*self._text.prefix_ids]
         return prefix + ids
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
     ) -> list[tuple[float, bool]]:
         fitted = [self._fitted(context, continuation) for _, context, continuation in requests]
         # Sorted, neighbours share their contexts.
         order = sorted(range(len(fitted)), key=lambda i: fitted[i])
-        found: dict[int, Likelihood] = {}
+        likelihoods: dict[int, Likelihood] = {}
         for i in tqdm(order, desc="likelihoods", disable=disable_tqdm):
-            found[i] = self._score(*fitted[i])
+            likelihoods[i] = self._score(*fitted[i])
         greedy = self._are_greedy(fitted)
-        answers = [(found[i].value, greedy[i]) for i in range(len(fitted))]
-        self.scored += [found[i] for i in range(len(fitted))]
+        answers = [(likelihoods[i].value, greedy[i]) for i in range(len(fitted))]
+        self.scored += [likelihoods[i] for i in range(len(fitted))]
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -142,6 +148,29 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 texts.append(self._text.decode(completion.ids) if completion.text is None else completion.text)
                 self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
+
+    def likelihood_note(self) -> dict[str, Any] | None:
+        """What a likelihood of this run is: exact or a bound, from how many draws, and its mean standard error in nats."""
+        if not self.scored:
+            return None
+        exact = all(each.exact for each in self.scored)
+        error = sum(each.error for each in self.scored) / len(self.scored)
+        kind = "exact" if exact else "lower bound (-NELBO)"
+        return {"kind": kind, "draws_per_block": None if exact else self._samples, "mean_standard_error": error}
+
+    def speed(self) -> dict[str, Any] | None:
+        """Tokens per forward and tokens/s of the answers (those from the cache of an earlier run left out)."""
+        if not self.completions:
+            return None
+        tokens, forwards = sum(len(each.ids) for each in self.completions), sum(each.forwards for each in self.completions)
+        seconds = sum(each.costs.prefill_seconds + each.costs.denoise_seconds for each in self.completions)
+        return {
+            "tokens": tokens,
+            "forwards": forwards,
+            "tokens_per_forward": tokens / max(forwards, 1),
+            "tokens_per_second_of_one": tokens / max(seconds, 1e-9),
+            "batch": self._batch,
+        }
 
     def _engine(self) -> Engine:
         return self._model.engine(max_running=self._batch)
@@ -201,6 +230,66 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
             **{**self._decoding, **drawn},
         )
+
+
+def run_harness(
+    model: LanguageModel,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    limit: int | None,
+    chat: bool,
+    allow_code: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run tasks of lm-eval by its own names; what they say and cost.
+
+    Args:
+        model: with a tokenizer.
+        names: tasks or groups of lm-eval.
+        folder: `harness.json`, `harness_samples.jsonl` and the cache of answers, from which a killed run goes on.
+        limit: items per task; None: all.
+        chat: prompts go through the chat template.
+        allow_code: run what the model writes, without our sandbox: lm-eval's own way.
+        options: of `HarnessLM`.
+
+    Raises:
+        ConfigError: lm-eval does not know a task, or its data cannot be had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lm, weights = HarnessLM(model, **options), weights_digest(model)
+    asked = hashlib.blake2b(json.dumps([weights, options], sort_keys=True).encode(), digest_size=8).hexdigest()
+    try:
+        found = simple_evaluate(
+            lm,
+            tasks=list(names),
+            limit=limit,
+            use_cache=str(folder / f"answers-{asked}"),
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=allow_code,
+            bootstrap_iters=1000,
+        )
+    except (KeyError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = "see `lm-eval ls tasks`, and go online where data is missing"
+        raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}; {remedy}") from error
+    samples = found.pop("samples", {})
+    lines = (json.dumps({"task": task, **each}, default=str) for task, some in samples.items() for each in some)
+    atomic_write(folder / "harness_samples.jsonl", bytes_writer("".join(line + "\n" for line in lines).encode()))
+    told = {name: found[name] for name in ("results", "groups", "n-samples", "versions", "higher_is_better") if name in found}
+    everything = {
+        **told,
+        "limit": limit,
+        "model": {"name": model.name, "weights": weights, "diffusion": model.is_diffusion},
+        "options": options,
+        "likelihood": lm.likelihood_note(),
+        "truncated": lm.truncated,
+        "speed": lm.speed(),
+        "environment": environment(),
+    }
+    results: dict[str, Any] = json.loads(json.dumps(everything, default=str))
+    atomic_write_json(folder / "harness.json", results)
+    return results
 
 
 def run_in_order(engine: Engine, requests: Sequence[Request], on_done: Callable[[int], object]) -> list[Completion]:

@@ -199,7 +199,7 @@ def create_app(
             metrics=metrics,
             on_failure=on_failure if on_failure is not None else _raise,
         )
-        metrics.observe_engine(lambda: worker.engine if worker.state != "loading" else None)
+        metrics.observe_engine(lambda: worker.engine_now)
         app.state.backend = Backend(model, worker, metrics, settings)
         try:
             yield

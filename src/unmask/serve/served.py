@@ -65,12 +65,12 @@ class Settings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_concurrent", "max_body", "default_max_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("max_concurrent", "max_body", "default_max_tokens", "cache_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_queue", "shutdown_grace"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be finite, and at least 0")
         if not self.timeout > 0:
             raise ConfigError(f"timeout is {self.timeout}; it must be positive")
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):

@@ -49,6 +49,9 @@ class Server(uvicorn.Server):
         closing = asyncio.create_task(self._close())
         await super().shutdown(sockets)
         await closing
+        if self.force_exit:
+            # Uvicorn has left this out: the application would be cut off in the middle, with a traceback.
+            await self.lifespan.shutdown()
         # Uvicorn would end the process by the signals once more: they have been obeyed.
         self._captured_signals.clear()
 

@@ -75,8 +75,6 @@ class Job:
 
     def take(self, index: int, update: Update) -> None:
         """An update has come (on the event loop)."""
-        if index not in self.open:
-            return
         if update.new_ids and self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.started
         if update.completion is not None:
@@ -135,6 +133,11 @@ class Worker:
     def state(self) -> str:
         """loading, ready or stopping."""
         return "stopping" if self._draining else "loading" if self._engine is None else "ready"
+
+    @property
+    def engine_now(self) -> Engine | None:
+        """The engine, unless there is none at the moment."""
+        return self._engine
 
     @property
     def engine(self) -> Engine:

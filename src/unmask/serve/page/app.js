@@ -96,11 +96,10 @@ async function answer() {
   keep(chat);
   showChats();
   toEnd();
-  let view = null;
   let saved = performance.now();
   const draw = everyFrame(() => {
     if (message.state !== "running") return;
-    following ? atEnd(() => mine.turn.draw(view)) : mine.turn.draw(view);
+    atEnd(() => mine.turn.draw());
     if (performance.now() - saved > SAVE_EVERY) {
       saved = performance.now();
       keep(mine.chat);
@@ -113,7 +112,10 @@ async function answer() {
       key: load("key", ""),
       signal: mine.controller.signal,
       pace: () => settings.values.pace,
-      show: (block) => { view = block ?? view; draw(); },
+      show: (view) => {
+        if (view) mine.turn.see(view);
+        draw();
+      },
     });
   } catch (error) {
     Object.assign(message, { state: "failed", error: error.message });
@@ -129,6 +131,7 @@ function answerAgain() {
   if (running) return;
   if (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
   showChat();
+  focusInput();
   answer();
 }
 
@@ -137,12 +140,16 @@ function stop() {
 }
 
 function setRunning(now) {
-  const hadFocus = document.activeElement === $("stop");
+  const hadFocus = document.activeElement?.closest("#composer"); // a hidden button would lose it
   running = now;
   $("send").hidden = Boolean(now);
   $("stop").hidden = !now;
-  document.body.classList.toggle("running", Boolean(now));
-  if (!now && hadFocus) input.focus();
+  if (hadFocus) focusInput();
+}
+
+/** Not on a touch screen, where it would bring up the keyboard over the answer. */
+function focusInput() {
+  if (matchMedia("(hover: hover)").matches) input.focus();
 }
 
 function announce({ state, content, error }) {
@@ -185,7 +192,7 @@ function openChat(next) {
   showChat();
   showChats();
   if ($("chats").matches(":popover-open")) $("chats").hidePopover();
-  input.focus();
+  focusInput();
 }
 
 function showChats() {
@@ -306,7 +313,7 @@ addEventListener("pagehide", () => { // a request that the browser cuts off woul
   stop();
 });
 
-$("examples").append(...EXAMPLES.map((text) => make("li", {}, button(text, () => { ask(text); input.focus(); }))));
+$("examples").append(...EXAMPLES.map((text) => make("li", {}, button(text, () => { ask(text); focusInput(); }))));
 $("change-key").hidden = !load("key", "");
 input.value = load("draft", "");
 showTheme();

@@ -10,36 +10,39 @@ const UNGUESSED = "░░";
  */
 export class LiveBlock {
   element = make("span", { className: "block" });
-  #start = null;
+  #view = null;
   #edited = new Set();
 
   constructor() {
     this.element.ariaHidden = "true"; // words that may change are not for reading aloud
   }
 
-  show(view) {
-    if (view.start !== this.#start) {
-      this.#start = view.start;
-      this.#edited.clear();
-      this.element.replaceChildren();
-    }
+  /** Take in a view. Several may come between two drawings: what one of them edited is remembered. */
+  see(view) {
+    if (view.start !== this.#view?.start) this.#edited.clear();
+    view.tokens.forEach(({ state }, place) => { if (state === "edited") this.#edited.add(place); });
+    this.#view = view;
+  }
+
+  draw() {
+    const view = this.#view;
     const spans = this.element.children;
     view.tokens.forEach((token, place) => {
-      if (token.state === "edited") this.#edited.add(place);
-      draw(spans[place] ?? this.element.appendChild(make("span")), token, this.#edited.has(place), view.start + place < view.committed);
+      const span = spans[place] ?? this.element.appendChild(make("span"));
+      draw(span, token, { wasEdited: this.#edited.has(place), isInText: view.start + place < view.committed });
     });
     while (spans.length > view.tokens.length) this.element.lastChild.remove();
   }
 }
 
 /** An edit lasts one step, too short to see: the token stays marked while its block forms. */
-function draw(span, { text, state, confidence }, wasEdited, isHidden) {
+function draw(span, { text, state, confidence }, { wasEdited, isInText }) {
   const look = state !== "masked" && wasEdited ? "edited" : state;
-  const shown = spell(text, state);
+  const shown = isInText ? "" : spell(text, state);
   const className = `token ${look}${shown === UNGUESSED ? " unguessed" : ""}`;
   if (span.className !== className) span.className = className;
   if (span.textContent !== shown) span.textContent = shown;
-  span.hidden = isHidden || shown === "";
+  span.hidden = shown === "";
   span.style.setProperty("--sure", state === "masked" ? confidence ?? 0 : 1);
 }
 

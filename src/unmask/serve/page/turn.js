@@ -24,6 +24,7 @@ export class AnswerTurn {
   #costs = make("p", { className: "costs" });
   #problem = make("p", { className: "problem", hidden: true });
   #actions;
+  #view = null;
 
   constructor(message, { retry }) {
     this.message = message;
@@ -32,15 +33,22 @@ export class AnswerTurn {
     this.draw();
   }
 
-  /** Show the message as it is; `view` is the block that is being denoised behind `view.text`, if one is. */
-  draw(view = null) {
+  /** Take in the block that is being denoised behind `view.text`, to be shown at the next drawing. */
+  see(view) {
+    this.#view = view;
+    this.#live.see(view);
+  }
+
+  /** Show the message as it is, and the block while there is one. */
+  draw() {
     const { content, state, error } = this.message;
     const running = state === "running";
-    this.#live.element.parentElement?.matches(".next") ? this.#live.element.parentElement.remove() : this.#live.element.remove();
-    const text = running && view ? view.text : content;
+    (this.#live.element.closest(".next") ?? this.#live.element).remove();
+    const forming = running && this.#view !== null;
+    const text = forming ? this.#view.text : content;
     this.#markdown.update(text);
-    if (running && view) {
-      this.#live.show(view);
+    if (forming) {
+      this.#live.draw();
       this.#markdown.appendInline(text, this.#live.element);
     }
     this.element.dataset.state = state;

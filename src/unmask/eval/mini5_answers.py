@@ -1,0 +1,191 @@
+"""Reading a short answer out of a model's text, and comparing it: lenient about form, strict about content.
+
+Owns the kinds of target and their rules. Knows no question and no model.
+
+A target is `{"kind": ..., "answer": ...}`: `word` (one of the words in `among`), `number`, `output` (what a program prints),
+or `call` (a JSON object). What follows the last "Answer:" or "answer is" counts, else the end of the text. Something the text
+denies ("not 5") or leaves open ("5 or 6") is no answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from unmask.eval.task import Item, Score
+
+_MARKER = re.compile(r"\banswer(?:\s+is)?\W{0,3}:|\banswer\s+is\b", re.IGNORECASE)
+_OUTPUT = re.compile(
+    r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?(?:\s+(?:is|would be|will be))?\W{0,3}:", re.IGNORECASE
+)
+_PRINTS = re.compile(
+    r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?\s+(?:is|would be|will be)\b|\b(?:prints|will print)\b",
+    re.IGNORECASE,
+)
+_ANNOUNCED = re.compile(r"\A(?:\s*the\b)?(?:\s*(?:string|word|text|value|number|list)\b)?:?\s*", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_CLAUSE = re.compile(r"[,.;:!?\n]|\b(?:but|so|because|then|therefore|and)\b", re.IGNORECASE)
+_DENIAL = re.compile(r"\b(?:not|never|neither|nor|cannot|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_PASSED_OVER = re.compile(r"\b(?:no|rather than|instead of)\b", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])-?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+_OPEN_BEFORE = re.compile(r"(?:[+*/×÷^]|\bx|\bor|[0-9\s]-)\s*$", re.IGNORECASE)
+_OPEN_AFTER = re.compile(r"\s*(?:or\b|[+*/×÷-]\s*[0-9])", re.IGNORECASE)
+_FENCE = re.compile(r"```(?:[a-z]+\n)?|\*\*", re.IGNORECASE)
+_QUOTED = re.compile(r"`([^`\n]+)`|'([^'\n]*)'|\"([^\"\n]*)\"")
+_LIST = re.compile(r"\[[^\[\]\n]*\]")
+
+
+def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    """1 for a right answer, else 0, with what was read out of it."""
+    return [_score(item.target, answer) for item, answer in zip(items, answers, strict=True)]
+
+
+def canonical(target: Mapping[str, Any]) -> str:
+    """The right answer as a model should write it."""
+    if target["kind"] == "call":
+        return json.dumps(target["answer"])
+    return f"Answer: {target['answer']}" if target["kind"] == "number" else str(target["answer"])
+
+
+def _score(target: Mapping[str, Any], text: str) -> Score:
+    kind, right = target["kind"], target["answer"]
+    text = text.replace("’", "'").replace("−", "-")
+    if kind == "call":
+        call, why = read_object(text)
+        if call is None:
+            return Score(0.0, None, why)
+        return Score(float(same(call, right)), json.dumps(call))
+    if kind == "word":
+        found = read_word(text, target["among"])
+        return Score(float(found is not None and found.lower() == right.lower()), found)
+    if kind == "number":
+        found = read_number(text)
+        return Score(float(found is not None and Decimal(found) == Decimal(right)), found)
+    found = read_output(text, right)
+    return Score(float(found == right), found)
+
+
+def _marked(text: str) -> str | None:
+    """The line after the last "Answer:"; None: there is no such word."""
+    ends = [each.end() for each in _MARKER.finditer(text)]
+    if not ends:
+        return None
+    rest = text[ends[-1] :].strip(" \t\r\n*:")
+    return rest.splitlines()[0] if rest else ""
+
+
+def _denied(text: str, start: int, end: int) -> bool:
+    """Whether the clause around a mention says that it is not so."""
+    before, after = _CLAUSE.split(text[:start])[-1], _CLAUSE.split(text[end:])[0]
+    return bool(_DENIAL.search(before) or _PASSED_OVER.search(before) or _DENIAL.search(after))
+
+
+def read_word(text: str, among: Sequence[str]) -> str | None:
+    """The one word of `among` that a text gives as its answer, in any case; None: none, or several."""
+
+    def mentions(part: str) -> set[str]:
+        return {
+            word
+            for word in among
+            for found in re.finditer(rf"(?<![\w-]){re.escape(word)}(?![\w-])", part, re.IGNORECASE)
+            if not _denied(part, *found.span())
+        }
+
+    marked = _marked(text)
+    sentences = [each for each in _SENTENCE.split(text.strip()) if each]
+    parts = [marked] if marked is not None else [text, *sentences[-1:]]
+    for part in parts:
+        found = mentions(part)
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def read_number(text: str) -> str | None:
+    """The number that a text gives as its answer, without separators; None: none, or no single one."""
+    marked = _marked(text)
+    part = text if marked is None else marked.rsplit("=", 1)[-1]
+    if marked is not None:
+        bare = re.sub(r"\([^()]*\)", "", part)
+        part = bare if _NUMBER.search(bare) else part
+    found = list(_NUMBER.finditer(part))
+    if not found or _denied(part, *found[-1].span()) or _OPEN_BEFORE.search(part[: found[-1].start()]):
+        return None
+    numbers = {_plain(each.group()) for each in found}
+    return _plain(found[-1].group()) if marked is None or len(numbers) == 1 else None
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").replace("$", "")
+
+
+def read_output(text: str, right: str) -> str | None:
+    """What a text says a program prints, in the form of `right` (a list, an integer, or other text); None: unclear.
+
+    It stands in the first line, or right after the first "Output:"; what follows it explains.
+    """
+    text = _FENCE.sub("", text).strip()
+    marker = _OUTPUT.search(text) or _PRINTS.search(text)
+    rest = (text if marker is None else _ANNOUNCED.sub("", text[marker.end() :])).strip()
+    if not rest or _DENIAL.match(rest):
+        return None
+    line = rest.splitlines()[0].strip()
+    if right.startswith("["):
+        lists = {re.sub(r"\s*,\s*", ", ", each) for each in _LIST.findall(line)}
+        return lists.pop() if len(lists) == 1 else None
+    if re.fullmatch(r"-?[0-9]+", right):
+        line = line.lstrip("`'\"")
+        first = _NUMBER.match(line)
+        return _plain(first.group()) if first and not _OPEN_AFTER.match(line[first.end() :]) else read_number(line)
+    quoted = _QUOTED.match(line)
+    return quoted.group(quoted.lastindex or 0) if quoted else line.strip("`'\" ").rstrip(".").strip("`'\" ")
+
+
+def read_object(text: str) -> tuple[dict[str, Any] | None, str | None]:
+    """The one JSON object in a text, whatever stands around it; else None and what is wrong."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+    found: list[dict[str, Any]] = []
+    place = text.find("{")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            end = place + 1
+        else:
+            found.append(value)
+        place = text.find("{", end)
+    if not found:
+        return None, "no JSON object"
+    if any(not same(each, found[0]) for each in found):
+        return None, f"{len(found)} JSON objects that differ"
+    return found[0], None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two JSON values are equal: strings in any case, 5 as 5.0, but no number is a boolean or a string."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, str) and isinstance(right, str):
+        return left.strip().casefold() == right.strip().casefold()
+    numbers = (int, float)
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, numbers) and isinstance(right, numbers):
+        return left == right
+    return left is None and right is None

@@ -1,0 +1,112 @@
+"""Knowledge in context: facts about made-up people and places stand in the prompt, and one of them is asked for.
+
+Owns these questions. What a model knows of the world does not help; the target is one word.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from unmask.eval.mini5_families import Draw, Family, seeded
+
+PEOPLE = (
+    *("Anna", "Boris", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Iris", "Jonas", "Karin", "Liam", "Mira", "Nadia"),
+    *("Oscar", "Paula", "Ravi", "Sofia", "Tomas", "Uma", "Victor", "Wanda", "Yusuf", "Zoe", "Amir", "Bella", "Carlos", "Dina"),
+)
+JOBS = ("baker", "pilot", "nurse", "farmer", "painter", "teacher", "lawyer", "singer", "plumber", "tailor", "judge", "barber")
+PETS = ("cat", "dog", "parrot", "rabbit", "hamster", "turtle", "goat", "pony", "snake", "duck", "ferret", "canary")
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purple", "brown", "pink", "grey", "gold")
+THINGS = ("lamp", "coin", "letter", "drum", "mirror", "basket", "ring", "kettle", "flute", "carpet", "clock", "vase")
+_ONSETS, _VOWELS, _ENDS = (
+    ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "t", "v", "z"),
+    "aeiou",
+    ("ton", "by", "ford", "mar", "ville"),
+)
+_ONE_WORD = "Answer with one word."
+
+
+def place(rng: random.Random) -> str:
+    """The name of a town that does not exist."""
+    return (rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_ENDS)).title()
+
+
+def places(rng: random.Random, count: int) -> list[str]:
+    """Towns with different names."""
+    found: list[str] = []
+    while len(found) < count:
+        name = place(rng)
+        if name not in found:
+            found.append(name)
+    return found
+
+
+def word(answer: str, among: Sequence[str]) -> dict[str, object]:
+    """A target: `answer`, and none of the others."""
+    return {"kind": "word", "answer": answer, "among": list(among)}
+
+
+def _table(rng: random.Random) -> Draw:
+    people, towns = rng.sample(PEOPLE, 4), places(rng, 4)
+    jobs, pets = rng.sample(JOBS, 4), rng.sample(PETS, 4)
+    rows = "\n".join(" | ".join(row) for row in zip(people, jobs, pets, towns, strict=True))
+    row = rng.randrange(4)
+    asked, column = rng.choice(
+        [("What is {}'s job?", jobs), ("What pet does {} have?", pets), ("In which town does {} live?", towns)]
+    )
+    prompt = f"Name | Job | Pet | Town\n{rows}\n\n{asked.format(people[row])} {_ONE_WORD}"
+    return Draw(prompt, word(column[row], column))
+
+
+def _note(rng: random.Random) -> Draw:
+    people, towns = rng.sample(PEOPLE, 3), places(rng, 3)
+    jobs, pets = rng.sample(JOBS, 3), rng.sample(PETS, 3)
+    told = [
+        f"{name} is a {job} from {town} and has a {pet}."
+        for name, job, town, pet in zip(people, jobs, towns, pets, strict=True)
+    ]
+    row = rng.randrange(3)
+    asked, column = rng.choice(
+        [
+            (f"What is {people[row]}'s job?", jobs),
+            (f"Which pet does {people[row]} have?", pets),
+            (f"Which town is {people[row]} from?", towns),
+        ]
+    )
+    return Draw(f"{' '.join(told)}\n\n{asked} {_ONE_WORD}", word(column[row], column))
+
+
+def _reverse(rng: random.Random) -> Draw:
+    people, towns, things = rng.sample(PEOPLE, 4), places(rng, 4), rng.sample(THINGS, 4)
+    told = [f"{name} from {town} bought the {thing}." for name, town, thing in zip(people, towns, things, strict=True)]
+    row = rng.randrange(4)
+    asked = rng.choice([f"Who bought the {things[row]}?", f"Who is from {towns[row]}?"])
+    return Draw(f"{' '.join(told)}\n\n{asked} {_ONE_WORD}", word(people[row], people))
+
+
+def _update(rng: random.Random) -> Draw:
+    (first, second), (old, new, other) = rng.sample(PEOPLE, 2), places(rng, 3)
+    told = [f"{first} lived in {old}.", f"{second} lived in {other}.", f"Then {first} moved from {old} to {new}."]
+    if rng.random() < 0.5:
+        told[:2] = told[1::-1]
+    asked = rng.choice([first, first, second])
+    answer = new if asked == first else other
+    return Draw(f"{' '.join(told)}\n\nWhere does {asked} live now? {_ONE_WORD}", word(answer, (old, new, other)))
+
+
+def _two_hops(rng: random.Random) -> Draw:
+    people, towns, colours = rng.sample(PEOPLE, 3), places(rng, 3), rng.sample(COLOURS, 3)
+    thing = rng.choice(THINGS)
+    owned = [f"{name} owns the {colour} {thing}." for name, colour in zip(people, colours, strict=True)]
+    lived = [f"{name} lives in {town}." for name, town in zip(people, towns, strict=True)]
+    rng.shuffle(owned)
+    rng.shuffle(lived)
+    row = rng.randrange(3)
+    asked = f"In which town does the owner of the {colours[row]} {thing} live?"
+    return Draw(f"{' '.join([*owned, *lived])}\n\n{asked} {_ONE_WORD}", word(towns[row], towns))
+
+
+FAMILIES = tuple(
+    Family(name, seeded(make), max_new_tokens=32)
+    for name, make in (("table", _table), ("note", _note), ("reverse", _reverse), ("update", _update), ("two_hops", _two_hops))
+)

@@ -1,0 +1,104 @@
+"""Arithmetic: sums in figures and in words, one exact number each.
+
+Owns these questions: reasoning-gym's `chain_sum`, `basic_arithmetic` and `gsm_symbolic`, and word problems of our own.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from unmask.eval.mini5_families import Draw, Family, gym, seeded
+from unmask.eval.mini5_knowledge import PEOPLE
+
+_FORM = "End with 'Answer: <number>'."
+_NEGATIVE = re.compile(r"(?<![0-9)] )-")
+_GOODS = (
+    *("apples", "books", "pencils", "stickers", "marbles", "cookies", "stamps", "shells", "coins", "buttons", "cards", "beads"),
+    *("flowers", "eggs", "balloons", "tickets", "candles", "photos", "pears", "badges", "ribbons", "postcards", "keys", "toys"),
+)
+_ONE_STEP: tuple[tuple[str, Callable[[int, int], int]], ...] = (
+    ("{who} has {a} {goods} and buys {b} more. How many {goods} does {who} have now?", lambda a, b: a + b),
+    ("{who} has {a} {goods}. {other} has {b} {goods}. How many {goods} do they have together?", lambda a, b: a + b),
+    ("{who} had {sum} {goods} and gave {b} of them to {other}. How many {goods} does {who} have left?", lambda a, b: a),
+    ("{other} has {sum} {goods} and {who} has {b}. How many more {goods} does {other} have than {who}?", lambda a, b: a),
+    ("{who} has {a} boxes with {b} {goods} in each. How many {goods} is that in total?", lambda a, b: a * b),
+    ("{who} puts {product} {goods} into {b} bags, the same number in each. How many {goods} are in one bag?", lambda a, b: a),
+)
+_TWO_STEPS: tuple[tuple[str, Callable[[int, int, int], int]], ...] = (
+    (
+        "{who} has {a} boxes with {b} {goods} in each and {c} loose {goods}. How many {goods} is that in total?",
+        lambda a, b, c: a * b + c,
+    ),
+    (
+        "{who} buys {a} {goods} for {b} dollars each and a bag for {c} dollars. How many dollars is that in total?",
+        lambda a, b, c: a * b + c,
+    ),
+    (
+        "{who} had {a} {goods}, found {b} more and then got {c} from {other}. How many {goods} does {who} have now?",
+        lambda a, b, c: a + b + c,
+    ),
+    ("{who} had {total} {goods}. {who} gave {b} to {other} and lost {c}. How many {goods} are left?", lambda a, b, c: a),
+    (
+        "{who} and {other} each have {a} {goods}. {who} buys {b} more. How many {goods} do they have together?",
+        lambda a, b, c: 2 * a + b,
+    ),
+)
+
+
+def number(question: str, answer: int | str) -> Draw:
+    """A question whose answer is a number."""
+    return Draw(f"{question} {_FORM}", {"kind": "number", "answer": str(answer)})
+
+
+def _chain_sum(seed: int) -> Draw:
+    # Three terms: the embedded model's recipes train on sums of two.
+    question, answer = gym("chain_sum", seed, min_terms=3, max_terms=3, min_digits=1, max_digits=2)
+    return number(f"Calculate {question.rsplit(':', 1)[-1].strip(' =')}.", answer)
+
+
+def _basic_arithmetic(seed: int) -> Draw | None:
+    # With parentheses only: without them, reasoning-gym 0.1.25 works out "6 - 1 * 3" from left to right.
+    question, answer = gym(
+        "basic_arithmetic",
+        seed,
+        min_terms=2,
+        max_terms=3,
+        min_digits=1,
+        max_digits=1,
+        operators=["+", "-", "*"],
+        allow_parentheses=True,
+    )
+    return None if _NEGATIVE.search(question) else number(question, answer)
+
+
+def _gsm_symbolic(seed: int) -> Draw | None:
+    question, answer = gym("gsm_symbolic", seed)
+    if not answer.lstrip("-").isdecimal():
+        return None
+    return number(question.replace(" Give the result as your final answer. Do not include units.", ""), answer)
+
+
+def _one_step(rng: random.Random) -> Draw:
+    (who, other), goods, (question, answer) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
+    a, b = rng.randint(2, 20), rng.randint(2, 12)
+    values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
+    return number(question.format(**values), answer(a, b))
+
+
+def _two_steps(rng: random.Random) -> Draw:
+    (who, other), goods, (question, answer) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
+    a, b, c = rng.randint(2, 12), rng.randint(2, 10), rng.randint(2, 10)
+    values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
+    return number(question.format(**values), answer(a, b, c))
+
+
+FAMILIES = (
+    Family("chain_sum", _chain_sum, max_new_tokens=64),
+    Family("basic_arithmetic", _basic_arithmetic, max_new_tokens=64),
+    Family("one_step", seeded(_one_step), max_new_tokens=80),
+    Family("two_steps", seeded(_two_steps), max_new_tokens=96),
+    # Its templates were made from the test set of GSM8K: nothing to train on.
+    Family("gsm_symbolic", _gsm_symbolic, max_new_tokens=96, trainable=False),
+)

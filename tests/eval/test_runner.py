@@ -1,0 +1,122 @@
+"""Runs against a scripted model: scores, speeds, what is on disk, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted import ScriptedModel
+
+from unmask.errors import ConfigError
+from unmask.eval.runner import Settings, load_samples, run_tasks
+from unmask.eval.task import Item, Score, Split, Task
+
+
+def items_of(split: Split, count: int) -> list[Item]:
+    return [Item(f"sums/{split}/{i}", f"What is {i} + 3?", str(i + 3), max_new_tokens=20) for i in range(min(count, 50))]
+
+
+def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    return [Score(float(answer == item.target), answer) for item, answer in zip(items, answers, strict=True)]
+
+
+SUMS = Task("sums", "math", "exact match", "1", "Apache-2.0", "ours", items_of, score, 50)
+
+
+def answer(prompt: str) -> str:
+    """Right for every number that is not a multiple of 4."""
+    number = int(prompt.split("What is ")[1].split(" ")[0])
+    return str(number + 3) if number % 4 else "no idea"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ScriptedModel:
+    return ScriptedModel(tmp_path / "model", answer)
+
+
+def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
+    seen = []
+    results = run_tasks(model, [SUMS], tmp_path / "run", count=40, on_progress=lambda *news: seen.append(news))
+    told = results["tasks"]["sums"]
+    assert (told["score"], told["items"], told["size"], told["limited"]) == (0.75, 40, 50, True)
+    assert told["standard_error"] == pytest.approx(0.0693, abs=1e-3)
+    samples = load_samples(tmp_path / "run")
+    tokens, forwards = sum(s.tokens for s in samples), sum(s.forwards for s in samples)
+    assert told["speed"]["tokens_per_forward"] == pytest.approx(tokens / forwards)
+    assert told["speed"]["tokens_per_second"] == pytest.approx(tokens / (forwards / 100))
+    assert [s.score for s in samples] == [float(i % 4 != 0) for i in range(40)]
+    assert samples[0].answer == "no idea"
+    assert seen[0] == ("sums", 0, 40)
+    assert seen[-1] == ("sums", 40, 40)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["environment"]["packages"]["unmask"]
+    assert len(results["model"]["weights"]) == 32
+
+
+def test_a_whole_split_is_not_limited(model: ScriptedModel, tmp_path: Path) -> None:
+    told = run_tasks(model, [SUMS], tmp_path / "run", count=60)["tasks"]["sums"]
+    assert (told["items"], told["limited"]) == (50, False)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.55, 1.0])
+def test_a_killed_run_goes_on(model: ScriptedModel, tmp_path: Path, keep: float) -> None:
+    whole = run_tasks(model, [SUMS], tmp_path / "whole", count=40)
+    path = tmp_path / "run" / "samples.jsonl"
+    path.parent.mkdir()
+    text = (tmp_path / "whole" / "samples.jsonl").read_bytes()
+    path.write_bytes(text[: int(len(text) * keep)])
+    asked = len(model.asked)
+    again = run_tasks(model, [SUMS], tmp_path / "run", count=40, resume=True)
+    assert {k: v for k, v in again.items() if k != "environment"} == {k: v for k, v in whole.items() if k != "environment"}
+    done = text[: int(len(text) * keep)].count(b"\n") - (keep < 1.0)
+    assert len(model.asked) - asked in (40 - done, 40 - done - 1, 40 - done + 1)
+    assert load_samples(tmp_path / "run") == load_samples(tmp_path / "whole")
+
+
+def test_what_is_there_is_not_overwritten(model: ScriptedModel, tmp_path: Path) -> None:
+    run_tasks(model, [SUMS], tmp_path, count=4)
+    with pytest.raises(ConfigError, match="--resume"):
+        run_tasks(model, [SUMS], tmp_path, count=4)
+    assert len(load_samples(tmp_path)) == 4
+
+
+def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> None:
+    run_tasks(model, [SUMS], tmp_path, count=4)
+    asked = len(model.asked)
+    results = run_tasks(model, [SUMS, replace(SUMS, name="more")], tmp_path, count=8, resume=True)
+    assert len(model.asked) - asked == 4 + 8
+    assert {name: told["items"] for name, told in results["tasks"].items()} == {"sums": 8, "more": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "task", "what"),
+    [
+        (Settings(decoding={"threshold": 0.5}), SUMS, "settings"),
+        (Settings(split="validation"), SUMS, "settings"),
+        (Settings(), replace(SUMS, version="2"), "tasks"),
+    ],
+)
+def test_other_settings_are_another_run(
+    model: ScriptedModel, tmp_path: Path, settings: Settings, task: Task, what: str
+) -> None:
+    run_tasks(model, [SUMS], tmp_path, count=4)
+    with pytest.raises(ConfigError, match=f"was begun with {what}"):
+        run_tasks(model, [task], tmp_path, count=4, settings=settings, resume=True)
+
+
+def test_other_weights_are_another_run(model: ScriptedModel, tmp_path: Path) -> None:
+    run_tasks(model, [SUMS], tmp_path / "run", count=4)
+    model.transformer.embed.weight.data[0, 0] += 1
+    with pytest.raises(ConfigError, match="was begun with model"):
+        run_tasks(model, [SUMS], tmp_path / "run", count=4, resume=True)
+
+
+def test_a_damaged_run_is_told(model: ScriptedModel, tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text("not json\nnor this\n")
+    with pytest.raises(ConfigError, match="is damaged"):
+        run_tasks(model, [SUMS], tmp_path, count=4, resume=True)
+    with pytest.raises(ConfigError, match="holds no run"):
+        load_samples(tmp_path / "nothing")

@@ -1,0 +1,296 @@
+"""The sandbox against programs that attack it, at every level this machine permits, as root and as nobody."""
+
+import ctypes
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attacks_on_sandbox import ATTACKS
+from unmask.errors import BackendError, ConfigError, UnmaskWarning
+from unmask.eval import sandbox
+from unmask.eval.sandbox import Isolation, Limits, isolation, probe, run_many, run_program
+from unmask.eval.sandbox_launcher import children_of
+
+pytestmark = pytest.mark.filterwarnings("default::unmask.errors.UnmaskWarning")
+LEVELS = ("namespaces", "landlock", "limits")
+SHORT = Limits(seconds=2.0, cpu_seconds=1.0, output_bytes=5000)
+PATIENT = Limits(seconds=60.0, cpu_seconds=20.0)
+SLOW = ("fork bomb", "fork bomb of daemons", "sleeps", "ignores signals")
+"""End by the clock alone: the others get a minute, for a busy machine."""
+SOURCES = Path(sandbox.__file__).parents[2]
+
+
+@pytest.fixture(params=LEVELS)
+def walls(request: pytest.FixtureRequest) -> Isolation:
+    try:
+        return probe(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """Every process that loses its parent becomes ours: after each test there must be none, and no folder."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(36, 1, 0, 0, 0)
+    before = set(children_of(os.getpid()))
+    yield
+    deadline = time.monotonic() + 10
+    while (left := set(children_of(os.getpid())) - before) and time.monotonic() < deadline:
+        for child in left:
+            try:
+                os.waitpid(child, os.WNOHANG)
+            except ChildProcessError:
+                continue
+        time.sleep(0.01)
+    libc.prctl(36, 0, 0, 0, 0)
+    assert not left
+    assert not list(Path(tempfile.gettempdir()).glob(f"unmask-sandbox-{os.getpid()}-*"))
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A home with a secret, a folder for everybody, a listener and a process to kill: what attacks are told of."""
+    place = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    place.chmod(0o755)
+    (place / "secret").write_text("the secret")
+    (place / "outside").mkdir()
+    (place / "outside").chmod(0o777)
+    monkeypatch.setenv("HOME", str(place))
+    victim = subprocess.Popen(["sleep", "600"])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        names = {"secret": str(place / "secret"), "outside": str(place / "outside"), "victim": victim.pid}
+        yield json.dumps({**names, "port": listener.getsockname()[1]})
+        assert victim.poll() is None
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert not list((place / "outside").iterdir())
+    assert not Path("/dev/shm/unmask-attack").exists()
+    victim.kill()
+    victim.wait()
+    shutil.rmtree(place)
+
+
+def holds(walls: Isolation, need: str | None) -> bool:
+    return need is None or (walls.network != "open" if need == "network" else bool(getattr(walls, need)))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_fails(walls: Isolation, name: str, request: pytest.FixtureRequest):
+    attack = ATTACKS[name]
+    if not holds(walls, attack.needs):
+        pytest.skip(f"{walls.level} does not promise {attack.needs}")
+    stdin = request.getfixturevalue("given") if attack.needs or "given" in attack.source else ""
+    limits = Limits(**{**SHORT.__dict__, "seconds": 2.0 if name in SLOW else 60.0})
+    outcome = run_program(attack.source, stdin=stdin, limits=limits, level=walls.level)
+    assert outcome.status in attack.status.split("|"), outcome
+    assert len(outcome.stdout) <= SHORT.output_bytes
+    assert len(outcome.stderr) <= SHORT.output_bytes
+    if "refused" in attack.source:
+        assert outcome.stdout == "refused\n"
+    if name in SLOW:
+        assert 1.9 < outcome.seconds < 2.0 + sandbox.GRACE
+
+
+AS_NOBODY = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from unmask.errors import BackendError
+from unmask.eval.sandbox import Limits, probe, run_program
+attacks, given, limits = json.load(sys.stdin)
+for level in ("namespaces", "landlock", "limits"):
+    try:
+        walls = probe(level)
+    except BackendError:
+        continue
+    ends = {}
+    for name, (source, status, needs) in attacks.items():
+        if needs is None or getattr(walls, needs) not in (False, "open"):
+            ends[name] = run_program(source, stdin=given, limits=Limits(**limits), level=level).status
+    print(json.dumps([level, ends]))
+"""
+
+
+def nobody() -> list[str]:
+    """A command that runs a Python as nobody."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("root and setpriv are needed to become nobody")
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-B"]
+        check = [*command, "-c", "import sys, unmask.eval.sandbox; assert sys.version_info >= (3, 11)"]
+        if not subprocess.run(check, env={"PYTHONPATH": str(SOURCES)}, cwd="/", capture_output=True).returncode:
+            return command
+    pytest.skip("nobody can run no Python that is recent enough")
+
+
+def test_attacks_fail_as_nobody(given: str):
+    names = [name for name in ATTACKS if ATTACKS[name].needs] + ["daemon", "leaves early", "memory", "crash"]
+    told = json.dumps([{name: ATTACKS[name] for name in names}, given, {"seconds": 3.0, "cpu_seconds": 1.0}])
+    run = subprocess.run(
+        [*nobody(), "-c", AS_NOBODY], input=told, env={"PYTHONPATH": str(SOURCES)}, cwd="/", capture_output=True, text=True
+    )
+    assert not run.returncode, run.stderr
+    found = dict(map(json.loads, run.stdout.splitlines()))
+    assert found["limits"].keys() == {*names} - {name for name in names if ATTACKS[name].needs not in (None, "forks")}
+    for level, ends in found.items():
+        assert {name: ATTACKS[name].status for name in ends} == ends, level
+
+
+def test_processes_are_counted(walls: Isolation):
+    if not walls.forks:
+        pytest.skip("not promised")
+    source = (
+        "import os, time\nfor count in range(1000):\n    try:\n        if not os.fork():\n            time.sleep(600)\n"
+        "    except BlockingIOError:\n        break\nprint(count)\n"
+    )
+    outcome = run_program(source, limits=Limits(seconds=60.0, processes=7), level=walls.level)
+    assert outcome.status == "passed"
+    assert int(outcome.stdout) == 6 or (os.geteuid() and walls.level != "namespaces")
+
+
+def test_files_in_memory_are_bounded():
+    if isolation().level != "namespaces":
+        pytest.skip("only namespaces promise that")
+    many = "for number in range(10**5):\n    open(str(number), 'w').close()\n"
+    outcome = run_program(many, limits=Limits(seconds=60.0, files=100))
+    assert outcome.status == "failed"
+    assert "No space left" in outcome.stderr
+    large = "for number in range(10):\n    open(str(number), 'wb').write(bytes(1 << 20))\n"
+    assert "No space left" in run_program(large, limits=Limits(seconds=60.0, folder_bytes=5 << 20)).stderr
+    assert run_program(large, limits=PATIENT).status == "passed"
+
+
+def test_any_folder_is_removed(walls: Isolation):
+    source = (
+        "import os\nos.mkdir('closed')\nopen('closed/file', 'w').close()\nos.chmod('closed', 0)\n"
+        "for _ in range(900):\n    os.mkdir('d' * 50)\n    os.chdir('d' * 50)\n"
+    )
+    assert run_program(source, limits=PATIENT, level=walls.level).status == "passed"
+
+
+def test_program_starts_with_nothing(walls: Isolation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    source = (
+        "import os, sys\nfound = []\nfor fd in range(3, 1000):\n    try:\n        found.append(os.fstat(fd).st_ino)\n"
+        "    except OSError:\n        pass\n"
+        "print(found, os.listdir(), sorted(os.environ), os.getcwd() == os.environ['HOME'], os.getuid() != 0, sep='|')\n"
+    )
+    with open(tmp_path / "open", "w") as handle:
+        os.set_inheritable(handle.fileno(), True)
+        outcome = run_program(source, limits=PATIENT, level=walls.level)
+        files, folder, names, *facts = outcome.stdout.strip().split("|")
+        assert os.fstat(handle.fileno()).st_ino not in json.loads(files)
+    assert len(json.loads(files)) <= 2  # the pipe for its verdict; root without namespaces: the interpreter's folder
+    assert (folder, facts) == ("[]", ["True", "True"])
+    assert names == "['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED', 'TMPDIR']"
+
+
+def test_program_is_an_ordinary_main_module(walls: Isolation):
+    source = (
+        "from dataclasses import dataclass\nimport sys, tempfile, threading\n@dataclass\nclass A:\n    x: 'int'\n"
+        "thread = threading.Thread(target=lambda: print(A(1), __name__, sys.argv))\nthread.start()\nthread.join()\n"
+        "tempfile.TemporaryFile().write(b'x')\nprint(len(sys.stdin.read()))\nsys.stdout.buffer.write(b'\\xff\\n')\n"
+        "sys.stdout.flush()\nimport os\nos.close(1)\n"
+    )
+    outcome = run_program(source, stdin="é" * 500_000, limits=PATIENT, level=walls.level)
+    assert (outcome.status, outcome.stdout) == ("passed", "A(x=1) __main__ ['program.py']\n500000\n�\n")
+    assert run_program("def f():\n    1 / 0\nf()\n", limits=PATIENT).stderr.splitlines()[1:-1] == [
+        '  File "program.py", line 3, in <module>',
+        "    f()",
+        '  File "program.py", line 2, in f',
+        "    1 / 0",
+        "    ~~^~~",
+    ]
+
+
+def test_outcome_has_code_or_signal():
+    outcome = run_program("import sys\nprint('a')\nsys.exit(300 % 256)\n", limits=PATIENT)
+    assert (outcome.status, outcome.exit_code, outcome.signal, outcome.stdout) == ("failed", 44, None, "a\n")
+    outcome = run_program("import os\nos.abort()\n", limits=PATIENT)
+    assert (outcome.status, outcome.exit_code, outcome.signal) == ("killed", None, 6)
+
+
+def test_many_in_order_with_progress():
+    told: list[tuple[int, int, bool]] = []
+    main = threading.get_ident()
+    outcomes = run_many(
+        [f"print({number})" if number % 3 else "1 / 0" for number in range(7)],
+        workers=3,
+        limits=PATIENT,
+        progress=lambda done, of: told.append((done, of, threading.get_ident() == main)),
+    )
+    assert [outcome.stdout for outcome in outcomes] == ["", "1\n", "2\n", "", "4\n", "5\n", ""]
+    assert [outcome.status for outcome in outcomes][:2] == ["failed", "passed"]
+    assert told == [(number, 7, True) for number in range(1, 8)]
+    assert run_many([]) == []
+    with pytest.raises(ConfigError, match="0 workers"):
+        run_many(["1"], workers=0)
+
+
+def test_death_of_the_caller_ends_the_program(walls: Isolation):
+    source = "import os, time\nprint(flush=True)\nos.fork()\nos.fork()\ntime.sleep(600)\n"
+    code = f"from unmask.eval.sandbox import *\nrun_program({source!r}, limits=Limits(seconds=600), level={walls.level!r})"
+    caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SOURCES)})
+    deadline = time.monotonic() + 30
+    while len(children_of(caller.pid)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(children_of(caller.pid)) >= 5
+    folders = set(Path(tempfile.gettempdir()).glob(f"unmask-sandbox-{caller.pid}-*"))
+    caller.kill()
+    caller.wait()
+    for folder in folders:  # nobody is left to remove it
+        shutil.rmtree(folder)
+
+
+def test_stuck_launcher_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n")
+    monkeypatch.setattr(sandbox, "LAUNCHER", stuck)
+    monkeypatch.setattr(sandbox, "GRACE", 0.3)
+    outcome = run_program("", limits=Limits(seconds=0.5), level="limits")
+    assert outcome.status == "timeout"
+    assert outcome.seconds < 20
+
+
+def test_broken_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sandbox, "LAUNCHER", tmp_path / "absent.py")
+    with pytest.raises(BackendError, match="cannot run an empty program: killed"):
+        probe("limits")
+    with pytest.raises(BackendError, match="could not be set up: KeyError: 'nonsense'"):
+        monkeypatch.undo()
+        monkeypatch.setattr(sandbox, "RUNNER", tmp_path / "runner")
+        (tmp_path / "runner").write_text("raise SystemExit(1)")
+        monkeypatch.setattr(sandbox, "asdict", lambda _: {"nonsense": 1})
+        run_program("", level="limits")
+
+
+def test_isolation_falls_back_and_warns(monkeypatch: pytest.MonkeyPatch):
+    weak = Isolation("landlock", "no TCP", files=True, signals=False, forks=True, complete_kill=True)
+
+    def denied(level: str) -> Isolation:
+        if level == "namespaces":
+            raise BackendError("not permitted")
+        return weak
+
+    monkeypatch.setattr(sandbox, "probe", denied)
+    isolation.cache_clear()
+    with pytest.warns(UnmaskWarning, match=r"\(landlock\), a program could: use the network, TCP excepted; kill your processes"):
+        assert isolation() == weak
+    assert isolation() == weak
+    isolation.cache_clear()
+
+
+def test_limits_are_checked():
+    with pytest.raises(ConfigError, match="processes 0 of a sandbox is not positive; leave it out for 16"):
+        Limits(processes=0)

@@ -1,0 +1,161 @@
+"""Completions, infilling, tokens and models through the official client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from asking import HELLO, HTTP, TWO_WAYS, WAYS, ask, chat_ids, connect_async, expected, texts
+from live import CONTEXT, Live
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from unmask.engine.model import LanguageModel
+
+PROMPT = "The quick brown fox"
+SAMPLED = {"temperature": 1.5, "seed": 11}
+
+
+def _ids(model: LanguageModel, text: str) -> list[int]:
+    return model.encode_prompt(text, chat=False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"n": 3, "best_of": 3, **SAMPLED}, {"n": 3, **SAMPLED}),
+        ({"stop": ["}", "sys"], **SAMPLED}, {"stop": ("}", "sys"), **SAMPLED}),
+        ({"logit_bias": {"0": 5}, **SAMPLED}, {"logit_bias": {0: 5.0}, **SAMPLED}),
+        (
+            {"extra_body": {"diffusion": {"threshold": 0.5}}, "top_p": 0.5, **SAMPLED},
+            {"threshold": 0.5, "top_p": 0.5, **SAMPLED},
+        ),
+    ],
+    ids=["greedy", "several", "stop", "ends", "rules"],
+)
+def test_a_completion_is_the_engines(
+    site: Live, tiny: LanguageModel, fields: dict[str, Any], options: dict[str, Any], way: str
+) -> None:
+    got = ask(site.url, way, endpoint="completions", prompt=PROMPT, max_tokens=20, **fields)
+    wanted = expected(tiny, _ids(tiny, PROMPT), max_new_tokens=20, **options)
+    assert texts(got) == texts(wanted)
+    assert got.usage == wanted.usage
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_several_prompts(site: Live, tiny: LanguageModel, as_ids: bool, way: str) -> None:
+    given = [PROMPT, "State the", "12 + 34 ="]
+    prompt: Any = [_ids(tiny, text) for text in given] if as_ids else given
+    got = ask(site.url, way, endpoint="completions", prompt=prompt, n=2, max_tokens=8, echo=True, **SAMPLED)
+    wanted = [expected(tiny, _ids(tiny, text), n=2, max_new_tokens=8, **SAMPLED) for text in given]
+    assert texts(got) == [
+        (text + said.text, said.finish_reason) for text, reply in zip(given, wanted, strict=True) for said in reply.choices
+    ]
+    assert got.usage == (sum(reply.usage[0] for reply in wanted), sum(reply.usage[1] for reply in wanted))
+
+
+def test_one_prompt_of_ids_and_the_usual_limit(site: Live, tiny: LanguageModel) -> None:
+    ids = _ids(tiny, PROMPT)
+    got = ask(site.url, "plain", endpoint="completions", prompt=ids)
+    assert texts(got) == texts(expected(tiny, ids, max_new_tokens=16))
+    assert got.usage == (len(ids), 16)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
+    got = ask(site.url, way, endpoint="completions", prompt=PROMPT, max_tokens=12, logprobs=2, n=2, **SAMPLED)
+    tokenizer = tiny.tokenizer
+    assert tokenizer is not None
+    request = tiny.request(_ids(tiny, PROMPT), max_new_tokens=12, logprobs=2, **SAMPLED)
+    for said, sample in zip(got.choices, request.samples(2), strict=True):
+        entries = tiny.engine(prefix_cache=False).run([sample])[0].logprobs
+        assert said.logprobs is not None
+        assert entries is not None
+        (told,) = said.logprobs
+        assert told["token_logprobs"] == [entry.logprob for entry in entries]
+        assert told["tokens"] == [tokenizer.decode([entry.token]) for entry in entries]
+        assert told["text_offset"] == [sum(map(len, told["tokens"][:i])) for i in range(len(entries))]
+        for alternatives, entry in zip(told["top_logprobs"], entries, strict=True):
+            assert alternatives == {tokenizer.decode([token]): logprob for token, logprob in entry.alternatives}
+
+
+def test_the_stream_of_several_ends_each_once(client: OpenAI) -> None:
+    chunks = list(client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=5, stream=True))
+    reasons = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason is not None]
+    assert sorted(reasons) == [0, 1, 2, 3]
+    assert all("usage" not in chunk.to_dict() for chunk in chunks)
+
+
+def test_infilling(site: Live, tiny: LanguageModel, client: OpenAI) -> None:
+    body = {"model": "tiny", "text": "The [] fox jumps [] dog.", "hole": "[]", "tokens": [2, 4], "seed": 3, "temperature": 1.0}
+    got: Any = client.post("/infill", body=body, cast_to=object)
+    wanted = tiny.infill(body["text"], hole="[]", tokens=(2, 4), seed=3, temperature=1.0)
+    assert (got["text"], tuple(got["fills"])) == (wanted.text, wanted.fills)
+    assert (got["score"], got["tokens_per_hole"]) == (pytest.approx(wanted.score), wanted.tokens_per_hole)
+    around = sum(len(tiny.tokenizer.encode(part)) for part in ("The", " fox jumps", " dog."))
+    assert (got["usage"]["prompt_tokens"], got["usage"]["completion_tokens"]) == (around, 2 * (2 + 3 + 4))
+    left, right = got["fills"]
+    assert got["text"] == f"The{left} fox jumps{right} dog."
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"text": "no hole"}, "text"),
+        ({"text": "x" * 2 * CONTEXT + "___"}, "text"),
+        ({"tokens": [3, 2]}, "tokens"),
+        ({"tokens": 0}, "tokens"),
+        ({"hole": ""}, "hole"),
+        ({"diffusion": {"window": 2}}, "diffusion.window"),
+        ({"n": 2}, "n"),
+    ],
+)
+def test_infilling_says_what_is_wrong(client: OpenAI, changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        client.post("/infill", body={"model": "tiny", "text": "a ___ b", **changes}, cast_to=object)
+    assert caught.value.param == param
+
+
+def test_an_autoregressive_model_fills_nothing(tmp_path: Any) -> None:
+    from live import live, served_model
+
+    with live(served_model(tmp_path, diffusion=False)) as site:
+        answer = HTTP.post(f"{site.url}/v1/infill", json={"model": "tiny", "text": "a ___ b"})
+        assert answer.status_code == 400
+        assert "autoregressive" in answer.json()["error"]["message"]
+        assert HTTP.get(f"{site.url}/v1/models").json()["data"][0]["diffusion"] is None
+
+
+def test_tokenizing(tiny: LanguageModel, client: OpenAI) -> None:
+    text = "Hello <|im_end|> é🎉"
+    got: Any = client.post("/tokenize", body={"prompt": text}, cast_to=object)
+    assert got == {"tokens": tiny.tokenizer.encode(text), "count": len(got["tokens"]), "max_model_len": CONTEXT}
+    got = client.post("/tokenize", body={"model": "tiny", "messages": HELLO}, cast_to=object)
+    assert got["tokens"] == chat_ids(tiny)
+    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1).usage.prompt_tokens == got["count"]
+    with pytest.raises(NotFoundError):
+        client.post("/tokenize", body={"model": "other", "prompt": text}, cast_to=object)
+    for body in ({}, {"prompt": "a", "messages": HELLO}):
+        with pytest.raises(BadRequestError) as caught:
+            client.post("/tokenize", body=body, cast_to=object)
+        assert caught.value.param == "prompt"
+
+
+def test_models(site: Live, client: OpenAI) -> None:
+    (listed,) = client.models.list()
+    told = client.models.retrieve("tiny")
+    assert listed == told
+    assert (told.id, told.object, told.owned_by) == ("tiny", "model", "unmask")
+    assert told.model_extra == {"max_model_len": CONTEXT, "diffusion": {"block_size": 8, "threshold": 0.95}}
+    with pytest.raises(NotFoundError) as caught:
+        client.models.retrieve("gpt/other")
+    assert caught.value.code == "model_not_found"
+
+    async def names() -> list[str]:
+        async with connect_async(site.url) as asynchronous:
+            return [model.id async for model in asynchronous.models.list()]
+
+    assert asyncio.run(names()) == ["tiny"]

@@ -1,0 +1,263 @@
+"""Tools through the official client: calls that are always valid, streamed or not, and what goes back to the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+from asking import HELLO, TWO_WAYS, WAYS, Said, ask, connect
+from live import Live, live, served_model
+from openai import BadRequestError, OpenAI, pydantic_function_tool
+from pydantic import BaseModel, Field
+
+from helpers import CHATML
+from unmask.engine.model import LanguageModel
+from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
+from unmask.serve.tools import Function, ToolChoice, tool_format
+
+# Qwen's way in short: it shows tools, writes calls and results. The marker is a token, so that a bias can bring it about.
+HERMES = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' + m.content }}{% for call in m.tool_calls or [] %}"
+    '{{ \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) + '
+    "'}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# It asks for calls in a way that is not known here.
+OTHERWISE = "{% if tools %}{{ '[TOOLS]' + (tools | tojson) }}{% endif %}" + CHATML
+
+
+class Add(BaseModel):
+    """Add two digits."""
+
+    left: int = Field(ge=0, le=9)
+    sign: Literal["+", "-"]
+
+
+class Ring(BaseModel):
+    """Ring once or twice."""
+
+    times: Literal[1, 2]
+
+
+TOOLS = [pydantic_function_tool(Add, name="add"), pydantic_function_tool(Ring, name="ring")]
+MODELS: dict[str, type[BaseModel]] = {"add": Add, "ring": Ring}
+FUNCTIONS = [Function(t["function"]["name"], t["function"]["description"], t["function"]["parameters"], True) for t in TOOLS]
+SAMPLED = {"temperature": 1.5, "seed": 2, "max_tokens": 1000}
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("caller")
+    return served_model(folder, context=2048, chat_template=HERMES, plain_added=("<tool_call>",))
+
+
+@pytest.fixture(scope="module")
+def office(caller: LanguageModel) -> Iterator[Live]:
+    with live(caller) as running:
+        yield running
+        running.wait_idle()
+
+
+@pytest.fixture(scope="module")
+def desk(office: Live) -> Iterator[OpenAI]:
+    with connect(office.url) as client:
+        yield client
+
+
+def _calling(caller: LanguageModel) -> dict[str, float]:
+    """A bias to calls, and to more of them, where a choice is left."""
+    (marker,), (newline,) = caller.tokenizer.encode("<tool_call>"), caller.tokenizer.encode("\n")
+    return {str(marker): 60.0, str(newline): 50.0}
+
+
+def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True, **options: Any) -> Said:
+    """What the engine says, cut by the parser as a whole."""
+    tokenizer = caller.tokenizer
+    form = tool_format(tokenizer)
+    turns, shown = form.messages(HELLO, FUNCTIONS, choice)
+    ids = tokenizer.chat(turns, add_generation_prompt=True, tools=shown)
+    grammar = form.compile(caller.grammars, FUNCTIONS, choice, parallel=parallel)
+    done = caller.complete(ids, max_new_tokens=options.pop("max_tokens"), grammar=grammar, **options)
+    said = Said(finish_reason=done.finish_reason)
+    parser = CallParser()
+    for event in [*parser.push(tokenizer.decode(done.ids)), *parser.finish()]:
+        match event:
+            case Content(text=text):
+                said.text += text
+            case CallStart(name=name):
+                said.calls.append((name, ""))
+            case CallArguments(text=text):
+                said.calls[-1] = (said.calls[-1][0], said.calls[-1][1] + text)
+    return said
+
+
+def _check(said: Said) -> None:
+    for name, arguments in said.calls:
+        MODELS[name].model_validate_json(arguments)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_required_calls_are_valid_and_parallel(office: Live, caller: LanguageModel, way: str) -> None:
+    bias = _calling(caller)
+    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="required", logit_bias=bias, **SAMPLED).choices
+    wanted = _engines(caller, ToolChoice("required"), logit_bias={int(key): value for key, value in bias.items()}, **SAMPLED)
+    assert (said.text, said.calls) == (wanted.text, wanted.calls) == ("", wanted.calls)
+    assert len(said.calls) > 1
+    assert {name for name, _ in said.calls} == {"add", "ring"}
+    assert said.finish_reason == "tool_calls"
+    _check(said)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_one_call_where_calls_are_not_parallel(office: Live, caller: LanguageModel, way: str) -> None:
+    fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "logit_bias": _calling(caller)}
+    (said,) = ask(office.url, way, **fields, **SAMPLED).choices
+    assert len(said.calls) == 1
+    assert said.finish_reason == "tool_calls"
+    _check(said)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+@pytest.mark.parametrize("name", ["add", "ring"])
+def test_a_named_function_is_called_once(office: Live, caller: LanguageModel, name: str, way: str) -> None:
+    choice = {"type": "function", "function": {"name": name}}
+    (said,) = ask(office.url, way, tools=TOOLS, tool_choice=choice, logit_bias=_calling(caller), **SAMPLED).choices
+    assert [called for called, _ in said.calls] == [name]
+    assert said.finish_reason == "stop", "as OpenAI has it for a call that was forced"
+    _check(said)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_the_model_may_choose_text(office: Live, caller: LanguageModel, way: str) -> None:
+    fields = {"temperature": 1.0, "seed": 4, "max_tokens": 20}
+    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="auto", **fields).choices
+    wanted = _engines(caller, ToolChoice("auto"), **fields)
+    assert (said.text, said.calls, said.finish_reason) == (wanted.text, [], "length")
+    assert said.text
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_the_model_may_choose_to_call(office: Live, caller: LanguageModel, way: str) -> None:
+    (said,) = ask(office.url, way, tools=TOOLS, logit_bias=_calling(caller), **SAMPLED).choices
+    assert said.calls
+    assert said.finish_reason == "tool_calls"
+    _check(said)
+
+
+@pytest.mark.parametrize("way", ["plain", "stream"])
+def test_none_is_as_if_there_were_no_tools(office: Live, way: str) -> None:
+    fields = {"temperature": 1.0, "seed": 4, "max_tokens": 20}
+    assert ask(office.url, way, tools=TOOLS, tool_choice="none", **fields) == ask(office.url, way, **fields)
+
+
+@pytest.mark.parametrize("way", ["plain", "stream"])
+def test_a_call_that_is_cut_off_is_told(office: Live, way: str) -> None:
+    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="required", **{**SAMPLED, "max_tokens": 45}).choices
+    assert said.finish_reason == "length"
+    (name, arguments), *_ = said.calls
+    assert name in MODELS
+    assert arguments.startswith("{")
+
+
+def test_several_choices_call_for_themselves(office: Live) -> None:
+    plain = ask(office.url, "plain", tools=TOOLS, tool_choice="required", n=3, parallel_tool_calls=False, **SAMPLED)
+    assert ask(office.url, "stream", tools=TOOLS, tool_choice="required", n=3, parallel_tool_calls=False, **SAMPLED) == plain
+    assert len({str(said.calls) for said in plain.choices}) > 1
+
+
+def test_arguments_are_streamed(desk: OpenAI) -> None:
+    chunks = list(
+        desk.chat.completions.create(
+            model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, stream=True, **SAMPLED
+        )
+    )
+    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert calls[0].id.startswith("call_")
+    assert calls[0].function.arguments == ""
+    assert all(call.id is None and call.function.name is None for call in calls[1:])
+    assert len(calls) > 2, "not all of the arguments at once"
+    json.loads("".join(call.function.arguments for call in calls))
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_logprobs_are_the_same_streamed_or_not(office: Live, caller: LanguageModel, choice: str) -> None:
+    fields = {"tools": TOOLS, "tool_choice": choice, "logprobs": True, "parallel_tool_calls": False, **SAMPLED}
+    plain, stream = (ask(office.url, way, logit_bias=_calling(caller), **fields) for way in ("plain", "stream"))
+    assert plain == stream
+    assert plain.choices[0].logprobs
+    assert len(plain.choices[0].logprobs) in (plain.usage[1], plain.usage[1] - 1)
+
+
+def test_the_clients_own_helpers(desk: OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": TOOLS, "tool_choice": "required", **SAMPLED}
+    parsed = desk.chat.completions.parse(**fields).choices[0].message.tool_calls
+    with desk.chat.completions.stream(**fields) as stream:
+        final = stream.get_final_completion().choices[0].message.tool_calls
+    assert parsed
+    assert final
+    assert [call.function.parsed_arguments for call in parsed] == [call.function.parsed_arguments for call in final]
+    assert all(isinstance(call.function.parsed_arguments, MODELS[call.function.name]) for call in parsed)
+    assert len({call.id for call in parsed}) == len(parsed)
+
+
+def test_calls_and_results_go_back(desk: OpenAI, caller: LanguageModel) -> None:
+    """The message as the client has it, pydantic object and all, and the results behind it."""
+    asked: dict[str, Any] = {"model": "tiny", "tools": TOOLS}
+    message = desk.chat.completions.parse(messages=HELLO, tool_choice="required", **asked, **SAMPLED).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "7"} for call in message.tool_calls]
+    told = [{**call, "index": i} for i, call in enumerate(message.to_dict()["tool_calls"])]
+    histories = (
+        [*HELLO, message, *results],
+        [*HELLO, {"role": "assistant", "tool_calls": told}, *results],
+        [*HELLO, {"role": "assistant", "content": "", "tool_calls": told}, *results],
+    )
+    counts = []
+    for messages in histories:
+        answer = desk.chat.completions.create(messages=messages, max_tokens=4, **asked)
+        counts.append((answer.usage.prompt_tokens, answer.choices[0].message.content))
+    calls = [
+        {"function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)}}
+        for call in message.tool_calls
+    ]
+    turns = [*HELLO, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    shown = [function.definition() for function in FUNCTIONS]
+    assert {count for count, _ in counts} == {len(caller.tokenizer.chat(turns, add_generation_prompt=True, tools=shown))}
+    assert len(set(counts)) == 1
+
+
+BAD = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nothing"}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "add, ring"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "letters"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name", "twice"),
+        (
+            {"tools": [BAD]},
+            "tools[0].function.parameters",
+            "nothing",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "tools"),
+    ],
+)
+def test_what_is_wrong_is_named(desk: OpenAI, fields: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(BadRequestError, match=words) as caught:
+        desk.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4, **fields)
+    assert caught.value.param == param
+
+
+def test_a_model_with_a_tool_format_of_its_own_can_still_talk(tmp_path: Any) -> None:
+    with live(served_model(tmp_path, chat_template=OTHERWISE)) as site, connect(site.url) as client:
+        assert ask(site.url, "plain", max_tokens=4).usage[1] == 4
+        with pytest.raises(BadRequestError, match="not supported"):
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4, tools=TOOLS)
