@@ -39,7 +39,7 @@ def model(tmp_path: Path) -> ScriptedModel:
 
 def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
     seen = []
-    results = run_tasks(model, [SUMS], tmp_path / "run", count=40, on_progress=lambda *news: seen.append(news))
+    results = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 40, on_progress=lambda *news: seen.append(news))
     told = results["tasks"]["sums"]
     assert (told["score"], told["items"], told["size"], told["limited"]) == (0.75, 40, 50, True)
     assert told["standard_error"] == pytest.approx(0.0693, abs=1e-3)
@@ -57,19 +57,19 @@ def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
 
 
 def test_a_whole_split_is_not_limited(model: ScriptedModel, tmp_path: Path) -> None:
-    told = run_tasks(model, [SUMS], tmp_path / "run", count=60)["tasks"]["sums"]
+    told = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 60)["tasks"]["sums"]
     assert (told["items"], told["limited"]) == (50, False)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55, 1.0])
 def test_a_killed_run_goes_on(model: ScriptedModel, tmp_path: Path, keep: float) -> None:
-    whole = run_tasks(model, [SUMS], tmp_path / "whole", count=40)
+    whole = run_tasks(model, [SUMS], tmp_path / "whole", count=lambda task: 40)
     path = tmp_path / "run" / "samples.jsonl"
     path.parent.mkdir()
     text = (tmp_path / "whole" / "samples.jsonl").read_bytes()
     path.write_bytes(text[: int(len(text) * keep)])
     asked = len(model.asked)
-    again = run_tasks(model, [SUMS], tmp_path / "run", count=40, resume=True)
+    again = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 40, resume=True)
     assert {k: v for k, v in again.items() if k != "environment"} == {k: v for k, v in whole.items() if k != "environment"}
     done = text[: int(len(text) * keep)].count(b"\n") - (keep < 1.0)
     assert len(model.asked) - asked in (40 - done, 40 - done - 1, 40 - done + 1)
@@ -77,16 +77,16 @@ def test_a_killed_run_goes_on(model: ScriptedModel, tmp_path: Path, keep: float)
 
 
 def test_what_is_there_is_not_overwritten(model: ScriptedModel, tmp_path: Path) -> None:
-    run_tasks(model, [SUMS], tmp_path, count=4)
+    run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     with pytest.raises(ConfigError, match="--resume"):
-        run_tasks(model, [SUMS], tmp_path, count=4)
+        run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     assert len(load_samples(tmp_path)) == 4
 
 
 def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> None:
-    run_tasks(model, [SUMS], tmp_path, count=4)
+    run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     asked = len(model.asked)
-    results = run_tasks(model, [SUMS, replace(SUMS, name="more")], tmp_path, count=8, resume=True)
+    results = run_tasks(model, [SUMS, replace(SUMS, name="more")], tmp_path, count=lambda task: 8, resume=True)
     assert len(model.asked) - asked == 4 + 8
     assert {name: told["items"] for name, told in results["tasks"].items()} == {"sums": 8, "more": 8}
 
@@ -102,21 +102,21 @@ def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> 
 def test_other_settings_are_another_run(
     model: ScriptedModel, tmp_path: Path, settings: Settings, task: Task, what: str
 ) -> None:
-    run_tasks(model, [SUMS], tmp_path, count=4)
+    run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     with pytest.raises(ConfigError, match=f"was begun with {what}"):
-        run_tasks(model, [task], tmp_path, count=4, settings=settings, resume=True)
+        run_tasks(model, [task], tmp_path, count=lambda task: 4, settings=settings, resume=True)
 
 
 def test_other_weights_are_another_run(model: ScriptedModel, tmp_path: Path) -> None:
-    run_tasks(model, [SUMS], tmp_path / "run", count=4)
+    run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 4)
     model.transformer.embed.weight.data[0, 0] += 1
     with pytest.raises(ConfigError, match="was begun with model"):
-        run_tasks(model, [SUMS], tmp_path / "run", count=4, resume=True)
+        run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 4, resume=True)
 
 
 def test_a_damaged_run_is_told(model: ScriptedModel, tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text("not json\nnor this\n")
     with pytest.raises(ConfigError, match="is damaged"):
-        run_tasks(model, [SUMS], tmp_path, count=4, resume=True)
+        run_tasks(model, [SUMS], tmp_path, count=lambda task: 4, resume=True)
     with pytest.raises(ConfigError, match="holds no run"):
         load_samples(tmp_path / "nothing")

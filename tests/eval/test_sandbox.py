@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from attacks_on_sandbox import ATTACKS
+from attacks import ATTACKS
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.eval import sandbox
 from unmask.eval.sandbox import Isolation, Limits, isolation, probe, run_many, run_program
@@ -23,10 +23,12 @@ from unmask.eval.sandbox_launcher import children_of
 
 pytestmark = pytest.mark.filterwarnings("default::unmask.errors.UnmaskWarning")
 LEVELS = ("namespaces", "landlock", "limits")
-SHORT = Limits(seconds=2.0, cpu_seconds=1.0, output_bytes=5000)
+SHORT = Limits(seconds=2.0, cpu_seconds=1.0, output_bytes=5000, memory_bytes=128 << 20)
 PATIENT = Limits(seconds=60.0, cpu_seconds=20.0)
 SLOW = ("fork bomb", "fork bomb of daemons", "sleeps", "ignores signals")
 """End by the clock alone: the others get a minute, for a busy machine."""
+ELSEWHERE = ("daemon", "memory", "huge file", "infinite output", "sleeps")
+"""Need no wall, and are tried at every level nevertheless."""
 SOURCES = Path(sandbox.__file__).parents[2]
 
 
@@ -91,6 +93,8 @@ def test_attack_fails(walls: Isolation, name: str, request: pytest.FixtureReques
     attack = ATTACKS[name]
     if not holds(walls, attack.needs):
         pytest.skip(f"{walls.level} does not promise {attack.needs}")
+    if walls.level != "namespaces" and attack.needs is None and name not in ELSEWHERE:
+        pytest.skip("nothing about it depends on the level")
     stdin = request.getfixturevalue("given") if attack.needs or "given" in attack.source else ""
     limits = Limits(**{**SHORT.__dict__, "seconds": 2.0 if name in SLOW else 60.0})
     outcome = run_program(attack.source, stdin=stdin, limits=limits, level=walls.level)
@@ -141,6 +145,7 @@ def test_attacks_fail_as_nobody(given: str):
         [*nobody(), "-c", AS_NOBODY], input=told, env={"PYTHONPATH": str(SOURCES)}, cwd="/", capture_output=True, text=True
     )
     assert not run.returncode, run.stderr
+    print(run.stdout, run.stderr)
     found = dict(map(json.loads, run.stdout.splitlines()))
     assert found["limits"].keys() == {*names} - {name for name in names if ATTACKS[name].needs not in (None, "forks")}
     for level, ends in found.items():
@@ -200,17 +205,15 @@ def test_program_is_an_ordinary_main_module(walls: Isolation):
     source = (
         "from dataclasses import dataclass\nimport sys, tempfile, threading\n@dataclass\nclass A:\n    x: 'int'\n"
         "thread = threading.Thread(target=lambda: print(A(1), __name__, sys.argv))\nthread.start()\nthread.join()\n"
-        "tempfile.TemporaryFile().write(b'x')\nprint(len(sys.stdin.read()))\nsys.stdout.buffer.write(b'\\xff\\n')\n"
+        "tempfile.TemporaryFile().write(b'x')\nprint(len(sys.stdin.read()), flush=True)\nsys.stdout.buffer.write(b'\\xff\\n')\n"
         "sys.stdout.flush()\nimport os\nos.close(1)\n"
     )
     outcome = run_program(source, stdin="é" * 500_000, limits=PATIENT, level=walls.level)
     assert (outcome.status, outcome.stdout) == ("passed", "A(x=1) __main__ ['program.py']\n500000\n�\n")
-    assert run_program("def f():\n    1 / 0\nf()\n", limits=PATIENT).stderr.splitlines()[1:-1] == [
+    trace = run_program("def f():\n    1 / 0\nf()\n", limits=PATIENT).stderr
+    assert [line for line in trace.splitlines() if "File" in line] == [
         '  File "program.py", line 3, in <module>',
-        "    f()",
         '  File "program.py", line 2, in f',
-        "    1 / 0",
-        "    ~~^~~",
     ]
 
 
@@ -267,11 +270,9 @@ def test_broken_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(sandbox, "LAUNCHER", tmp_path / "absent.py")
     with pytest.raises(BackendError, match="cannot run an empty program: killed"):
         probe("limits")
-    with pytest.raises(BackendError, match="could not be set up: KeyError: 'nonsense'"):
-        monkeypatch.undo()
-        monkeypatch.setattr(sandbox, "RUNNER", tmp_path / "runner")
-        (tmp_path / "runner").write_text("raise SystemExit(1)")
-        monkeypatch.setattr(sandbox, "asdict", lambda _: {"nonsense": 1})
+    monkeypatch.undo()
+    monkeypatch.setattr(sandbox, "asdict", lambda _: {})
+    with pytest.raises(BackendError, match="could not be set up: KeyError: 'cpu_seconds'"):
         run_program("", level="limits")
 
 
@@ -285,7 +286,9 @@ def test_isolation_falls_back_and_warns(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(sandbox, "probe", denied)
     isolation.cache_clear()
-    with pytest.warns(UnmaskWarning, match=r"\(landlock\), a program could: use the network, TCP excepted; kill your processes"):
+    with pytest.warns(
+        UnmaskWarning, match=r"\(landlock\), a program could: use the network, TCP excepted; kill your processes"
+    ):
         assert isolation() == weak
     assert isolation() == weak
     isolation.cache_clear()

@@ -90,7 +90,7 @@ def whole(response: Any) -> Reply:
             continue
         calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
         assert choice.message.role == "assistant"
-        assert (choice.message.content is None) <= bool(calls)
+        assert choice.message.content != "" if calls else choice.message.content is not None
         told = None if logprobs is None else logprobs["content"]
         choices.append(Said(choice.message.content or "", choice.finish_reason, calls, told))
     usage = response.usage
@@ -107,7 +107,7 @@ def joined(chunks: Sequence[Any]) -> Reply:
     }
     said: dict[int, Said] = {}
     for chunk in chunks:
-        assert chunk.usage is None
+        assert chunk.to_dict()["usage"] is None
         for choice in chunk.choices:
             begins = choice.index not in said
             _take(said.setdefault(choice.index, Said()), choice, begins=begins)

@@ -141,6 +141,7 @@ def test_any_json_object(site: Live, tiny: LanguageModel) -> None:
     assert got.choices[0].text.startswith("{")
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # the client's own
 def test_parsed_into_a_pydantic_model(client: OpenAI) -> None:
     parsed = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Sum, max_tokens=64)
     message = parsed.choices[0].message

@@ -110,6 +110,7 @@ IDLE = {"Server.serve", "LifespanOn.main", "Runner.run"}
 def clean(it: Live) -> Iterator[None]:
     """Afterwards everything is as it was: pages, tasks, connections, places in the queue."""
     yield
+    soon(lambda: it.worker.state == "ready")
     it.wait_idle(30)
     soon(lambda: tasks(it) <= IDLE, f"tasks are left: {tasks(it)}")
     soon(lambda: not it.server.server_state.connections, "connections are left")

@@ -13,10 +13,12 @@ import typer
 
 from unmask import __version__
 from unmask.cli.chat import chat
+from unmask.cli.compare import compare
 from unmask.cli.console import Guarded
 from unmask.cli.convert import convert
 from unmask.cli.demo import demo
 from unmask.cli.dpo import dpo
+from unmask.cli.eval import eval_
 from unmask.cli.export import export
 from unmask.cli.generate import generate
 from unmask.cli.infill import infill
@@ -24,6 +26,7 @@ from unmask.cli.info import info
 from unmask.cli.merge import merge
 from unmask.cli.serve import serve
 from unmask.cli.sft import sft
+from unmask.cli.sweep import sweep
 from unmask.cli.trace import trace
 from unmask.errors import UnmaskWarning
 
@@ -37,6 +40,8 @@ app = typer.Typer(
 )
 for verb in (generate, infill, trace, chat, serve, convert, sft, dpo, info, merge, export, demo):
     app.command(no_args_is_help=verb not in (chat, serve, demo))(verb)
+for named, verb in (("eval", eval_), ("compare", compare), ("sweep", sweep)):
+    app.command(named, no_args_is_help=True)(verb)
 
 
 def _print_version(wanted: bool) -> None:

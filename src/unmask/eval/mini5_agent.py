@@ -38,6 +38,10 @@ class Kind:
     schema: Mapping[str, Any]
     draw: Callable[[random.Random], Any]
 
+    def shown(self) -> Any:
+        """Its type or its choices, for the prompt."""
+        return self.schema.get("enum") or self.schema["type"]
+
 
 def _whole(low: int, high: int) -> Kind:
     return Kind({"type": "integer"}, lambda rng: rng.randint(low, high))
@@ -64,7 +68,7 @@ class Function:
 
     def shown(self) -> str:
         """One line of JSON for the prompt."""
-        return json.dumps({"name": self.name, "parameters": {key: dict(kind.schema) for key, kind in self.arguments.items()}})
+        return json.dumps({"name": self.name, "parameters": {key: kind.shown() for key, kind in self.arguments.items()}})
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a call."""
@@ -85,14 +89,14 @@ class Function:
 FUNCTIONS = (
     Function("set_timer", "Start a timer of {minutes} minutes.", {"minutes": _whole(2, 90)}),
     Function("get_weather", "What is the weather in {town} on {day}?", {"town": _TOWN, "day": _one_of(*_DAYS)}),
-    Function("send_message", 'Send {to} the message "{text}".', {"to": _text(*PEOPLE), "text": _text(*_NOTES)}),
+    Function("send_message", "Send {to} the message: {text}.", {"to": _text(*PEOPLE), "text": _text(*_NOTES)}),
     Function("call_contact", "Please call {contact}.", {"contact": _text(*PEOPLE)}),
     Function("turn_light", "Turn the light in the {room} {state}.", {"room": _text(*_ROOMS), "state": _one_of("on", "off")}),
     Function("set_temperature", "Set the {room} to {degrees} degrees.", {"room": _text(*_ROOMS), "degrees": _whole(15, 28)}),
     Function("order_food", "Order {count} portions of {dish}.", {"dish": _text(*_DISHES), "count": _whole(2, 9)}),
     Function("add_event", "Add a {title} on {day} to my calendar.", {"title": _text(*_EVENTS), "day": _one_of(*_DAYS)}),
     Function("find_hotel", "Find a hotel in {town} for {nights} nights.", {"town": _TOWN, "nights": _whole(2, 14)}),
-    Function("translate", 'Translate "{text}" into {language}.', {"text": _text(*_NOTES), "language": _text(*_LANGUAGES)}),
+    Function("translate", "Translate into {language}: {text}.", {"text": _text(*_NOTES), "language": _text(*_LANGUAGES)}),
     Function(
         "convert_money",
         "How much is {amount} {from} in {to}?",
@@ -102,25 +106,33 @@ FUNCTIONS = (
     Function("buy_ticket", "Buy a train ticket from {start} to {end}.", {"start": _TOWN, "end": _TOWN}),
     Function("set_volume", "Set the volume to {level} percent.", {"level": _whole(1, 100)}),
 )
-_EXAMPLE = """\
-Functions:
-{"name": "play_song", "parameters": {"title": {"type": "string"}, "times": {"type": "integer"}}}
-Request: Play Yesterday 3 times.
-Answer: {"name": "play_song", "arguments": {"title": "Yesterday", "times": 3}}"""
 
 
-def _draw(rng: random.Random, count: int) -> Draw:
-    """A request, with `count` functions to choose from."""
+def _call(function: Function, rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A request, and the call that it asks for."""
+    arguments = {key: kind.draw(rng) for key, kind in function.arguments.items()}
+    return function.request.format(**arguments), {"name": function.name, "arguments": arguments}
+
+
+def _draw(rng: random.Random, count: int) -> Draw | None:
+    """A request, with `count` functions to choose from and one call of each as an example."""
     functions = rng.sample(FUNCTIONS, count)
-    wanted = rng.choice(functions)
-    arguments = {key: kind.draw(rng) for key, kind in wanted.arguments.items()}
+    examples = [_call(each, rng) for each in functions]
+    request, call = _call(rng.choice(functions), rng)
+    if any(_shares_value(call, example) for _, example in examples):
+        return None
     shown = "\n".join(each.shown() for each in functions)
-    prompt = (
-        "Call the function that the request asks for. Answer with one JSON object only, with name and arguments.\n\n"
-        f"{_EXAMPLE}\n\nFunctions:\n{shown}\nRequest: {wanted.request.format(**arguments)}\nAnswer:"
-    )
-    schema = {"anyOf": [each.schema() for each in functions]} if count > 1 else wanted.schema()
-    return Draw(prompt, {"kind": "call", "answer": {"name": wanted.name, "arguments": arguments}}, schema)
+    told = "\n".join(f"For the request '{asked}' the answer is {json.dumps(example)}" for asked, example in examples)
+    asked = f"What is the answer for the request '{request}'? Answer with JSON only."
+    schema = {"anyOf": [each.schema() for each in functions]} if count > 1 else functions[0].schema()
+    return Draw(f"You have these functions:\n{shown}\n\n{told}\n\n{asked}", {"kind": "call", "answer": call}, schema)
+
+
+def _shares_value(call: Mapping[str, Any], example: Mapping[str, Any]) -> bool:
+    """Whether copying the example would get a part of the call right."""
+    if call["name"] != example["name"]:
+        return False
+    return any(value == example["arguments"][key] for key, value in call["arguments"].items())
 
 
 FAMILIES = (

@@ -18,13 +18,9 @@ from typing import Any
 from unmask.eval.task import Item, Score
 
 _MARKER = re.compile(r"\banswer(?:\s+is)?\W{0,3}:|\banswer\s+is\b", re.IGNORECASE)
-_OUTPUT = re.compile(
-    r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?(?:\s+(?:is|would be|will be))?\W{0,3}:", re.IGNORECASE
-)
-_PRINTS = re.compile(
-    r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?\s+(?:is|would be|will be)\b|\b(?:prints|will print)\b",
-    re.IGNORECASE,
-)
+_NAMED = r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?"
+_OUTPUT = re.compile(rf"{_NAMED}(?:\s+(?:is|would be|will be))?\W{{0,3}}:", re.IGNORECASE)
+_PRINTS = re.compile(rf"{_NAMED}\s+(?:is|would be|will be)\b|\b(?:prints|will print)\b", re.IGNORECASE)
 _ANNOUNCED = re.compile(r"\A(?:\s*the\b)?(?:\s*(?:string|word|text|value|number|list)\b)?:?\s*", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _CLAUSE = re.compile(r"[,.;:!?\n]|\b(?:but|so|because|then|therefore|and)\b", re.IGNORECASE)

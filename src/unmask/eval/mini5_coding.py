@@ -249,7 +249,7 @@ def _variables(rng: random.Random) -> Program:
     contents = rng.sample(_WORDS, 2) if rng.random() < 0.5 else rng.sample(range(2, 60), 2)
     steps = [Assign(first, Constant(contents[0])), Assign(second, Constant(contents[1]))]
     if rng.random() < 0.5:
-        steps.append(Assign(first, rng.choice([Name(second), Constant(rng.randint(60, 99))])))
+        steps.append(Assign(first, Name(second) if rng.random() < 0.5 else _number(rng, 60, 99)))
     return Program(tuple(steps), Name(rng.choice([first, first, second])))
 
 

@@ -1,16 +1,18 @@
 """Deduction: what follows from the few statements of the prompt.
 
-Owns these questions: family relationships of reasoning-gym, and our own of order, rules, elimination and syllogisms.
+Owns these questions: family relationships of reasoning-gym, and our own of order, categories, rules, elimination and
+syllogisms (reasoning-gym 0.1.25 calls "All A are B, some B are not C, so some A are not C" valid).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 from unmask.eval.mini5_families import Draw, Family, gym, seeded
-from unmask.eval.mini5_knowledge import PEOPLE, PETS, word
+from unmask.eval.mini5_knowledge import COLOURS, JOBS, PEOPLE, PETS, word
 
 _ONE_WORD = "Answer with one word."
 # Where reasoning-gym 0.1.25 names others (in-laws, nieces), it names the second person's part, not the first's.
@@ -51,13 +53,27 @@ def _family(seed: int) -> Draw | None:
     return Draw(question, word(answer, _RELATIONS))
 
 
+def _listed(names: list[str]) -> str:
+    first, second, third = sorted(names)
+    return f"{first}, {second} or {third}"
+
+
 def _order(rng: random.Random) -> Draw:
     more, most, least = rng.choice(_ORDERS)
     people = rng.sample(PEOPLE, 3)
     told = [f"{a} is {more} than {b}." for a, b in pairwise(people)]
     rng.shuffle(told)
     asked, answer = rng.choice([(most, people[0]), (least, people[-1])])
-    return Draw(f"{' '.join(told)} Who is the {asked}? {_ONE_WORD}", word(answer, people))
+    return Draw(f"{' '.join(told)} Who is the {asked}: {_listed(people)}? {_ONE_WORD}", word(answer, people))
+
+
+def _hats(rng: random.Random) -> Draw:
+    people, jobs, colours = rng.sample(PEOPLE, 3), rng.sample(JOBS, 3), rng.sample(COLOURS, 3)
+    told = [f"Every {job} has a hat that is {colour}." for job, colour in zip(jobs, colours, strict=True)]
+    told += [f"{name} is a {job}." for name, job in zip(people, jobs, strict=True)]
+    rng.shuffle(told)
+    row = rng.randrange(3)
+    return Draw(f"{' '.join(told)} What colour is {people[row]}'s hat? {_ONE_WORD}", word(colours[row], colours))
 
 
 def _rules(rng: random.Random) -> Draw:
@@ -72,15 +88,14 @@ def _rules(rng: random.Random) -> Draw:
 
 def _elimination(rng: random.Random) -> Draw:
     people, pets = rng.sample(PEOPLE, 3), rng.sample(PETS, 3)
-    listed = f"{people[0]}, {people[1]} and {people[2]}"
     pairs = list(zip(people, pets, strict=True))
     rng.shuffle(pairs)
     known, other, asked = pairs
     told = [f"{known[0]} has the {known[1]}.", f"{other[0]} does not have the {asked[1]}."]
     rng.shuffle(told)
     animals = sorted(pets)
-    start = f"{listed} each have one pet: a {animals[0]}, a {animals[1]} and a {animals[2]}, all different."
-    return Draw(f"{start} {' '.join(told)} Who has the {asked[1]}? {_ONE_WORD}", word(asked[0], people))
+    start = f"{people[0]}, {people[1]} and {people[2]} each have one pet: a {animals[0]}, a {animals[1]} and a {animals[2]}, all different."
+    return Draw(f"{start} {' '.join(told)} Who has the {asked[1]}: {_listed(people)}? {_ONE_WORD}", word(asked[0], people))
 
 
 Statement = tuple[int, int, int]
@@ -95,6 +110,7 @@ def _true_in(world: int, statement: Statement) -> bool:
     return (not outside, not both, both, outside)[form]
 
 
+@cache
 def follows(first: Statement, second: Statement, conclusion: Statement) -> bool | None:
     """Whether two premises about terms 0, 1 and 2 entail a conclusion; None: only if every term has members."""
 
@@ -112,22 +128,23 @@ def follows(first: Statement, second: Statement, conclusion: Statement) -> bool 
     return always if always == entailed(inhabited) else None
 
 
-def _syllogism(rng: random.Random) -> Draw | None:
+def _syllogism(rng: random.Random) -> Draw:
     wanted = rng.random() < 0.5
-    statements = [(rng.randrange(4), 0, 1), (rng.randrange(4), 1, 2), (rng.randrange(4), 0, 2)]
-    if rng.random() < 0.3:
-        statements[1] = (statements[1][0], 2, 1)
-    if follows(*statements) is not wanted:
-        return None
+    while True:
+        middle = rng.choice(((1, 2), (2, 1)))
+        first, second, conclusion = (rng.randrange(4), 0, 1), (rng.randrange(4), *middle), (rng.randrange(4), 0, 2)
+        if follows(first, second, conclusion) is wanted:
+            break
     terms = rng.sample(_KINDS, 3)
-    first, second, conclusion = (_FORMS[form].format(terms[a], terms[b]) for form, a, b in statements)
-    asked = f"Does it follow that {conclusion[0].lower()}{conclusion[1:-1]}? Answer with yes or no."
-    return Draw(f"{first} {second} {asked}", word("yes" if wanted else "no", ("yes", "no")))
+    told, other, claim = (_FORMS[form].format(terms[a], terms[b]) for form, a, b in (first, second, conclusion))
+    asked = f"Does it follow that {claim[0].lower()}{claim[1:-1]}? Answer with yes or no."
+    return Draw(f"{told} {other} {asked}", word("yes" if wanted else "no", ("yes", "no")))
 
 
 FAMILIES = (
     Family("family_relationships", _family, max_new_tokens=32),
     Family("order", seeded(_order), max_new_tokens=32),
+    Family("hats", seeded(_hats), max_new_tokens=32),
     Family("rules", seeded(_rules), max_new_tokens=32),
     Family("elimination", seeded(_elimination), max_new_tokens=32),
     Family("syllogism", seeded(_syllogism), max_new_tokens=32),

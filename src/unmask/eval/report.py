@@ -55,7 +55,7 @@ def write_comparison(
         [
             f"# {b['model']['name']} against {a['model']['name']}",
             *notes,
-            _markdown_table(HEAD, rows),
+            markdown_table(HEAD, rows),
             f"![Scores and speed]({plot.name})",
             _LEGEND,
         ]
@@ -158,7 +158,8 @@ def _interval(value: Interval, scale: float, layout: str) -> str:
     return f"{value.value * scale:{layout}} ({value.low * scale:{layout}} to {value.high * scale:{layout}})"
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

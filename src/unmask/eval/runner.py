@@ -67,18 +67,18 @@ def run_tasks(
     tasks: Sequence[Task],
     folder: Path,
     *,
-    count: int,
+    count: Callable[[Task], int],
     settings: Settings | None = None,
     resume: bool = False,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> dict[str, Any]:
-    """Answer and score the first `count` items of every task.
+    """Answer and score the first items of every task.
 
     Args:
         model: with a tokenizer.
         tasks: by distinct names.
         folder: of the run; made.
-        count: items per task, at most.
+        count: how many items of a task, at most.
         settings: split, decoding, batch.
         resume: go on with what is in the folder; without it the folder must hold no run.
         on_progress: told after every few answers.
@@ -102,7 +102,7 @@ def run_tasks(
     known = {(sample.task, sample.id) for sample in samples}
     with path.open("a", encoding="utf-8") as file:
         for task in tasks:
-            items = task.items(settings.split, count)
+            items = task.items(settings.split, count(task))
             left = [item for item in items if (task.name, item.id) not in known]
             done = len(items) - len(left)
             on_progress(task.name, done, len(items))
@@ -113,10 +113,23 @@ def run_tasks(
                 samples += new
                 done += len(new)
                 on_progress(task.name, done, len(items))
-    wanted = {task.name: {item.id for item in task.items(settings.split, count)} for task in tasks}
+    wanted = {task.name: {item.id for item in task.items(settings.split, count(task))} for task in tasks}
     samples = [sample for sample in samples if sample.id in wanted.get(sample.task, ())]
-    results = {**head, "tasks": summarise(tasks, samples, count), "environment": environment(), "count": count}
+    results = {**head, "tasks": summarise(tasks, samples), "environment": environment()}
     atomic_write_json(folder / "results.json", results)
+    return results
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """What `results.json` of a run holds.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    try:
+        results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no finished run ({error}); run unmask eval there with --resume") from error
     return results
 
 
@@ -132,7 +145,7 @@ def load_samples(folder: Path) -> list[Sample]:
     return _read(path)[1]
 
 
-def summarise(tasks: Sequence[Task], samples: Sequence[Sample], count: int) -> dict[str, dict[str, Any]]:
+def summarise(tasks: Sequence[Task], samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     """Score and speed of every task; `limited` says that there are more items than were asked for."""
     summary = {}
     for task in tasks:

@@ -7,6 +7,7 @@ process namespace) -> program. Each dies with its parent; the launcher ends the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -279,8 +280,9 @@ def sweep(user: int | None) -> bool:
 
 
 def tell(job: Job, **facts: Any) -> None:
-    """One line to the caller."""
-    os.write(job["report"], json.dumps(facts).encode() + b"\n")
+    """One line to the caller, who may be dead: then there is still clearing up to do."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(job["report"], json.dumps(facts).encode() + b"\n")
 
 
 def first_process(job: Job, user: int | None) -> NoReturn:

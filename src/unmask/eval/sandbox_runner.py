@@ -7,7 +7,6 @@ can: nothing in the same process could prevent that.
 """
 
 import builtins
-import linecache
 import sys
 import types
 from _sitebuiltins import Quitter
@@ -21,8 +20,6 @@ def main(job: int, verdict: int) -> None:
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, ["program.py"]
     builtins.__dict__.update(exit=Quitter("exit", "Ctrl-D"), quit=Quitter("quit", "Ctrl-D"))  # -S leaves them out
-    lines = source.decode("utf-8", "replace").splitlines(keepends=True)
-    linecache.cache["program.py"] = (len(source), None, lines, "program.py")
     say, who, leave, me, show = write, getpid, close, getpid(), sys.__excepthook__
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)

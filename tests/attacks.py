@@ -39,7 +39,7 @@ ATTACKS = {
         "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n", "timeout", "forks"
     ),
     "fork bomb of daemons": Attack(
-        "import os\nwhile True:\n    try:\n        if not os.fork():\n            os.setsid()\n    except OSError:\n        pass\n",
+        "import os\nwhile True:\n    try:\n        os.fork() or os.setsid()\n    except OSError:\n        pass\n",
         "timeout",
         "forks",
     ),
@@ -66,9 +66,9 @@ ATTACKS = {
         "timeout",
     ),
     "memory": Attack("x = [0]\nwhile True:\n    x = x * 2\n", "memory"),
-    "huge file": Attack(refused("open('big', 'wb').write(bytes(200 << 20))"), "passed"),
+    "huge file": Attack(refused("[open('big', 'ab').write(bytes(1 << 20)) for _ in range(40)]"), "passed"),
     "crash": Attack("import ctypes\nctypes.string_at(0)\n", "killed"),
-    "deep recursion": Attack("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()\n", "killed|memory"),
+    "deep recursion": Attack("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()\n", "killed|memory|timeout"),
     "leaves early": Attack("import os\nos._exit(0)\nassert False\n", "exited"),
     "exits early": Attack("exit()\nassert False\n", "exited"),
     "exit code": Attack("import sys\nsys.exit(3)\n", "failed"),

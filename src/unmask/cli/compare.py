@@ -1,0 +1,64 @@
+"""`unmask compare`: two models on the same items, such as an autoregressive parent and its diffusion child.
+
+Owns the options and the table. Statistics and reports are `unmask.eval`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from unmask.cli import decoding as options
+from unmask.cli import evaluation
+from unmask.cli.console import make_console
+from unmask.errors import ConfigError
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model, or the folder of a run of unmask eval.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
+    suite: evaluation.Suite = None,
+    tasks: evaluation.Tasks = None,
+    limit: evaluation.Limit = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report, and of the runs of models.")] = Path("out/compare"),
+    block_size: options.BlockSize = None,
+    threshold: options.Threshold = None,
+    batch: evaluation.Batch = 1,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantize: options.QuantizeAuto = "auto",
+) -> None:
+    """Compare two models item by item: scores, how sure the difference is, and speed.
+
+    \b
+    unmask compare smollm2-135m smollm2-135m-diffusion --suite mini-5
+    unmask compare out/eval/before out/eval/after --out out/report
+
+    Answers that a folder under --out holds already are not asked again. The report is there as Markdown, HTML and JSON.
+    """
+    from unmask.eval.compare import compare_samples
+    from unmask.eval.report import HEAD, comparison_row, write_comparison
+    from unmask.eval.runner import load_results, load_samples
+
+    console = make_console()
+    decoding = options.given(block_size=block_size, threshold=threshold)
+    are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
+    folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
+    if not all(are_runs):
+        chosen = evaluation.choose(suite, tasks)
+        if chosen.harness:
+            raise ConfigError(f"{chosen.harness[0]} is a task of lm-eval, whose items are not paired; compare our own tasks")
+        for name, is_run, folder in zip((a, b), are_runs, folders, strict=True):
+            if not is_run:
+                model = evaluation.open_model(name, dtype=dtype, device=device, quantize=quantize)
+                evaluation.answer(console, model, chosen.own, folder, limit, decoding, batch)
+    found = compare_samples(*(load_samples(folder) for folder in folders))
+    files = write_comparison(out, found, *(load_results(folder) for folder in folders))
+    table = Table(*HEAD, title=f"A is {a}, B is {b}")
+    for task, each in found.items():
+        table.add_row(*comparison_row(task, each))
+    console.print(table)
+    console.print(f"report   {files['report.md']}, {files['report.html']}", soft_wrap=True)

@@ -1,0 +1,166 @@
+"""What `eval`, `compare` and `sweep` share: which tasks there are, how a model is opened, how progress and results look.
+
+Owns the names of suites and tasks. Knows no statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unmask.cli.console import is_live, pick_device
+from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmask.engine.model import LanguageModel
+    from unmask.eval.task import Task
+
+MINI5, LLADA2 = "mini-5", "llada2-47"
+DEFAULT_COUNT = 50
+"""Items of a task that has no end."""
+
+Suite = Annotated[str | None, typer.Option(help=f"{MINI5} (no download), {LLADA2} (the report's 47), or a file of a suite.")]
+Tasks = Annotated[str | None, typer.Option(help="Names, separated by commas: ours (`unmask eval --list`), or any of lm-eval.")]
+Limit = Annotated[int | None, typer.Option(help="Items per task; left out: all, or 50 where there is no end of them.")]
+SplitName = Annotated[str, typer.Option("--split", help="test, validation or train; only our own tasks have the last two.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Batch = Annotated[int, typer.Option(help="Answers decoded together; tokens/s are those of one stream where it is 1.")]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tasks of ours, and names for lm-eval."""
+
+    own: tuple[Task, ...]
+    harness: tuple[str, ...]
+
+
+def own_tasks() -> dict[str, Task]:
+    """Every task that needs nothing but this package, by name."""
+    from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
+    from unmask.eval.mini5 import agent_schema_task, mini5_tasks
+
+    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE)
+    return {task.name: task for task in found}
+
+
+def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chosen:
+    """The tasks of `--suite mini-5` and of `--tasks`.
+
+    Raises:
+        ConfigError: nothing is chosen, or a suite that is not there.
+    """
+    from unmask.eval.mini5 import mini5_tasks
+
+    if suite not in (None, MINI5):
+        raise ConfigError(f"suite {suite!r} is not known here; use {MINI5}, or name tasks with --tasks")
+    own, known = list(mini5_tasks()) if suite == MINI5 else [], own_tasks()
+    harness = []
+    for name in (part.strip() for part in (names or "").split(",")):
+        if name in known:
+            own.append(known[name])
+        elif name.startswith("needle"):
+            raise ConfigError(f"task {name!r} depends on a context length; give --needle LENGTHS")
+        elif name:
+            harness.append(name)
+    if needed and not own and not harness:
+        raise ConfigError(f"no tasks are chosen; give --suite {MINI5} or --tasks, and see unmask eval --list")
+    return Chosen(tuple(own), tuple(harness))
+
+
+def open_model(name: str, *, dtype: str, device: str, quantize: str) -> LanguageModel:
+    """A model ready to be timed: its kernels compiled, one token decoded.
+
+    Raises:
+        ConfigError: it has no tokenizer.
+    """
+    import unmask
+
+    model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=None if quantize == "none" else quantize)
+    if model.tokenizer is None:
+        raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
+    model.backend(wait=True)
+    model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)
+    return model
+
+
+@contextmanager
+def showing_tasks(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Something to call with (task, items done, items in all); bars with the time left in a terminal, lines elsewhere."""
+    if not is_live(console):
+        yield _lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, Any] = {}
+
+        def on_progress(task: str, done: int, total: int) -> None:
+            bar = bars.setdefault(task, progress.add_task(task, total=total)) if task not in bars else bars[task]
+            progress.update(bar, completed=done, total=total)
+
+        yield on_progress
+
+
+def _lines(console: Console) -> Callable[[str, int, int], None]:
+    def on_progress(task: str, done: int, total: int) -> None:
+        if done == total:
+            console.print(f"{task}: {done} items", soft_wrap=True)
+
+    return on_progress
+
+
+def answer(
+    console: Console,
+    model: LanguageModel,
+    tasks: Sequence[Task],
+    folder: Path,
+    limit: int | None,
+    decoding: Mapping[str, Any],
+    batch: int,
+) -> dict[str, Any]:
+    """Run tasks in a folder, or go on with what it holds; what `results.json` says."""
+    from unmask.eval.runner import Settings, run_tasks
+
+    settings, count = Settings("test", decoding, batch), partial(count_for, limit)
+    console.print(f"{model.name}  {folder}", soft_wrap=True)
+    with showing_tasks(console) as on_progress:
+        return run_tasks(model, tasks, folder, count=count, settings=settings, resume=True, on_progress=on_progress)
+
+
+def count_for(limit: int | None, task: Task) -> int:
+    """How many items of a task to ask."""
+    return limit if limit is not None else task.size if task.size is not None else DEFAULT_COUNT
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """Score and speed of every task, and the plain mean over tasks."""
+    table = Table("task", "metric", "score", "items", "tokens per forward", "tokens/s")
+    told: Mapping[str, Any] = results["tasks"]
+    for name, task in told.items():
+        speed, of = task["speed"], "" if not task["limited"] or task["size"] is None else f" of {task['size']}"
+        spread = speed["tokens_per_second_spread"]
+        rates = "" if spread is None else f"{speed['tokens_per_second']:.0f} ({spread['p10']:.0f}-{spread['p90']:.0f})"
+        score = "-" if task["score"] is None else f"{100 * task['score']:.1f} ± {100 * task['standard_error']:.1f}"
+        table.add_row(name, task["metric"], score, f"{task['items']}{of}", f"{speed['tokens_per_forward']:.2f}", rates)
+    for name, metrics in results.get("harness", {}).get("results", {}).items():
+        found = [f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+        table.add_row(name, "lm-eval", ", ".join(found), "", "", "")
+    scores = [task["score"] for task in told.values() if task["score"] is not None]
+    if len(scores) > 1:
+        table.add_section()
+        table.add_row("mean", "", f"{100 * sum(scores) / len(scores):.1f}", "", "", "")
+    console.print(table)
+
+
+def own_names(tasks: Sequence[Task]) -> str:
+    """For a list of what there is."""
+    return "\n".join(f"{task.name:24} {task.dimension:10} {task.metric}; {task.licence}" for task in tasks)

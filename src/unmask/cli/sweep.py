@@ -1,0 +1,100 @@
+"""`unmask sweep`: score against tokens per forward over thresholds and block sizes.
+
+Owns the options, the grid and the table. Every point is a run of its own, kept in a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from unmask.cli import decoding as options
+from unmask.cli import evaluation
+from unmask.cli.console import make_console
+from unmask.errors import ConfigError, RequestError
+
+
+def sweep(
+    model: options.Model = options.DIFFUSION_MODEL,
+    suite: evaluation.Suite = None,
+    tasks: evaluation.Tasks = None,
+    limit: evaluation.Limit = None,
+    thresholds: Annotated[str, typer.Option(help="Separated by commas.")] = "0.5,0.7,0.9,0.95",
+    block_sizes: Annotated[str | None, typer.Option(help="Separated by commas; left out: the model's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the plot.")] = Path("out/sweep"),
+    batch: evaluation.Batch = 1,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantize: options.QuantizeAuto = "auto",
+) -> None:
+    """Draw what a threshold and a block size cost in score and give in speed.
+
+    \b
+    unmask sweep --suite mini-5 --limit 30
+    unmask sweep --model out/mine --tasks mini-5/math --thresholds 0.5,0.8,0.95 --block-sizes 8,16,32
+
+    A killed sweep goes on when it is started again. Writes frontier.png, sweep.md and sweep.json.
+    """
+    from unmask.eval.report import draw_frontier, markdown_table
+    from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
+
+    bars, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
+    chosen = evaluation.choose(suite, tasks)
+    if chosen.harness:
+        raise ConfigError(f"{chosen.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
+    console = make_console()
+    language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize)
+    if not language_model.is_diffusion:
+        raise RequestError(f"model {model} is autoregressive and has neither a threshold nor blocks; sweep a diffusion model")
+    points: list[dict[str, Any]] = []
+    for size, bar in itertools.product(sizes or [language_model.config.block_size or 32], bars):
+        folder = out / f"block-{size}-threshold-{bar:g}"
+        decoding = {"block_size": size, "threshold": bar}
+        results = evaluation.answer(console, language_model, chosen.own, folder, limit, decoding, batch)
+        points.append({**decoding, **_point(results)})
+    rows = [_cells(point) for point in points]
+    draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")
+    atomic_write_json(out / "sweep.json", {"model": model, "suite": suite, "tasks": tasks, "limit": limit, "points": points})
+    atomic_write(out / "sweep.md", bytes_writer(f"{markdown_table(HEAD, rows)}\n\n![Frontier](frontier.png)\n".encode()))
+    table = Table(*HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"plot     {out / 'frontier.png'}", soft_wrap=True)
+
+
+HEAD = ("block size", "threshold", "score", "tokens per forward", "tokens/s")
+
+
+def _point(results: dict[str, Any]) -> dict[str, float]:
+    """Mean score over tasks, and speed over everything."""
+    told = list(results["tasks"].values())
+    tokens, forwards = (sum(task["speed"][name] for task in told) for name in ("tokens", "forwards"))
+    seconds = sum(task["speed"]["tokens"] / max(task["speed"]["tokens_per_second"], 1e-9) for task in told)
+    return {
+        "score": sum(task["score"] for task in told) / len(told),
+        "items": sum(task["items"] for task in told),
+        "tokens_per_forward": tokens / max(forwards, 1),
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+    }
+
+
+def _cells(point: dict[str, Any]) -> tuple[str, ...]:
+    speeds = (f"{point['tokens_per_forward']:.2f}", f"{point['tokens_per_second']:.0f}")
+    return (str(point["block_size"]), f"{point['threshold']:g}", f"{100 * point['score']:.1f}", *speeds)
+
+
+def _numbers(text: str | None, option: str, kind: type[Any]) -> list[Any]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        return [kind(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; give numbers separated by commas") from error

@@ -1,0 +1,219 @@
+"""Needle tests: a few facts somewhere in a long text, and a question about them (after RULER).
+
+Owns the text, the placing of the facts and the scoring. The text is made up, sentence by sentence: nothing is downloaded.
+Knows no model; `count_tokens` says how long a prompt is.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from unmask.errors import ConfigError
+from unmask.eval.mini5_families import SPLITS
+from unmask.eval.mini5_knowledge import COLOURS, JOBS, PEOPLE, THINGS, place
+from unmask.eval.task import Dimension, Item, Score, Split, Task
+
+CountTokens = Callable[[str], int]
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_MAX_NEW_TOKENS = 64
+_NUMBER = re.compile(r"(?<![0-9])[0-9]{6}(?![0-9])")
+_VARIABLE = re.compile(r"(?<![A-Za-z])[A-Z]{4}(?![A-Za-z])")
+_DOINGS = ("cleaned", "bought", "painted", "carried", "lost", "found", "sold", "borrowed", "repaired", "drew", "hid", "admired")
+_WHEN = (
+    "before breakfast",
+    "in the evening",
+    "on a rainy day",
+    "after work",
+    "at noon",
+    "last summer",
+    "in the morning",
+    "at night",
+)
+_WHERE = ("near the station", "behind the school", "at the market", "by the lake", "in the garden", "on the bridge")
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Facts to hide, the question about them, and everything that a right answer names.
+
+    `in_order`: the facts follow each other in the text as they are given; else the first stands where it was asked to.
+    """
+
+    facts: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...]
+    in_order: bool = False
+
+
+def _key(rng: random.Random) -> str:
+    return f"{rng.choice(COLOURS)}-{rng.choice(JOBS)}-{rng.choice(THINGS)}"
+
+
+def _keys(rng: random.Random, count: int) -> list[str]:
+    found: list[str] = []
+    while len(found) < count:
+        key = _key(rng)
+        if key not in found:
+            found.append(key)
+    return found
+
+
+def _numbers(rng: random.Random, split: Split, count: int) -> list[str]:
+    """Different numbers of six digits; their remainder by 3 is the split's, so that no two splits share one."""
+    return [str(3 * half + SPLITS.index(split)) for half in rng.sample(range(33_334, 333_333), count)]
+
+
+def _fact(key: str, number: str) -> str:
+    return f"The secret number of {key} is {number}."
+
+
+def _single(rng: random.Random, split: Split) -> Needles:
+    (key,), (number,) = _keys(rng, 1), _numbers(rng, split, 1)
+    return Needles((_fact(key, number),), f"What is the secret number of {key}? Answer with the number only.", (number,))
+
+
+def _multi_key(rng: random.Random, split: Split) -> Needles:
+    keys, numbers = _keys(rng, 4), _numbers(rng, split, 4)
+    facts = tuple(map(_fact, keys, numbers))
+    return Needles(facts, f"What is the secret number of {keys[0]}? Answer with the number only.", (numbers[0],))
+
+
+def _multi_value(rng: random.Random, split: Split) -> Needles:
+    (key,), numbers = _keys(rng, 1), _numbers(rng, split, 4)
+    facts = tuple(_fact(key, number) for number in numbers)
+    return Needles(facts, f"What are all four secret numbers of {key}? Answer with the numbers only.", tuple(numbers))
+
+
+def _tracking(rng: random.Random, split: Split) -> Needles:
+    """A chain of three variables with one value, and another such chain with another."""
+    names: list[str] = []
+    while len(names) < 6:
+        name = "".join(rng.choices(string.ascii_uppercase, k=4))
+        if name not in names:
+            names.append(name)
+    numbers = _numbers(rng, split, 2)
+    facts = [
+        fact
+        for (first, second, third), number in zip((names[:3], names[3:]), numbers, strict=True)
+        for fact in (f"VAR {first} = {number}.", f"VAR {second} = VAR {first}.", f"VAR {third} = VAR {second}.")
+    ]
+    asked = f"Which three variables have the value {numbers[0]}? Answer with their names only."
+    return Needles(tuple(facts), asked, tuple(names[:3]), in_order=True)
+
+
+_KINDS: tuple[tuple[str, Dimension, Callable[[random.Random, Split], Needles]], ...] = (
+    ("single", "knowledge", _single),
+    ("multi_key", "knowledge", _multi_key),
+    ("multi_value", "knowledge", _multi_value),
+    ("tracking", "reasoning", _tracking),
+)
+
+
+def filler(rng: random.Random) -> str:
+    """One sentence of hay, without digits or words in capitals."""
+    who, thing = rng.choice((rng.choice(PEOPLE), f"The {rng.choice(JOBS)}")), f"the {rng.choice(COLOURS)} {rng.choice(THINGS)}"
+    forms = (
+        f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHEN)}.",
+        f"{rng.choice(_WHEN).capitalize()}, {who[0].lower() + who[1:] if who.startswith('The ') else who} went to {place(rng)}.",
+        f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHERE)} in {place(rng)}.",
+        f"In {place(rng)}, people say that {thing} was {rng.choice(_DOINGS)} {rng.choice(_WHERE)}.",
+    )
+    return rng.choice(forms)
+
+
+def needle_tasks(lengths: Sequence[int], count_tokens: CountTokens, *, depths: Sequence[float] = DEPTHS) -> tuple[Task, ...]:
+    """Four tasks for every context length: "needle/single/4096", "needle/multi_key/4096", ...
+
+    Args:
+        lengths: tokens that a prompt and the room for its answer may take together.
+        count_tokens: of a user's message, as the model gets it (with the chat template, if it uses one).
+        depths: where the first fact stands, from 0 (start) to 1 (end); the items take turns. Further facts are spread evenly.
+
+    Raises:
+        ConfigError: no depth, or one outside 0..1. A length that has no room for the question is found when items are made.
+    """
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise ConfigError(f"depths {list(depths)} are not one or more numbers from 0 to 1; use such as 0.5")
+    return tuple(
+        Task(
+            name=f"needle/{kind}/{length}",
+            dimension=dimension,
+            metric="exact match",
+            version="1",
+            licence="Apache-2.0",
+            source="generated by unmask, after RULER (arXiv:2404.06654)",
+            items=partial(_items, kind, make, length, count_tokens, tuple(depths)),
+            score=partial(_score, _VARIABLE if kind == "tracking" else _NUMBER),
+        )
+        for length in lengths
+        for kind, dimension, make in _KINDS
+    )
+
+
+def _items(
+    kind: str,
+    make: Callable[[random.Random, Split], Needles],
+    length: int,
+    count_tokens: CountTokens,
+    depths: tuple[float, ...],
+    split: Split,
+    count: int,
+) -> list[Item]:
+    items = []
+    for index in range(count):
+        rng = random.Random(f"needle/{kind}/{length}/{split}/{index}")
+        needles, depth = make(rng, split), depths[index % len(depths)]
+        prompt = _fill(needles, depth, rng, length - _MAX_NEW_TOKENS, count_tokens)
+        items.append(
+            Item(f"{kind}/{length}/{depth:g}/{split}/{index}", prompt, list(needles.answers), max_new_tokens=_MAX_NEW_TOKENS)
+        )
+    return items
+
+
+def _fill(needles: Needles, depth: float, rng: random.Random, budget: int, count_tokens: CountTokens) -> str:
+    """The longest text around the facts that still fits the budget."""
+    if (needed := count_tokens(_prompt(needles, depth, ()))) > budget:
+        raise ConfigError(f"a question of {needed} tokens does not fit {budget} tokens; use a greater context length")
+    hay: list[str] = []
+
+    def fits(sentences: int) -> bool:
+        hay.extend(filler(rng) for _ in range(sentences - len(hay)))
+        return count_tokens(_prompt(needles, depth, hay[:sentences])) <= budget
+
+    fitting, too_many = 0, 8
+    while fits(too_many):
+        fitting, too_many = too_many, 2 * too_many
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return _prompt(needles, depth, hay[:fitting])
+
+
+def _prompt(needles: Needles, depth: float, hay: Sequence[str]) -> str:
+    """Hay with the first fact at `depth`, and each further one an equal part of the text later, round the end."""
+    steps = [depth + i / len(needles.facts) for i in range(len(needles.facts))]
+    places = [round((step if step <= 1 else step - 1) * len(hay)) for step in steps]
+    if needles.in_order:
+        places.sort()
+    text: list[str] = []
+    start = 0
+    for where, fact in sorted(zip(places, needles.facts, strict=True), key=lambda placed: placed[0]):
+        text += [*hay[start:where], fact]
+        start = where
+    return f"Read this text.\n\n{' '.join([*text, *hay[start:]])}\n\n{needles.question}"
+
+
+def _score(pattern: re.Pattern[str], items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    """1 for an answer that names all that is asked for and nothing else of its kind."""
+    scores = []
+    for item, answer in zip(items, answers, strict=True):
+        found, right = set(pattern.findall(answer)), set(item.target)
+        scores.append(
+            Score(float(found == right), ", ".join(sorted(found)) or None, f"{len(found & right)} of {len(right)} found")
+        )
+    return scores
