@@ -55,8 +55,7 @@ ATTACKS = {
     ),
     "infinite output": Attack("while True:\n    print('x' * 1000)\n", "output"),
     "infinite errors": Attack("import sys\nwhile True:\n    sys.stderr.write('x' * 1000)\n", "output"),
-    "infinite loop": Attack("while True:\n    pass\n", "timeout"),
-    "infinite loop in C": Attack("10 ** 10 ** 9\n", "timeout"),
+    "infinite loop": Attack("10 ** 10 ** 9\n", "timeout"),
     "ignores the processor limit": Attack(
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass\n", "killed"
     ),

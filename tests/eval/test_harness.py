@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from helpers import make_tokenizer
 from tiny import tiny_model
@@ -18,6 +19,8 @@ from unmask.eval.harness import HarnessLM, run_harness
 from unmask.eval.likelihood import LikelihoodEstimator
 
 ACCURACY = {"metric": "acc"}
+NONE = TaskManager(include_defaults=False)
+"""No tasks but those of this file: reading all of lm-eval's takes ten seconds."""
 DOCS = [
     {"question": f"What is {i} + {i + 1}?", "choices": [f"{2 * i}", f"{2 * i + 1}", f"{2 * i + 2} and so on"], "gold": 1}
     for i in range(6)
@@ -59,7 +62,7 @@ def task(data: str, **settings: Any) -> dict[str, Any]:
 def test_multiple_choice_is_by_likelihood(model: LanguageModel, data: str) -> None:
     settings = task(data, task="choice", output_type="multiple_choice", doc_to_choice="choices", metric_list=[ACCURACY])
     lm = HarnessLM(model, samples=4, seed=3)
-    results = simple_evaluate(lm, tasks=[settings], log_samples=True, bootstrap_iters=0)
+    results = simple_evaluate(lm, tasks=[settings], log_samples=True, bootstrap_iters=0, task_manager=NONE)
     estimator, tokenizer = LikelihoodEstimator(model, samples=4, seed=3), model.tokenizer
     right = 0
     for doc in DOCS:
@@ -84,7 +87,7 @@ def test_answers_are_the_engines(model: LanguageModel, data: str) -> None:
         metric_list=[{"metric": "exact_match"}],
     )
     lm = HarnessLM(model, batch=4, decoding={} if model.config.mask_id is None else {"threshold": 0.5})
-    results = simple_evaluate(lm, tasks=[settings], log_samples=True, bootstrap_iters=0)
+    results = simple_evaluate(lm, tasks=[settings], log_samples=True, bootstrap_iters=0, task_manager=NONE)
     options: dict[str, Any] = {} if model.config.mask_id is None else {"threshold": 0.5}
     for doc, sample in zip(DOCS, results["samples"]["answers"], strict=True):
         prompt = f"Question: {doc['question']}\nAnswer:"
@@ -125,7 +128,9 @@ def test_conversations_go_through_the_chat_template(model: LanguageModel, data: 
         generation_kwargs={"until": [], "max_gen_toks": 6},
         metric_list=[{"metric": "exact_match"}],
     )
-    results = simple_evaluate(HarnessLM(model), tasks=[settings], apply_chat_template=True, bootstrap_iters=0, limit=2)
+    results = simple_evaluate(
+        HarnessLM(model), tasks=[settings], apply_chat_template=True, bootstrap_iters=0, limit=2, task_manager=NONE
+    )
     for doc, sample in zip(DOCS, results["samples"]["chat"], strict=False):
         assert sample["resps"] == [[model.generate(doc["question"], max_new_tokens=6).text]]
 
@@ -148,7 +153,7 @@ def test_what_a_task_asks_for_and_we_do_not_know_is_an_error(model: LanguageMode
 
 def test_a_run_writes_what_it_found(model: LanguageModel, data: str, tmp_path: Path) -> None:
     settings = task(data, task="choice", output_type="multiple_choice", doc_to_choice="choices", metric_list=[ACCURACY])
-    found = run_harness(model, [settings], tmp_path, limit=3, chat=False, samples=2)  # type: ignore[list-item]
+    found = run_harness(model, [settings], tmp_path, limit=3, chat=False, samples=2, manager=NONE)  # type: ignore[list-item]
     assert json.loads((tmp_path / "harness.json").read_text()) == found
     assert found["limit"] == 3
     assert found["n-samples"]["choice"]["effective"] == 3
@@ -157,9 +162,11 @@ def test_a_run_writes_what_it_found(model: LanguageModel, data: str, tmp_path: P
     assert (found["likelihood"]["mean_standard_error"] > 0) == (not exact)
     lines = (tmp_path / "harness_samples.jsonl").read_text().splitlines()
     assert len(lines) == 3
-    assert run_harness(model, [settings], tmp_path, limit=3, chat=False, samples=2)["likelihood"] is None, "all from the cache"
+    assert run_harness(model, [settings], tmp_path, limit=3, chat=False, samples=2, manager=NONE)["likelihood"] is None, (
+        "all from the cache"
+    )
 
 
 def test_an_unknown_task_is_told(model: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lm-eval cannot run no_such_task"):
-        run_harness(model, ["no_such_task"], tmp_path, limit=1, chat=False)
+        run_harness(model, ["no_such_task"], tmp_path, limit=1, chat=False, manager=NONE)

@@ -247,7 +247,6 @@ BAD = {
             "nothing",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "tools"),
     ],
 )
 def test_what_is_wrong_is_named(desk: OpenAI, fields: dict[str, Any], param: str, words: str) -> None:
@@ -261,3 +260,22 @@ def test_a_model_with_a_tool_format_of_its_own_can_still_talk(tmp_path: Any) -> 
         assert ask(site.url, "plain", max_tokens=4).usage[1] == 4
         with pytest.raises(BadRequestError, match="not supported"):
             client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4, tools=TOOLS)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+@pytest.mark.parametrize("call", [False, True])
+def test_a_response_format_beside_tools_leaves_json_or_a_call(
+    office: Live, caller: LanguageModel, way: str, call: bool
+) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}, "required": ["sum"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
+    (first,) = caller.tokenizer.encode("<tool_call>" if call else "{")
+    bias = {str(first): 90.0}
+    (said,) = ask(office.url, way, tools=TOOLS, response_format=form, logit_bias=bias, **SAMPLED).choices
+    if call:
+        assert (said.text, said.finish_reason) == ("", "tool_calls")
+        _check(said)
+    else:
+        assert not said.calls
+        assert set(json.loads(said.text)) == {"sum"}
+        assert said.finish_reason == "stop"

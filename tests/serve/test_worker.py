@@ -337,8 +337,8 @@ def test_a_crash_fails_those_served_and_the_next_engine_serves_those_still_to_be
         broken, fresh = Scripted(), Scripted()
         broken.error = error
         async with scene(broken, fresh) as s:
-            job = s.worker.submit([ORDINARY])
-            await broken.serves(1)
+            job = s.worker.submit([ORDINARY, ORDINARY])
+            await broken.serves(2)
             waiting = s.worker.submit([ORDINARY])
             broken.go.release()
             with pytest.raises(EngineFailedError):
@@ -347,6 +347,8 @@ def test_a_crash_fails_those_served_and_the_next_engine_serves_those_still_to_be
             assert [update.new_ids for _, update in await everything(waiting)] == [(7,)]
             assert s.worker.state == "ready"
             assert s.worker.engine is fresh
+            await until(lambda: not s.worker._commands)
+            assert fresh.log == ["add 0", "step"], "the numbers of the broken one mean nothing to it"
             assert s.failures == []
 
     run(test)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from unmask.cli.console import is_live, pick_device
@@ -99,13 +98,16 @@ def showing_tasks(console: Console) -> Iterator[Callable[[str, int, int], None]]
     if not is_live(console):
         yield _lines(console)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bars: dict[str, Any] = {}
 
         def on_progress(task: str, done: int, total: int) -> None:
-            bar = bars.setdefault(task, progress.add_task(task, total=total)) if task not in bars else bars[task]
-            progress.update(bar, completed=done, total=total)
+            if task not in bars:
+                bars[task] = progress.add_task(task, total=total)
+            progress.update(bars[task], completed=done, total=total)
 
         yield on_progress
 

@@ -14,6 +14,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
@@ -240,6 +241,7 @@ def run_harness(
     limit: int | None,
     chat: bool,
     allow_code: bool = False,
+    manager: TaskManager | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run tasks of lm-eval by its own names; what they say and cost.
@@ -251,6 +253,7 @@ def run_harness(
         limit: items per task; None: all.
         chat: prompts go through the chat template.
         allow_code: run what the model writes, without our sandbox: lm-eval's own way.
+        manager: where tasks are looked up; default: all of lm-eval's.
         options: of `HarnessLM`.
 
     Raises:
@@ -267,6 +270,7 @@ def run_harness(
             use_cache=str(folder / f"answers-{asked}"),
             apply_chat_template=chat,
             confirm_run_unsafe_code=allow_code,
+            task_manager=manager,
             bootstrap_iters=1000,
         )
     except (KeyError, OSError, ValueError) as error:

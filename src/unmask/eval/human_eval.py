@@ -124,8 +124,8 @@ def solution(answer: str, prompt: str, name: str) -> str:
         return next(filter(compiles, candidates), candidates[0])
     header = re.search(rf"^def\s+{name}\b", prompt, re.MULTILINE)
     before = prompt[: header.start()] if header else ""
-    future = "".join(re.findall(r"^from __future__ .*\n", code, re.MULTILINE))  # must come first to be Python
-    return future + before + code
+    future = re.compile(r"^from __future__ .*\n", re.MULTILINE)  # must come first to be Python
+    return "".join(future.findall(code)) + before + future.sub("", code)
 
 
 def program(solved: str, target: dict[str, str]) -> str:

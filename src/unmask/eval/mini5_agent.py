@@ -17,7 +17,7 @@ from unmask.eval.mini5_knowledge import PEOPLE, place
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _ROOMS = ("kitchen", "bedroom", "office", "garage", "hall", "bathroom", "cellar", "attic")
 _DISHES = ("pizza", "soup", "salad", "pasta", "rice", "curry", "toast", "pie", "noodles", "tacos", "steak", "fish")
-_EVENTS = ("lunch", "dentist", "meeting", "training", "concert", "exam", "haircut", "party", "interview", "lecture")
+_EVENTS = ("lunch", "dentist", "meeting", "training", "concert", "test", "haircut", "party", "workshop", "lecture")
 _LANGUAGES = ("French", "German", "Spanish", "Italian", "Polish", "Danish", "Turkish", "Greek")
 _NOTES = (
     "call me back",

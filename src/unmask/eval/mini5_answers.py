@@ -74,8 +74,9 @@ def _marked(text: str) -> str | None:
 
 
 def _denied(text: str, start: int, end: int) -> bool:
-    """Whether the clause around a mention says that it is not so."""
+    """Whether the clause around a mention says that it is not so ("no it does not" denies no `no`)."""
     before, after = _CLAUSE.split(text[:start])[-1], _CLAUSE.split(text[end:])[0]
+    after = "" if text[start:end].lower() in ("yes", "no") else after
     return bool(_DENIAL.search(before) or _PASSED_OVER.search(before) or _DENIAL.search(after))
 
 

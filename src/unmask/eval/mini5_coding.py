@@ -272,7 +272,7 @@ def _loop(rng: random.Random) -> Program:
 
 
 def _text(rng: random.Random) -> Program:
-    name, chosen = rng.choice(("s", "word", "text")), rng.sample(_WORDS, 2)
+    (name, other), chosen = rng.sample(("s", "t", "word", "text"), 2), rng.sample(_WORDS, 2)
     it = Name(name)
     printed: Sequence[Expression] = (
         Call(rng.choice(("upper", "title", "len")), it),
@@ -280,10 +280,10 @@ def _text(rng: random.Random) -> Program:
         Part(it, rng.choice([0, 1, 2, -1])),
         Part(it, None, rng.randint(2, 3)),
         Part(it, rng.randint(1, 2), 4),
-        Binary(it, "+", Constant(chosen[1])),
+        Binary(it, "+", Name(other)),
         Binary(it, "*", Constant(rng.randint(2, 3))),
     )
-    return Program((Assign(name, Constant(chosen[0])),), rng.choice(printed))
+    return Program((Assign(name, Constant(chosen[0])), Assign(other, Constant(chosen[1]))), rng.choice(printed))
 
 
 def _list(rng: random.Random) -> Program:

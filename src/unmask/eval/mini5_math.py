@@ -66,7 +66,7 @@ def _basic_arithmetic(seed: int) -> Draw | None:
         min_terms=2,
         max_terms=3,
         min_digits=1,
-        max_digits=1,
+        max_digits=2,
         operators=["+", "-", "*"],
         allow_parentheses=True,
     )

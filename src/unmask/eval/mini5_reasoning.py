@@ -53,9 +53,9 @@ def _family(seed: int) -> Draw | None:
     return Draw(question, word(answer, _RELATIONS))
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str], joined: str = "or") -> str:
     first, second, third = sorted(names)
-    return f"{first}, {second} or {third}"
+    return f"{first}, {second} {joined} {third}"
 
 
 def _order(rng: random.Random) -> Draw:
@@ -93,9 +93,9 @@ def _elimination(rng: random.Random) -> Draw:
     known, other, asked = pairs
     told = [f"{known[0]} has the {known[1]}.", f"{other[0]} does not have the {asked[1]}."]
     rng.shuffle(told)
-    animals = sorted(pets)
-    start = f"{people[0]}, {people[1]} and {people[2]} each have one pet: a {animals[0]}, a {animals[1]} and a {animals[2]}, all different."
-    return Draw(f"{start} {' '.join(told)} Who has the {asked[1]}: {_listed(people)}? {_ONE_WORD}", word(asked[0], people))
+    owners = f"{people[0]}, {people[1]} and {people[2]}"
+    told = [f"{owners} have one pet each: a {_listed(pets, 'and a').replace(', ', ', a ')}.", *told]
+    return Draw(f"{' '.join(told)} Who has the {asked[1]}: {_listed(people)}? {_ONE_WORD}", word(asked[0], people))
 
 
 Statement = tuple[int, int, int]

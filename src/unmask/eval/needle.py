@@ -23,7 +23,20 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MAX_NEW_TOKENS = 64
 _NUMBER = re.compile(r"(?<![0-9])[0-9]{6}(?![0-9])")
 _VARIABLE = re.compile(r"(?<![A-Za-z])[A-Z]{4}(?![A-Za-z])")
-_DOINGS = ("cleaned", "bought", "painted", "carried", "lost", "found", "sold", "borrowed", "repaired", "drew", "hid", "admired")
+_DOINGS = (
+    "cleaned",
+    "bought",
+    "painted",
+    "carried",
+    "lost",
+    "found",
+    "sold",
+    "borrowed",
+    "repaired",
+    "kept",
+    "dropped",
+    "admired",
+)
 _WHEN = (
     "before breakfast",
     "in the evening",
@@ -116,10 +129,12 @@ _KINDS: tuple[tuple[str, Dimension, Callable[[random.Random, Split], Needles]], 
 
 def filler(rng: random.Random) -> str:
     """One sentence of hay, without digits or words in capitals."""
-    who, thing = rng.choice((rng.choice(PEOPLE), f"The {rng.choice(JOBS)}")), f"the {rng.choice(COLOURS)} {rng.choice(THINGS)}"
+    is_named, name, job = rng.random() < 0.5, rng.choice(PEOPLE), rng.choice(JOBS)
+    who, who_later = (name, name) if is_named else (f"The {job}", f"the {job}")
+    thing = f"the {rng.choice(COLOURS)} {rng.choice(THINGS)}"
     forms = (
         f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHEN)}.",
-        f"{rng.choice(_WHEN).capitalize()}, {who[0].lower() + who[1:] if who.startswith('The ') else who} went to {place(rng)}.",
+        f"{rng.choice(_WHEN).capitalize()}, {who_later} went to {place(rng)}.",
         f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHERE)} in {place(rng)}.",
         f"In {place(rng)}, people say that {thing} was {rng.choice(_DOINGS)} {rng.choice(_WHERE)}.",
     )

@@ -256,7 +256,7 @@ def _run(source: str, stdin: str, limits: Limits, level: Level) -> tuple[Outcome
             finally:
                 _end(process)
     except OSError as error:
-        raise BackendError(f"the sandbox ({level}) cannot start a process: {error}; free memory or processes") from None
+        raise BackendError(f"the sandbox ({level}) cannot start: {error}; give Python read rights and memory") from None
     finally:
         _remove(folder)
     facts: dict[str, Any] = {}
@@ -379,8 +379,8 @@ def _judge(ended: Status | None, status: int | None, word: bytes, texts: dict[st
 
 def _remove(folder: str) -> None:
     """Delete a folder, whatever is in it: closed folders, a path too deep for shutil."""
-    try:
+    with suppress(OSError):
         os.rmdir(folder)  # the usual case: what was in it was in memory
-    except OSError:
-        for command in (["chmod", "-R", "u+rwX", folder], ["rm", "-rf", "--", folder]):
-            subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for command in (["rm", "-rf", "--"], ["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
+        if os.path.exists(folder):
+            subprocess.run([*command, folder], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

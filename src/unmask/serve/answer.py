@@ -158,12 +158,17 @@ def usage(answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
     """OpenAI's usage: each prompt counted once, ends of text counted as tokens."""
     done = [answer.completion for answer in answers if answer.completion is not None]
     tokens = sum(len(each.ids) for each in done)
-    cached = max((each.costs.cached_tokens for each in done), default=0)
+    # Later samples of a prompt also find what its first one has just computed.
+    cached: dict[tuple[int | None, ...], int] = {}
+    for answer in answers:
+        if answer.completion is not None:
+            found = answer.completion.costs.cached_tokens
+            cached[answer.request.ids] = min(found, cached.get(answer.request.ids, found))
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,
         "total_tokens": prompt_tokens + tokens,
-        "prompt_tokens_details": {"cached_tokens": min(cached, prompt_tokens)},
+        "prompt_tokens_details": {"cached_tokens": min(sum(cached.values()), prompt_tokens)},
     }
 
 

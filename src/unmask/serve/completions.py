@@ -122,15 +122,22 @@ def _choice(
 
 def _logprobs(model: ServedModel, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
     """The older API's four lists; `text_offset` counts characters of the completion."""
-    told = [token_entry(model, entry.token, entry.logprob) for entry in entries]
+    told = [_named(token_entry(model, entry.token, entry.logprob)) for entry in entries]
     offsets = []
     for each in told:
         offsets.append(offset)
-        offset += len(each["token"])
-    others = [[token_entry(model, token, logprob) for token, logprob in entry.alternatives] for entry in entries]
+        offset += len(bytes(each["bytes"]).decode(errors="replace"))
+    others = [[_named(token_entry(model, token, logprob)) for token, logprob in entry.alternatives] for entry in entries]
     return {
         "tokens": [each["token"] for each in told],
         "token_logprobs": [each["logprob"] for each in told],
         "top_logprobs": [{other["token"]: other["logprob"] for other in row} for row in others],
         "text_offset": offsets,
     }
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """A token that is part of a character goes by its bytes, as in OpenAI's API: these names are keys."""
+    spelled = bytes(entry["bytes"])
+    name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled) if "\ufffd" in entry["token"] else entry["token"]
+    return {**entry, "token": name}

@@ -70,6 +70,7 @@ class _Sampling(_Ignored):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Share | None = None
+    top_k: Count | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     diffusion: Diffusion = Field(default_factory=Diffusion)

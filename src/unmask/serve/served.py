@@ -172,11 +172,12 @@ class ServedModel:
         functions, choice, parallel = _tools(body)
         ids = self.chat_ids(body.messages, body)
         calling = bool(functions) and choice.mode != "none"
-        grammar = self._response_grammar(body.response_format, calling)
+        schema = _answer_schema(body.response_format)
+        grammar = None if schema is None else self._answer_grammar(schema)
         if calling:
             told = [[each.name, each.description, each.parameters] for each in functions]
             try:
-                grammar = self._compile("tools", json.dumps([told, [choice.mode, choice.name], parallel]))
+                grammar = self._compile("tools", json.dumps([told, [choice.mode, choice.name], parallel, schema]))
             except RequestError as error:
                 place = _PLACE.match(str(error))
                 raise bad_request(str(error), "tools" if place is None else place[0]) from error
@@ -278,16 +279,13 @@ class ServedModel:
             options["temperature"] = body.temperature
         if body.top_p is not None:
             options["top_p"] = max(body.top_p, _LEAST_TOP_P)
+        if body.top_k is not None:
+            options["top_k"] = body.top_k
         options["seed"] = secrets.randbits(62) if body.seed is None else body.seed
         options["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         return options
 
-    def _response_grammar(self, wanted: protocol.ResponseFormat | None, calling: bool) -> Grammar | None:
-        if wanted is None or wanted.type == "text":
-            return None
-        if calling:
-            raise bad_request("response_format and tools are both given; an answer follows one of them", "response_format")
-        schema: Any = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    def _answer_grammar(self, schema: Mapping[str, Any]) -> Grammar | None:
         try:
             return self._compile("json_schema", json.dumps(schema))
         except RequestError as error:
@@ -310,9 +308,17 @@ class ServedModel:
         grammars = self.language_model.grammars
         if kind == "json_schema":
             return grammars.json_schema(source)
-        functions, choice, parallel = json.loads(source)
+        functions, choice, parallel, answer = json.loads(source)
         given = [Function(*function) for function in functions]
-        return self._format.compile(grammars, given, ToolChoice(*choice), parallel=parallel)
+        return self._format.compile(grammars, given, ToolChoice(*choice), parallel=parallel, answer=answer)
+
+
+def _answer_schema(wanted: protocol.ResponseFormat | None) -> dict[str, Any] | None:
+    """What an answer that is no call must be; None: any text."""
+    if wanted is None or wanted.type == "text":
+        return None
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return schema if isinstance(schema, dict) else {} if schema else {"allOf": [False]}
 
 
 def _tools(body: protocol.ChatRequest | None) -> tuple[list[Function], ToolChoice, bool]:

@@ -133,13 +133,16 @@ class ToolFormat:
             return list(told), tools or None
         return list(self._with_prompt(told, _PROMPT.replace("{tools}", json.dumps(tools)))), None
 
-    def grammar(self, functions: Sequence[Function], choice: ToolChoice, *, parallel: bool) -> str | None:
+    def grammar(
+        self, functions: Sequence[Function], choice: ToolChoice, *, parallel: bool, answer: Mapping[str, Any] | None = None
+    ) -> str | None:
         """Lark source of the whole answer; None where nothing constrains it: no functions, or none may be called.
 
         Args:
             functions: the functions.
             choice: `auto`: text without a call, or calls with text before them or not; `required`: calls; named: one call.
             parallel: more than one call may be made, where the family does that.
+            answer: schema of an answer without calls (`auto`), which is JSON then; None: any text.
 
         Raises:
             RequestError: a bad or doubled name, a choice of what is not there, or parameters that are no object's schema.
@@ -160,8 +163,12 @@ class ToolFormat:
             head, tail = style.call(function.name, "\0").split("\0")
             rules.append(f"call_{place}: {_quoted(head)} arguments_{place} {_quoted(tail)}")
             rules.append(f"arguments_{place}: " + ('"{}"' if schema is None else f"%json {json.dumps(schema)}"))
+        calling = " ".join(filter(None, (_quoted(style.marker), begun)))
         if choice.mode == "required":
-            rules.insert(0, "start: " + " ".join(filter(None, (_quoted(style.marker), begun))))
+            rules.insert(0, f"start: {calling}")
+        elif answer is not None:
+            rules.insert(0, f"start: answer | {calling}")
+            rules.append(f"answer: %json {json.dumps({**answer, 'x-guidance': _LAYOUT})}")
         elif style.marker:
             # The lazy rule ends with the first marker; text that goes on without one stays the other.
             rules.insert(0, f"start: TEXT? | begun {begun}\nbegun[lazy]: /(?s:.*){style.marker}/")
@@ -172,7 +179,13 @@ class ToolFormat:
         return "\n".join(rules) + "\n"
 
     def compile(
-        self, compiler: GrammarCompiler, functions: Sequence[Function], choice: ToolChoice, *, parallel: bool
+        self,
+        compiler: GrammarCompiler,
+        functions: Sequence[Function],
+        choice: ToolChoice,
+        *,
+        parallel: bool,
+        answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
         """`grammar`, compiled; a schema that is refused is named.
 
@@ -189,7 +202,7 @@ class ToolFormat:
             except RequestError as error:
                 raise RequestError(f"{_place(place, function)}: {error}") from error
         try:
-            return compiler.lark(self.grammar(functions, choice, parallel=parallel) or "")
+            return compiler.lark(self.grammar(functions, choice, parallel=parallel, answer=answer) or "")
         except RequestError as error:
             raise RequestError(f"tools: {len(functions)} are too much for one grammar ({error}); give fewer") from error
 

@@ -1,0 +1,112 @@
+"""`unmask eval`, `compare` and `sweep` on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+TWO = "mini-5/math,mini-5/agent"
+FEW = ("--limit", 2, "--quantize", "none")
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion model whose context holds these questions in the test tokenizer's short tokens."""
+    from helpers import make_tokenizer
+    from tiny import tiny_model
+    from unmask.models.checkpoint import save_model
+
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    tokenizer = make_tokenizer(folder, mask_token="<file_sep>")
+    special = {"mask_id": tokenizer.mask_id, "block_size": 8, "eos_ids": (tokenizer.eos_id,)}
+    save_model(tiny_model("llama", vocab_size=tokenizer.vocab_size, max_positions=2048, tied_head=True, **special), folder)
+    return folder
+
+
+def test_a_run_says_scores_and_speeds_and_goes_on(run, fails, wide_folder: Path, tmp_path: Path) -> None:
+    asked = ("eval", "--model", wide_folder, "--tasks", TWO, "--out", tmp_path / "run", *FEW)
+    told = run(*asked)
+    assert told.exit_code == 0, told.output
+    for words in ("mini-5/math", "mini-5/agent", "exact match", "tokens per", "mean", str(tmp_path / "run")):
+        assert words in told.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: task["items"] for name, task in results["tasks"].items()} == {"mini-5/math": 2, "mini-5/agent": 2}
+    assert all(task["speed"]["forwards"] > 0 for task in results["tasks"].values())
+    assert "--resume" in fails(*asked)
+    again = run(*asked, "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["tasks"] == results["tasks"]
+
+
+def test_what_there_is_is_listed(run) -> None:
+    told = run("eval", "--list")
+    for words in ("mini-5", "llada2-47", "mini-5/coding", "humaneval-offline", "MIT"):
+        assert words in told.stdout
+
+
+def test_dry_runs_name_what_would_run(run) -> None:
+    told = run("eval", "--tasks", "mini-5/math,arc_challenge", "--dry-run")
+    assert told.stdout.splitlines() == ["mini-5/math: 50 items", "arc_challenge: lm-eval"]
+    plan = json.loads(run("eval", "--suite", "llada2-47", "--dry-run", "--json").stdout)
+    assert plan["total"] == 47
+    assert sum(plan["counts"].values()) == 47
+    assert all(each["reason"] for each in plan["benchmarks"] if each["status"] == "not run")
+    assert re.search(r"\d+ of 47", " ".join(run("eval", "--suite", "llada2-47", "--dry-run").stdout.split()))
+
+
+def test_the_47_offline_are_filled_in_where_they_can(
+    run, wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = ("eval", "--model", wide_folder, "--suite", "llada2-47", "--limit", 1, "--out", tmp_path, "--quantize", "none")
+    told = run(*asked)
+    assert told.exit_code == 0, told.output
+    results = json.loads((tmp_path / "suite.json").read_text())
+    scores = {each["benchmark"]: each["score"] for each in results["benchmarks"]}
+    assert len(scores) == 47
+    ran = {name for name, score in scores.items() if score is not None}
+    assert ran == {"HumanEval"}, "all others need a download or another harness"
+    assert all(each["note"] for each in results["benchmarks"] if each["score"] is None), "no silent zero"
+    assert results["mean"]["run"] == 1
+    assert "over the 1 of 47" in " ".join(told.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "no tasks are chosen"),
+        (("--suite", "no-such-suite"), "no-such-suite"),
+        (("--tasks", "mini-5/math", "--limit", 0), "at least 1"),
+        (("--tasks", "mini-5/math", "--split", "dev"), "test, validation, train"),
+        (("--tasks", "mini-5/math", "--model", "/no/such/folder"), "/no/such/folder"),
+    ],
+)
+def test_what_cannot_be_run(fails, options: tuple[object, ...], words: str, tmp_path: Path) -> None:
+    assert words in fails("eval", *options, "--out", tmp_path / "run")
+
+
+def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    told = run("compare", wide_folder, wide_folder, "--tasks", TWO, "--out", out, *FEW)
+    assert told.exit_code == 0, told.output
+    report = (out / "report.md").read_text()
+    assert "| mini-5/math | 2 |" in report
+    assert "| all | 4 |" in report
+    assert (out / "comparison.png").stat().st_size > 5000
+    assert "data:image/png;base64," in (out / "report.html").read_text()
+    found = json.loads((out / "comparison.json").read_text())
+    assert found["tasks"]["all"]["difference"]["value"] == 0.0
+    again = run("compare", out / "a", out / "b", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "again" / "comparison.json").read_text())["tasks"] == found["tasks"]
+    assert "not paired" in fails("compare", wide_folder, wide_folder, "--tasks", "arc_challenge")
+    asked = ("--tasks", "mini-5/math", "--thresholds", "0.3,0.9", "--block-sizes", "4,8", *FEW)
+    told = run("sweep", "--model", wide_folder, *asked, "--out", tmp_path / "sweep")
+    assert told.exit_code == 0, told.output
+    points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert [(p["block_size"], p["threshold"]) for p in points] == [(4, 0.3), (4, 0.9), (8, 0.3), (8, 0.9)]
+    assert (tmp_path / "sweep" / "frontier.png").stat().st_size > 5000
+    assert "numbers" in fails("sweep", "--model", wide_folder, "--tasks", "mini-5/math", "--thresholds", "high")
