@@ -263,7 +263,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     """The first thing wrong with the body, named as OpenAI names it."""
     assert isinstance(error, RequestValidationError)
-    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    # Where a field may be of several kinds, each says what is wrong: the kind that it is of knows best.
+    first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part))
     name = place.removeprefix(".") or None
     if first["type"] == "json_invalid":

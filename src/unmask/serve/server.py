@@ -100,7 +100,9 @@ def run(language_model: LanguageModel, settings: Settings, listener: socket.sock
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, made before anything slow, so that a taken port is known at once; port 0 picks a free one.
+    """A listening socket, made before anything slow, so that a taken port is known at once; port 0 picks a free one.
+
+    Who connects before the model is loaded waits.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -109,6 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror}); use another --port or --host") from error
