@@ -110,3 +110,16 @@ def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> Non
     assert [(p["block_size"], p["threshold"]) for p in points] == [(4, 0.3), (4, 0.9), (8, 0.3), (8, 0.9)]
     assert (tmp_path / "sweep" / "frontier.png").stat().st_size > 5000
     assert "numbers" in fails("sweep", "--model", wide_folder, "--tasks", "mini-5/math", "--thresholds", "high")
+
+
+def test_needles_in_a_stretched_context(run, fails, wide_folder: Path, tmp_path: Path) -> None:
+    asked = ("eval", "--model", wide_folder, "--limit", 1, "--quantize", "none")
+    assert "stretch it with --yarn" in fails(*asked, "--needle", "3000", "--out", tmp_path / "no")
+    assert "separated by commas" in fails(*asked, "--needle", "long", "--out", tmp_path / "no")
+    assert "more than 1" in fails(*asked, "--needle", "1500", "--yarn", "0.5", "--out", tmp_path / "no")
+    told = run(*asked, "--needle", "1500,2500", "--yarn", "2", "--out", tmp_path / "run")
+    assert told.exit_code == 0, told.output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    kinds = ("single", "multi_key", "multi_value", "tracking")
+    assert set(results["tasks"]) == {f"needle/{kind}/{length}" for kind in kinds for length in (1500, 2500)}
+    assert "YaRN 2" in results["model"]["name"]

@@ -12,11 +12,12 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_tokenizer
 
+from helpers import make_tokenizer
 from unmask.data.generated import GeneratedSource
 from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
@@ -257,7 +258,7 @@ def test_programs_print_what_python_prints() -> None:
 
 
 def test_no_program_is_run_as_text() -> None:
-    source = ast.parse(open(mini5_coding.__file__, encoding="utf-8").read())
+    source = ast.parse(Path(mini5_coding.__file__).read_text(encoding="utf-8"))
     assert not {"exec", "eval", "compile"} & {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
@@ -57,7 +57,7 @@ def compare(
                 evaluation.answer(console, model, chosen.own, folder, limit, decoding, batch)
     found = compare_samples(*(load_samples(folder) for folder in folders))
     files = write_comparison(out, found, *(load_results(folder) for folder in folders))
-    table = Table(*HEAD, title=f"A is {a}, B is {b}")
+    table = Table(Column(HEAD[0], no_wrap=True), *HEAD[1:], title=f"A is {a}, B is {b}")
     for task, each in found.items():
         table.add_row(*comparison_row(task, each))
     console.print(table)

@@ -6,6 +6,7 @@ Owns the options and the order of things. Tasks, runner and harness are `unmask.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,8 @@ def eval_(
     model: options.Model = options.DIFFUSION_MODEL,
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
+    needle: Annotated[str | None, typer.Option(help="Context lengths for needle tests, in tokens, with commas.")] = None,
+    yarn: Annotated[float | None, typer.Option(help="Stretch the context by this factor (YaRN).")] = None,
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; left out: out/eval/MODEL-SUITE.")] = None,
@@ -60,6 +63,7 @@ def eval_(
     unmask eval --suite mini-5
     unmask eval --model out/mine --tasks humaneval-offline,mini-5/math --limit 20
     unmask eval --model out/mine --tasks arc_challenge,hellaswag --limit 100
+    unmask eval --needle 2048,8192,16384 --yarn 2 --limit 20
     unmask eval --suite llada2-47 --dry-run
 
     A killed run goes on with --resume. Likelihoods of a diffusion model are lower bounds, and said to be.
@@ -81,14 +85,17 @@ def eval_(
     decoding = options.given(**given, edit_threshold=edit_threshold, temperature=temperature)
     whole = None if suite in (None, evaluation.MINI5) else load_suite(str(suite))
     planned = None if whole is None else plan_suite(whole)
-    chosen = evaluation.choose(None if whole else suite, tasks, needed=whole is None)
+    chosen = evaluation.choose(None if whole else suite, tasks, needed=whole is None and needle is None)
     if dry_run:
         _show_plan(console, chosen, planned, limit, as_json=as_json)
         return
-    name = f"{Path(model).name}-{Path(suite or str(tasks)).name}".replace(",", "+").replace("/", "-")
+    name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")
     folder = out if out is not None else Path("out/eval") / name
+    language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize, yarn=yarn)
+    if needle is not None:
+        chosen = replace(chosen, own=(*chosen.own, *evaluation.needles(needle, language_model)))
     run = EvalRun(
-        model=evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize),
+        model=language_model,
         folder=folder,
         count=partial(evaluation.count_for, limit),
         limit=limit,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from unmask.cli.console import is_live, pick_device
 from unmask.errors import ConfigError
@@ -53,7 +53,7 @@ def own_tasks() -> dict[str, Task]:
 
 
 def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chosen:
-    """The tasks of `--suite mini-5` and of `--tasks`.
+    """The tasks of `--suite mini-5` and of `--tasks`; needles are `needles`.
 
     Raises:
         ConfigError: nothing is chosen, or a suite that is not there.
@@ -67,8 +67,6 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
     for name in (part.strip() for part in (names or "").split(",")):
         if name in known:
             own.append(known[name])
-        elif name.startswith("needle"):
-            raise ConfigError(f"task {name!r} depends on a context length; give --needle LENGTHS")
         elif name:
             harness.append(name)
     if needed and not own and not harness:
@@ -76,20 +74,43 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
     return Chosen(tuple(own), tuple(harness))
 
 
-def open_model(name: str, *, dtype: str, device: str, quantize: str) -> LanguageModel:
-    """A model ready to be timed: its kernels compiled, one token decoded.
+def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None) -> LanguageModel:
+    """A model ready to be timed, its kernels compiled and one token decoded; `yarn` stretches its context by that factor.
 
     Raises:
-        ConfigError: it has no tokenizer.
+        ConfigError: it has no tokenizer, or its context cannot be stretched.
     """
     import unmask
+    from unmask.models.context import stretch_context
 
-    model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=None if quantize == "none" else quantize)
+    weights = None if quantize == "none" else quantize
+    model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=weights if yarn is None else None)
+    if yarn is not None:
+        longer = stretch_context(model.transformer, yarn)
+        model = unmask.LanguageModel(longer, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
     model.backend(wait=True)
     model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)
     return model
+
+
+def needles(lengths: str, model: LanguageModel) -> tuple[Task, ...]:
+    """Needle tasks for context lengths separated by commas.
+
+    Raises:
+        ConfigError: something else, or a length beyond the model's context.
+    """
+    from unmask.eval.needle import needle_tasks
+
+    try:
+        wanted = [int(part) for part in lengths.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--needle is {lengths!r}; give lengths in tokens, separated by commas") from error
+    longest = model.config.max_positions
+    if max(wanted) > longest:
+        raise ConfigError(f"--needle {max(wanted)} is more than the context of {longest} tokens; stretch it with --yarn")
+    return needle_tasks(wanted, lambda text: len(model.encode_prompt(text)))
 
 
 @contextmanager
@@ -145,7 +166,7 @@ def count_for(limit: int | None, task: Task) -> int:
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
     """Score and speed of every task, and the plain mean over tasks."""
-    table = Table("task", "metric", "score", "items", "tokens per forward", "tokens/s")
+    table = Table(Column("task", no_wrap=True), "metric", "score", "items", "tokens per forward", "tokens/s")
     told: Mapping[str, Any] = results["tasks"]
     for name, task in told.items():
         speed, of = task["speed"], "" if not task["limited"] or task["size"] is None else f" of {task['size']}"

@@ -54,7 +54,7 @@ def number(question: str, answer: int | str) -> Draw:
 
 def _chain_sum(seed: int) -> Draw:
     # Three terms: the embedded model's recipes train on sums of two.
-    question, answer = gym("chain_sum", seed, min_terms=3, max_terms=3, min_digits=1, max_digits=2)
+    question, answer = gym("chain_sum", seed, min_terms=3, max_terms=3, min_digits=1, max_digits=1)
     return number(f"Calculate {question.rsplit(':', 1)[-1].strip(' =')}.", answer)
 
 
@@ -66,7 +66,7 @@ def _basic_arithmetic(seed: int) -> Draw | None:
         min_terms=2,
         max_terms=3,
         min_digits=1,
-        max_digits=2,
+        max_digits=1,
         operators=["+", "-", "*"],
         allow_parentheses=True,
     )
@@ -82,14 +82,14 @@ def _gsm_symbolic(seed: int) -> Draw | None:
 
 def _one_step(rng: random.Random) -> Draw:
     (who, other), goods, (question, answer) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
-    a, b = rng.randint(2, 20), rng.randint(2, 12)
+    a, b = rng.randint(2, 12), rng.randint(2, 9)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
     return number(question.format(**values), answer(a, b))
 
 
 def _two_steps(rng: random.Random) -> Draw:
     (who, other), goods, (question, answer) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
-    a, b, c = rng.randint(2, 12), rng.randint(2, 10), rng.randint(2, 10)
+    a, b, c = rng.randint(2, 10), rng.randint(2, 6), rng.randint(2, 6)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
     return number(question.format(**values), answer(a, b, c))
 
