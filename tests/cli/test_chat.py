@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -593,7 +594,8 @@ class Terminal:
         deadline = time.monotonic() + 30
         while text not in self._seen:
             assert time.monotonic() < deadline, self._seen
-            self._seen += os.read(self._master, 4096).decode()
+            if select.select([self._master], [], [], 1.0)[0]:
+                self._seen += os.read(self._master, 4096).decode()
         before, self._seen = self._seen.split(text, 1)
         return before
 

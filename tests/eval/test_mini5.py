@@ -21,13 +21,20 @@ from helpers import make_tokenizer
 from unmask.data.generated import GeneratedSource
 from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
-from unmask.eval import mini5_agent, mini5_coding, mini5_families, mini5_math, mini5_reasoning
+from unmask.eval import mini5_agent, mini5_coding, mini5_families, mini5_knowledge, mini5_math, mini5_reasoning
 from unmask.eval.mini5 import agent_schema_task, families, mini5_tasks, training_records
 from unmask.eval.mini5_answers import canonical, score
 from unmask.eval.mini5_families import SPLITS, Draw, Family, draws, seeded, seeds, split_of, take_turns
 from unmask.eval.task import Item, Task
 
 TASKS = mini5_tasks()
+FAMILIES = {
+    "knowledge": mini5_knowledge.FAMILIES,
+    "reasoning": mini5_reasoning.FAMILIES,
+    "coding": mini5_coding.FAMILIES,
+    "math": mini5_math.FAMILIES,
+    "agent": mini5_agent.FAMILIES,
+}
 DIGEST = """
 import hashlib, json
 from unmask.eval.mini5 import mini5_tasks
@@ -36,10 +43,9 @@ print(hashlib.sha256(json.dumps(items).encode()).hexdigest())
 """
 
 
-def family_items(dimension: str, family: str, count: int = 150) -> list[Item]:
-    task = next(each for each in TASKS if each.dimension == dimension)
-    made = task.items("test", count * len(families(task.dimension)))
-    return [item for item in made if item.id.split("/")[1] == family]
+def family_items(dimension: str, name: str, count: int = 150) -> list[Item]:
+    (family,) = [each for each in FAMILIES[dimension] if each.name == name]
+    return take_turns(dimension, (family,), "test", count)
 
 
 def value(target: dict[str, Any], answer: str) -> float:
@@ -63,7 +69,7 @@ def test_no_seed_is_in_two_splits_or_in_reach_of_training_data(monkeypatch: pyte
         return create(name, seed=seed, size=size, **config)
 
     monkeypatch.setattr(reasoning_gym, "create_dataset", spy)
-    for seed in range(50):
+    for seed in range(10):
         GeneratedSource("training", {"chain_sum": {}, "leg_counting": {}}, None, seed=seed, items_per_epoch=4)  # type: ignore[arg-type]
     last_of_training = max(seen) + 10**11  # more items an epoch than anybody makes; item i is made with seed + i
     assert max(seen) < 2**31
@@ -71,21 +77,21 @@ def test_no_seed_is_in_two_splits_or_in_reach_of_training_data(monkeypatch: pyte
     used = {}
     for split in SPLITS:
         for task in TASKS:
-            task.items(split, 60)
+            task.items(split, 20)
         used[split] = set(seen)
-        assert used[split] <= set(seeds(split)) if len(seeds(split)) < 10**6 else all(each in seeds(split) for each in seen)
+        assert all(seed in seeds(split) for seed in seen)
         assert min(seen) > last_of_training
         seen.clear()
     for first, second in itertools.combinations(SPLITS, 2):
-        assert max(seeds(first)) < min(seeds(second))
+        assert seeds(first)[-1] < seeds(second)[0]
         assert not used[first] & used[second]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.dimension)
 def test_no_prompt_is_in_two_splits_or_twice(task: Task) -> None:
-    prompts = {split: [item.prompt for item in task.items(split, 1500)] for split in SPLITS}
+    prompts = {split: [item.prompt for item in task.items(split, 800)] for split in SPLITS}
     everything = [prompt for made in prompts.values() for prompt in made]
-    assert len(everything) == len(set(everything)) == 4500
+    assert len(everything) == len(set(everything)) == 2400
     assert all(split_of(prompt) == split for split, made in prompts.items() for prompt in made)
 
 
@@ -112,7 +118,7 @@ def test_items_are_the_same_in_every_process() -> None:
     }
     items = [[item.id, item.prompt, item.target] for task in TASKS for item in task.items("test", 30)]
     assert digests == {hashlib.sha256(json.dumps(items).encode()).hexdigest()}
-    assert digests == {"GOLDEN"}
+    assert digests == {"4fea266413beb2f6f288e96871f7540085fb1c88ea4c21c640461c997623bef9"}
 
 
 def test_a_family_that_runs_dry_leaves_its_turn_to_others() -> None:
@@ -244,12 +250,13 @@ def test_family_relationships_are_those_of_the_story() -> None:
             "brother sister": siblings,
             "grandfather grandmother": first in grandparents,
         }
+        assert sum(expected.values()) == 1, item
         assert [item.target["answer"] in names.split() for names in expected] == list(expected.values()), item
 
 
 def test_programs_print_what_python_prints() -> None:
     for name in families("coding"):
-        for item in family_items("coding", name, 250):
+        for item in family_items("coding", name, 120):
             (source,) = re.findall(r"```python\n(.*)\n```", item.prompt, re.DOTALL)
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -343,166 +350,6 @@ def test_nothing_made_from_a_test_set_is_trained_on() -> None:
     assert next(draws(gsm, "train"), None) is None
     assert next(draws(gsm, "validation"), None) is not None
     assert not any("gsm_symbolic" in item.id for item in TASKS[3].items("train", 100))
-
-
-WORD = {"kind": "word", "answer": "Oslo", "among": ["Oslo", "Lima", "Rome"]}
-NO = {"kind": "word", "answer": "no", "among": ["yes", "no"]}
-MOTHER = {"kind": "word", "answer": "mother", "among": ["mother", "mother-in-law", "grandmother"]}
-NUMBER = {"kind": "number", "answer": "1234"}
-FIVE = {"kind": "number", "answer": "5"}
-MINUS = {"kind": "number", "answer": "-3"}
-TEXT = {"kind": "output", "answer": "Tiger"}
-PRINTED = {"kind": "output", "answer": "17"}
-LIST = {"kind": "output", "answer": "[1, 2]"}
-CALL = {"kind": "call", "answer": {"name": "set", "arguments": {"room": "hall", "degrees": 5}}}
-WRITTEN = '{"name": "set", "arguments": {"room": "hall", "degrees": 5}}'
-
-
-@pytest.mark.parametrize(
-    ("target", "answer"),
-    [
-        *[
-            (WORD, each)
-            for each in ("Oslo", " oslo.\n", "Mira lives in Oslo.", "Answer: Oslo", "**Answer:** Oslo", "Oslo, not Lima.")
-        ],
-        *[
-            (WORD, each)
-            for each in ("It is not Lima, it is Oslo.", "Lima is wrong. The answer is Oslo.", "Answer:\nOslo", "OSLO!")
-        ],
-        *[
-            (WORD, each)
-            for each in ("Lima comes first, then Rome. So Anna lives in Oslo.", "Lima or Rome?\nAnswer: Oslo because so.")
-        ],
-        *[(NO, each) for each in ("No", "no.", "No, it does not follow.", "No it does not follow", "The answer is no.")],
-        *[(MOTHER, each) for each in ("mother", "Mother.", "She is his mother", "not the grandmother but the mother")],
-        *[
-            (NUMBER, each)
-            for each in ("1234", "1,234", "$1,234.00", "Answer: 1234.", "The answer is 1234 apples.", "1000 + 234 = 1234")
-        ],
-        *[
-            (NUMBER, each)
-            for each in ("First 5, then 7.\nAnswer: 1234", "Answer: 1234 (1000 + 234)", "answer: 1000 + 234 = 1234")
-        ],
-        *[
-            (NUMBER, each)
-            for each in ("5 is not it. Answer: 1234", "Answer: 7\nNo, wrong.\nAnswer: **1234**", r"Answer: \boxed{1234}")
-        ],
-        *[(MINUS, each) for each in ("-3", "−3", "5 - 8 = -3", "Answer: -3", "Answer: -3.0")],
-        *[(TEXT, each) for each in ("Tiger", "'Tiger'", "`Tiger`", "```\nTiger\n```", "Output: Tiger", "The output is Tiger.")],
-        *[
-            (TEXT, each)
-            for each in ('The program prints "Tiger" because x is 3.', "The output of this Python program is:\n\n`Tiger`\n\nAs")
-        ],
-        *[
-            (PRINTED, each)
-            for each in ("17", "Output: 17", "```python\n17\n```", "It prints 17, as 8 + 9 is 17.", "The output is `17`")
-        ],
-        *[(PRINTED, each) for each in ("The output of this program is: 17\n\nThis is because 3 + 4 is 5.", "8 + 9 = 17")],
-        *[(LIST, each) for each in ("[1, 2]", "[1,2]", "Output: [1, 2]", "The output is `[1, 2]`.\nBecause [3] was cut.")],
-        *[
-            (CALL, each)
-            for each in (WRITTEN, f"```json\n{WRITTEN}\n```", f"Here: {WRITTEN} Done.", f"<tool_call>[{WRITTEN}]</tool_call>")
-        ],
-        *[
-            (CALL, each)
-            for each in (WRITTEN + WRITTEN, WRITTEN.replace("hall", "Hall "), WRITTEN.replace("5", "5.0"), WRITTEN + ' {"na')
-        ],
-        (CALL, '{"arguments": {"degrees": 5,\n "room": "hall"}, "name": "set"}'),
-    ],
-)
-def test_right_answers_in_many_forms(target: dict[str, Any], answer: str) -> None:
-    assert value(target, answer) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("target", "answer"),
-    [
-        *[
-            (WORD, each)
-            for each in ("", "  \n", "Lima", "Oslo or Lima", "Oslo\nLima", "The answer is not Oslo.", "It isn't Oslo.")
-        ],
-        *[
-            (WORD, each)
-            for each in ("Oslofjord", "Answer: Lima\nOslo", "Answer: none, though Oslo is near" * 0, "Oslo is wrong.")
-        ],
-        *[
-            (WORD, each)
-            for each in ("She does not live in Oslo.", "Answer:", "Oslo? Answer: Rome", "Rome rather than Oslo", "Osl o")
-        ],
-        *[
-            (NO, each)
-            for each in ("Yes", "", "yes and no", "The answer is not no.", "Nothing follows", "North", "Yes, no doubt.")
-        ],
-        *[
-            (MOTHER, each)
-            for each in ("mother-in-law", "grandmother", "She is not his mother", "mother or grandmother", "mothers")
-        ],
-        *[
-            (FIVE, each)
-            for each in ("", "The answer is not 5", "The answer isn't 5.", "5 or 6", "6 or 5", "Answer: 5 or 6", "15", "5.5")
-        ],
-        *[
-            (FIVE, each)
-            for each in ("five", "Answer: 5\nAnswer: 6", "5 apples and 6 pears", "10/5", "Answer: 3 + 5", "0.5", "50%", "v5")
-        ],
-        *[
-            (FIVE, each)
-            for each in ("-5", "Answer: 5 and 7", "not 5", "5 is wrong", "5,000", "Answer: 5 = 4 + 2", "2 * 5", "٥")
-        ],
-        *[(MINUS, each) for each in ("3", "5-3", "- 4", "8 - 3", "-30")],
-        *[
-            (TEXT, each)
-            for each in ("", "tiger", "TIGER", "Tigers", "Lion\nTiger", "not Tiger", "x = 'Tiger'", "Tiger Tiger", "``````")
-        ],
-        *[
-            (PRINTED, each)
-            for each in ("", "not 17", "17.0", "16\n17", "17 or 18", "The output is not 17.", "1 7", "17 + 1", "Output: x = 8")
-        ],
-        *[(LIST, each) for each in ("", "[2, 1]", "1, 2", "[1, 2] or [2]", "[1, 2, 3]", "[1, 2", "['1', '2']", "(1, 2)")],
-        *[
-            (CALL, each)
-            for each in ("", "{}", "[]", "null", WRITTEN[:-1], WRITTEN.replace("5", '"5"'), WRITTEN.replace("hall", "kitchen"))
-        ],
-        *[
-            (CALL, each)
-            for each in (
-                WRITTEN.replace("set", "get"),
-                WRITTEN.replace("arguments", "parameters"),
-                WRITTEN.replace("5", "true"),
-            )
-        ],
-        *[
-            (CALL, each)
-            for each in (WRITTEN + WRITTEN.replace("5", "6"), WRITTEN[:-1] + ', "x": 1}', WRITTEN.replace("5", "NaN"))
-        ],
-        *[
-            (CALL, each)
-            for each in (
-                WRITTEN.replace('"degrees"', '"degrees": 4, "degrees"'),
-                "{" * 5000,
-                '{"a":' * 5000,
-                '{"a":' + "[" * 90000,
-            )
-        ],
-        (CALL, WRITTEN.replace("5", "9" * 5000)),
-        (CALL, json.dumps({"tools": [CALL["answer"]]})),
-        (FIVE, "Answer: " + "5" * 10_000),
-    ],
-)
-def test_wrong_answers_that_look_right(target: dict[str, Any], answer: str) -> None:
-    assert value(target, answer) == 0.0
-
-
-def test_what_was_read_out_of_an_answer_is_kept() -> None:
-    made = score([Item("a", "?", FIVE), Item("b", "?", CALL), Item("c", "?", CALL)], ["So 1 + 6 = 7", "no call", "{}"])
-    assert [(each.value, each.extracted) for each in made] == [(0.0, "7"), (0.0, None), (0.0, "{}")]
-    assert made[1].detail == "no JSON object"
-
-
-def test_true_is_not_one() -> None:
-    target = {"kind": "call", "answer": {"name": "f", "arguments": {"n": 1}}}
-    assert value(target, '{"name": "f", "arguments": {"n": true}}') == 0.0
-    assert value(target, '{"name": "f", "arguments": {"n": 1}}') == 1.0
 
 
 def test_a_gym_family_is_asked_with_the_seed_it_is_given() -> None:

@@ -70,7 +70,8 @@ def _basic_arithmetic(seed: int) -> Draw | None:
         operators=["+", "-", "*"],
         allow_parentheses=True,
     )
-    return None if _NEGATIVE.search(question) else number(question, answer)
+    is_plain_sum = "*" not in question and "(" not in question  # as chain_sum makes them
+    return None if is_plain_sum or _NEGATIVE.search(question) else number(question, answer)
 
 
 def _gsm_symbolic(seed: int) -> Draw | None:
