@@ -11,7 +11,23 @@ import pytest
 import unmask
 from unmask.errors import DataError
 
-VERBS = ("generate", "infill", "trace", "chat", "serve", "convert", "sft", "dpo", "info", "merge", "export", "demo", "eval", "compare", "sweep")
+VERBS = (
+    "generate",
+    "infill",
+    "trace",
+    "chat",
+    "serve",
+    "convert",
+    "sft",
+    "dpo",
+    "info",
+    "merge",
+    "export",
+    "demo",
+    "eval",
+    "compare",
+    "sweep",
+)
 
 
 def test_version(run) -> None:
