@@ -83,7 +83,7 @@ def comparison_row(task: str, each: Comparison) -> tuple[str, ...]:
         _interval(each.difference, 100, "+.1f"),
         str(each.only_a),
         str(each.only_b),
-        f"{each.p_value:.3f}",
+        "< 0.001" if each.p_value < 0.001 else f"{each.p_value:.3f}",
         _interval(each.speed, 1, ".2f"),
         f"{each.forwards.value:.2f}",
     )
@@ -100,7 +100,7 @@ def draw_comparison(found: Mapping[str, Comparison], path: Path, name_a: str, na
         left.barh([p + shift for p in places], [100 * getattr(each, side) for each in found.values()], 0.36, label=name)
     left.set_yticks(places, list(found))
     left.set_xlabel("score")
-    left.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     speeds = [each.speed for each in found.values()]
     bounds = [[max(0.0, s.value - s.low) for s in speeds], [max(0.0, s.high - s.value) for s in speeds]]
     right.errorbar([s.value for s in speeds], places, xerr=bounds, fmt="o", capsize=3, color="C2")
