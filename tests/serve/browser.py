@@ -118,7 +118,7 @@ class FakeServer:
             if self.key and not is_open and request.headers.get("authorization") != f"Bearer {self.key}":
                 return _refusal(401, "the API key is missing or wrong")
             response = await call_next(request)
-            response.headers["content-security-policy"] = real._PAGE_POLICY
+            response.headers["content-security-policy"] = real.PAGE_POLICY
             return response
 
         @app.get("/")

@@ -35,11 +35,11 @@ from unmask.serve.served import ServedModel, Settings
 from unmask.serve.worker import Worker
 
 _PAGE = Path(str(files("unmask.serve"))) / "page"
-_PAGE_POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_PAGE_HEADERS = {"content-security-policy": _PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
+_PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
 
 class ErrorObject(BaseModel):
@@ -184,32 +184,10 @@ def create_app(
     metrics = Metrics()
     model = ServedModel(language_model, settings)
 
-    def make_engine() -> Engine:
-        model.warm()
-        decode = model.tokenizer.decode
-        backend = language_model.backend(wait=True)
-        return Engine(backend, decode=decode, num_tokens=settings.cache_tokens, max_running=settings.max_concurrent)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker = Worker(
-            make_engine,
-            max_requests=settings.max_concurrent + settings.max_queue,
-            timeout=settings.timeout,
-            metrics=metrics,
-            on_failure=on_failure if on_failure is not None else _raise,
-        )
-        metrics.observe_engine(lambda: worker.engine_now)
-        app.state.backend = Backend(model, worker, metrics, settings)
-        try:
-            yield
-        finally:
-            await worker.close(0.0)
-
     app = FastAPI(
         title="unmask",
         version=__version__,
-        lifespan=lifespan,
+        lifespan=lambda app: _engine_running(app, model, metrics, on_failure if on_failure is not None else _raise),
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -235,6 +213,33 @@ def create_app(
             CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
+
+
+@asynccontextmanager
+async def _engine_running(
+    app: FastAPI, model: ServedModel, metrics: Metrics, on_failure: Callable[[BaseException], None]
+) -> AsyncIterator[None]:
+    """The engine's thread, while the application runs."""
+    settings = model.settings
+
+    def make_engine() -> Engine:
+        model.warm()
+        decode, backend = model.tokenizer.decode, model.language_model.backend(wait=True)
+        return Engine(backend, decode=decode, num_tokens=settings.cache_tokens, max_running=settings.max_concurrent)
+
+    worker = Worker(
+        make_engine,
+        max_requests=settings.max_concurrent + settings.max_queue,
+        timeout=settings.timeout,
+        metrics=metrics,
+        on_failure=on_failure,
+    )
+    metrics.observe_engine(lambda: worker.engine_now)
+    app.state.backend = Backend(model, worker, metrics, settings)
+    try:
+        yield
+    finally:
+        await worker.close(0.0)
 
 
 class _Page(StaticFiles):
