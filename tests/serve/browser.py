@@ -208,10 +208,9 @@ class Visit:
     problems: list[str] = field(default_factory=list)
 
     def expect(self, words: str) -> None:
-        """Take one problem that this test has brought about off the list."""
-        found = [problem for problem in self.problems if words in problem]
-        assert found, f"no {words!r} in {self.problems}"
-        self.problems.remove(found[0])
+        """Take a problem that this test has brought about off the list; the browser may tell it more than once."""
+        assert any(words in problem for problem in self.problems), f"no {words!r} in {self.problems}"
+        self.problems[:] = [problem for problem in self.problems if words not in problem]
 
     def ask(self, text: str) -> None:
         """Write a message and send it as a reader does."""

@@ -97,7 +97,7 @@ def tasks(it: Live) -> set[str]:
 
     def names() -> set[str]:
         current = asyncio.current_task()
-        return {str(task.get_coro().__qualname__) for task in asyncio.all_tasks() if task is not current}  # type: ignore[union-attr]
+        return {getattr(task.get_coro(), "__qualname__", "closing") for task in asyncio.all_tasks() if task is not current}
 
     found: set[str] = in_loop(it, names)
     return found
