@@ -589,25 +589,30 @@ class Terminal:
         os.close(slave)
         self._seen = ""
 
-    def expect(self, text: str) -> str:
+    def expect(self, text: str, seconds: float = 30.0) -> str:
         """Wait for a text; what came before it."""
-        deadline = time.monotonic() + 30
-        while text not in self._seen:
-            assert time.monotonic() < deadline, self._seen
-            if select.select([self._master], [], [], 1.0)[0]:
-                self._seen += os.read(self._master, 4096).decode()
+        assert self.sees(text, seconds), self._seen
         before, self._seen = self._seen.split(text, 1)
         return before
+
+    def sees(self, text: str, seconds: float) -> bool:
+        """Whether a text comes within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while text not in self._seen and time.monotonic() < deadline:
+            if select.select([self._master], [], [], 0.2)[0]:
+                self._seen += os.read(self._master, 4096).decode()
+        return text in self._seen
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
     def interrupt_prompt(self) -> None:
-        """Ctrl-C at the prompt. One that comes between the prompt and the wait for a key is seen at the next key only: that is
-        CPython's readline."""
+        """Ctrl-C at the prompt, once the program waits for keys: CPython's readline misses one that comes just before."""
+        waits_in = Path(f"/proc/{self.process.pid}/wchan")
+        deadline = time.monotonic() + 30
+        while "poll" not in waits_in.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
         self.type("\x03")
-        if not select.select([self._master], [], [], 2.0)[0]:
-            self.type(" ")
 
     def close(self) -> None:
         self.process.kill()
