@@ -6,7 +6,7 @@ Owns the loop and the public calls `add`, `step`, `stream`, `run`, `abort`. Ever
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -176,8 +176,14 @@ class Engine:
         finally:
             self.abort(number)
 
-    def run(self, requests: List[Request]) -> list[Completion]:
+    def run(
+        self, requests: List[Request], *, on_completion: Callable[[Completion], object] = lambda _: None
+    ) -> list[Completion]:
         """Serve all of these to the end; completions in their order. `step` reports on others afterwards.
+
+        Args:
+            requests: what to serve.
+            on_completion: sees each completion as soon as it is there.
 
         Raises:
             RequestError: one of them is impossible, or cannot go on; all are aborted.
@@ -189,6 +195,8 @@ class Engine:
             while None in numbers.values():
                 for update in self._step_for(numbers.keys()):
                     numbers[update.number] = update.completion
+                    if update.completion is not None:
+                        on_completion(update.completion)
         finally:
             for number in numbers:
                 self.abort(number)

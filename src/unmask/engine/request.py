@@ -175,6 +175,11 @@ class Costs:
     prefill_seconds: float = 0.0
     denoise_seconds: float = 0.0
 
+    @property
+    def busy_seconds(self) -> float:
+        """From its first forward to its end: waiting left out."""
+        return self.prefill_seconds + self.denoise_seconds
+
 
 @dataclass(frozen=True)
 class Completion:

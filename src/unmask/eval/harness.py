@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from unmask.engine.model import LanguageModel
 from unmask.engine.request import Completion, Request
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
-from unmask.eval.provenance import environment, weights_digest
+from unmask.eval.provenance import about_model, environment
 from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
@@ -144,7 +144,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         made = [self._request(*request.args) for request in requests]
         texts = []
         with tqdm(total=len(made), desc="answers", disable=disable_tqdm) as progress:
-            for request, completion in zip(requests, run_in_order(self._engine(), made, progress.update), strict=True):
+            completions = self._engine().run(made, on_completion=lambda _: progress.update(1))
+            for request, completion in zip(requests, completions, strict=True):
                 self.completions.append(completion)
                 texts.append(self._text.decode(completion.ids) if completion.text is None else completion.text)
                 self.cache_hook.add_partial("generate_until", request.args, texts[-1])
@@ -164,7 +165,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         if not self.completions:
             return None
         tokens, forwards = sum(len(each.ids) for each in self.completions), sum(each.forwards for each in self.completions)
-        seconds = sum(each.costs.prefill_seconds + each.costs.denoise_seconds for each in self.completions)
+        seconds = sum(each.costs.busy_seconds for each in self.completions)
         return {
             "tokens": tokens,
             "forwards": forwards,
@@ -260,8 +261,8 @@ def run_harness(
         ConfigError: lm-eval does not know a task, or its data cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lm, weights = HarnessLM(model, **options), weights_digest(model)
-    asked = hashlib.blake2b(json.dumps([weights, options], sort_keys=True).encode(), digest_size=8).hexdigest()
+    lm, about = HarnessLM(model, **options), about_model(model)
+    asked = hashlib.blake2b(json.dumps([about["weights"], options], sort_keys=True).encode(), digest_size=8).hexdigest()
     try:
         found = simple_evaluate(
             lm,
@@ -284,7 +285,7 @@ def run_harness(
     everything = {
         **told,
         "limit": limit,
-        "model": {"name": model.name, "weights": weights, "diffusion": model.is_diffusion},
+        "model": about,
         "options": options,
         "likelihood": lm.likelihood_note(),
         "truncated": lm.truncated,
@@ -294,21 +295,3 @@ def run_harness(
     results: dict[str, Any] = json.loads(json.dumps(everything, default=str))
     atomic_write_json(folder / "harness.json", results)
     return results
-
-
-def run_in_order(engine: Engine, requests: Sequence[Request], on_done: Callable[[int], object]) -> list[Completion]:
-    """Completions of all requests, with news of each that ends.
-
-    Raises:
-        RequestError: one of them is impossible, or cannot go on.
-    """
-    numbers = [engine.add(request) for request in requests]
-    found: dict[int, Completion] = {}
-    while len(found) < len(numbers):
-        for update in engine.step():
-            if update.error is not None:
-                raise update.error
-            if update.completion is not None:
-                found[update.number] = update.completion
-                on_done(1)
-    return [found[number] for number in numbers]

@@ -66,6 +66,15 @@ def seeded(make: Callable[[random.Random], Draw | None]) -> Callable[[int], Draw
     return lambda seed: make(random.Random(seed))
 
 
+def distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Different words, in the order in which they were drawn."""
+    found: list[str] = []
+    while len(found) < count:
+        if (word := draw()) not in found:
+            found.append(word)
+    return found
+
+
 def gym(name: str, seed: int, **config: Any) -> tuple[str, str]:
     """Question and answer of a reasoning-gym family at a seed."""
     import reasoning_gym

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from unmask.eval.mini5_families import Draw, Family, seeded
+from unmask.eval.mini5_families import Draw, Family, distinct, seeded
 
 PEOPLE = (
     *("Anna", "Boris", "Clara", "David", "Emma", "Farid", "Grace", "Hugo", "Iris", "Jonas", "Karin", "Liam", "Mira", "Nadia"),
@@ -33,12 +33,7 @@ def place(rng: random.Random) -> str:
 
 def places(rng: random.Random, count: int) -> list[str]:
     """Towns with different names."""
-    found: list[str] = []
-    while len(found) < count:
-        name = place(rng)
-        if name not in found:
-            found.append(name)
-    return found
+    return distinct(lambda: place(rng), count)
 
 
 def word(answer: str, among: Sequence[str]) -> dict[str, object]:

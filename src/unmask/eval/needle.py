@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from unmask.errors import ConfigError
-from unmask.eval.mini5_families import SPLITS
+from unmask.eval.mini5_families import SPLITS, distinct
 from unmask.eval.mini5_knowledge import COLOURS, JOBS, PEOPLE, THINGS, place
 from unmask.eval.task import Dimension, Item, Score, Split, Task
 
@@ -68,12 +68,7 @@ def _key(rng: random.Random) -> str:
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    found: list[str] = []
-    while len(found) < count:
-        key = _key(rng)
-        if key not in found:
-            found.append(key)
-    return found
+    return distinct(lambda: _key(rng), count)
 
 
 def _numbers(rng: random.Random, split: Split, count: int) -> list[str]:
@@ -104,11 +99,7 @@ def _multi_value(rng: random.Random, split: Split) -> Needles:
 
 def _tracking(rng: random.Random, split: Split) -> Needles:
     """A chain of three variables with one value, and another such chain with another."""
-    names: list[str] = []
-    while len(names) < 6:
-        name = "".join(rng.choices(string.ascii_uppercase, k=4))
-        if name not in names:
-            names.append(name)
+    names = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=4)), 6)
     numbers = _numbers(rng, split, 2)
     facts = [
         fact

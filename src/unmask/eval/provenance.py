@@ -29,6 +29,11 @@ def weights_digest(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
+def about_model(model: LanguageModel) -> dict[str, Any]:
+    """Which model a result is of."""
+    return {"name": model.name, "weights": weights_digest(model), "diffusion": model.is_diffusion}
+
+
 def environment() -> dict[str, Any]:
     """Code, packages and machine."""
     return {

@@ -18,7 +18,7 @@ from typing import Any
 from unmask.engine.model import LanguageModel
 from unmask.engine.request import Request
 from unmask.errors import ConfigError
-from unmask.eval.provenance import environment, weights_digest
+from unmask.eval.provenance import about_model, environment
 from unmask.eval.task import Item, Split, Task
 from unmask.models.files import atomic_write_json
 
@@ -93,7 +93,7 @@ def run_tasks(
     settings = settings if settings is not None else Settings()
     head = {
         "format": FORMAT,
-        "model": {"name": model.name, "weights": weights_digest(model), "diffusion": model.is_diffusion},
+        "model": about_model(model),
         "settings": {**asdict(settings), "decoding": dict(settings.decoding or {})},
         "tasks": {task.name: task.version for task in tasks},
     }
@@ -209,7 +209,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
             prompt_tokens=len(request.ids),
             tokens=len(completion.ids),
             forwards=completion.forwards,
-            seconds=completion.costs.prefill_seconds + completion.costs.denoise_seconds,
+            seconds=completion.costs.busy_seconds,
         )
         for item, request, completion, answer, score in zip(
             items, requests, completions, answers, task.score(items, answers), strict=True

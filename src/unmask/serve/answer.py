@@ -42,9 +42,6 @@ class News:
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: tuple[TokenLogprob, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.text or self.calls or self.logprobs)
-
 
 class Answer:
     """One choice.
@@ -64,6 +61,8 @@ class Answer:
         self.completion: Completion | None = None
         self.num_final = 0
         self._confidences: dict[int, float] = {}
+        ids = request.ids
+        self._begin = ids.index(None) if None in ids else len(ids)
         self._forced_call = prepared.forced_call
         self._model = model
         self._stream = TextStream(model.tokenizer, request.stop)
@@ -95,7 +94,7 @@ class Answer:
 
     def watched(self, step: Step) -> dict[str, Any]:
         """What a forward saw of the completion, by place in it, up to its end."""
-        begin = next(place for place, token in enumerate([*self.request.ids, None]) if token is None)
+        begin = self._begin
         first = max(begin - step.start, 0)
         tokens = []
         for i in range(first, min(len(step.tokens), begin + self.request.num_wanted - step.start)):

@@ -18,7 +18,7 @@ from unmask.engine.request import TokenLogprob
 from unmask.serve.answer import Answer, News, costs, token_entry, usage
 from unmask.serve.exchange import Backend, open_exchange, stream
 from unmask.serve.protocol import ChatRequest
-from unmask.serve.served import ServedModel
+from unmask.serve.served import Prepared, ServedModel
 
 
 async def chat(backend: Backend, http: HttpRequest, body: ChatRequest) -> Response:
@@ -45,7 +45,7 @@ async def chat(backend: Backend, http: HttpRequest, body: ChatRequest) -> Respon
 
 
 async def _events(
-    backend: Backend, http: HttpRequest, body: ChatRequest, head: dict[str, Any], prepared: Any
+    backend: Backend, http: HttpRequest, body: ChatRequest, head: dict[str, Any], prepared: Prepared
 ) -> AsyncGenerator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
     wants_usage = body.stream_options is not None and body.stream_options.include_usage

@@ -45,7 +45,7 @@ class Metrics:
         self._ended.labels(completion.finish_reason).inc()
         self._queue.observe(costs.queue_seconds)
         self._per_forward.observe(count / max(completion.forwards, 1))
-        self._per_second.observe(count / max(costs.prefill_seconds + costs.denoise_seconds, 1e-6))
+        self._per_second.observe(count / max(costs.busy_seconds, 1e-6))
         self._cached.inc(costs.cached_tokens)
         self._tokens.inc(count)
         self._forwards.inc(completion.forwards)

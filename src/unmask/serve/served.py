@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -92,7 +92,7 @@ class Prepared:
     prompt_tokens: int
     parses_calls: bool = False
     forced_call: bool = False
-    prompts: tuple[str, ...] = field(default=())
+    prompts: tuple[str, ...] = ()
 
 
 class ServedModel:
