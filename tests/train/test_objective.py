@@ -22,7 +22,7 @@ from unmask.diffusion.objectives import nelbo
 from unmask.errors import ConfigError
 from unmask.models.attention import DenseAttend
 from unmask.models.transformer import Transformer
-from unmask.train.objective import Denoising, Preference, Setting
+from unmask.train.objective import Denoising, MaskedSetting, NextToken, Preference, Setting
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.step import score_stream
 
@@ -46,8 +46,8 @@ def packed(rows: Rows) -> PackedRows:
     return PackedRows(**{name: getattr(rows, name) for name in Rows.__dataclass_fields__})
 
 
-def setting(model: Transformer, chosen: Recipe, backend: str = "dense") -> Setting:
-    return Setting(model, chosen, MASK, backend, None)  # type: ignore[arg-type]
+def setting(model: Transformer, chosen: Recipe, backend: str = "dense") -> MaskedSetting:
+    return MaskedSetting(model, chosen, backend, None, MASK)  # type: ignore[arg-type]
 
 
 Gradients = dict[str, Tensor]
@@ -129,6 +129,33 @@ def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] 
         assert figures == pytest.approx(results[0][0], rel=1e-5)
         assert_same(found, results[0][1])
     assert ("right_entropy" in results[0][0]) == (cap is not None)
+
+
+def one_by_one(model: Transformer, docs: list[Doc]) -> Tensor:
+    """Mean cross-entropy of every learnt token after the first, each document alone and causal."""
+    losses = []
+    for doc in docs:
+        ids, place = torch.tensor(doc.tokens)[None], torch.arange(len(doc.tokens))[None]
+        causal = torch.ones(len(doc.tokens), len(doc.tokens), dtype=torch.bool).tril()[None]
+        log_p = model.head(model(ids, place, DenseAttend(causal)))[0].log_softmax(-1)
+        losses += [-log_p[i - 1, token] for i, token in enumerate(doc.tokens) if i and doc.maskable[i]]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("micro_rows", [1, 2, 4])
+def test_next_token_training_is_plain_causal_cross_entropy(micro_rows: int, backend: str) -> None:
+    model = tiny_model("llama", 2, torch.float64)
+    docs = [text(6, 0, prompt=2), text(5, 1), text(9, 2, prompt=5), text(4, 3), text(1, 4), text(7, 5, prompt=7)]
+    rows = packed(pack([[docs[0], docs[1], docs[3]], [docs[2], docs[4]], [docs[5]], []], 16))
+    values = recipe(micro_rows).model_copy(update={"autoregressive": True, "decode_block_size": 1})
+    objective = NextToken(Setting(model, values, backend, None))  # type: ignore[arg-type]
+    figures: dict[str, Any] = {}
+    found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))
+    expected = gradients(model, lambda: one_by_one(model, docs).backward())
+    assert_same(found, expected)
+    assert figures == pytest.approx({"loss": float(one_by_one(model, docs))}, rel=1e-6)
+    assert objective.evaluate(rows, PHASE) == pytest.approx({"nelbo": figures["loss"]}, rel=1e-6)
 
 
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7}])

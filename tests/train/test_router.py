@@ -38,7 +38,7 @@ def step(model: Transformer, monitor: RouterMonitor, bounds: tuple[int, ...] = (
     monitor.begin_step(int((batch.segment_RL > 0).sum()))
     for start, stop in pairwise(bounds):
         stream = corrupt(batch.rows(start, stop), CorruptionConfig(MASK, 4, complementary=True), 0)
-        hidden = predicted_hidden(model, stream, MASK, "dense", router=monitor)
+        hidden = predicted_hidden(model, stream, "dense", router=monitor)
         nelbo(token_nll(model.head, hidden, stream.target_N, MASK), stream.weight_N, 40).backward()
     return monitor.end_step()
 
@@ -60,7 +60,7 @@ def reference_loads(model: Transformer, stream: Stream) -> Tensor:
         return count
 
     handles = [moe.register_forward_pre_hook(hook(number)) for number, moe in enumerate(layers(model))]
-    predicted_hidden(model, stream, MASK, "dense")
+    predicted_hidden(model, stream, "dense")
     for handle in handles:
         handle.remove()
     return loads
@@ -143,7 +143,7 @@ def test_the_auxiliary_loss_is_that_of_the_formula() -> None:
     last.router.requires_grad_(True)
     last.register_forward_pre_hook(lambda moe, inputs: seen.append(inputs[0].detach().flatten(0, 1)))
     with torch.no_grad():
-        predicted_hidden(model, stream, MASK, "dense")
+        predicted_hidden(model, stream, "dense")
     scores = torch.sigmoid(seen[0][stream.index.document_BT.flatten() > 0] @ last.router.T)
     mean = (scores / scores.sum(1, keepdim=True)).sum(0) / int((rows().segment_RL > 0).sum())
     (0.5 * EXPERTS * (share[-1] * mean).sum()).backward()

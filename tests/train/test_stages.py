@@ -14,7 +14,7 @@ from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_r
 from unmask.errors import CheckpointError, ConfigError
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
-from unmask.train.recipe import LoraSection, Recipe
+from unmask.train.recipe import LoraSection, Recipe, parse_recipe
 from unmask.train.run import ADAPTER, build_parts, run_recipe
 from unmask.train.state import list_checkpoints, prune_checkpoints
 
@@ -44,6 +44,7 @@ ADAPT_ALL = LoraSection(rank=2).model_dump()
 RUNS = {
     "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
     "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}}),
+    "autoregressive": lambda base: control(base),
     "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
     "dpo": dpo,
     "dpo-lora": lambda base: dpo(base, lora=LORA),
@@ -55,6 +56,14 @@ RUNS = {
 
 def mixture(base: Path, policy: str) -> Recipe:
     return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=2000, router={"policy": policy, "rate": 0.01})
+
+
+def control(base: Path, **changes: Any) -> Recipe:
+    """The autoregressive control: the same conversations, next token by next token."""
+    values = stage_recipe(base / "ar", base / "chats.jsonl", **changes).model_dump(mode="json")
+    values |= {"autoregressive": True, "decode_block_size": 1}
+    values["data"]["sources"][0]["eos_fill"] = None
+    return parse_recipe(values, "test")
 
 
 def stop_after(steps: int) -> Iterator[bool]:
@@ -89,6 +98,24 @@ def test_sft_learns_and_keeps_mask_token_and_block_size(base: Path, tmp_path: Pa
     assert (after.config.mask_id, after.config.block_size) == (before.config.mask_id, 8)
     assert after.tokenizer is not None
     assert after.tokenizer.mask_id == after.config.mask_id
+
+
+def test_the_control_learns_and_stays_autoregressive(base: Path, tmp_path: Path) -> None:
+    run_recipe(control(base, learning_rate=3e-3), tmp_path / "run")
+    scores = [record["nelbo"] for record in records(tmp_path / "run") if record["kind"] == "validation"]
+    assert scores[-1] < scores[0]
+    before, after = unmask.load(base / "ar"), unmask.load(tmp_path / "run")
+    assert not after.is_diffusion
+    assert after.config == before.config
+
+
+def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
+    with pytest.raises(ConfigError, match="is a diffusion model; autoregressive: true takes"):
+        build_parts(control(base).model_copy(update={"model": str(base / "diffusion")}))
+    values = control(base).model_dump(mode="json")
+    for change in ({"decode_block_size": 8}, {"objective": {"cap": {}}}, {"preference": {}}, {"mask_token": "<x>"}):
+        with pytest.raises(ConfigError, match="autoregressive"):
+            parse_recipe(values | change, "test")
 
 
 def test_fine_tuning_refuses_an_autoregressive_model(base: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def terminal_plot(metrics: Path, width: int) -> str:
 def _tokens_per_second(recipe: Recipe) -> float:
     """Speed of forward and backward passes, the second of two: the first one warms up."""
     parts = build_parts(recipe)
+    assert parts.mask_id is not None
     corruption = recipe.objective.corruption(parts.mask_id, recipe.decode_block_size)
     rate = 0.0
     for _ in range(2):

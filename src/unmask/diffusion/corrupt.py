@@ -248,6 +248,27 @@ def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:
     return build_stream(rows, noisy_copies(rows, config, seed), config)
 
 
+def next_token_stream(rows: CleanRows) -> Stream:
+    """The rows as an autoregressive model reads them: clean, causal in each document, every maskable token predicted one
+    position ahead. A document's first token has nobody to predict it and counts for nothing."""
+    predicted_RL = torch.zeros_like(rows.maskable_RL)
+    predicted_RL[:, :-1] = rows.maskable_RL[:, 1:] & (rows.segment_RL[:, 1:] == rows.segment_RL[:, :-1])
+    row_N, column_N = torch.nonzero(predicted_RL, as_tuple=True)
+    ones = torch.ones(len(row_N), dtype=torch.float32, device=row_N.device)
+    return Stream(
+        tokens_BT=rows.tokens_RL,
+        position_BT=rows.position_RL,
+        index=StreamIndex(rows.segment_RL, rows.position_RL, torch.full_like(rows.tokens_RL, CLEAN)),
+        epoch_BT=rows.epoch_RL,
+        ordinal_BT=rows.ordinal_RL,
+        predict=(row_N, column_N),
+        target_N=rows.tokens_RL[row_N, column_N + 1],
+        weight_N=ones,
+        t_N=ones,
+        num_maskable=len(row_N),
+    )
+
+
 def embedding_noise(stream: Stream, mask_id: int, hidden_size: int, norm: float, seed: int) -> Tensor:
     """Gaussian noise for the embedding layer's output at masked positions, zero elsewhere.
 

@@ -26,16 +26,18 @@ _CACHED = 64
 """Rows of logits worked on at once, so that what lies between two passes over them stays in cache."""
 
 
-def ban_mask(logits: Tensor, mask_id: int) -> Tensor:
-    """Logits [..., V] with the mask token at -inf: it is never a prediction."""
+def ban_mask(logits: Tensor, mask_id: int | None) -> Tensor:
+    """Logits [..., V] with the mask token at -inf: it is never a prediction. As they are where there is no such token."""
+    if mask_id is None:
+        return logits
     banned = torch.arange(logits.shape[-1], device=logits.device) == mask_id
     return logits.masked_fill(banned, float("-inf"))
 
 
 def token_nll(
-    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, target_N: Tensor, mask_id: int, *, chunk: int = 2048
+    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, target_N: Tensor, mask_id: int | None, *, chunk: int = 2048
 ) -> Tensor:
-    """Negative log-likelihood of each target under same-position prediction (no shift).
+    """Negative log-likelihood of each target given the hidden state that predicts it (the same position's, no shift, in diffusion).
 
     The vocabulary is projected for the given positions only, `chunk` of them at a time; with more than one chunk each is
     recomputed in the backward pass, so that [N, V] never exists at once.
@@ -44,7 +46,7 @@ def token_nll(
         head: hidden states to logits.
         hidden_ND: hidden states at predicted positions.
         target_N: int64 clean tokens, never `mask_id`.
-        mask_id: banned from the prediction.
+        mask_id: banned from the prediction; None: an autoregressive model has none.
         chunk: positions projected at once.
 
     Returns:
@@ -62,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of logits [N, V] with the mask token banned, float32; one [N, V] buffer holds log p, then the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, mask_id: int) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, mask_id: int | None) -> Tensor:
         log_p_NV = torch.empty_like(logits_NV, dtype=torch.float32)
         for logits, log_p in zip(logits_NV.split(_CACHED), log_p_NV.split(_CACHED), strict=True):
             torch.log_softmax(ban_mask(logits.float(), mask_id), -1, out=log_p)

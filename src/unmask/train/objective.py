@@ -1,8 +1,8 @@
 """What a stage minimises, as the loop sees it: gradients of a global batch, and figures of held-out rows.
 
-Owns pre-training and fine-tuning by denoising (NELBO, with CAP if wanted) and preference optimisation over the ELBO. Knows
-nothing of optimisers, checkpoints or the order of data. Every normaliser is that of the global batch, so that neither loss nor
-gradient depends on how the batch is split.
+Owns pre-training and fine-tuning by denoising (NELBO, with CAP if wanted), preference optimisation over the ELBO, and the
+next-token training that conversions are compared with. Knows nothing of optimisers, checkpoints or the order of data. Every
+normaliser is that of the global batch, so that neither loss nor gradient depends on how the batch is split.
 
 Legend: R rows, N predictions, P pairs (R = 2P: chosen and rejected by turns), S noise samples.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
+from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, next_token_stream
 from unmask.diffusion.objectives import (
     TokenScores,
     confidence_loss,
@@ -33,7 +33,7 @@ from unmask.models.transformer import Transformer
 from unmask.train.metrics import Record
 from unmask.train.recipe import CapSection, Recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.step import AttentionBackend, MaskNoise, evaluate, predicted_hidden
+from unmask.train.step import AttentionBackend, MaskNoise, evaluate, predicted_hidden, score_stream
 
 VALIDATION_SEED = 20_251_215
 """Noise of every evaluation, in every run: figures compare across runs."""
@@ -53,11 +53,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What both objectives work with. `router` is None for a dense model."""
+    """What all objectives work with. `router` is None for a dense model."""
 
     model: Transformer
     recipe: Recipe
-    mask_id: int
     backend: AttentionBackend
     router: RouterMonitor | None
 
@@ -70,7 +69,14 @@ class Setting:
     def hidden(self, stream: Stream, noise: MaskNoise | None = None, *, watched: bool = True) -> Tensor:
         """Hidden states of the predictions; `watched` forward passes count in the routers' load."""
         router = self.router if watched else None
-        return predicted_hidden(self.model, stream, self.mask_id, self.backend, noise, router)
+        return predicted_hidden(self.model, stream, self.backend, noise, router)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedSetting(Setting):
+    """What the objectives of diffusion work with."""
+
+    mask_id: int
 
     def score_held_out(self, rows: PackedRows, phase: Phase) -> Record:
         """NELBO, and mean cross-entropy by quarter of the mask rate, of held-out rows."""
@@ -86,7 +92,7 @@ class Denoising:
     Source: LLaDA2.0 Eqs 1, 5 and section 4.2.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MaskedSetting) -> None:
         self._setting = setting
         self._cap = setting.recipe.objective.cap
         embedding = setting.model.embed.weight.detach().float()
@@ -96,7 +102,7 @@ class Denoising:
         setting, train = self._setting, self._setting.recipe.train
         corruption = setting.recipe.objective.corruption(setting.mask_id, phase.block_size)
         num_maskable = rows.num_maskable * corruption.num_copies
-        noise = MaskNoise(self._noise_norm(step), train.seed)
+        noise = MaskNoise(self._noise_norm(step), train.seed, setting.mask_id)
         streams = [corrupt(part, corruption, train.seed) for part in setting.micro_batches(rows)]
         tally = None if self._cap is None else CapTally(self._cap, self._num_right(streams, noise))
         total = 0.0
@@ -168,6 +174,34 @@ class CapTally:
         }
 
 
+class NextToken:
+    """Mean negative log-likelihood of the next token, causally: the autoregressive control of a conversion."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+
+    def accumulate(self, rows: PackedRows, phase: Phase, step: int) -> Record:
+        setting = self._setting
+        streams = [next_token_stream(part) for part in setting.micro_batches(rows)]
+        num_predicted = max(1, sum(stream.num_maskable for stream in streams))
+        total = 0.0
+        for stream in streams:
+            nll_N = token_nll(setting.model.head, setting.hidden(stream), stream.target_N, None)
+            loss = nll_N.sum() / num_predicted
+            loss.backward()
+            total += float(loss.detach())
+        return {"loss": total}
+
+    @torch.no_grad()
+    def evaluate(self, rows: PackedRows, phase: Phase) -> Record:
+        setting, total, count = self._setting, 0.0, 0
+        for part in setting.micro_batches(rows):
+            stream = next_token_stream(part)
+            total += float(score_stream(setting.model, stream, None, setting.backend).sum())
+            count += stream.num_maskable
+        return {"nelbo": total / max(count, 1)}
+
+
 class Preference:
     """DPO over the ELBO: `-log sigmoid(beta * [dB(x_w) - dB(x_l)])`, policy and reference under the same noise.
 
@@ -177,7 +211,7 @@ class Preference:
     """
 
     def __init__(
-        self, setting: Setting, reference: Transformer, as_reference: Callable[[], AbstractContextManager[None]]
+        self, setting: MaskedSetting, reference: Transformer, as_reference: Callable[[], AbstractContextManager[None]]
     ) -> None:
         """`reference` evaluated under `as_reference()` is the reference policy: a frozen copy, or the model without adapter."""
         preference = setting.recipe.preference
@@ -209,7 +243,7 @@ class Preference:
         corruption = setting.recipe.objective.corruption(setting.mask_id, phase.block_size, draws=self._samples)
         stream = corrupt(rows, corruption, seed)
         with torch.no_grad(), self._as_reference():
-            hidden_ND = predicted_hidden(self._reference, stream, setting.mask_id, setting.backend)
+            hidden_ND = predicted_hidden(self._reference, stream, setting.backend)
             reference_N = token_nll(self._reference.head, hidden_ND, stream.target_N, setting.mask_id)
         hidden_ND = setting.hidden(stream, watched=train)
         policy_N = token_nll(setting.model.head, hidden_ND, stream.target_N, setting.mask_id)

@@ -150,6 +150,9 @@ class Recipe(Section):
     """
 
     model: str
+    autoregressive: bool = Field(
+        False, description="next-token training of an autoregressive model, as it is: what a conversion is compared with"
+    )
     mask_token: str | None = Field(
         None, description="token to serve as [MASK]; default: the model's, or an unused special token"
     )
@@ -175,9 +178,21 @@ class Recipe(Section):
             raise ConfigError(
                 f"train.batch_rows {self.train.batch_rows} is not a multiple of train.micro_rows {self.train.micro_rows}"
             )
+        if self.autoregressive:
+            self._check_autoregressive()
         if self.preference is not None:
             self._check_preference()
         return self
+
+    def _check_autoregressive(self) -> None:
+        if self.schedule is not None or self.preference is not None or self.objective.cap is not None or self.mask_token:
+            raise ConfigError(
+                "autoregressive training has no schedule, preference, objective.cap or mask_token; leave them out"
+            )
+        if self.decode_block_size != 1:
+            raise ConfigError(
+                f"decode_block_size is {self.decode_block_size}; an autoregressive model decodes token by token: set it to 1"
+            )
 
     def _check_preference(self) -> None:
         if self.train.micro_rows % 2:

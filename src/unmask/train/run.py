@@ -26,7 +26,7 @@ from unmask.models.dtypes import parse_dtype
 from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
 from unmask.train.metrics import Record, plot_run, read_metrics
-from unmask.train.objective import Denoising, Objective, Preference, Setting
+from unmask.train.objective import Denoising, MaskedSetting, NextToken, Objective, Preference, Setting
 from unmask.train.recipe import Recipe, TrainSection
 from unmask.train.router import RouterMonitor
 from unmask.train.state import list_checkpoints, save_model
@@ -98,7 +98,9 @@ def build_parts(recipe: Recipe) -> Parts:
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
-    mask_id = _give_mask_token(model, tokenizer, recipe)
+    mask_id = None if recipe.autoregressive else _give_mask_token(model, tokenizer, recipe)
+    if recipe.autoregressive and model.config.mask_id is not None:
+        raise ConfigError(f"{recipe.model} is a diffusion model; autoregressive: true takes an autoregressive one")
     reference = None if recipe.preference is None or train.lora is not None else deepcopy(model).requires_grad_(False).eval()
     if train.lora is not None:
         attach_lora(
@@ -114,7 +116,7 @@ def build_parts(recipe: Recipe) -> Parts:
     backend = _backend(recipe, device)
     return Parts(
         model=model,
-        objective=_objective(Setting(model, recipe, mask_id, backend, router), reference),
+        objective=_objective(Setting(model, recipe, backend, router), mask_id, reference),
         router=router,
         packer=_packer(recipe, tokenizer, held_out=False),
         validation=_validation_rows(recipe, tokenizer),
@@ -131,7 +133,7 @@ def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -
     if own is None and recipe.schedule is None:
         raise ConfigError(
             f"{recipe.model} is autoregressive: fine-tuning needs a diffusion model; convert it first (unmask convert), "
-            "or give the recipe a schedule of block sizes"
+            "give the recipe a schedule of block sizes, or train it as it is (autoregressive: true)"
         )
     if own is not None and recipe.mask_token is None and own in tokenizer.added_tokens:
         token = tokenizer.added_tokens[own]
@@ -161,13 +163,16 @@ def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
     return RouterMonitor(model, policy, rate=train.router.rate, aux_weight=train.router.aux_weight)
 
 
-def _objective(setting: Setting, reference: Transformer | None) -> Objective:
-    """Denoising, or preference against a frozen copy (`reference`), or against the model without its adapter."""
+def _objective(setting: Setting, mask_id: int | None, reference: Transformer | None) -> Objective:
+    """Next token (no `mask_id`), denoising, or preference: against a frozen copy (`reference`) or the model without adapter."""
+    if mask_id is None:
+        return NextToken(setting)
+    masked = MaskedSetting(setting.model, setting.recipe, setting.backend, setting.router, mask_id)
     if setting.recipe.preference is None:
-        return Denoising(setting)
+        return Denoising(masked)
     if reference is not None:
-        return Preference(setting, reference, nullcontext)
-    return Preference(setting, setting.model, lambda: adapters_off(setting.model))
+        return Preference(masked, reference, nullcontext)
+    return Preference(masked, setting.model, lambda: adapters_off(setting.model))
 
 
 def _packer(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> Packer:

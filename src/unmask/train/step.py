@@ -41,27 +41,27 @@ def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
 
 @dataclass(frozen=True)
 class MaskNoise:
-    """Mask-embedding noise of one step: expected norm and the run's seed."""
+    """Mask-embedding noise of one step: expected norm, the run's seed, and the token it belongs to."""
 
     norm: float
     seed: int
+    mask_id: int
 
 
 def predicted_hidden(
     model: Transformer,
     stream: Stream,
-    mask_id: int,
     backend: AttentionBackend,
     noise: MaskNoise | None = None,
     router: RouterMonitor | None = None,
 ) -> Tensor:
-    """Hidden states [N, D] at the positions the stream hides.
+    """Hidden states [N, D] of the stream's predictions.
 
     `noise` is added to the embedding of masked positions; `router` watches where the tokens are sent (None: nobody does).
     """
     extra = None
     if noise is not None and noise.norm > 0:
-        extra = embedding_noise(stream, mask_id, model.config.hidden_size, noise.norm, noise.seed)
+        extra = embedding_noise(stream, noise.mask_id, model.config.hidden_size, noise.norm, noise.seed)
     attend = make_attend(stream.index, backend)
     with nullcontext() if router is None else router.watching(stream):
         hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
@@ -69,10 +69,10 @@ def predicted_hidden(
 
 
 def score_stream(
-    model: Transformer, stream: Stream, mask_id: int, backend: AttentionBackend, noise: MaskNoise | None = None
+    model: Transformer, stream: Stream, mask_id: int | None, backend: AttentionBackend, noise: MaskNoise | None = None
 ) -> Tensor:
-    """Negative log-likelihood [N] (float32, nats) of every token the stream hides, with gradient."""
-    return token_nll(model.head, predicted_hidden(model, stream, mask_id, backend, noise), stream.target_N, mask_id)
+    """Negative log-likelihood [N] (float32, nats) of every token the stream asks for, with gradient."""
+    return token_nll(model.head, predicted_hidden(model, stream, backend, noise), stream.target_N, mask_id)
 
 
 @dataclass(frozen=True)

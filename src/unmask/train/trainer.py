@@ -37,7 +37,7 @@ class Parts:
     packer: Packer
     validation: PackedRows | None
     recipe: Recipe
-    mask_id: int
+    mask_id: int | None
     backend: AttentionBackend
     tokenizer: Tokenizer
 
