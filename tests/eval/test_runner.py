@@ -11,7 +11,7 @@ import pytest
 from scripted import ScriptedModel
 
 from unmask.errors import ConfigError
-from unmask.eval.runner import Settings, load_samples, run_tasks
+from unmask.eval.runner import Settings, load_samples, request_of, run_tasks
 from unmask.eval.task import Item, Score, Split, Task
 
 
@@ -59,6 +59,24 @@ def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
 def test_a_whole_split_is_not_limited(model: ScriptedModel, tmp_path: Path) -> None:
     told = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 60)["tasks"]["sums"]
     assert (told["items"], told["limited"]) == (50, False)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("system", [None, "Be short."])
+def test_an_answer_goes_on_from_its_prefix(model: ScriptedModel, tmp_path: Path, raw: bool, system: str | None) -> None:
+    def items(split: Split, count: int) -> list[Item]:
+        begun = {"answer_prefix": "So it is ", "system": system, "raw": raw}
+        return [replace(item, target=f"So it is {item.target}", **begun) for item in items_of(split, count)]
+
+    task = replace(SUMS, items=items)
+    assert run_tasks(model, [task], tmp_path / "run", count=lambda _: 8)["tasks"]["sums"]["score"] == 0.75
+    assert all(prompt.endswith("So it is ") and prompt.count("So it is ") == 1 for prompt in model.asked)
+    sample, text = load_samples(tmp_path / "run")[1], model.tokenizer
+    assert sample.answer == "So it is 4"
+    assert sample.tokens == len(text.encode("4"))
+    plain = request_of(model, replace(items("test", 2)[1], answer_prefix=""), {})
+    begun = request_of(model, items("test", 2)[1], {})
+    assert begun.ids == (*plain.ids, *text.encode("So it is "))
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.55, 1.0])

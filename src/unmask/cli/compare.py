@@ -23,6 +23,7 @@ def compare(
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
     limit: evaluation.Limit = None,
+    split: evaluation.SplitName = "test",
     out: Annotated[Path, typer.Option(help="Folder of the report, and of the runs of models.")] = Path("out/compare"),
     block_size: options.BlockSize = None,
     threshold: options.Threshold = None,
@@ -44,7 +45,7 @@ def compare(
     from unmask.eval.runner import load_results, load_samples
 
     console = make_console()
-    decoding = options.given(block_size=block_size, threshold=threshold)
+    settings = evaluation.settings_of(split, options.given(block_size=block_size, threshold=threshold), batch)
     are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
     folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
     if not all(are_runs):
@@ -54,7 +55,7 @@ def compare(
         for name, is_run, folder in zip((a, b), are_runs, folders, strict=True):
             if not is_run:
                 model = evaluation.open_model(name, dtype=dtype, device=device, quantize=quantize)
-                evaluation.answer(console, model, chosen.own, folder, limit, decoding, batch)
+                evaluation.answer(console, model, chosen.own, folder, limit, settings)
     found = compare_samples(*(load_samples(folder) for folder in folders))
     files = write_comparison(out, found, *(load_results(folder) for folder in folders))
     table = Table(Column(HEAD[0], no_wrap=True), *HEAD[1:], title=f"A is {a}, B is {b}")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from unmask.eval.registry import Planned
 
-_SPLITS = ("test", "validation", "train")
-
 
 def eval_(
     model: options.Model = options.DIFFUSION_MODEL,
@@ -68,8 +66,8 @@ def eval_(
 
     A killed run goes on with --resume. Likelihoods of a diffusion model are lower bounds, and said to be.
     """
+    from unmask.eval.outside import Target
     from unmask.eval.registry import load_suite
-    from unmask.eval.runner import Settings
     from unmask.eval.suite import EvalRun, plan_suite
 
     console = make_console(stderr=as_json)
@@ -79,18 +77,17 @@ def eval_(
         return
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; it must be at least 1")
-    if split not in _SPLITS:
-        raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
     given = {"block_size": block_size, "threshold": threshold, "steps": steps, "preset": preset}
     decoding = options.given(**given, edit_threshold=edit_threshold, temperature=temperature)
+    settings = evaluation.settings_of(split, decoding, batch)
     whole = None if suite in (None, evaluation.MINI5) else load_suite(str(suite))
-    planned = None if whole is None else plan_suite(whole)
+    name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")
+    folder = out if out is not None else Path("out/eval") / name
+    planned = None if whole is None else plan_suite(whole, target=Target(model=model, folder=f"{folder}/outside"))
     chosen = evaluation.choose(None if whole else suite, tasks, needed=whole is None and needle is None)
     if dry_run:
         _show_plan(console, chosen, planned, limit, as_json=as_json)
         return
-    name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")
-    folder = out if out is not None else Path("out/eval") / name
     language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize, yarn=yarn)
     if needle is not None:
         chosen = replace(chosen, own=(*chosen.own, *evaluation.needles(needle, language_model)))
@@ -99,7 +96,7 @@ def eval_(
         folder=folder,
         count=partial(evaluation.count_for, limit),
         limit=limit,
-        settings=Settings(split, decoding, batch),  # type: ignore[arg-type]
+        settings=settings,
         harness={"samples": samples, "batch": batch, "decoding": decoding, "chat": chat, "allow_code": allow_code},
         resume=resume,
     )

@@ -21,9 +21,11 @@ from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     from unmask.engine.model import LanguageModel
+    from unmask.eval.runner import Settings
     from unmask.eval.task import Task
 
 MINI5, LLADA2 = "mini-5", "llada2-47"
+_SPLITS = ("test", "validation", "train")
 DEFAULT_COUNT = 50
 """Items of a task that has no end."""
 
@@ -45,15 +47,17 @@ class Chosen:
 
 def own_tasks() -> dict[str, Task]:
     """Every task that needs nothing but this package, by name."""
+    from unmask.eval.bfcl import bfcl_tasks
     from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
+    from unmask.eval.ifeval import IFEVAL
     from unmask.eval.mini5 import agent_schema_task, mini5_tasks
 
-    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE)
+    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())
     return {task.name: task for task in found}
 
 
 def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chosen:
-    """The tasks of `--suite mini-5` and of `--tasks`; needles are `needles`.
+    """The tasks of `--suite mini-5` and of `--tasks`, where "bfcl-offline" is all of "bfcl-offline/..."; needles are `needles`.
 
     Raises:
         ConfigError: nothing is chosen, or a suite that is not there.
@@ -65,9 +69,9 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
     own, known = list(mini5_tasks()) if suite == MINI5 else [], own_tasks()
     harness = []
     for name in (part.strip() for part in (names or "").split(",")):
-        if name in known:
-            own.append(known[name])
-        elif name:
+        group = [task for task in known.values() if name and name in (task.name, task.name.partition("/")[0])]
+        own += group
+        if name and not group:
             harness.append(name)
     if needed and not own and not harness:
         raise ConfigError(f"no tasks are chosen; give --suite {MINI5} or --tasks, and see unmask eval --list")
@@ -141,19 +145,31 @@ def _lines(console: Console) -> Callable[[str, int, int], None]:
     return on_progress
 
 
+def settings_of(split: str, decoding: Mapping[str, Any], batch: int) -> Settings:
+    """How own tasks are run.
+
+    Raises:
+        ConfigError: there is no such split.
+    """
+    from unmask.eval.runner import Settings
+
+    if split not in _SPLITS:
+        raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
+    return Settings(split, decoding, batch)  # type: ignore[arg-type]
+
+
 def answer(
     console: Console,
     model: LanguageModel,
     tasks: Sequence[Task],
     folder: Path,
     limit: int | None,
-    decoding: Mapping[str, Any],
-    batch: int,
+    settings: Settings,
 ) -> dict[str, Any]:
     """Run tasks in a folder, or go on with what it holds; what `results.json` says."""
-    from unmask.eval.runner import Settings, run_tasks
+    from unmask.eval.runner import run_tasks
 
-    settings, count = Settings("test", decoding, batch), partial(count_for, limit)
+    count = partial(count_for, limit)
     console.print(f"{model.name}  {folder}", soft_wrap=True)
     with showing_tasks(console) as on_progress:
         return run_tasks(model, tasks, folder, count=count, settings=settings, resume=True, on_progress=on_progress)

@@ -23,6 +23,7 @@ def sweep(
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
     limit: evaluation.Limit = None,
+    split: evaluation.SplitName = "test",
     thresholds: Annotated[str, typer.Option(help="Separated by commas.")] = "0.5,0.7,0.9,0.95",
     block_sizes: Annotated[str | None, typer.Option(help="Separated by commas; left out: the model's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the plot.")] = Path("out/sweep"),
@@ -54,11 +55,14 @@ def sweep(
     for size, bar in itertools.product(sizes or [language_model.config.block_size or 32], bars):
         folder = out / f"block-{size}-threshold-{bar:g}"
         decoding = {"block_size": size, "threshold": bar}
-        results = evaluation.answer(console, language_model, chosen.own, folder, limit, decoding, batch)
+        settings = evaluation.settings_of(split, decoding, batch)
+        results = evaluation.answer(console, language_model, chosen.own, folder, limit, settings)
         points.append({**decoding, **_point(results)})
     rows = [_cells(point) for point in points]
     draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")
-    atomic_write_json(out / "sweep.json", {"model": model, "suite": suite, "tasks": tasks, "limit": limit, "points": points})
+    atomic_write_json(
+        out / "sweep.json", {"model": model, "suite": suite, "tasks": tasks, "split": split, "limit": limit, "points": points}
+    )
     atomic_write(out / "sweep.md", bytes_writer(f"{markdown_table(HEAD, rows)}\n\n![Frontier](frontier.png)\n".encode()))
     table = Table(*HEAD)
     for row in rows:

@@ -37,7 +37,7 @@ def ban_mask(logits: Tensor, mask_id: int | None) -> Tensor:
 def token_nll(
     head: Callable[[Tensor], Tensor], hidden_ND: Tensor, target_N: Tensor, mask_id: int | None, *, chunk: int = 2048
 ) -> Tensor:
-    """Negative log-likelihood of each target given the hidden state that predicts it (the same position's, no shift, in diffusion).
+    """Negative log-likelihood of each target given the hidden state that predicts it: the same position's in diffusion.
 
     The vocabulary is projected for the given positions only, `chunk` of them at a time; with more than one chunk each is
     recomputed in the backward pass, so that [N, V] never exists at once.

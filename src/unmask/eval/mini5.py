@@ -16,7 +16,7 @@ from unmask.eval.mini5_answers import canonical, score
 from unmask.eval.mini5_families import Family, take_turns
 from unmask.eval.task import Dimension, Task
 
-VERSION = "1"
+VERSION = "2"  # 2: questions ask for the work, then the answer
 _FAMILIES: Mapping[Dimension, tuple[Family, ...]] = {
     "knowledge": mini5_knowledge.FAMILIES,
     "reasoning": mini5_reasoning.FAMILIES,
@@ -49,7 +49,7 @@ def training_records(split: Literal["train", "validation"] = "train", count: int
         count: of records; `training_records(s, 5) == training_records(s, 9)[:5]`.
 
     Returns:
-        `{"messages": [user, assistant]}`, the assistant giving the right answer in its canonical form.
+        `{"messages": [user, assistant]}`, the assistant giving the work and the right answer in their canonical form.
 
     Raises:
         ConfigError: another split.

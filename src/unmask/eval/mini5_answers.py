@@ -1,10 +1,10 @@
-"""Reading a short answer out of a model's text, and comparing it: lenient about form, strict about content.
+"""Reading an answer out of a model's text, and comparing it: lenient about form, strict about content.
 
 Owns the kinds of target and their rules. Knows no question and no model.
 
 A target is `{"kind": ..., "answer": ...}`: `word` (one of the words in `among`), `number`, `output` (what a program prints),
 or `call` (a JSON object). What follows the last "Answer:" or "answer is" counts, else the end of the text. Something the text
-denies ("not 5") or leaves open ("5 or 6") is no answer.
+denies ("not 5") or leaves open ("5 or 6") is no answer. A target's "work" leads to the answer: for training, never compared.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
 
 
 def canonical(target: Mapping[str, Any]) -> str:
-    """The right answer as a model should write it."""
+    """The work, where there is some, and the right answer, as a model should write them."""
     if target["kind"] == "call":
         return json.dumps(target["answer"])
-    return f"Answer: {target['answer']}" if target["kind"] == "number" else str(target["answer"])
+    closing = f"\nOutput: {target['answer']}" if target["kind"] == "output" else f" Answer: {target['answer']}"
+    return f"{target.get('work', '')}{closing}".lstrip()
 
 
 def _score(target: Mapping[str, Any], text: str) -> Score:

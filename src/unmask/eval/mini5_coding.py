@@ -1,7 +1,7 @@
 """Output prediction: short Python programs, and what they print.
 
 Owns a small language of expressions and statements, as text and as a computation of its own: no program is ever executed as
-text. Values are integers, strings, and lists of integers.
+text. Values are integers, strings, and lists of integers. A computation tells what it does: that is the work of an answer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Constant:
 
     content: Any
 
-    def text(self) -> str:
+    def text(self, values: Values | None = None) -> str:
         return repr(self.content)
 
     def value(self, values: Values) -> Any:
@@ -79,12 +79,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Name:
-    """A variable."""
+    """A variable; in a trace, what it holds, unless that is a list."""
 
     name: str
 
-    def text(self) -> str:
-        return self.name
+    def text(self, values: Values | None = None) -> str:
+        return self.name if values is None or isinstance(values[self.name], list) else repr(values[self.name])
 
     def value(self, values: Values) -> Any:
         return values[self.name]
@@ -98,9 +98,9 @@ class Binary:
     sign: str
     right: Expression
 
-    def text(self) -> str:
-        sides = (f"({each.text()})" if isinstance(each, Binary) else each.text() for each in (self.left, self.right))
-        return f" {self.sign} ".join(sides)
+    def text(self, values: Values | None = None) -> str:
+        texts = ((each, each.text(values)) for each in (self.left, self.right))
+        return f" {self.sign} ".join(f"({text})" if isinstance(each, Binary) else text for each, text in texts)
 
     def value(self, values: Values) -> Any:
         return _BINARY[self.sign](self.left.value(values), self.right.value(values))
@@ -113,8 +113,8 @@ class Call:
     name: str
     of: Expression
 
-    def text(self) -> str:
-        return f"{self.of.text()}.{self.name}()" if self.name in _METHODS else f"{self.name}({self.of.text()})"
+    def text(self, values: Values | None = None) -> str:
+        return f"{self.of.text(values)}.{self.name}()" if self.name in _METHODS else f"{self.name}({self.of.text(values)})"
 
     def value(self, values: Values) -> Any:
         return (_METHODS if self.name in _METHODS else _FUNCTIONS)[self.name](self.of.value(values))
@@ -129,11 +129,11 @@ class Part:
     last: int | None = None
     step: int | None = None
 
-    def text(self) -> str:
+    def text(self, values: Values | None = None) -> str:
         if self.last is None and self.step is None:
-            return f"{self.of.text()}[{self.first}]"
+            return f"{self.of.text(values)}[{self.first}]"
         first, last = ("" if each is None else each for each in (self.first, self.last))
-        return f"{self.of.text()}[{first}:{last}{'' if self.step is None else f':{self.step}'}]"
+        return f"{self.of.text(values)}[{first}:{last}{'' if self.step is None else f':{self.step}'}]"
 
     def value(self, values: Values) -> Any:
         whole = self.of.value(values)
@@ -155,9 +155,13 @@ class Assign:
     def lines(self) -> list[str]:
         return [f"{self.name} {self.sign}= {self.to.text()}"]
 
-    def run(self, values: Values) -> None:
-        new = self.to.value(values)
-        values[self.name] = _BINARY[self.sign](values[self.name], new) if self.sign else new
+    def run(self, values: Values) -> list[str]:
+        new, done = self.to.value(values), self.to.text(values)
+        if self.sign:
+            done = f"{values[self.name]!r} {self.sign} {new!r}"
+            new = _BINARY[self.sign](values[self.name], new)
+        values[self.name] = new
+        return [_equal(self.name, done, repr(new))]
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,9 @@ class Append:
     def lines(self) -> list[str]:
         return [f"{self.name}.append({self.what.text()})"]
 
-    def run(self, values: Values) -> None:
+    def run(self, values: Values) -> list[str]:
         values[self.name] = [*values[self.name], self.what.value(values)]
+        return [_equal(self.name, repr(values[self.name]))]
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,9 @@ class If:
         then, otherwise = (f"    {each.lines()[0]}" for each in (self.then, self.otherwise))
         return [f"if {self.condition.text()}:", then, "else:", otherwise]
 
-    def run(self, values: Values) -> None:
-        (self.then if self.condition.value(values) else self.otherwise).run(values)
+    def run(self, values: Values) -> list[str]:
+        holds = self.condition.value(values)
+        return [f"{self.condition.text(values)} is {holds}", *(self.then if holds else self.otherwise).run(values)]
 
 
 @dataclass(frozen=True)
@@ -202,10 +208,16 @@ class Loop:
         over = f"range({self.over[0]}, {self.over[1]})" if isinstance(self.over, tuple) else self.over.text()
         return [f"for {self.name} in {over}:", f"    {self.body.lines()[0]}"]
 
-    def run(self, values: Values) -> None:
+    def run(self, values: Values) -> list[str]:
+        trace = []
         for each in range(*self.over) if isinstance(self.over, tuple) else self.over.value(values):
             values[self.name] = each
-            self.body.run(values)
+            trace += [f"{self.name} = {each!r}: {line}" for line in self.body.run(values)]
+        return trace
+
+
+def _equal(*sides: str) -> str:
+    return " = ".join(dict.fromkeys(sides))
 
 
 Statement = Assign | Append | If | Loop
@@ -222,12 +234,14 @@ class Program:
         """Its source."""
         return "\n".join([*(line for each in self.statements for line in each.lines()), f"print({self.printed.text()})"])
 
-    def output(self) -> str:
-        """What it prints."""
+    def run(self) -> tuple[str, str]:
+        """What it prints, and what each statement does on the way: a line each, of values in place of names."""
         values: Values = {}
-        for each in self.statements:
-            each.run(values)
-        return str(self.printed.value(values))
+        trace = [line for each in self.statements for line in each.run(values)]
+        printed = self.printed.value(values)
+        if not isinstance(self.printed, Name):
+            trace.append(_equal(self.printed.text(values), repr(printed)))
+        return str(printed), "\n".join(trace)
 
 
 def _number(rng: random.Random, low: int = 1, high: int = 9) -> Constant:
@@ -296,19 +310,20 @@ def _list(rng: random.Random) -> Program:
     return Program(statements, rng.choice(printed))
 
 
-_ASKED = "What is the output of this Python program? Answer with the output only."
+_ASKED = "What is the output of this Python program? Follow it line by line, then end with 'Output: <what it prints>'."
 
 
 def _asked(make: Callable[[random.Random], Program]) -> Callable[[int], Draw | None]:
     def draw(rng: random.Random) -> Draw:
         program = make(rng)
-        return Draw(f"{_ASKED}\n\n```python\n{program.text()}\n```", {"kind": "output", "answer": program.output()})
+        output, trace = program.run()
+        return Draw(f"{_ASKED}\n\n```python\n{program.text()}\n```", {"kind": "output", "answer": output}, work=trace)
 
     return seeded(draw)
 
 
 FAMILIES = tuple(
-    Family(name, _asked(make), max_new_tokens=48)
+    Family(name, _asked(make), max_new_tokens=128)
     for name, make in (
         ("variables", _variables),
         ("arithmetic", _arithmetic),

@@ -26,11 +26,19 @@ _MAX_REJECTED = 2000  # in a row: the family has no more
 
 @dataclass(frozen=True)
 class Draw:
-    """One question: the user's message, what `mini5_answers` compares with, and the answer's form where it is JSON."""
+    """One question.
+
+    Attributes:
+        prompt: the user's message.
+        target: what `mini5_answers` compares with.
+        schema: the answer's form, where it is JSON.
+        work: what leads to the answer, without the answer's own line; an item's target keeps it as "work".
+    """
 
     prompt: str
     target: Mapping[str, Any]
     schema: Mapping[str, Any] | None = None
+    work: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Family:
 
     name: str
     make: Callable[[int], Draw | None]
-    max_new_tokens: int = 48
+    max_new_tokens: int = 96
     trainable: bool = True
 
 
@@ -118,7 +126,7 @@ def take_turns(
                 Item(
                     id=f"{dimension}/{family.name}/{split}/{index}",
                     prompt=draw.prompt,
-                    target=dict(draw.target),
+                    target={**draw.target, **({"work": draw.work} if draw.work else {})},
                     max_new_tokens=family.max_new_tokens,
                     schema=draw.schema if with_schema else None,
                 )

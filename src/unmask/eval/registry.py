@@ -6,23 +6,22 @@ Owns the bundled suites (`suites/*.yaml`), the plan of a run, and averages that 
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import importlib.resources
 import math
 import os
-import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from unmask.errors import ConfigError
+from unmask.eval.outside import LOCAL, Harness, Strict, Target
 from unmask.eval.task import Dimension
 
 Status = Literal["here", "outside", "not run"]
@@ -33,32 +32,7 @@ _BUNDLED = {"llada2-47": "llada2.yaml"}
 _OFFLINE_SETTINGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Harness(_Strict):
-    """A package that implements benchmarks; `version` is the one its task names were taken from."""
-
-    distribution: str
-    version: str
-    in_process: bool = False
-
-    @property
-    def requirement(self) -> str:
-        """What pip is asked for."""
-        return f"{self.distribution}=={self.version}"
-
-    @property
-    def install(self) -> str:
-        """The command that installs it: a harness that does not run in our process gets an environment of its own."""
-        if self.in_process:
-            return f"pip install {self.requirement}"
-        venv = f"~/.venvs/{self.distribution}"
-        return f"python -m venv {venv} && {venv}/bin/pip install {self.requirement}"
-
-
-class Implementation(_Strict):
+class Implementation(Strict):
     """A harness's tasks that are one benchmark; `differs` is how they depart from what the report scored."""
 
     harness: str
@@ -68,7 +42,7 @@ class Implementation(_Strict):
     differs: str | None = None
 
 
-class Benchmark(_Strict):
+class Benchmark(Strict):
     """A benchmark of a report; the suite's file says what each field means. Null says that it could not be established."""
 
     name: str
@@ -94,7 +68,7 @@ class Benchmark(_Strict):
         return self
 
 
-class Suite(_Strict):
+class Suite(Strict):
     """Benchmarks with the scores of published models (`models`: key -> label), in percent."""
 
     name: str
@@ -171,48 +145,21 @@ def load_suite(name_or_path: str | Path) -> Suite:
         raise ConfigError(f"suite {name_or_path}: {problems}") from error
 
 
-def find_harnesses(suite: Suite, pythons: Mapping[str, str | Path] | None = None) -> dict[str, str]:
-    """Version of each of the suite's harnesses that is installed.
-
-    Args:
-        suite: whose harnesses to look for.
-        pythons: for a harness with an environment of its own, that environment's interpreter; the others are looked for in
-            this process's environment.
-
-    Raises:
-        ConfigError: `pythons` names a harness that the suite does not have, or an interpreter without it.
-    """
-    pythons = pythons or {}
-    if unknown := pythons.keys() - suite.harnesses.keys():
-        raise ConfigError(f"'{sorted(unknown)[0]}' is no harness of {suite.name}; it has {', '.join(suite.harnesses)}")
-    found = {}
-    for name, harness in suite.harnesses.items():
-        if name in pythons:
-            found[name] = _version_in(pythons[name], harness)
-            continue
-        try:
-            found[name] = importlib.metadata.version(harness.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _version_in(python: str | Path, harness: Harness) -> str:
-    script = f"import importlib.metadata as m; print(m.version({harness.distribution!r}))"
-    try:
-        done = subprocess.run([str(python), "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        remedy = f"run {python} -m pip install {harness.requirement}"
-        raise ConfigError(f"{python} has no {harness.distribution}; {remedy}") from error
-    return done.stdout.strip()
-
-
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps a harness from running a benchmark, and the command that changes it, where there is one."""
+    """What keeps a harness from running a benchmark, and the command that changes it, where there is one.
+
+    Attributes:
+        problem: in words.
+        remedy: what installs the harness.
+        commands: what then evaluates the benchmark against `unmask serve`, where the harness does not run in our process.
+        result: where the score stands then.
+    """
 
     problem: str
     remedy: str | None = None
+    commands: tuple[str, ...] = ()
+    result: str | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +177,8 @@ class Planned:
         runs_code: it executes what the model writes.
         differs: how that departs from what the report scored.
         obstacles: of each harness that cannot run it, best first; for one that no harness has, what is missing.
+        commands: of `outside`: what evaluates it against `unmask serve`.
+        result: of `outside`: where its score stands then.
     """
 
     benchmark: str
@@ -242,6 +191,8 @@ class Planned:
     runs_code: bool
     differs: str | None
     obstacles: tuple[Obstacle, ...]
+    commands: tuple[str, ...] = ()
+    result: str | None = None
 
     @property
     def reason(self) -> str | None:
@@ -250,7 +201,12 @@ class Planned:
 
 
 def plan(
-    suite: Suite, *, harnesses_available: Mapping[str, str], network: bool, offline_tasks: Collection[str] = ()
+    suite: Suite,
+    *,
+    harnesses_available: Mapping[str, str],
+    network: bool,
+    offline_tasks: Collection[str] = (),
+    target: Target = LOCAL,
 ) -> list[Planned]:
     """What would run each benchmark here, or why nothing can.
 
@@ -261,9 +217,10 @@ def plan(
         harnesses_available: harness -> version, from `find_harnesses`.
         network: whether data can be downloaded; `HF_HUB_OFFLINE` and `HF_DATASETS_OFFLINE` forbid it in any case.
         offline_tasks: tasks whose data need no download because they are here already.
+        target: what the other harnesses' commands evaluate.
     """
     offline = _why_offline(network)
-    return [_plan_one(suite, entry, harnesses_available, offline, offline_tasks) for entry in suite.benchmarks]
+    return [_plan_one(suite, entry, harnesses_available, offline, offline_tasks, target) for entry in suite.benchmarks]
 
 
 def _why_offline(network: bool) -> str | None:
@@ -274,7 +231,12 @@ def _why_offline(network: bool) -> str | None:
 
 
 def _plan_one(
-    suite: Suite, benchmark: Benchmark, available: Mapping[str, str], offline: str | None, offline_tasks: Collection[str]
+    suite: Suite,
+    benchmark: Benchmark,
+    available: Mapping[str, str],
+    offline: str | None,
+    offline_tasks: Collection[str],
+    target: Target,
 ) -> Planned:
     obstacles = []
     usable = []
@@ -282,9 +244,11 @@ def _plan_one(
         harness = suite.harnesses[entry.harness]
         download = entry.data == "downloaded" and not set(entry.tasks) <= set(offline_tasks)
         blocked = f"downloads {benchmark.source or 'its data'}, but {offline}" if download and offline else None
-        if entry.harness not in available:
+        if harness.no_command:
+            obstacles.append(Obstacle(f"{entry.harness} cannot ask unmask serve: {harness.no_command}"))
+        elif entry.harness not in available:
             problem = f"{entry.harness} is not installed" + (f", and {blocked}" if blocked else "")
-            obstacles.append(Obstacle(problem, harness.install))
+            obstacles.append(Obstacle(problem, harness.install, *harness.told(benchmark.name, entry.tasks, target)))
         elif blocked:
             obstacles.append(Obstacle(f"{entry.harness} {blocked}"))
         else:
@@ -293,8 +257,9 @@ def _plan_one(
         obstacles = obstacles or [Obstacle(f"no harness has it; missing: {benchmark.missing}")]
         nothing = (None, None, (), None, False, None)
         return Planned(benchmark.name, benchmark.dimension, "not run", *nothing, tuple(obstacles))
-    chosen = next((entry for entry in usable if suite.harnesses[entry.harness].in_process), usable[0])
-    status: Status = "here" if suite.harnesses[chosen.harness].in_process else "outside"
+    chosen = next((entry for entry in usable if suite.harnesses[entry.harness].is_here), usable[0])
+    harness = suite.harnesses[chosen.harness]
+    status: Status = "here" if harness.is_here else "outside"
     version = available[chosen.harness]
     if chosen.data == "bundled":
         data = f"in {chosen.harness} {version}"
@@ -303,7 +268,8 @@ def _plan_one(
     else:
         data = f"downloaded: {benchmark.source or f'by {chosen.harness}'}"
     details = (chosen.harness, version, chosen.tasks, data, chosen.runs_code, chosen.differs)
-    return Planned(benchmark.name, benchmark.dimension, status, *details, tuple(obstacles))
+    told = harness.told(benchmark.name, chosen.tasks, target)
+    return Planned(benchmark.name, benchmark.dimension, status, *details, tuple(obstacles), *told)
 
 
 def to_json(planned: Sequence[Planned]) -> dict[str, Any]:
@@ -330,14 +296,27 @@ def render_plan(console: Console, planned: Sequence[Planned]) -> None:
             style = "dim" if entry.status == "not run" else ""
             table.add_row(*(Text(cell, style=style) for cell in (entry.benchmark, entry.status, runner, about)))
     console.print(table)
-    first = [entry.obstacles[0] for entry in planned if entry.status == "not run"]
-    for remedy in dict.fromkeys(obstacle.remedy for obstacle in first if obstacle.remedy):
-        console.print(Text(remedy, style="dim"), soft_wrap=True)
+    for line in _script(planned):
+        console.print(Text(line, style="dim"), soft_wrap=True)
     counts = to_json(planned)["counts"]
     summary = (
         f"{counts['here']} of {len(planned)} run in unmask eval, {counts['outside']} in another harness against unmask serve"
     )
     console.print(Text(f"{summary}, {counts['not run']} are not run."))
+
+
+def _script(planned: Sequence[Planned]) -> list[str]:
+    """Shell lines for what does not run in our process: what installs each harness, once, and what evaluates each benchmark."""
+    lines: list[str] = []
+    for entry in planned:
+        told: Planned | Obstacle = entry
+        if entry.status == "not run":
+            told = first = entry.obstacles[0]
+            if first.remedy is not None and first.remedy not in lines:
+                lines.append(first.remedy)
+        if told.commands:
+            lines += [f"# {entry.benchmark}: {told.result}", *told.commands]
+    return lines
 
 
 @dataclass(frozen=True)

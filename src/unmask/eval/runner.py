@@ -24,6 +24,8 @@ from unmask.models.files import atomic_write_json
 
 FORMAT = 1
 SCORED_TOGETHER = 16
+TOO_LONG = "too long"
+"""`finish_reason` of an item that the context has no room for."""
 OnProgress = Callable[[str, int, int], None]
 """Task, items done, items in all."""
 
@@ -161,6 +163,7 @@ def summarise(tasks: Sequence[Task], samples: Sequence[Sample]) -> dict[str, dic
             "score": statistics.fmean(scores) if scores else None,
             "standard_error": spread / math.sqrt(len(scores)) if scores else None,
             "items": len(own),
+            "too_long": sum(sample.finish_reason == TOO_LONG for sample in own),
             "size": task.size,
             "limited": task.size is None or len(own) < task.size,
             "speed": speed(own),
@@ -190,12 +193,19 @@ def _spread(ordered: Sequence[float]) -> dict[str, float] | None:
 
 
 def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: Settings) -> list[Sample]:
-    tokenizer = model.tokenizer
+    """Answers and scores of items; one that the context has no room for is wrong, unasked."""
+    tokenizer, room = model.tokenizer, model.config.max_positions
     assert tokenizer is not None, "request_of has refused a model without one"
-    requests = [request_of(model, item, settings.decoding or {}) for item in items]
+    every = [(item, request_of(model, item, settings.decoding or {})) for item in items]
+    asked = [(item, request) for item, request in every if len(request.ids) + request.max_new_tokens <= room]
+    refused = [_refused(task, item, request, room) for item, request in every if (item, request) not in asked]
+    items, requests = [item for item, _ in asked], [request for _, request in asked]
     completions = model.engine(max_running=settings.batch).run(requests)
-    answers = [tokenizer.decode(each.ids) if each.text is None else each.text for each in completions]
-    return [
+    answers = [
+        item.answer_prefix + (tokenizer.decode(each.ids) if each.text is None else each.text)
+        for item, each in zip(items, completions, strict=True)
+    ]
+    return refused + [
         Sample(
             task=task.name,
             id=item.id,
@@ -217,21 +227,26 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
     ]
 
 
+def _refused(task: Task, item: Item, request: Request, room: int) -> Sample:
+    why = f"not asked: {len(request.ids)} tokens and an answer of up to {request.max_new_tokens} exceed the context of {room}"
+    return Sample(task.name, item.id, item.prompt, item.target, "", None, 0.0, why, TOO_LONG, len(request.ids), 0, 0, 0.0)
+
+
 def request_of(model: LanguageModel, item: Item, decoding: Mapping[str, Any]) -> Request:
     """What the engine is asked for an item.
 
     Raises:
-        RequestError: no tokenizer or chat template, or the item does not fit the context.
+        RequestError: no tokenizer or chat template.
     """
     if item.raw or item.system is None:
         ids = model.encode_prompt(item.prompt, chat=False if item.raw else None)
     else:
         ids = model.encode_chat([{"role": "system", "content": item.system}, {"role": "user", "content": item.prompt}])
-    request = model.request(
+    if item.answer_prefix and model.tokenizer is not None:
+        ids = [*ids, *model.tokenizer.encode(item.answer_prefix)]
+    return model.request(
         ids, max_new_tokens=item.max_new_tokens, stop=item.stop, json_schema=item.schema, **{"seed": 0, **decoding}
     )
-    request.check(model.config)
-    return request
 
 
 def _open(path: Path, head: Mapping[str, Any], *, resume: bool) -> list[Sample]:

