@@ -18,23 +18,16 @@ from helpers import make_tokenizer
 from unmask.data.generated import GeneratedSource
 from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
-from unmask.eval import mini5_agent, mini5_coding, mini5_families, mini5_knowledge, mini5_math, mini5_reasoning
-from unmask.eval.mini5 import agent_schema_task, families, mini5_tasks, training_records
+from unmask.eval import mini5_agent, mini5_families, mini5_math, mini5_reasoning
+from unmask.eval.mini5 import FAMILIES, agent_schema_task, families, mini5_tasks, training_records
 from unmask.eval.mini5_answers import canonical, same, score
 from unmask.eval.mini5_families import SPLITS, Draw, Family, draws, seeded, seeds, split_of, take_turns
 from unmask.eval.task import Item, Task
 
 TASKS = mini5_tasks()
-FAMILIES = {
-    "knowledge": mini5_knowledge.FAMILIES,
-    "reasoning": mini5_reasoning.FAMILIES,
-    "coding": mini5_coding.FAMILIES,
-    "math": mini5_math.FAMILIES,
-    "agent": mini5_agent.FAMILIES,
-}
 DIGEST = """
 import hashlib, json
-from unmask.eval.mini5 import mini5_tasks
+from unmask.eval.mini5 import FAMILIES, mini5_tasks
 items = [[item.id, item.prompt, item.target] for task in mini5_tasks() for item in task.items("test", 30)]
 print(hashlib.sha256(json.dumps(items).encode()).hexdigest())
 """

@@ -11,20 +11,13 @@ from typing import Any
 
 import pytest
 
-from unmask.eval import mini5_agent, mini5_coding, mini5_knowledge, mini5_math, mini5_reasoning
-from unmask.eval.mini5 import families, mini5_tasks
+from unmask.eval import mini5_coding, mini5_math
+from unmask.eval.mini5 import FAMILIES, families, mini5_tasks
 from unmask.eval.mini5_answers import canonical, score
 from unmask.eval.mini5_families import take_turns
 from unmask.eval.task import Item
 
 TASKS = mini5_tasks()
-FAMILIES = {
-    "knowledge": mini5_knowledge.FAMILIES,
-    "reasoning": mini5_reasoning.FAMILIES,
-    "coding": mini5_coding.FAMILIES,
-    "math": mini5_math.FAMILIES,
-    "agent": mini5_agent.FAMILIES,
-}
 
 
 def family_items(dimension: str, name: str, count: int = 150) -> list[Item]:
