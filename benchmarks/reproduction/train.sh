@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ -n "${THREADS:-}" ]] && export OMP_NUM_THREADS="$THREADS"
 
-# stage NAME: start or go on with a recipe's run, unless it is finished.
+# stage NAME VERB: start or go on with a recipe's run, unless it is finished.
 stage() {
     local resume=() run="out/reproduction/$1"
     [[ -e "$run/config.json" ]] && return
@@ -16,6 +16,6 @@ stage() {
 if [[ ! -e out/reproduction/data/mini5.jsonl ]]; then
     .venv/bin/python benchmarks/reproduction/data.py --count 12000 ${GSM8K:+--gsm8k "$GSM8K"}
 fi
-for name in "${@:-child cap control}"; do
-    for each in $name; do stage "$each"; done
-done
+stage child convert
+stage cap sft
+stage control sft

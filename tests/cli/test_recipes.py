@@ -12,12 +12,16 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_dry_run(run, recipe: Path, ar_folder: Path, answers: Path, tmp_path: Path) -> None:
+def test_dry_run(run, recipe: Path, ar_folder: Path, diffusion_folder: Path, answers: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
-    schedule = values["schedule"]
-    sizes = [phase["block_size"] for phase in schedule.get("warmup", [])]
-    sizes += [None] * (schedule.get("stable", 0) > 0) + [phase["block_size"] for phase in schedule.get("decay", [])]
-    length, rows = 2 * max(size for size in sizes if size is not None), values["train"]["batch_rows"]
+    verb, model, sizes = "sft", ar_folder if values.get("autoregressive") else diffusion_folder, [1]
+    if schedule := values.get("schedule"):
+        verb, model = "convert", ar_folder
+        sizes = [phase["block_size"] for phase in schedule.get("warmup", [])]
+        sizes += [None] * (schedule.get("stable", 0) > 0) + [phase["block_size"] for phase in schedule.get("decay", [])]
+    elif not values.get("autoregressive"):
+        sizes = [values["decode_block_size"]]
+    length, rows = max(64, 2 * max(size for size in sizes if size is not None)), values["train"]["batch_rows"]
     sets = [
         f"data.row_length={length}",
         f"train.tokens={30 * length * rows}", "train.device=cpu", "train.compute_dtype=float32", "train.learning_rate=1e-4",
@@ -28,7 +32,7 @@ def test_dry_run(run, recipe: Path, ar_folder: Path, answers: Path, tmp_path: Pa
             assert source["kind"] == "jsonl", "give the dry run a tiny file of this kind"
             sets.append(f"data.sources.{number}.path={answers}")
     options = [word for value in sets for word in ("--set", value)]
-    result = run("convert", "--recipe", recipe, "--model", ar_folder, "--out", tmp_path / "run", *options)
+    result = run(verb, "--recipe", recipe, "--model", model, "--out", tmp_path / "run", *options)
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(record["block_size"] for record in records if record["kind"] == "train")) == sizes

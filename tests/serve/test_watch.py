@@ -89,8 +89,8 @@ def test_edits_are_shown_where_there_are_any(site: Live, client: OpenAI) -> None
 def test_edits_are_counted(site: Live, client: OpenAI) -> None:
     chunks = _watch(client, {**RULES["edits"], "n": 1})
     seen = sum(token["state"] == "edited" for chunk in chunks[:-1] if not chunk.choices for token in chunk.diffusion["tokens"])
-    ends = [chunk.diffusion for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
-    assert [end["edits"] for end in ends] == [seen]
+    (end,) = [chunk.diffusion for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    assert 0 < seen <= end["edits"], "what is edited behind the completion's end, in its last block, is not shown"
 
 
 def test_text_is_handed_out_in_the_step_that_commits_it(client: OpenAI) -> None:

@@ -61,7 +61,7 @@ def mixture(base: Path, policy: str) -> Recipe:
 def control(base: Path, **changes: Any) -> Recipe:
     """The autoregressive control: the same conversations, next token by next token."""
     values = stage_recipe(base / "ar", base / "chats.jsonl", **changes).model_dump(mode="json")
-    values |= {"autoregressive": True, "decode_block_size": 1}
+    values |= {"autoregressive": True}
     values["data"]["sources"][0]["eos_fill"] = None
     return parse_recipe(values, "test")
 
@@ -113,7 +113,7 @@ def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
     with pytest.raises(ConfigError, match="is a diffusion model; autoregressive: true takes"):
         build_parts(control(base).model_copy(update={"model": str(base / "diffusion")}))
     values = control(base).model_dump(mode="json")
-    for change in ({"decode_block_size": 8}, {"objective": {"cap": {}}}, {"preference": {}}, {"mask_token": "<x>"}):
+    for change in ({"schedule": {"stable": 1.0}}, {"objective": {"cap": {}}}, {"preference": {}}, {"mask_token": "<x>"}):
         with pytest.raises(ConfigError, match="autoregressive"):
             parse_recipe(values | change, "test")
 

@@ -91,7 +91,7 @@ def _plan(
         options.append(f"data.sources={json.dumps([source_of(data)])}")
     plan = load_recipe(recipe or default_recipe(verb), [*options, *overrides])
     if recipe is None and plan.schedule is None:
-        own = ["decode_block_size=1"] if plan.autoregressive else _own_block_size(plan.model)
+        own = _own_block_size(plan.model)
         plan = load_recipe(default_recipe(verb), [*own, *options, *overrides])
     return _check_verb(verb, plan)
 

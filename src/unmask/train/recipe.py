@@ -164,10 +164,15 @@ class Recipe(Section):
     train: TrainSection
 
     @property
+    def block_size(self) -> int:
+        """That of decoding; an autoregressive model decodes one token at a time, whatever `decode_block_size` says."""
+        return 1 if self.autoregressive else self.decode_block_size
+
+    @property
     def blocks(self) -> BlockSchedule:
         """The phases of the run."""
         if self.schedule is None:
-            return BlockSchedule((Phase("decay", self.decode_block_size, self.train.tokens),))
+            return BlockSchedule((Phase("decay", self.block_size, self.train.tokens),))
         return self.schedule.build(self.train.tokens)
 
     @model_validator(mode="after")
@@ -188,10 +193,6 @@ class Recipe(Section):
         if self.schedule is not None or self.preference is not None or self.objective.cap is not None or self.mask_token:
             raise ConfigError(
                 "autoregressive training has no schedule, preference, objective.cap or mask_token; leave them out"
-            )
-        if self.decode_block_size != 1:
-            raise ConfigError(
-                f"decode_block_size is {self.decode_block_size}; an autoregressive model decodes token by token: set it to 1"
             )
 
     def _check_preference(self) -> None:

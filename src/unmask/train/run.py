@@ -181,7 +181,7 @@ def _packer(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> Packer:
     share = data.validation_share if data.validation_rows else 0.0
     sources = [
         Split(
-            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=recipe.decode_block_size),
+            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=recipe.block_size),
             share,
             held_out=held_out,
         )
