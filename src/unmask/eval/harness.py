@@ -283,9 +283,7 @@ def run_harness(
         reason = " ".join(str(error).split())[:300]
         remedy = "see `lm-eval ls tasks`, and go online where data is missing"
         raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}; {remedy}") from error
-    samples = found.pop("samples", {})
-    lines = (json.dumps({"task": task, **each}, default=str) for task, some in samples.items() for each in some)
-    atomic_write(folder / "harness_samples.jsonl", bytes_writer("".join(line + "\n" for line in lines).encode()))
+    _write_samples(folder / "harness_samples.jsonl", found.pop("samples", {}))
     told = {name: found[name] for name in ("results", "groups", "n-samples", "versions", "higher_is_better") if name in found}
     everything = {
         **told,
@@ -301,3 +299,9 @@ def run_harness(
     results: dict[str, Any] = json.loads(json.dumps(everything, default=str))
     atomic_write_json(folder / "harness.json", results)
     return results
+
+
+def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Every sample of every task, a line each."""
+    lines = (json.dumps({"task": task, **each}, default=str) for task, some in samples.items() for each in some)
+    atomic_write(path, bytes_writer("".join(line + "\n" for line in lines).encode()))
