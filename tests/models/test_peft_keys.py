@@ -68,14 +68,14 @@ def test_peft_reads_ours(family: str, tied_head: bool, train_embedding: bool, tm
     assert (expected - before).abs().max() > 0.5
     save_adapter(model, tmp_path / "adapter", base=str(base))
     theirs = peft.PeftModel.from_pretrained(their_base(base), str(tmp_path / "adapter"))
-    torch.testing.assert_close(their_logits(theirs), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(their_logits(theirs), expected, atol=1e-4, rtol=0)
     with theirs.disable_adapter():
-        torch.testing.assert_close(their_logits(theirs), before, atol=5e-4, rtol=0)
-    torch.testing.assert_close(their_logits(theirs.merge_and_unload()), expected, atol=5e-4, rtol=0)
+        torch.testing.assert_close(their_logits(theirs), before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(their_logits(theirs.merge_and_unload()), expected, atol=1e-4, rtol=0)
     by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(their_logits(by_name), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(their_logits(by_name), expected, atol=1e-4, rtol=0)
     folded = load_model(tmp_path / "adapter", dtype=torch.float32)
-    torch.testing.assert_close(our_logits(folded), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(our_logits(folded), expected, atol=1e-4, rtol=0)
 
 
 def test_peft_reads_ours_with_a_new_token(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_peft_reads_ours_with_a_new_token(tmp_path: Path) -> None:
     theirs = their_base(base)
     theirs.resize_token_embeddings(62)
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
-    torch.testing.assert_close(their_logits(theirs), our_logits(model), atol=5e-4, rtol=0)
+    torch.testing.assert_close(their_logits(theirs), our_logits(model), atol=1e-4, rtol=0)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -121,11 +121,11 @@ def test_we_read_peft_s(case: str, tmp_path: Path) -> None:
     ours = load_model(base, dtype=torch.float32)
     assert (our_logits(ours) - expected).abs().max() > 0.1
     load_adapter(ours, tmp_path / "adapter")
-    torch.testing.assert_close(our_logits(ours), expected, atol=5e-4, rtol=0)
-    torch.testing.assert_close(our_logits(load_model(tmp_path / "adapter", dtype=torch.float32)), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(our_logits(ours), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(our_logits(load_model(tmp_path / "adapter", dtype=torch.float32)), expected, atol=1e-4, rtol=0)
     save_adapter(ours, tmp_path / "ours", base=str(base))
     back = peft.PeftModel.from_pretrained(their_base(base), str(tmp_path / "ours"))
-    torch.testing.assert_close(their_logits(back), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(their_logits(back), expected, atol=1e-4, rtol=0)
 
 
 def test_we_read_a_vocabulary_that_peft_grew(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_we_read_a_vocabulary_that_peft_grew(tmp_path: Path) -> None:
     assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     ours = load_model(tmp_path / "adapter", dtype=torch.float32)
     assert ours.config.vocab_size == 64
-    torch.testing.assert_close(our_logits(ours), their_logits(theirs), atol=5e-4, rtol=0)
+    torch.testing.assert_close(our_logits(ours), their_logits(theirs), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def _watch(client: OpenAI, body: dict[str, Any]) -> list[Any]:
+def _watch(client: OpenAI, body: dict[str, Any], *, most: int = MOST) -> list[Any]:
     body = {**body, "diffusion": {**body.get("diffusion", {}), "watch": True}, "stream_options": {"include_usage": True}}
     diffusion = body.pop("diffusion")
     return list(
         client.chat.completions.create(
             model="tiny",
             messages=HELLO,
-            max_tokens=MOST,
+            max_tokens=most,
             stream=True,
             logprobs=True,
             extra_body={"diffusion": diffusion},
@@ -87,10 +87,17 @@ def test_edits_are_shown_where_there_are_any(site: Live, client: OpenAI) -> None
 
 
 def test_edits_are_counted(site: Live, client: OpenAI) -> None:
-    chunks = _watch(client, {**RULES["edits"], "n": 1})
-    seen = sum(token["state"] == "edited" for chunk in chunks[:-1] if not chunk.choices for token in chunk.diffusion["tokens"])
-    (end,) = [chunk.diffusion for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
-    assert 0 < seen <= end["edits"], "what is edited behind the completion's end, in its last block, is not shown"
+    """All of them, where the completion ends with its block: edits behind its end are not shown."""
+    prompt = _watch(client, {}, most=1)[-1].usage.prompt_tokens
+    length = MOST - (prompt + MOST) % 8  # blocks of the tiny model
+    diffusion = {**RULES["edits"]["diffusion"], "min_new_tokens": length}
+    for seed in range(6):
+        chunks = _watch(client, {**RULES["edits"], "n": 1, "seed": seed, "diffusion": diffusion}, most=length)
+        events = [chunk.diffusion for chunk in chunks[:-1] if not chunk.choices]
+        seen = sum(token["state"] == "edited" for event in events for token in event["tokens"])
+        ends = [chunk.diffusion for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+        assert seen > 0
+        assert [end["edits"] for end in ends] == [seen]
 
 
 def test_text_is_handed_out_in_the_step_that_commits_it(client: OpenAI) -> None:

@@ -68,12 +68,12 @@ def eval_(
     """
     from unmask.eval.outside import Target
     from unmask.eval.registry import load_suite
-    from unmask.eval.suite import EvalRun, plan_suite
+    from unmask.eval.suite import EvalRun, own_tasks, plan_suite
 
     console = make_console(stderr=as_json)
     if show:
         typer.echo(f"suites: {evaluation.MINI5}, {evaluation.LLADA2}\n")
-        typer.echo(evaluation.own_names(list(evaluation.own_tasks().values())))
+        typer.echo(evaluation.own_names(list(own_tasks().values())))
         return
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; it must be at least 1")

@@ -45,17 +45,6 @@ class Chosen:
     harness: tuple[str, ...]
 
 
-def own_tasks() -> dict[str, Task]:
-    """Every task that needs nothing but this package, by name."""
-    from unmask.eval.bfcl import bfcl_tasks
-    from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
-    from unmask.eval.ifeval import IFEVAL
-    from unmask.eval.mini5 import agent_schema_task, mini5_tasks
-
-    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())
-    return {task.name: task for task in found}
-
-
 def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chosen:
     """The tasks of `--suite mini-5` and of `--tasks`, where "bfcl-offline" is all of "bfcl-offline/..."; needles are `needles`.
 
@@ -63,6 +52,7 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
         ConfigError: nothing is chosen, or a suite that is not there.
     """
     from unmask.eval.mini5 import mini5_tasks
+    from unmask.eval.suite import own_tasks
 
     if suite not in (None, MINI5):
         raise ConfigError(f"suite {suite!r} is not known here; use {MINI5}, or name tasks with --tasks")

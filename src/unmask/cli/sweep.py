@@ -6,6 +6,7 @@ Owns the options, the grid and the table. Every point is a run of its own, kept 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def sweep(
     from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
 
     bars, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
-    chosen = evaluation.choose(suite, tasks)
+    chosen, settings = evaluation.choose(suite, tasks), evaluation.settings_of(split, {}, batch)
     if chosen.harness:
         raise ConfigError(f"{chosen.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
     console = make_console()
@@ -55,8 +56,8 @@ def sweep(
     for size, bar in itertools.product(sizes or [language_model.config.block_size or 32], bars):
         folder = out / f"block-{size}-threshold-{bar:g}"
         decoding = {"block_size": size, "threshold": bar}
-        settings = evaluation.settings_of(split, decoding, batch)
-        results = evaluation.answer(console, language_model, chosen.own, folder, limit, settings)
+        at_point = replace(settings, decoding=decoding)
+        results = evaluation.answer(console, language_model, chosen.own, folder, limit, at_point)
         points.append({**decoding, **_point(results)})
     rows = [_cells(point) for point in points]
     draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")

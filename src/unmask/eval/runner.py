@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,9 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
     tokenizer, room = model.tokenizer, model.config.max_positions
     assert tokenizer is not None, "request_of has refused a model without one"
     every = [(item, request_of(model, item, settings.decoding or {})) for item in items]
-    asked = [(item, request) for item, request in every if len(request.ids) + request.max_new_tokens <= room]
-    refused = [_refused(task, item, request, room) for item, request in every if (item, request) not in asked]
+    fits = [len(request.ids) + request.max_new_tokens <= room for _, request in every]
+    refused = [_refused(task, *pair, room) for pair, fit in zip(every, fits, strict=True) if not fit]
+    asked = list(compress(every, fits))
     items, requests = [item for item, _ in asked], [request for _, request in asked]
     completions = model.engine(max_running=settings.batch).run(requests)
     answers = [

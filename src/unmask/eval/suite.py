@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,19 @@ from unmask.errors import ConfigError, UnmaskError
 from unmask.eval.bfcl import bfcl_tasks
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
 from unmask.eval.ifeval import IFEVAL
+from unmask.eval.mini5 import agent_schema_task, mini5_tasks
 from unmask.eval.outside import LOCAL, Target, find_harnesses
 from unmask.eval.registry import Planned, Suite, combine, plan
 from unmask.eval.runner import OnProgress, Settings, run_tasks
 from unmask.eval.task import Task
 from unmask.models.files import atomic_write_json
 
-_OWN = {task.name: task for task in (HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())}
+
+@cache
+def own_tasks() -> Mapping[str, Task]:
+    """Every task of ours, which lm-eval has no part in running, by name."""
+    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())
+    return {task.name: task for task in found}
 
 
 class Chosen(Protocol):
@@ -99,8 +106,9 @@ class EvalRun:
     def _benchmark(self, each: Planned, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
         """Score in percent, how many items, and what to know about them."""
         notes = [f"differs: {each.differs}"] if each.differs else []
-        if all(name in _OWN for name in each.tasks):
-            told = self._own([_OWN[name] for name in each.tasks], folder, on_progress)["tasks"]
+        own = own_tasks()
+        if all(name in own for name in each.tasks):
+            told = self._own([own[name] for name in each.tasks], folder, on_progress)["tasks"]
             scores = [task["score"] for task in told.values()]
             items = sum(task["items"] for task in told.values())
         else:

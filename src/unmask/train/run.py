@@ -98,9 +98,7 @@ def build_parts(recipe: Recipe) -> Parts:
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
-    mask_id = None if recipe.autoregressive else _give_mask_token(model, tokenizer, recipe)
-    if recipe.autoregressive and model.config.mask_id is not None:
-        raise ConfigError(f"{recipe.model} is a diffusion model; autoregressive: true takes an autoregressive one")
+    mask_id = _give_mask_token(model, tokenizer, recipe)
     reference = None if recipe.preference is None or train.lora is not None else deepcopy(model).requires_grad_(False).eval()
     if train.lora is not None:
         attach_lora(
@@ -127,9 +125,16 @@ def build_parts(recipe: Recipe) -> Parts:
     )
 
 
-def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> int:
-    """The id of the mask token: the diffusion model's own, the recipe's, or an unused one; the model grows if it must."""
+def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
+    """The id of the mask token: the diffusion model's own, the recipe's, or an unused one; the model grows if it must.
+
+    None for a model that is to stay autoregressive.
+    """
     own = model.config.mask_id
+    if recipe.autoregressive:
+        if own is not None:
+            raise ConfigError(f"{recipe.model} is a diffusion model; autoregressive: true takes an autoregressive one")
+        return None
     if own is None and recipe.schedule is None:
         raise ConfigError(
             f"{recipe.model} is autoregressive: fine-tuning needs a diffusion model; convert it first (unmask convert), "
