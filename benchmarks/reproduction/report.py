@@ -66,6 +66,7 @@ def main() -> None:
     lines = [
         f"Chosen on {options.validation} validation questions a task (control {100 * control:.1f}): block size "
         f"{point['block_size']}, threshold {point['threshold']:g} (child {100 * point['score']:.1f}).",
+        "A is the control, B the child.",
         "",
         *(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")),
         "",
