@@ -97,17 +97,18 @@ def nll_of(model: Transformer, canvas: tuple[int, ...], masked: tuple[int, ...])
     return -logits.masked_fill(banned, float("-inf")).log_softmax(-1).gather(1, target[:, None]).sum()
 
 
-@pytest.mark.parametrize("bandwidth", [(0.3, 0.8), (0.0, 1.0)])
-def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[float, float]) -> None:
-    """Thousands of copies of a prompt with a response, each under its own pair of masks, through the real objective."""
-    draws, model = 3000, tiny_model("llama", 5, torch.float64, num_layers=1)
+@pytest.mark.parametrize(("bandwidth", "per_row"), [((0.3, 0.8), 1), ((0.0, 1.0), 1), ((0.0, 1.0), 4)])
+def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[float, float], per_row: int) -> None:
+    """Thousands of pairs of masks over copies of a prompt with a response, `per_row` to a copy, through the real objective."""
+    draws, model = 3000 // per_row, tiny_model("llama", 5, torch.float64, num_layers=1)
     doc = text(7, 0, prompt=2)
     exact = gradients(model, lambda: enumerated_sft(model, doc, *bandwidth).backward())
     one = pack([[doc]], 8)
     many = Rows(*(getattr(one, name).repeat(draws, 1) for name in Rows.__dataclass_fields__))
     many.ordinal_RL.copy_(torch.where(many.segment_RL > 0, torch.arange(draws)[:, None], 0))
     sampling = "bernoulli" if bandwidth == (0.3, 0.8) else "fixed_count"
-    objective = Denoising(setting(model, recipe(500, batch_rows=3000, bandwidth=bandwidth, sampling=sampling)))
+    config = recipe(draws // 2, batch_rows=draws, bandwidth=bandwidth, sampling=sampling, draws=per_row)
+    objective = Denoising(setting(model, config))
     found = gradients(model, lambda: objective.accumulate(packed(many), PHASE, 0))
     difference = math.sqrt(sum(float((found[name] - exact[name]).square().sum()) for name in exact))
     size = math.sqrt(sum(float(gradient.square().sum()) for gradient in exact.values()))

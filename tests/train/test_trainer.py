@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -199,6 +200,15 @@ def test_non_finite_loss_stops_with_step_phase_and_state(recipe: Recipe, tmp_pat
     with pytest.raises(TrainingError, match=r"nan.* at step 3 \(phase warmup, block size 1\).*step-0000002"):
         trainer.fit()
     assert list_checkpoints(tmp_path / "run")[-1].name == "step-0000002"
+    assert run_recipe(recipe, tmp_path / "run", resume=True).finished
+
+
+def test_a_run_of_before_an_option_existed_resumes_with_its_default(recipe: Recipe, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
+    path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
+    state = json.loads(path.read_text())
+    del state["recipe"]["objective"]["draws"]
+    path.write_text(json.dumps(state))
     assert run_recipe(recipe, tmp_path / "run", resume=True).finished
 
 

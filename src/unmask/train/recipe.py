@@ -78,19 +78,22 @@ class ObjectiveSection(Section):
     bandwidth: tuple[float, float] = (0.0, 1.0)
     complementary: bool = True
     sampling: Literal["bernoulli", "fixed_count"] = "fixed_count"
+    draws: Positive = Field(
+        1, description="masks, or complementary pairs, per row; they share its clean copy: cheap where answers are short"
+    )
     mask_noise_steps: int = Field(50, ge=0, description="steps over which mask-embedding noise decays to zero; 0: none")
     mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
     cap: CapSection | None = None
 
-    def corruption(self, mask_id: int, block_size: int | None, *, draws: int = 1) -> CorruptionConfig:
-        """The corruption of one phase, `draws` times over the same clean copy."""
+    def corruption(self, mask_id: int, block_size: int | None, *, draws: int | None = None) -> CorruptionConfig:
+        """The corruption of one phase, `draws` times (None: the section's own) over the same clean copy."""
         return CorruptionConfig(
             mask_id=mask_id,
             block_size=block_size,
             bandwidth=Bandwidth(*self.bandwidth),
             complementary=self.complementary,
             sampling=self.sampling,
-            draws=draws,
+            draws=draws or self.draws,
         )
 
 
@@ -204,10 +207,11 @@ class Recipe(Section):
             raise ConfigError(f"data.validation_rows is {self.data.validation_rows}; a pair takes two rows: use an even number")
         if self.data.overlong == "split":
             raise ConfigError("data.overlong is split, which would tear a preference pair apart; use truncate or drop")
-        if self.objective.complementary or self.objective.cap is not None or self.objective.mask_noise_steps:
+        objective = self.objective
+        if objective.complementary or objective.draws > 1 or objective.cap is not None or objective.mask_noise_steps:
             raise ConfigError(
                 "preference training draws samples of its own; set objective.complementary to false, "
-                "objective.mask_noise_steps to 0 and leave objective.cap out"
+                "objective.mask_noise_steps to 0 and leave objective.draws and objective.cap out"
             )
         if self.train.lora is not None and self.train.lora.train_embedding:
             raise ConfigError(

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from unmask.data.packing import PackedRows, Packer
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import BlockSchedule, Phase
-from unmask.errors import TrainingError
+from unmask.errors import ConfigError, TrainingError
 from unmask.models.transformer import Transformer
 from unmask.train.metrics import MetricLog, Record
 from unmask.train.objective import Objective
@@ -81,8 +83,8 @@ class Trainer:
         if not checkpoints:
             return False
         state, tensors = load_checkpoint(checkpoints[-1])
-        ours = self.recipe.model_dump(mode="json")
-        changed = sorted(key for key in ours if ours[key] != state.recipe.get(key))
+        ours, theirs = self.recipe.model_dump(mode="json"), _completed(state.recipe)
+        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
         if changed:
             raise TrainingError(
                 f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
@@ -199,3 +201,11 @@ class Trainer:
             "block_size": phase.block_size,
             **figures,
         }
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe on disk as this version writes it: with the defaults of options that came later; as it is if it has others."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except (ValidationError, ConfigError):
+        return recipe
