@@ -1,23 +1,37 @@
-"""Child against autoregressive control: settings chosen on validation, then quality and speed on test questions, paired.
+"""Child against autoregressive control and llama.cpp: settings chosen on validation, then quality and speed on test questions.
 
-    python benchmarks/reproduction/report.py --child out/reproduction/child --control out/reproduction/control
+    python benchmarks/reproduction/report.py [--child MODEL] [--control MODEL] [--llama-python PYTHON] [--docs]
 
-Runs `unmask eval`, `sweep` and `compare` (each goes on where it was stopped), chooses the fastest setting whose score there
-is at least 0.99 of the control's, or the best-scoring one where there is none, and writes report.md with what they found.
+Runs `unmask eval`, `sweep` and `compare`, goes on with them where it was interrupted, chooses the fastest setting whose score on validation is at least 0.99 of the
+control's, or the best-scoring one where there is none, and writes report.md, report.json and plots. With --llama-python,
+llama.cpp (llama-cpp-python in that environment) takes turns with the child. --docs puts all of it into docs/reproduction.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llama import by_turns
+
+from unmask.eval.provenance import environment
+from unmask.models.files import atomic_write_json
+
 SUITE = "mini-5"
 QUALITY, SPEED = 0.99, 2.1
-"""Targets: share of the control's mean score, and of its tokens/s."""
+"""Targets: share of the control's mean score, and of its tokens/s and of llama.cpp's."""
+HERE = Path(__file__).parent
+CONTROL = HERE / "control"
+DOCS = HERE.parents[1] / "docs"
+BEGIN, END = "<!-- report: written by benchmarks/reproduction/report.py --docs -->", "<!-- report ends -->"
+PLOTS = {"comparison.png": "Scores and speed of control and child", "frontier.png": "Score over tokens/s, by setting"}
 
 
 def unmask(*arguments: object) -> None:
@@ -29,8 +43,7 @@ def unmask(*arguments: object) -> None:
 
 def mean_score(results: dict[str, Any]) -> float:
     """Plain mean over the suite's tasks."""
-    scores = [task["score"] for task in results["tasks"].values()]
-    return sum(scores) / len(scores)
+    return statistics.fmean(task["score"] for task in results["tasks"].values())
 
 
 def choose(points: list[dict[str, Any]], wanted: float) -> dict[str, Any]:
@@ -41,39 +54,122 @@ def choose(points: list[dict[str, Any]], wanted: float) -> dict[str, Any]:
     return max(points, key=lambda point: (point["score"], point["tokens_per_second"]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", default="out/reproduction/child")
-    parser.add_argument("--control", default="out/reproduction/control")
-    parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
-    parser.add_argument("--validation", type=int, default=20, help="validation questions per task and setting")
-    parser.add_argument("--test", type=int, default=100, help="test questions per task")
-    parser.add_argument("--block-sizes", default="4,8,16")
-    parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.9,0.95")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs; what report.json holds."""
     out: Path = options.out
     asked = ("--suite", SUITE, "--split", "validation", "--limit", options.validation)
     unmask("eval", "--model", options.control, *asked, "--out", out / "control-validation", "--resume")
     grid = ("--block-sizes", options.block_sizes, "--thresholds", options.thresholds)
     unmask("sweep", "--model", options.child, *asked, *grid, "--out", out / "sweep")
-    control = mean_score(json.loads((out / "control-validation" / "results.json").read_text()))
-    point = choose(json.loads((out / "sweep" / "sweep.json").read_text())["points"], QUALITY * control)
-    setting = ("--block-size", point["block_size"], "--threshold", point["threshold"])
-    folder = out / f"block-{point['block_size']}-threshold-{point['threshold']:g}"
-    unmask("compare", options.control, options.child, "--suite", SUITE, "--limit", options.test, *setting, "--out", folder)
-    whole = json.loads((folder / "comparison.json").read_text())["tasks"]["all"]
-    quality, speed = whole["b"] / max(whole["a"], 1e-9), whole["speed"]["value"]
+    control = mean_score(read(out / "control-validation" / "results.json"))
+    points = read(out / "sweep" / "sweep.json")["points"]
+    point = choose(points, QUALITY * control)
+    decoding = {"block_size": point["block_size"], "threshold": point["threshold"]}
+    flags = ("--block-size", point["block_size"], "--threshold", point["threshold"])
+    unmask(
+        "compare", options.control, options.child, "--suite", SUITE, "--limit", options.test, *flags, "--out", out / "compare"
+    )
+    rival = None
+    if options.llama_python is not None:
+        rival = by_turns(str(options.child), options.llama_python, decoding, options.rival)
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "environment": environment(),
+        "child": str(options.child),
+        "control": str(options.control),
+        "validation": {"items": options.validation, "control": control, "chosen": point, "points": points},
+        "test": read(out / "compare" / "comparison.json")["tasks"],
+        "llama.cpp": rival,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A json file."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def interval(values: dict[str, float], scale: float, digits: int, *, signed: bool = False) -> str:
+    """`value (low to high)`."""
+    form = f"{{:{'+' if signed else ''}.{digits}f}}"
+    value, low, high = (form.format(scale * values[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The report in Markdown."""
+    validation, rival, whole = found["validation"], found["llama.cpp"], found["test"]["all"]
+    chosen, machine = validation["chosen"], found["environment"]
     lines = [
-        f"Chosen on {options.validation} validation questions a task (control {100 * control:.1f}): block size "
-        f"{point['block_size']}, threshold {point['threshold']:g} (child {100 * point['score']:.1f}).",
-        "A is the control, B the child.",
+        f"{found['date']}, {machine['cpu']}, {machine['threads']} threads. Block size {chosen['block_size']} and threshold "
+        f"{chosen['threshold']:g}, chosen on {validation['items']} validation questions a task (control "
+        f"{100 * validation['control']:.1f}, child there {100 * chosen['score']:.1f}). Test questions: {whole['items']}.",
         "",
-        *(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")),
-        "",
-        f"Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {speed:.2f}x (target {SPEED}x).",
+        "| task | control | child | difference (95%) | tokens/s, child / control (95%) | tokens per forward |",
+        "|---|---|---|---|---|---|",
     ]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    for task, row in found["test"].items():
+        difference, speed = interval(row["difference"], 100, 1, signed=True), interval(row["speed"], 1, 2)
+        name, scores = task.removeprefix(f"{SUITE}/"), f"{100 * row['a']:.1f} | {100 * row['b']:.1f}"
+        lines.append(f"| {name} | {scores} | {difference} | {speed} | {row['forwards']['value']:.2f} |")
+    quality, speed = whole["b"] / max(whole["a"], 1e-9), whole["speed"]["value"]
+    lines += [
+        "",
+        f"**Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {speed:.2f} times the control's tokens/s "
+        f"(target {SPEED}).** One stream, prefill and every forward counted.",
+    ]
+    if rival is not None:
+        lines += [
+            "",
+            f"**Against llama.cpp {rival['ratio']:.2f} times (target {SPEED})**: the child {rival['child']:.0f} tokens/s, "
+            f"llama.cpp (llama-cpp-python {rival['llama_cpp_python']}, the parent's Q4_1 weights) "
+            f"{rival['llama.cpp']:.0f}, by turns over {rival['items']} test questions, as many tokens each; "
+            f"the median question {rival['median_ratio']:.2f}.",
+        ]
+    lines += ["", "Every setting on validation:", "", "| block size | threshold | score | tokens per forward | tokens/s |"]
+    lines.append("|---|---|---|---|---|")
+    for point in validation["points"]:
+        lines.append(
+            f"| {point['block_size']} | {point['threshold']:g} | {100 * point['score']:.1f} "
+            f"| {point['tokens_per_forward']:.2f} | {point['tokens_per_second']:.0f} |"
+        )
+    return lines
+
+
+def publish(lines: list[str], out: Path) -> None:
+    """Put the report and its plots into the documentation."""
+    page, images = DOCS / "reproduction.md", DOCS / "images"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    plots = [f"![{caption}](images/reproduction-{name})" for name, caption in PLOTS.items()]
+    for name in PLOTS:
+        shutil.copyfile(next(out.glob(f"*/{name}")), images / f"reproduction-{name}")
+    page.write_text("\n".join([before + BEGIN, *lines, "", *plots, END]) + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", default="smollm2-135m-diffusion")
+    parser.add_argument("--control", default=str(CONTROL), help="left out: the one in this folder")
+    parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
+    parser.add_argument("--validation", type=int, default=20, help="validation questions per task and setting")
+    parser.add_argument("--test", type=int, default=100, help="test questions per task")
+    parser.add_argument("--rival", type=int, default=10, help="test questions per task that llama.cpp is timed on")
+    parser.add_argument("--block-sizes", default="4,8,16")
+    parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.9,0.95")
+    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; left out: not compared with")
+    parser.add_argument("--docs", action="store_true", help="write the report into docs/reproduction.md")
+    options = parser.parse_args()
+    if (options.out / "report.json").exists():  # a finished report is made anew, an interrupted one goes on
+        shutil.rmtree(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = measure(options)
+    atomic_write_json(options.out / "report.json", found)
+    lines = describe(found)
+    (options.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if options.docs:
+        publish(lines, options.out)
 
 
 if __name__ == "__main__":

