@@ -132,6 +132,19 @@ def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] 
     assert ("right_entropy" in results[0][0]) == (cap is not None)
 
 
+def test_rows_without_the_document_mask_are_one_document_each() -> None:
+    """Packed and joined, two texts train as their concatenation does; packed alone they do not."""
+    first, second, alone = text(5, 1), text(6, 2), text(7, 3)
+    both = Doc((*first.tokens, *second.tokens), (*first.maskable, *second.maskable), first.ordinal, first.epoch)
+    model = tiny_model("llama", 3, torch.float64)
+    objective = Denoising(setting(model, recipe(2, batch_rows=2)))
+    apart, whole = (packed(pack(docs, 16)) for docs in ([[first, second], [alone]], [[both], [alone]]))
+    wanted = gradients(model, lambda: objective.accumulate(whole, PHASE, 0))
+    assert_same(gradients(model, lambda: objective.accumulate(apart.joined(), PHASE, 0)), wanted)
+    found = gradients(model, lambda: objective.accumulate(apart, PHASE, 0))
+    assert any(not torch.allclose(found[name], wanted[name], rtol=1e-3) for name in wanted)
+
+
 def one_by_one(model: Transformer, docs: list[Doc]) -> Tensor:
     """Mean cross-entropy of every learnt token after the first, each document alone and causal."""
     losses = []

@@ -64,6 +64,16 @@ class PackedRows:
         """The same rows on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def joined(self) -> PackedRows:
+        """The same rows, each as one document: what is packed together sees each other, with positions and blocks of the row.
+
+        Its noise is that of the row's first document.
+        """
+        real_RL = self.segment_RL > 0
+        first = {name: getattr(self, name)[:, :1] * real_RL for name in ("epoch_RL", "ordinal_RL")}
+        place_L = torch.arange(self.tokens_RL.shape[1], device=real_RL.device)
+        return replace(self, segment_RL=real_RL.long(), position_RL=place_L * real_RL, **first)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
         return PackedRows(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 

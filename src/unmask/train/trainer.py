@@ -148,6 +148,8 @@ class Trainer:
         started = time.perf_counter()
         phase = self.schedule.phases[self.phase_index]
         rows = self.parts.packer.next_rows(self.train.batch_rows)
+        if not self.recipe.data.document_mask:
+            rows = rows.joined()
         router = self.parts.router
         if router is not None:
             router.begin_step(rows.num_tokens)

@@ -1,0 +1,190 @@
+"""What each part of the recipe is worth: short runs at equal tokens that differ in one setting.
+
+    python benchmarks/reproduction/ablations.py [--groups convert,sft,cap,merge] [--plot-only]
+
+Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
+ablations.png there. `convert`: the parent to block size 32. `sft`: a converted model on worked answers. `cap`: the child's
+last stage with other weights. `merge`: means of that stage's best checkpoints. Needs what train.sh makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.train.metrics import read_metrics
+
+ROOT = Path("out/reproduction/ablations")
+DATA = Path("out/reproduction/data")
+CAP_STAGE = Path("out/reproduction/cap")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run: a recipe with `overrides`, or a merge of the best `merge` checkpoints of the CAP stage."""
+
+    group: str
+    name: str
+    recipe: str = ""
+    verb: str = "sft"
+    overrides: tuple[str, ...] = ()
+    merge: int = 0
+
+    @property
+    def run(self) -> Path:
+        return ROOT / f"{self.group}-{''.join(c if c.isalnum() or c == '.' else '-' for c in self.name)}"
+
+
+def variants() -> Iterator[Variant]:
+    """Every run; the first of a group is what the others differ from."""
+    convert = {
+        "WSD": (),
+        "straight to 32": ("schedule={decay: [{block_size: 32, share: 1.0}]}",),
+        "no document mask": ("data.document_mask=false",),
+        "no mask noise": ("objective.mask_noise_steps=0",),
+    }
+    for name, overrides in convert.items():
+        yield Variant("convert", name, "ablation_convert", "convert", overrides)
+    sft = {
+        "complementary pairs": (),
+        "single masks": ("objective.complementary=false",),
+        "four pairs": ("objective.draws=4",),
+        "bandwidth 0.3 to 0.8": ("objective.bandwidth=[0.3, 0.8]", "objective.sampling=bernoulli"),
+        "no bandwidth, Bernoulli": ("objective.sampling=bernoulli",),
+    }
+    for name, overrides in sft.items():
+        yield Variant("sft", name, "ablation_sft", "sft", overrides)
+    short = ("train.tokens=20000", "train.eval_every=1000", "train.checkpoint_every=1000", "train.keep_checkpoints=1")
+    for weight in (0.0, 0.5, 1.0, 2.0):
+        yield Variant("cap", f"weight {weight:g}", "reproduction_cap", "sft", (*short, f"objective.cap.weight={weight}"))
+    for count in (1, 3, 5):
+        yield Variant("merge", f"top {count}", merge=count)
+
+
+def unmask(*arguments: object) -> None:
+    """Run the command line, its output passed on."""
+    command = [str(Path(sys.executable).with_name("unmask")), *map(str, arguments)]
+    print(f"$ {' '.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+
+
+def documents() -> None:
+    """Whole documents, for pre-training: questions with their answers."""
+    target = DATA / "documents.jsonl"
+    if target.exists():
+        return
+    lines = []
+    for name in ("mini5", "answers"):
+        for line in (DATA / f"{name}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            turns = [turn["content"] for turn in record.get("messages", ())] or [record["prompt"], record["response"]]
+            lines.append(json.dumps({"text": "\n\n".join(turns)}))
+    partial = target.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n")
+    partial.rename(target)
+
+
+def make(variant: Variant) -> None:
+    """Train or merge, unless it is done."""
+    if (variant.run / "config.json").exists():
+        return
+    if variant.merge:
+        unmask("merge", "--run", CAP_STAGE, "--top-k", variant.merge, "--out", variant.run)
+        return
+    resume = ["--resume"] if (variant.run / "checkpoints").exists() else []
+    overrides = [part for override in variant.overrides for part in ("--set", override)]
+    unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", variant.run, *overrides, *resume)
+    shutil.rmtree(variant.run / "checkpoints")
+
+
+def figures(variant: Variant, questions: int) -> dict[str, Any]:
+    """Loss figures of the run and, for what decodes well enough, score, tokens per forward and tokens/s on validation."""
+    found: dict[str, Any] = asdict(variant)
+    if not variant.merge:
+        records = read_metrics(variant.run / "metrics.jsonl")
+        train = [record for record in records if record["kind"] == "train"]
+        norms = [record["grad_norm"] for record in train]
+        found |= {"tokens": train[-1]["tokens"], "seconds": sum(record["seconds"] for record in train)}
+        found |= {"nelbo": records[-1]["nelbo"], "grad_norm_max": max(norms), "loss_max": max(r["loss"] for r in train)}
+    if variant.group != "convert":
+        folder = ROOT / "scores" / variant.run.name
+        size = 8 if variant.group == "sft" else 4
+        unmask("eval", "--model", variant.run, "--suite", "mini-5", "--split", "validation", "--limit", questions,
+               "--block-size", size, "--batch", 8, "--out", folder, "--resume")  # fmt: skip
+        tasks = json.loads((folder / "results.json").read_text())["tasks"].values()
+        speeds = [task["speed"] for task in tasks]
+        found["score"] = sum(task["score"] for task in tasks) / len(tasks)
+        found["tokens_per_forward"] = sum(s["tokens"] for s in speeds) / sum(s["forwards"] for s in speeds)
+    return found
+
+
+COLUMNS = {
+    "nelbo": ("NELBO", 1, 3),
+    "grad_norm_max": ("largest gradient norm", 1, 1),
+    "score": ("score", 100, 1),
+    "tokens_per_forward": ("tokens per forward", 1, 2),
+    "seconds": ("minutes", 1 / 60, 0),
+}
+
+
+def table(group: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A group in Markdown."""
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in found)}
+    tokens = next((f", {row['tokens']:,} tokens each" for row in found if "tokens" in row), "")
+    lines = [f"**{group}**{tokens}", "", "| | " + " | ".join(name for name, _, _ in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row in found:
+        cells = (f"{scale * row.get(key, math.nan):.{digits}f}" for key, (_, scale, digits) in columns.items())
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """One panel a group: NELBO where there is one, else the score."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), layout="constrained", squeeze=False)
+    for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
+        key = "nelbo" if group in ("convert", "sft") else "score"
+        label, scale, _ = COLUMNS[key]
+        axis.barh([row["name"] for row in rows], [scale * row[key] for row in rows], color="tab:blue")
+        axis.invert_yaxis()
+        axis.set(title=group, xlabel=f"{label} ({'lower' if key == 'nelbo' else 'higher'} is better)")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", default="convert,sft,cap,merge")
+    parser.add_argument("--questions", type=int, default=20, help="validation questions per task")
+    parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
+    options = parser.parse_args()
+    path = ROOT / "ablations.json"
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    ROOT.mkdir(parents=True, exist_ok=True)
+    documents()
+    for variant in variants():
+        if not options.plot_only and variant.group in options.groups.split(",") and variant.run.name not in known:
+            make(variant)
+            known[variant.run.name] = figures(variant, options.questions)
+            path.write_text(json.dumps(known, indent=1) + "\n")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for variant in variants():
+        if variant.run.name in known:
+            groups.setdefault(variant.group, []).append(known[variant.run.name])
+    lines = [line for group, rows in groups.items() for line in table(group, rows)]
+    (ROOT / "ablations.md").write_text("\n".join(lines))
+    plot(groups, ROOT / "ablations.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
