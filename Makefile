@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("make: Python %d.%d is too old" % v[:2])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs docs-serve bench clean distclean
+.PHONY: help setup demo test test-slow lint docs docs-serve bench reproduction clean distclean
 
 help: ## Show this list
 	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
@@ -27,7 +27,7 @@ help: ## Show this list
 	@echo
 	@echo "Each target sets up .venv by itself the first time (some minutes, mostly PyTorch) and reuses it afterwards."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Options:  PYTHON=python3.12   which Python makes .venv (3.11 or 3.12)"
 	@echo "          ARGS='...'          passed on, e.g. make test ARGS='tests/diffusion -k masks'"
@@ -72,6 +72,9 @@ bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' fo
 	@scripts="$(or $(ARGS),$(filter-out %/plain_trainer.py %/floors.py %/tasks.py %/vs_llamacpp.py,$(sort $(wildcard benchmarks/*.py))))"; \
 	test -n "$$scripts" || echo "benchmarks/ holds no scripts yet; see benchmarks/README.md"; \
 	for script in $$scripts; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+reproduction: $(STAMP) ## Measure the embedded model against its autoregressive control again, with plots (half an hour)
+	@$(BIN)/python benchmarks/reproduction/report.py $(ARGS)
 
 clean: ## Remove what tools leave behind, but neither .venv nor out/
 	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -186,6 +186,14 @@ def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -
         make(base)
 
 
+@pytest.mark.parametrize("objective", [{"complementary": True}, {"draws": 2}, {"cap": {}}, {"mask_noise_steps": 1}])
+def test_preferences_draw_samples_of_their_own(base: Path, objective: dict[str, Any]) -> None:
+    values = dpo(base).model_dump(mode="json")
+    assert parse_recipe(values, "test").preference is not None
+    with pytest.raises(ConfigError, match=r"draws samples of its own.*objective.draws"):
+        parse_recipe(values | {"objective": values["objective"] | objective}, "test")
+
+
 def test_a_dense_model_has_no_router_to_set(base: Path) -> None:
     with pytest.raises(ConfigError, match="no routed experts"):
         build_parts(sft(base, router={"policy": "bias"}))
