@@ -179,7 +179,8 @@ def test_a_folder_with_a_difference_is_unpacked(
     given = tmp_path / "given"
     (tmp_path / "package" / "assets" / "smollm2-135m-diffusion").rename(given)
     folder = resolve(str(given), cache=cache)
-    assert folder.parent == cache and folder.name.startswith("given-")
+    assert folder.parent == cache
+    assert folder.name.startswith("given-")
     assert (folder / "model.safetensors").read_bytes() == (shipped / "model.safetensors").read_bytes()
     metadata = given / "metadata.json"
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"stages": ["anything else"]}))

@@ -43,7 +43,7 @@ LORA = LoraSection(rank=2, train_embedding=False).model_dump()
 ADAPT_ALL = LoraSection(rank=2).model_dump()
 RUNS = {
     "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
-    "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}}),
+    "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "draws": 2}),
     "autoregressive": lambda base: control(base),
     "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
     "dpo": dpo,
