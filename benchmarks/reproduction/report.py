@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 CONTROL = HERE / "control"
 DOCS = HERE.parents[1] / "docs"
 BEGIN, END = "<!-- report: written by benchmarks/reproduction/report.py --docs -->", "<!-- report ends -->"
-PLOTS = {"comparison.png": "Scores and speed of control and child", "frontier.png": "Score over tokens/s, by setting"}
+PLOTS = {"tasks.png": "Scores and speed, by task", "frontier.png": "Score over tokens per forward, by setting"}
 
 
 def unmask(*arguments: object) -> None:
@@ -65,12 +65,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     control = mean_score(read(out / "control-validation" / "results.json"))
     points = read(out / "sweep" / "sweep.json")["points"]
     point = choose(points, QUALITY * control)
-    decoding = {"block_size": point["block_size"], "threshold": point["threshold"]}
     flags = ("--block-size", point["block_size"], "--threshold", point["threshold"])
     unmask(
         "compare", options.control, options.child, "--suite", SUITE, "--limit", options.test, *flags, "--out", out / "compare"
     )
-    turns = by_turns(options.child, options.control, options.llama_python, decoding, options.turns)
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "environment": environment(),
@@ -78,8 +76,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "control": options.control,
         "validation": {"items": options.validation, "control": control, "chosen": point, "points": points},
         "test": read(out / "compare" / "comparison.json")["tasks"],
-        "turns": turns,
+        "turns": take_turns(options, point),
     }
+
+
+def take_turns(options: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
+    """Speeds at a setting."""
+    decoding = {"block_size": point["block_size"], "threshold": point["threshold"]}
+    return by_turns(options.child, options.control, options.llama_python, decoding, options.turns)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -100,27 +104,28 @@ def describe(found: dict[str, Any]) -> list[str]:
     validation, turns, whole = found["validation"], found["turns"], found["test"]["all"]
     chosen, machine = validation["chosen"], found["environment"]
     lines = [
-        f"{found['date']}, {machine['cpu']}, {machine['threads']} threads. Block size {chosen['block_size']} and threshold "
+        f"{found['date']}, {machine['cpu']}, {machine['cores']} cores. Block size {chosen['block_size']} and threshold "
         f"{chosen['threshold']:g}, chosen on {validation['items']} validation questions a task (control "
         f"{100 * validation['control']:.1f}, child there {100 * chosen['score']:.1f}). Test questions: {whole['items']}.",
         "",
-        "| task | control | child | difference (95%) | tokens/s, child / control (95%) | tokens per forward |",
+        "| task | control | child | difference (95%) | tokens per forward | tokens/s, child / control |",
         "|---|---|---|---|---|---|",
     ]
+    over = turns["child_over"]["control"]
     for task, row in found["test"].items():
-        difference, speed = interval(row["difference"], 100, 1, signed=True), interval(row["speed"], 1, 2)
+        difference, speed = interval(row["difference"], 100, 1, signed=True), over["tasks"].get(task, over["median"])
         name, scores = task.removeprefix(f"{SUITE}/"), f"{100 * row['a']:.1f} | {100 * row['b']:.1f}"
-        lines.append(f"| {name} | {scores} | {difference} | {speed} | {row['forwards']['value']:.2f} |")
-    quality, speed = whole["b"] / max(whole["a"], 1e-9), whole["speed"]["value"]
+        lines.append(f"| {name} | {scores} | {difference} | {row['forwards']['value']:.2f} | {speed:.2f} |")
+    quality = whole["b"] / max(whole["a"], 1e-9)
     lines += [
         "",
-        f"**Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {speed:.2f} times the control's tokens/s "
-        f"(target {SPEED}).** One stream, prefill and every forward counted.",
+        f"**Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {over['median']:.2f} times the control's "
+        f"tokens/s (target {SPEED}).** One stream, prefill and every forward counted.",
         "",
-        f"By turns over {turns['items']} of these questions (tokens/s; the child's over the other's in sum, then by question: "
-        "median, and 10th to 90th percentile):",
+        f"Speeds are taken by turns, {turns['threads']} threads each, over {turns['items']} of these questions, and are "
+        "medians over questions (here with the 10th to 90th percentile, beside the ratio of the sums):",
         "",
-        "| | tokens/s | child over it | by question |",
+        "| | tokens/s | child over it, in sum | by question |",
         "|---|---|---|---|",
         f"| child | {turns['tokens_per_second']['child']:.0f} | | |",
     ]
@@ -138,6 +143,32 @@ def describe(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Scores of both, and how many times faster the child is, by task."""
+    import matplotlib.pyplot as plt
+
+    names, rows = list(found["test"]), list(found["test"].values())
+    labels = [name.removeprefix(f"{SUITE}/") for name in names]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for side, (key, label) in enumerate((("a", "control"), ("b", "child"))):
+        places = [place + 0.4 * side for place in range(len(rows))]
+        left.barh(places, [100 * row[key] for row in rows], 0.38, label=label)
+    for side, (rival, over) in enumerate(sorted(found["turns"]["child_over"].items())):
+        ratios = [over["tasks"].get(name, over["median"]) for name in names]
+        right.barh(
+            [place + 0.4 * side for place in range(len(rows))], ratios, 0.38, label=f"over {rival}", color=f"C{2 + side}"
+        )
+    right.axvline(SPEED, color="black", linestyle=":", label=f"target {SPEED}")
+    left.set_yticks([place + 0.2 for place in range(len(rows))], labels)
+    left.invert_yaxis()
+    left.set_xlabel("score")
+    right.set_xlabel("tokens/s of the child, by turns")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def publish(lines: list[str], out: Path) -> None:
     """Put the report and its plots into the documentation."""
     page, images = DOCS / "reproduction.md", DOCS / "images"
@@ -145,7 +176,7 @@ def publish(lines: list[str], out: Path) -> None:
     _, _, after = rest.partition(END)
     plots = [f"![{caption}](images/reproduction-{name})" for name, caption in PLOTS.items()]
     for name in PLOTS:
-        shutil.copyfile(next(out.glob(f"*/{name}")), images / f"reproduction-{name}")
+        shutil.copyfile(next(out.rglob(name)), images / f"reproduction-{name}")
     page.write_text("\n".join([before + BEGIN, *lines, "", *plots, END]) + after)
 
 
@@ -160,14 +191,22 @@ def main() -> None:
     parser.add_argument("--block-sizes", default="4,8,16")
     parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.9,0.95")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python; left out: not compared with")
+    parser.add_argument("--speeds-only", action="store_true", help="keep a finished report's answers, take its speeds again")
     parser.add_argument("--docs", action="store_true", help="write the report into docs/reproduction.md")
     options = parser.parse_args()
-    if (options.out / "report.json").exists():  # a finished report is made anew, an interrupted one goes on
-        shutil.rmtree(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = measure(options)
+    if options.control == str(CONTROL) and not CONTROL.is_dir():
+        sys.exit("error: no control is shipped yet; train it with benchmarks/reproduction/train.sh, then give --control FOLDER")
+    if options.speeds_only:
+        found = read(options.out / "report.json")
+        found["turns"] = take_turns(options, found["validation"]["chosen"])
+    else:
+        if (options.out / "report.json").exists():  # a finished report is made anew, an interrupted one goes on
+            shutil.rmtree(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = measure(options)
     atomic_write_json(options.out / "report.json", found)
     lines = describe(found)
+    draw(found, options.out / "tasks.png")
     (options.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if options.docs:

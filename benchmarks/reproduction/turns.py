@@ -10,9 +10,8 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +69,47 @@ def llama(python: str) -> Iterator[tuple[str, Callable[[Item, int], Answer]]]:
 def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str, Any], per_task: int) -> dict[str, Any]:
     """Tokens/s of each over the first test questions of every task, prefill included; the child's over each of the others'.
 
-    `ratio` is of the sums, `median` of the questions' own ratios, with their 10th and 90th percentile.
+    `ratio` is of the sums; `median` (over all questions and by task), `p10` and `p90` are of the questions' own ratios, which a
+    machine that is shared with others disturbs less.
     """
-    items = list(chain.from_iterable(task.items("test", per_task) for task in mini5_tasks()))
+    items = [(task.name, item) for task in mini5_tasks() for item in task.items("test", per_task)]
     ways = {"child": answerer(child, decoding), "control": answerer(control, {})}
-    taken: dict[str, list[Answer]] = {}
+    taken: list[tuple[str, dict[str, Answer]]] = []
     with llama(python) if python is not None else _nobody() as (version, rival):
-        for turn, item in enumerate([items[0], *items]):  # the first question warms everyone up
+        for turn, (task, item) in enumerate([items[0], *items]):  # the first question warms everyone up
             answers = {name: way(item) for name, way in ways.items()}
             if rival is not None and answers["child"][0]:
                 answers["llama.cpp"] = rival(item, answers["child"][0])
             if turn and all(tokens for tokens, _ in answers.values()):
-                for name, answer in answers.items():
-                    taken.setdefault(name, []).append(answer)
-    rates = {name: [tokens / seconds for tokens, seconds in answers] for name, answers in taken.items()}
-    speed = {name: sum(tokens for tokens, _ in each) / sum(seconds for _, seconds in each) for name, each in taken.items()}
-    over = {}
-    for name in rates.keys() - {"child"}:
-        ratios = sorted(ours / theirs for ours, theirs in zip(rates["child"], rates[name], strict=True))
+                taken.append((task, answers))
+    everything = [answers for _, answers in taken]
+    over: dict[str, dict[str, Any]] = {}
+    for name in everything[0].keys() - {"child"}:
+        ratios = sorted(_ratio([answers], name) for answers in everything)
         low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.1, 0.9))
-        over[name] = {"ratio": speed["child"] / speed[name], "median": statistics.median(ratios), "p10": low, "p90": high}
-    return {"items": len(rates["child"]), "tokens_per_second": speed, "child_over": over, "llama_cpp_python": version}
+        by_task: dict[str, list[float]] = {}
+        for task, answers in taken:
+            by_task.setdefault(task, []).append(_ratio([answers], name))
+        tasks = {task: statistics.median(each) for task, each in by_task.items()}
+        spread = {"median": statistics.median(ratios), "p10": low, "p90": high}
+        over[name] = {"ratio": _ratio(everything, name), "tasks": tasks, **spread}
+    speeds = {name: _speed(everything, name) for name in everything[0]}
+    threads = torch.get_num_threads()
+    return {
+        "items": len(taken),
+        "threads": threads,
+        "tokens_per_second": speeds,
+        "child_over": over,
+        "llama_cpp_python": version,
+    }
+
+
+def _speed(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
+    return sum(each[name][0] for each in answers) / sum(each[name][1] for each in answers)
+
+
+def _ratio(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
+    return _speed(answers, "child") / _speed(answers, name)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from unmask.models.checkpoint import iter_tensors, read_json
 from unmask.models.delta import decode_delta, encode_delta
 from unmask.models.hub import ASSET_FORMAT, DELTA, METADATA, resolve
 from unmask.train.metrics import read_metrics
-from unmask.train.recipe import load_recipe
+from unmask.train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
@@ -45,6 +45,8 @@ SmolLM2-135M-Instruct {what} with unmask {version}, packed on {date}.
 {stages}
 
 ## Measured
+
+How, and what is missing: docs/reproduction.md.
 
 {report}
 
@@ -74,11 +76,9 @@ def stage(run: Path) -> dict[str, Any]:
 
 def _file_of(recipe: dict[str, Any]) -> str | None:
     """The file under recipes/ that says the same."""
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        known = load_recipe(path).model_dump(mode="json")
-        if all(known.get(key) == value for key, value in recipe.items()):
-            return str(path.relative_to(ROOT))
-    return None
+    wanted = Recipe.model_validate(recipe)
+    found = (path for path in sorted((ROOT / "recipes").glob("*.yaml")) if load_recipe(path) == wanted)
+    return next((str(path.relative_to(ROOT)) for path in found), None)
 
 
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
