@@ -37,7 +37,7 @@ class DataSection(Section):
     validation_share: float = Field(0.02, ge=0, lt=1, description="share of each source's documents never trained on")
     validation_rows: int = Field(16, ge=0, description="rows of held-out text scored at every evaluation; 0 turns it off")
     row_length: Positive = 384
-    document_mask: bool = Field(True, description="false: documents packed into a row see each other, to measure what that costs")
+    document_mask: bool = Field(True, description="false: documents packed into a row see each other, for comparison")
     overlong: Overlong = Field("split", description="a document longer than a row: split into rows, truncate or drop it")
 
 
