@@ -37,8 +37,8 @@ from floors import machine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from vs_llamacpp import embedded_gguf
 
+from unmask.models.hub import embedded_gguf
 from unmask.serve.server import listen
 
 PAUSE_SECONDS = 0.5

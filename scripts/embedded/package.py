@@ -22,7 +22,7 @@ from unmask.models.checkpoint import iter_tensors, read_json
 from unmask.models.delta import decode_delta, encode_delta
 from unmask.models.hub import ASSET_FORMAT, DELTA, METADATA, resolve
 from unmask.train.metrics import read_metrics
-from unmask.train.recipe import Recipe, load_recipe
+from unmask.train.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
@@ -76,7 +76,7 @@ def stage(run: Path) -> dict[str, Any]:
 
 def _file_of(recipe: dict[str, Any]) -> str | None:
     """The file under recipes/ that says the same."""
-    wanted = Recipe.model_validate(recipe)
+    wanted = parse_recipe(recipe, "of the run")
     found = (path for path in sorted((ROOT / "recipes").glob("*.yaml")) if load_recipe(path) == wanted)
     return next((str(path.relative_to(ROOT)) for path in found), None)
 

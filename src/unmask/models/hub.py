@@ -121,6 +121,15 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "unmask"
 
 
+def embedded_gguf() -> Path:
+    """The GGUF file of the embedded autoregressive model, for other programs to read.
+
+    Raises:
+        CheckpointError: its package is not installed, or has lost the file.
+    """
+    return _embedded_source().path
+
+
 def _embedded(cache: Path) -> Path:
     source = _embedded_source()
     target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from unmask.data.packing import PackedRows, Packer
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import BlockSchedule, Phase
@@ -23,7 +21,7 @@ from unmask.models.transformer import Transformer
 from unmask.train.metrics import MetricLog, Record
 from unmask.train.objective import Objective
 from unmask.train.optim import MasterAdamW, learning_rate
-from unmask.train.recipe import Recipe
+from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
 from unmask.train.state import TrainState, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from unmask.train.step import AttentionBackend
@@ -208,6 +206,6 @@ class Trainer:
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe on disk as this version writes it: with the defaults of options that came later; as it is if it has others."""
     try:
-        return Recipe.model_validate(recipe).model_dump(mode="json")
-    except (ValidationError, ConfigError):
+        return parse_recipe(recipe, "of the checkpoint").model_dump(mode="json")
+    except ConfigError:
         return recipe
