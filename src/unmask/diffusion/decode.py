@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from unmask.diffusion.noise import GOLDEN, NoiseKey
+from unmask.diffusion.noise import NoiseKey
 from unmask.diffusion.objectives import ban_mask
 from unmask.errors import RequestError
 
@@ -138,8 +138,7 @@ def candidates(
     if rules.temperature == 0.0:
         return greedy_candidates(logits_NV)
     probabilities_NV = filtered_probabilities(logits_NV, rules)
-    # Spread, because a key adds seed and epoch: sample 1 of seed 0 must not be sample 0 of seed 1.
-    key = NoiseKey(rules.seed, torch.full_like(positions_N, sample) * GOLDEN)
+    key = NoiseKey(rules.seed, torch.full_like(positions_N, sample))
     u_N = key.uniform("sample", positions_N, step)
     cdf_NV = probabilities_NV.double().cumsum(-1)
     draw_N1 = (u_N * cdf_NV[:, -1])[:, None]
