@@ -2,10 +2,10 @@
 
     python benchmarks/reproduction/report.py [--child MODEL] [--control MODEL] [--llama-python PYTHON] [--docs]
 
-Runs `unmask eval`, `sweep` and `compare`, or goes on with them where it stopped; chooses the fastest setting whose score
-on validation is at least 0.99 of the control's, or the best-scoring one where there is none; times all sides by turns; and
-writes report.md, report.json and plots. --llama-python is a Python that has llama-cpp-python. --docs puts everything into
-docs/reproduction.md.
+Runs `unmask eval`, `sweep` and `compare`, or goes on with them where it stopped; chooses the setting with most tokens per
+forward whose score on validation is at least 0.99 of the control's, or the best-scoring one where there is none; times all
+sides by turns; and writes report.md, report.json and plots. --llama-python is a Python that has llama-cpp-python. --docs puts
+everything into docs/reproduction.md.
 """
 
 from __future__ import annotations
@@ -48,11 +48,14 @@ def mean_score(results: dict[str, Any]) -> float:
 
 
 def choose(points: list[dict[str, Any]], wanted: float) -> dict[str, Any]:
-    """The fastest point that scores at least `wanted`; where there is none, the best-scoring one, the faster of equals."""
+    """The point with most tokens per forward that scores at least `wanted`; where there is none, the best-scoring one.
+
+    Tokens/s would be right if it could be told: forwards of 4 to 16 rows differ less than this machine from minute to minute.
+    """
     enough = [point for point in points if point["score"] >= wanted]
     if enough:
-        return max(enough, key=lambda point: point["tokens_per_second"])
-    return max(points, key=lambda point: (point["score"], point["tokens_per_second"]))
+        return max(enough, key=lambda point: point["tokens_per_forward"])
+    return max(points, key=lambda point: (point["score"], point["tokens_per_forward"]))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -125,14 +128,15 @@ def describe(found: dict[str, Any]) -> list[str]:
         f"Speeds are taken by turns, {turns['threads']} threads each, over {turns['items']} of these questions, and are "
         "medians over questions (here with the 10th to 90th percentile, beside the ratio of the sums):",
         "",
-        "| | tokens/s | child over it, in sum | by question |",
-        "|---|---|---|---|",
-        f"| child | {turns['tokens_per_second']['child']:.0f} | | |",
+        "| | tokens/s | child over it, by question | in sum | in sum, after the first forward |",
+        "|---|---|---|---|---|",
+        f"| child | {turns['tokens_per_second']['child']:.0f} | | | |",
     ]
     names = {"control": "control, our engine", "llama.cpp": f"llama.cpp {turns['llama_cpp_python']}, parent's Q4_1 weights"}
     for name, over in sorted(turns["child_over"].items()):
         spread = f"{over['median']:.2f} ({over['p10']:.2f} to {over['p90']:.2f})"
-        lines.append(f"| {names[name]} | {turns['tokens_per_second'][name]:.0f} | {over['ratio']:.2f} | {spread} |")
+        sums = f"{over['ratio']:.2f} | {over['decoding']:.2f}"
+        lines.append(f"| {names[name]} | {turns['tokens_per_second'][name]:.0f} | {spread} | {sums} |")
     lines += ["", "Every setting on validation:", "", "| block size | threshold | score | tokens per forward | tokens/s |"]
     lines.append("|---|---|---|---|---|")
     for point in validation["points"]:
@@ -185,11 +189,11 @@ def main() -> None:
     parser.add_argument("--child", default="smollm2-135m-diffusion")
     parser.add_argument("--control", default=str(CONTROL), help="left out: the one in this folder")
     parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
-    parser.add_argument("--validation", type=int, default=20, help="validation questions per task and setting")
+    parser.add_argument("--validation", type=int, default=40, help="validation questions per task and setting")
     parser.add_argument("--test", type=int, default=100, help="test questions per task")
     parser.add_argument("--turns", type=int, default=10, help="test questions per task that all are timed on by turns")
-    parser.add_argument("--block-sizes", default="4,8,16")
-    parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.9,0.95")
+    parser.add_argument("--block-sizes", default="4,8")
+    parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.85,0.9,0.95")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python; left out: not compared with")
     parser.add_argument("--speeds-only", action="store_true", help="keep a finished report's answers, take its speeds again")
     parser.add_argument("--docs", action="store_true", help="write the report into docs/reproduction.md")

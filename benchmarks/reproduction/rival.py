@@ -1,4 +1,4 @@
-"""llama.cpp, asked line by line: `{"ids": [...], "tokens": n}` in, the seconds that it took to read and to write n tokens out.
+"""llama.cpp, asked line by line: `{"ids": [...], "tokens": n}` in; out what `turns.Answer` holds.
 
     python benchmarks/reproduction/rival.py FILE.gguf THREADS
 
@@ -24,8 +24,9 @@ def main() -> None:
         asked = json.loads(line)
         model.reset()  # nothing of the last prompt is reused, as on our side
         started = time.perf_counter()
-        written = sum(1 for _ in islice(model.generate(asked["ids"], temp=0.0), asked["tokens"]))
-        print(json.dumps({"seconds": time.perf_counter() - started, "tokens": written}), flush=True)
+        marks = [time.perf_counter() - started for _ in islice(model.generate(asked["ids"], temp=0.0), asked["tokens"])]
+        found = {"tokens": len(marks), "seconds": marks[-1], "first_tokens": 1, "first_seconds": marks[0]}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

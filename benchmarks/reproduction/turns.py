@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,27 @@ from unmask.eval.runner import request_of
 from unmask.models.hub import embedded_gguf
 
 RIVAL = Path(__file__).with_name("rival.py")
-Answer = tuple[int, float]
-"""Tokens, seconds."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens and seconds of an answer, and those of its first forward alone, the one that reads the prompt."""
+
+    tokens: int
+    seconds: float
+    first_tokens: int
+    first_seconds: float
 
 
 def answer(model: LanguageModel, request: Request) -> Answer:
     """In our engine, nothing kept from one question to the next."""
     engine = model.engine(max_running=1, prefix_cache=False)
+    tokens, marks = 0, []
     started = time.perf_counter()
-    count = len(engine.run([request])[0].ids)
-    return count, time.perf_counter() - started
+    for update in engine.stream(request):
+        tokens += len(update.new_ids)
+        marks.append((tokens, time.perf_counter() - started))
+    return Answer(*marks[-1], *marks[0])
 
 
 @contextmanager
@@ -48,8 +60,7 @@ def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], in
         def ask(ids: Sequence[int | None], count: int) -> Answer:
             asked.write(json.dumps({"ids": ids, "tokens": count}) + "\n")
             asked.flush()
-            found = json.loads(answers.readline())
-            return found["tokens"], found["seconds"]
+            return Answer(**json.loads(answers.readline()))
 
         yield json.loads(answers.readline()), ask
         asked.close()
@@ -58,8 +69,8 @@ def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], in
 def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str, Any], per_task: int) -> dict[str, Any]:
     """Tokens/s of each over the first test questions of every task, prefill included; the child's over each of the others'.
 
-    `ratio` is of the sums; `median` (over all questions and by task), `p10` and `p90` are of the questions' own ratios, which a
-    machine that is shared with others disturbs less.
+    `ratio` is of the sums, `decoding` too, without what the first forwards took and gave; `median` (over all questions and by
+    task), `p10` and `p90` are of the questions' own ratios, which a machine that is shared with others disturbs less.
     """
     items = [(task.name, item) for task in mini5_tasks() for item in task.items("test", per_task)]
     # 8-bit where the CPU's kernels allow it; the control ignores how blocks are decoded.
@@ -69,9 +80,9 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
         for turn, (task, item) in enumerate([items[0], *items]):  # the first question warms everyone up
             requests = {name: request_of(model, item, decoding) for name, model in models.items()}
             answers = {name: answer(model, requests[name]) for name, model in models.items()}
-            if rival is not None and answers["child"][0]:
-                answers["llama.cpp"] = rival(requests["control"].ids, answers["child"][0])
-            if turn and all(tokens for tokens, _ in answers.values()):
+            if rival is not None and answers["child"].tokens:
+                answers["llama.cpp"] = rival(requests["control"].ids, answers["child"].tokens)
+            if turn and all(each.tokens for each in answers.values()):
                 taken.append((task, answers))
     everything = [answers for _, answers in taken]
     over: dict[str, dict[str, Any]] = {}
@@ -83,7 +94,8 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
             by_task.setdefault(task, []).append(_ratio([answers], name))
         tasks = {task: statistics.median(each) for task, each in by_task.items()}
         spread = {"median": statistics.median(ratios), "p10": low, "p90": high}
-        over[name] = {"ratio": _ratio(everything, name), "tasks": tasks, **spread}
+        decoding_only = _decoding(everything, "child") / _decoding(everything, name)
+        over[name] = {"ratio": _ratio(everything, name), "decoding": decoding_only, "tasks": tasks, **spread}
     speeds = {name: _speed(everything, name) for name in everything[0]}
     threads = torch.get_num_threads()
     return {
@@ -96,7 +108,13 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
 
 
 def _speed(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
-    return sum(each[name][0] for each in answers) / sum(each[name][1] for each in answers)
+    return sum(each[name].tokens for each in answers) / sum(each[name].seconds for each in answers)
+
+
+def _decoding(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
+    """Tokens/s after the first forward."""
+    tokens = sum(each[name].tokens - each[name].first_tokens for each in answers)
+    return tokens / sum(each[name].seconds - each[name].first_seconds for each in answers)
 
 
 def _ratio(answers: Sequence[Mapping[str, Answer]], name: str) -> float:

@@ -18,7 +18,7 @@ constexpr int kTileRows = 8, kTilePanels = 3;  // 24 sums, 3 weights and an acti
 #else
 constexpr int kTileRows = 2, kTilePanels = 1;
 #endif
-constexpr int64_t kGroup = 32;
+constexpr int64_t kGroup = 32, kStep = 16;  // depths are multiples of kStep
 
 struct Linear {
     const uint8_t* weight;
@@ -84,30 +84,34 @@ struct Target {
     int64_t first = 0;
 };
 
-// Memory to fetch while a tile is computed, `lines` cache lines for every four inputs.
+// Memory to fetch while a tile is computed, `lines` cache lines for every `kStep` inputs.
 struct Ahead {
     const uint8_t* from;
-    int lines;
+    int64_t lines;
 };
 
 // R rows by P panels, kept in registers.
 template <int R, int P>
 static void gemm_tile(const Linear& w, const uint8_t* weights, int64_t panel, const Rows8& a, int64_t row, const Target& to,
                       Ahead ahead) {
-    const int64_t panel_bytes = w.depth * kLanes;
-    const int8_t* q = a.q + row * a.stride;
+    const int64_t panel_bytes = w.depth * kLanes, stride = a.stride;
+    const int8_t* q[(R + 2) / 3];  // of every third row: an address can say one or two strides from there
+    for (int i = 0; 3 * i < R; i++) q[i] = a.q + (row + 3 * i) * stride;
     Ints sums[R][P];
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) sums[r][p] = splat(-128 * a.sum[row + r]);
-    for (int64_t k = 0; k < w.depth; k += 4) {
-        for (int i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+    for (int64_t k = 0; k < w.depth; k += kStep, weights += kStep * kLanes) {
+        for (int64_t i = 0; i < ahead.lines; i++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+#pragma GCC unroll 4
+        for (int j = 0; j < kStep; j += 4)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            int32_t four;
-            memcpy(&four, q + r * a.stride + k, 4);
+            for (int r = 0; r < R; r++) {
+                int32_t four;
+                memcpy(&four, q[r / 3] + r % 3 * stride + j, 4);
 #pragma GCC unroll 3
-            for (int p = 0; p < P; p++) sums[r][p] = dot4(sums[r][p], weights + p * panel_bytes + k * kLanes, four);
-        }
+                for (int p = 0; p < P; p++) sums[r][p] = dot4(sums[r][p], weights + p * panel_bytes + j * kLanes, four);
+            }
+        for (int i = 0; 3 * i < R; i++) q[i] += kStep;
     }
     for (int p = 0; p < P; p++) {
         const int64_t channel = (panel + p) * kLanes;
@@ -146,9 +150,9 @@ static void gemm(const Linear& w, const Rows8& a, Range rows, Range panels, cons
             for (int64_t p = 0; w.bits == 4 && p < wide; p++) unpack_panel(w, panel + p, unpacked + p * w.depth * kLanes);
             // The next panels come from memory while these are computed on, a part with each tile.
             const int64_t tiles = (stop - start + kTileRows - 1) / kTileRows;
-            const int lines = int((wide * w.bits + 8 * tiles - 1) / (8 * tiles));
+            const int64_t lines = (wide * w.bits * (kStep / 4) + 8 * tiles - 1) / (8 * tiles);
             const uint8_t* next = w.weight + (panel + wide) * w.panel_bytes();
-            for (int64_t row = start; row < stop; row += kTileRows, next += lines * w.depth * kLanes) {
+            for (int64_t row = start; row < stop; row += kTileRows, next += lines * w.depth / kStep * 64) {
                 const int64_t tall = std::min<int64_t>(kTileRows, stop - row);
                 tile_of(tall, wide)(w, weights, panel, a, row, to, {next, lines});
             }

@@ -118,16 +118,28 @@ INLINE void swiglu(const float* gate_up, int64_t size, float* to) {
     }
 }
 
-// The Hadamard transform, not normalised, over `count` vectors of each block: channels i, i + 16, ... (see rotation.py).
+// The Hadamard transform, not normalised, of N vectors that stay in registers.
+template <int N>
+INLINE void mix_block(float* block) {
+    Floats x[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) x[i] = load<Floats>(block + i * kLanes);
+#pragma GCC unroll 3
+    for (int apart = 1; apart < N; apart *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) {
+            if (i & apart) continue;
+            const Floats a = x[i], b = x[i + apart];
+            x[i] = a + b, x[i + apart] = a - b;
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) store(block + i * kLanes, x[i]);
+}
+
+// Mixes channels i, i + 16, ... of each block of `count` vectors, 8, 4, 2 or 1 (see rotation.py).
 INLINE void mix(float* x, int64_t size, int64_t count) {
     for (float* block = x; count > 1 && block < x + size; block += count * kLanes)
-        for (int64_t apart = 1; apart < count; apart *= 2)
-            for (int64_t i = 0; i < count; i++) {
-                if (i & apart) continue;
-                float *low = block + i * kLanes, *high = low + apart * kLanes;
-                const Floats a = load<Floats>(low), b = load<Floats>(high);
-                store(low, a + b), store(high, a - b);
-            }
+        count == 8 ? mix_block<8>(block) : count == 4 ? mix_block<4>(block) : mix_block<2>(block);
 }
 
 // One thread's part of one forward pass.

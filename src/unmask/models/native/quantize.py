@@ -2,7 +2,7 @@
 
 Owns rounding and packing of one matrix. Knows neither models nor how the kernels are called.
 
-Legend: N outputs, K inputs, P panels of 16 outputs, G groups of 32 inputs.
+Legend: N outputs, K inputs, P panels of 16 outputs, G groups of 32 inputs. 8-bit depths are multiples of STEP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 PANEL = 16
 GROUP = 32
+STEP = 16
 # The largest multiple of a group's step that keeps (q - 8) * multiple + 128 in a byte.
 _MAX_MULTIPLE = 16
 
@@ -71,7 +72,7 @@ def pack(matrix: QuantizedMatrix) -> PackedMatrix:
     rows = -outputs % PANEL
     scale = F.pad(matrix.scale_N, (0, rows))
     if matrix.multiple_NG is None:
-        depth = inputs + -inputs % 4
+        depth = inputs + -inputs % STEP
         padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows))
         panels = padded.view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
         # Bytes w + 128: flipping the sign bit of a signed byte.
