@@ -1,10 +1,11 @@
 """What each part of the recipe is worth: short runs at equal tokens that differ in one setting.
 
-    python benchmarks/reproduction/ablations.py [--groups convert,sft,cap,merge] [--plot-only]
+    python benchmarks/reproduction/ablations.py [--groups convert,sft,cap,merge,difference] [--plot-only]
 
 Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
 ablations.png there. `convert`: the parent to block size 32. `sft`: a converted model on worked answers. `cap`: the child's
-last stage with other weights. `merge`: means of that stage's best checkpoints. Needs what train.sh makes.
+third stage with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's model with what the
+control learned. Needs what train.sh makes.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 from report import mean_score, read, unmask
 
 from unmask.train.metrics import read_metrics
+from unmask.train.recipe import load_recipe
+from unmask.train.run import build_parts
 
 ROOT = Path("out/reproduction/ablations")
 DATA = Path("out/reproduction/data")
 CAP_STAGE = Path("out/reproduction/cap")
+CONTROL = Path("out/reproduction/control_long")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run: a recipe with `overrides`, or a merge of the best `merge` checkpoints of the CAP stage."""
+    """One model: a recipe's with `overrides`, the mean of the best `merge` checkpoints of the CAP stage, or that stage's model
+    with `scale` times what the control learned."""
 
     group: str
     name: str
@@ -37,6 +42,7 @@ class Variant:
     verb: str = "sft"
     overrides: tuple[str, ...] = ()
     merge: int = 0
+    scale: float | None = None
 
     @property
     def run(self) -> Path:
@@ -67,6 +73,8 @@ def variants() -> Iterator[Variant]:
         yield Variant("cap", f"weight {weight:g}", "reproduction_cap", "sft", (*short, f"objective.cap.weight={weight}"))
     for count in (1, 3, 5):
         yield Variant("merge", f"top {count}", merge=count)
+    for scale in (0.0, 0.5, 1.0, 1.5):
+        yield Variant("difference", f"scale {scale:g}", scale=scale)
 
 
 def documents() -> None:
@@ -92,16 +100,31 @@ def make(variant: Variant) -> None:
     if variant.merge:
         unmask("merge", "--run", CAP_STAGE, "--top-k", variant.merge, "--out", variant.run)
         return
+    if variant.scale is not None:
+        difference = ("--plus", CONTROL, "--minus", "smollm2-135m", "--scale", variant.scale)
+        unmask("merge", CAP_STAGE, *difference, "--out", variant.run)
+        return
     resume = ["--resume"] if (variant.run / "checkpoints").exists() else []
     overrides = [part for override in variant.overrides for part in ("--set", override)]
     unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", variant.run, *overrides, *resume)
     shutil.rmtree(variant.run / "checkpoints")
 
 
+def nelbo(model: Path) -> float:
+    """Of the rows that the child's second stage held out, at its block size, in nats per token."""
+    recipe = load_recipe(Path("recipes/reproduction_sft.yaml")).model_copy(update={"model": str(model)})
+    parts = build_parts(recipe)
+    assert parts.validation is not None
+    value: float = parts.objective.evaluate(parts.validation, recipe.blocks.phases[-1])["nelbo"]
+    return value
+
+
 def figures(variant: Variant, questions: int) -> dict[str, Any]:
     """Loss figures of the run and, for what decodes well enough, score and tokens per forward on validation."""
     found: dict[str, Any] = asdict(variant)
-    if not variant.merge:
+    if variant.scale is not None:
+        found["nelbo"] = nelbo(variant.run)
+    elif not variant.merge:
         records = read_metrics(variant.run / "metrics.jsonl")
         train = [record for record in records if record["kind"] == "train"]
         norms = [record["grad_norm"] for record in train]
@@ -146,7 +169,7 @@ def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), layout="constrained", squeeze=False)
     for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
-        key = "nelbo" if group in ("convert", "sft") else "score"
+        key = "nelbo" if "nelbo" in rows[0] and group != "cap" else "score"
         label, scale, _ = COLUMNS[key]
         axis.barh([row["name"] for row in rows], [scale * row[key] for row in rows], color="tab:blue")
         axis.invert_yaxis()
@@ -156,7 +179,7 @@ def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", default="convert,sft,cap,merge")
+    parser.add_argument("--groups", default="convert,sft,cap,merge,difference")
     parser.add_argument("--questions", type=int, default=20, help="validation questions per task")
     parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
     options = parser.parse_args()

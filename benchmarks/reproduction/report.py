@@ -125,8 +125,8 @@ def describe(found: dict[str, Any]) -> list[str]:
         f"**Quality: {quality:.3f} of the control's mean (target {QUALITY}). Speed: {over['median']:.2f} times the control's "
         f"tokens/s (target {SPEED}).** One stream, prefill and every forward counted.",
         "",
-        f"Speeds are taken by turns, {turns['threads']} threads each, over {turns['items']} of these questions, and are "
-        "medians over questions (here with the 10th to 90th percentile, beside the ratio of the sums):",
+        f"Speeds are taken by turns, task by task, {turns['threads']} threads each, over {turns['items']} of these questions, "
+        "and are medians over questions (here with the 10th to 90th percentile, beside the ratio of the sums):",
         "",
         "| | tokens/s | child over it, by question | in sum | in sum, after the first forward |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Speed by turns: child, autoregressive control and llama.cpp on the parent's weights answer the same questions in turn.
+"""Speed by turns: child, autoregressive control and llama.cpp on the parent's weights answer the same tasks in turn.
 
 llama.cpp lives in an environment of its own (`rival.py`); it reads the same prompts and writes as many tokens as the child did.
 """
@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,8 @@ from unmask.eval.runner import request_of
 from unmask.models.hub import embedded_gguf
 
 RIVAL = Path(__file__).with_name("rival.py")
+PAUSE_SECONDS = 1.0
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,24 @@ def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], in
 def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str, Any], per_task: int) -> dict[str, Any]:
     """Tokens/s of each over the first test questions of every task, prefill included; the child's over each of the others'.
 
-    `ratio` is of the sums, `decoding` too, without what the first forwards took and gave; `median` (over all questions and by
-    task), `p10` and `p90` are of the questions' own ratios, which a machine that is shared with others disturbs less.
+    A turn is a task: one after the other, each answers its first question unseen, then all of them on the clock. `ratio` is of
+    the sums, `decoding` too, without what the first forwards took and gave; `median` (over all questions and by task), `p10`
+    and `p90` are of the questions' own ratios, which a machine that is shared with others disturbs less.
     """
-    items = [(task.name, item) for task in mini5_tasks() for item in task.items("test", per_task)]
     # 8-bit where the CPU's kernels allow it; the control ignores how blocks are decoded.
     models = {name: unmask.load(path, quantize="auto") for name, path in (("child", child), ("control", control))}
     taken: list[tuple[str, dict[str, Answer]]] = []
     with llama(python) if python is not None else _nobody() as (version, rival):
-        for turn, (task, item) in enumerate([items[0], *items]):  # the first question warms everyone up
-            requests = {name: request_of(model, item, decoding) for name, model in models.items()}
-            answers = {name: answer(model, requests[name]) for name, model in models.items()}
-            if rival is not None and answers["child"].tokens:
-                answers["llama.cpp"] = rival(requests["control"].ids, answers["child"].tokens)
-            if turn and all(each.tokens for each in answers.values()):
-                taken.append((task, answers))
+        for task in mini5_tasks():
+            items = task.items("test", per_task)
+            asked = {name: [request_of(model, item, decoding) for item in items] for name, model in models.items()}
+            found = {name: _turn(partial(answer, model), asked[name]) for name, model in models.items()}
+            if rival is not None:
+                lengths = [max(1, each.tokens) for each in found["child"]]
+                prompts = [request.ids for request in asked["control"]]
+                found["llama.cpp"] = _turn(lambda both: rival(*both), list(zip(prompts, lengths, strict=True)))
+            answers = [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+            taken += [(task.name, each) for each in answers if all(one.tokens for one in each.values())]
     everything = [answers for _, answers in taken]
     over: dict[str, dict[str, Any]] = {}
     for name in everything[0].keys() - {"child"}:
@@ -119,6 +125,13 @@ def _decoding(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
 
 def _ratio(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
     return _speed(answers, "child") / _speed(answers, name)
+
+
+def _turn(way: Callable[[Asked], Answer], asked: Sequence[Asked]) -> list[Answer]:
+    """All answers of one side, after a pause and an answer that does not count: others' idle threads spin, caches are cold."""
+    time.sleep(PAUSE_SECONDS)
+    way(asked[0])
+    return [way(each) for each in asked]
 
 
 @contextmanager

@@ -23,8 +23,7 @@ stage convert smollm2-135m_continue_cpu out/embedded-2
 stage convert reproduction_child out/reproduction/child
 stage sft reproduction_sft out/reproduction/sft
 stage sft reproduction_cap out/reproduction/cap
-stage sft reproduction_cap_long out/reproduction/cap_long
 if [[ -n "${PACK-1}" ]]; then
-    runs=(out/embedded out/embedded-2 out/reproduction/{child,sft,cap,cap_long})
+    runs=(out/embedded out/embedded-2 out/reproduction/{child,sft,cap})
     .venv/bin/python scripts/embedded/package.py --runs "${runs[@]}"
 fi

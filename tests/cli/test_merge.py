@@ -39,6 +39,19 @@ def test_folders_are_averaged(run, sisters: list[Path], tmp_path: Path) -> None:
     assert all(bool((merged[name] - 3 * once[name]).abs().max() < 1e-5) for name in once)
 
 
+def test_what_a_fine_tuning_changed_is_added(run, fails, sisters: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("merge", sisters[0], "--plus", sisters[2], "--minus", sisters[1], "--scale", 0.5, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "added    0.5 x" in result.stdout
+    once, merged = load_file(sisters[0] / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(bool((merged[name] - 3 * once[name]).abs().max() < 1e-5) for name in once)
+    assert "belong together" in fails("merge", sisters[0], "--plus", sisters[2], "--out", tmp_path / "more")
+    assert "2 models are named" in fails("merge", *sisters[:2], "--plus", "a", "--minus", "b", "--out", tmp_path / "more")
+    assert "gone" in fails("merge", sisters[0], "--plus", "gone", "--minus", sisters[1], "--out", tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
 def test_best_of_a_run(run, fails, tmp_path: Path) -> None:
     folder, trained, out = tiny_folder(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
     recipe = tiny_recipe(folder, tiny_jsonl(tmp_path / "data.jsonl"), eval_every=1, checkpoint_every=1, keep_checkpoints=9)

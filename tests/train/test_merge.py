@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from runs import tiny_folder
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.config import RopeConfig
-from unmask.train.merge import merge_checkpoints, top_k
+from unmask.train.merge import add_difference, merge_checkpoints, top_k
 
 
 def variant(base: Path, folder: Path, shift: float) -> Path:
@@ -68,6 +68,43 @@ def test_mismatches_are_refused(base: Path, tmp_path: Path) -> None:
         merge_checkpoints([], tmp_path / "out")
     with pytest.raises(CheckpointError, match="not empty"):
         merge_checkpoints([base, base], base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_is_added(base: Path, tmp_path: Path) -> None:
+    model, tuned = variant(base, tmp_path / "model", 1.0), variant(base, tmp_path / "tuned", 0.25)
+    before, half = load_file(base / "model.safetensors"), tmp_path / "half"
+    whole = load_file(add_difference(model, tuned, base, tmp_path / "out") / "model.safetensors")
+    add_difference(model, tuned, base, half, scale=-0.5)
+    assert whole.keys() == before.keys()
+    assert all(torch.allclose(whole[name], before[name] + 1.25, atol=1e-6) for name in before)
+    assert all(
+        torch.allclose(after, before[name] + 0.875, atol=1e-6) for name, after in load_file(half / "model.safetensors").items()
+    )
+
+
+def test_rows_that_only_the_model_has_stay(base: Path, tmp_path: Path) -> None:
+    model, tuned = variant(base, tmp_path / "model", 1.0), variant(base, tmp_path / "tuned", 0.25)
+    grown = load_file(model / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    grown[name] = torch.cat((grown[name], torch.full((3, grown[name].shape[1]), 7.0)))
+    save_file(grown, model / "model.safetensors", {"format": "pt"})
+    result = load_file(add_difference(model, tuned, base, tmp_path / "out") / "model.safetensors")[name]
+    assert torch.allclose(result[:-3], grown[name][:-3] + 0.25, atol=1e-6)
+    assert (result[-3:] == 7.0).all()
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is .* they share no base"):
+        add_difference(base, model, base, tmp_path / "more")
+
+
+def test_differences_of_other_models_are_refused(base: Path, tmp_path: Path) -> None:
+    smaller = variant(base, tmp_path / "smaller", 0.0)
+    tensors = load_file(smaller / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, smaller / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight; all three"):
+        add_difference(base, smaller, base, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not empty"):
+        add_difference(base, base, base, base)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,15 +1,14 @@
-"""Top-k checkpoint merge: the parameter-wise mean of the best checkpoints of a run.
+"""Models from models, without training: the mean of a run's best checkpoints, and one model's fine-tuning added to another.
 
-Owns the choice of checkpoints and the streaming average. Never holds more than one tensor of each checkpoint.
+Owns the choice of checkpoints and the streaming arithmetic. Never holds more than one tensor of each checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
@@ -61,37 +60,95 @@ def merge_checkpoints(
     """
     if not folders:
         raise ConfigError("nothing to merge; name at least one model folder")
+    configs = [read_model_config(folder) for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        if config != configs[0]:
+            raise CheckpointError(f"{folder} is another model than {folders[0]}; merge checkpoints of one run")
+
+    def mean(tensors: Iterator[Tensor]) -> Tensor:
+        total = next(tensors).float()
+        for tensor in tensors:
+            total = total + tensor
+        return total / len(folders)
+
+    return _write(folders, out, mean, _check_same, on_progress)
+
+
+def add_difference(
+    model: Path,
+    tuned: Path,
+    base: Path,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """`model + scale * (tuned - base)`, parameter by parameter in float32: what a fine-tuning of the base changed, for `model`.
+
+    `tuned` may be a fine-tuning of the autoregressive model that `model` was converted from. Rows that the conversion added to
+    the vocabulary stay as they are.
+
+    Args:
+        model: Hugging Face folder of a model that descends from `base`.
+        tuned: another one.
+        base: what both descend from.
+        out: folder of the result; config and tokenizer come from `model`.
+        scale: how much of the difference.
+        on_progress: (tensors done, tensors in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: the models differ in tensors or shapes, or `out` is not empty.
+
+    Source: task arithmetic (2212.04089), here across the change of objective.
+    """
+
+    def added(tensors: Iterator[Tensor]) -> Tensor:
+        whole, plus, minus = (tensor.float() for tensor in tensors)
+        whole[: len(plus)] += scale * (plus - minus)
+        return whole
+
+    return _write((model, tuned, base), out, added, _check_rows, on_progress)
+
+
+Specs = dict[str, TensorSpec]
+
+
+def _write(
+    folders: Sequence[Path],
+    out: Path,
+    combine: Callable[[Iterator[Tensor]], Tensor],
+    check: Callable[[Specs, Specs, Path, Path], None],
+    on_progress: Callable[[int, int], None],
+) -> Path:
+    """Write what `combine` makes of the folders' tensors, name by name; config, dtypes and files are the first folder's."""
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another --out")
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).exists()), None)
     if adapter is not None:
         raise CheckpointError(f"{adapter} is an adapter, not a whole model; fold it first (unmask export), then merge")
-    configs = [read_model_config(folder) for folder in folders]
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
-        if config != configs[0]:
-            raise CheckpointError(f"{folder} is another model than {folders[0]}; merge checkpoints of one run")
     with ExitStack() as stack:
         readers = [TensorFiles(folder, stack) for folder in folders]
         specs, *others = [{name: reader.spec(name) for name in reader.names} for reader in readers]
         for folder, other in zip(folders[1:], others, strict=True):
-            _check_same(specs, other, folders[0], folder)
+            check(specs, other, folders[0], folder)
         done = 0
 
-        def mean(name: str) -> Tensor:
+        def read(name: str) -> Tensor:
             nonlocal done
-            total = torch.zeros(specs[name].shape, dtype=torch.float32)
-            for reader in readers:
-                total += reader.read(name)
+            combined = combine(reader.read(name) for reader in readers)
             done += 1
             on_progress(done, len(specs))
-            return (total / len(readers)).to(specs[name].dtype)
+            return combined.to(specs[name].dtype)
 
         extra = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _is_written(path)]
-        write_checkpoint(out, read_json(folders[0] / "config.json"), specs, mean, extra_files=extra)
+        write_checkpoint(out, read_json(folders[0] / "config.json"), specs, read, extra_files=extra)
     return out
 
 
-def _check_same(first: dict[str, TensorSpec], other: dict[str, TensorSpec], folder: Path, other_folder: Path) -> None:
+def _check_same(first: Specs, other: Specs, folder: Path, other_folder: Path) -> None:
     """Every tensor must agree in shape and dtype."""
     differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
     if differing:
@@ -99,6 +156,21 @@ def _check_same(first: dict[str, TensorSpec], other: dict[str, TensorSpec], fold
         raise CheckpointError(f"{other_folder} does not match {folder} in {shown}; merge checkpoints of one run")
 
 
+def _check_rows(first: Specs, other: Specs, folder: Path, other_folder: Path) -> None:
+    """Every tensor must agree in shape, but for rows that only the first one has."""
+    if first.keys() != other.keys():
+        name = min(first.keys() ^ other.keys())
+        raise CheckpointError(f"only one of {folder} and {other_folder} has {name}; all three must be of one architecture")
+    for name, spec in first.items():
+        shape = other[name].shape
+        if shape[1:] != spec.shape[1:] or shape[0] > spec.shape[0]:
+            raise CheckpointError(f"{name} is {shape} in {other_folder} and {spec.shape} in {folder}; they share no base")
+
+
 def _is_written(path: Path) -> bool:
-    """Whether `write_checkpoint` makes the file itself."""
-    return path.name == "config.json" or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+    """Whether `write_checkpoint` makes the file itself, or it tells of a run, which a merge is not."""
+    return (
+        path.name in ("config.json", "metrics.jsonl", "loss.png")
+        or path.suffix == ".safetensors"
+        or path.name.endswith(".safetensors.index.json")
+    )
