@@ -247,7 +247,7 @@ def test_metrics(tiny: LanguageModel) -> None:
         usages = [client.chat.completions.create(**body).usage for _ in range(2)]
         ended = client.chat.completions.create(**{**body, "n": 1}, logit_bias={"0": 100})
         edits = client.chat.completions.create(
-            **body, temperature=1.5, seed=3, extra_body={"diffusion": {"edit_threshold": 0.1, "min_new_tokens": 12}}
+            **body, temperature=1.5, seed=4, extra_body={"diffusion": {"edit_threshold": 0.1, "min_new_tokens": 12}}
         )
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**body, temperature=3)

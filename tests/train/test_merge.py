@@ -92,6 +92,10 @@ def test_rows_that_only_the_model_has_stay(base: Path, tmp_path: Path) -> None:
     result = load_file(add_difference(model, tuned, base, tmp_path / "out") / "model.safetensors")[name]
     assert torch.allclose(result[:-3], grown[name][:-3] + 0.25, atol=1e-6)
     assert (result[-3:] == 7.0).all()
+    add_difference(model, model, base, tmp_path / "twice")
+    result = load_file(tmp_path / "twice" / "model.safetensors")[name]
+    assert torch.allclose(result[:-3], grown[name][:-3] + 1.0, atol=1e-6)
+    assert (result[-3:] == 7.0).all()
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is .* they share no base"):
         add_difference(base, model, base, tmp_path / "more")
 

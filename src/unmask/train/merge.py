@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
@@ -16,6 +17,8 @@ from unmask.models.checkpoint import TensorSpec, read_json, read_model_config, w
 from unmask.models.hub import ADAPTER_CONFIG
 from unmask.models.tensor_files import TensorFiles
 from unmask.train.state import list_checkpoints, validation_score
+
+Specs = dict[str, TensorSpec]
 
 
 def top_k(run: Path, k: int) -> list[Path]:
@@ -85,8 +88,8 @@ def add_difference(
 ) -> Path:
     """`model + scale * (tuned - base)`, parameter by parameter in float32: what a fine-tuning of the base changed, for `model`.
 
-    `tuned` may be a fine-tuning of the autoregressive model that `model` was converted from. Rows that the conversion added to
-    the vocabulary stay as they are.
+    `tuned` may be a fine-tuning of the autoregressive model that `model` was converted from. Rows of the vocabulary that the
+    other two do not both have stay as they are.
 
     Args:
         model: Hugging Face folder of a model that descends from `base`.
@@ -107,13 +110,10 @@ def add_difference(
 
     def added(tensors: Iterator[Tensor]) -> Tensor:
         whole, plus, minus = (tensor.float() for tensor in tensors)
-        whole[: len(plus)] += scale * (plus - minus)
-        return whole
+        rows = min(len(plus), len(minus))
+        return torch.cat((whole[:rows] + scale * (plus[:rows] - minus[:rows]), whole[rows:]))
 
     return _write((model, tuned, base), out, added, _check_rows, on_progress)
-
-
-Specs = dict[str, TensorSpec]
 
 
 def _write(
