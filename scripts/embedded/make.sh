@@ -4,13 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# stage VERB RECIPE RUN: start or continue a run, unless it is finished.
-stage() {
-    local resume=()
-    [[ -e "$3/config.json" ]] && return
-    [[ -e "$3/checkpoints" ]] && resume=(--resume)
-    .venv/bin/unmask "$1" --recipe "recipes/$2.yaml" --out "$3" "${resume[@]}"
-}
+source scripts/embedded/stage.sh
 
 if [[ -n "${SAMPLE:-}" ]]; then
     .venv/bin/python scripts/embedded/sample_answers.py --out scripts/embedded/answers.jsonl

@@ -3,8 +3,8 @@
     python scripts/embedded/package.py --runs out/embedded out/embedded-2 out/reproduction/child ... --report FILE
     python scripts/embedded/package.py --runs out/reproduction/cap --before scripts/embedded/stages.json --report FILE
 
-The runs are stages; stages whose folders are gone are told by `--before`. Packed is the last run's model, or `--model`, a
-merge of its checkpoints. The result is loaded back and its rounding error printed.
+The runs are stages, the last one holds the model; stages whose folders are gone are told by `--before`. The result is
+loaded back and its rounding error printed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
-    parser.add_argument("--model", type=Path, help="what to pack; left out: the last run's")
     parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
     parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
     parser.add_argument("--block-size", type=int, help="what generate uses unless told otherwise; left out: the model's")
@@ -129,8 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     stages = json.loads(options.before.read_text()) if options.before else []
     stages += [stage(run) for run in options.runs]
-    model = options.model or options.runs[-1]
-    size, changes = pack(model, options.asset, max_bytes=options.max_bytes, block_size=options.block_size)
+    size, changes = pack(options.runs[-1], options.asset, max_bytes=options.max_bytes, block_size=options.block_size)
     (options.asset / METADATA).write_text(json.dumps(changes, indent=2) + "\n")
     report = options.report.read_text() if options.report else "Nothing yet."
     (options.asset / "MODEL_CARD.md").write_text(card(options.asset.name, stages, report, size))

@@ -317,9 +317,8 @@ def test_many_samples_estimate_the_exact_margin_with_less_variance() -> None:
     passes = [replace(rows, epoch_RL=torch.full_like(rows.epoch_RL, epoch)) for epoch in range(256)]
     objective = dpo(policy, model, samples=16, beta=1.0)
     estimates = torch.tensor([objective.evaluate(each, PHASE)["margin"] for each in passes])
-    error = float(estimates.std()) / len(passes) ** 0.5
-    assert error < 0.06
-    assert float(estimates.mean()) == pytest.approx(exact[0] - exact[1], abs=3 * error)
+    assert float(estimates.std()) / len(passes) ** 0.5 < 0.06
+    assert float(estimates.mean()) == pytest.approx(exact[0] - exact[1], rel=0.1)
     few, many = (dpo(policy, model, samples=samples, beta=1.0).evaluate(rows, PHASE)["variance"] for samples in (2, 128))
     assert many < few / 20
     assert "variance" not in dpo(policy, model, samples=1).evaluate(rows, PHASE)

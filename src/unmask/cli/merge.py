@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from unmask.cli.console import make_console, try_command
 from unmask.errors import ConfigError
@@ -55,8 +56,7 @@ def merge(
         merged = merging.merge_checkpoints(chosen, out, on_progress=on_progress)
     for folder in chosen:
         console.print(f"averaged {folder}", soft_wrap=True)
-    console.print(f"model    {merged}", soft_wrap=True)
-    console.print(f"try it   {try_command(merged)}", soft_wrap=True)
+    _point_at(console, merged)
 
 
 def _add(out: Path, folders: list[Path], plus: str | None, minus: str | None, scale: float, *, averaging: bool) -> None:
@@ -73,5 +73,9 @@ def _add(out: Path, folders: list[Path], plus: str | None, minus: str | None, sc
     with counting(console, "adding") as on_progress:
         merged = merging.add_difference(folders[0], tuned, base, out, scale=scale, on_progress=on_progress)
     console.print(f"added    {scale:g} x ({plus} - {minus}) to {folders[0]}", soft_wrap=True)
+    _point_at(console, merged)
+
+
+def _point_at(console: Console, merged: Path) -> None:
     console.print(f"model    {merged}", soft_wrap=True)
     console.print(f"try it   {try_command(merged)}", soft_wrap=True)

@@ -52,7 +52,7 @@ class NoiseKey:
 
     def scalar(self, tag: str) -> Tensor:
         """One int64 per epoch entry, different for every purpose `tag`."""
-        seed = mix(torch.full_like(self.epoch, _wrap(self.seed)))  # mixed, so that (seed 0, epoch 1) is not (seed 1, epoch 0)
+        seed = mix(self.epoch.new_full((), _wrap(self.seed)))  # mixed, so that (seed 0, epoch 1) is not (seed 1, epoch 0)
         return mix(mix(seed + self.epoch) + _wrap(_TAGS[tag] * GOLDEN))
 
     def uniform(self, tag: str, *counters: Tensor | int) -> Tensor:

@@ -1,0 +1,7 @@
+# Sourced by the scripts that train: stage VERB RECIPE RUN starts or continues a run, unless it is finished.
+stage() {
+    local resume=()
+    [[ -e "$3/config.json" ]] && return
+    [[ -e "$3/checkpoints" ]] && resume=(--resume)
+    .venv/bin/unmask "$1" --recipe "recipes/$2.yaml" --out "$3" "${resume[@]}"
+}
