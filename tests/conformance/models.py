@@ -1,4 +1,4 @@
-"""The suite's models: one tiny random transformer of every family, the same on every machine.
+"""The suite's models: one tiny random transformer of every family, and a shifted one; the same on every machine.
 
 Weights come from NumPy's frozen Mersenne Twister, not from torch, whose generators differ between CPUs in the last bit.
 """
@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiny import MASK, tiny_config
+from tiny import FAMILIES, MASK, tiny_config
 from unmask.models.checkpoint import save_model
 from unmask.models.transformer import Transformer
+
+KINDS = (*FAMILIES, "shifted")
+"""A family, or "shifted": a qwen3 that reads token p - 1 at position p (`shift_start_token_id` in config.json)."""
+START = 1
 
 STD = 0.4
 """Large enough that predictions are decisive and varied."""
@@ -23,7 +27,8 @@ STD = 0.4
 @cache
 def golden_model(family: str, dtype: torch.dtype = torch.float64) -> Transformer:
     """float32 weights, uniform with deviation 0.4, norms 1; the parameters in alphabetical order."""
-    model = Transformer(tiny_config(family, mask_id=MASK, block_size=8))
+    shift = {"start_id": START} if family == "shifted" else {}
+    model = Transformer(tiny_config("qwen3" if shift else family, mask_id=MASK, block_size=8, **shift))
     drawn = np.random.RandomState(3)
     state = model.state_dict()
     with torch.no_grad():

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from conformance.adapter import as_json, trajectory
-from conformance.models import checksum, golden_model
-from tiny import FAMILIES, MASK
+from conformance.models import KINDS, checksum, golden_model
+from tiny import MASK
 from unmask.diffusion.decode import PRESETS, DecodeRules
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
@@ -97,5 +97,5 @@ def _line(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    for each in FAMILIES:
+    for each in KINDS:
         write(each)

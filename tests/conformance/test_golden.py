@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from conformance.adapter import Implementation, implementations
-from conformance.models import checksum, save_golden_model
+from conformance.models import KINDS, checksum, save_golden_model
 from conformance.record import GOLDEN, cases
-from tiny import FAMILIES, MASK
+from tiny import MASK
 
 IMPLEMENTATIONS = implementations()
-RECORDED = {family: json.loads((GOLDEN / f"{family}.json").read_text()) for family in FAMILIES}
+RECORDED = {family: json.loads((GOLDEN / f"{family}.json").read_text()) for family in KINDS}
 CONFIDENCE_ERROR = {"engine-float32": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save_golden_model(family, tmp_path_factory.mktemp("golden") / family) for family in FAMILIES}
+    return {family: save_golden_model(family, tmp_path_factory.mktemp("golden") / family) for family in KINDS}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_trajectories_are_the_recorded_ones(folders: dict[str, Path], family: str, implementation: str) -> None:
     generate, error = IMPLEMENTATIONS[implementation], CONFIDENCE_ERROR.get(implementation, 1e-5)
     for name, case in RECORDED[family]["cases"].items():
@@ -45,7 +45,7 @@ def check(generate: Implementation, folder: Path, case: dict[str, Any], where: s
             assert confidence is None or confidence == pytest.approx(recorded, abs=error), f"{where}, step {number}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_models_are_those_of_the_recording(family: str) -> None:
     assert checksum(family) == RECORDED[family]["weights"], "the models changed, not the decoder: run record.py"
     assert list(RECORDED[family]["cases"]) == [name for name, _ in cases(family)], "cases changed: run record.py"
@@ -53,7 +53,7 @@ def test_the_models_are_those_of_the_recording(family: str) -> None:
 
 def test_the_recording_is_worth_comparing_with() -> None:
     """Ends, edits, unlike tokens and several commits in a step all occur; the mask token never is a result."""
-    recorded = [case for family in FAMILIES for case in RECORDED[family]["cases"].values()]
+    recorded = [case for family in KINDS for case in RECORDED[family]["cases"].values()]
     steps = [step for case in recorded for step in case["steps"]]
     assert sum(case["finish_reason"] == "stop" for case in recorded) >= 8
     assert sum(bool(step["edited"]) for step in steps) >= 40

@@ -17,8 +17,8 @@ from unmask.eval.likelihood import LikelihoodEstimator
 IDS = [random.Random(5).randrange(MASK) for _ in range(40)]
 
 
-def model_of(block_size: int | None, family: str = "llama") -> LanguageModel:
-    special = {} if block_size is None else {"mask_id": MASK, "block_size": block_size}
+def model_of(block_size: int | None, family: str = "llama", **special: int) -> LanguageModel:
+    special |= {} if block_size is None else {"mask_id": MASK, "block_size": block_size}
     return LanguageModel(tiny_model(family, dtype=torch.float64, **special), None, name="tiny")
 
 
@@ -44,9 +44,10 @@ def enumerated(model: LanguageModel, ids: list[int], first: int, block_size: int
     return total
 
 
+@pytest.mark.parametrize("shift", [{}, {"start_id": 1}], ids=["same-position", "shifted"])
 @pytest.mark.parametrize("first", [0, 3, 4, 7, 9])
-def test_small_blocks_are_enumerated(first: int) -> None:
-    model = model_of(4)
+def test_small_blocks_are_enumerated(first: int, shift: dict[str, int]) -> None:
+    model = model_of(4, **shift)
     found = LikelihoodEstimator(model, samples=15).score(IDS[:first], IDS[first:14])
     assert found.exact
     assert found.error == 0.0

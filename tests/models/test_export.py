@@ -141,6 +141,15 @@ def test_what_llada2_cannot_compute_is_refused(changes: dict[str, Any], key: str
     assert not (tmp_path / "out").exists()
 
 
+def test_only_unmask_runs_shifted_mixtures(tmp_path: Path) -> None:
+    source = saved("bailing_moe_v2", tmp_path / "source", **DIFFUSION, start_id=1)
+    with pytest.raises(CheckpointError, match="llada2_moe does not run shifted models"):
+        export_model(source, tmp_path / "out")
+    dense = saved("qwen3", tmp_path / "dense", **DIFFUSION, start_id=1)
+    assert "position 0 reads token 1" in export_model(dense, tmp_path / "exported").notes[0]
+    assert read_model_config(tmp_path / "exported").start_id == 1
+
+
 def test_an_autoregressive_model_stays_one(tmp_path: Path) -> None:
     auto_map = {"AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM"}
     source = saved("bailing_moe_v2", tmp_path / "source", eos_ids=(3,), hf_extras={"auto_map": auto_map})

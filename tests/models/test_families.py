@@ -25,6 +25,7 @@ LING: dict[str, Any] = {
 CONFIGS: dict[str, ModelConfig] = {
     "llama": tiny_config("llama", qkv_bias=True, out_bias=True, mlp_bias=True, eos_ids=(1, 2), pad_id=0),
     "llama diffusion": tiny_config("llama", tied_head=True).with_diffusion(mask_id=57, block_size=32),
+    "shifted": tiny_config("qwen3").with_diffusion(mask_id=57, block_size=8, start_id=1),
     "qwen2": tiny_config("qwen2", rope=RopeConfig(theta=1e6, kind="yarn", factor=4.0, original_max_positions=32)),
     "qwen3": tiny_config("qwen3", rope=RopeConfig(kind="linear", factor=2.0), bos_id=3, eos_ids=(4,)),
     "bailing_moe_v2": tiny_config("llada2"),

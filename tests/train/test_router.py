@@ -28,7 +28,7 @@ def layers(model: Transformer) -> list[MoE]:
 
 
 def monitored(policy: RouterPolicy, **settings: float) -> tuple[Transformer, RouterMonitor]:
-    model = tiny_model("llada2", 3)
+    model = tiny_model("llada2", 3, mask_id=MASK)
     return model, RouterMonitor(model, policy, **{"rate": 0.01, "aux_weight": 0.5, **settings})
 
 

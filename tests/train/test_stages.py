@@ -113,7 +113,8 @@ def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
     with pytest.raises(ConfigError, match="is a diffusion model; autoregressive: true takes"):
         build_parts(control(base).model_copy(update={"model": str(base / "diffusion")}))
     values = control(base).model_dump(mode="json")
-    for change in ({"schedule": {"stable": 1.0}}, {"objective": {"cap": {}}}, {"preference": {}}, {"mask_token": "<x>"}):
+    of_diffusion = {"schedule": {"stable": 1.0}, "objective": {"cap": {}}, "preference": {}, "shift": True, "mask_token": "<x>"}
+    for change in ({key: value} for key, value in of_diffusion.items()):
         with pytest.raises(ConfigError, match="autoregressive"):
             parse_recipe(values | change, "test")
 
@@ -121,6 +122,25 @@ def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
 def test_fine_tuning_refuses_an_autoregressive_model(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"autoregressive.*convert it first"):
         run_recipe(stage_recipe(base / "ar", base / "chats.jsonl"), tmp_path / "run")
+
+
+def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, tmp_path: Path) -> None:
+    """Adapters, too. What shifting means for the loss is `tests/diffusion/test_shifted.py`'s matter."""
+    recipe = tiny_recipe(base / "ar", base / "chats.jsonl", learning_rate=3e-3).model_copy(update={"shift": True})
+    run_recipe(recipe, tmp_path / "shifted")
+    start_id = unmask.load(tmp_path / "shifted").config.start_id
+    assert start_id is not None
+    train = [record for record in records(tmp_path / "shifted") if record["kind"] == "train"]
+    assert sum(r["loss"] for r in train[-3:]) < sum(r["loss"] for r in train[:3])
+    later = stage_recipe(tmp_path / "shifted", base / "chats.jsonl", lora=ADAPT_ALL)
+    run_recipe(later, tmp_path / "later")
+    assert unmask.load(tmp_path / "later").config.start_id == start_id
+    assert unmask.load(tmp_path / "later" / ADAPTER).config.start_id == start_id
+
+
+def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:
+    with pytest.raises(ConfigError, match="was converted without shift"):
+        build_parts(sft(base).model_copy(update={"shift": True}))
 
 
 def test_another_mask_token_than_the_models_is_refused(base: Path) -> None:

@@ -95,6 +95,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "kv_cache_bytes_per_token": 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim,
         "mask_id": config.mask_id,
         "block_size": config.block_size,
+        "shift_start_id": config.start_id,
         "eos_ids": list(config.eos_ids),
         "context": config.max_positions,
         "ignored_config_keys": list(ignored_keys(config)),
@@ -163,6 +164,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         ("cache", f"{_size(facts['kv_cache_bytes_per_token'])} for each token in bfloat16"),
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
+        *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
         ("context", f"{config.max_positions:,} tokens"),
         ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]

@@ -44,7 +44,8 @@ class CleanRows(Protocol):
 class CorruptionConfig:
     """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy.
 
-    `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly.
+    `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly. `start_id`: the
+    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there.
     """
 
     mask_id: int
@@ -53,6 +54,7 @@ class CorruptionConfig:
     complementary: bool = False
     sampling: MaskSampling = "bernoulli"
     draws: int = 1
+    start_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
@@ -174,9 +176,9 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     parts: list[tuple[Tensor, Tensor, int]] = []
     for number, copy in enumerate(copies, start=1):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
-        parts.append((noisy_RL, xt_RL, number))
+        parts.append((noisy_RL, _read(rows, xt_RL, block_RL, config.start_id), number))
     if config.block_size is not None:
-        parts.append((clean_RL, rows.tokens_RL, CLEAN))
+        parts.append((clean_RL, _read(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
     pieces = [_compact(rows, *part) for part in parts]
     picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
@@ -202,6 +204,24 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         t_N=t_N.float(),
         num_maskable=int(rows.maskable_RL.sum()) * len(copies),
     )
+
+
+def _read(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int | None) -> Tensor:
+    """What the model reads at each position of a copy `xt_RL`: the token there; shifted, the one before.
+
+    The token before a block is always clean: blocks that lie before are given. Before a document stands the start token.
+
+    Source: DiffuLLaMA (2410.17891), shift operation. Departs: the input is delayed instead of the output, which keeps blocks
+        as they are.
+    """
+    if start_id is None:
+        return xt_RL
+    before_RL = xt_RL.roll(1, dims=1)
+    same_document_RL = rows.segment_RL == rows.segment_RL.roll(1, dims=1)
+    same_document_RL[:, 0] = False
+    new_block_RL = block_RL != block_RL.roll(1, dims=1)
+    read_RL = torch.where(new_block_RL, rows.tokens_RL.roll(1, dims=1), before_RL)
+    return torch.where(same_document_RL, read_RL, start_id)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,19 @@ class BlockSequence(Sequence):
     pass behind its last one, fused with the first pass of the next block; with editing it is the pass that edits nothing.
     """
 
-    def __init__(self, request: Request, number: int, mask_id: int, page_size: int, decode: Decode | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        mask_id: int,
+        page_size: int,
+        decode: Decode | None = None,
+        *,
+        shifted: bool = False,
+    ) -> None:
+        """`shifted`: the model reads every token one position later (`ModelConfig.start_id`)."""
         self.block_size = request.rules.block_size
+        self._delay = int(shifted)
         super().__init__(request, number, mask_id, page_size, decode)
         rest = request.canvas_length - len(request.ids)
         self.tokens = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
@@ -78,7 +89,7 @@ class BlockSequence(Sequence):
         if done and self.completion is None:
             self._next_block()
         changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
-        self._commit(plan.stop, min(changed, default=plan.stop))
+        self._commit(plan.stop, min(changed, default=plan.stop) + self._delay)
 
     def _decide(self, guess: Guess) -> Decision:
         rules = self.request.rules

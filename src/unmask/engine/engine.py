@@ -119,7 +119,8 @@ class Engine:
         if self.mask_id is None:
             sequence = CausalSequence(request, number, self.page_size, self._decode)
         else:
-            sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode)
+            shifted = self.config.start_id is not None
+            sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode, shifted=shifted)
         sequence.watched |= watch
         self._next += 1
         self._sequences[number] = sequence

@@ -292,7 +292,8 @@ class LanguageModel:
             block_size: tokens see their own block and those before it; default: the model's, or 1 (causal) if it has none.
 
         Returns:
-            float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one.
+            float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one. In a
+            shifted model no row sees the last id.
 
         Raises:
             RequestError: no ids, more than the context holds, or one outside the vocabulary.
@@ -304,7 +305,7 @@ class LanguageModel:
         if size < 1:
             raise RequestError(f"block size is {size}; it must be at least 1")
         device = self.transformer.embed.weight.device
-        tokens = torch.tensor(ids, device=device)[None]
+        tokens = torch.tensor(self.config.inputs(ids, 0, len(ids)), device=device)[None]
         mask = block_causal_mask(len(ids), len(ids), size).to(device)[None]
         hidden = self.transformer(tokens, torch.arange(len(ids), device=device)[None], DenseAttend(mask))
         out: Tensor = self.transformer.head(hidden)[0].float()

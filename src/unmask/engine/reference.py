@@ -77,7 +77,8 @@ def _logits(model: Transformer, canvas: list[int], asked: list[int], request: Re
     """Logits at the positions `asked`, with what the request bans or favours."""
     end = len(canvas)
     mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size)[None])
-    logits = ban_mask(model.head(model(torch.tensor(canvas)[None], torch.arange(end)[None], mask))[0, asked], mask_id)
+    read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
+    logits = ban_mask(model.head(model(read, torch.arange(end)[None], mask))[0, asked], mask_id)
     for row, position in enumerate(asked):
         for token, bias in request.logit_bias.items():
             logits[row, token] += bias

@@ -101,13 +101,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, work: List[tuple[Sequence, Plan]]) -> list[Answer | None]:
         """One forward over all plans; an answer for each, None for one that asks nothing."""
-        segments, offset = [], 0
+        segments, offset, config = [], 0, self.backend.config
         for sequence, plan in work:
             count = plan.stop - plan.start
             slots = sequence.slots_K[: plan.stop].to(self.backend.device)
             segments.append(Segment(offset, offset + count, plan.start, sequence.block_size, slots, sequence.consecutive))
             offset += count
-        tokens = [sequence.tokens[plan.start : plan.stop] for sequence, plan in work]
+        tokens = [config.inputs(sequence.tokens, plan.start, plan.stop) for sequence, plan in work]
         hidden_TD = self.backend.forward(Rows.join(tokens, segments, self.backend.device), self.store)
         asked = [
             [segment.start + row - plan.start for row in plan.rows] for segment, (_, plan) in zip(segments, work, strict=True)

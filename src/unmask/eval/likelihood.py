@@ -140,7 +140,8 @@ class LikelihoodEstimator:
             slots = torch.cat((torch.arange(draw.start), own)).to(self._backend.device)
             end = offset + draw.stop - draw.start
             segments.append(Segment(offset, end, draw.start, self._block_size, slots, consecutive=False))
-            tokens.append([self._mask_id if p in draw.masked else ids[p] for p in range(draw.start, draw.stop)])
+            noisy = [self._mask_id if p in draw.masked else ids[p] for p in range(draw.stop)]
+            tokens.append(self._config.inputs(noisy, draw.start, draw.stop))
             rows += [offset + p - draw.start for p in draw.masked]
             targets += [ids[p] for p in draw.masked]
             offset = end
@@ -169,7 +170,8 @@ class LikelihoodEstimator:
         slots = torch.arange(stop, device=self._backend.device)
         segment = Segment(0, stop - start, start, self._block_size, slots, consecutive=True)
         self.forwards += 1
-        return self._backend.forward(Rows.join([ids[start:stop]], [segment], self._backend.device), self._store_LGPS)
+        rows = Rows.join([self._config.inputs(ids, start, stop)], [segment], self._backend.device)
+        return self._backend.forward(rows, self._store_LGPS)
 
     def _causal(self, ids: Sequence[int], first: int) -> float:
         """The sum of next-token log-probabilities."""

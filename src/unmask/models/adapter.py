@@ -259,8 +259,8 @@ def load_adapted(folder: Path, base: Path, *, dtype: torch.dtype, device: torch.
     if rows > model.config.vocab_size:
         resize_vocabulary(model, rows)
     model.config = replace(
-        model.config, mask_id=config.mask_id, block_size=config.block_size, bos_id=config.bos_id, eos_ids=config.eos_ids,
-        pad_id=config.pad_id, hf_extras=config.hf_extras,
+        model.config, mask_id=config.mask_id, block_size=config.block_size, start_id=config.start_id, bos_id=config.bos_id,
+        eos_ids=config.eos_ids, pad_id=config.pad_id, hf_extras=config.hf_extras,
     )  # fmt: skip
     if (folder / ADAPTED_NAME).exists() and model.config != config:
         raise CheckpointError(f"{folder / ADAPTED_NAME} is of another architecture than the base in {base}; name its own base")

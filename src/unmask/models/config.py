@@ -5,6 +5,7 @@ Owns `ModelConfig` and its validation. Knows nothing of files, of Hugging Face k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -68,8 +69,10 @@ class MoEConfig:
 class ModelConfig:
     """A decoder-only transformer of any supported family.
 
-    `mask_id` and `block_size` are None for an autoregressive model. `hf_extras` holds Hugging Face keys that do not
-    change the computation (initializer range, dropout 0, ...) so that a saved config keeps them.
+    `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: at
+    position p it reads token p - 1, at position 0 the start token, and predicts token p, as its autoregressive parent did;
+    without one it reads and predicts token p. `hf_extras` holds Hugging Face keys that do not change the computation
+    (initializer range, dropout 0, ...) so that a saved config keeps them.
     """
 
     family: str
@@ -94,6 +97,7 @@ class ModelConfig:
     pad_id: int | None = None
     mask_id: int | None = None
     block_size: int | None = None
+    start_id: int | None = None
     hf_extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,8 +110,11 @@ class ModelConfig:
             raise ConfigError(f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} kv heads")
         if self.rotary_dim % 2:
             raise ConfigError(f"rotary dimension {self.rotary_dim} is odd; head_dim x partial_rotary_factor must be even")
-        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
-            raise ConfigError(f"mask token id {self.mask_id} is outside the embedding (0..{self.vocab_size - 1})")
+        for name, token in (("mask", self.mask_id), ("start", self.start_id)):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ConfigError(f"{name} token id {token} is outside the embedding (0..{self.vocab_size - 1})")
+        if self.start_id is not None and self.mask_id is None:
+            raise ConfigError(f"start token id is {self.start_id}, but no mask token; only diffusion models are shifted")
         if self.block_size is not None:
             _positive("block_size", self.block_size)
 
@@ -125,9 +132,15 @@ class ModelConfig:
         """Whether layer `layer` (from 0) routes through experts."""
         return self.moe is not None and layer >= self.moe.num_dense_layers
 
-    def with_diffusion(self, *, mask_id: int, block_size: int) -> ModelConfig:
-        """The same architecture as a block-diffusion model."""
-        return replace(self, mask_id=mask_id, block_size=block_size)
+    def with_diffusion(self, *, mask_id: int, block_size: int, start_id: int | None = None) -> ModelConfig:
+        """The same architecture as a block-diffusion model; with a `start_id` a shifted one."""
+        return replace(self, mask_id=mask_id, block_size=block_size, start_id=start_id)
+
+    def inputs(self, tokens: Sequence[int], start: int, stop: int) -> Sequence[int]:
+        """What the model reads at positions `start..stop` of a sequence: its tokens there, or one position earlier."""
+        if self.start_id is None:
+            return tokens[start:stop]
+        return [self.start_id, *tokens[: stop - 1]] if start == 0 else tokens[start - 1 : stop - 1]
 
 
 def _positive(name: str, value: float) -> None:

@@ -143,6 +143,8 @@ def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> 
 
 def _as_llada2(config: ModelConfig) -> ModelConfig:
     """The same tensors under the other family's name; refused where that family's code computes something else."""
+    if config.start_id is not None:
+        raise CheckpointError("the code of llada2_moe does not run shifted models (shift_start_token_id); use unmask")
     normalizes = config.moe is None or config.moe.normalize or config.moe.num_active == 1
     fixed = {"use_qk_norm": config.qk_norm, "use_bias": not config.out_bias, "norm_topk_prob": normalizes}
     differing = [key for key, fits in fixed.items() if not fits]
@@ -203,7 +205,9 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _notes(config: ModelConfig) -> tuple[str, ...]:
-    """Where a reader of `llada2_moe` assumes what is not so here."""
+    """Where other readers assume what is not so here."""
+    if config.start_id is not None:
+        return (f"the model is shifted: position p reads token p - 1, position 0 reads token {config.start_id}",)
     if config.family != "llada2_moe":
         return ()
     mask_id, size = LLADA2_MASK_ID, LLADA2_BLOCK_SIZE

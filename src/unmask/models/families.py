@@ -64,7 +64,7 @@ _SHARED_KEYS = ROPE_KEYS | {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
     "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "block_size",
-    "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
+    "shift_start_token_id",    "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
 }  # fmt: skip
 _BIAS_KEYS = {"llama": {"attention_bias", "mlp_bias"}, "qwen2": set[str](), "qwen3": {"attention_bias"}}
 _LING_KEYS = {
@@ -127,6 +127,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         pad_id=_token(hf, "pad_token_id"),
         mask_id=mask_id,
         block_size=block_size,
+        start_id=_token(hf, "shift_start_token_id"),
         hf_extras={key: value for key, value in hf.items() if key not in _known_keys(name)},
     )  # fmt: skip
     if not family.fused_qkv and config.rope.fraction != 1.0:
@@ -138,7 +139,7 @@ def write_config(config: ModelConfig, *, dtype: str | None = None) -> dict[str, 
     """The Hugging Face config.json of `config`; `read_config` gives `config` back.
 
     Args:
-        config: any supported family; a diffusion model adds `mask_token_id` and `block_size`.
+        config: any supported family; a diffusion model adds `mask_token_id`, `block_size` and, shifted, `shift_start_token_id`.
         dtype: dtype of the stored weights as Hugging Face spells it ("bfloat16"), or None to leave it out.
     """
     family = FAMILIES[config.family]
@@ -172,6 +173,8 @@ def write_config(config: ModelConfig, *, dtype: str | None = None) -> dict[str, 
         hf["mask_token_id"] = config.mask_id
     if config.block_size is not None:
         hf["block_size"] = config.block_size
+    if config.start_id is not None:
+        hf["shift_start_token_id"] = config.start_id
     if dtype is not None:
         hf["torch_dtype"] = dtype
     return hf

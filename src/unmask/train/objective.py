@@ -80,7 +80,9 @@ class MaskedSetting(Setting):
 
     def score_held_out(self, rows: PackedRows, phase: Phase) -> Record:
         """NELBO, and mean cross-entropy by quarter of the mask rate, of held-out rows."""
-        corruption = CorruptionConfig(self.mask_id, phase.block_size, complementary=True, sampling="fixed_count")
+        corruption = CorruptionConfig(
+            self.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=self.model.config.start_id
+        )
         result = evaluate(self.model, self.micro_batches(rows), corruption, self.backend, VALIDATION_SEED)
         quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
         return {"nelbo": result.nelbo, **quarters}
@@ -100,7 +102,7 @@ class Denoising:
 
     def accumulate(self, rows: PackedRows, phase: Phase, step: int) -> Record:
         setting, train = self._setting, self._setting.recipe.train
-        corruption = setting.recipe.objective.corruption(setting.mask_id, phase.block_size)
+        corruption = setting.recipe.objective.corruption(setting.model.config, phase.block_size)
         num_maskable = rows.num_maskable * corruption.num_copies
         noise = MaskNoise(self._noise_norm(step), train.seed, setting.mask_id)
         streams = [corrupt(part, corruption, train.seed) for part in setting.micro_batches(rows)]
@@ -240,7 +242,7 @@ class Preference:
     def _margins(self, rows: PackedRows, phase: Phase, seed: int, *, train: bool) -> Tensor:
         """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
         setting = self._setting
-        corruption = setting.recipe.objective.corruption(setting.mask_id, phase.block_size, draws=self._samples)
+        corruption = setting.recipe.objective.corruption(setting.model.config, phase.block_size, draws=self._samples)
         stream = corrupt(rows, corruption, seed)
         with torch.no_grad(), self._as_reference():
             hidden_ND = predicted_hidden(self._reference, stream, setting.backend)

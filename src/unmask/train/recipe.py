@@ -18,6 +18,7 @@ from unmask.diffusion.blocks import BlockSchedule, Phase, wsd_schedule
 from unmask.diffusion.corrupt import CorruptionConfig
 from unmask.diffusion.schedule import Bandwidth
 from unmask.errors import ConfigError
+from unmask.models.config import ModelConfig
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
@@ -86,10 +87,12 @@ class ObjectiveSection(Section):
     mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
     cap: CapSection | None = None
 
-    def corruption(self, mask_id: int, block_size: int | None, *, draws: int | None = None) -> CorruptionConfig:
+    def corruption(self, model: ModelConfig, block_size: int | None, *, draws: int | None = None) -> CorruptionConfig:
         """The corruption of one phase, `draws` times (None: the section's own) over the same clean copy."""
+        assert model.mask_id is not None, "only diffusion models are trained on corrupted text"
         return CorruptionConfig(
-            mask_id=mask_id,
+            mask_id=model.mask_id,
+            start_id=model.start_id,
             block_size=block_size,
             bandwidth=Bandwidth(*self.bandwidth),
             complementary=self.complementary,
@@ -160,6 +163,11 @@ class Recipe(Section):
     mask_token: str | None = Field(
         None, description="token to serve as [MASK]; default: the model's, or an unused special token"
     )
+    shift: bool = Field(
+        False,
+        description="conversion: let position p read token p - 1, as the autoregressive parent does, and predict token p; what "
+        "the parent knows is then not learnt anew. A converted model stays as it was converted",
+    )
     decode_block_size: Positive = 32
     data: DataSection
     schedule: ScheduleSection | None = None
@@ -194,9 +202,10 @@ class Recipe(Section):
         return self
 
     def _check_autoregressive(self) -> None:
-        if self.schedule is not None or self.preference is not None or self.objective.cap is not None or self.mask_token:
+        given = (self.schedule, self.preference, self.objective.cap, self.mask_token or None, self.shift or None)
+        if any(part is not None for part in given):
             raise ConfigError(
-                "autoregressive training has no schedule, preference, objective.cap or mask_token; leave them out"
+                "autoregressive training has no schedule, preference, objective.cap, shift or mask_token; leave them out"
             )
 
     def _check_preference(self) -> None:

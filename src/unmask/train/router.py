@@ -38,6 +38,7 @@ class RouterMonitor:
     def __init__(self, model: Transformer, policy: RouterPolicy, *, rate: float, aux_weight: float) -> None:
         self.policy = policy
         self._rate, self._aux_weight = rate, aux_weight
+        self._mask_id = -1 if model.config.mask_id is None else model.config.mask_id
         self._layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
         assert self._layers, "the model has no routed layer"
         self._num_experts = self._layers[0].moe.num_experts
@@ -60,8 +61,8 @@ class RouterMonitor:
     def watching(self, stream: Stream) -> Iterator[None]:
         """Count what the forward pass of `stream` inside the block does."""
         kind_BT = torch.full_like(stream.tokens_BT, VISIBLE)
+        kind_BT[stream.tokens_BT == self._mask_id] = MASKED
         kind_BT[stream.index.document_BT == 0] = PADDING
-        kind_BT[stream.predict] = MASKED
         self._kind_N, self._counting = kind_BT.flatten(), True
         try:
             yield

@@ -22,6 +22,7 @@ from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
 from unmask.models.adapter import adapters_off, attach_lora, save_adapter
 from unmask.models.checkpoint import load_model, resize_vocabulary
+from unmask.models.config import ModelConfig
 from unmask.models.dtypes import parse_dtype
 from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
@@ -149,8 +150,18 @@ def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -
         raise ConfigError(f"mask token {token} has id {mask_id}, the model was trained with {own}; leave mask_token out")
     if mask_id >= model.config.vocab_size:
         resize_vocabulary(model, mask_id + 1)
-    model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size)
+    start_id = model.config.start_id
+    if recipe.shift and start_id is None:
+        if own is not None:
+            raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
+        start_id = _start_token(model.config)
+    model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size, start_id=start_id)
     return mask_id
+
+
+def _start_token(config: ModelConfig) -> int:
+    """What a shifted model reads before a document: the token that begins one, or the end of the one before."""
+    return next(token for token in (config.bos_id, *config.eos_ids, 0) if token is not None)
 
 
 def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
