@@ -128,7 +128,8 @@ class Published:
         for page in pages:
             tokens, size, place = self.content[page]
             length = len(tokens)
-            capture = Capture(block_causal_mask(length, length, size))
+            context = length if self.model.config.shifted else 0
+            capture = Capture(block_causal_mask(length, length, size, context=context))
             read = self.model.config.inputs(tokens, 0, length)
             self.model(torch.tensor(read)[None], torch.arange(length)[None], capture)
             at, slots = (slice(n * page_size, (n + 1) * page_size) for n in (place, page))

@@ -22,10 +22,12 @@ from unmask.diffusion.corrupt import (
     noisy_copies,
 )
 from unmask.diffusion.masks import CLEAN
+from unmask.errors import ConfigError
 from unmask.models.attention import DenseAttend
 from unmask.models.transformer import Transformer
 
 START = 1
+DOCUMENTS = [text(11, 0, prompt=5), text(9, 1)]
 SHIFTED = {family: tiny_model(family, 3, torch.float64, mask_id=MASK, start_id=START) for family in ("llama", "llada2")}
 
 
@@ -46,7 +48,6 @@ def test_every_position_reads_the_token_before(rows: Rows, config: CorruptionCon
     assert all(torch.equal(a, b) for a, b in zip(plain.predict, shifted.predict, strict=True))
     for name in ("target_N", "weight_N", "t_N", "position_BT"):
         assert torch.equal(getattr(plain, name), getattr(shifted, name))
-    assert torch.equal(plain.index.block_BT, shifted.index.block_BT)
 
 
 @torch.no_grad()
@@ -65,8 +66,9 @@ def of_single_blocks(model: Transformer, rows: Rows, copies: list[NoisyCopy], si
                 # What lies behind the last prediction in the block is seen by it, too.
                 rest = range(places[-1], min(start + size, len(tokens)) - 1)
                 canvas += [MASK if masked[p] else tokens[p] for p in rest]
-                block = torch.arange(len(canvas)) // size
-                attend = DenseAttend((block[:, None] >= block[None, :])[None])
+                allowed = torch.ones(len(canvas), len(canvas), dtype=torch.bool)
+                allowed[:start] = allowed.tril()[:start]
+                attend = DenseAttend(allowed[None])
                 hidden = model(torch.tensor(canvas)[None], torch.arange(len(canvas))[None], attend)[0, places]
                 values = nll(model, hidden, torch.tensor([tokens[p] for p in places])).tolist()
                 found |= {(*identity, number, p): value for p, value in zip(places, values, strict=True)}
@@ -89,10 +91,35 @@ def test_training_predicts_what_decoding_would(family: str, config: CorruptionCo
 @pytest.mark.parametrize("family", SHIFTED)
 def test_a_block_of_one_is_the_autoregressive_parent(family: str) -> None:
     """Prediction by prediction: the parent reads the start token and then the same documents."""
-    documents = [text(11, 0), text(9, 1)]
-    with_start = [replace(each, tokens=(START, *each.tokens), maskable=(False, *each.maskable)) for each in documents]
-    shifted = corrupt(pack([documents], 23), CorruptionConfig(MASK, 1, start_id=START), 0)
-    parent = next_token_stream(pack([with_start], 23))
-    found, expected = of_stream(SHIFTED[family], shifted), of_stream(SHIFTED[family], parent)
-    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-9)
-    assert len(found) == 20
+    shifted = corrupt(pack([DOCUMENTS], 23), CorruptionConfig(MASK, 1, start_id=START), 0)
+    found, expected = of_stream(SHIFTED[family], shifted), of_parent(SHIFTED[family])
+    assert list(found.values()) == pytest.approx(expected, abs=1e-9)
+    assert len(found) == 15
+
+
+def of_parent(model: Transformer) -> list[float]:
+    """Next-token losses of the documents, each behind a start token."""
+    with_start = [replace(each, tokens=(START, *each.tokens), maskable=(False, *each.maskable)) for each in DOCUMENTS]
+    return list(of_stream(model, next_token_stream(pack([with_start], 23))).values())
+
+
+@pytest.mark.parametrize("family", SHIFTED)
+@pytest.mark.parametrize("block_size", [None, 1, 4])
+def test_guidance_predicts_every_next_token_from_the_clean_copy(family: str, block_size: int | None) -> None:
+    """As the parent does; the masked predictions stay what they were."""
+    config = CorruptionConfig(MASK, block_size, complementary=True, draws=2, start_id=START)
+    plain, guided = (corrupt(pack([DOCUMENTS], 23), replace(config, guidance=by), 0) for by in (0.0, 0.5))
+    assert (plain.num_guided, guided.num_guided) == (0, 15)
+    assert guided.num_masked == plain.num_masked
+    found, masked = of_stream(SHIFTED[family], guided), of_stream(SHIFTED[family], plain)
+    clean = {where: value for where, value in found.items() if where[2] == CLEAN}
+    assert list(clean.values()) == pytest.approx(of_parent(SHIFTED[family]), abs=1e-9)
+    assert {where: value for where, value in found.items() if where[2] != CLEAN} == pytest.approx(masked, abs=1e-9)
+    # Divided by the predictions of all copies, as the masked ones are, the weight is the one that was asked for.
+    assert float(guided.weight_N[-15:].sum()) / guided.num_maskable == pytest.approx(0.5)
+    assert guided.num_maskable == plain.num_maskable
+
+
+def test_guidance_needs_a_shifted_model() -> None:
+    with pytest.raises(ConfigError, match="only a shifted model's clean copy predicts the next token"):
+        CorruptionConfig(MASK, 4, guidance=0.5)

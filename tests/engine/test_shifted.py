@@ -9,11 +9,9 @@ import torch
 
 from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import DecodeRules
-from unmask.engine.denoising import BlockSequence
 from unmask.engine.engine import Engine
 from unmask.engine.model import LanguageModel
 from unmask.engine.request import Request
-from unmask.engine.sequence import Answer, Guess
 from unmask.eval.likelihood import LikelihoodEstimator
 from unmask.models.transformer import Transformer
 
@@ -31,7 +29,7 @@ def shifted(family: str, block_size: int = 4) -> Transformer:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_of_one_decode_as_the_parent_does(family: str) -> None:
-    """Token by token, in as many forwards, one row each: the parent is the special case."""
+    """Token by token, in as many forwards; each takes the row of the token before along, to commit it."""
     rules = DecodeRules(block_size=1, steps=1)
     (parent,) = Engine(AUTOREGRESSIVE[family]).run(
         [Request((START, *PROMPT), 20, rules=rules, logit_bias={MASK: float("-inf")})]
@@ -42,7 +40,7 @@ def test_blocks_of_one_decode_as_the_parent_does(family: str) -> None:
     (found,) = Engine(model).run([Request(PROMPT, 20, rules=rules)])
     assert found.ids == parent.ids
     assert found.forwards == parent.forwards
-    assert rows == [len(PROMPT) + 1] + [1] * 19
+    assert rows == [len(PROMPT) + 1] + [2] * 19
 
 
 def test_logits_of_blocks_of_one_are_the_parents() -> None:
@@ -53,20 +51,18 @@ def test_logits_of_blocks_of_one_are_the_parents() -> None:
     assert torch.equal(found, other), "no row reads the last id"
 
 
-@pytest.mark.parametrize(("last", "start"), [(7, 8), (6, 4)])
-def test_a_block_whose_last_token_comes_last_is_committed_at_once(last: int, start: int) -> None:
-    """No row of the block has read it. Any other token was read as a mask, and the block is forwarded again."""
-    rules = DecodeRules(block_size=4, steps=4, threshold=1.0)
-    sequence = BlockSequence(Request(PROMPT[:4], 12, rules=rules), 0, MASK, 4, shifted=True)
-    order = [p for p in (4, 5, 6, 7) if p != last] + [last]
-    for place in order:
-        plan = sequence.plan(64)
-        assert plan is not None
-        sure = [0.9 if p == place else 0.1 for p in plan.queries]
-        sequence.apply(plan, Answer(Guess(plan.queries, [11] * len(sure), sure), None))
-    plan = sequence.plan(64)
-    assert plan is not None
-    assert (plan.start, plan.stop, plan.queries) == (start, 12, (8, 9, 10, 11))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_decided_is_cached_as_the_parent_would(family: str) -> None:
+    """Keys and values of prompt and finished blocks are the parent's over the same text, whatever the block size."""
+    model, parent = shifted(family, 8), AUTOREGRESSIVE[family]
+    request = Request(PROMPT, 23, rules=DecodeRules(block_size=8, steps=8, threshold=0.2))
+    engine = Engine(model, page_size=8, num_tokens=64)
+    (completion,) = engine.run([request])
+    text = (START, *PROMPT, *completion.ids)[:24]
+    theirs = Engine(parent, page_size=8, num_tokens=64)
+    theirs.run([Request(text, 1, rules=DecodeRules(block_size=1, steps=1))])
+    stores = [each._runner.store[..., :24, :] for each in (engine, theirs)]
+    torch.testing.assert_close(*stores, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("first", [1, 4, 6])

@@ -27,7 +27,7 @@ from unmask.train.objective import Denoising, MaskedSetting, NextToken, Preferen
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.step import score_stream
 
-BLOCK = 4
+BLOCK, START = 4, 1
 PHASE = Phase("decay", BLOCK, 1000)
 
 
@@ -116,14 +116,15 @@ def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[f
     assert difference < 0.04 * size
 
 
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7, "temperature": 0.8}])
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
-def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] | None, backend: str) -> None:
-    model = tiny_model("llama", 2, torch.float64)
+def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] | None, backend: str, guidance: float) -> None:
+    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START if guidance else None)
     rows = packed(pack(DOCS, 16))
     results = []
     for micro_rows in (4, 1, 2):
-        objective = Denoising(setting(model, recipe(micro_rows, cap=cap), backend))
+        objective = Denoising(setting(model, recipe(micro_rows, cap=cap, guidance=guidance), backend))
         figures: dict[str, Any] = {}
         found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))  # noqa: B023
         results.append((figures | objective.evaluate(rows, PHASE), found))
@@ -144,6 +145,24 @@ def test_rows_without_the_document_mask_are_one_document_each() -> None:
     assert_same(gradients(model, lambda: objective.accumulate(apart.joined(), PHASE, 0)), wanted)
     found = gradients(model, lambda: objective.accumulate(apart, PHASE, 0))
     assert any(not torch.allclose(found[name], wanted[name], rtol=1e-3) for name in wanted)
+
+
+def test_guidance_adds_the_parent_s_loss() -> None:
+    """That of the next token behind the start token, by its weight; CAP leaves these predictions alone."""
+    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START)
+    rows, docs = packed(pack(DOCS, 16)), [doc for docs in DOCS for doc in docs]
+    started = [replace(doc, tokens=(START, *doc.tokens), maskable=(False, *doc.maskable)) for doc in docs]
+    with_mask = model.head
+    model.head = lambda hidden: with_mask(hidden).index_fill(-1, torch.tensor(MASK), float("-inf"))  # type: ignore[method-assign]
+    extra = float(one_by_one(model, started).detach())
+    losses, shares = [], []
+    for guidance in (0.0, 0.7):
+        chosen = recipe(4, cap={"weight": 0.3}, guidance=guidance, draws=2)
+        figures = Denoising(setting(model, chosen)).accumulate(rows, PHASE, 0)
+        losses.append(figures["loss"])
+        shares.append([figures[name] for name in ("right", "confident", "right_entropy")])
+    assert losses[1] - losses[0] == pytest.approx(0.7 * extra, rel=1e-6)
+    assert shares[0] == shares[1]
 
 
 def one_by_one(model: Transformer, docs: list[Doc]) -> Tensor:

@@ -45,6 +45,7 @@ RUNS = {
     "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
     "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "draws": 2}),
     "autoregressive": lambda base: control(base),
+    "shifted": lambda base: shifted(base),
     "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
     "dpo": dpo,
     "dpo-lora": lambda base: dpo(base, lora=LORA),
@@ -56,6 +57,12 @@ RUNS = {
 
 def mixture(base: Path, policy: str) -> Recipe:
     return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=2000, router={"policy": policy, "rate": 0.01})
+
+
+def shifted(base: Path) -> Recipe:
+    values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
+    values["objective"] |= {"guidance": 0.5, "draws": 2}
+    return parse_recipe(values | {"shift": True}, "test")
 
 
 def control(base: Path, **changes: Any) -> Recipe:
@@ -136,6 +143,11 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
     run_recipe(later, tmp_path / "later")
     assert unmask.load(tmp_path / "later").config.start_id == start_id
     assert unmask.load(tmp_path / "later" / ADAPTER).config.start_id == start_id
+
+
+def test_guidance_needs_a_shifted_model(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.guidance is 0\.5.*shift: true"):
+        build_parts(sft(base, objective={"guidance": 0.5}))
 
 
 def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:

@@ -104,7 +104,7 @@ def _tokens_per_second(recipe: Recipe) -> float:
     """Speed of forward and backward passes, the second of two: the first one warms up."""
     parts = build_parts(recipe)
     assert parts.mask_id is not None
-    corruption = recipe.objective.corruption(parts.model.config, recipe.decode_block_size)
+    corruption = recipe.objective.corruption(parts.mask_id, parts.model.config.start_id, recipe.decode_block_size)
     rate = 0.0
     for _ in range(2):
         rows = parts.packer.next_rows(recipe.train.micro_rows)

@@ -45,7 +45,8 @@ class CorruptionConfig:
     """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy.
 
     `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly. `start_id`: the
-    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there.
+    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there. `guidance`: weight
+    of the next-token loss of a shifted model's clean copy, beside the NELBO; 0: none.
     """
 
     mask_id: int
@@ -55,12 +56,15 @@ class CorruptionConfig:
     sampling: MaskSampling = "bernoulli"
     draws: int = 1
     start_id: int | None = None
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
             raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
         if self.draws < 1:
             raise ConfigError(f"{self.draws} draws of the mask; use 1 or more")
+        if self.guidance and self.start_id is None:
+            raise ConfigError(f"guidance is {self.guidance:g}, but only a shifted model's clean copy predicts the next token")
 
     @property
     def num_copies(self) -> int:
@@ -82,8 +86,9 @@ class Stream:
     """What the model reads and must predict.
 
     `predict` are (row, column) indices of the N masked positions in the stream; `target_N` their clean tokens, `weight_N`
-    the objective's weights (float32), `t_N` their mask rates. `num_maskable` counts maskable tokens once per noisy copy:
-    the objective's normaliser. `ordinal_BT` identifies documents for `embedding_noise`.
+    the objective's weights (float32), `t_N` their mask rates. The last `num_guided` of them are next-token predictions of the
+    clean copy instead. `num_maskable` counts maskable tokens once per noisy copy: the objective's normaliser. `ordinal_BT`
+    identifies documents for `embedding_noise`.
     """
 
     tokens_BT: Tensor
@@ -96,6 +101,12 @@ class Stream:
     weight_N: Tensor
     t_N: Tensor
     num_maskable: int
+    num_guided: int = 0
+
+    @property
+    def num_masked(self) -> int:
+        """Predictions of masked positions, which come first."""
+        return len(self.target_N) - self.num_guided
 
 
 def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
@@ -167,19 +178,30 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
 
     Noisy copies hold only blocks with something maskable (a prompt never needs one); the clean copy holds only blocks that
     some noisy block may look back at, so a document's last block is never there twice. Full-sequence diffusion has no
-    clean copy at all. What is left out cannot change any prediction.
+    clean copy at all. What is left out cannot change any prediction. With `guidance` the clean copy predicts, too: every
+    maskable token, with that weight, and holds what that takes.
 
-    Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours.
+    A shifted model's clean copy is causal, as its parent is: its blocks are numbered by their first position, and every
+    clean token is a block of its own.
+
+    Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours. The causal clean copy
+        and its loss: NBDiff (2512.06776).
     """
     block_RL = block_ids(rows.position_RL, config.block_size)
-    noisy_RL, clean_RL = _needed(rows, block_RL)
+    shifted, guided = config.start_id is not None, config.guidance > 0
+    noisy_RL, clean_RL = _needed(rows, block_RL, last_clean=guided)
+    order_RL = block_RL * (config.block_size or 0) if shifted else block_RL
+    clean_order_RL = rows.position_RL if shifted else block_RL
     parts: list[tuple[Tensor, Tensor, int]] = []
     for number, copy in enumerate(copies, start=1):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
         parts.append((noisy_RL, _read(rows, xt_RL, block_RL, config.start_id), number))
-    if config.block_size is not None:
+    if config.block_size is not None or guided:
         parts.append((clean_RL, _read(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
     pieces = [_compact(rows, *part) for part in parts]
+    if guided:
+        ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
+        copies = [*copies, NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.guidance * len(copies))]
     picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
     for copy, piece in zip(copies, pieces, strict=False):
@@ -193,7 +215,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         position_BT=torch.cat([piece.gather(rows.position_RL) for piece in pieces], dim=1),
         index=StreamIndex(
             document_BT=torch.cat([piece.gather(rows.segment_RL) for piece in pieces], dim=1),
-            block_BT=torch.cat([piece.gather(block_RL) for piece in pieces], dim=1),
+            block_BT=torch.cat([piece.gather(clean_order_RL if piece.copy == CLEAN else order_RL) for piece in pieces], dim=1),
             copy_BT=torch.cat([torch.full_like(piece.tokens, piece.copy) for piece in pieces], dim=1),
         ),
         epoch_BT=torch.cat([piece.gather(rows.epoch_RL) for piece in pieces], dim=1),
@@ -202,7 +224,8 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         target_N=target_N,
         weight_N=weight_N.float(),
         t_N=t_N.float(),
-        num_maskable=int(rows.maskable_RL.sum()) * len(copies),
+        num_maskable=int(rows.maskable_RL.sum()) * (len(copies) - guided),
+        num_guided=len(picked[-1][0]) if guided else 0,
     )
 
 
@@ -238,8 +261,8 @@ class _Piece:
         return torch.where(self.valid, taken, torch.zeros_like(taken))
 
 
-def _needed(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, Tensor]:
-    """Row positions that a noisy copy, and the clean copy, must hold."""
+def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Tensor, Tensor]:
+    """Row positions that a noisy copy, and the clean copy, must hold; `last_clean`: the latter with the last noisy block."""
     num_rows, length = block_RL.shape
     row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
     document_RL = row_RL * (length + 1) + rows.segment_RL
@@ -250,7 +273,8 @@ def _needed(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, Tensor]:
     noisy_RL = noisy_block[group_RL] & (rows.segment_RL > 0)
     last_noisy = torch.full((int(document_RL.max()) + 1,), -1, dtype=torch.int64, device=block_RL.device)
     last_noisy.scatter_reduce_(0, document_RL[noisy_RL], block_RL[noisy_RL], "amax")
-    return noisy_RL, (block_RL < last_noisy[document_RL]) & (rows.segment_RL > 0)
+    before_RL = last_noisy[document_RL] + last_clean * (last_noisy[document_RL] >= 0)
+    return noisy_RL, (block_RL < before_RL) & (rows.segment_RL > 0)
 
 
 def _compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:

@@ -142,7 +142,7 @@ def flex_mask_mod(stream: StreamIndex) -> MaskMod:
     return mask_mod
 
 
-def block_causal_mask(num_queries: int, num_keys: int, block_size: int, *, start: int = 0) -> Tensor:
+def block_causal_mask(num_queries: int, num_keys: int, block_size: int, *, start: int = 0, context: int = 0) -> Tensor:
     """The pattern at inference, where the whole canvas is clean-or-current: bidirectional in a block, causal across.
 
     Args:
@@ -150,10 +150,11 @@ def block_causal_mask(num_queries: int, num_keys: int, block_size: int, *, start
         num_keys: keys, at positions `0, 1, ...`.
         block_size: tokens in a block, counted from position 0.
         start: position of the first query.
+        context: positions below it see only themselves and what lies before: the context of a shifted model.
 
     Returns:
         Bool [num_queries, num_keys].
     """
-    query_block = (torch.arange(num_queries) + start) // block_size
-    key_block = torch.arange(num_keys) // block_size
-    return query_block[:, None] >= key_block[None, :]
+    query, key = torch.arange(num_queries) + start, torch.arange(num_keys)
+    visible = torch.where(query < context, query + 1, (query // block_size + 1) * block_size)
+    return key[None, :] < visible[:, None]

@@ -103,6 +103,10 @@ class TokenScores:
     right_N: Tensor
     confidence_N: Tensor
 
+    def first(self, count: int) -> TokenScores:
+        """Those of the first `count` predictions."""
+        return TokenScores(self.nll_N[:count], self.entropy_N[:count], self.right_N[:count], self.confidence_N[:count])
+
 
 def token_scores(
     head: Callable[[Tensor], Tensor],

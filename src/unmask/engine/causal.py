@@ -39,8 +39,8 @@ class CausalSequence(Sequence):
     def plan(self, budget: int) -> Plan | None:
         start, stop = self.committed, self.reach
         if stop - start > budget:
-            return Plan(start, start + budget) if budget > 0 else None
-        return Plan(start, stop, (stop - 1,), (stop,))
+            return Plan(start, start + budget, self.num_final) if budget > 0 else None
+        return Plan(start, stop, self.num_final, (stop - 1,), (stop,))
 
     def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
         """Also what the grammar does not allow: the queried position is always its frontier."""

@@ -19,6 +19,7 @@ class BlockSequence(Sequence):
 
     A block commits in the forward in which all its tokens are final and none of them changes: with a threshold that is the
     pass behind its last one, fused with the first pass of the next block; with editing it is the pass that edits nothing.
+    A shifted model's block commits in the pass behind its last one always: only there is it read causally.
     """
 
     def __init__(
@@ -31,9 +32,8 @@ class BlockSequence(Sequence):
         *,
         shifted: bool = False,
     ) -> None:
-        """`shifted`: the model reads every token one position later (`ModelConfig.start_id`)."""
-        self.block_size = request.rules.block_size
-        self._delay = int(shifted)
+        """`shifted`: the model reads its context causally (`ModelConfig.shifted`)."""
+        self.block_size, self._shifted = request.rules.block_size, shifted
         super().__init__(request, number, mask_id, page_size, decode)
         rest = request.canvas_length - len(request.ids)
         self.tokens = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
@@ -60,12 +60,12 @@ class BlockSequence(Sequence):
         start, stop = self.committed, self.reach
         if stop - start > budget:
             chunk = min(budget // self.block_size * self.block_size, self._settled - start)
-            return Plan(start, start + chunk) if chunk > 0 else None
+            return Plan(start, start + chunk, self._settled) if chunk > 0 else None
         if self.request.rules.editing:
             queries = tuple(p for p in range(self._settled, stop) if not self._fixed[p])
         else:
             queries = tuple(p for p in range(self._front, stop) if self.undecided[p])
-        return Plan(start, stop, queries, queries)
+        return Plan(start, stop, self._settled, queries, queries)
 
     def apply(self, plan: Plan, answer: Answer | None) -> None:
         self._count(plan)
@@ -88,8 +88,11 @@ class BlockSequence(Sequence):
         self._end(self._final_positions(done), over=self.grammar is not None and self.grammar.finished)
         if done and self.completion is None:
             self._next_block()
-        changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
-        self._commit(plan.stop, min(changed, default=plan.stop) + self._delay)
+        if self._shifted:
+            self.committed = plan.num_final
+        else:
+            changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
+            self._commit(plan.stop, min(changed, default=plan.stop))
 
     def _decide(self, guess: Guess) -> Decision:
         rules = self.request.rules

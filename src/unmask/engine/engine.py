@@ -119,7 +119,7 @@ class Engine:
         if self.mask_id is None:
             sequence = CausalSequence(request, number, self.page_size, self._decode)
         else:
-            shifted = self.config.start_id is not None
+            shifted = self.config.shifted
             sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode, shifted=shifted)
         sequence.watched |= watch
         self._next += 1

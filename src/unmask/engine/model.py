@@ -292,8 +292,8 @@ class LanguageModel:
             block_size: tokens see their own block and those before it; default: the model's, or 1 (causal) if it has none.
 
         Returns:
-            float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one. In a
-            shifted model no row sees the last id.
+            float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one. A
+            shifted model reads all but the last block causally, and its last id is seen by no row.
 
         Raises:
             RequestError: no ids, more than the context holds, or one outside the vocabulary.
@@ -306,7 +306,8 @@ class LanguageModel:
             raise RequestError(f"block size is {size}; it must be at least 1")
         device = self.transformer.embed.weight.device
         tokens = torch.tensor(self.config.inputs(ids, 0, len(ids)), device=device)[None]
-        mask = block_causal_mask(len(ids), len(ids), size).to(device)[None]
+        context = (len(ids) - 1) // size * size if self.config.shifted else 0
+        mask = block_causal_mask(len(ids), len(ids), size, context=context).to(device)[None]
         hidden = self.transformer(tokens, torch.arange(len(ids), device=device)[None], DenseAttend(mask))
         out: Tensor = self.transformer.head(hidden)[0].float()
         return out

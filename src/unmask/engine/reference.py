@@ -48,7 +48,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
         while not done:
             had_masks = any(undecided[front:end])
             asked = [p for p in wanted if window <= p < end and (rules.editing or undecided[p])]
-            logits = _logits(model, canvas[:end], asked, request, mask_id)
+            logits = _logits(model, canvas[:end], asked, window, request, mask_id)
             forwards += 1
             where = torch.tensor(asked)
             token, confidence = candidates(logits, where, step, rules, None, sample=request.sample)
@@ -73,10 +73,11 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
     raise AssertionError("a canvas holds all that is wanted")
 
 
-def _logits(model: Transformer, canvas: list[int], asked: list[int], request: Request, mask_id: int) -> Tensor:
-    """Logits at the positions `asked`, with what the request bans or favours."""
+def _logits(model: Transformer, canvas: list[int], asked: list[int], final: int, request: Request, mask_id: int) -> Tensor:
+    """Logits at the positions `asked`, with what the request bans or favours; tokens below `final` do not change any more."""
     end = len(canvas)
-    mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size)[None])
+    context = final if model.config.shifted else 0
+    mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size, context=context)[None])
     read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
     logits = ban_mask(model.head(model(read, torch.arange(end)[None], mask))[0, asked], mask_id)
     for row, position in enumerate(asked):

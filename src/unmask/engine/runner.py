@@ -7,6 +7,7 @@ Legend: L layers, G kv heads, P slots, S head dim, T rows, D hidden, N queried r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from typing import Protocol
 
@@ -101,22 +102,27 @@ class Runner:
     @torch.inference_mode()
     def run(self, work: List[tuple[Sequence, Plan]]) -> list[Answer | None]:
         """One forward over all plans; an answer for each, None for one that asks nothing."""
-        segments, offset, config = [], 0, self.backend.config
+        segments, tokens, asked, offset = list[Segment](), [], [], 0
         for sequence, plan in work:
-            count = plan.stop - plan.start
-            slots = sequence.slots_K[: plan.stop].to(self.backend.device)
-            segments.append(Segment(offset, offset + count, plan.start, sequence.block_size, slots, sequence.consecutive))
-            offset += count
-        tokens = [config.inputs(sequence.tokens, plan.start, plan.stop) for sequence, plan in work]
+            asked.append([offset + row - plan.start for row in plan.rows])
+            tokens.append(self.backend.config.inputs(sequence.tokens, plan.start, plan.stop))
+            segments += self._segments(sequence, plan, offset)
+            offset += plan.stop - plan.start
         hidden_TD = self.backend.forward(Rows.join(tokens, segments, self.backend.device), self.store)
-        asked = [
-            [segment.start + row - plan.start for row in plan.rows] for segment, (_, plan) in zip(segments, work, strict=True)
-        ]
         plain = self._plain_guesses(hidden_TD, work, asked)
         return [
             plain[i] if i in plain else self._answer(hidden_TD[rows], sequence, plan) if rows else None
             for i, (rows, (sequence, plan)) in enumerate(zip(asked, work, strict=True))
         ]
+
+    def _segments(self, sequence: Sequence, plan: Plan, offset: int) -> Iterator[Segment]:
+        """A plan's rows, from `offset` on: those that are read causally, and those that are read in blocks."""
+        slots_K = sequence.slots_K[: plan.stop].to(self.backend.device)
+        border = min(max(plan.num_final, plan.start), plan.stop) if self.backend.config.shifted else plan.start
+        for start, stop, size in ((plan.start, border, 1), (border, plan.stop, sequence.block_size)):
+            if start < stop:
+                first, last = offset + start - plan.start, offset + stop - plan.start
+                yield Segment(first, last, start, size, slots_K[:stop], sequence.consecutive)
 
     def _plain_guesses(self, hidden_TD: Tensor, work: List[tuple[Sequence, Plan]], asked: List[List[int]]) -> dict[int, Answer]:
         """Answers of all sequences that need no logits, from one pass of the head."""

@@ -26,10 +26,14 @@ Decode = Callable[[Ids[int]], str]
 
 @dataclass(frozen=True)
 class Plan:
-    """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`."""
+    """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`.
+
+    Tokens below `num_final` do not change any more: a shifted model reads them causally, others in blocks like the rest.
+    """
 
     start: int
     stop: int
+    num_final: int
     rows: tuple[int, ...] = ()
     queries: tuple[int, ...] = ()
 

@@ -69,9 +69,10 @@ class MoEConfig:
 class ModelConfig:
     """A decoder-only transformer of any supported family.
 
-    `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: at
-    position p it reads token p - 1, at position 0 the start token, and predicts token p, as its autoregressive parent did;
-    without one it reads and predicts token p. `hf_extras` holds Hugging Face keys that do not change the computation
+    `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: it
+    goes on where its autoregressive parent was. At position p it reads token p - 1, at position 0 the start token, and predicts
+    token p; what lies before the block being decoded it reads causally. Without one it reads and predicts token p, and
+    attention is bidirectional in every block. `hf_extras` holds Hugging Face keys that do not change the computation
     (initializer range, dropout 0, ...) so that a saved config keeps them.
     """
 
@@ -113,10 +114,15 @@ class ModelConfig:
         for name, token in (("mask", self.mask_id), ("start", self.start_id)):
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name} token id {token} is outside the embedding (0..{self.vocab_size - 1})")
-        if self.start_id is not None and self.mask_id is None:
+        if self.shifted and self.mask_id is None:
             raise ConfigError(f"start token id is {self.start_id}, but no mask token; only diffusion models are shifted")
         if self.block_size is not None:
             _positive("block_size", self.block_size)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the model reads every token one position later, and its context causally."""
+        return self.start_id is not None
 
     @property
     def rotary_dim(self) -> int:

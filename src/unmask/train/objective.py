@@ -78,10 +78,15 @@ class MaskedSetting(Setting):
 
     mask_id: int
 
+    @property
+    def start_id(self) -> int | None:
+        """Of a shifted model, else None."""
+        return self.model.config.start_id
+
     def score_held_out(self, rows: PackedRows, phase: Phase) -> Record:
         """NELBO, and mean cross-entropy by quarter of the mask rate, of held-out rows."""
         corruption = CorruptionConfig(
-            self.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=self.model.config.start_id
+            self.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=self.start_id
         )
         result = evaluate(self.model, self.micro_batches(rows), corruption, self.backend, VALIDATION_SEED)
         quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
@@ -102,7 +107,7 @@ class Denoising:
 
     def accumulate(self, rows: PackedRows, phase: Phase, step: int) -> Record:
         setting, train = self._setting, self._setting.recipe.train
-        corruption = setting.recipe.objective.corruption(setting.model.config, phase.block_size)
+        corruption = setting.recipe.objective.corruption(setting.mask_id, setting.start_id, phase.block_size)
         num_maskable = rows.num_maskable * corruption.num_copies
         noise = MaskNoise(self._noise_norm(step), train.seed, setting.mask_id)
         streams = [corrupt(part, corruption, train.seed) for part in setting.micro_batches(rows)]
@@ -115,7 +120,7 @@ class Denoising:
                 loss = nelbo(nll_N, stream.weight_N, num_maskable)
             else:
                 scores = self._scores(hidden_ND, stream)
-                loss = nelbo(scores.nll_N, stream.weight_N, num_maskable) + tally.add(scores)
+                loss = nelbo(scores.nll_N, stream.weight_N, num_maskable) + tally.add(scores.first(stream.num_masked))
             loss.backward()
             total += float(loss.detach())
         extra = {} if tally is None else tally.metrics()
@@ -135,7 +140,8 @@ class Denoising:
             return None
         with torch.no_grad():
             hidden = ((self._setting.hidden(stream, noise, watched=False), stream) for stream in streams)
-            return sum(int(self._scores(hidden_ND, stream).right_N.sum()) for hidden_ND, stream in hidden)
+            scores = (self._scores(hidden_ND, stream).first(stream.num_masked) for hidden_ND, stream in hidden)
+            return sum(int(part.right_N.sum()) for part in scores)
 
     def _noise_norm(self, step: int) -> float:
         """Expected norm of the mask-embedding noise: linear decay to zero.
@@ -242,7 +248,8 @@ class Preference:
     def _margins(self, rows: PackedRows, phase: Phase, seed: int, *, train: bool) -> Tensor:
         """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
         setting = self._setting
-        corruption = setting.recipe.objective.corruption(setting.model.config, phase.block_size, draws=self._samples)
+        ids = (setting.mask_id, setting.start_id)
+        corruption = setting.recipe.objective.corruption(*ids, phase.block_size, draws=self._samples)
         stream = corrupt(rows, corruption, seed)
         with torch.no_grad(), self._as_reference():
             hidden_ND = predicted_hidden(self._reference, stream, setting.backend)

@@ -18,7 +18,6 @@ from unmask.diffusion.blocks import BlockSchedule, Phase, wsd_schedule
 from unmask.diffusion.corrupt import CorruptionConfig
 from unmask.diffusion.schedule import Bandwidth
 from unmask.errors import ConfigError
-from unmask.models.config import ModelConfig
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
@@ -85,14 +84,21 @@ class ObjectiveSection(Section):
     )
     mask_noise_steps: int = Field(50, ge=0, description="steps over which mask-embedding noise decays to zero; 0: none")
     mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
+    guidance: float = Field(
+        0.0,
+        ge=0,
+        description="shifted models: weight of the next-token loss of the clean copy, which keeps what the parent knew",
+    )
     cap: CapSection | None = None
 
-    def corruption(self, model: ModelConfig, block_size: int | None, *, draws: int | None = None) -> CorruptionConfig:
+    def corruption(
+        self, mask_id: int, start_id: int | None, block_size: int | None, *, draws: int | None = None
+    ) -> CorruptionConfig:
         """The corruption of one phase, `draws` times (None: the section's own) over the same clean copy."""
-        assert model.mask_id is not None, "only diffusion models are trained on corrupted text"
         return CorruptionConfig(
-            mask_id=model.mask_id,
-            start_id=model.start_id,
+            mask_id=mask_id,
+            start_id=start_id,
+            guidance=self.guidance,
             block_size=block_size,
             bandwidth=Bandwidth(*self.bandwidth),
             complementary=self.complementary,
@@ -218,10 +224,11 @@ class Recipe(Section):
         if self.data.overlong == "split":
             raise ConfigError("data.overlong is split, which would tear a preference pair apart; use truncate or drop")
         objective = self.objective
-        if objective.complementary or objective.draws > 1 or objective.cap is not None or objective.mask_noise_steps:
+        others = objective.draws > 1 or objective.cap is not None or objective.guidance or objective.mask_noise_steps
+        if objective.complementary or others:
             raise ConfigError(
                 "preference training draws samples of its own; set objective.complementary to false, "
-                "objective.mask_noise_steps to 0 and leave objective.draws and objective.cap out"
+                "objective.mask_noise_steps to 0 and leave objective.draws, objective.guidance and objective.cap out"
             )
         if self.train.lora is not None and self.train.lora.train_embedding:
             raise ConfigError(

@@ -150,18 +150,25 @@ def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -
         raise ConfigError(f"mask token {token} has id {mask_id}, the model was trained with {own}; leave mask_token out")
     if mask_id >= model.config.vocab_size:
         resize_vocabulary(model, mask_id + 1)
-    start_id = model.config.start_id
-    if recipe.shift and start_id is None:
-        if own is not None:
-            raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
-        start_id = _start_token(model.config)
+    start_id = _start_token(model.config, recipe)
     model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size, start_id=start_id)
     return mask_id
 
 
-def _start_token(config: ModelConfig) -> int:
-    """What a shifted model reads before a document: the token that begins one, or the end of the one before."""
-    return next(token for token in (config.bos_id, *config.eos_ids, 0) if token is not None)
+def _start_token(config: ModelConfig, recipe: Recipe) -> int | None:
+    """What a shifted model reads before a document: the token that begins one, or ends the one before. None: not shifted."""
+    if config.shifted:
+        return config.start_id
+    if recipe.shift:
+        if config.mask_id is not None:
+            raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
+        return next(token for token in (config.bos_id, *config.eos_ids, 0) if token is not None)
+    if recipe.objective.guidance:
+        raise ConfigError(
+            f"objective.guidance is {recipe.objective.guidance:g}, which takes a shifted model; convert with shift: true, or "
+            "leave it out"
+        )
+    return None
 
 
 def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
