@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.model import LanguageModel
-from unmask.engine.request import Request
+from unmask.engine.request import Completion, Request
+from unmask.engine.sequence import Answer, Guess
+from unmask.engine.verified import DRAFT_THRESHOLD, VerifiedSequence
+from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
 from unmask.models.transformer import Transformer
 
@@ -75,3 +79,120 @@ def test_the_bound_of_blocks_of_one_is_the_parents_likelihood(first: int) -> Non
     chain = sum(float(logits_TV.log_softmax(-1)[p, PROMPT[p]]) for p in range(first, len(PROMPT)))
     assert found.exact
     assert found.value == pytest.approx(chain, rel=1e-5)
+
+
+VERIFY = {"verify": True, "steps": 4}
+
+
+def said_by_parent(family: str, prompts: list[tuple[int, ...]], budget: int, eos: frozenset[int]) -> list[Completion]:
+    rules = DecodeRules(block_size=1, steps=1)
+    banned = {MASK: float("-inf")}
+    requests = [Request((START, *ids), budget, eos, rules, logit_bias=banned) for ids in prompts]
+    return [Engine(AUTOREGRESSIVE[family], prefix_cache=False).run([request])[0] for request in requests]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+def test_verified_text_is_the_parents(family: str, threshold: float, block_size: int) -> None:
+    """Whatever is drafted, whoever the neighbours are, in little memory and in parts: ids and reason of the parent alone."""
+    prompts = [PROMPT[:n] for n in (1, 4, 5, 9)]
+    free = said_by_parent(family, prompts, 17, frozenset())
+    eos = frozenset([free[0].ids[6], free[2].ids[11]])
+    rules = DecodeRules(block_size=block_size, threshold=threshold, **VERIFY)
+    for ends in (frozenset[int](), eos):
+        expected = said_by_parent(family, prompts, 17, ends)
+        requests = [Request(ids, 17, ends, rules, trace=True) for ids in prompts]
+        for options in ({}, {"page_size": 3, "num_tokens": 33}, {"max_rows": 8, "page_size": 4}, {"prefix_cache": False}):
+            engine = Engine(shifted(family), **options)
+            for found, wanted in zip(engine.run(requests), expected, strict=True):
+                assert (found.ids, found.finish_reason) == (wanted.ids, wanted.finish_reason), options
+            engine.pool.check()
+            assert engine.pool.num_held == 0
+
+
+def test_verifying_takes_at_most_a_forward_a_token_and_fewer_where_drafts_hold() -> None:
+    """A model that says the same whatever it reads: every draft holds."""
+    model = shifted("llama")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.out.weight.zero_()
+            block.mlp.down.weight.zero_()
+        model.embed.weight[:] = model.embed.weight[7]
+    for block_size, threshold, forwards in ((4, 0.0, 5), (8, 0.0, 3), (4, 1.0, 17), (1, 0.0, 17)):
+        rules = DecodeRules(block_size=block_size, threshold=threshold, **VERIFY)
+        (found,) = Engine(model).run([Request(PROMPT, 17, rules=rules)])
+        assert found.forwards == forwards, (block_size, threshold)
+        assert found.costs.prefill_forwards == 0
+
+
+def test_a_forward_checks_what_the_one_before_drafted() -> None:
+    rules = DecodeRules(block_size=4, threshold=0.5, **VERIFY)
+    sequence = VerifiedSequence(Request(PROMPT[:5], 9, rules=rules), 0, MASK, 4)
+
+    def forward(tokens: list[int], sure: list[float]) -> tuple[int, int, tuple[int, ...], list[int]]:
+        plan = sequence.plan(64)
+        assert plan is not None
+        sequence.apply(plan, Answer(Guess(plan.queries, tokens, sure), None))
+        return plan.start, plan.num_final, plan.queries, [token for token in sequence.tokens[5:] if token != MASK]
+
+    # The prompt and a block; the third guess is not sure enough to be a draft.
+    assert forward([10, 11, 12, 13], [0.9, 0.8, 0.7, 0.4]) == (0, 6, (5, 6, 7, 8), [10, 11, 12])
+    # Both drafts hold, and one token more is decided; three new drafts behind it.
+    assert forward([11, 12, 13, 14, 15, 16], [0.1] * 3 + [0.6] * 3) == (
+        6,
+        9,
+        (6, 7, 8, 9, 10, 11),
+        [10, 11, 12, 13, 14, 15, 16],
+    )
+    # The second one does not: what is behind it is forgotten.
+    assert forward([14, 20, 21, 22, 23], [0.9] * 5) == (9, 13, (9, 10, 11, 12, 13), [10, 11, 12, 13, 14, 20])
+    assert sequence.completion is None
+    assert forward([21, 22, 23], [0.9] * 3) == (11, 12, (11, 12, 13), [10, 11, 12, 13, 14, 20, 21, 22, 23])
+    assert forward([22, 23], [0.9] * 2) == (12, 14, (12, 13), [10, 11, 12, 13, 14, 20, 21, 22, 23])
+    assert sequence.completion is not None
+    assert sequence.completion.forwards == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.5}, "verify checks greedy drafts"),
+        ({"edit_threshold": 0.5}, "verify checks greedy drafts"),
+        ({"policy": "entropy"}, "verify checks greedy drafts"),
+        ({"ids": (1, None, 2)}, "neither a grammar nor holes"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused_or_decoded_without(options: dict[str, Any], message: str) -> None:
+    model = LanguageModel(shifted("llama"), None, name="tiny")
+    ids = options.pop("ids", PROMPT)
+    with pytest.raises(RequestError, match=message):
+        model.complete(ids, max_new_tokens=9, verify=True, **options)
+    assert model.complete(ids, max_new_tokens=9, **options) == model.complete(ids, max_new_tokens=9, verify=False, **options)
+    assert not model.request(ids, **options).rules.verify
+
+
+def test_verifying_is_what_shifted_models_do_unless_told_otherwise() -> None:
+    model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
+    chosen = model.request(PROMPT)
+    assert chosen.rules.verify
+    assert chosen.rules.threshold == DRAFT_THRESHOLD
+    assert model.request(PROMPT, threshold=0.9).rules.threshold == 0.9
+    assert not model.request(PROMPT, verify=False).rules.verify
+    assert not plain.request(PROMPT).rules.verify
+    with pytest.raises(RequestError, match="takes a shifted model"):
+        plain.complete(PROMPT, max_new_tokens=3, verify=True)
+
+
+def test_logprobs_of_verified_tokens_are_the_parents() -> None:
+    model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
+    found = model.complete(PROMPT, max_new_tokens=12, logprobs=2, threshold=0.0)
+    parent = plain.complete((START, *PROMPT), max_new_tokens=12, logit_bias={MASK: float("-inf")})
+    assert found.ids == parent.ids
+    assert found.logprobs is not None
+    assert [entry.token for entry in found.logprobs] == list(found.ids)
+    text = [START, *PROMPT, *found.ids]
+    logits_TV = plain.logits(text[:-1]).double()
+    logits_TV[:, MASK] = float("-inf")
+    expected = [float(row[token]) for row, token in zip(logits_TV.log_softmax(-1)[len(PROMPT) :], found.ids, strict=True)]
+    assert [entry.logprob for entry in found.logprobs] == pytest.approx(expected, abs=1e-5)

@@ -21,13 +21,22 @@ from unmask.errors import ConfigError, DataError, RequestError, UnmaskError
 Message = dict[str, str]
 Write = Callable[[str], None]
 End = Literal["stop", "length", "context", "interrupted", "lost"]
-SETTINGS: Mapping[str, type] = {
+
+
+def _yes_or_no(word: str) -> bool:
+    if word.lower() not in ("yes", "no", "true", "false", "on", "off"):
+        raise ValueError(word)
+    return word.lower() in ("yes", "true", "on")
+
+
+SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "max_new_tokens": int,
     "block_size": int,
     "threshold": float,
     "steps": int,
     "preset": str,
     "edit_threshold": float,
+    "verify": _yes_or_no,
     "policy": str,
     "temperature": float,
     "top_k": int,
@@ -263,7 +272,7 @@ def with_setting(options: Mapping[str, Any], name: str, word: str) -> dict[str, 
     try:
         return {**others, name: SETTINGS[name](word)}
     except ValueError as error:
-        kind = "a whole number" if SETTINGS[name] is int else "a number"
+        kind = {int: "a whole number", float: "a number", str: "text"}.get(SETTINGS[name], "yes or no")  # type: ignore[call-overload]
         raise ConfigError(f"{name} is {word!r}; it must be {kind}, or none") from error
 
 

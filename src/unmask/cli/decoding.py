@@ -29,6 +29,14 @@ Preset = Annotated[
 EditThreshold = Annotated[
     float | None, typer.Option(help="Replace a decided token when another is more probable than this; left out: never.")
 ]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Check what is drafted, so that the text is that of decoding token by token; left out: for shifted models, where "
+        "nothing else is asked for.",
+    ),
+]
 Policy = Annotated[str | None, typer.Option(help="What a step accepts: threshold, entropy or fixed; left out: threshold.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

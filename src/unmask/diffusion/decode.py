@@ -34,7 +34,8 @@ class DecodeRules:
     `policy` chooses what a step commits: "threshold" (LLaDA2.0), "entropy" (positions of least entropy while the sum of all
     but the largest stays within `entropy_bound` nats) or "fixed" (the same number every step). With an `edit_threshold`, a
     step also replaces decided tokens (LLaDA2.1; 0 edits any change, None is off), in the newest `window` blocks, and a block
-    ends after a pass that edits nothing or after `max_post_steps` passes without masks.
+    ends after a pass that edits nothing or after `max_post_steps` passes without masks. With `verify`, for shifted models, a
+    block is a draft of one pass, and of it remains what decoding token by token would have said.
 
     Source: LLaDA2.0 section 5 defaults (block 32, threshold 0.95, 32 steps); entropy bound: Ben-Hamu et al. (2505.24857).
     """
@@ -51,6 +52,7 @@ class DecodeRules:
     edit_threshold: float | None = None
     max_post_steps: int = 16
     window: int = 1
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("block size", self.block_size), ("steps", self.steps), ("window", self.window)):
@@ -73,6 +75,9 @@ class DecodeRules:
             raise RequestError(f"max_post_steps is {self.max_post_steps}; it must be at least 0")
         if self.window > 1 and self.edit_threshold is None:
             raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
+
+        if self.verify and (self.temperature > 0 or self.policy != "threshold" or self.editing):
+            raise RequestError("verify checks greedy drafts: leave temperature, policy and edit_threshold out")
 
     @property
     def editing(self) -> bool:

@@ -17,6 +17,7 @@ from unmask.engine.request import Completion, Request, Step, TokenLogprob
 from unmask.engine.runner import Backend, Runner, TorchBackend
 from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequence import Decode, Sequence
+from unmask.engine.verified import VerifiedSequence
 from unmask.errors import RequestError
 from unmask.models.transformer import Transformer
 
@@ -118,6 +119,8 @@ class Engine:
         sequence: Sequence
         if self.mask_id is None:
             sequence = CausalSequence(request, number, self.page_size, self._decode)
+        elif request.rules.verify:
+            sequence = VerifiedSequence(request, number, self.mask_id, self.page_size, self._decode)
         else:
             shifted = self.config.shifted
             sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode, shifted=shifted)

@@ -25,6 +25,7 @@ from unmask.engine.infill import Infilling, best_filling, filling_requests, spli
 from unmask.engine.native import QuantizedModel
 from unmask.engine.request import Completion, Costs, FinishReason, OnStep, Request, Step, TokenLogprob, check_vocabulary
 from unmask.engine.runner import Backend, TorchBackend
+from unmask.engine.verified import choose_verified
 from unmask.errors import RequestError
 from unmask.models.attention import DenseAttend
 from unmask.models.checkpoint import load_model
@@ -180,7 +181,7 @@ class LanguageModel:
         tokenizer = self._need_tokenizer()
         parts = split_holes(text, hole)
         mask_id = options.pop("mask_id", None)
-        template = self.request((), max_new_tokens=1, block_size=block_size, **options)
+        template = self.request((), max_new_tokens=1, block_size=block_size, verify=False, **options)
         started = time.perf_counter()
         requests = filling_requests(template, parts, tokens, tokenizer, whole=block_size is None)
         completions = self.engine(mask_id=mask_id, prefix_cache=False).run(requests)
@@ -241,6 +242,7 @@ class LanguageModel:
         regex: str | None = None,
         grammar: Grammar | str | None = None,
         stop: str | Sequence[str] = (),
+        verify: bool | None = None,
         **options: Any,
     ) -> Request:
         """A request for this model's engine.
@@ -256,6 +258,8 @@ class LanguageModel:
             regex: the completion matches this regular expression.
             grammar: the completion is a sentence of this Lark grammar, or compiled grammar.
             stop: string or strings that end the completion.
+            verify: check drafts, so that the text is that of decoding token by token; default: where that is possible (a
+                shifted model, greedy, without grammar, holes or edits).
             options: fields of `Request` (min_new_tokens, logit_bias, logprobs, sample, priority, trace) and of `DecodeRules`
                 (threshold, temperature, top_k, top_p, seed, policy, entropy_bound, edit_threshold, max_post_steps, window).
 
@@ -273,7 +277,7 @@ class LanguageModel:
             )
         chosen = {} if preset is None else PRESETS[preset]
         rules = DecodeRules(block_size=size, steps=size if steps is None else steps, **{**chosen, **options})
-        return Request(
+        request = Request(
             ids=tuple(ids),
             max_new_tokens=max_new_tokens,
             eos_ids=self._eos(eos_id),
@@ -282,6 +286,7 @@ class LanguageModel:
             grammar=self._grammar(json_schema, regex, grammar),
             **known,
         )
+        return choose_verified(request, self.config, verify, options.get("threshold"))
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], *, block_size: int | None = None) -> Tensor:
@@ -353,7 +358,7 @@ class LanguageModel:
 
 
 _REQUEST_OPTIONS = frozenset({"min_new_tokens", "logit_bias", "logprobs", "sample", "priority", "trace"})
-_RULE_OPTIONS = frozenset(DecodeRules.__dataclass_fields__) - {"block_size", "steps"}
+_RULE_OPTIONS = frozenset(DecodeRules.__dataclass_fields__) - {"block_size", "steps", "verify"}
 
 
 def load(

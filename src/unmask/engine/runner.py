@@ -119,7 +119,7 @@ class Runner:
         """A plan's rows, from `offset` on: those that are read causally, and those that are read in blocks."""
         slots_K = sequence.slots_K[: plan.stop].to(self.backend.device)
         border = min(max(plan.num_final, plan.start), plan.stop) if self.backend.config.shifted else plan.start
-        for start, stop, size in ((plan.start, border, 1), (border, plan.stop, sequence.block_size)):
+        for start, stop, size in ((plan.start, border, 1), (border, plan.stop, sequence.open_size)):
             if start < stop:
                 first, last = offset + start - plan.start, offset + stop - plan.start
                 yield Segment(first, last, start, size, slots_K[:stop], sequence.consecutive)

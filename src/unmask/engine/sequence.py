@@ -58,6 +58,11 @@ class Sequence(ABC):
 
     block_size: int
 
+    @property
+    def open_size(self) -> int:
+        """Block size of rows that are not final yet."""
+        return self.block_size
+
     def __init__(self, request: Request, number: int, mask_id: int | None, page_size: int, decode: Decode | None) -> None:
         self.request, self.number, self.mask_id, self._decode = request, number, mask_id, decode
         self.digests = PrefixDigests(self.block_size, page_size)

@@ -41,6 +41,7 @@ class Diffusion(_Body):
     steps: Count | None = None
     preset: Literal["speed", "quality"] | None = None
     edit_threshold: Share | None = None
+    verify: bool | None = None
     max_post_steps: Annotated[int, Field(ge=0)] | None = None
     window: Annotated[int, Field(ge=1, le=64)] | None = None
     policy: Policy | None = None
