@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tiny import FAMILIES, MASK, tiny_model
-from unmask.diffusion.decode import DecodeRules
+from unmask.diffusion.decode import DecodeRules, candidates
 from unmask.engine.engine import Engine
 from unmask.engine.model import LanguageModel
-from unmask.engine.request import Completion, Request
+from unmask.engine.request import Completion, Request, Step
 from unmask.engine.sequence import Answer, Guess
 from unmask.engine.verified import DRAFT_THRESHOLD, VerifiedSequence
 from unmask.errors import RequestError
@@ -152,15 +152,15 @@ def test_a_forward_checks_what_the_one_before_drafted() -> None:
     assert forward([22, 23], [0.9] * 2) == (12, 14, (12, 13), [10, 11, 12, 13, 14, 20, 21, 22, 23])
     assert sequence.completion is not None
     assert sequence.completion.forwards == 5
+    assert sequence.completion.costs.edits == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.5}, "verify checks greedy drafts"),
-        ({"edit_threshold": 0.5}, "verify checks greedy drafts"),
-        ({"policy": "entropy"}, "verify checks greedy drafts"),
-        ({"ids": (1, None, 2)}, "neither a grammar nor holes"),
+        ({"edit_threshold": 0.5}, "verify checks what a threshold lets pass"),
+        ({"policy": "entropy"}, "verify checks what a threshold lets pass"),
+        ({"ids": (1, None, 2)}, "goes with no holes"),
     ],
 )
 def test_what_cannot_be_verified_is_refused_or_decoded_without(options: dict[str, Any], message: str) -> None:
@@ -196,3 +196,36 @@ def test_logprobs_of_verified_tokens_are_the_parents() -> None:
     logits_TV[:, MASK] = float("-inf")
     expected = [float(row[token]) for row, token in zip(logits_TV.log_softmax(-1)[len(PROMPT) :], found.ids, strict=True)]
     assert [entry.logprob for entry in found.logprobs] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_draft_of_a_draw_holds_if_it_is_what_the_parent_draws() -> None:
+    """The same text at every threshold and block size, that of a plain loop over the parent."""
+    model, plain = LanguageModel(shifted("qwen3"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["qwen3"], None, name="ar")
+    options = {"temperature": 1.2, "top_k": 30, "seed": 3, "sample": 1}
+    rules = DecodeRules(block_size=4, temperature=1.2, top_k=30, seed=3)
+    text = [START, *PROMPT]
+    for _ in range(16):
+        logits_1V, place = plain.logits(text)[-1:], torch.tensor([len(text) - 1])
+        text.append(int(candidates(logits_1V, place, 0, rules, MASK, sample=1)[0]))
+    for block_size, threshold in ((4, 0.0), (4, 0.1), (8, 0.0), (2, 0.3), (1, 1.0)):
+        found = model.complete(PROMPT, max_new_tokens=16, block_size=block_size, threshold=threshold, **options)
+        assert list(found.ids) == text[1 + len(PROMPT) :]
+    assert model.complete(PROMPT, max_new_tokens=16, **{**options, "seed": 4}).ids != found.ids
+
+
+def test_what_is_watched_is_what_is_said() -> None:
+    """Every step begins where the one before had decided to; guesses that are not checked yet are shown as guesses."""
+    model, steps = LanguageModel(shifted("llama"), None, name="tiny"), list[Step]()
+    completion = model.complete(PROMPT, max_new_tokens=15, threshold=0.0, on_step=steps.append)
+    said: list[int] = []
+    for number, step in enumerate(steps, start=1):
+        assert step.start == len(PROMPT) + len(said)
+        assert step.forwards == number
+        assert not any(step.fixed)
+        assert not any(step.edited)
+        new = [token for token in step.tokens if token is not None]
+        assert step.accepted == tuple(i < len(new) for i in range(len(step.tokens)))
+        assert new == list(step.guess[: len(new)])
+        said += new
+    assert tuple(said) == completion.ids
+    assert completion.forwards == len(steps)

@@ -33,8 +33,8 @@ Verify = Annotated[
     bool | None,
     typer.Option(
         "--verify/--no-verify",
-        help="Check what is drafted, so that the text is that of decoding token by token; left out: for shifted models, where "
-        "nothing else is asked for.",
+        help="Check what is drafted, so that the text is that of decoding token by token; left out: for shifted models, "
+        "unless a policy or edits are asked for.",
     ),
 ]
 Policy = Annotated[str | None, typer.Option(help="What a step accepts: threshold, entropy or fixed; left out: threshold.")]

@@ -76,8 +76,8 @@ class DecodeRules:
         if self.window > 1 and self.edit_threshold is None:
             raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
 
-        if self.verify and (self.temperature > 0 or self.policy != "threshold" or self.editing):
-            raise RequestError("verify checks greedy drafts: leave temperature, policy and edit_threshold out")
+        if self.verify and (self.policy != "threshold" or self.editing):
+            raise RequestError("verify checks what a threshold lets pass: leave policy, preset and edit_threshold out")
 
     @property
     def editing(self) -> bool:

@@ -259,7 +259,7 @@ class LanguageModel:
             grammar: the completion is a sentence of this Lark grammar, or compiled grammar.
             stop: string or strings that end the completion.
             verify: check drafts, so that the text is that of decoding token by token; default: where that is possible (a
-                shifted model, greedy, without grammar, holes or edits).
+                shifted model, no holes, no edits).
             options: fields of `Request` (min_new_tokens, logit_bias, logprobs, sample, priority, trace) and of `DecodeRules`
                 (threshold, temperature, top_k, top_p, seed, policy, entropy_bound, edit_threshold, max_post_steps, window).
 

@@ -89,8 +89,8 @@ class Request:
             raise RequestError("a stop string is empty; it would end every completion at once")
         if self.grammar is not None and (holes or self.rules.editing):
             raise RequestError("a grammar goes with neither holes nor an edit_threshold; leave one of them out")
-        if self.rules.verify and (self.grammar is not None or holes):
-            raise RequestError("verify goes with neither a grammar nor holes; leave one of them out")
+        if self.rules.verify and holes:
+            raise RequestError("verify goes with no holes; leave one of them out")
         if self.rules.verify and not config.shifted:
             raise RequestError("verify takes a shifted model (converted with shift: true); leave it out")
 

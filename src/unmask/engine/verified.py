@@ -6,13 +6,18 @@ its masked rows guess what comes behind. What a forward guesses, the next one ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ids
 from dataclasses import replace
 from itertools import takewhile
 
-from unmask.diffusion.decode import Decision, Guess
+from torch import Tensor
+
+from unmask.diffusion.decode import Decision
 from unmask.diffusion.objectives import ban_mask
+from unmask.engine.constrained import NOTHING_LEFT
 from unmask.engine.request import Request, Step
 from unmask.engine.sequence import Answer, Decode, Plan, Sequence
+from unmask.errors import RequestError
 from unmask.models.config import ModelConfig
 
 DRAFT_THRESHOLD = 0.5
@@ -31,8 +36,8 @@ def choose_verified(request: Request, config: ModelConfig, wanted: bool | None, 
         threshold: of the drafts; None: `DRAFT_THRESHOLD`.
     """
     rules = request.rules
-    greedy = rules.temperature == 0.0 and rules.policy == "threshold" and not rules.editing
-    possible = config.shifted and greedy and request.grammar is None and None not in request.ids
+    usual = rules.policy == "threshold" and not rules.editing
+    possible = config.shifted and usual and None not in request.ids
     if not (possible if wanted is None else wanted):
         return request
     return replace(request, rules=replace(rules, verify=True, threshold=DRAFT_THRESHOLD if threshold is None else threshold))
@@ -46,7 +51,10 @@ class VerifiedSequence(Sequence):
     hold are forgotten, and so is what was guessed behind them. A draft is made only where the guess and all those before it
     are more probable than the threshold: a wrong one costs the forward's other guesses.
 
-    Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923). Greedy only.
+    A drawn token depends on the logits, the seed and the position, so that sampling is checked like the rest: a draft holds if
+    it is what the causal row draws. A grammar rules out what the causal rows may say, and adds what it leaves no choice about.
+
+    Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923).
     """
 
     block_size = 1
@@ -57,6 +65,8 @@ class VerifiedSequence(Sequence):
         self.tokens = given + [mask_id] * request.max_new_tokens
         self._num_given = self._num_decided = len(given)
         self._num_drafted = 0
+        if self._take_forced():
+            self._finish()
 
     @property
     def open_size(self) -> int:
@@ -85,44 +95,91 @@ class VerifiedSequence(Sequence):
         queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
         return Plan(start, queries[-1] + 1, border, queries, queries)
 
+    def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
+        """Also what the grammar does not allow where the text is decided; guesses are free."""
+        logits_NV = super().adjusted(logits_NV, positions)
+        if self.grammar is None:
+            return logits_NV
+        state = self.grammar.copy()
+        for row, position in enumerate(positions[: self._num_drafted + 1]):
+            logits_NV[row].masked_fill_(~state.allowed().to(logits_NV.device), float("-inf"))
+            token = self.tokens[position]
+            if row == self._num_drafted or token in self.request.eos_ids or not state.accepts(token):
+                break  # a draft that is not allowed does not hold
+            state.advance(token)
+        return logits_NV
+
     def apply(self, plan: Plan, answer: Answer | None) -> None:
         self._count(plan)
         if answer is None:
             self.committed = plan.stop
             return
-        first, before = self._num_decided, self.tokens[:]
-        guess, border = answer.guess, plan.num_final
+        before, border, guess = self.tokens[:], plan.num_final, answer.guess
         says = dict(zip(guess.positions, guess.tokens, strict=True))
-        held = len(list(takewhile(lambda p: before[p] == says[p], range(first, border - 1))))
-        self._num_decided = self.committed = first + held + 1
-        kept = range(border, plan.stop) if self._num_decided == border else range(0)
+        held = len(list(takewhile(lambda p: before[p] == says[p], range(self._num_decided, border - 1))))
+        known = self._num_decided + held
+        self.committed = known + 1
+        self._edits += before[known] not in (self.mask_id, says[known])
+        kept = range(border, plan.stop) if known + 1 == border else range(0)
         sure = dict(zip(guess.positions, guess.confidences, strict=True))
-        drafts = list(takewhile(lambda p: sure[p] > self.request.rules.threshold, kept))
-        self._num_drafted, self.step = len(drafts), self.step + 1
-        known = first + held
-        assert self.mask_id is not None
-        self.tokens[known:] = [says[known], *(says[p] for p in drafts)]
-        self.tokens += [self.mask_id] * (len(before) - len(self.tokens))
-        self._tell(plan, answer, before)
-        self._end(range(self._num_given, self._num_decided), over=False)
+        drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.rules.threshold, kept)]
+        self._write(known, [says[known], *drafts])
+        self._decide(known + 1)
+        self._tell(plan, answer)
+        self._finish()
 
-    def _tell(self, plan: Plan, answer: Answer, before: list[int]) -> None:
-        """Log-probabilities and the step, where they are asked for."""
-        decided = [p for p in plan.queries if p < self._num_decided]
+    def _write(self, start: int, tokens: Ids[int]) -> None:
+        """These tokens from `start` on, and nothing behind them."""
+        assert self.mask_id is not None
+        length = len(self.tokens)
+        self.tokens = [*self.tokens[:start], *tokens, *[self.mask_id] * length][:length]
+        self._num_drafted = min(start + len(tokens), length) - self._num_decided
+
+    def _decide(self, stop: int) -> None:
+        """Everything below `stop` is decided, and what a grammar adds to it; drafts behind stay as far as they agree."""
+        new = self.tokens[self._num_decided : stop]
+        self._num_drafted -= stop - self._num_decided
+        self._num_decided = stop
+        if self.grammar is None:
+            return
+        for token in new:
+            if not self.grammar.accepts(token):
+                raise RequestError(NOTHING_LEFT)
+            if token in self.request.eos_ids:
+                return
+            self.grammar.advance(token)
+        self._take_forced()
+
+    def _take_forced(self) -> bool:
+        """Decide what the grammar leaves no choice about; whether there was anything."""
+        forced = [] if self.grammar is None else self.grammar.forced()[: len(self.tokens) - self._num_decided]
+        if not forced:
+            return False
+        assert self.grammar is not None
+        place, drafts = self._num_decided, self.tokens[self._num_decided :][: self._num_drafted]
+        agree = drafts[: len(forced)] == forced[: len(drafts)]
+        self._write(place, [*forced, *(drafts[len(forced) :] if agree else [])])
+        self._num_decided += len(forced)
+        self._num_drafted -= len(forced)
+        for token in forced:
+            self.grammar.advance(token)
+        self.note_logprobs(range(place, self._num_decided), None, {})
+        return True
+
+    def _finish(self) -> None:
+        over = self.grammar is not None and self.grammar.finished
+        self._end(range(self._num_given, self._num_decided), over=over)
+
+    def _tell(self, plan: Plan, answer: Answer) -> None:
+        """Log-probabilities and the step, where they are asked for; drafts are shown as guesses."""
+        first = plan.queries[0]
         if self.request.logprobs is not None:
             assert answer.logits_NV is not None
             logprobs_NV = ban_mask(answer.logits_NV.float(), self.mask_id).log_softmax(-1)
-            self.note_logprobs(decided, logprobs_NV, {p: i for i, p in enumerate(plan.queries)})
-        if not self.watched:
-            return
-        told = range(plan.queries[0], plan.stop)
-        new = {p: self.tokens[p] for p in told if self.tokens[p] != before[p] and self.tokens[p] != self.mask_id}
-        decision = Decision(
-            {p: token for p, token in new.items() if before[p] == self.mask_id},
-            {p: token for p, token in new.items() if before[p] != self.mask_id},
-        )
-        self._edits += len(decision.edits)
-        undecided = [p >= self._num_decided + self._num_drafted for p in range(len(self.tokens))]
-        fixed = [False] * len(self.tokens)
-        guess = Guess(plan.queries, answer.guess.tokens, answer.guess.confidences)
-        self._report(Step.after(told, guess, decision, self.tokens, undecided, fixed, self.forwards))
+            self.note_logprobs(range(first, self.committed), logprobs_NV, {p: i for i, p in enumerate(plan.queries)})
+        if self.watched:
+            told = range(first, max(plan.stop, self._num_decided))
+            undecided = [p >= self._num_decided for p in range(told.stop)]
+            decision = Decision({p: self.tokens[p] for p in range(first, self._num_decided)})
+            fixed = [False] * told.stop
+            self._report(Step.after(told, answer.guess, decision, self.tokens, undecided, fixed, self.forwards))
