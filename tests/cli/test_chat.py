@@ -128,8 +128,9 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pyte
         raise unmask.UnmaskError("enough")
 
     monkeypatch.setattr("unmask.engine.model.LanguageModel.request", record)
-    run("chat", "-m", diffusion_folder, *PLAIN, f"--{option.replace('_', '-')}", 3, input="Hello\n")
-    assert seen[0][option] == chat_session.SETTINGS[option](3)
+    value = [] if option == "verify" else [3]
+    run("chat", "-m", diffusion_folder, *PLAIN, f"--{option.replace('_', '-')}", *value, input="Hello\n")
+    assert seen[0][option] == chat_session.SETTINGS[option](*value or ["yes"])
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,13 @@ def test_set_changes_an_option_unless_it_is_wrong(run, model: LanguageModel, dif
     assert result.stderr.splitlines().count("max_new_tokens 5") == 2
     assert result.exit_code == 1
     run("chat", "-m", diffusion_folder, *SHORT, input=typed("/set max_new_tokens none", "/quit", "Hello"))
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("On", True), ("no", False), ("false", False)])
+def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
+    assert chat_session.with_setting({"seed": 1}, "verify", word) == {"seed": 1, "verify": value}
+    with pytest.raises(unmask.UnmaskError, match="verify is '0'; it must be yes or no, or none"):
+        chat_session.with_setting({}, "verify", "0")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from unmask.models.checkpoint import load_model
 
 Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 
+_RULES = tuple(name for name in DecodeRules.__dataclass_fields__ if name != "verify")  # whose text is not a trajectory's
 _OF_REQUEST = ("max_new_tokens", "min_new_tokens", "sample")
 
 
@@ -34,13 +34,13 @@ def as_json(request: Request, mask_id: int) -> dict[str, Any]:
         "eos_ids": sorted(request.eos_ids),
         "logit_bias": {str(t): None if bias == float("-inf") else bias for t, bias in request.logit_bias.items()},
         **{name: getattr(request, name) for name in _OF_REQUEST},
-        **asdict(request.rules),
+        **{name: getattr(request.rules, name) for name in _RULES},
     }
 
 
 def from_json(values: Mapping[str, Any]) -> Request:
     """The other way round, without the mask token."""
-    rules = {name: values[name] for name in DecodeRules.__dataclass_fields__}
+    rules = {name: values[name] for name in _RULES}
     bias = {int(token): float("-inf") if by is None else by for token, by in values["logit_bias"].items()}
     options = {name: values[name] for name in _OF_REQUEST}
     return Request(

@@ -212,7 +212,7 @@ def test_a_pair_is_the_mean_of_its_halves_and_of_two_rows() -> None:
     """`[x_t | x_t' | x_0]` against `[x_t | x_0]` and `[x_t' | x_0]` apart."""
     model = tiny_model("llama", 2, torch.float64)
     rows, chosen = pack(DOCS, 16), recipe(4)
-    corruption = chosen.objective.corruption(MASK, BLOCK)
+    corruption = chosen.objective.corruption(MASK, None, BLOCK)
     copies = noisy_copies(rows, corruption, chosen.train.seed)
     assert len(copies) == 2
 
