@@ -142,9 +142,10 @@ def test_what_llada2_cannot_compute_is_refused(changes: dict[str, Any], key: str
 
 
 def test_only_unmask_runs_shifted_mixtures(tmp_path: Path) -> None:
-    source = saved("bailing_moe_v2", tmp_path / "source", **DIFFUSION, start_id=1)
-    with pytest.raises(CheckpointError, match="llada2_moe does not run shifted models"):
-        export_model(source, tmp_path / "out")
+    for family in ("bailing_moe_v2", "llada2_moe"):
+        source = saved(family, tmp_path / family, **DIFFUSION, start_id=1)
+        with pytest.raises(CheckpointError, match="llada2_moe does not run shifted models"):
+            export_model(source, tmp_path / "out")
     dense = saved("qwen3", tmp_path / "dense", **DIFFUSION, start_id=1)
     assert "position 0 reads token 1" in export_model(dense, tmp_path / "exported").notes[0]
     assert read_model_config(tmp_path / "exported").start_id == 1

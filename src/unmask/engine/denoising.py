@@ -89,7 +89,7 @@ class BlockSequence(Sequence):
         if done and self.completion is None:
             self._next_block()
         if self._shifted:
-            self.committed = plan.num_final
+            self.committed = plan.border
         else:
             changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
             self._commit(plan.stop, min(changed, default=plan.stop))

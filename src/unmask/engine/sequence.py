@@ -28,12 +28,12 @@ Decode = Callable[[Ids[int]], str]
 class Plan:
     """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`.
 
-    Tokens below `num_final` do not change any more: a shifted model reads them causally, others in blocks like the rest.
+    A shifted model reads the positions below `border` causally, and from there on in blocks, as other models read all.
     """
 
     start: int
     stop: int
-    num_final: int
+    border: int
     rows: tuple[int, ...] = ()
     queries: tuple[int, ...] = ()
 

@@ -114,7 +114,7 @@ class VerifiedSequence(Sequence):
         if answer is None:
             self.committed = plan.stop
             return
-        before, border, guess = self.tokens[:], plan.num_final, answer.guess
+        before, border, guess = self.tokens[:], plan.border, answer.guess
         says = dict(zip(guess.positions, guess.tokens, strict=True))
         held = len(list(takewhile(lambda p: before[p] == says[p], range(self._num_decided, border - 1))))
         known = self._num_decided + held

@@ -100,6 +100,8 @@ def export_model(
         config = source.config
         if config.family == "bailing_moe_v2" and config.mask_id is not None:
             config = _as_llada2(config)
+        if config.family == "llada2_moe" and config.shifted:
+            raise CheckpointError("the code of llada2_moe does not run shifted models (shift_start_token_id); use unmask")
         specs = {
             name: TensorSpec(slot.shape, source.dtypes[name] if dtype is None else parameter_dtype(slot.parameter, dtype))
             for name, slot in slots(config).items()
@@ -143,8 +145,6 @@ def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> 
 
 def _as_llada2(config: ModelConfig) -> ModelConfig:
     """The same tensors under the other family's name; refused where that family's code computes something else."""
-    if config.start_id is not None:
-        raise CheckpointError("the code of llada2_moe does not run shifted models (shift_start_token_id); use unmask")
     normalizes = config.moe is None or config.moe.normalize or config.moe.num_active == 1
     fixed = {"use_qk_norm": config.qk_norm, "use_bias": not config.out_bias, "norm_topk_prob": normalizes}
     differing = [key for key, fits in fixed.items() if not fits]
