@@ -58,14 +58,11 @@ def of_single_blocks(model: Transformer, rows: Rows, copies: list[NoisyCopy], si
         for identity, at, row in rows.places():
             tokens, masked = rows.tokens_RL[row, at].tolist(), copy.masked_RL[row, at].tolist()
             for start in range(0, len(tokens), size):
-                places = [p for p in range(start, min(start + size, len(tokens))) if masked[p]]
+                block = range(start, min(start + size, len(tokens)))
+                places = [p for p in block if masked[p]]
                 if not places:
                     continue
-                text_ = [*tokens[:start], *(MASK if masked[p] else tokens[p] for p in range(start, places[-1] + 1))]
-                canvas = [START, *text_[:-1]]
-                # What lies behind the last prediction in the block is seen by it, too.
-                rest = range(places[-1], min(start + size, len(tokens)) - 1)
-                canvas += [MASK if masked[p] else tokens[p] for p in rest]
+                canvas = [START, *tokens[:start], *(MASK if masked[p] else tokens[p] for p in block)][:-1]
                 allowed = torch.ones(len(canvas), len(canvas), dtype=torch.bool)
                 allowed[:start] = allowed.tril()[:start]
                 attend = DenseAttend(allowed[None])

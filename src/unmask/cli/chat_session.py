@@ -272,7 +272,8 @@ def with_setting(options: Mapping[str, Any], name: str, word: str) -> dict[str, 
     try:
         return {**others, name: SETTINGS[name](word)}
     except ValueError as error:
-        kind = {int: "a whole number", float: "a number", str: "text"}.get(SETTINGS[name], "yes or no")  # type: ignore[call-overload]
+        kinds: Mapping[Any, str] = {int: "a whole number", _yes_or_no: "yes or no"}
+        kind = kinds.get(SETTINGS[name], "a number")
         raise ConfigError(f"{name} is {word!r}; it must be {kind}, or none") from error
 
 

@@ -199,12 +199,13 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     if config.block_size is not None or guided:
         parts.append((clean_RL, _read(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
     pieces = [_compact(rows, *part) for part in parts]
+    predicted = list(copies)
     if guided:
         ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
-        copies = [*copies, NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.guidance * len(copies))]
+        predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.guidance * len(copies)))
     picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
-    for copy, piece in zip(copies, pieces, strict=False):
+    for copy, piece in zip(predicted, pieces, strict=False):
         row_N, column_N = torch.nonzero(piece.gather(copy.masked_RL) & piece.valid, as_tuple=True)
         at = (row_N, piece.source[row_N, column_N])
         picked.append((row_N, column_N + offset, rows.tokens_RL[at], copy.weight_RL[at], copy.t_RL[at]))
@@ -224,7 +225,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         target_N=target_N,
         weight_N=weight_N.float(),
         t_N=t_N.float(),
-        num_maskable=int(rows.maskable_RL.sum()) * (len(copies) - guided),
+        num_maskable=int(rows.maskable_RL.sum()) * len(copies),
         num_guided=len(picked[-1][0]) if guided else 0,
     )
 
@@ -273,8 +274,9 @@ def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Ten
     noisy_RL = noisy_block[group_RL] & (rows.segment_RL > 0)
     last_noisy = torch.full((int(document_RL.max()) + 1,), -1, dtype=torch.int64, device=block_RL.device)
     last_noisy.scatter_reduce_(0, document_RL[noisy_RL], block_RL[noisy_RL], "amax")
-    before_RL = last_noisy[document_RL] + last_clean * (last_noisy[document_RL] >= 0)
-    return noisy_RL, (block_RL < before_RL) & (rows.segment_RL > 0)
+    last_RL = last_noisy[document_RL]
+    clean_RL = block_RL <= last_RL if last_clean else block_RL < last_RL
+    return noisy_RL, clean_RL & (rows.segment_RL > 0)
 
 
 def _compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:

@@ -75,7 +75,6 @@ class DecodeRules:
             raise RequestError(f"max_post_steps is {self.max_post_steps}; it must be at least 0")
         if self.window > 1 and self.edit_threshold is None:
             raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
-
         if self.verify and (self.policy != "threshold" or self.editing):
             raise RequestError("verify checks what a threshold lets pass: leave policy, preset and edit_threshold out")
 

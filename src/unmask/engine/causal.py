@@ -39,8 +39,8 @@ class CausalSequence(Sequence):
     def plan(self, budget: int) -> Plan | None:
         start, stop = self.committed, self.reach
         if stop - start > budget:
-            return Plan(start, start + budget, self.num_final) if budget > 0 else None
-        return Plan(start, stop, self.num_final, (stop - 1,), (stop,))
+            return Plan(start, start + budget) if budget > 0 else None
+        return Plan(start, stop, (stop - 1,), (stop,))
 
     def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
         """Also what the grammar does not allow: the queried position is always its frontier."""
@@ -59,9 +59,7 @@ class CausalSequence(Sequence):
             raise RequestError(NOTHING_LEFT)
         place = len(self.tokens)
         self.tokens.append(token)
-        if self.request.logprobs is not None:
-            assert answer.logits_NV is not None
-            self.note_logprobs([place], answer.logits_NV.float().log_softmax(-1), {place: 0})
+        self.note_logprobs([place], answer.logits_NV, {place: 0})
         if self.watched:
             self._report(Step(place, (False,), (token,), (token,), (confidence,), (True,), (False,), self.forwards))
         if self.grammar is not None and token not in self.request.eos_ids:
@@ -70,8 +68,7 @@ class CausalSequence(Sequence):
         self._finish()
 
     def _finish(self) -> None:
-        over = self.grammar is not None and self.grammar.finished
-        self._end(range(len(self.request.ids), len(self.tokens)), over=over)
+        self._end(range(len(self.request.ids), len(self.tokens)), over=self.is_whole)
 
     def _take_forced(self) -> None:
         if self.grammar is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from unmask.diffusion.decode import Decision, Guess, decide
-from unmask.diffusion.objectives import ban_mask
 from unmask.engine.constrained import advance_frontier, fill_forced
 from unmask.engine.request import Request, Step
 from unmask.engine.sequence import Answer, Decode, Plan, Sequence
@@ -57,15 +56,15 @@ class BlockSequence(Sequence):
         return self._front + self.block_size
 
     def plan(self, budget: int) -> Plan | None:
-        start, stop = self.committed, self.reach
+        start, stop, border = self.committed, self.reach, self._settled if self._shifted else 0
         if stop - start > budget:
             chunk = min(budget // self.block_size * self.block_size, self._settled - start)
-            return Plan(start, start + chunk, self._settled) if chunk > 0 else None
+            return Plan(start, start + chunk, border=border) if chunk > 0 else None
         if self.request.rules.editing:
             queries = tuple(p for p in range(self._settled, stop) if not self._fixed[p])
         else:
             queries = tuple(p for p in range(self._front, stop) if self.undecided[p])
-        return Plan(start, stop, self._settled, queries, queries)
+        return Plan(start, stop, queries, queries, border)
 
     def apply(self, plan: Plan, answer: Answer | None) -> None:
         self._count(plan)
@@ -76,8 +75,8 @@ class BlockSequence(Sequence):
         place = self._settled
         had_masks = any(self.undecided[p] for p in plan.queries)
         decision = self._decide(answer.guess) if self.grammar is None else advance_frontier(self, answer, self.reach)
-        if self.request.logprobs is not None:
-            self._note(plan, answer, decision)
+        at = {position: i for i, position in enumerate(plan.queries) if position not in self.forced}
+        self.note_logprobs([*decision.commits, *decision.edits], answer.logits_NV, at)
         self._edits += len(decision.edits)
         self.step += 1
         if self.watched:
@@ -85,14 +84,11 @@ class BlockSequence(Sequence):
             state = (self.tokens, self.undecided, self._fixed)
             self._report(Step.after(places, answer.guess, decision, *state, self.forwards))
         done = self._is_done(had_masks, decision)
-        self._end(self._final_positions(done), over=self.grammar is not None and self.grammar.finished)
+        self._end(self._final_positions(done), over=self.is_whole)
         if done and self.completion is None:
             self._next_block()
-        if self._shifted:
-            self.committed = plan.border
-        else:
-            changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
-            self._commit(plan.stop, min(changed, default=plan.stop))
+        changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
+        self._commit(plan.border if self._shifted else plan.stop, min(changed, default=plan.stop))
 
     def _decide(self, guess: Guess) -> Decision:
         rules = self.request.rules
@@ -150,19 +146,12 @@ class BlockSequence(Sequence):
         if self.grammar is None:
             return False
         fill_forced(self, self.reach)
-        complete = self.frontier == self.reach or self.grammar.finished
+        complete = self.frontier == self.reach or self.is_whole
         if complete:
-            self._end(self._final_positions(True), over=self.grammar.finished)
+            self._end(self._final_positions(True), over=self.is_whole)
         return complete
 
     def _commit(self, stop: int, first_changed: int) -> None:
         size = self.block_size
         while self.committed + size <= min(stop, self._settled, first_changed):
             self.committed += size
-
-    def _note(self, plan: Plan, answer: Answer, decision: Decision) -> None:
-        assert answer.logits_NV is not None
-        at = {position: i for i, position in enumerate(plan.queries) if position not in self.forced}
-        assert self.mask_id is not None
-        logprobs_NV = ban_mask(answer.logits_NV.float(), self.mask_id).log_softmax(-1)
-        self.note_logprobs([*decision.commits, *decision.edits], logprobs_NV, at)

@@ -118,7 +118,7 @@ class Runner:
     def _segments(self, sequence: Sequence, plan: Plan, offset: int) -> Iterator[Segment]:
         """A plan's rows, from `offset` on: those that are read causally, and those that are read in blocks."""
         slots_K = sequence.slots_K[: plan.stop].to(self.backend.device)
-        border = min(max(plan.border, plan.start), plan.stop) if self.backend.config.shifted else plan.start
+        border = min(max(plan.border, plan.start), plan.stop)
         for start, stop, size in ((plan.start, border, 1), (border, plan.stop, sequence.open_size)):
             if start < stop:
                 first, last = offset + start - plan.start, offset + stop - plan.start

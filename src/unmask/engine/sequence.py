@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.decode import Guess
+from unmask.diffusion.objectives import ban_mask
 from unmask.engine.pages import PrefixDigests
 from unmask.engine.request import Completion, Costs, FinishReason, Request, Step, TokenLogprob, finish
 
@@ -28,14 +29,14 @@ Decode = Callable[[Ids[int]], str]
 class Plan:
     """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`.
 
-    A shifted model reads the positions below `border` causally, and from there on in blocks, as other models read all.
+    Positions below `border` are read causally, as the context of a shifted model is, from there on in blocks.
     """
 
     start: int
     stop: int
-    border: int
     rows: tuple[int, ...] = ()
     queries: tuple[int, ...] = ()
+    border: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,11 @@ class Sequence(ABC):
             logits_NV[too_early[:, None] & is_end_V] = float("-inf")
         return logits_NV
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a grammar, and nothing may follow."""
+        return self.grammar is not None and self.grammar.finished
+
     @cached_property
     def is_plain(self) -> bool:
         """Whether the likeliest token and its probability are all it needs of the logits."""
@@ -162,11 +168,18 @@ class Sequence(ABC):
         elif len(self._times) == 2:
             self._times.append(time.perf_counter())
 
-    def note_logprobs(self, positions: Ids[int], logprobs_NV: Tensor | None, at: dict[int, int]) -> None:
-        """Log-probabilities of tokens just decided; 0 for one that the grammar left no choice about."""
+    def note_logprobs(self, positions: Ids[int], logits_NV: Tensor | None, at: dict[int, int]) -> None:
+        """Log-probabilities of tokens just decided, if they are asked for; 0 for one that the grammar left no choice about.
+
+        Args:
+            positions: of the tokens.
+            logits_NV: as the model gave them; None: nothing was asked of it.
+            at: their row, by position.
+        """
         count = self.request.logprobs
         if count is None:
             return
+        logprobs_NV = None if logits_NV is None else ban_mask(logits_NV.float(), self.mask_id).log_softmax(-1)
         for position in positions:
             token = self.tokens[position]
             if logprobs_NV is None or position not in at:

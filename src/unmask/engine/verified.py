@@ -13,7 +13,6 @@ from itertools import takewhile
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision
-from unmask.diffusion.objectives import ban_mask
 from unmask.engine.constrained import NOTHING_LEFT
 from unmask.engine.request import Request, Step
 from unmask.engine.sequence import Answer, Decode, Plan, Sequence
@@ -63,8 +62,7 @@ class VerifiedSequence(Sequence):
         super().__init__(request, number, mask_id, page_size, decode)
         given = [token for token in request.ids if token is not None]
         self.tokens = given + [mask_id] * request.max_new_tokens
-        self._num_given = self._num_decided = len(given)
-        self._num_drafted = 0
+        self._num_decided, self._num_drafted = len(given), 0
         if self._take_forced():
             self._finish()
 
@@ -91,9 +89,9 @@ class VerifiedSequence(Sequence):
         start, border = self.committed, self._border
         if border - start > budget:
             chunk = min(budget, self._num_decided - start)
-            return Plan(start, start + chunk, border) if chunk > 0 else None
+            return Plan(start, start + chunk, border=border) if chunk > 0 else None
         queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
-        return Plan(start, queries[-1] + 1, border, queries, queries)
+        return Plan(start, queries[-1] + 1, queries, queries, border)
 
     def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
         """Also what the grammar does not allow where the text is decided; guesses are free."""
@@ -114,12 +112,12 @@ class VerifiedSequence(Sequence):
         if answer is None:
             self.committed = plan.stop
             return
-        before, border, guess = self.tokens[:], plan.border, answer.guess
+        border, guess = plan.border, answer.guess
         says = dict(zip(guess.positions, guess.tokens, strict=True))
-        held = len(list(takewhile(lambda p: before[p] == says[p], range(self._num_decided, border - 1))))
+        held = len(list(takewhile(lambda p: self.tokens[p] == says[p], range(self._num_decided, border - 1))))
         known = self._num_decided + held
         self.committed = known + 1
-        self._edits += before[known] not in (self.mask_id, says[known])
+        self._edits += self.tokens[known] not in (self.mask_id, says[known])
         kept = range(border, plan.stop) if known + 1 == border else range(0)
         sure = dict(zip(guess.positions, guess.confidences, strict=True))
         drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.rules.threshold, kept)]
@@ -131,9 +129,10 @@ class VerifiedSequence(Sequence):
     def _write(self, start: int, tokens: Ids[int]) -> None:
         """These tokens from `start` on, and nothing behind them."""
         assert self.mask_id is not None
-        length = len(self.tokens)
-        self.tokens = [*self.tokens[:start], *tokens, *[self.mask_id] * length][:length]
-        self._num_drafted = min(start + len(tokens), length) - self._num_decided
+        room = len(self.tokens) - start
+        known = tokens[:room]
+        self.tokens[start:] = [*known, *[self.mask_id] * (room - len(known))]
+        self._num_drafted = start + len(known) - self._num_decided
 
     def _decide(self, stop: int) -> None:
         """Everything below `stop` is decided, and what a grammar adds to it; drafts behind stay as far as they agree."""
@@ -167,16 +166,13 @@ class VerifiedSequence(Sequence):
         return True
 
     def _finish(self) -> None:
-        over = self.grammar is not None and self.grammar.finished
-        self._end(range(self._num_given, self._num_decided), over=over)
+        self._end(range(len(self.request.ids), self._num_decided), over=self.is_whole)
 
     def _tell(self, plan: Plan, answer: Answer) -> None:
         """Log-probabilities and the step, where they are asked for; drafts are shown as guesses."""
         first = plan.queries[0]
-        if self.request.logprobs is not None:
-            assert answer.logits_NV is not None
-            logprobs_NV = ban_mask(answer.logits_NV.float(), self.mask_id).log_softmax(-1)
-            self.note_logprobs(range(first, self.committed), logprobs_NV, {p: i for i, p in enumerate(plan.queries)})
+        at = {position: i for i, position in enumerate(plan.queries)}
+        self.note_logprobs(range(first, self.committed), answer.logits_NV, at)
         if self.watched:
             told = range(first, max(plan.stop, self._num_decided))
             undecided = [p >= self._num_decided for p in range(told.stop)]

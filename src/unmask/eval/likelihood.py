@@ -140,8 +140,9 @@ class LikelihoodEstimator:
             slots = torch.cat((torch.arange(draw.start), own)).to(self._backend.device)
             end = offset + draw.stop - draw.start
             segments.append(Segment(offset, end, draw.start, self._block_size, slots, consecutive=False))
-            noisy = [self._mask_id if p in draw.masked else ids[p] for p in range(draw.stop)]
-            tokens.append(self._config.inputs(noisy, draw.start, draw.stop))
+            first = max(draw.start - 1, 0)  # a shifted model reads the token before the block, too
+            noisy = [self._mask_id if p in draw.masked else ids[p] for p in range(first, draw.stop)]
+            tokens.append(self._config.inputs(noisy, draw.start - first, draw.stop - first))
             rows += [offset + p - draw.start for p in draw.masked]
             targets += [ids[p] for p in draw.masked]
             offset = end

@@ -78,15 +78,15 @@ class MaskedSetting(Setting):
 
     mask_id: int
 
-    @property
-    def start_id(self) -> int | None:
-        """Of a shifted model, else None."""
-        return self.model.config.start_id
+    def corruption(self, phase: Phase, *, draws: int | None = None) -> CorruptionConfig:
+        """The recipe's, as of `ObjectiveSection.corruption`."""
+        return self.recipe.objective.corruption(self.mask_id, self.model.config.start_id, phase.block_size, draws=draws)
 
     def score_held_out(self, rows: PackedRows, phase: Phase) -> Record:
         """NELBO, and mean cross-entropy by quarter of the mask rate, of held-out rows."""
+        start_id = self.model.config.start_id
         corruption = CorruptionConfig(
-            self.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=self.start_id
+            self.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=start_id
         )
         result = evaluate(self.model, self.micro_batches(rows), corruption, self.backend, VALIDATION_SEED)
         quarters = {f"ce_t{25 * (i + 1)}": value for i, value in enumerate(result.ce_by_quarter) if value is not None}
@@ -107,7 +107,7 @@ class Denoising:
 
     def accumulate(self, rows: PackedRows, phase: Phase, step: int) -> Record:
         setting, train = self._setting, self._setting.recipe.train
-        corruption = setting.recipe.objective.corruption(setting.mask_id, setting.start_id, phase.block_size)
+        corruption = setting.corruption(phase)
         num_maskable = rows.num_maskable * corruption.num_copies
         noise = MaskNoise(self._noise_norm(step), train.seed, setting.mask_id)
         streams = [corrupt(part, corruption, train.seed) for part in setting.micro_batches(rows)]
@@ -248,8 +248,7 @@ class Preference:
     def _margins(self, rows: PackedRows, phase: Phase, seed: int, *, train: bool) -> Tensor:
         """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
         setting = self._setting
-        ids = (setting.mask_id, setting.start_id)
-        corruption = setting.recipe.objective.corruption(*ids, phase.block_size, draws=self._samples)
+        corruption = setting.corruption(phase, draws=self._samples)
         stream = corrupt(rows, corruption, seed)
         with torch.no_grad(), self._as_reference():
             hidden_ND = predicted_hidden(self._reference, stream, setting.backend)

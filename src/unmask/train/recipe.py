@@ -208,8 +208,8 @@ class Recipe(Section):
         return self
 
     def _check_autoregressive(self) -> None:
-        given = (self.schedule, self.preference, self.objective.cap, self.mask_token or None, self.shift or None)
-        if any(part is not None for part in given):
+        sections = self.schedule is not None or self.preference is not None or self.objective.cap is not None
+        if sections or self.mask_token or self.shift:
             raise ConfigError(
                 "autoregressive training has no schedule, preference, objective.cap, shift or mask_token; leave them out"
             )
