@@ -2,6 +2,8 @@
 
     python benchmarks/reproduction/report.py [--child MODEL] [--control MODEL] [--llama-python PYTHON] [--docs]
 
+The control is the autoregressive model inside the child, which its gated updates leave as it is, unless another is given.
+
 Runs `unmask eval`, `sweep` and `compare`, or goes on with them where it stopped; chooses the setting with most tokens per
 forward whose score on validation is at least 0.99 of the control's, or the best-scoring one where there is none; times all
 sides by turns; and writes report.md, report.json and plots. --llama-python is a Python that has llama-cpp-python. --docs puts
@@ -28,9 +30,7 @@ from unmask.models.files import atomic_write_json
 SUITE = "mini-5"
 QUALITY, SPEED = 0.99, 2.1
 """Targets: share of the control's mean score, and of its tokens/s and of llama.cpp's."""
-HERE = Path(__file__).parent
-CONTROL = HERE / "control"
-DOCS = HERE.parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- report: written by benchmarks/reproduction/report.py --docs -->", "<!-- report ends -->"
 PLOTS = {"tasks.png": "Scores and speed, by task", "frontier.png": "Score over tokens per forward, by setting"}
 
@@ -187,19 +187,21 @@ def publish(lines: list[str], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", default="smollm2-135m-diffusion")
-    parser.add_argument("--control", default=str(CONTROL), help="left out: the one in this folder")
+    parser.add_argument("--control", help="left out: the one inside the child")
     parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
     parser.add_argument("--validation", type=int, default=40, help="validation questions per task and setting")
     parser.add_argument("--test", type=int, default=100, help="test questions per task")
     parser.add_argument("--turns", type=int, default=10, help="test questions per task that all are timed on by turns")
-    parser.add_argument("--block-sizes", default="4,8")
-    parser.add_argument("--thresholds", default="0.5,0.7,0.8,0.85,0.9,0.95")
+    parser.add_argument("--block-sizes", default="4,6,8")
+    parser.add_argument("--thresholds", default="0.3,0.5,0.7")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python; left out: not compared with")
     parser.add_argument("--speeds-only", action="store_true", help="keep a finished report's answers, take its speeds again")
     parser.add_argument("--docs", action="store_true", help="write the report into docs/reproduction.md")
     options = parser.parse_args()
-    if options.control == str(CONTROL) and not CONTROL.is_dir():
-        sys.exit("error: no control is shipped yet; train it with benchmarks/reproduction/train.sh, then give --control FOLDER")
+    if options.control is None:
+        options.control = str(options.out.with_name("parent"))
+        shutil.rmtree(options.control, ignore_errors=True)
+        unmask("export", options.child, "--parent", "--out", options.control)
     if options.speeds_only:
         found = read(options.out / "report.json")
         found["turns"] = take_turns(options, found["validation"]["chosen"])

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import unmask
 from unmask.errors import UnmaskError
 from unmask.models.checkpoint import iter_tensors, read_json
@@ -103,7 +105,7 @@ def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None) ->
     base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
     encoded = encode_delta(base, tuned, bits=4, max_bytes=max_bytes)
     restored = decode_delta(encoded, base)
-    wanted = sum(float((tuned[name].float() - base[name].float()).square().sum()) for name in tuned)
+    wanted = sum(float((tuned[name].float() - base.get(name, torch.tensor(0.0)).float()).square().sum()) for name in tuned)
     lost = sum(float((restored[name] - tuned[name].float()).square().sum()) for name in tuned)
     print(f"{len(encoded) / 1e6:.1f} MB; rounding loses {(lost / wanted) ** 0.5:.1%} of the difference")
     old = read_json(base_folder / "config.json")

@@ -250,3 +250,15 @@ def test_candidate_without_a_row_in_the_model_is_passed_over(tmp_path):
     tokenizer = make_tokenizer(tmp_path, special_tokens=OTHERS, plain_added=("<unused0>",))
     assert choose_mask_token(tokenizer, tokenizer.vocab_size).token == "<unused0>"
     assert choose_mask_token(tokenizer, tokenizer.vocab_size - 1).appended
+
+
+def test_what_a_shifted_model_reads_of_its_own_accord_is_left_out(tmp_path: Path) -> None:
+    """Once, at the start, of conversations to answer and to learn from, and of what stands before a plain text."""
+    tokenizer = make_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    whole, document = tokenizer.chat(messages, add_generation_prompt=True), tokenizer.chat_document(messages)
+    tokenizer.set_start_token(whole[0])
+    assert tokenizer.chat(messages, add_generation_prompt=True) == whole[1:]
+    assert tokenizer.chat_document(messages) == (document[0][1:], document[1][1:])
+    tokenizer.set_start_token(whole[1])
+    assert tokenizer.chat(messages, add_generation_prompt=True) == whole

@@ -18,6 +18,7 @@ from unmask.engine.sequence import Answer, Guess
 from unmask.engine.verified import DRAFT_THRESHOLD, VerifiedSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
+from unmask.models.gated import add_gates, is_gated
 from unmask.models.transformer import Transformer
 
 START = 1
@@ -113,6 +114,25 @@ def test_verified_text_is_the_parents(family: str, threshold: float, block_size:
                 assert (found.ids, found.finish_reason) == (wanted.ids, wanted.finish_reason), options
             engine.pool.check()
             assert engine.pool.num_held == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("block_size", [2, 8])
+def test_gated_updates_change_drafts_and_nothing_that_is_said(family: str, block_size: int) -> None:
+    """Their open rows guess something else than the parent's weights would; the text is the parent's."""
+    prompts = tuple(PROMPT[:n] for n in (1, 5, 9))
+    expected = said_by_parent(family, prompts, 17, frozenset())
+    rules = DecodeRules(block_size=block_size, threshold=0.0, **VERIFY)
+    requests = [Request(ids, 17, frozenset(), rules, trace=True) for ids in prompts]
+    plain, updated = shifted(family), add_gates(shifted(family), 3, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in filter(is_gated, updated.state_dict()):
+            updated.get_parameter(name).normal_(std=0.4, generator=generator)
+    for options in ({}, {"page_size": 3, "num_tokens": 33}):
+        found, others = (Engine(model, **options).run(requests) for model in (updated, plain))
+        assert [each.ids for each in found] == [each.ids for each in expected]
+        assert [each.trace for each in found] != [each.trace for each in others]
 
 
 def test_verifying_takes_at_most_a_forward_a_token_and_fewer_where_drafts_hold() -> None:

@@ -12,6 +12,7 @@ import torch
 import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
+from unmask.models.gated import is_gated
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe, parse_recipe
@@ -46,6 +47,7 @@ RUNS = {
     "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "draws": 2}),
     "autoregressive": lambda base: control(base),
     "shifted": lambda base: shifted(base),
+    "drafts": lambda base: drafts(base, masks=0.4),
     "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
     "dpo": dpo,
     "dpo-lora": lambda base: dpo(base, lora=LORA),
@@ -62,6 +64,15 @@ def mixture(base: Path, policy: str) -> Recipe:
 def shifted(base: Path) -> Recipe:
     values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
     values["objective"] |= {"guidance": 0.5, "draws": 2}
+    return parse_recipe(values | {"shift": True}, "test")
+
+
+def drafts(base: Path, *, masks: float = 0.0, **train: Any) -> Recipe:
+    """Gated updates of an autoregressive model, which draft blocks of 8 for it."""
+    values = tiny_recipe(base / "ar", base / "chats.jsonl", gated_rank=4, learning_rate=1e-2, **train).model_dump(mode="json")
+    values["train"]["compute_dtype"] = "float32"  # in bfloat16 the parent would be rounded to it
+    values["objective"] |= {"drafts": {"draws": 3, "masks": masks}, "mask_noise_steps": 0}
+    values["schedule"] = {"decay": [{"block_size": 8, "share": 1.0}]}
     return parse_recipe(values | {"shift": True}, "test")
 
 
@@ -143,6 +154,46 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
     run_recipe(later, tmp_path / "later")
     assert unmask.load(tmp_path / "later").config.start_id == start_id
     assert unmask.load(tmp_path / "later" / ADAPTER).config.start_id == start_id
+
+
+def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, tmp_path: Path) -> None:
+    """But for the mask token's row, behind the others. A later stage goes on with them."""
+    run_recipe(drafts(base, tokens=6000), tmp_path / "gated")
+    found = [record for record in records(tmp_path / "gated") if record["kind"] == "validation"]
+    assert found[-1]["nelbo"] < 0.85 * found[0]["nelbo"]
+    assert found[-1]["held"] > found[0]["held"]
+    parent, child = (unmask.load(folder, dtype="float32") for folder in (base / "ar", tmp_path / "gated"))
+    theirs, ours = (model.transformer.state_dict() for model in (parent, child))
+    assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
+    assert ours.keys() - theirs.keys() == set(filter(is_gated, ours))
+    assert child.config.gated_rank == 4
+    expected = parent.generate("say 3", max_new_tokens=20)
+    assert child.generate("say 3", max_new_tokens=20, threshold=0.1).ids == expected.ids
+    later = drafts(base, tokens=800).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
+    run_recipe(later, tmp_path / "later")
+    ours = unmask.load(tmp_path / "later", dtype="float32").transformer.state_dict()
+    assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
+
+
+def test_what_gated_updates_do_not_go_with_is_refused(base: Path, tmp_path: Path) -> None:
+    run_recipe(drafts(base, tokens=400), tmp_path / "gated")
+    again = drafts(base).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
+    other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_rank": 3})})
+    with pytest.raises(ConfigError, match="has gated updates of rank 4, which go on as they are"):
+        build_parts(other_rank)
+    values = drafts(base).model_dump(mode="json")
+    with pytest.raises(ConfigError, match="take a dense, shifted diffusion model"):
+        build_parts(parse_recipe(values | {"shift": False}, "test"))
+    values["train"]["gated_rank"] = None
+    with pytest.raises(ConfigError, match=r"objective\.drafts takes a shifted model"):
+        build_parts(parse_recipe(values | {"shift": False}, "test"))
+    for section, change, message in (
+        ("train", {"gated_rank": 4, "lora": LORA}, "leaves the rest of the model as it is"),
+        ("objective", {"cap": {}}, "an objective of its own"),
+        ("schedule", {"stable": 1.0}, "blocks of 2 tokens or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_recipe(values | {section: values[section] | change}, "test")
 
 
 def test_guidance_needs_a_shifted_model(base: Path) -> None:

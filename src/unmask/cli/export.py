@@ -24,6 +24,9 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder for the files.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as each tensor is stored.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Split larger weights into files of at most this size.")] = "5GB",
+    parent: Annotated[
+        bool, typer.Option("--parent", help="Of a model with gated updates, the autoregressive model it was made from.")
+    ] = False,
 ) -> None:
     """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer.
 
@@ -43,7 +46,7 @@ def export(
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     console = make_console()
     with counting(console, "exporting") as on_progress:
-        exported = export_model(resolve(model), out, dtype=wanted, max_shard_bytes=size, on_progress=on_progress)
+        exported = export_model(resolve(model), out, dtype=wanted, max_shard_bytes=size, parent=parent, on_progress=on_progress)
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     console.print(f"model    {out}", soft_wrap=True)
     console.print(f"format   {exported.config.family}, {kind}, {str(exported.dtype).removeprefix('torch.')}", soft_wrap=True)

@@ -50,6 +50,7 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer in {folder} has no eos_token; name one in tokenizer_config.json")
         self._inner = inner
         self._folder = folder
+        self._start_id: int | None = None
         self._read_backend()
 
     def _read_backend(self) -> None:
@@ -93,7 +94,7 @@ class Tokenizer:
     @property
     def prefix_ids(self) -> tuple[int, ...]:
         """What this tokenizer's model expects in front of a plain text: the begin-of-text token, or nothing."""
-        return self._prefix_ids
+        return () if self._prefix_ids == (self._start_id,) else self._prefix_ids
 
     @property
     def pad_id(self) -> int:
@@ -193,8 +194,10 @@ class Tokenizer:
         self._require_template()
         text, has_literals = self._renderer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         if not has_literals:
-            return self.encode(text, allow_special=True)
-        return [id_ for span in self._renderer.split(text) for id_ in self._encode_span(span)]
+            ids = self.encode(text, allow_special=True)
+        else:
+            ids = [id_ for span in self._renderer.split(text) for id_ in self._encode_span(span)]
+        return ids[self._num_started(ids) :]
 
     def chat_document(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0
@@ -230,7 +233,8 @@ class Tokenizer:
         if ids and ids[-1] not in self.eos_ids:
             ids.append(self.eos_id)
             answered.append(True)
-        return ids, answered
+        started = self._num_started(ids)
+        return ids[started:], answered[started:]
 
     def set_mask_token(self, token: str) -> int:
         """Make a token the mask token, appending it if it is new, and return its id."""
@@ -238,6 +242,14 @@ class Tokenizer:
         self._read_backend()
         assert self.mask_id is not None
         return self.mask_id
+
+    def set_start_token(self, id_: int) -> None:
+        """Conversations and prefixes leave out this token at their start: a shifted model reads it of its own accord."""
+        self._start_id = id_
+
+    def _num_started(self, ids: Sequence[int]) -> int:
+        """How many of these ids the model reads of its own accord."""
+        return int(self._start_id is not None and list(ids[:1]) == [self._start_id])
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, mask token and chat template included, into a folder."""

@@ -8,7 +8,8 @@ Legend: R rows, L row length, C noisy copies, T stream positions, N predictions,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -195,28 +196,50 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     parts: list[tuple[Tensor, Tensor, int]] = []
     for number, copy in enumerate(copies, start=1):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
-        parts.append((noisy_RL, _read(rows, xt_RL, block_RL, config.start_id), number))
+        parts.append((noisy_RL, read_inputs(rows, xt_RL, block_RL, config.start_id), number))
     if config.block_size is not None or guided:
-        parts.append((clean_RL, _read(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
-    pieces = [_compact(rows, *part) for part in parts]
+        parts.append((clean_RL, read_inputs(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
+    pieces = [compact(rows, *part) for part in parts]
     predicted = list(copies)
     if guided:
         ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
         predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.guidance * len(copies)))
-    picked: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    picked = [(copy.masked_RL, copy.weight_RL, copy.t_RL) for copy in predicted]
+    orders = [clean_order_RL if piece.copy == CLEAN else order_RL for piece in pieces]
+    stream = assemble(rows, pieces, orders, picked)
+    num_guided = int((stream.index.copy_BT[stream.predict] == CLEAN).sum())
+    return replace(stream, num_maskable=int(rows.maskable_RL.sum()) * len(copies), num_guided=num_guided)
+
+
+def assemble(
+    rows: CleanRows, pieces: Sequence[Piece], orders: Sequence[Tensor], picked: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Stream:
+    """The parts of a stream side by side.
+
+    Args:
+        rows: what they are taken from.
+        pieces: the parts.
+        orders: of each, int64 [R, L] numbers of the blocks, as the mask compares them.
+        picked: of each of the first parts, what it predicts (bool [R, L]; what it does not hold is left out), the weight and
+            the mask rate.
+
+    Returns:
+        The stream; `num_maskable` counts its predictions.
+    """
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
-    for copy, piece in zip(predicted, pieces, strict=False):
-        row_N, column_N = torch.nonzero(piece.gather(copy.masked_RL) & piece.valid, as_tuple=True)
+    for (wanted_RL, weight_RL, t_RL), piece in zip(picked, pieces, strict=False):
+        row_N, column_N = torch.nonzero(piece.gather(wanted_RL) & piece.valid, as_tuple=True)
         at = (row_N, piece.source[row_N, column_N])
-        picked.append((row_N, column_N + offset, rows.tokens_RL[at], copy.weight_RL[at], copy.t_RL[at]))
+        found.append((row_N, column_N + offset, rows.tokens_RL[at], weight_RL[at], t_RL[at]))
         offset += piece.valid.shape[1]
-    row_N, column_N, target_N, weight_N, t_N = (torch.cat(columns) for columns in zip(*picked, strict=True))
+    row_N, column_N, target_N, weight_N, t_N = (torch.cat(columns) for columns in zip(*found, strict=True))
     return Stream(
         tokens_BT=torch.cat([piece.tokens for piece in pieces], dim=1),
         position_BT=torch.cat([piece.gather(rows.position_RL) for piece in pieces], dim=1),
         index=StreamIndex(
             document_BT=torch.cat([piece.gather(rows.segment_RL) for piece in pieces], dim=1),
-            block_BT=torch.cat([piece.gather(clean_order_RL if piece.copy == CLEAN else order_RL) for piece in pieces], dim=1),
+            block_BT=torch.cat([piece.gather(order_RL) for piece, order_RL in zip(pieces, orders, strict=True)], dim=1),
             copy_BT=torch.cat([torch.full_like(piece.tokens, piece.copy) for piece in pieces], dim=1),
         ),
         epoch_BT=torch.cat([piece.gather(rows.epoch_RL) for piece in pieces], dim=1),
@@ -225,12 +248,11 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         target_N=target_N,
         weight_N=weight_N.float(),
         t_N=t_N.float(),
-        num_maskable=int(rows.maskable_RL.sum()) * len(copies),
-        num_guided=len(picked[-1][0]) if guided else 0,
+        num_maskable=len(target_N),
     )
 
 
-def _read(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int | None) -> Tensor:
+def read_inputs(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int | None) -> Tensor:
     """What the model reads at each position of a copy `xt_RL`: the token there; shifted, the one before.
 
     The token before a block is always clean: blocks that lie before are given. Before a document stands the start token.
@@ -249,7 +271,7 @@ def _read(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int | None
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """One part of the stream: which row positions it takes (0 where `valid` is False), and what stands there."""
 
     source: Tensor
@@ -279,14 +301,14 @@ def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Ten
     return noisy_RL, clean_RL & (rows.segment_RL > 0)
 
 
-def _compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> _Piece:
+def compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> Piece:
     """Move the kept positions of every row to its front; the width is the fullest row's."""
     width = max(1, int(keep_RL.sum(1).max()))
     order = torch.argsort((~keep_RL).to(torch.int8), dim=1, stable=True)[:, :width]
     valid = keep_RL.gather(1, order)
     source = torch.where(valid, order, torch.zeros_like(order))
     tokens = torch.where(valid, tokens_RL.gather(1, source), rows.tokens_RL.gather(1, source))
-    return _Piece(source, valid, tokens, copy)
+    return Piece(source, valid, tokens, copy)
 
 
 def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:

@@ -80,6 +80,8 @@ class LanguageModel:
         self, transformer: Transformer, tokenizer: Tokenizer | None, *, name: str, quantize: str | None = None
     ) -> None:
         self.transformer, self.tokenizer, self.name = transformer.eval(), tokenizer, name
+        if tokenizer is not None and self.config.start_id is not None:
+            tokenizer.set_start_token(self.config.start_id)
         self._quantized = QuantizedModel.choose(self.transformer, quantize)
 
     @property
@@ -313,7 +315,8 @@ class LanguageModel:
         tokens = torch.tensor(self.config.inputs(ids, 0, len(ids)), device=device)[None]
         context = (len(ids) - 1) // size * size if self.config.shifted else 0
         mask = block_causal_mask(len(ids), len(ids), size, context=context).to(device)[None]
-        hidden = self.transformer(tokens, torch.arange(len(ids), device=device)[None], DenseAttend(mask))
+        positions = torch.arange(len(ids), device=device)[None]
+        hidden = self.transformer(tokens, positions, DenseAttend(mask), open_BT=positions >= context)
         out: Tensor = self.transformer.head(hidden)[0].float()
         return out
 

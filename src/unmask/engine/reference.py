@@ -79,7 +79,8 @@ def _logits(model: Transformer, canvas: list[int], asked: list[int], final: int,
     context = final if model.config.shifted else 0
     mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size, context=context)[None])
     read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
-    logits = ban_mask(model.head(model(read, torch.arange(end)[None], mask))[0, asked], mask_id)
+    positions = torch.arange(end)[None]
+    logits = ban_mask(model.head(model(read, positions, mask, open_BT=positions >= context))[0, asked], mask_id)
     for row, position in enumerate(asked):
         for token, bias in request.logit_bias.items():
             logits[row, token] += bias

@@ -72,7 +72,8 @@ class TorchBackend:
         return self.model.embed.weight.dtype
 
     def forward(self, rows: Rows, store: Tensor) -> Tensor:
-        hidden: Tensor = self.model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(store, rows))
+        attend, open_BT = PagedAttend(store, rows), rows.open_T[None]
+        hidden: Tensor = self.model(rows.tokens_T[None], rows.positions_T[None], attend, open_BT=open_BT)
         return hidden[0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class Runner:
         for start, stop, size in ((plan.start, border, 1), (border, plan.stop, sequence.open_size)):
             if start < stop:
                 first, last = offset + start - plan.start, offset + stop - plan.start
-                yield Segment(first, last, start, size, slots_K[:stop], sequence.consecutive)
+                yield Segment(first, last, start, size, slots_K[:stop], sequence.consecutive, open=start >= border)
 
     def _plain_guesses(self, hidden_TD: Tensor, work: List[tuple[Sequence, Plan]], asked: List[List[int]]) -> dict[int, Answer]:
         """Answers of all sequences that need no logits, from one pass of the head."""

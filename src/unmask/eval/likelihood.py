@@ -170,7 +170,7 @@ class LikelihoodEstimator:
     def _forward_clean(self, ids: Sequence[int], start: int, stop: int) -> Tensor:
         slots = torch.arange(stop, device=self._backend.device)
         size = 1 if self._config.shifted else self._block_size
-        segment = Segment(0, stop - start, start, size, slots, consecutive=True)
+        segment = Segment(0, stop - start, start, size, slots, consecutive=True, open=False)
         self.forwards += 1
         rows = Rows.join([self._config.inputs(ids, start, stop)], [segment], self._backend.device)
         return self._backend.forward(rows, self._store_LGPS)

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unmask.diffusion.masks import BlockedMask, Tile
 from unmask.models.config import ModelConfig
-from unmask.models.layers import RMSNorm, apply_rope
+from unmask.models.layers import RMSNorm, apply, apply_rope, linear
 
 
 class Attend(Protocol):
@@ -165,22 +165,22 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, config.qkv_size, bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        size, rank = config.hidden_size, config.gated_rank
+        self.qkv = linear(size, config.qkv_size, bias=config.qkv_bias, rank=rank)
+        self.out = linear(config.num_heads * config.head_dim, size, bias=config.out_bias, rank=rank)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, open_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, S], rotated keys and values [B, G, T, S]."""
         batch, length, _ = x_BTD.shape
-        heads = self.qkv(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        heads = apply(self.qkv, x_BTD, open_BT).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def merge(self, heads_BHTS: Tensor) -> Tensor:
+    def merge(self, heads_BHTS: Tensor, open_BT: Tensor | None = None) -> Tensor:
         """Output projection of the attended heads: [B, T, D]."""
         batch, _, length, _ = heads_BHTS.shape
-        merged: Tensor = self.out(heads_BHTS.transpose(1, 2).reshape(batch, length, -1))
-        return merged
+        return apply(self.out, heads_BHTS.transpose(1, 2).reshape(batch, length, -1), open_BT)

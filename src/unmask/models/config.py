@@ -72,7 +72,8 @@ class ModelConfig:
     `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: it
     goes on where its autoregressive parent was. At position p it reads token p - 1, at position 0 the start token, and predicts
     token p; what lies before the block being decoded it reads causally. Without one it reads and predicts token p, and
-    attention is bidirectional in every block. `hf_extras` holds Hugging Face keys that do not change the computation
+    attention is bidirectional in every block. With a `gated_rank` the rows being decoded, and they alone, pass updates of that
+    rank beside every linear layer (`models.gated`). `hf_extras` holds Hugging Face keys that do not change the computation
     (initializer range, dropout 0, ...) so that a saved config keeps them.
     """
 
@@ -99,6 +100,7 @@ class ModelConfig:
     mask_id: int | None = None
     block_size: int | None = None
     start_id: int | None = None
+    gated_rank: int | None = None
     hf_extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,10 @@ class ModelConfig:
             raise ConfigError(f"start token id is {self.start_id}, but no mask token; only diffusion models are shifted")
         if self.block_size is not None:
             _positive("block_size", self.block_size)
+        if self.gated_rank is not None:
+            _positive("gated_rank", self.gated_rank)
+            if not self.shifted or self.moe is not None:
+                raise ConfigError("gated updates take a dense, shifted diffusion model; leave gated_rank out")
 
     @property
     def shifted(self) -> bool:

@@ -89,8 +89,8 @@ class Delta:
                 f"this delta belongs to the base with sha256 {self.base_sha256[:12]}, not {found[:12]}; use that base"
             )
 
-    def apply(self, name: str, base: Tensor) -> Tensor:
-        """The tuned float32 tensor of `name`, given the base's tensor of that name."""
+    def apply(self, name: str, base: Tensor | None) -> Tensor:
+        """The tuned float32 tensor of `name`, given the base's tensor of that name; None: it has none."""
         entry = self._entries[name]
         shape, start = self.shape(name), entry["start"]
         if entry["kind"] == "exact":
@@ -102,7 +102,7 @@ class Delta:
         first = entry["first_row"]
         scales_R = self._scales[first : first + rows].astype(np.float32) * np.float32(entry["unit"])
         difference_RC = levels_RC.astype(np.float32) * scales_R[:, None]
-        return torch.from_numpy(_as_float32(base) + difference_RC)
+        return torch.from_numpy(difference_RC if base is None else _as_float32(base) + difference_RC)
 
 
 def decode_delta(encoded: bytes, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def decode_delta(encoded: bytes, base: Mapping[str, Tensor]) -> dict[str, Tensor
     """
     delta = Delta(encoded)
     delta.check_base(base)
-    return {name: delta.apply(name, base[name]) for name in delta.names()}
+    return {name: delta.apply(name, base.get(name)) for name in delta.names()}
 
 
 def encode_delta(
@@ -127,7 +127,7 @@ def encode_delta(
 
     Args:
         base: tensors by name, any floating dtype (compared and stored as float32).
-        tuned: the same names and shapes.
+        tuned: the same names and shapes, and others that the base has not, of which all is difference.
         bits: 2^bits - 1 levels, symmetric about zero (3: -3..3). At most 4.
         max_bytes: widen the steps, and so lower the entropy, until the file is no larger. None: smallest error.
 
@@ -135,7 +135,7 @@ def encode_delta(
         The delta file; the same input gives the same bytes.
 
     Raises:
-        CheckpointError: names or shapes differ, a value is not finite, or `max_bytes` is out of reach.
+        CheckpointError: a name is missing or a shape differs, a value is not finite, or `max_bytes` is out of reach.
     """
     if not 2 <= bits <= 4:
         raise CheckpointError(f"delta bits is {bits}; it must be 2, 3 or 4 so that two levels fit a byte")
@@ -253,17 +253,19 @@ def _split(encoded: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _check_same(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-    different = sorted(base.keys() ^ tuned.keys())
-    if different:
-        raise CheckpointError(f"base and tuned model do not hold the same tensors: {', '.join(different)}")
+    missing = sorted(base.keys() - tuned.keys())
+    if missing:
+        raise CheckpointError(f"the tuned model lacks tensors of the base: {', '.join(missing)}")
     for name, tensor in tuned.items():
-        if tensor.shape != base[name].shape:
+        if name in base and tensor.shape != base[name].shape:
             raise CheckpointError(f"{name} is {list(tensor.shape)} but {list(base[name].shape)} in the base; they must agree")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name} of the tuned model holds values that are not finite; use another checkpoint")
 
 
 def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Floats:
+    if name not in base:
+        return _as_float32(tuned[name])
     difference: Floats = _as_float32(tuned[name]) - _as_float32(base[name])
     return difference
 

@@ -29,6 +29,7 @@ from unmask.models.checkpoint import (
 )
 from unmask.models.config import ModelConfig
 from unmask.models.families import LLADA2_BLOCK_SIZE, LLADA2_MASK_ID, slots, write_config
+from unmask.models.gated import parent_config
 from unmask.models.hub import base_folder, tokenizer_folder
 from unmask.models.tensor_files import TensorFiles
 
@@ -70,7 +71,7 @@ class _Source(NamedTuple):
 
 def export_model(
     folder: Path, out: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    parent: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:  # fmt: skip
     """Write a model as a plain Hugging Face folder.
 
@@ -84,12 +85,14 @@ def export_model(
         dtype: of the weights; None keeps each tensor's own. Router weights and selection biases are stored in float32 when a
             narrower one is asked for.
         max_shard_bytes: a larger model is split into shards of at most so many bytes.
+        parent: leave the gated updates out, and what makes the model a diffusion model with them.
         on_progress: (tensors done, tensors in all).
 
     Returns:
         The architecture written, the dtype of the embedding, and notes.
 
     Raises:
+        ConfigError: `parent` of a model without gated updates.
         CheckpointError: the model is incomplete, or has a setting that `llada2_moe` has not; a weight is too large for
             `dtype`; `out` is not empty; or the disk is full.
     """
@@ -97,7 +100,7 @@ def export_model(
         raise CheckpointError(f"{out} is not empty; choose another --out")
     with ExitStack() as stack:
         source = _open_files(folder, stack) if base_folder(folder) is None else _open_adapted(folder, dtype, stack)
-        config = source.config
+        config = parent_config(source.config) if parent else source.config
         if config.family == "bailing_moe_v2" and config.mask_id is not None:
             config = _as_llada2(config)
         if config.family == "llada2_moe" and config.shifted:
@@ -206,6 +209,8 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
 
 def _notes(config: ModelConfig) -> tuple[str, ...]:
     """Where other readers assume what is not so here."""
+    if config.gated_rank is not None:
+        return ("other programs read its autoregressive parent only: the gated updates are unmask's",)
     if config.start_id is not None:
         return (f"the model is shifted: position p reads token p - 1, position 0 reads token {config.start_id}",)
     if config.family != "llada2_moe":

@@ -15,6 +15,7 @@ from typing import Any
 
 from unmask.errors import ConfigError
 from unmask.models.config import ModelConfig, MoEConfig
+from unmask.models.hf_values import eos, flag, integer, number, token
 from unmask.models.rope_keys import ROPE_KEYS, read_rope, write_rope
 
 
@@ -64,7 +65,7 @@ _SHARED_KEYS = ROPE_KEYS | {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
     "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "block_size",
-    "shift_start_token_id",    "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
+    "shift_start_token_id", "gated_rank", "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
 }  # fmt: skip
 _BIAS_KEYS = {"llama": {"attention_bias", "mlp_bias"}, "qwen2": set[str](), "qwen3": {"attention_bias"}}
 _LING_KEYS = {
@@ -102,32 +103,33 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     name = _family_name(hf)
     family = FAMILIES[name]
     _reject_unsupported(hf)
-    hidden_size, num_heads = _integer(hf, "hidden_size"), _integer(hf, "num_attention_heads")
-    max_positions = _integer(hf, "max_position_embeddings")
+    hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+    max_positions = integer(hf, "max_position_embeddings")
     biases = _read_biases(name, hf)
     mask_id, block_size = _read_diffusion(name, hf)
     config = ModelConfig(
         family=name,
-        vocab_size=_integer(hf, "vocab_size"),
+        vocab_size=integer(hf, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=_integer(hf, "num_hidden_layers"),
+        num_layers=integer(hf, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_integer(hf, "num_key_value_heads", num_heads),
-        head_dim=_integer(hf, "head_dim", family.head_dim or hidden_size // max(num_heads, 1)),
-        ffn_size=_integer(hf, "intermediate_size"),
+        num_kv_heads=integer(hf, "num_key_value_heads", num_heads),
+        head_dim=integer(hf, "head_dim", family.head_dim or hidden_size // max(num_heads, 1)),
+        ffn_size=integer(hf, "intermediate_size"),
         max_positions=max_positions,
-        norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        norm_eps=number(hf, "rms_norm_eps", 1e-6),
         rope=read_rope(hf, max_positions=max_positions, default_fraction=family.rotary_fraction),
         qkv_bias=biases[0], out_bias=biases[1], mlp_bias=biases[2],
-        qk_norm=_flag(hf, "use_qk_norm", True) if family.fused_qkv else family.qk_norm,
-        tied_head=_flag(hf, "tie_word_embeddings", False),
+        qk_norm=flag(hf, "use_qk_norm", True) if family.fused_qkv else family.qk_norm,
+        tied_head=flag(hf, "tie_word_embeddings", False),
         moe=_read_moe(hf) if family.fused_qkv else None,
-        bos_id=_token(hf, "bos_token_id"),
-        eos_ids=_eos(hf) or (_eos({"eos_token_id": hf.get("pad_token_id")}) if name == "llada2_moe" else ()),
-        pad_id=_token(hf, "pad_token_id"),
+        bos_id=token(hf, "bos_token_id"),
+        eos_ids=eos(hf) or (eos({"eos_token_id": hf.get("pad_token_id")}) if name == "llada2_moe" else ()),
+        pad_id=token(hf, "pad_token_id"),
         mask_id=mask_id,
         block_size=block_size,
-        start_id=_token(hf, "shift_start_token_id"),
+        start_id=token(hf, "shift_start_token_id"),
+        gated_rank=None if hf.get("gated_rank") is None else integer(hf, "gated_rank"),
         hf_extras={key: value for key, value in hf.items() if key not in _known_keys(name)},
     )  # fmt: skip
     if not family.fused_qkv and config.rope.fraction != 1.0:
@@ -139,7 +141,8 @@ def write_config(config: ModelConfig, *, dtype: str | None = None) -> dict[str, 
     """The Hugging Face config.json of `config`; `read_config` gives `config` back.
 
     Args:
-        config: any supported family; a diffusion model adds `mask_token_id`, `block_size` and, shifted, `shift_start_token_id`.
+        config: any supported family; a diffusion model adds `mask_token_id` and `block_size`, shifted `shift_start_token_id`,
+            with gated updates `gated_rank`.
         dtype: dtype of the stored weights as Hugging Face spells it ("bfloat16"), or None to leave it out.
     """
     family = FAMILIES[config.family]
@@ -175,6 +178,8 @@ def write_config(config: ModelConfig, *, dtype: str | None = None) -> dict[str, 
         hf["block_size"] = config.block_size
     if config.start_id is not None:
         hf["shift_start_token_id"] = config.start_id
+    if config.gated_rank is not None:
+        hf["gated_rank"] = config.gated_rank
     if dtype is not None:
         hf["torch_dtype"] = dtype
     return hf
@@ -203,7 +208,21 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     found["model.norm.weight"] = Slot("norm.weight", (), (config.hidden_size,))
     if not config.tied_head:
         found["lm_head.weight"] = Slot("lm_head.weight", (), vocabulary)
-    return found
+    return found if config.gated_rank is None else found | _gated_slots(found, config.gated_rank, config.hidden_size)
+
+
+def _gated_slots(found: Mapping[str, Slot], rank: int, hidden: int) -> dict[str, Slot]:
+    """Of the updates beside the linear layers and of the mask vector; on disk they have our names, nobody else having any."""
+    linear = dict[str, tuple[int, int]]()
+    for slot in found.values():
+        if slot.parameter.startswith("blocks.") and len(slot.shape) == 2:
+            layer = slot.parameter.removesuffix(".weight")
+            linear[layer] = (linear.get(layer, (0, 0))[0] + slot.shape[0], slot.shape[1])
+    gated = {"gated.mask_vector": Slot("mask_vector", (), (hidden,))}
+    for layer, (outputs, inputs) in linear.items():
+        gated[f"gated.{layer}.in"] = Slot(f"{layer}.gated_in", (), (rank, inputs))
+        gated[f"gated.{layer}.out"] = Slot(f"{layer}.gated_out", (), (outputs, rank))
+    return gated
 
 
 def tolerated(config: ModelConfig) -> re.Pattern[str]:
@@ -299,24 +318,24 @@ def _read_biases(name: str, hf: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     if name == "qwen2":
         return True, False, False
     if name in ("llama", "qwen3"):
-        attention = _flag(hf, "attention_bias", False)
-        return attention, attention, name == "llama" and _flag(hf, "mlp_bias", False)
-    return _flag(hf, "use_qkv_bias", False), _flag(hf, "use_bias", False), False
+        attention = flag(hf, "attention_bias", False)
+        return attention, attention, name == "llama" and flag(hf, "mlp_bias", False)
+    return flag(hf, "use_qkv_bias", False), flag(hf, "use_bias", False), False
 
 
 def _read_moe(hf: Mapping[str, Any]) -> MoEConfig:
-    num_active = _integer(hf, "num_experts_per_tok")
+    num_active = integer(hf, "num_experts_per_tok")
     return MoEConfig(
-        num_experts=_integer(hf, "num_experts"),
+        num_experts=integer(hf, "num_experts"),
         num_active=num_active,
-        expert_size=_integer(hf, "moe_intermediate_size"),
-        num_shared=_integer(hf, "num_shared_experts", 0),
-        num_groups=_integer(hf, "n_group", 1),
-        num_active_groups=_integer(hf, "topk_group", 1),
-        routed_scale=_number(hf, "routed_scaling_factor", 1.0),
+        expert_size=integer(hf, "moe_intermediate_size"),
+        num_shared=integer(hf, "num_shared_experts", 0),
+        num_groups=integer(hf, "n_group", 1),
+        num_active_groups=integer(hf, "topk_group", 1),
+        routed_scale=number(hf, "routed_scaling_factor", 1.0),
         # The reference code never normalises a single weight: it would always be 1.
-        normalize=_flag(hf, "norm_topk_prob", True) and num_active > 1,
-        num_dense_layers=_integer(hf, "first_k_dense_replace", 0),
+        normalize=flag(hf, "norm_topk_prob", True) and num_active > 1,
+        num_dense_layers=integer(hf, "first_k_dense_replace", 0),
     )
 
 
@@ -339,7 +358,7 @@ def _write_moe(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 
 def _read_diffusion(name: str, hf: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    mask_id, block_size = _token(hf, "mask_token_id"), hf.get("block_size")
+    mask_id, block_size = token(hf, "mask_token_id"), hf.get("block_size")
     if name == "llada2_moe":
         if mask_id is None and hf.get("vocab_size") != LLADA2_VOCABULARY:
             raise ConfigError(
@@ -350,45 +369,3 @@ def _read_diffusion(name: str, hf: Mapping[str, Any]) -> tuple[int | None, int |
     if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
         raise ConfigError(f"block_size is {block_size!r}; it must be an integer")
     return mask_id, block_size
-
-
-def _integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = hf.get(key)
-    if value is None:
-        if default is None:
-            raise ConfigError(f"config.json lacks '{key}'; it is required for family '{hf.get('model_type')}'")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{key} is {value!r}; it must be an integer")
-    return value
-
-
-def _number(hf: Mapping[str, Any], key: str, default: float) -> float:
-    value = hf.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} is {value!r}; it must be a number")
-    return float(value)
-
-
-def _flag(hf: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = hf.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} is {value!r}; it must be true or false")
-    return value
-
-
-def _token(hf: Mapping[str, Any], key: str) -> int | None:
-    value = hf.get(key)
-    if value is None or value == -1:  # how some published configs spell "none"
-        return None
-    return _integer(hf, key)
-
-
-def _eos(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    value = hf.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return tuple(_integer({"eos_token_id": one}, "eos_token_id") for one in ids if one is not None)

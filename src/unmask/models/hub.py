@@ -195,7 +195,7 @@ def _apply_asset(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder
     specs = {name: TensorSpec(delta.shape(name), torch.float32) for name in delta.names()}
     hf_config = {**read_json(base / "config.json"), **metadata["config"]}
     kept = [base / "tokenizer.json", base / "generation_config.json"]
-    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors[name]), extra_files=kept)
+    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)), extra_files=kept)
     tokenizer_config = {**read_json(base / "tokenizer_config.json"), **metadata["tokenizer_config"]}
     atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
 

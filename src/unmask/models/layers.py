@@ -46,28 +46,60 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         product = grad.to(scale.dtype) * x
         along = (product @ weight.to(scale.dtype))[..., None]
-        grad_weight = scale.flatten() @ product.flatten(0, -2)
+        grad_weight = (scale.flatten() @ product.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_x = (grad * weight).to(scale.dtype).mul_(scale)
         grad_x.addcmul_(x.to(scale.dtype), along * scale.pow(3), value=-1 / x.shape[-1])
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+class GatedLinear(nn.Linear):
+    """A linear layer with a low-rank update that only open rows pass: `W x + g * B A x`, g being 1 in open rows, else 0.
+
+    Source: gated LoRA (2507.11851) section 3.2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rank: int) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.gated_in = nn.Parameter(torch.zeros(rank, inputs))
+        self.gated_out = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
+        """`x` [..., inputs]; `open_` (bool [...]) tells which rows are open, None: none is."""
+        plain = super().forward(x)
+        if open_ is None:
+            return plain
+        return plain + F.linear(F.linear(x, self.gated_in) * open_[..., None], self.gated_out)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool, rank: int | None) -> nn.Linear:
+    """A linear layer; with a `rank`, one with a gated update."""
+    if rank is None:
+        return nn.Linear(inputs, outputs, bias=bias)
+    return GatedLinear(inputs, outputs, bias=bias, rank=rank)
+
+
+def apply(layer: nn.Module, x: Tensor, open_: Tensor | None) -> Tensor:
+    """The layer's output for `x`, whose open rows are `open_` (None: none; then any layer will do)."""
+    out: Tensor = layer(x) if open_ is None else layer(x, open_)
+    return out
 
 
 class FeedForward(nn.Module):
     """SwiGLU: `down(silu(gate x) * up x)` with gate and up in one matrix product."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool = False) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool = False, rank: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=bias)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
+        self.gate_up = linear(hidden_size, 2 * ffn_size, bias=bias, rank=rank)
+        self.down = linear(ffn_size, hidden_size, bias=bias, rank=rank)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, open_BT: Tensor | None = None) -> Tensor:
         """Apply to `x_BTD`; returns [B, T, D]."""
-        out: Tensor = self.down(_Gate.apply(self.gate_up(x_BTD)))  # type: ignore[no-untyped-call]
-        return out
+        gated: Tensor = _Gate.apply(apply(self.gate_up, x_BTD, open_BT))  # type: ignore[no-untyped-call]
+        return apply(self.down, gated, open_BT)
 
 
 class _Gate(torch.autograd.Function):

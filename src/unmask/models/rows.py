@@ -25,7 +25,8 @@ class Segment:
     `block_size` is 1), of which there are `past + stop - start` with this forward's own.
 
     `slots_K` (int64, one entry a key) tells where the keys and values of each position live. `consecutive` says that they
-    are neighbours in the store, so that a view of it serves.
+    are neighbours in the store, so that a view of it serves. The rows of an `open` segment denoise: they pass the gated
+    updates of a model that has them.
     """
 
     start: int
@@ -34,6 +35,7 @@ class Segment:
     block_size: int
     slots_K: Tensor
     consecutive: bool
+    open: bool = True
 
     @property
     def num_keys(self) -> int:
@@ -55,6 +57,12 @@ class Rows:
         flat = [token for part in tokens for token in part]
         positions = [p for s in segments for p in range(s.past, s.num_keys)]
         return cls(torch.tensor(flat, device=device), torch.tensor(positions, device=device), tuple(segments))
+
+    @property
+    def open_T(self) -> Tensor:
+        """Bool: the rows of open segments."""
+        open_ = [s.open for s in self.segments for _ in range(s.start, s.stop)]
+        return torch.tensor(open_, device=self.tokens_T.device)
 
 
 class PagedAttend:

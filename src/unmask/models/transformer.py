@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.models.attention import Attend, Attention
 from unmask.models.config import ModelConfig
-from unmask.models.layers import FeedForward, RMSNorm, rope_cos_sin, rope_frequencies
+from unmask.models.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
 from unmask.models.moe import MoE
 
 
@@ -32,22 +32,13 @@ class Block(nn.Module):
         if config.moe is not None and config.is_moe_layer(layer):
             self.mlp = MoE(config.hidden_size, config.moe)
         else:
-            self.mlp = FeedForward(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+            self.mlp = FeedForward(config.hidden_size, config.ffn_size, bias=config.mlp_bias, rank=config.gated_rank)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`."""
-        q, k, v = self.project(x_BTD, cos, sin)
-        return self.finish(x_BTD, attend(self.layer, q, k, v))
-
-    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything before attention."""
-        return self.attention.project(self.attention_norm(x_BTD), cos, sin)
-
-    def finish(self, x_BTD: Tensor, heads: Tensor) -> Tensor:
-        """Everything after attention."""
-        x_BTD = x_BTD + self.attention.merge(heads)
-        out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return out
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, open_BT: Tensor | None = None) -> Tensor:
+        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`, `open_BT` to its gated updates."""
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, open_BT)
+        x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), open_BT)
+        return x_BTD + apply(self.mlp, self.mlp_norm(x_BTD), open_BT)
 
 
 class Transformer(nn.Module):
@@ -65,6 +56,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # What open rows read for a mask: the embedding stays the parent's.
+        self.mask_vector = None if config.gated_rank is None else nn.Parameter(torch.zeros(config.hidden_size))
         self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -75,7 +68,15 @@ class Transformer(nn.Module):
         """The vocabulary projection [V, D], the embedding itself when tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend, *, input_noise: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attend: Attend,
+        *,
+        input_noise: Tensor | None = None,
+        open_BT: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
@@ -83,19 +84,26 @@ class Transformer(nn.Module):
             positions_BT: int64 position of each token, counted from the start of its document.
             attend: attention pattern and cache.
             input_noise: [B, T, D], added to the embedding layer's output (mask-embedding noise).
+            open_BT: bool, the rows that denoise. They pass the gated updates of a model that has them, and nothing else hangs
+                on it; None: no row does.
 
         Returns:
             [B, T, D] hidden states in the compute dtype.
         """
         x_BTD = self.embed(tokens_BT)
+        if self.mask_vector is None:
+            open_BT = None
+        else:
+            assert self.config.mask_id is not None
+            x_BTD = torch.where(tokens_BT.eq(self.config.mask_id)[..., None], self.mask_vector, x_BTD)
         if input_noise is not None:
             x_BTD = x_BTD + input_noise.to(x_BTD.dtype)
         cos, sin = rope_cos_sin(positions_BT, self.inv_freq, self.rope_factor, x_BTD.dtype)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, attend, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cos, sin, attend, open_BT, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cos, sin, attend)
+                x_BTD = block(x_BTD, cos, sin, attend, open_BT)
         out: Tensor = self.norm(x_BTD)
         return out
 

@@ -73,6 +73,18 @@ class CapSection(Section):
     threshold: float = Field(0.95, gt=0, lt=1, description="decoding threshold that the log counts predictions above")
 
 
+class DraftSection(Section):
+    """Training of drafts alone, as verified decoding asks for them: all behind what is known is masked, a block far."""
+
+    draws: Positive = Field(2, description="places at which each row is cut into blocks; they share its clean copy")
+    decay: float = Field(
+        0.9, gt=0, le=1, description="weight of a draft relative to the one before it, without which it would not count"
+    )
+    masks: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps that denoise masks drawn at random, as the rest of this section says"
+    )
+
+
 class ObjectiveSection(Section):
     """How documents are corrupted, and what is added to the NELBO."""
 
@@ -90,6 +102,9 @@ class ObjectiveSection(Section):
         description="shifted models: weight of the next-token loss of the clean copy, which keeps what the parent knew",
     )
     cap: CapSection | None = None
+    drafts: DraftSection | None = Field(
+        None, description="shifted models: train what verified decoding checks, in place of masks drawn at random"
+    )
 
     def corruption(
         self, mask_id: int, start_id: int | None, block_size: int | None, *, draws: int | None = None
@@ -148,6 +163,11 @@ class TrainSection(Section):
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: bool = False
     lora: LoraSection | None = None
+    gated_rank: Positive | None = Field(
+        None,
+        description="shifted models: freeze the model and train low-rank updates that only the rows being decoded pass; what "
+        "the model says decoding token by token stays as it is",
+    )
     router: RouterSection = RouterSection()
     eval_every: Positive = 50
     checkpoint_every: Positive = 50
@@ -205,7 +225,25 @@ class Recipe(Section):
             self._check_autoregressive()
         if self.preference is not None:
             self._check_preference()
+        self._check_gated()
         return self
+
+    def _check_gated(self) -> None:
+        objective, gated = self.objective, self.train.gated_rank is not None
+        if gated and (self.train.lora is not None or self.autoregressive or objective.guidance):
+            raise ConfigError(
+                "train.gated_rank leaves the rest of the model as it is; leave train.lora, autoregressive and "
+                "objective.guidance out"
+            )
+        if objective.drafts is None:
+            return
+        if self.autoregressive or self.preference is not None or objective.cap is not None or objective.guidance:
+            raise ConfigError(
+                "objective.drafts is an objective of its own; leave autoregressive, preference, objective.cap and "
+                "objective.guidance out"
+            )
+        if any(phase.block_size is None or phase.block_size < 2 for phase in self.blocks.phases):
+            raise ConfigError("objective.drafts takes blocks of 2 tokens or more, in every phase of the schedule")
 
     def _check_autoregressive(self) -> None:
         sections = self.schedule is not None or self.preference is not None or self.objective.cap is not None

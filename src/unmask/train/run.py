@@ -24,8 +24,10 @@ from unmask.models.adapter import adapters_off, attach_lora, save_adapter
 from unmask.models.checkpoint import load_model, resize_vocabulary
 from unmask.models.config import ModelConfig
 from unmask.models.dtypes import parse_dtype
+from unmask.models.gated import add_gates, train_gates
 from unmask.models.hub import resolve, tokenizer_folder
 from unmask.models.transformer import Transformer
+from unmask.train.drafting import Drafting
 from unmask.train.metrics import Record, plot_run, read_metrics
 from unmask.train.objective import Denoising, MaskedSetting, NextToken, Objective, Preference, Setting
 from unmask.train.recipe import Recipe, TrainSection
@@ -36,6 +38,9 @@ from unmask.train.trainer import Parts, Trainer
 
 ADAPTER = "adapter"
 """Folder, inside the run's, of the PEFT files that a run with LoRA leaves beside the folded model."""
+
+
+_ANYTHING = [{"role": "user", "content": "x"}]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ def build_parts(recipe: Recipe) -> Parts:
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
     mask_id = _give_mask_token(model, tokenizer, recipe)
     reference = None if recipe.preference is None or train.lora is not None else deepcopy(model).requires_grad_(False).eval()
+    if model.config.start_id is not None:
+        tokenizer.set_start_token(model.config.start_id)
+    model = _give_gates(model, train)
     if train.lora is not None:
         attach_lora(
             model,
@@ -150,25 +158,39 @@ def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -
         raise ConfigError(f"mask token {token} has id {mask_id}, the model was trained with {own}; leave mask_token out")
     if mask_id >= model.config.vocab_size:
         resize_vocabulary(model, mask_id + 1)
-    start_id = _start_token(model.config, recipe)
+    start_id = _start_token(model.config, tokenizer, recipe)
     model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size, start_id=start_id)
     return mask_id
 
 
-def _start_token(config: ModelConfig, recipe: Recipe) -> int | None:
-    """What a shifted model reads before a document: the token that begins one, or ends the one before. None: not shifted."""
+def _start_token(config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
+    """What a shifted model reads before a document: the token that its parent's begin with. None: not shifted."""
     if config.shifted:
         return config.start_id
     if recipe.shift:
         if config.mask_id is not None:
             raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
-        return next(token for token in (config.bos_id, *config.eos_ids, 0) if token is not None)
+        chat = tokenizer.chat(_ANYTHING, add_generation_prompt=True) if tokenizer.has_chat_template else []
+        candidates = (*chat[:1], *tokenizer.prefix_ids[:1], config.bos_id, *config.eos_ids)
+        return next((token for token in candidates if token is not None), 0)
     if recipe.objective.guidance:
         raise ConfigError(
             f"objective.guidance is {recipe.objective.guidance:g}, which takes a shifted model; convert with shift: true, or "
             "leave it out"
         )
     return None
+
+
+def _give_gates(model: Transformer, train: TrainSection) -> Transformer:
+    """A model that has gated updates, or is to have them, trains them alone."""
+    rank = model.config.gated_rank
+    if train.gated_rank is not None and rank is None:
+        return add_gates(model, train.gated_rank, seed=train.seed)
+    if rank is None:
+        return model
+    if train.gated_rank not in (None, rank) or train.lora is not None:
+        raise ConfigError(f"the model has gated updates of rank {rank}, which go on as they are; leave gated_rank and lora out")
+    return train_gates(model)
 
 
 def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
@@ -191,6 +213,8 @@ def _objective(setting: Setting, mask_id: int | None, reference: Transformer | N
     if mask_id is None:
         return NextToken(setting)
     masked = MaskedSetting(setting.model, setting.recipe, setting.backend, setting.router, mask_id)
+    if setting.recipe.objective.drafts is not None:
+        return Drafting(masked, setting.recipe.objective.drafts)
     if setting.recipe.preference is None:
         return Denoising(masked)
     if reference is not None:
@@ -201,10 +225,11 @@ def _objective(setting: Setting, mask_id: int | None, reference: Transformer | N
 def _packer(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> Packer:
     """Rows of one side of the split: the mixture of the recipe's sources, packed, or pair by pair."""
     data, pairs = recipe.data, recipe.preference is not None
+    fill = 1 if recipe.objective.drafts is not None else recipe.block_size  # behind an answer's end nobody drafts
     share = data.validation_share if data.validation_rows else 0.0
     sources = [
         Split(
-            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=recipe.block_size),
+            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=fill),
             share,
             held_out=held_out,
         )

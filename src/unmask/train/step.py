@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, embedding_noise
-from unmask.diffusion.masks import StreamIndex, blocked_mask, dense_mask, flex_mask_mod
+from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod, may_attend
 from unmask.diffusion.objectives import nelbo, token_nll
-from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
+from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend, sdpa
 from unmask.models.transformer import Transformer
 from unmask.train.router import RouterMonitor
 
@@ -62,10 +62,60 @@ def predicted_hidden(
     extra = None
     if noise is not None and noise.norm > 0:
         extra = embedding_noise(stream, noise.mask_id, model.config.hidden_size, noise.norm, noise.seed)
+    if model.config.gated_rank is not None:
+        return _gated_hidden(model, stream, backend, extra)[stream.predict]
     attend = make_attend(stream.index, backend)
     with nullcontext() if router is None else router.watching(stream):
         hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
     return hidden_BTD[stream.predict]
+
+
+def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend, extra: Tensor | None) -> Tensor:
+    """Hidden states of the noisy copies. The clean one, whose rows nothing is trained in, runs ahead and keeps no graph."""
+    index = stream.index
+    count = int((index.copy_BT[0] != CLEAN).sum())
+    noisy, clean = (slice(None), slice(count)), (slice(None), slice(count, None))
+    assert bool((stream.predict[1] < count).all()), "rows that are not open predict nothing here"
+    kept: list[tuple[Tensor, Tensor]] = []
+    if count < index.copy_BT.shape[1]:
+        with torch.no_grad():
+            inner = make_attend(index[clean], backend)
+            model(stream.tokens_BT[clean], stream.position_BT[clean], _Keeping(inner, kept))
+    noise = None if extra is None else extra[noisy]
+    attend = _Behind(_rectangle(index[noisy], index), kept)
+    open_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
+    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend, input_noise=noise, open_BT=open_BT)
+    return out
+
+
+def _rectangle(query: StreamIndex, key: StreamIndex) -> Tensor:
+    """The mask [B, Q, K]."""
+    columns = StreamIndex(query.document_BT[:, :, None], query.block_BT[:, :, None], query.copy_BT[:, :, None])
+    return may_attend(columns, StreamIndex(key.document_BT[:, None], key.block_BT[:, None], key.copy_BT[:, None]))
+
+
+class _Keeping:
+    """An `Attend` that keeps the keys and values it is given, layer by layer."""
+
+    def __init__(self, inner: Attend, kept: list[tuple[Tensor, Tensor]]) -> None:
+        self._inner, self._kept = inner, kept
+
+    def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        self._kept.append((k_BGTS, v_BGTS))
+        return self._inner(layer, q_BHTS, k_BGTS, v_BGTS)
+
+
+class _Behind:
+    """An `Attend` for rows that also see kept keys and values, which come after their own."""
+
+    def __init__(self, mask_BQK: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
+        self._mask_B1QK, self._kept = mask_BQK[:, None], kept
+
+    def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        if self._kept:
+            k, v = self._kept[layer]
+            k_BGTS, v_BGTS = torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2)
+        return sdpa(q_BHTS, k_BGTS, v_BGTS, self._mask_B1QK)
 
 
 def score_stream(

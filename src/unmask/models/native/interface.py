@@ -25,14 +25,20 @@ class Linear(Structure):
     )
 
 
+class Gated(Structure):
+    """`Gated` of kernels.cpp: a matrix and its update, if it has one."""
+
+    _fields_ = (("base", Linear), ("input", Linear), ("output", Linear))
+
+
 class Layer(Structure):
     """`Layer` of kernels.cpp."""
 
     _fields_ = (
-        ("qkv", Linear),
-        ("out", Linear),
-        ("gate_up", Linear),
-        ("down", Linear),
+        ("qkv", Gated),
+        ("out", Gated),
+        ("gate_up", Gated),
+        ("down", Gated),
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
         ("query_norm", c_void_p),
@@ -54,6 +60,7 @@ class Model(Structure):
         ("rotary_dim", c_int64),
         ("ffn", c_int64),
         ("mixed", c_int64),
+        ("rank", c_int64),
         ("eps", c_float),
     )
 
@@ -66,6 +73,7 @@ class Segment(Structure):
         ("stop", c_int64),
         ("past", c_int64),
         ("block_size", c_int64),
+        ("open", c_int64),
         ("slots", c_void_p),
     )
 

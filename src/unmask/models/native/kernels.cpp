@@ -8,8 +8,13 @@
 #include "attention.h"
 #include "gemm.h"
 
+// A matrix and, unless `in` has no weight, the update of low rank that the rows of open segments pass beside it.
+struct Gated {
+    Linear base, in, out;
+};
+
 struct Layer {
-    Linear qkv, out, gate_up, down;
+    Gated qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm;
     const float *query_norm, *key_norm;  // null without per-head norms
 };
@@ -18,6 +23,7 @@ struct Model {
     const Layer* layers;
     const float* final_norm;
     int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, ffn, mixed;
+    int64_t rank;  // of the updates; 0: there are none
     float eps;
 
     // A row of gate and up values, off multiples of a page, where rows would share cache sets.
@@ -59,7 +65,9 @@ struct Arena {
 
 struct Workspace {
     float *qkv, *heads, *gate_up;
+    float* low;  // what open rows have passed the first matrix of an update with
     Rows8 normed, attended, gated;
+    Rows8* low8;  // the same quantised, for each thread
     const int64_t** slots;  // of each row's own key
     float* scratch;         // one piece a thread
     int64_t scratch_floats;
@@ -73,12 +81,18 @@ struct Workspace {
         normed = arena.take_rows(rows, m.hidden);
         attended = arena.take_rows(rows, m.attended());
         gated = arena.take_rows(rows, m.ffn);
+        low = arena.take<float>(rows * m.rank);
+        low8 = arena.take<Rows8>(threads);
+        for (int thread = 0; thread < threads; thread++) {
+            const Rows8 own = arena.take_rows(m.rank ? rows : 0, m.rank);
+            if (arena.base) low8[thread] = own;
+        }
         slots = arena.take<const int64_t*>(rows);
         scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
         scratch = arena.take<float>(threads * scratch_floats);
         unpacked_bytes = 0;
-        for (const Linear* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
-            unpacked_bytes = std::max(unpacked_bytes, w->depth * kLanes * kTilePanels);
+        for (const Gated* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
+            unpacked_bytes = std::max(unpacked_bytes, w->base.depth * kLanes * kTilePanels);
         unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
     }
 };
@@ -180,10 +194,26 @@ struct Forward {
             }
     }
 
-    void product(const Linear& w, const Rows8& a, const Target& to) const {
+    void product(const Gated& w, const Rows8& a, const Target& to) const {
         uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
-        gemm(w, a, {0, step.rows}, worker.share_of(w.panels()), to, unpacked);
+        const Range panels = worker.share_of(w.base.panels());
+        gemm(w.base, a, {0, step.rows}, panels, to, unpacked);
+        if (w.in.weight) update(w, a, to, panels);
         worker.wait();
+    }
+
+    // Adds the update of the open rows to the same channels of the product, which are this thread's own.
+    void update(const Gated& w, const Rows8& a, const Target& to, Range panels) const {
+        const Rows8& low8 = work.low8[worker.index];
+        for (int64_t i = 0; i < step.num_segments; i++)
+            if (const Segment& s = step.segments[i]; s.open)
+                gemm(w.in, a, {s.start, s.stop}, worker.share_of(w.in.panels()), {work.low, m.rank}, nullptr);
+        worker.wait();
+        for (int64_t i = 0; i < step.num_segments; i++)
+            if (const Segment& s = step.segments[i]; s.open) {
+                for (int64_t r = s.start; r < s.stop; r++) quantize_row(work.low + r * m.rank, m.rank, low8, r);
+                gemm(w.out, low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
+            }
     }
 
     void normalize(const float* weight) const {

@@ -8,7 +8,9 @@ Legend: T rows, N selected rows, D hidden, V vocabulary, K inputs, L layers, G k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import addressof, byref
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from unmask.errors import ConfigError
 from unmask.models.config import ModelConfig
-from unmask.models.layers import FeedForward, RMSNorm, rope_cos_sin
+from unmask.models.layers import FeedForward, GatedLinear, RMSNorm, rope_cos_sin
 from unmask.models.native import interface
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
@@ -26,13 +28,19 @@ from unmask.models.transformer import Block, Transformer
 
 __all__ = ["Kernels", "PackedTransformer"]
 
+Change = Callable[[Tensor], Tensor]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
 
 class PackedTransformer:
     """Inference of a llama, qwen2 or qwen3 model with 8- or 4-bit weights and 8-bit activations on the CPU.
 
     Weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per row and
-    product; sums are exact integers, everything else is float32. A row's result is the same bits whatever the other rows and
-    the number of threads. Not reentrant: calls share one workspace.
+    product; sums are exact integers, everything else is float32. Gated updates always have 8 bits. A row's result is the same
+    bits whatever the other rows and the number of threads. Not reentrant: calls share one workspace.
 
     Args:
         model: on the CPU, any floating dtype. It can be dropped afterwards.
@@ -53,20 +61,19 @@ class PackedTransformer:
         self.bits = bits
         self._kernels = kernels
         self._rotation = Rotation(model.config.hidden_size) if rotates else None
-        embed_VD = model.embed.weight.detach()
+        embed_VD = _embedding(model)
         self._embed_VD = embed_VD if self._rotation is None else self._rotation(embed_VD).half()
         self._inv_freq, self._rope_factor = model.inv_freq.float(), model.rope_factor
         # What the C structures point to.
         self._linears: list[PackedLinear] = []
         self._norms: list[Tensor] = []
         self._layers = (interface.Layer * len(model.blocks))(*(self._layer(block) for block in model.blocks))
-        head_VD, norm_D = self._reading(model.head_weight, model.norm)
-        self._head = PackedLinear(head_VD, None, 8, kernels)
+        self._head = PackedLinear(self._reading(model.head_weight, model.norm), None, 8, kernels)
         config = model.config
         self._model = interface.Model(
-            addressof(self._layers), self._norm(norm_D), config.num_layers, config.hidden_size, config.num_heads,
+            addressof(self._layers), self._norm_weight(model.norm), config.num_layers, config.hidden_size, config.num_heads,
             config.num_kv_heads, config.head_dim, config.rotary_dim, config.ffn_size, mixed_channels(config.ffn_size),
-            config.norm_eps,
+            config.gated_rank or 0, config.norm_eps,
         )  # fmt: skip
         self._workspace = interface.Workspace()
 
@@ -122,35 +129,48 @@ class PackedTransformer:
     def _layer(self, block: nn.Module) -> interface.Layer:
         assert isinstance(block, Block)
         assert isinstance(block.mlp, FeedForward)
-        attention, mlp = block.attention, block.mlp
-        qkv, attention_norm = self._reading(attention.qkv.weight, block.attention_norm)
-        gate_up, mlp_norm = self._reading(mlp.gate_up.weight, block.mlp_norm)
-        count = mixed_channels(self.config.ffn_size)
+        attention, mlp, count = block.attention, block.mlp, mixed_channels(self.config.ffn_size)
         head_norms = (attention.query_norm, attention.key_norm)
         return interface.Layer(
-            self._linear(qkv, attention.qkv.bias),
-            self._linear(*self._writing(attention.out.weight, attention.out.bias)),
-            self._linear(gate_up, mlp.gate_up.bias),
-            self._linear(*self._writing(mix(mlp.down.weight.float(), count) / count, mlp.down.bias)),
-            self._norm(attention_norm),
-            self._norm(mlp_norm),
+            self._gated(attention.qkv, reads=partial(self._reading, norm=block.attention_norm)),
+            self._gated(attention.out, writes=self._writing),
+            self._gated(mlp.gate_up, reads=partial(self._reading, norm=block.mlp_norm)),
+            self._gated(mlp.down, reads=lambda weight: mix(weight.float(), count) / count, writes=self._writing),
+            self._norm_weight(block.attention_norm),
+            self._norm_weight(block.mlp_norm),
             *(None if norm is None else self._norm(norm.weight) for norm in head_norms),
         )
 
-    def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """A matrix behind a norm, and the weights left to that norm."""
-        if self._rotation is None:
-            return weight_ND, norm.weight
-        return self._rotation.inputs(weight_ND, norm.weight), torch.ones_like(norm.weight)
+    def _gated(self, layer: nn.Linear, *, reads: Change = _same, writes: Change = _same) -> interface.Gated:
+        """A layer and its update, if it has one.
 
-    def _writing(self, weight_DK: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A matrix that adds to the hidden states, and its bias."""
-        if self._rotation is None:
-            return weight_DK, bias_D
-        return self._rotation.outputs(weight_DK), None if bias_D is None else self._rotation(bias_D)
+        Args:
+            layer: as trained.
+            reads: what becomes of a matrix [., K] because of the basis its inputs are in.
+            writes: what becomes of a matrix [V, .], or of a bias [V], because of the basis its outputs are in.
+        """
+        bias = None if layer.bias is None else writes(layer.bias)
+        structs = [self._linear(writes(reads(layer.weight)), bias, self.bits)]
+        if isinstance(layer, GatedLinear):
+            structs += [self._linear(reads(layer.gated_in), None, 8), self._linear(writes(layer.gated_out), None, 8)]
+        return interface.Gated(*structs)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> interface.Linear:
-        self._linears.append(PackedLinear(weight, bias, self.bits, self._kernels))
+    def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> Tensor:
+        """A matrix behind a norm, which is left with `_norm_weight`."""
+        return weight_ND if self._rotation is None else self._rotation.inputs(weight_ND, norm.weight)
+
+    def _norm_weight(self, norm: RMSNorm) -> int:
+        """A norm in front of matrices that read the hidden states."""
+        return self._norm(norm.weight if self._rotation is None else torch.ones_like(norm.weight))
+
+    def _writing(self, x: Tensor) -> Tensor:
+        """A matrix [D, K] that adds to the hidden states, or its bias [D]."""
+        if self._rotation is None:
+            return x
+        return self._rotation.outputs(x) if x.ndim == 2 else self._rotation(x)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, bits: int) -> interface.Linear:
+        self._linears.append(PackedLinear(weight, bias, bits, self._kernels))
         return self._linears[-1].struct
 
     def _norm(self, weight: Tensor) -> int:
@@ -158,12 +178,23 @@ class PackedTransformer:
         return self._norms[-1].data_ptr()
 
 
+def _embedding(model: Transformer) -> Tensor:
+    """[V, D] of every token as rows read it: of the mask, the vector of a model that has one."""
+    embed_VD = model.embed.weight.detach()
+    if model.mask_vector is None:
+        return embed_VD
+    assert model.config.mask_id is not None
+    embed_VD = embed_VD.clone()
+    embed_VD[model.config.mask_id] = model.mask_vector.detach()
+    return embed_VD
+
+
 def _segment(segment: Segment) -> interface.Segment:
     slots_K = segment.slots_K
     assert slots_K.dtype == torch.int64
     assert slots_K.is_contiguous()
     assert len(slots_K) >= segment.num_keys
-    return interface.Segment(segment.start, segment.stop, segment.past, segment.block_size, slots_K.data_ptr())
+    return interface.Segment(segment.start, segment.stop, segment.past, segment.block_size, segment.open, slots_K.data_ptr())
 
 
 def check_packable(model: Transformer, bits: int) -> None:

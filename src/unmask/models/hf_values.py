@@ -1,0 +1,58 @@
+"""Values of a Hugging Face config.json, by kind.
+
+Owns what each kind may look like, and the errors that say so. Knows no key's meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unmask.errors import ConfigError
+
+
+def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number; without a default the key must be there."""
+    value = hf.get(key)
+    if value is None:
+        if default is None:
+            raise ConfigError(f"config.json lacks '{key}'; it is required for family '{hf.get('model_type')}'")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{key} is {value!r}; it must be an integer")
+    return value
+
+
+def number(hf: Mapping[str, Any], key: str, default: float) -> float:
+    """A number, or the default."""
+    value = hf.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key} is {value!r}; it must be a number")
+    return float(value)
+
+
+def flag(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false, or the default."""
+    value = hf.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} is {value!r}; it must be true or false")
+    return value
+
+
+def token(hf: Mapping[str, Any], key: str) -> int | None:
+    """A token's id; None where there is none, which some published configs spell -1."""
+    value = hf.get(key)
+    if value is None or value == -1:
+        return None
+    return integer(hf, key)
+
+
+def eos(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text, of which a config names one or several."""
+    value = hf.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    return tuple(integer({"eos_token_id": one}, "eos_token_id") for one in ids if one is not None)

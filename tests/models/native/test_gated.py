@@ -1,0 +1,265 @@
+"""The kernels' gated updates: open rows against torch, and closed rows against the packed parent, to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tiny import MASK, tiny_model
+from unmask.models.config import ModelConfig
+from unmask.models.gated import add_gates
+from unmask.models.layers import GatedLinear, RMSNorm
+from unmask.models.native.packed import Kernels, PackedTransformer
+from unmask.models.native.quantize import quantize
+from unmask.models.native.rotation import mix, mixed_channels
+from unmask.models.rows import PagedAttend, Rows, Segment
+from unmask.models.transformer import Transformer
+
+SLOTS = 300
+# Odd sizes and ranks, so that every tail of every loop runs; each with a rank.
+MODELS = {
+    "llama": (20, {"family": "llama", "hidden_size": 52, "ffn_size": 75, "num_heads": 6, "num_kv_heads": 2, "head_dim": 24}),
+    "qwen2": (5, {"family": "qwen2", "hidden_size": 48, "num_heads": 7, "num_kv_heads": 1, "head_dim": 12}),
+    "qwen3": (52, {"family": "qwen3", "hidden_size": 67, "num_heads": 3, "num_kv_heads": 3, "head_dim": 10}),
+    "biased": (16, {"family": "llama", "out_bias": True, "mlp_bias": True, "qkv_bias": True, "ffn_size": 128}),
+}
+# (tokens, past, open, block size, slots)
+Part = tuple[Sequence[int], int, bool, int, Sequence[int]]
+
+
+def parent_of(name: str, **changes: object) -> Transformer:
+    """A small model whose embeddings are whole numbers, so that the first norm sums them without rounding in any order."""
+    sizes = MODELS[name][1] | {"mask_id": MASK, "start_id": 1, "block_size": 8} | changes
+    model = tiny_model(**sizes, std=0.2).requires_grad_(False)  # type: ignore[arg-type]
+    model.embed.weight.mul_(15).round_()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def child_of(name: str, parent: Transformer) -> Transformer:
+    """The parent with updates about as large as what they are added to."""
+    child = add_gates(parent, MODELS[name][0], seed=0).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for module in child.modules():
+        if isinstance(module, GatedLinear):
+            module.gated_out.normal_(std=0.1, generator=generator)
+    child.mask_vector = nn.Parameter(torch.randint(-9, 10, (child.config.hidden_size,), generator=generator).float(), False)
+    return child
+
+
+class Rounded(nn.Module):
+    """A gated layer in the kernels' arithmetic: integers summed exactly, in float64; the update always of 8 bits."""
+
+    def __init__(self, layer: nn.Module, bits: int, mixed: int = 1) -> None:
+        super().__init__()
+        assert isinstance(layer, GatedLinear)
+        self.layer, self.bits, self.mixed = layer, bits, mixed
+
+    def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
+        x, layer = mix(x, self.mixed), self.layer
+        out = self.product(x, mix(layer.weight, self.mixed) / self.mixed, self.bits)
+        if layer.bias is not None:
+            out = out + layer.bias
+        if open_ is None:
+            return out
+        low = self.product(x, mix(layer.gated_in, self.mixed) / self.mixed, 8)
+        return out + self.product(low, layer.gated_out, 8) * open_[..., None]
+
+    def product(self, x: Tensor, weight: Tensor, bits: int) -> Tensor:
+        peak = x.abs().amax(-1, keepdim=True)
+        q = (x * (torch.full_like(peak, 127) / peak)).round()  # `127 / peak` would multiply by a rounded reciprocal
+        matrix = quantize(weight, bits)
+        return (q.double() @ matrix.integers_NK.double().T).float() * (peak / 127) * matrix.scale_N
+
+
+def rounded(model: Transformer, bits: int) -> Transformer:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, GatedLinear):
+            mixed = mixed_channels(model.config.ffn_size) if name.endswith("down") else 1
+            model.set_submodule(name, Rounded(layer, bits, mixed))
+    return model
+
+
+def new_store(c: ModelConfig) -> Tensor:
+    return torch.zeros(c.num_layers, 2, c.num_kv_heads, SLOTS, c.head_dim)
+
+
+def rows_of(*parts: Part) -> Rows:
+    segments, start = [], 0
+    for tokens, past, open_, block_size, slots in parts:
+        stop = start + len(tokens)
+        segments.append(Segment(start, stop, past, block_size, torch.tensor(slots[: past + len(tokens)]), False, open_))
+        start = stop
+    return Rows.join([part[0] for part in parts], segments, "cpu")
+
+
+def closed(tokens: Sequence[int], past: int, slots: Sequence[int]) -> Part:
+    return tokens, past, False, 1, slots
+
+
+def opened(tokens: Sequence[int], past: int, slots: Sequence[int], block_size: int = 2**40) -> Part:
+    return tokens, past, True, block_size, slots
+
+
+def text(count: int, *, masks: bool = False) -> list[int]:
+    """Random tokens, of which every third may be a mask."""
+    source = random.Random(count)
+    return [MASK if masks and i % 3 == 1 else source.randrange(MASK) for i in range(count)]
+
+
+def slots_of(*counts: int) -> list[list[int]]:
+    """Scattered slots of several sequences."""
+    order = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(len(counts))).tolist()
+    return [[order.pop() for _ in range(count)] for count in counts]
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def row_errors(got: Tensor, expected: Tensor) -> Tensor:
+    return (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+@torch.no_grad()
+def plain_forward(model: Transformer, rows: Rows, store: Tensor, open_T: Tensor) -> Tensor:
+    attend = PagedAttend(store, rows)
+    hidden_TD: Tensor = model(rows.tokens_T[None], rows.positions_T[None], attend, open_BT=open_T[None])[0]
+    return hidden_TD
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
+    """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
+    child = child_of(name, parent_of(name, num_layers=1))
+    packed = PackedTransformer(child, bits, any_kernels, rotate=False)
+    a, b, c, d = slots_of(14, 21, 50, 80)
+    rows = rows_of(
+        opened(text(3, masks=True), 0, a), closed(text(21), 0, b), closed(text(9), 0, c), opened(text(41, masks=True), 9, c),
+        opened(text(1), 3, a), closed(text(15), 0, d), opened(text(64, masks=True), 15, d, 16),
+    )  # fmt: skip
+    store, plain = new_store(child.config), new_store(child.config)
+    hidden, gated = packed.forward(rows, store), rows.open_T
+    reference = rounded(child, bits)
+    expected = plain_forward(reference, rows, plain, gated)
+    errors = row_errors(hidden, expected)
+    for which in (errors[gated], errors[~gated]):
+        assert which.median() < 1e-5
+        assert (which > 1e-4).float().mean() < 0.1
+        assert which.max() < 5e-2
+    written = (x.transpose(2, 3).flatten(3)[:, :, a[:4] + b + c + d[:79]] for x in (store, plain))
+    assert row_errors(*written).max() < 1e-4
+    # The updates are no small part of it.
+    unopened = plain_forward(reference, rows, plain, torch.zeros_like(gated))
+    assert (row_errors(expected, unopened)[gated] > 0.1).all()
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
+    """Rotated or not, what is left is the error of rounding."""
+    child = child_of(name, parent_of(name))
+    packed, (slots,) = PackedTransformer(child, bits, kernels, rotate=rotate), slots_of(64)
+    rows = rows_of(closed(text(24), 0, slots), opened(text(40, masks=True), 24, slots))
+    logits = packed.logits(packed.forward(rows, new_store(child.config)))
+    expected = child.head(plain_forward(child, rows, new_store(child.config), rows.open_T))
+    assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
+    """Alone, and with open rows before, between and behind them, some of their own sequence."""
+    parent = parent_of(name)
+    packed, packed_parent = (
+        PackedTransformer(model, bits, kernels, rotate=rotate) for model in (child_of(name, parent), parent)
+    )
+    a, b, c, d = slots_of(50, 17, 33, 8)
+    parts = closed(text(40), 0, a), closed(text(1), 0, b), closed(text(16), 1, b), closed(text(25), 0, c)
+    store = new_store(parent.config)
+    expected = packed_parent.forward(rows_of(*parts), store)
+    alone = new_store(parent.config)
+    assert torch.equal(packed.forward(rows_of(*parts), alone), expected)
+    assert torch.equal(alone, store)
+    together, rows = new_store(parent.config), rows_of(
+        opened(text(8, masks=True), 0, d), parts[0], opened(text(9, masks=True), 40, a), *parts[1:],
+        opened(text(5, masks=True), 25, c),
+    )  # fmt: skip
+    hidden = packed.forward(rows, together)
+    assert torch.equal(hidden[~rows.open_T], expected)
+    of_closed = a[:40] + b + c[:25]
+    assert torch.equal(together[:, :, :, of_closed], store[:, :, :, of_closed])
+    assert torch.equal(packed.logits(expected), packed_parent.logits(expected))
+
+
+def run_with_threads(count: int, packed: PackedTransformer, rows: Rows) -> tuple[Tensor, Tensor]:
+    store = new_store(packed.config)
+    with threads_set(count):
+        return packed.forward(rows, store), store
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
+    """With 1, 2 and 3 threads, after its context in the same forward or an earlier one, at other slots, block by block."""
+    packed = PackedTransformer(child_of(name, parent_of(name)), bits, any_kernels)
+    sizes = ((8, 8), (24, 40), (0, 16), (16, 1))
+    places = slots_of(*(context + count for context, count in sizes))
+    contexts = [closed(text(context), 0, slots) for (context, _), slots in zip(sizes, places, strict=True)]
+    drafts = [opened(text(n, masks=True), past, slots, 8) for (past, n), slots in zip(sizes, places, strict=True)]
+    rows = rows_of(contexts[1], drafts[2], contexts[0], drafts[1], contexts[3], drafts[3], drafts[0])
+    hidden, store = run_with_threads(1, packed, rows)
+    for threads in (2, 3):
+        assert all(map(torch.equal, run_with_threads(threads, packed, rows), (hidden, store)))
+    drafted = [s for s in rows.segments if s.open]
+    for number, segment in zip((2, 1, 3, 0), drafted, strict=True):
+        past, count = sizes[number]
+        (other,) = slots_of(past + count)
+        alone = new_store(packed.config)
+        if past:
+            packed.forward(rows_of(closed(text(past), 0, other)), alone)
+        tokens = drafts[number][0]
+        parts = (opened(tokens[at : at + 8], past + at, other, 8) for at in range(0, count, 8))
+        blocks = [packed.forward(rows_of(part), alone) for part in parts]
+        assert torch.equal(torch.cat(blocks), hidden[segment.start : segment.stop])
+        assert torch.equal(alone[:, :, :, other], store[:, :, :, places[number]])
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_updates_of_zero_change_no_bit(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
+    """So that the mask vector alone makes open rows what they are: those of a parent with that embedding."""
+    parent, child = parent_of(name, tied_head=False), add_gates(parent_of(name, tied_head=False), MODELS[name][0], seed=0)
+    vector = torch.randn(parent.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    a, b = slots_of(50, 17)
+    rows = rows_of(closed(text(20), 0, a), opened(text(30, masks=True), 20, a), opened(text(17, masks=True), 0, b))
+
+    def run(model: Transformer) -> tuple[Tensor, Tensor]:
+        store = new_store(model.config)
+        return PackedTransformer(model, bits, kernels, rotate=rotate).forward(rows, store), store
+
+    before = run(parent)
+    assert all(map(torch.equal, run(child), before))
+    child.mask_vector = nn.Parameter(vector)
+    parent.embed.weight[MASK] = vector
+    after = run(parent)
+    assert not torch.equal(after[0], before[0])
+    assert all(map(torch.equal, run(child), after))
