@@ -96,6 +96,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "mask_id": config.mask_id,
         "block_size": config.block_size,
         "shift_start_id": config.start_id,
+        "gated_rank": config.gated_rank,
         "eos_ids": list(config.eos_ids),
         "context": config.max_positions,
         "ignored_config_keys": list(ignored_keys(config)),
@@ -106,17 +107,17 @@ def _find(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
     from unmask.models.checkpoint import read_model_config
     from unmask.models.families import read_config
-    from unmask.models.hub import EMBEDDED, EMBEDDED_DIFFUSION, resolve
+    from unmask.models.hub import EMBEDDED_MODELS, resolve
     from unmask.models.presets import PRESETS, preset
 
-    if model in (EMBEDDED, EMBEDDED_DIFFUSION) or Path(model).expanduser().is_dir():
+    if model in EMBEDDED_MODELS or Path(model).expanduser().is_dir():
         folder = resolve(model)
         return read_model_config(folder), folder
     if model in PRESETS:
         return read_config(preset(model)), None
     if _HUB_ID.fullmatch(model):
         return read_model_config(_fetch_config(model)), None
-    known = ", ".join((EMBEDDED, EMBEDDED_DIFFUSION, *PRESETS))
+    known = ", ".join((*EMBEDDED_MODELS, *PRESETS))
     raise CheckpointError(f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {known}")
 
 
@@ -165,6 +166,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
+        *([] if config.gated_rank is None else [("gated updates", f"rank {config.gated_rank}, for rows being decoded")]),
         ("context", f"{config.max_positions:,} tokens"),
         ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]

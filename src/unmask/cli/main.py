@@ -66,8 +66,8 @@ def root(
     Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
     Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 
-    Models are folders in the Hugging Face layout, Hugging Face ids, or one of the embedded smollm2-135m and
-    smollm2-135m-diffusion.
+    Models are folders in the Hugging Face layout, Hugging Face ids, or one of the embedded smollm2-135m,
+    smollm2-135m-diffusion and smollm2-135m-gated.
     """
 
 

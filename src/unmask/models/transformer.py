@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        # What open rows read for a mask: the embedding stays the parent's.
+        # What is read for a mask, which rows of the parent's never hold; its embedding stays as it is.
         self.mask_vector = None if config.gated_rank is None else nn.Parameter(torch.zeros(config.hidden_size))
         self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
