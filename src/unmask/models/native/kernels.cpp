@@ -65,9 +65,8 @@ struct Arena {
 
 struct Workspace {
     float *qkv, *heads, *gate_up;
-    float* low;  // what open rows have passed the first matrix of an update with
-    Rows8 normed, attended, gated;
-    Rows8* low8;  // the same quantised, for each thread
+    float* low;  // open rows behind the first matrix of an update
+    Rows8 normed, attended, gated, low8;
     const int64_t** slots;  // of each row's own key
     float* scratch;         // one piece a thread
     int64_t scratch_floats;
@@ -82,11 +81,7 @@ struct Workspace {
         attended = arena.take_rows(rows, m.attended());
         gated = arena.take_rows(rows, m.ffn);
         low = arena.take<float>(rows * m.rank);
-        low8 = arena.take<Rows8>(threads);
-        for (int thread = 0; thread < threads; thread++) {
-            const Rows8 own = arena.take_rows(m.rank ? rows : 0, m.rank);
-            if (arena.base) low8[thread] = own;
-        }
+        low8 = arena.take_rows(m.rank ? rows : 0, m.rank);
         slots = arena.take<const int64_t*>(rows);
         scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
         scratch = arena.take<float>(threads * scratch_floats);
@@ -168,15 +163,15 @@ struct Forward {
         find_slots();
         for (int64_t layer = 0; layer < m.num_layers; layer++) {
             const Layer& l = m.layers[layer];
-            normalize(l.attention_norm);
+            normalize(l.attention_norm, l.qkv);
             product(l.qkv, work.normed, {work.qkv, m.qkv()});
             place_keys(l, layer);
             attend_all(layer);
-            quantize(work.heads, m.attended(), work.attended);
+            quantize(work.heads, m.attended(), work.attended, l.out);
             product(l.out, work.attended, {step.hidden, m.hidden, true});
-            normalize(l.mlp_norm);
+            normalize(l.mlp_norm, l.gate_up);
             product(l.gate_up, work.normed, {work.gate_up, m.gate_up_stride()});
-            gate();
+            gate(l.down);
             product(l.down, work.gated, {step.hidden, m.hidden, true});
         }
         const Range rows = worker.share_of(step.rows);
@@ -198,46 +193,48 @@ struct Forward {
         uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
         const Range panels = worker.share_of(w.base.panels());
         gemm(w.base, a, {0, step.rows}, panels, to, unpacked);
-        if (w.in.weight) update(w, a, to, panels);
-        worker.wait();
-    }
-
-    // Adds the update of the open rows to the same channels of the product, which are this thread's own.
-    void update(const Gated& w, const Rows8& a, const Target& to, Range panels) const {
-        const Rows8& low8 = work.low8[worker.index];
-        for (int64_t i = 0; i < step.num_segments; i++)
+        for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
             if (const Segment& s = step.segments[i]; s.open)
-                gemm(w.in, a, {s.start, s.stop}, worker.share_of(w.in.panels()), {work.low, m.rank}, nullptr);
+                gemm(w.out, work.low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
         worker.wait();
-        for (int64_t i = 0; i < step.num_segments; i++)
-            if (const Segment& s = step.segments[i]; s.open) {
-                for (int64_t r = s.start; r < s.stop; r++) quantize_row(work.low + r * m.rank, m.rank, low8, r);
-                gemm(w.out, low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
-            }
     }
 
-    void normalize(const float* weight) const {
+    // The first product of an update, over those of this thread's quantised rows that are open.
+    void lower(const Gated& w, const Rows8& a, Range rows) const {
+        for (int64_t i = 0; w.in.weight && i < step.num_segments; i++) {
+            const Segment& s = step.segments[i];
+            const Range own = {std::max(rows.from, s.start), std::min(rows.to, s.stop)};
+            if (!s.open || own.from >= own.to) continue;
+            gemm(w.in, a, own, {0, w.in.panels()}, {work.low, m.rank}, nullptr);
+            for (int64_t r = own.from; r < own.to; r++) quantize_row(work.low + r * m.rank, m.rank, work.low8, r);
+        }
+    }
+
+    void normalize(const float* weight, const Gated& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) {
             rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
             quantize_row(scratch, m.hidden, work.normed, r);
         }
+        lower(next, work.normed, rows);
         worker.wait();
     }
 
-    void quantize(const float* x, int64_t width, const Rows8& to) const {
+    void quantize(const float* x, int64_t width, const Rows8& to, const Gated& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
+        lower(next, to, rows);
         worker.wait();
     }
 
-    void gate() const {
+    void gate(const Gated& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) {
             swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
             mix(scratch, m.ffn, m.mixed);
             quantize_row(scratch, m.ffn, work.gated, r);
         }
+        lower(next, work.gated, rows);
         worker.wait();
     }
 
