@@ -116,7 +116,7 @@ def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None) ->
     lost = sum(float((restored[name] - tuned[name].float()).square().sum()) for name in tuned)
     print(f"{len(encoded) / 1e6:.1f} MB; rounding loses {(lost / wanted) ** 0.5:.1%} of the difference")
     old = read_json(base_folder / "config.json")
-    ignored = () if block_size is None else ("block_size",)
+    ignored = ("torch_dtype",) if block_size is None else ("torch_dtype", "block_size")
     config = {k: v for k, v in read_json(model / "config.json").items() if old.get(k) != v and k not in ignored}
     config |= {} if block_size is None else {"block_size": block_size}
     tokenizer = read_json(model / "tokenizer_config.json")

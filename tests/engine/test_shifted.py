@@ -12,13 +12,13 @@ import torch
 from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import DecodeRules, candidates
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel
+from unmask.engine.model import LanguageModel, load
 from unmask.engine.request import Completion, Request, Step
 from unmask.engine.sequence import Answer, Guess
 from unmask.engine.verified import DRAFT_THRESHOLD, VerifiedSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
-from unmask.models.gated import add_gates, is_gated
+from unmask.models.gated import add_gates, autoregressive_parent, is_gated
 from unmask.models.transformer import Transformer
 
 START = 1
@@ -253,3 +253,19 @@ def test_what_is_watched_is_what_is_said() -> None:
         said += new
     assert tuple(said) == completion.ids
     assert completion.forwards == len(steps)
+
+
+@pytest.mark.slow
+def test_the_embedded_gated_model_says_what_its_parent_says() -> None:
+    """With the weights as they are shipped and with 8-bit ones; in fewer forwards."""
+    for quantize in (None, "int8"):
+        child = load("smollm2-135m-gated", dtype="float32", quantize=quantize)
+        child.backend(wait=True)
+        parent = LanguageModel(autoregressive_parent(child.transformer), None, name="parent", quantize=quantize)
+        parent.backend(wait=True)
+        for text in ("What is 17 + 25?", "Name three fruits, one to a line."):
+            ids = child.encode_prompt(text)
+            found = child.complete(ids, max_new_tokens=40)
+            expected = parent.complete((child.config.start_id, *ids), max_new_tokens=40)
+            assert found.ids == expected.ids
+            assert found.forwards < expected.forwards
