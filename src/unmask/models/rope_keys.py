@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from unmask.errors import ConfigError
 from unmask.models.config import RopeConfig, RopeKind
+from unmask.models.hf_values import number
 
 ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
@@ -47,23 +48,23 @@ def read_rope(hf: Mapping[str, Any], *, max_positions: int, default_fraction: fl
         raise ConfigError(f"rope key {unknown[0]}={scaling[unknown[0]]!r} is not supported with rope type '{kind}'")
     if scaling.get("truncate") is False:
         raise ConfigError("rope key truncate=False is not supported; remove it or use truncated YaRN")
-    theta = _number(scaling, "rope_theta", _number(hf, "rope_theta", 10_000.0))
-    fraction = _number(scaling, "partial_rotary_factor", _number(hf, "partial_rotary_factor", default_fraction))
+    theta = number(scaling, "rope_theta", number(hf, "rope_theta", 10_000.0))
+    fraction = number(scaling, "partial_rotary_factor", number(hf, "partial_rotary_factor", default_fraction))
     if kind == "default":
         return RopeConfig(theta=theta, fraction=fraction)
     if kind == "linear":
         return RopeConfig(theta=theta, fraction=fraction, kind="linear", factor=_required(scaling, "factor"))
-    original = int(_number(scaling, "original_max_position_embeddings", float(max_positions)))
+    original = int(number(scaling, "original_max_position_embeddings", float(max_positions)))
     if kind == "llama3":
         return RopeConfig(
             theta=theta, fraction=fraction, kind="llama3", factor=_required(scaling, "factor"),
             original_max_positions=original, low_freq_factor=_required(scaling, "low_freq_factor"),
             high_freq_factor=_required(scaling, "high_freq_factor"),
         )  # fmt: skip
-    factor = _number(scaling, "factor", max_positions / original)
+    factor = number(scaling, "factor", max_positions / original)
     return RopeConfig(
         theta=theta, fraction=fraction, kind="yarn", factor=factor, original_max_positions=original,
-        beta_fast=_number(scaling, "beta_fast", 32.0), beta_slow=_number(scaling, "beta_slow", 1.0),
+        beta_fast=number(scaling, "beta_fast", 32.0), beta_slow=number(scaling, "beta_slow", 1.0),
         attention_factor=_attention_factor(scaling, factor),
     )  # fmt: skip
 
@@ -114,13 +115,4 @@ def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float | None
 def _required(scaling: Mapping[str, Any], key: str) -> float:
     if scaling.get(key) is None:
         raise ConfigError(f"rope scaling {dict(scaling)} lacks '{key}'; add it")
-    return _number(scaling, key, 0.0)
-
-
-def _number(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} is {value!r}; it must be a number")
-    return float(value)
+    return number(scaling, key, 0.0)

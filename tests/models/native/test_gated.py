@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from models.native.test_packed import SLOTS, new_store, run_with_threads
 from tiny import MASK, tiny_model
-from unmask.models.config import ModelConfig
 from unmask.models.gated import add_gates
 from unmask.models.layers import GatedLinear, RMSNorm
 from unmask.models.native.packed import Kernels, PackedTransformer
@@ -20,7 +19,6 @@ from unmask.models.native.rotation import mix, mixed_channels
 from unmask.models.rows import PagedAttend, Rows, Segment
 from unmask.models.transformer import Transformer
 
-SLOTS = 300
 # Odd sizes and ranks, so that every tail of every loop runs; each with a rank.
 MODELS = {
     "llama": (20, {"family": "llama", "hidden_size": 52, "ffn_size": 75, "num_heads": 6, "num_kv_heads": 2, "head_dim": 24}),
@@ -88,10 +86,6 @@ def rounded(model: Transformer, bits: int) -> Transformer:
     return model
 
 
-def new_store(c: ModelConfig) -> Tensor:
-    return torch.zeros(c.num_layers, 2, c.num_kv_heads, SLOTS, c.head_dim)
-
-
 def rows_of(*parts: Part) -> Rows:
     segments, start = [], 0
     for tokens, past, open_, block_size, slots in parts:
@@ -119,16 +113,6 @@ def slots_of(*counts: int) -> list[list[int]]:
     """Scattered slots of several sequences."""
     order = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(len(counts))).tolist()
     return [[order.pop() for _ in range(count)] for count in counts]
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def row_errors(got: Tensor, expected: Tensor) -> Tensor:
@@ -205,12 +189,6 @@ def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: i
     of_closed = a[:40] + b + c[:25]
     assert torch.equal(together[:, :, :, of_closed], store[:, :, :, of_closed])
     assert torch.equal(packed.logits(expected), packed_parent.logits(expected))
-
-
-def run_with_threads(count: int, packed: PackedTransformer, rows: Rows) -> tuple[Tensor, Tensor]:
-    store = new_store(packed.config)
-    with threads_set(count):
-        return packed.forward(rows, store), store
 
 
 @pytest.mark.parametrize("bits", [8, 4])
