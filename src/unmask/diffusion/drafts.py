@@ -49,6 +49,7 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
     Source: TiDAR (2511.08923) section 3; the shift of the blocks by draws is ours.
     """
     pieces, orders, picked = [], [], []
+    masks_RL = torch.full_like(rows.tokens_RL, config.mask_id)
     last_RL = torch.full_like(rows.position_RL, -1)
     begin_RL = _first_maskable(rows, torch.zeros_like(rows.position_RL))
     for draw in range(config.draws):
@@ -56,7 +57,6 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
         block_RL = block_ids(behind_RL, config.block_size)
         first_RL = _first_maskable(rows, block_RL)
         drafted_RL = rows.maskable_RL & (rows.position_RL > first_RL)
-        masks_RL = torch.full_like(rows.tokens_RL, config.mask_id)
         pieces.append(compact(rows, drafted_RL, masks_RL, draw + 1))
         orders.append(first_RL + 1)
         weight_RL = config.decay ** (rows.position_RL - first_RL - 1).clamp(min=0).float()

@@ -55,9 +55,10 @@ def may_attend(query: StreamIndex, key: StreamIndex) -> Tensor:
     return same_document & (own_noisy_block | past_clean | clean_clean)
 
 
-def dense_mask(stream: StreamIndex) -> Tensor:
-    """The whole predicate as a bool tensor [B, T, T] (query, key). For reference and short rows."""
-    query = StreamIndex(stream.document_BT[:, :, None], stream.block_BT[:, :, None], stream.copy_BT[:, :, None])
+def dense_mask(stream: StreamIndex, *, queries: StreamIndex | None = None) -> Tensor:
+    """The predicate as a bool tensor [B, T, T] (query, key), or [B, Q, T] for these `queries`. For reference and short rows."""
+    asked = stream if queries is None else queries
+    query = StreamIndex(asked.document_BT[:, :, None], asked.block_BT[:, :, None], asked.copy_BT[:, :, None])
     key = StreamIndex(stream.document_BT[:, None, :], stream.block_BT[:, None, :], stream.copy_BT[:, None, :])
     return may_attend(query, key)
 

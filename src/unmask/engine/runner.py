@@ -72,7 +72,8 @@ class TorchBackend:
         return self.model.embed.weight.dtype
 
     def forward(self, rows: Rows, store: Tensor) -> Tensor:
-        attend, open_BT = PagedAttend(store, rows), rows.open_T[None]
+        attend = PagedAttend(store, rows)
+        open_BT = None if self.config.gated_rank is None else rows.open_T[None]
         hidden: Tensor = self.model(rows.tokens_T[None], rows.positions_T[None], attend, open_BT=open_BT)
         return hidden[0]
 

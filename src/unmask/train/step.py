@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, embedding_noise
-from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod, may_attend
+from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.diffusion.objectives import nelbo, token_nll
-from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend, sdpa
+from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.transformer import Transformer
 from unmask.train.router import RouterMonitor
 
@@ -82,16 +82,10 @@ def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend,
             inner = make_attend(index[clean], backend)
             model(stream.tokens_BT[clean], stream.position_BT[clean], _Keeping(inner, kept))
     noise = None if extra is None else extra[noisy]
-    attend = _Behind(_rectangle(index[noisy], index), kept)
+    attend = _Behind(DenseAttend(dense_mask(index, queries=index[noisy])), kept)
     open_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
     out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend, input_noise=noise, open_BT=open_BT)
     return out
-
-
-def _rectangle(query: StreamIndex, key: StreamIndex) -> Tensor:
-    """The mask [B, Q, K]."""
-    columns = StreamIndex(query.document_BT[:, :, None], query.block_BT[:, :, None], query.copy_BT[:, :, None])
-    return may_attend(columns, StreamIndex(key.document_BT[:, None], key.block_BT[:, None], key.copy_BT[:, None]))
 
 
 class _Keeping:
@@ -108,14 +102,14 @@ class _Keeping:
 class _Behind:
     """An `Attend` for rows that also see kept keys and values, which come after their own."""
 
-    def __init__(self, mask_BQK: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
-        self._mask_B1QK, self._kept = mask_BQK[:, None], kept
+    def __init__(self, inner: Attend, kept: list[tuple[Tensor, Tensor]]) -> None:
+        self._inner, self._kept = inner, kept
 
     def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
         if self._kept:
             k, v = self._kept[layer]
             k_BGTS, v_BGTS = torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2)
-        return sdpa(q_BHTS, k_BGTS, v_BGTS, self._mask_B1QK)
+        return self._inner(layer, q_BHTS, k_BGTS, v_BGTS)
 
 
 def score_stream(

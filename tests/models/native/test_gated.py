@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.native.test_packed import SLOTS, new_store, run_with_threads
+from models.native.test_packed import SLOTS, exactly_summed, new_store, run_with_threads
 from tiny import MASK, tiny_model
 from unmask.models.gated import add_gates
-from unmask.models.layers import GatedLinear, RMSNorm
+from unmask.models.layers import GatedLinear
 from unmask.models.native.packed import Kernels, PackedTransformer
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
@@ -31,15 +31,9 @@ Part = tuple[Sequence[int], int, bool, int, Sequence[int]]
 
 
 def parent_of(name: str, **changes: object) -> Transformer:
-    """A small model whose embeddings are whole numbers, so that the first norm sums them without rounding in any order."""
+    """As a shifted diffusion model, whose context is the parent's."""
     sizes = MODELS[name][1] | {"mask_id": MASK, "start_id": 1, "block_size": 8} | changes
-    model = tiny_model(**sizes, std=0.2).requires_grad_(False)  # type: ignore[arg-type]
-    model.embed.weight.mul_(15).round_()
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.weight.uniform_(0.5, 1.5, generator=generator)
-    return model
+    return exactly_summed(tiny_model(**sizes, std=0.2))  # type: ignore[arg-type]
 
 
 def child_of(name: str, parent: Transformer) -> Transformer:

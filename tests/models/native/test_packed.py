@@ -34,8 +34,12 @@ MODELS = {
 
 
 def model_of(name: str, **changes: object) -> Transformer:
-    """A small model whose embeddings are whole numbers, so that the first norm sums them without rounding in any order."""
-    model = tiny_model(**(MODELS[name] | changes), std=0.2).requires_grad_(False)  # type: ignore[arg-type]
+    return exactly_summed(tiny_model(**(MODELS[name] | changes), std=0.2))  # type: ignore[arg-type]
+
+
+def exactly_summed(model: Transformer) -> Transformer:
+    """With embeddings that are whole numbers, so that the first norm sums them without rounding in any order."""
+    model.requires_grad_(False)
     model.embed.weight.mul_(15).round_()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
