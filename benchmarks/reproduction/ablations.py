@@ -3,9 +3,9 @@
     python benchmarks/reproduction/ablations.py [--groups convert,sft,cap,merge,difference] [--plot-only]
 
 Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
-ablations.png there. `convert`: the parent to block size 32. `sft`: a converted model on worked answers. `cap`: the child's
-third stage with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's model with what the
-control learned. Needs what train.sh makes.
+ablations.png there. `convert`: the parent to block size 32. `sft`: the first of those on worked answers. `cap`: more of the
+embedded child's last stage, with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's
+model with what the control learned. Needs the data (data.py); the last two groups need what train.sh makes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from unmask.train.run import build_parts
 
 ROOT = Path("out/reproduction/ablations")
 DATA = Path("out/reproduction/data")
+CHILD = "smollm2-135m-diffusion"
 CAP_STAGE = Path("out/reproduction/cap")
 CONTROL = Path("out/reproduction/control_long")
 
@@ -68,7 +69,13 @@ def variants() -> Iterator[Variant]:
     }
     for name, overrides in sft.items():
         yield Variant("sft", name, "ablation_sft", "sft", overrides)
-    short = ("train.tokens=20000", "train.eval_every=1000", "train.checkpoint_every=1000", "train.keep_checkpoints=1")
+    short = (
+        f"model={CHILD}",
+        "train.tokens=20000",
+        "train.eval_every=1000",
+        "train.checkpoint_every=1000",
+        "train.keep_checkpoints=1",
+    )
     for weight in (0.0, 0.5, 1.0, 2.0):
         yield Variant("cap", f"weight {weight:g}", "reproduction_cap", "sft", (*short, f"objective.cap.weight={weight}"))
     for count in (1, 3, 5):

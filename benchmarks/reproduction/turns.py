@@ -113,6 +113,19 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
     }
 
 
+def compare_settings(child: str, settings: Sequence[Mapping[str, Any]], per_task: int) -> list[float]:
+    """Tokens/s of each setting over the first validation questions of every task, every question answered in all in turn."""
+    model = unmask.load(child, quantize="auto")
+    items = [item for task in mini5_tasks() for item in task.items("validation", per_task)]
+    answer(model, request_of(model, items[0], settings[0]))
+    taken: list[list[Answer]] = [[] for _ in settings]
+    for number, item in enumerate(items):
+        for place in range(len(settings)):
+            place = (place + number) % len(settings)
+            taken[place].append(answer(model, request_of(model, item, settings[place])))
+    return [sum(each.tokens for each in answers) / sum(each.seconds for each in answers) for answers in taken]
+
+
 def _speed(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
     return sum(each[name].tokens for each in answers) / sum(each[name].seconds for each in answers)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes smollm2-135m-gated again: the autoregressive model fine-tuned on the reproduction's examples, then a diffusion model inside it
-# that drafts for it; about two hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
+# that drafts for it; about three hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction
@@ -12,6 +12,7 @@ fi
 stage sft reproduction_control "$out/control"
 stage sft reproduction_control_long "$out/control_long"
 stage convert reproduction_drafts "$out/drafts"
+stage convert reproduction_drafts_long "$out/drafts_long"
 if [[ -n "${PACK-1}" ]]; then
-    .venv/bin/python scripts/embedded/package.py --runs "$out"/{control,control_long,drafts} --asset src/unmask/assets/smollm2-135m-gated
+    .venv/bin/python scripts/embedded/package.py --runs "$out"/{control,control_long,drafts,drafts_long} --asset src/unmask/assets/smollm2-135m-gated
 fi

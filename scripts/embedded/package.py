@@ -87,7 +87,7 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
-    rank = stages[-1].get("gated_rank")
+    rank = next((s["gated_rank"] for s in reversed(stages) if s.get("gated_rank") is not None), None)
     what = "converted to block diffusion and fine-tuned"
     if stages[-1]["blocks"] == "next token":
         what = "fine-tuned autoregressively"

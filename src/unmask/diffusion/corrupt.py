@@ -115,6 +115,15 @@ def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
     return torch.zeros_like(position_RL) if block_size is None else position_RL // block_size
 
 
+def block_groups(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, int]:
+    """Number every (row, document, block) from 0, with blocks from -L to L: of each position (int64 [R, L]), and how many."""
+    num_rows, length = block_RL.shape
+    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
+    document_RL = row_RL * (length + 1) + rows.segment_RL
+    found, group_RL = (document_RL * (2 * length + 2) + block_RL).unique(return_inverse=True)
+    return group_RL, len(found)
+
+
 def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
     """Draw the masks of `config.draws` corruptions, or of as many complementary pairs.
 
@@ -159,10 +168,8 @@ def _draw(rows: CleanRows, config: CorruptionConfig, seed: int, draw: int) -> li
 
 def _rank_in_block(rows: CleanRows, block_RL: Tensor, u_RL: Tensor) -> tuple[Tensor, Tensor]:
     """How many maskable tokens a token's block has, and where the token stands among them when ordered by `u_RL`."""
-    num_rows, length = block_RL.shape
-    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
-    group_RL = ((row_RL * (length + 1) + rows.segment_RL) * (length + 1) + block_RL).flatten()
-    _, group = group_RL.unique(return_inverse=True)
+    group_RL, _ = block_groups(rows, block_RL)
+    group = group_RL.flatten()
     maskable = rows.maskable_RL.flatten()
     size = torch.bincount(group, weights=maskable.double())
     by_u = torch.where(maskable, u_RL.flatten(), 2.0).argsort(stable=True)
@@ -286,15 +293,12 @@ class Piece:
 
 def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Tensor, Tensor]:
     """Row positions that a noisy copy, and the clean copy, must hold; `last_clean`: the latter with the last noisy block."""
-    num_rows, length = block_RL.shape
-    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
-    document_RL = row_RL * (length + 1) + rows.segment_RL
-    _, group_RL = (document_RL * (length + 1) + block_RL).unique(return_inverse=True)
-    _, document_RL = document_RL.unique(return_inverse=True)
-    noisy_block = torch.zeros(int(group_RL.max()) + 1, dtype=torch.bool, device=block_RL.device)
+    group_RL, num_groups = block_groups(rows, block_RL)
+    document_RL, num_documents = block_groups(rows, torch.zeros_like(block_RL))
+    noisy_block = torch.zeros(num_groups, dtype=torch.bool, device=block_RL.device)
     noisy_block[group_RL[rows.maskable_RL]] = True
     noisy_RL = noisy_block[group_RL] & (rows.segment_RL > 0)
-    last_noisy = torch.full((int(document_RL.max()) + 1,), -1, dtype=torch.int64, device=block_RL.device)
+    last_noisy = torch.full((num_documents,), -1, dtype=torch.int64, device=block_RL.device)
     last_noisy.scatter_reduce_(0, document_RL[noisy_RL], block_RL[noisy_RL], "amax")
     last_RL = last_noisy[document_RL]
     clean_RL = block_RL <= last_RL if last_clean else block_RL < last_RL

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.diffusion.corrupt import CleanRows, Stream, assemble, block_ids, compact, read_inputs
+from unmask.diffusion.corrupt import CleanRows, Stream, assemble, block_groups, block_ids, compact, read_inputs
 from unmask.diffusion.masks import CLEAN
 from unmask.errors import ConfigError
 
@@ -68,18 +68,9 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
     return assemble(rows, pieces, [*orders, rows.position_RL], picked)
 
 
-def _groups(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, int]:
-    """The number of each position's (row, document, block), and how many there are."""
-    num_rows, length = block_RL.shape
-    row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
-    document_RL = row_RL * (length + 1) + rows.segment_RL
-    found, group_RL = (document_RL * (2 * length + 2) + block_RL).unique(return_inverse=True)  # blocks in -length..length
-    return group_RL, len(found)
-
-
 def _first_maskable(rows: CleanRows, block_RL: Tensor) -> Tensor:
     """Position in the document of the first maskable token of each one's block; past the row where there is none."""
-    group_RL, count = _groups(rows, block_RL)
+    group_RL, count = block_groups(rows, block_RL)
     first = torch.full((count,), block_RL.shape[1], dtype=torch.int64, device=block_RL.device)
     first.scatter_reduce_(0, group_RL[rows.maskable_RL], rows.position_RL[rows.maskable_RL], "amin")
     return first[group_RL]
@@ -87,7 +78,7 @@ def _first_maskable(rows: CleanRows, block_RL: Tensor) -> Tensor:
 
 def _largest(rows: CleanRows, values_RL: Tensor) -> Tensor:
     """The largest value of each position's document."""
-    group_RL, count = _groups(rows, torch.zeros_like(values_RL))
+    group_RL, count = block_groups(rows, torch.zeros_like(values_RL))
     largest = torch.full((count,), -1, dtype=torch.int64, device=values_RL.device)
     largest.scatter_reduce_(0, group_RL.flatten(), values_RL.flatten(), "amax")
     return largest[group_RL]
