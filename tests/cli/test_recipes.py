@@ -27,6 +27,8 @@ def test_dry_run(run, recipe: Path, ar_folder: Path, diffusion_folder: Path, ans
         f"train.tokens={30 * length * rows}", "train.device=cpu", "train.compute_dtype=float32", "train.learning_rate=1e-4",
         "train.eval_every=100", "train.checkpoint_every=100",
     ]  # fmt: skip
+    if "drafts" in values.get("objective", {}):
+        sets.append("shift=true")  # what goes on with a shifted model starts from an autoregressive one here
     for number, source in enumerate(values["data"]["sources"]):
         if source["kind"] != "reasoning_gym":
             assert source["kind"] == "jsonl", "give the dry run a tiny file of this kind"

@@ -19,7 +19,7 @@ from unmask.engine.sequence import Answer, Decode, Plan, Sequence
 from unmask.errors import RequestError
 from unmask.models.config import ModelConfig
 
-DRAFT_THRESHOLD = 0.5
+DRAFT_THRESHOLD = 0.7
 """Of drafts that are checked, unless told otherwise: it decides how fast, not what is said."""
 _EVERYTHING = 2**40
 """A block size whose first block holds all positions."""
