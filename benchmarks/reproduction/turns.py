@@ -120,8 +120,8 @@ def compare_settings(child: str, settings: Sequence[Mapping[str, Any]], per_task
     answer(model, request_of(model, items[0], settings[0]))
     taken: list[list[Answer]] = [[] for _ in settings]
     for number, item in enumerate(items):
-        for place in range(len(settings)):
-            place = (place + number) % len(settings)
+        for turn in range(len(settings)):
+            place = (turn + number) % len(settings)
             taken[place].append(answer(model, request_of(model, item, settings[place])))
     return [sum(each.tokens for each in answers) / sum(each.seconds for each in answers) for answers in taken]
 
