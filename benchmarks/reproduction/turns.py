@@ -123,11 +123,15 @@ def compare_settings(child: str, settings: Sequence[Mapping[str, Any]], per_task
         for turn in range(len(settings)):
             place = (turn + number) % len(settings)
             taken[place].append(answer(model, request_of(model, item, settings[place])))
-    return [sum(each.tokens for each in answers) / sum(each.seconds for each in answers) for answers in taken]
+    return [_tokens_per_second(answers) for answers in taken]
+
+
+def _tokens_per_second(answers: Sequence[Answer]) -> float:
+    return sum(each.tokens for each in answers) / sum(each.seconds for each in answers)
 
 
 def _speed(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
-    return sum(each[name].tokens for each in answers) / sum(each[name].seconds for each in answers)
+    return _tokens_per_second([each[name] for each in answers])
 
 
 def _decoding(answers: Sequence[Mapping[str, Answer]], name: str) -> float:

@@ -62,14 +62,15 @@ Nothing was done about safety.
 
 def stage(run: Path) -> dict[str, Any]:
     """What a run did: the recipe of the repository that it followed, its block sizes, steps, tokens, minutes."""
-    recipe = read_json(max((run / "checkpoints").glob("step-*")) / "state.json")["recipe"]
+    checkpoint = max((run / "checkpoints").glob("step-*"))
+    recipe = read_json(checkpoint / "state.json")["recipe"]
     train = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
     sizes = [record["block_size"] for record in train]
     changes = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
     autoregressive = recipe.get("autoregressive", False)
     return {
         "recipe": _file_of(recipe) or f"{run} (its recipe is no longer in recipes/)",
-        "gated_rank": recipe["train"].get("gated_rank"),
+        "gated_rank": read_json(checkpoint / "model" / "config.json").get("gated_rank"),
         "blocks": "next token" if autoregressive else ", ".join("whole" if size is None else str(size) for size in changes),
         "steps": len(train),
         "tokens": train[-1]["tokens"],
@@ -87,7 +88,7 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
-    rank = next((s["gated_rank"] for s in reversed(stages) if s.get("gated_rank") is not None), None)
+    rank = stages[-1].get("gated_rank")
     what = "converted to block diffusion and fine-tuned"
     if stages[-1]["blocks"] == "next token":
         what = "fine-tuned autoregressively"
