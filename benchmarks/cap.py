@@ -112,7 +112,7 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-diffusion")
+    parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--tokens", type=int, default=24_000, help="of each of the three runs")
     parser.add_argument("--weight", type=float, default=2.0, help="of the CAP term; the report's is 2")
     parser.add_argument("--count", type=int, default=24, help="test problems of each family")

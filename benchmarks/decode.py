@@ -311,7 +311,7 @@ def measure_d6(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-diffusion")
+    parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true", help="8-bit weights only, fewer prompts and repeats")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")

@@ -109,7 +109,7 @@ def draw(curves: dict[int, list[Record]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-diffusion")
+    parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--answers", type=Path, default=Path("scripts/embedded/answers.jsonl"))
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=3_000)

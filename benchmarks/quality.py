@@ -1,6 +1,6 @@
 """Quality beside speed: share of right answers on fresh reasoning-gym problems, and tokens per forward of the same run.
 
-    python benchmarks/quality.py [--model smollm2-135m-diffusion] [--count 40] [--thresholds 0.95,0.8]
+    python benchmarks/quality.py [--model smollm2-135m-converted] [--count 40] [--thresholds 0.95,0.8]
 
 The problems are of the families the embedded model was trained on, from seeds it was not. The autoregressive base answers the
 same problems, asked the same way. Scores come from reasoning-gym's own checkers.
@@ -36,7 +36,7 @@ def score(model: LanguageModel, family: str, count: int, **options: Any) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-diffusion")
+    parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--thresholds", default="0.95,0.8")

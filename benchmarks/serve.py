@@ -82,7 +82,7 @@ def sides(rival: str | None, gguf: Path | None) -> list[Side]:
     """The servers there are."""
     ours = (sys.executable, "-m", "unmask", "serve", "--log-format", "json", "--max-queue", "256")
     found = [
-        Side("diffusion int8", (*ours, "--model", "smollm2-135m-diffusion"), "smollm2-135m-diffusion"),
+        Side("diffusion int8", (*ours, "--model", "smollm2-135m-converted"), "smollm2-135m-converted"),
         Side("autoregressive int8", (*ours, "--model", "smollm2-135m"), "smollm2-135m"),
     ]
     if rival is not None:

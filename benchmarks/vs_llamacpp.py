@@ -67,7 +67,7 @@ def llama_way(path: Path, parent: LanguageModel, threads: int) -> Callable[[Task
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-diffusion")
+    parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")

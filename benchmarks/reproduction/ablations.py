@@ -27,7 +27,7 @@ from unmask.train.run import build_parts
 
 ROOT = Path("out/reproduction/ablations")
 DATA = Path("out/reproduction/data")
-CHILD = "smollm2-135m-diffusion"
+CHILD = "smollm2-135m-converted"
 CAP_STAGE = Path("out/reproduction/cap")
 CONTROL = Path("out/reproduction/control_long")
 

@@ -188,7 +188,7 @@ def publish(lines: list[str], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", default="smollm2-135m-gated")
+    parser.add_argument("--child", default="smollm2-135m-diffusion")
     parser.add_argument("--control", help="left out: the one inside the child")
     parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
     parser.add_argument("--validation", type=int, default=40, help="validation questions per task and setting")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes smollm2-135m-gated again: the autoregressive model fine-tuned on the reproduction's examples, then a diffusion model inside it
+# Makes smollm2-135m-diffusion again: the autoregressive model fine-tuned on the reproduction's examples, then a diffusion model inside it
 # that drafts for it; about three hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -19,5 +19,5 @@ fi
 stage convert reproduction_drafts_own "$out/drafts_own"
 if [[ -n "${PACK-1}" ]]; then
     .venv/bin/python scripts/embedded/package.py --runs "$out"/{control,control_long,drafts,drafts_long,drafts_own} \
-        --asset src/unmask/assets/smollm2-135m-gated
+        --asset src/unmask/assets/smollm2-135m-diffusion
 fi

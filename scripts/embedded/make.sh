@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the embedded diffusion model again, from the autoregressive one: about six hours on two CPU cores.
+# Makes smollm2-135m-converted again, from the autoregressive model: about six hours on two CPU cores.
 # Interrupted, it goes on where it was. SAMPLE=1 first lets the model answer the prompts anew. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -27,7 +27,7 @@ from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-diffusion"
+ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-converted"
 
 CARD = """# {name}
 

@@ -41,7 +41,7 @@ def test_commands_of_the_guide(
     recipe = yaml.safe_load(default_recipe("convert").read_text())
     recipe["data"]["sources"] = [{"kind": "jsonl", "path": "my.jsonl"}]
     Path("my.yaml").write_text(json.dumps(recipe))
-    models = {"smollm2-135m": ar_folder, "smollm2-135m-diffusion": diffusion_folder}
+    models = {"smollm2-135m": ar_folder} | dict.fromkeys(("smollm2-135m-diffusion", "smollm2-135m-converted"), diffusion_folder)
     found = commands(page)
     assert {"convert": "convert", "cap": "sft"}.get(page, page) in {words[0] for words in found}
     done: set[Path] = set()

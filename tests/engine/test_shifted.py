@@ -179,6 +179,27 @@ def test_a_forward_checks_what_the_one_before_drafted() -> None:
     assert sequence.completion.costs.edits == 1
 
 
+def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
+    sequence = VerifiedSequence(Request(PROMPT[:5], 40, rules=DecodeRules(block_size=8, threshold=0.5, **VERIFY)), 0, MASK, 4)
+
+    def forward(causal: list[int], guess: int, sure: float) -> int:
+        """Count of open rows."""
+        plan = sequence.plan(64)
+        assert plan is not None
+        count = plan.stop - plan.border
+        tokens = [*causal, *[guess] * count]
+        sequence.apply(plan, Answer(Guess(plan.queries, tokens, [1.0] * len(causal) + [sure] * count), None))
+        return count
+
+    assert [forward([10], 20, 0.4) for _ in range(5)] == [7, 3, 1, 1, 1]
+    # A draft brings them all back, and one that does not hold says nothing about those behind it.
+    assert forward([10], 20, 0.6) == 1
+    assert forward([20, 10], 20, 0.6) == 7
+    assert forward([10, *[20] * 7], 20, 0.4) == 7
+    assert forward([10], 20, 0.4) == 7
+    assert forward([10], 20, 0.4) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,7 +280,7 @@ def test_what_is_watched_is_what_is_said() -> None:
 def test_the_embedded_gated_model_says_what_its_parent_says() -> None:
     """With the weights as they are shipped and with 8-bit ones; in fewer forwards."""
     for quantize in (None, "int8"):
-        child = load("smollm2-135m-gated", dtype="float32", quantize=quantize)
+        child = load("smollm2-135m-diffusion", dtype="float32", quantize=quantize)
         child.backend(wait=True)
         parent = LanguageModel(autoregressive_parent(child.transformer), None, name="parent", quantize=quantize)
         parent.backend(wait=True)

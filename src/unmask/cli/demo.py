@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli.console import is_live, make_console, program, visible
-from unmask.cli.decoding import DIFFUSION_MODEL
+from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
 from unmask.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (
     "What is the capital of France?",
     "Why do we need to sleep?",
-    "Give me a tip for learning a new language.",
+    "Calculate 27 - 9 + 14. Work it out step by step and end with 'Answer: <number>'.",
 )
 ANSWER_TOKENS = 64
 MARK = "MADE-BY-UNMASK-DEMO.txt"
@@ -156,7 +156,7 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
     console.print(f"plot     {result.plot}", soft_wrap=True)
     console.print(f"model    {result.folder}", soft_wrap=True)
     console.print(
-        f"After {result.tokens:,} tokens it can only babble; {DIFFUSION_MODEL} was trained the same way for longer.",
+        f"After {result.tokens:,} tokens it can only babble; {CONVERTED_MODEL} was trained the same way for longer.",
         soft_wrap=True,
     )
 

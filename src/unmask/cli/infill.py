@@ -21,7 +21,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 def infill(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text with one or more holes.")],
-    model: options.Model = options.DIFFUSION_MODEL,
+    model: options.Model = options.CONVERTED_MODEL,
     hole: Annotated[str, typer.Option(help="How a hole is written.")] = "___",
     tokens: Annotated[str, typer.Option(help="Tokens of a hole, as 8, or as 2-12 to keep the likeliest length.")] = "1-8",
     block_size: Annotated[

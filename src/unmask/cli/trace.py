@@ -26,7 +26,7 @@ _MOST_LABELS = 96
 def trace(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("trace.png"),
-    model: options.Model = options.DIFFUSION_MODEL,
+    model: options.Model = options.CONVERTED_MODEL,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     block_size: options.BlockSize = None,
     threshold: options.Threshold = None,

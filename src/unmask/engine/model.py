@@ -371,7 +371,7 @@ def load(
 
     Args:
         model: a folder (of a model, or of an adapter), a Hugging Face id, or an embedded model (`smollm2-135m`,
-            `smollm2-135m-diffusion`, `smollm2-135m-gated`).
+            `smollm2-135m-diffusion`, `smollm2-135m-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
         quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); "auto": int8 where that works;

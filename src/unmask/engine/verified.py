@@ -46,9 +46,10 @@ class VerifiedSequence(Sequence):
     """Drafts a block in one pass and keeps of it what the next pass, causal, would have said itself.
 
     Rows of a forward, with `v` tokens decided and `d` drafted: the causal ones up to position v + d decide one token more than
-    there are drafts that hold; the open ones behind, a block with the last causal row, draft on. Drafts after one that does not
+    there are drafts that hold; the open ones behind, at most a block with the last causal row, draft on. Drafts after one that does not
     hold are forgotten, and so is what was guessed behind them. A draft is made only where the guess and all those before it
-    are more probable than the threshold: a wrong one costs the forward's other guesses.
+    are more probable than the threshold: a wrong one costs the forward's other guesses. Where nothing is, the next forward has half
+    as many open rows, down to one: text that cannot be drafted costs little more than decoding token by token.
 
     A drawn token depends on the logits, the seed and the position, so that sampling is checked like the rest: a draft holds if
     it is what the causal row draws. A grammar rules out what the causal rows may say, and adds what it leaves no choice about.
@@ -63,6 +64,7 @@ class VerifiedSequence(Sequence):
         given = [token for token in request.ids if token is not None]
         self.tokens = given + [mask_id] * request.max_new_tokens
         self._num_decided, self._num_drafted = len(given), 0
+        self._num_open = request.rules.block_size - 1
         if self._take_forced():
             self._finish()
 
@@ -83,7 +85,7 @@ class VerifiedSequence(Sequence):
     def reach(self) -> int:
         if self.request.eos_ids.intersection(self.tokens[self._num_decided : self._border]):
             return self._border  # what is drafted ends there
-        return min(self._border + self.request.rules.block_size - 1, len(self.tokens))
+        return min(self._border + self._num_open, len(self.tokens))
 
     def plan(self, budget: int) -> Plan | None:
         start, border = self.committed, self._border
@@ -121,6 +123,8 @@ class VerifiedSequence(Sequence):
         kept = range(border, plan.stop) if known + 1 == border else range(0)
         sure = dict(zip(guess.positions, guess.confidences, strict=True))
         drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.rules.threshold, kept)]
+        if kept:
+            self._num_open = self.request.rules.block_size - 1 if drafts else max(1, self._num_open // 2)
         self._write(known, [says[known], *drafts])
         self._decide(known + 1)
         self._tell(plan, answer)

