@@ -18,7 +18,9 @@ CONVERTED_MODEL = "smollm2-135m-converted"
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder, Hugging Face id or embedded model.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; left out: the model's.")]
-Threshold = Annotated[float | None, typer.Option(help="Accept every token more probable than this; left out: 0.95, or 0.7 for drafts that are checked.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Accept every token more probable than this; left out: 0.95, of checked drafts 0.7.")
+]
 Steps = Annotated[int | None, typer.Option(help="Most steps per block; left out: the block size.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; left out: all.")]

@@ -46,10 +46,11 @@ class VerifiedSequence(Sequence):
     """Drafts a block in one pass and keeps of it what the next pass, causal, would have said itself.
 
     Rows of a forward, with `v` tokens decided and `d` drafted: the causal ones up to position v + d decide one token more than
-    there are drafts that hold; the open ones behind, at most a block with the last causal row, draft on. Drafts after one that does not
-    hold are forgotten, and so is what was guessed behind them. A draft is made only where the guess and all those before it
-    are more probable than the threshold: a wrong one costs the forward's other guesses. Where nothing is, the next forward has half
-    as many open rows, down to one: text that cannot be drafted costs little more than decoding token by token.
+    there are drafts that hold; the open ones behind, at most a block with the last causal row, draft on. Drafts after one that
+    does not hold are forgotten, and so is what was guessed behind them. A draft is made only where the guess and all those
+    before it are more probable than the threshold: a wrong one costs the forward's other guesses. Where nothing is, the next
+    forward has half as many open rows, down to one: text that cannot be drafted costs little more than decoding it token by
+    token.
 
     A drawn token depends on the logits, the seed and the position, so that sampling is checked like the rest: a draft holds if
     it is what the causal row draws. A grammar rules out what the causal rows may say, and adds what it leaves no choice about.
