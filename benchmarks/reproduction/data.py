@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000, help="of mini-5's training questions")
     parser.add_argument("--gsm8k", type=Path, help="train.jsonl of openai/gsm8k; left out: not trained on")
     parser.add_argument("--own", metavar="MODEL", help="the trained control; left out: its own answers are not made")
-    parser.add_argument("--own-count", type=int, default=5_000, help="of those questions")
+    parser.add_argument("--own-count", type=int, default=5_000, help="of further training questions that it answers")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     records = {

@@ -27,7 +27,7 @@ AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (
     "What is the capital of France?",
     "Why do we need to sleep?",
-    "Calculate 27 - 9 + 14. Work it out step by step and end with 'Answer: <number>'.",
+    "Calculate 8 - 3 + 4. Work it out step by step and end with 'Answer: <number>'.",
 )
 ANSWER_TOKENS = 64
 MARK = "MADE-BY-UNMASK-DEMO.txt"
