@@ -7,7 +7,7 @@ arrive as a Poisson process as long as answers are short), and asks again. All s
 turns at every level; the clients share the cores with them. Answers are greedy, of at most 64 tokens; what they are worth is
 `decode.py`'s and `vs_llamacpp.py`'s business.
 
-Sides: our server with the embedded diffusion model and with the autoregressive model it came from (both int8), and
+Sides: our server with the model converted in full and with the autoregressive model it came from (both int8), and
 llama-cpp-python's server on the same autoregressive weights (Q4_1), where `--rival` names a Python that has it:
 
     python -m venv rival && rival/bin/pip install 'llama-cpp-python[server]'    # compiles for several minutes

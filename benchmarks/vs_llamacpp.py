@@ -1,4 +1,4 @@
-"""D1: the embedded diffusion model in our engine against llama.cpp decoding the weights it came from.
+"""D1: the embedded model converted in full in our engine against llama.cpp decoding the weights it came from.
 
     pip install llama-cpp-python     # compiles for several minutes; not installed by make
     python benchmarks/vs_llamacpp.py [--quick] [--gguf FILE] [--json]

@@ -4,7 +4,7 @@
 
 Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
 ablations.png there. `convert`: the parent to block size 32. `sft`: the first of those on worked answers. `cap`: more of the
-embedded child's last stage, with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's
+converted child's last stage, with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's
 model with what the control learned. Needs the data (data.py); the last two groups need what train.sh makes.
 """
 

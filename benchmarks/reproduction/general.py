@@ -25,6 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     child = unmask.load(options.child, quantize="auto")
     control = LanguageModel(autoregressive_parent(child.transformer), None, name="control", quantize="auto")
+    for each in (child, control):
+        each.backend(wait=True)  # the kernels may have to be compiled
     questions = [json.loads(line)["prompt"] for line in ANSWERS.read_text().splitlines()]
     taken: dict[str, list[Answer]] = {"child": [], "control": []}
     tokens = forwards = 0
@@ -35,7 +37,7 @@ def main() -> None:
         asked = {"child": (child, ids), "control": (control, (child.config.start_id, *ids))}
         for name, (model, prompt) in asked.items():
             if number == 0:
-                answer(model, model.request(prompt, max_new_tokens=64))  # unseen: the kernels are built, the weights are read
+                answer(model, model.request(prompt, max_new_tokens=64))  # unseen: the weights are read
             taken[name].append(answer(model, model.request(prompt, max_new_tokens=64)))
     speeds = {name: sum(a.tokens for a in answers) / sum(a.seconds for a in answers) for name, answers in taken.items()}
     print(f"{options.questions} questions, {tokens} tokens, {tokens / forwards:.2f} per forward")
