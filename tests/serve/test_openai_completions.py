@@ -128,6 +128,18 @@ def test_infilling_says_what_is_wrong(client: OpenAI, changes: dict[str, Any], p
     assert caught.value.param == param
 
 
+def test_a_shifted_model_fills_without_checking(tmp_path: Any) -> None:
+    from live import live, served_model
+
+    model = served_model(tmp_path, shifted=True)
+    with live(model) as site:
+        body = {"model": "tiny", "text": "a ___ b", "tokens": [1, 3]}
+        answer = HTTP.post(f"{site.url}/v1/infill", json=body)
+        assert (answer.status_code, answer.json()["text"]) == (200, model.infill("a ___ b", tokens=(1, 3)).text)
+        answer = HTTP.post(f"{site.url}/v1/infill", json=body | {"diffusion": {"verify": True}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.verify")
+
+
 def test_an_autoregressive_model_fills_nothing(tmp_path: Any) -> None:
     from live import live, served_model
 
