@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from turns import Answer, answer
+from turns import Answer, answer, tokens_per_second
 
 import unmask
 from data import ANSWERS
@@ -29,17 +29,15 @@ def main() -> None:
         each.backend(wait=True)  # the kernels may have to be compiled
     questions = [json.loads(line)["prompt"] for line in ANSWERS.read_text().splitlines()]
     taken: dict[str, list[Answer]] = {"child": [], "control": []}
-    tokens = forwards = 0
     for number, question in enumerate(questions[:: len(questions) // options.questions][: options.questions]):
         ids = child.encode_prompt(question)
-        found = child.complete(ids, max_new_tokens=64)
-        tokens, forwards = tokens + len(found.ids), forwards + found.forwards
         asked = {"child": (child, ids), "control": (control, (child.config.start_id, *ids))}
         for name, (model, prompt) in asked.items():
             if number == 0:
                 answer(model, model.request(prompt, max_new_tokens=64))  # unseen: the weights are read
             taken[name].append(answer(model, model.request(prompt, max_new_tokens=64)))
-    speeds = {name: sum(a.tokens for a in answers) / sum(a.seconds for a in answers) for name, answers in taken.items()}
+    speeds = {name: tokens_per_second(answers) for name, answers in taken.items()}
+    tokens, forwards = sum(each.tokens for each in taken["child"]), sum(each.forwards for each in taken["child"])
     print(f"{options.questions} questions, {tokens} tokens, {tokens / forwards:.2f} per forward")
     ratio = speeds["child"] / speeds["control"]
     print(f"tokens/s: child {speeds['child']:.0f}, control {speeds['control']:.0f}, {ratio:.2f} times")

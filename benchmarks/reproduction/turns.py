@@ -32,23 +32,25 @@ Asked = TypeVar("Asked")
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens and seconds of an answer, and those of its first forward alone, the one that reads the prompt."""
+    """Tokens and seconds of an answer, those of its first forward alone, which reads the prompt, and our engine's forwards."""
 
     tokens: int
     seconds: float
     first_tokens: int
     first_seconds: float
+    forwards: int = 0
 
 
 def answer(model: LanguageModel, request: Request) -> Answer:
     """In our engine, nothing kept from one question to the next."""
     engine = model.engine(max_running=1, prefix_cache=False)
-    tokens, marks = 0, []
+    tokens, forwards, marks = 0, 0, []
     started = time.perf_counter()
     for update in engine.stream(request):
         tokens += len(update.new_ids)
         marks.append((tokens, time.perf_counter() - started))
-    return Answer(*marks[-1], *marks[0])
+        forwards = update.completion.forwards if update.completion is not None else forwards
+    return Answer(*marks[-1], *marks[0], forwards)
 
 
 @contextmanager
@@ -123,15 +125,16 @@ def compare_settings(child: str, settings: Sequence[Mapping[str, Any]], per_task
         for turn in range(len(settings)):
             place = (turn + number) % len(settings)
             taken[place].append(answer(model, request_of(model, item, settings[place])))
-    return [_tokens_per_second(answers) for answers in taken]
+    return [tokens_per_second(answers) for answers in taken]
 
 
-def _tokens_per_second(answers: Sequence[Answer]) -> float:
+def tokens_per_second(answers: Sequence[Answer]) -> float:
+    """Of all answers together."""
     return sum(each.tokens for each in answers) / sum(each.seconds for each in answers)
 
 
 def _speed(answers: Sequence[Mapping[str, Answer]], name: str) -> float:
-    return _tokens_per_second([each[name] for each in answers])
+    return tokens_per_second([each[name] for each in answers])
 
 
 def _decoding(answers: Sequence[Mapping[str, Answer]], name: str) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import unmask
-from unmask.cli.decoding import DIFFUSION_MODEL
+from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
 from unmask.diffusion.decode import DecodeRules
-from unmask.models.hub import EMBEDDED_DIFFUSION
+from unmask.models.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
 FIELDS = {
     "text": str,
@@ -80,8 +80,9 @@ def test_defaults_are_the_decoders(run, diffusion_folder: Path) -> None:
     assert (default["text"], default["forwards"]) == (explicit["text"], explicit["forwards"])
 
 
-def test_default_model_is_the_embedded_one() -> None:
+def test_default_models_are_the_embedded_ones() -> None:
     assert DIFFUSION_MODEL == EMBEDDED_DIFFUSION
+    assert CONVERTED_MODEL == EMBEDDED_CONVERTED
 
 
 def test_prompt_from_standard_input(run, folder: Path) -> None:

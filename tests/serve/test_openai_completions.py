@@ -11,6 +11,7 @@ from live import CONTEXT, Live
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from unmask.engine.model import LanguageModel
+from unmask.errors import RequestError
 
 PROMPT = "The quick brown fox"
 SAMPLED = {"temperature": 1.5, "seed": 11}
@@ -138,6 +139,8 @@ def test_a_shifted_model_fills_without_checking(tmp_path: Any) -> None:
         assert (answer.status_code, answer.json()["text"]) == (200, model.infill("a ___ b", tokens=(1, 3)).text)
         answer = HTTP.post(f"{site.url}/v1/infill", json=body | {"diffusion": {"verify": True}})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.verify")
+    with pytest.raises(RequestError, match="verify goes with no holes"):
+        model.infill("a ___ b", verify=True)
 
 
 def test_an_autoregressive_model_fills_nothing(tmp_path: Any) -> None:

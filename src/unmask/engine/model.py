@@ -183,7 +183,7 @@ class LanguageModel:
         tokenizer = self._need_tokenizer()
         parts = split_holes(text, hole)
         mask_id = options.pop("mask_id", None)
-        template = self.request((), max_new_tokens=1, block_size=block_size, verify=False, **options)
+        template = self.request((None,), max_new_tokens=1, block_size=block_size, **options)  # a hole: not verified
         started = time.perf_counter()
         requests = filling_requests(template, parts, tokens, tokenizer, whole=block_size is None)
         completions = self.engine(mask_id=mask_id, prefix_cache=False).run(requests)

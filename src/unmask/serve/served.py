@@ -212,7 +212,7 @@ class ServedModel:
         tokens = body.tokens if isinstance(body.tokens, int) else (body.tokens[0], body.tokens[1])
         try:
             parts = split_holes(body.text, body.hole)
-            template = self.language_model.request((), max_new_tokens=1, **({"verify": False} | self._options(body)))
+            template = self.language_model.request((None,), max_new_tokens=1, **self._options(body))  # a hole: not verified
             whole = body.diffusion.block_size is None
             requests = filling_requests(template, parts, tokens, self.tokenizer, whole=whole)
             requests[-1].check(self.language_model.config)
