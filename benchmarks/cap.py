@@ -25,7 +25,7 @@ from rich.progress import track
 
 import unmask
 from unmask.cli.progress import showing_progress
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import run_recipe

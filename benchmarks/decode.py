@@ -36,11 +36,11 @@ from tasks import Task, extraction, facts
 
 import unmask
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request
 from unmask.engine.runner import Backend
-from unmask.models.config import ModelConfig
+from unmask.models.arch.config import ModelConfig
 from unmask.models.rows import Rows, Segment
 
 WEIGHTS = ("float32", "int8", "int4")
@@ -250,7 +250,7 @@ def measure_d4(name: str, quick: bool) -> dict[str, Any]:
 
 def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
     """Decode with the same kernels and no cache: every sequence is preempted after every step."""
-    engine = Engine(model.backend(), prefix_cache=False, max_rows=request.canvas_length)
+    engine = Engine(model.backend(), prefix_cache=False, max_num_batched_tokens=request.canvas_length)
     engine.add(request)
     while True:
         for update in engine.step():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unmask.models.config import ModelConfig
+from unmask.models.arch.config import ModelConfig
 from unmask.models.native.build import start_build
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear

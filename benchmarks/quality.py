@@ -14,7 +14,7 @@ from typing import Any
 import reasoning_gym
 
 import unmask
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from unmask.models.hub import embedded_gguf
+from unmask.models.weights.hub import embedded_gguf
 from unmask.serve.server import listen
 
 PAUSE_SECONDS = 0.5

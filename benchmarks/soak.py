@@ -34,8 +34,8 @@ from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.request import Completion, Request
-from unmask.models.config import ModelConfig
-from unmask.models.transformer import Transformer
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Transformer
 
 EOS, MASK = 256, 257
 SCHEMAS = (
@@ -123,10 +123,10 @@ def check_pages(engine: Engine) -> None:
     pool.check()
     holders = Counter(page for sequence in running for page in sequence.pages)
     for page, count in holders.items():
-        assert pool.holders(page) == count, f"page {page} has {pool.holders(page)} holders on record, {count} in fact"
+        assert pool.ref_count(page) == count, f"page {page} has {pool.ref_count(page)} holders on record, {count} in fact"
     assert pool.num_held == len(holders), "a page is held by nobody that runs"
     for sequence in running:
-        for page in sequence.pages[sequence.committed // engine.page_size :]:
+        for page in sequence.pages[sequence.committed // engine.cache_block_size :]:
             assert not pool.is_published(page), "a page that will be written is shared"
     assert all(not sequence.pages for sequence in engine.scheduler.waiting), "a waiting sequence holds pages"
 
@@ -136,7 +136,7 @@ def soak(num_requests: int, seed: int, progress: Progress | None = None) -> dict
     rng, model, grammars = random.Random(seed), make_model(seed), make_grammars()
     requests = [random_request(rng, grammars) for _ in range(num_requests)]
     aborted = {number: rng.randrange(1, 40) for number in range(num_requests) if rng.random() < 0.1}
-    engine = Engine(model, decode=text_of, num_tokens=208, page_size=8, max_running=12, max_rows=64)
+    engine = Engine(model, decode=text_of, num_tokens=208, cache_block_size=8, max_num_seqs=12, max_num_batched_tokens=64)
     found: dict[int, Completion] = {}
     age: Counter[int] = Counter()
     emitted: dict[int, list[int]] = {}

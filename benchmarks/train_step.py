@@ -38,8 +38,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.models.families import slots
-from unmask.models.hub import resolve
+from unmask.models.families.registry import slots
+from unmask.models.weights.hub import resolve
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import Parts, build_parts
 from unmask.train.trainer import Trainer

@@ -30,8 +30,8 @@ from floors import machine
 from rich.table import Table
 from tasks import Task, extraction, facts
 
-from unmask.engine.model import LanguageModel
-from unmask.models.hub import embedded_gguf
+from unmask.engine.llm import LanguageModel
+from unmask.models.weights.hub import embedded_gguf
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers import make_tokenizer
 from tiny import tiny_model
-from unmask.models.checkpoint import save_model
+from unmask.models.weights.checkpoint import save_model
 from unmask.train.recipe import Recipe, parse_recipe
 
 

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from unmask.cli.main import app
-from unmask.models.hub import EMBEDDED_DIFFUSION
+from unmask.models.weights.hub import EMBEDDED_DIFFUSION
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unmask.models.config import ModelConfig, MoEConfig, RopeConfig
-from unmask.models.moe import MoE
-from unmask.models.transformer import Transformer
+from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
+from unmask.models.arch.moe import MoE
+from unmask.models.arch.transformer import Transformer
 
 VOCAB = 61
 MASK = 57

@@ -55,7 +55,7 @@ def own(name: str, questions: Sequence[Mapping[str, Any]], path: Path) -> list[M
     model = unmask.load(name, quantize="auto")
     assert model.tokenizer is not None
     model.backend(wait=True)
-    engine = model.engine(max_running=32)
+    engine = model.engine(max_num_seqs=32)
     with started.open("a") as file:
         for start in track(range(0, len(todo), BATCH), description="own answers"):
             part = todo[start : start + BATCH]

@@ -14,8 +14,8 @@ from turns import Answer, answer, tokens_per_second
 
 import unmask
 from data import ANSWERS
-from unmask.engine.model import LanguageModel
-from unmask.models.gated import autoregressive_parent
+from unmask.engine.llm import LanguageModel
+from unmask.models.arch.gated_lora import autoregressive_parent
 
 
 def main() -> None:

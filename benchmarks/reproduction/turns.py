@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 
 import unmask
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
 from unmask.eval.mini5 import mini5_tasks
 from unmask.eval.runner import request_of
-from unmask.models.hub import embedded_gguf
+from unmask.models.weights.hub import embedded_gguf
 
 RIVAL = Path(__file__).with_name("rival.py")
 PAUSE_SECONDS = 1.0
@@ -43,7 +43,7 @@ class Answer:
 
 def answer(model: LanguageModel, request: Request) -> Answer:
     """In our engine, nothing kept from one question to the next."""
-    engine = model.engine(max_running=1, prefix_cache=False)
+    engine = model.engine(max_num_seqs=1, prefix_cache=False)
     tokens, forwards, marks = 0, 0, []
     started = time.perf_counter()
     for update in engine.stream(request):

@@ -20,9 +20,9 @@ import torch
 
 import unmask
 from unmask.errors import UnmaskError
-from unmask.models.checkpoint import iter_tensors, read_json
-from unmask.models.delta import decode_delta, encode_delta
-from unmask.models.hub import ASSET_FORMAT, DELTA, METADATA, resolve
+from unmask.models.weights.checkpoint import iter_tensors, read_json
+from unmask.models.weights.delta import decode_delta, encode_delta
+from unmask.models.weights.hub import ASSET_FORMAT, DELTA, METADATA, resolve
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe, parse_recipe
 
@@ -74,7 +74,7 @@ def stage(run: Path) -> dict[str, Any]:
     autoregressive = recipe.get("autoregressive", False)
     return {
         "recipe": _file_of(recipe) or f"{run} (its recipe is no longer in recipes/)",
-        "gated_rank": read_json(checkpoint / "model" / "config.json").get("gated_rank"),
+        "gated_lora_rank": read_json(checkpoint / "model" / "config.json").get("gated_lora_rank"),
         "blocks": "next token" if autoregressive else ", ".join("whole" if size is None else str(size) for size in changes),
         "steps": len(train),
         "tokens": train[-1]["tokens"],
@@ -92,7 +92,7 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
-    rank = stages[-1].get("gated_rank")
+    rank = stages[-1].get("gated_lora_rank")
     what = "converted to block diffusion and fine-tuned"
     if stages[-1]["blocks"] == "next token":
         what = "fine-tuned autoregressively"

@@ -18,7 +18,7 @@ from pathlib import Path
 from prompts import prompts as make_prompts
 
 import unmask
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 HINTS = (" Answer briefly.", " Answer in one or two sentences.")
 
@@ -44,7 +44,7 @@ def sample(model: LanguageModel, questions: list[str], out: Path, *, max_new_tok
         for start in range(0, len(encoded), batch):
             part = sorted(encoded[start : start + batch], key=lambda pair: len(pair[0]))
             requests = [model.request(ids, max_new_tokens=max_new_tokens, seed=seed) for ids, _ in part]
-            answers = model.engine(max_running=batch).run(requests)
+            answers = model.engine(max_num_seqs=batch).run(requests)
             for (_, question), answer in zip(part, answers, strict=True):
                 text = tokenizer.decode(answer.ids).strip()
                 if answer.finish_reason != "stop" or not text or loops(text):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.engine.model import Generation, LanguageModel, load
+    from unmask.engine.llm import Generation, LanguageModel, load
     from unmask.errors import UnmaskError
 
 __all__ = ["Generation", "LanguageModel", "UnmaskError", "__version__", "load"]
@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in ("Generation", "LanguageModel", "load"):
-        from unmask.engine import model
+        from unmask.engine import llm
 
-        return getattr(model, name)
+        return getattr(llm, name)
     if name == "UnmaskError":
         from unmask.errors import UnmaskError
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.cli.main import app
-from unmask.models.checkpoint import save_model
+from unmask.models.weights.checkpoint import save_model
 
 CONTEXT = 256
 Run = Callable[..., Any]

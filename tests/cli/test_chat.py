@@ -29,7 +29,7 @@ from unmask.cli import chat_session
 from unmask.cli.chat_local import LocalAnswerer
 from unmask.cli.chat_session import Answer, Conversation
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 PLAIN = ("--dtype", "float32", "--device", "cpu", "--quantize", "none")
 SHORT = (*PLAIN, "--max-new-tokens", 24)
@@ -127,7 +127,7 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pyte
         seen.append(options)
         raise unmask.UnmaskError("enough")
 
-    monkeypatch.setattr("unmask.engine.model.LanguageModel.request", record)
+    monkeypatch.setattr("unmask.engine.llm.LanguageModel.request", record)
     value = [] if option == "verify" else [3]
     run("chat", "-m", diffusion_folder, *PLAIN, f"--{option.replace('_', '-')}", *value, input="Hello\n")
     assert seen[0][option] == chat_session.SETTINGS[option](*value or ["yes"])

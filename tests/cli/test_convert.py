@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.cli.training import default_recipe
-from unmask.models.checkpoint import save_model
+from unmask.models.weights.checkpoint import save_model
 from unmask.train.recipe import load_recipe
 
 # The default recipe at the size of the tests' model: some sixteen steps in three phases and the whole-sequence one.
@@ -243,10 +243,10 @@ def test_missing_recipe(fails, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["write_safetensors", "save_file"])
 def test_disk_full_while_saving(fails, arguments: list[str], tmp_path: Path, monkeypatch, place: str) -> None:
     """A checkpoint that does not fit leaves no trace of itself and the earlier ones as they were."""
-    import unmask.models.checkpoint
+    import unmask.models.weights.checkpoint
     import unmask.train.state
 
-    module = unmask.models.checkpoint if place == "write_safetensors" else unmask.train.state
+    module = unmask.models.weights.checkpoint if place == "write_safetensors" else unmask.train.state
     inner, calls = getattr(module, place), []
 
     def full(*given: Any, **named: Any) -> Any:

@@ -11,7 +11,7 @@ from unmask.cli import demo_conversion
 from unmask.cli.demo import MARK, QUESTIONS
 from unmask.cli.demo_conversion import PROMPTS, plan_conversion, terminal_plot
 from unmask.errors import CheckpointError
-from unmask.models.hub import EMBEDDED, EMBEDDED_DIFFUSION
+from unmask.models.weights.hub import EMBEDDED, EMBEDDED_DIFFUSION
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusion model whose context holds these questions in the test tokenizer's short tokens."""
     from helpers import make_tokenizer
     from tiny import tiny_model
-    from unmask.models.checkpoint import save_model
+    from unmask.models.weights.checkpoint import save_model
 
     folder = tmp_path_factory.mktemp("models") / "wide"
     tokenizer = make_tokenizer(folder, mask_token="<file_sep>")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.cli.export import shard_bytes
-from unmask.engine.model import load
+from unmask.engine.llm import load
 from unmask.errors import ConfigError
-from unmask.models.adapter import attach_lora, save_adapter
-from unmask.models.checkpoint import load_model, save_model
+from unmask.models.weights.adapter import attach_lora, save_adapter
+from unmask.models.weights.checkpoint import load_model, save_model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import unmask
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
 from unmask.diffusion.decode import DecodeRules
-from unmask.models.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
+from unmask.models.weights.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
 FIELDS = {
     "text": str,
@@ -67,7 +67,7 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, opti
         seen.update(options)
         raise unmask.UnmaskError("enough")
 
-    monkeypatch.setattr("unmask.engine.model.LanguageModel.generate", record)
+    monkeypatch.setattr("unmask.engine.llm.LanguageModel.generate", record)
     run("generate", "Hello", "-m", diffusion_folder, f"--{option.replace('_', '-')}", 3)
     assert seen[option] == 3
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from unmask.cli.info import BYTES_PER_PARAMETER, describe
-from unmask.models.checkpoint import load_model
-from unmask.models.families import read_config
-from unmask.models.presets import PRESETS, preset
+from unmask.models.families.presets import PRESETS, preset
+from unmask.models.families.registry import read_config
+from unmask.models.weights.checkpoint import load_model
 
 
 def test_facts_of_a_folder(run, diffusion_folder: Path) -> None:

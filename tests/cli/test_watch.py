@@ -12,7 +12,7 @@ from rich.console import Console
 import unmask
 from unmask.cli.console import is_live
 from unmask.cli.watch import MASKED_GLYPH, Piece, Transcript, show
-from unmask.engine.model import Generation
+from unmask.engine.llm import Generation
 from unmask.engine.request import Step
 
 EOS = 0

@@ -18,7 +18,7 @@ from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
-from unmask.models.checkpoint import load_model
+from unmask.models.weights.checkpoint import load_model
 
 Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 
@@ -96,7 +96,10 @@ def engine(dtype: torch.dtype = torch.float64, *, tight: bool = False, **options
     def generate(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         request, limits = from_json(values), dict(options)
         if tight:
-            limits |= {"max_rows": request.rules.window * request.rules.block_size, "num_tokens": request.canvas_length}
+            limits |= {
+                "max_num_batched_tokens": request.rules.window * request.rules.block_size,
+                "num_tokens": request.canvas_length,
+            }
         made = Engine(_load(folder, dtype=dtype), mask_id=values["mask_id"], **limits)
         updates = list(made.stream(request, watch=True))
         check_clean(made)
@@ -112,8 +115,8 @@ def implementations() -> dict[str, Implementation]:
     known = {
         "reference": reference(),
         "engine": engine(),
-        "engine-tight": engine(tight=True, page_size=3),
-        "engine-float32": engine(torch.float32, page_size=16),
+        "engine-tight": engine(tight=True, cache_block_size=3),
+        "engine-float32": engine(torch.float32, cache_block_size=16),
     }
     outside = os.environ.get("UNMASK_CONFORMANCE")
     if outside:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from tiny import FAMILIES, MASK, tiny_config
-from unmask.models.checkpoint import save_model
-from unmask.models.transformer import Transformer
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.checkpoint import save_model
 
 KINDS = (*FAMILIES, "shifted")
 """A family, or "shifted": a qwen3 that reads token p - 1 at position p (`shift_start_token_id` in config.json)."""

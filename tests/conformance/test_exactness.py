@@ -25,8 +25,8 @@ from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 
 EDITING = (
     {"edit_threshold": 0.0, "max_post_steps": 2},
@@ -116,14 +116,14 @@ class Published:
             page = sequence.pages[place]
             if self.engine.pool.is_published(page):
                 size = sequence.block_size
-                end = -(-(place + 1) * self.engine.page_size // size) * size
+                end = -(-(place + 1) * self.engine.cache_block_size // size) * size
                 self.content[page] = (tuple(sequence.tokens[:end]), size, place)
 
     @torch.inference_mode()
     def check(self) -> int:
         """Every page holds what a fresh forward over the final tokens gives; how many there are."""
-        pool, page_size = self.engine.pool, self.engine.page_size
-        pages = [page for page in range(pool.num_pages) if pool.is_published(page)]
+        pool, cache_block_size = self.engine.pool, self.engine.cache_block_size
+        pages = [page for page in range(pool.num_cache_blocks) if pool.is_published(page)]
         store = self.engine._runner.store
         for page in pages:
             tokens, size, place = self.content[page]
@@ -132,7 +132,7 @@ class Published:
             capture = Capture(block_causal_mask(length, length, size, context=context))
             read = self.model.config.inputs(tokens, 0, length)
             self.model(torch.tensor(read)[None], torch.arange(length)[None], capture)
-            at, slots = (slice(n * page_size, (n + 1) * page_size) for n in (place, page))
+            at, slots = (slice(n * cache_block_size, (n + 1) * cache_block_size) for n in (place, page))
             for layer, (keys, values) in enumerate(capture.kept):
                 torch.testing.assert_close(store[layer, 0][:, slots], keys[:, at], atol=1e-9, rtol=1e-9)
                 torch.testing.assert_close(store[layer, 1][:, slots], values[:, at], atol=1e-9, rtol=1e-9)
@@ -193,43 +193,50 @@ def test_cached_equals_uncached(family: str, request: Request) -> None:
 
 @few
 @given(FAMILY, Batch, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 4))
-def test_batched_equals_alone(family: str, batch: list[Request], gaps: list[int], max_running: int) -> None:
+def test_batched_equals_alone(family: str, batch: list[Request], gaps: list[int], max_num_seqs: int) -> None:
     """Whoever the neighbours are, and whenever they come."""
-    assert_exact(family, batch, gaps, max_running=max_running, page_size=8, prefix_cache=False)
+    assert_exact(family, batch, gaps, max_num_seqs=max_num_seqs, cache_block_size=8, prefix_cache=False)
 
 
 @few
 @given(FAMILY, Batch, st.integers(0, 2), PAGE)
-def test_preempted_equals_uninterrupted(family: str, batch: list[Request], slack: int, page_size: int) -> None:
+def test_preempted_equals_uninterrupted(family: str, batch: list[Request], slack: int, cache_block_size: int) -> None:
     """Pages for the longest request and hardly more."""
-    pages = -(-max(request.canvas_length for request in batch) // page_size) + slack
-    assert_exact(family, batch, page_size=page_size, num_tokens=pages * page_size)
+    pages = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
+    assert_exact(family, batch, cache_block_size=cache_block_size, num_tokens=pages * cache_block_size)
 
 
 @few
 @given(FAMILY, Batch, PAGE, st.lists(st.integers(0, 6), max_size=4))
-def test_prefix_cached_equals_cold(family: str, batch: list[Request], page_size: int, gaps: list[int]) -> None:
+def test_prefix_cached_equals_cold(family: str, batch: list[Request], cache_block_size: int, gaps: list[int]) -> None:
     """Shared prompts, also with requests that run or have ended; pages smaller and larger than blocks."""
-    assert_exact(family, batch, gaps, rounds=2, page_size=page_size)
+    assert_exact(family, batch, gaps, rounds=2, cache_block_size=cache_block_size)
 
 
 @few
 @given(FAMILY, Batch, st.integers(0, 9), PAGE)
 def test_chunked_prefill_equals_whole_and_separate_commits_fused_ones(
-    family: str, batch: list[Request], spare: int, page_size: int
+    family: str, batch: list[Request], spare: int, cache_block_size: int
 ) -> None:
     """With room for one window of blocks only, every commit and every block of the prompt takes a forward of its own."""
     least = max(request.rules.window * request.rules.block_size for request in batch)
-    assert_exact(family, batch, max_rows=least + spare, page_size=page_size)
+    assert_exact(family, batch, max_num_batched_tokens=least + spare, cache_block_size=cache_block_size)
 
 
 @few
 @given(FAMILY, Batch, st.integers(0, 3), st.integers(0, 5), PAGE, st.integers(1, 3))
-def test_all_of_it_at_once(family: str, batch: list[Request], slack: int, spare: int, page_size: int, max_running: int) -> None:
-    pages = -(-max(request.canvas_length for request in batch) // page_size) + slack
+def test_all_of_it_at_once(
+    family: str, batch: list[Request], slack: int, spare: int, cache_block_size: int, max_num_seqs: int
+) -> None:
+    pages = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
     least = max(request.rules.window * request.rules.block_size for request in batch)
     batch = [replace(request, priority=place % 3 - 1) for place, request in enumerate(batch)]
-    options = {"page_size": page_size, "num_tokens": pages * page_size, "max_rows": least + spare, "max_running": max_running}
+    options = {
+        "cache_block_size": cache_block_size,
+        "num_tokens": pages * cache_block_size,
+        "max_num_batched_tokens": least + spare,
+        "max_num_seqs": max_num_seqs,
+    }
     assert_exact(family, batch, (1, 0, 2), rounds=2, **options)
 
 
@@ -242,9 +249,9 @@ def a_batch(**rules: Any) -> list[Request]:
 def test_the_properties_are_not_about_nothing() -> None:
     """Interruptions, hits and chunks do happen, and pages are published."""
     model, batch = golden_model("qwen3"), a_batch()
-    tight = Engine(model, mask_id=MASK, page_size=4, num_tokens=64)
+    tight = Engine(model, mask_id=MASK, cache_block_size=4, num_tokens=64)
     assert sum(completion.costs.preemptions for completion in tight.run(batch)) >= 2
-    cached = Engine(model, mask_id=MASK, page_size=4, num_tokens=512)
+    cached = Engine(model, mask_id=MASK, cache_block_size=4, num_tokens=512)
     published = Published(cached, model)
     cold = serve(cached, batch, (9, 9, 9, 9, 9))
     assert [completion.costs.cached_tokens for completion in cold] == [0, 4, 8, 12, 12, 16]
@@ -252,17 +259,17 @@ def test_the_properties_are_not_about_nothing() -> None:
     assert [completion.costs.cached_tokens for completion in warm] == [4, 8, 12, 12, 16, 16]
     assert [completion.ids for completion in warm] == [completion.ids for completion in cold]
     assert published.check() >= 12
-    chunked = Engine(model, mask_id=MASK, page_size=4, max_rows=4, num_tokens=512, prefix_cache=False)
+    chunked = Engine(model, mask_id=MASK, cache_block_size=4, max_num_batched_tokens=4, num_tokens=512, prefix_cache=False)
     assert all(
         completion.costs.prefill_forwards >= len(r.ids) // 4 for r, completion in zip(batch, chunked.run(batch), strict=True)
     )
-    fused = Engine(model, mask_id=MASK, page_size=4, num_tokens=512, prefix_cache=False).run(batch)
+    fused = Engine(model, mask_id=MASK, cache_block_size=4, num_tokens=512, prefix_cache=False).run(batch)
     assert all(completion.costs.prefill_forwards == 0 for completion in fused)
 
 
 def test_a_stale_cache_would_be_noticed() -> None:
     model = golden_model("llama")
-    engine = Engine(model, mask_id=MASK, page_size=4, num_tokens=64)
+    engine = Engine(model, mask_id=MASK, cache_block_size=4, num_tokens=64)
     published = Published(engine, model)
     engine.run(a_batch()[:1])
     assert published.check() >= 2
@@ -272,10 +279,10 @@ def test_a_stale_cache_would_be_noticed() -> None:
         published.check()
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 6])
-def test_an_autoregressive_cache_holds_the_final_text_too(page_size: int) -> None:
+@pytest.mark.parametrize("cache_block_size", [1, 4, 6])
+def test_an_autoregressive_cache_holds_the_final_text_too(cache_block_size: int) -> None:
     model = tiny_model("llama", 2, torch.float64)
-    engine = Engine(model, page_size=page_size, num_tokens=72, max_rows=16)
+    engine = Engine(model, cache_block_size=cache_block_size, num_tokens=72, max_num_batched_tokens=16)
     published = Published(engine, model)
     alone = [Engine(model, prefix_cache=False).run([request])[0].ids for request in a_batch()]
     for _ in range(2):
@@ -286,9 +293,9 @@ def test_an_autoregressive_cache_holds_the_final_text_too(page_size: int) -> Non
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
-    {"page_size": 3, "num_tokens": 60},
-    {"page_size": 4, "num_tokens": 64, "max_rows": 8, "max_running": 3},
-    {"page_size": 16, "prefix_cache": False, "num_tokens": 512},
+    {"cache_block_size": 3, "num_tokens": 60},
+    {"cache_block_size": 4, "num_tokens": 64, "max_num_batched_tokens": 8, "max_num_seqs": 3},
+    {"cache_block_size": 16, "prefix_cache": False, "num_tokens": 512},
 )
 
 

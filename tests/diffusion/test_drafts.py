@@ -13,8 +13,8 @@ from tiny import MASK, Rows, pack, text, tiny_model
 from unmask.diffusion.drafts import DraftConfig, draft_stream
 from unmask.diffusion.masks import CLEAN
 from unmask.errors import ConfigError
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 from unmask.train.step import predicted_hidden
 
 START = 1
@@ -24,7 +24,7 @@ CONFIGS = [DraftConfig(MASK, START, size, draws, 0.8) for size, draws in ((2, 1)
 
 def gated(family: str, rank: int | None = 3) -> Transformer:
     """Random weights, updates included."""
-    return tiny_model(family, 3, torch.float64, mask_id=MASK, start_id=START, block_size=4, gated_rank=rank)
+    return tiny_model(family, 3, torch.float64, mask_id=MASK, start_id=START, block_size=4, gated_lora_rank=rank)
 
 
 def blocks_of(maskable: list[bool], config: DraftConfig, draw: int) -> list[tuple[int, list[int]]]:
@@ -62,7 +62,7 @@ def of_single_blocks(model: Transformer, rows: Rows, config: DraftConfig) -> dic
                 allowed = torch.ones(len(canvas), len(canvas), dtype=torch.bool)
                 allowed[: first + 1] = allowed.tril()[: first + 1]
                 open_ = torch.arange(len(canvas)) > first
-                hidden = model(torch.tensor(canvas)[None], positions[None], DenseAttend(allowed[None]), open_BT=open_[None])
+                hidden = model(torch.tensor(canvas)[None], positions[None], DenseAttend(allowed[None]), noisy_BT=open_[None])
                 values = nll(model, hidden[0, first + 1 :], torch.tensor([tokens[p] for p in drafts])).tolist()
                 found |= {(*identity, draw + 1, p): value for p, value in zip(drafts, values, strict=True)}
     return found

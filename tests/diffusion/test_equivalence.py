@@ -11,8 +11,8 @@ from torch import Tensor
 from tiny import MASK, Doc, Rows, pack, text, tiny_model
 from unmask.diffusion.corrupt import CorruptionConfig, NoisyCopy, Stream, build_stream, noisy_copies
 from unmask.diffusion.masks import blocked_mask, dense_mask
-from unmask.models.attention import BlockedAttend, DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import BlockedAttend, DenseAttend
+from unmask.models.arch.transformer import Transformer
 
 Where = tuple[int, int, int, int]  # epoch, ordinal, copy, position
 MODELS = {family: tiny_model(family, 3, torch.float64) for family in ("llama", "llada2")}

@@ -19,7 +19,7 @@ from unmask.diffusion.masks import (
     flex_mask_mod,
     may_attend,
 )
-from unmask.models.attention import BlockedAttend, DenseAttend, FlexAttend
+from unmask.models.arch.attention import BlockedAttend, DenseAttend, FlexAttend
 
 Place = tuple[int, int, int]  # document, block, copy
 PLACES = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2))

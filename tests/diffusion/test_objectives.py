@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tiny import MASK, VOCAB, Rows, pack, text, tiny_model
 from unmask.diffusion.corrupt import CorruptionConfig, MaskSampling, corrupt
 from unmask.diffusion.objectives import ban_mask, exact_block_nelbo, nelbo, token_nll
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 from unmask.train.step import score_stream
 
 

@@ -23,8 +23,8 @@ from unmask.diffusion.corrupt import (
 )
 from unmask.diffusion.masks import CLEAN
 from unmask.errors import ConfigError
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 
 START = 1
 DOCUMENTS = [text(11, 0, prompt=5), text(9, 1)]
@@ -105,7 +105,7 @@ def of_parent(model: Transformer) -> list[float]:
 def test_guidance_predicts_every_next_token_from_the_clean_copy(family: str, block_size: int | None) -> None:
     """As the parent does; the masked predictions stay what they were."""
     config = CorruptionConfig(MASK, block_size, complementary=True, draws=2, start_id=START)
-    plain, guided = (corrupt(pack([DOCUMENTS], 23), replace(config, guidance=by), 0) for by in (0.0, 0.5))
+    plain, guided = (corrupt(pack([DOCUMENTS], 23), replace(config, ar_loss_weight=by), 0) for by in (0.0, 0.5))
     assert (plain.num_guided, guided.num_guided) == (0, 15)
     assert guided.num_masked == plain.num_masked
     found, masked = of_stream(SHIFTED[family], guided), of_stream(SHIFTED[family], plain)
@@ -119,4 +119,4 @@ def test_guidance_predicts_every_next_token_from_the_clean_copy(family: str, blo
 
 def test_guidance_needs_a_shifted_model() -> None:
     with pytest.raises(ConfigError, match="only a shifted model's clean copy predicts the next token"):
-        CorruptionConfig(MASK, 4, guidance=0.5)
+        CorruptionConfig(MASK, 4, ar_loss_weight=0.5)

@@ -37,9 +37,13 @@ def test_requests_are_checked_before_any_forward(request_: Request, message: str
 @pytest.mark.parametrize(
     ("options", "request_", "message"),
     [
-        ({"max_rows": 7}, Request((1,), 4, rules=DecodeRules(8)), "1 blocks of 8 tokens do not fit a forward of 7 rows; use a"),
         (
-            {"max_rows": 7},
+            {"max_num_batched_tokens": 7},
+            Request((1,), 4, rules=DecodeRules(8)),
+            "1 blocks of 8 tokens do not fit a forward of 7 rows; use a",
+        ),
+        (
+            {"max_num_batched_tokens": 7},
             Request((1,), 4, rules=DecodeRules(4, edit_threshold=0.5, window=2)),
             "2 blocks of 4 tokens do not fit a forward of 7 rows; use a smaller block size or window",
         ),
@@ -48,14 +52,14 @@ def test_requests_are_checked_before_any_forward(request_: Request, message: str
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, message: str) -> None:
-    engine = Engine(MODEL, mask_id=MASK, **{"page_size": 4, **options})
+    engine = Engine(MODEL, mask_id=MASK, **{"cache_block_size": 4, **options})
     with pytest.raises(RequestError) as error:
         engine.add(request_)
     assert str(error.value).startswith(message)
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("name", ["page_size", "num_tokens", "max_running", "max_rows"])
+@pytest.mark.parametrize("name", ["cache_block_size", "num_tokens", "max_num_seqs", "max_num_batched_tokens"])
 def test_engine_options_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(RequestError, match=f"^{name} is 0; it must be at least 1$"):
         Engine(MODEL, mask_id=MASK, **{name: 0})
@@ -70,7 +74,7 @@ def request_of(length: int, max_new_tokens: int, *, start: int = 0) -> Request:
 
 
 def test_an_abort_frees_pages_at_once() -> None:
-    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=20)
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=20)
     first, second, third = (engine.add(request_of(9, 9, start=n)) for n in range(3))
     engine.step()
     assert engine.pool.num_held == 3, "the others need three as well, and there are five"
@@ -92,7 +96,7 @@ def test_an_abort_frees_pages_at_once() -> None:
 
 
 def test_a_stream_left_early_aborts() -> None:
-    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=64)
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=64)
     stream = engine.stream(request_of(5, 20))
     next(stream)
     assert engine.has_work
@@ -102,7 +106,7 @@ def test_a_stream_left_early_aborts() -> None:
 
 
 def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
-    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=256)
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=256)
     other = engine.add(request_of(3, 2))
     for update in engine.stream(request_of(5, 12, start=1)):
         assert update.number != other
@@ -116,7 +120,7 @@ def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
 
 
 def test_run_aborts_all_when_one_is_impossible() -> None:
-    engine = Engine(MODEL, mask_id=MASK, page_size=4, num_tokens=64)
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=64)
     with pytest.raises(RequestError, match="max_new_tokens is 0"):
         engine.run([request_of(3, 4), request_of(3, 0)])
     assert not engine.has_work
@@ -126,6 +130,8 @@ def test_run_aborts_all_when_one_is_impossible() -> None:
 
 def test_the_cache_is_no_larger_than_all_that_runs_can_fill() -> None:
     """Or a tiny model would get millions of pages, and every allocation would look through them."""
-    engine = Engine(MODEL, mask_id=MASK, page_size=4, max_running=3)
-    assert engine.pool.num_pages * 4 == 3 * MODEL.config.max_positions
-    assert Engine(MODEL, mask_id=MASK, page_size=4, max_running=1).pool.num_pages * 4 > MODEL.config.max_positions
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, max_num_seqs=3)
+    assert engine.pool.num_cache_blocks * 4 == 3 * MODEL.config.max_positions
+    assert (
+        Engine(MODEL, mask_id=MASK, cache_block_size=4, max_num_seqs=1).pool.num_cache_blocks * 4 > MODEL.config.max_positions
+    )

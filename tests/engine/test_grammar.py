@@ -24,7 +24,7 @@ from helpers import SPECIAL_TOKENS, make_tokenizer
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
-from unmask.models.hub import resolve
+from unmask.models.weights.hub import resolve
 
 SPARE_ROWS = 13
 

@@ -11,7 +11,7 @@ from helpers import SPECIAL_TOKENS, make_tokenizer
 from tiny import tiny_model
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.infill import best_filling, filling_requests, split_holes
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, TokenLogprob
 from unmask.errors import RequestError

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tiny import MASK
 from unmask.diffusion.decode import DecodeRules, Guess
-from unmask.engine.denoising import BlockSequence
-from unmask.engine.pages import PagePool
+from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Request
 from unmask.engine.scheduler import STEPS_PER_PRIORITY, Scheduler
-from unmask.engine.sequence import Answer, Plan
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
+from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 
 SIZE = 4
 RULES = DecodeRules(block_size=SIZE, steps=SIZE, threshold=1.0)
@@ -30,35 +30,39 @@ def request_of(length: int, max_new_tokens: int, *, priority: int = 0, start: in
 class Bench:
     """A scheduler whose sequences decide token 1 everywhere: time passes without a model."""
 
-    def __init__(self, pages: int, *, max_running: int = 16, max_rows: int = 512, prefix_cache: bool = False) -> None:
-        self.pool = PagePool(pages)
-        self.scheduler = Scheduler(self.pool, SIZE, max_running=max_running, max_rows=max_rows, prefix_cache=prefix_cache)
-        self.sequences: list[BlockSequence] = []
+    def __init__(
+        self, pages: int, *, max_num_seqs: int = 16, max_num_batched_tokens: int = 512, prefix_cache: bool = False
+    ) -> None:
+        self.pool = BlockPool(pages)
+        self.scheduler = Scheduler(
+            self.pool, SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+        )
+        self.sequences: list[BlockDiffusionSequence] = []
         self.log: list[list[int]] = []
 
-    def add(self, request: Request) -> BlockSequence:
-        sequence = BlockSequence(request, len(self.sequences), MASK, SIZE)
+    def add(self, request: Request) -> BlockDiffusionSequence:
+        sequence = BlockDiffusionSequence(request, len(self.sequences), MASK, SIZE)
         self.sequences.append(sequence)
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> list[tuple[int, Plan]]:
+    def step(self) -> list[tuple[int, ScheduledSequence]]:
         """One forward; who had rows in it."""
         work = self.scheduler.schedule()
         rows = 0
         for sequence, plan in work:
-            assert isinstance(sequence, BlockSequence)
+            assert isinstance(sequence, BlockDiffusionSequence)
             assert len(sequence.pages) * SIZE >= plan.stop, "rows without a page"
             assert 0 <= plan.start < plan.stop
             rows += plan.stop - plan.start
             count = len(plan.queries)
-            answer = Answer(Guess(plan.queries, [1] * count, [0.5] * count), None) if count else None
+            answer = ModelOutput(Guess(plan.queries, [1] * count, [0.5] * count), None) if count else None
             sequence.apply(plan, answer)
             self.scheduler.publish(sequence)
             if sequence.completion is not None:
                 self.scheduler.remove(sequence)
-        assert rows <= self.scheduler.max_rows, "over budget"
-        assert len(self.scheduler.running) <= self.scheduler.max_running
+        assert rows <= self.scheduler.max_num_batched_tokens, "over budget"
+        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
         written = [page for s in self.scheduler.running for page in s.pages[s.num_published :]]
         assert len(written) == len(set(written)), "two sequences write one page"
         self.pool.check()
@@ -78,7 +82,7 @@ class Bench:
 
 
 def test_first_come_first_served() -> None:
-    bench = Bench(100, max_running=1)
+    bench = Bench(100, max_num_seqs=1)
     for n in range(5):
         bench.add(request_of(3, 6, start=n))
     assert bench.finish() == [0, 1, 2, 3, 4]
@@ -90,7 +94,7 @@ def test_first_come_first_served() -> None:
 def test_a_priority_is_worth_64_steps(priority: int, late: int, first: int) -> None:
     """Request 0 has a priority, request 1 comes `late` steps after it; while both wait, the older is the first of equals."""
     assert STEPS_PER_PRIORITY == 64
-    bench = Bench(100, max_running=1)
+    bench = Bench(100, max_num_seqs=1)
     bench.add(request_of(2, 118, start=9))
     bench.add(request_of(2, 118, start=10, priority=-1))
     bench.step()
@@ -104,14 +108,14 @@ def test_a_priority_is_worth_64_steps(priority: int, late: int, first: int) -> N
 
 
 def test_the_important_come_first() -> None:
-    bench = Bench(100, max_running=1)
+    bench = Bench(100, max_num_seqs=1)
     for n, priority in enumerate((0, 2, -1, 0, -2)):
         bench.add(request_of(3, 2, priority=priority, start=n))
     assert bench.finish() == [4, 2, 0, 3, 1]
 
 
 def test_a_priority_does_not_interrupt_whoever_runs() -> None:
-    bench = Bench(100, max_running=1)
+    bench = Bench(100, max_num_seqs=1)
     bench.add(request_of(3, 9))
     bench.step()
     bench.add(request_of(3, 9, priority=-5))
@@ -121,18 +125,18 @@ def test_a_priority_does_not_interrupt_whoever_runs() -> None:
 
 def test_the_least_recently_served_come_first() -> None:
     """Three run, and then there is room for one: they take turns, the oldest first."""
-    bench = Bench(100, max_rows=3 * SIZE)
+    bench = Bench(100, max_num_batched_tokens=3 * SIZE)
     for n in range(3):
         bench.add(request_of(1, 90, start=n))
     bench.step()
-    bench.scheduler.max_rows = SIZE
+    bench.scheduler.max_num_batched_tokens = SIZE
     for _ in range(6):
         bench.step()
     assert bench.log == [[0, 1, 2], [0], [1], [2], [0], [1], [2]]
 
 
 def test_those_that_run_come_before_those_that_wait() -> None:
-    bench = Bench(100, max_rows=2 * SIZE)
+    bench = Bench(100, max_num_batched_tokens=2 * SIZE)
     for n in range(3):
         bench.add(request_of(1, 3, start=n))
     assert bench.finish() == [0, 1, 2]
@@ -140,7 +144,7 @@ def test_those_that_run_come_before_those_that_wait() -> None:
 
 
 def test_long_prompts_are_prefilled_in_parts_and_let_others_through() -> None:
-    bench = Bench(100, max_rows=4 * SIZE)
+    bench = Bench(100, max_num_batched_tokens=4 * SIZE)
     bench.add(request_of(2, 30, start=1))
     bench.step()
     bench.add(request_of(16 * SIZE, 3))
@@ -240,13 +244,13 @@ REQUESTS = st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(-2, 2),
 def test_everybody_is_served_within_every_limit(
     shapes: list[tuple[int, int, int, int, int]],
     pages: int,
-    max_running: int,
-    max_rows: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
     prefix_cache: bool,
     aborts: list[int],
 ) -> None:
     """Random arrivals, priorities and aborts; `Bench.step` checks rows, pages and books at every step."""
-    bench = Bench(pages, max_running=max_running, max_rows=max_rows, prefix_cache=prefix_cache)
+    bench = Bench(pages, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache)
     steps = 0
     for length, budget, priority, start, gap in shapes:
         bench.add(request_of(length, budget, priority=priority, start=start))
@@ -269,7 +273,7 @@ def test_everybody_is_served_within_every_limit(
 
 def test_a_request_too_important_to_wait_still_waits_for_the_starving() -> None:
     """A stream of important newcomers delays an ordinary request by a bounded number of steps."""
-    bench = Bench(100, max_running=1)
+    bench = Bench(100, max_num_seqs=1)
     bench.add(request_of(3, 5))
     ordinary = bench.add(request_of(3, 5, start=1))
     for n in range(60):

@@ -12,14 +12,14 @@ import torch
 from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import DecodeRules, candidates
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel, load
+from unmask.engine.llm import LanguageModel, load
 from unmask.engine.request import Completion, Request, Step
-from unmask.engine.sequence import Answer, Guess
-from unmask.engine.verified import DRAFT_THRESHOLD, VerifiedSequence
+from unmask.engine.sequences.base import Guess, ModelOutput
+from unmask.engine.sequences.speculative import DRAFT_THRESHOLD, SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
-from unmask.models.gated import add_gates, autoregressive_parent, is_gated
-from unmask.models.transformer import Transformer
+from unmask.models.arch.gated_lora import add_gates, autoregressive_parent, is_gated
+from unmask.models.arch.transformer import Transformer
 
 START = 1
 PROMPT = (5, 17, 3, 40, 8, 22, 9, 31, 2)
@@ -62,10 +62,10 @@ def test_what_is_decided_is_cached_as_the_parent_would(family: str) -> None:
     """Keys and values of prompt and finished blocks are the parent's over the same text, whatever the block size."""
     model, parent = shifted(family, 8), AUTOREGRESSIVE[family]
     request = Request(PROMPT, 23, rules=DecodeRules(block_size=8, steps=8, threshold=0.2))
-    engine = Engine(model, page_size=8, num_tokens=64)
+    engine = Engine(model, cache_block_size=8, num_tokens=64)
     (completion,) = engine.run([request])
     text = (START, *PROMPT, *completion.ids)[:24]
-    theirs = Engine(parent, page_size=8, num_tokens=64)
+    theirs = Engine(parent, cache_block_size=8, num_tokens=64)
     theirs.run([Request(text, 1, rules=DecodeRules(block_size=1, steps=1))])
     stores = [each._runner.store[..., :24, :] for each in (engine, theirs)]
     torch.testing.assert_close(*stores, atol=1e-9, rtol=1e-9)
@@ -108,7 +108,12 @@ def test_verified_text_is_the_parents(family: str, threshold: float, block_size:
     for ends in (frozenset[int](), eos):
         expected = said_by_parent(family, prompts, 17, ends)
         requests = [Request(ids, 17, ends, rules, trace=True) for ids in prompts]
-        for options in ({}, {"page_size": 3, "num_tokens": 33}, {"max_rows": 8, "page_size": 4}, {"prefix_cache": False}):
+        for options in (
+            {},
+            {"cache_block_size": 3, "num_tokens": 33},
+            {"max_num_batched_tokens": 8, "cache_block_size": 4},
+            {"prefix_cache": False},
+        ):
             engine = Engine(shifted(family), **options)
             for found, wanted in zip(engine.run(requests), expected, strict=True):
                 assert (found.ids, found.finish_reason) == (wanted.ids, wanted.finish_reason), options
@@ -129,7 +134,7 @@ def test_gated_updates_change_drafts_and_nothing_that_is_said(family: str, block
     with torch.no_grad():
         for name in filter(is_gated, updated.state_dict()):
             updated.get_parameter(name).normal_(std=0.4, generator=generator)
-    for options in ({}, {"page_size": 3, "num_tokens": 33}):
+    for options in ({}, {"cache_block_size": 3, "num_tokens": 33}):
         found, others = (Engine(model, **options).run(requests) for model in (updated, plain))
         assert [each.ids for each in found] == [each.ids for each in expected]
         assert [each.trace for each in found] != [each.trace for each in others]
@@ -152,12 +157,12 @@ def test_verifying_takes_at_most_a_forward_a_token_and_fewer_where_drafts_hold()
 
 def test_a_forward_checks_what_the_one_before_drafted() -> None:
     rules = DecodeRules(block_size=4, threshold=0.5, **VERIFY)
-    sequence = VerifiedSequence(Request(PROMPT[:5], 9, rules=rules), 0, MASK, 4)
+    sequence = SpeculativeSequence(Request(PROMPT[:5], 9, rules=rules), 0, MASK, 4)
 
     def forward(tokens: list[int], sure: list[float]) -> tuple[int, int, tuple[int, ...], list[int]]:
         plan = sequence.plan(64)
         assert plan is not None
-        sequence.apply(plan, Answer(Guess(plan.queries, tokens, sure), None))
+        sequence.apply(plan, ModelOutput(Guess(plan.queries, tokens, sure), None))
         return plan.start, plan.border, plan.queries, [token for token in sequence.tokens[5:] if token != MASK]
 
     # The prompt and a block; the third guess is not sure enough to be a draft.
@@ -180,7 +185,9 @@ def test_a_forward_checks_what_the_one_before_drafted() -> None:
 
 
 def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
-    sequence = VerifiedSequence(Request(PROMPT[:5], 40, rules=DecodeRules(block_size=8, threshold=0.5, **VERIFY)), 0, MASK, 4)
+    sequence = SpeculativeSequence(
+        Request(PROMPT[:5], 40, rules=DecodeRules(block_size=8, threshold=0.5, **VERIFY)), 0, MASK, 4
+    )
 
     def forward(causal: list[int], guess: int, sure: float) -> int:
         """Count of open rows."""
@@ -188,7 +195,7 @@ def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
         assert plan is not None
         count = plan.stop - plan.border
         tokens = [*causal, *[guess] * count]
-        sequence.apply(plan, Answer(Guess(plan.queries, tokens, [1.0] * len(causal) + [sure] * count), None))
+        sequence.apply(plan, ModelOutput(Guess(plan.queries, tokens, [1.0] * len(causal) + [sure] * count), None))
         return count
 
     assert [forward([10], 20, 0.4) for _ in range(5)] == [7, 3, 1, 1, 1]

@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers import make_tokenizer
 from tiny import tiny_model
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Costs, Request
 
 

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from helpers import make_tokenizer
 from tiny import tiny_model
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.harness import HarnessLM, run_harness
 from unmask.eval.likelihood import LikelihoodEstimator

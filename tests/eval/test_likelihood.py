@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiny import MASK, tiny_model
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
 
@@ -84,10 +84,10 @@ def test_draws_depend_on_the_tokens_and_the_seed_only() -> None:
     assert LikelihoodEstimator(model, samples=4, seed=1).score(IDS[:9], IDS[9:30]).value != first.value
 
 
-@pytest.mark.parametrize("max_rows", [8, 24, 512])
-def test_how_forwards_are_cut_does_not_matter(max_rows: int) -> None:
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 24, 512])
+def test_how_forwards_are_cut_does_not_matter(max_num_batched_tokens: int) -> None:
     model = model_of(8)
-    found = LikelihoodEstimator(model, samples=5, max_rows=max_rows).score(IDS[:11], IDS[11:])
+    found = LikelihoodEstimator(model, samples=5, max_num_batched_tokens=max_num_batched_tokens).score(IDS[:11], IDS[11:])
     assert found.value == pytest.approx(LikelihoodEstimator(model, samples=5).score(IDS[:11], IDS[11:]).value, rel=1e-6)
 
 
@@ -99,11 +99,11 @@ def test_shared_contexts_are_computed_once() -> None:
     assert estimator.forwards == before + 1, "only the draws"
 
 
-@pytest.mark.parametrize("max_rows", [1, 7, 512])
-def test_autoregressive_likelihood_is_exact(max_rows: int) -> None:
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 512])
+def test_autoregressive_likelihood_is_exact(max_num_batched_tokens: int) -> None:
     model = model_of(None)
     logprobs_TV = model.logits(IDS, block_size=1).double().log_softmax(-1)
-    estimator = LikelihoodEstimator(model, max_rows=max_rows)
+    estimator = LikelihoodEstimator(model, max_num_batched_tokens=max_num_batched_tokens)
     for first in (1, 5, 39):
         found = estimator.score(IDS[:first], IDS[first:])
         assert found.exact

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiny import tiny_config
 from unmask.diffusion.masks import block_causal_mask
-from unmask.models.attention import DenseAttend
+from unmask.models.arch.attention import DenseAttend
 from unmask.models.rows import PagedAttend, Rows, Segment
 
 CONFIG = tiny_config("llama")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 WAYS = ("plain", "stream", "async", "async stream")
 TWO_WAYS = ("plain", "async stream")

@@ -9,7 +9,7 @@ from asking import connect
 from live import Live, live, served_model
 from openai import OpenAI
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 
 @pytest.fixture(scope="session")

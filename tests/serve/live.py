@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from helpers import make_tokenizer
 from tiny import tiny_model
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.runner import Backend as EngineBackend
 from unmask.engine.runner import TorchBackend
 from unmask.models.rows import Rows

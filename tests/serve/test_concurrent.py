@@ -11,7 +11,7 @@ import pytest
 from asking import HELLO, Reply, ask, ask_async, connect_async
 from live import Live, live
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.serve.served import Settings
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}, "required": ["a", "b"]}
@@ -95,4 +95,4 @@ def test_the_tight_one_was_tight(place: Live, alone: list[Reply]) -> None:
     """Else it says no more than the roomy one."""
     text = place.app.state.backend.metrics.text().decode()
     (count,) = [float(line.split()[1]) for line in text.splitlines() if line.startswith("unmask_preemptions_total")]
-    assert (count > 0) == (place.worker.engine.pool.num_pages * 8 == 288)
+    assert (count > 0) == (place.worker.engine.pool.num_cache_blocks * 8 == 288)

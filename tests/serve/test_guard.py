@@ -14,7 +14,7 @@ import pytest
 from asking import HELLO, HTTP, connect
 from live import Live, live
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
 from unmask.serve.logs import JsonLines, Words
 from unmask.serve.served import Settings
@@ -272,5 +272,5 @@ def test_metrics(tiny: LanguageModel) -> None:
     assert grown["unmask_tokens_per_second_count"] == 7
     assert grown["unmask_tokens_per_forward_sum"] > 0
     assert after['unmask_cache_pages{state="held"}'] == 0
-    assert after['unmask_cache_pages{state="available"}'] == site.worker.engine.pool.num_pages
+    assert after['unmask_cache_pages{state="available"}'] == site.worker.engine.pool.num_cache_blocks
     assert after['unmask_requests{state="running"}'] == after['unmask_requests{state="waiting"}'] == 0

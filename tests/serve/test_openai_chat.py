@@ -13,7 +13,7 @@ from live import Live, live, served_model
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 END = {"0": 4.0}
 ENDS = {0: 4.0}

@@ -10,7 +10,7 @@ from asking import HELLO, HTTP, TWO_WAYS, WAYS, ask, chat_ids, connect_async, ex
 from live import CONTEXT, Live
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import RequestError
 
 PROMPT = "The quick brown fox"

@@ -13,7 +13,7 @@ from openai import BadRequestError, OpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
 
 from helpers import CHATML
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
 from unmask.serve.tools import Function, ToolChoice, tool_format
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers import make_tokenizer
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.request import Completion
-from unmask.engine.sequence import find_stop
+from unmask.engine.sequences.base import find_stop
 from unmask.serve.text import TextStream, held_back
 
 PIECES = ("▁", "▁▁", "a", "b", "▁a", "▁the", "ab", ".", "é", "</s", ">")

@@ -17,7 +17,7 @@ from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
-from unmask.models.hub import resolve, tokenizer_folder
+from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
 from unmask.serve.tools import Function, ToolChoice, ToolFormat, tool_format
 

@@ -34,7 +34,7 @@ class Scripted:
     """An engine that does what the test says. It steps only when `go` is released, one step each."""
 
     def __init__(self) -> None:
-        self.scheduler = SimpleNamespace(max_running=2)
+        self.scheduler = SimpleNamespace(max_num_seqs=2)
         self.go = threading.Semaphore(0)
         self.log: list[str] = []
         self.added: dict[int, Request] = {}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from runs import tiny_folder
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.config import RopeConfig
+from unmask.models.arch.config import RopeConfig
 from unmask.train.merge import add_difference, merge_checkpoints, top_k
 
 

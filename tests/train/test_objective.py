@@ -21,8 +21,8 @@ from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import build_stream, noisy_copies
 from unmask.diffusion.objectives import nelbo
 from unmask.errors import ConfigError
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 from unmask.train.objective import Denoising, MaskedSetting, NextToken, Preference, Setting
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.step import score_stream
@@ -116,15 +116,17 @@ def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[f
     assert difference < 0.04 * size
 
 
-@pytest.mark.parametrize("guidance", [0.0, 0.5])
+@pytest.mark.parametrize("ar_loss_weight", [0.0, 0.5])
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7, "temperature": 0.8}])
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
-def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] | None, backend: str, guidance: float) -> None:
-    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START if guidance else None)
+def test_neither_figures_nor_gradient_depend_on_the_split(
+    cap: dict[str, float] | None, backend: str, ar_loss_weight: float
+) -> None:
+    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START if ar_loss_weight else None)
     rows = packed(pack(DOCS, 16))
     results = []
     for micro_rows in (4, 1, 2):
-        objective = Denoising(setting(model, recipe(micro_rows, cap=cap, guidance=guidance), backend))
+        objective = Denoising(setting(model, recipe(micro_rows, cap=cap, ar_loss_weight=ar_loss_weight), backend))
         figures: dict[str, Any] = {}
         found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))  # noqa: B023
         results.append((figures | objective.evaluate(rows, PHASE), found))
@@ -156,8 +158,8 @@ def test_guidance_adds_the_parent_s_loss() -> None:
     model.head = lambda hidden: with_mask(hidden).index_fill(-1, torch.tensor(MASK), float("-inf"))  # type: ignore[method-assign]
     extra = float(one_by_one(model, started).detach())
     losses, shares = [], []
-    for guidance in (0.0, 0.7):
-        chosen = recipe(4, cap={"weight": 0.3}, guidance=guidance, draws=2)
+    for ar_loss_weight in (0.0, 0.7):
+        chosen = recipe(4, cap={"weight": 0.3}, ar_loss_weight=ar_loss_weight, draws=2)
         figures = Denoising(setting(model, chosen)).accumulate(rows, PHASE, 0)
         losses.append(figures["loss"])
         shares.append([figures[name] for name in ("right", "confident", "right_entropy")])

@@ -11,8 +11,8 @@ from torch import Tensor
 from tiny import MASK, Rows, pack, text, tiny_model
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
 from unmask.diffusion.objectives import nelbo, token_nll
-from unmask.models.moe import MoE, route
-from unmask.models.transformer import Transformer
+from unmask.models.arch.moe import MoE, route
+from unmask.models.arch.transformer import Transformer
 from unmask.train.router import RouterMonitor, RouterPolicy
 from unmask.train.step import predicted_hidden
 

@@ -12,7 +12,7 @@ import torch
 import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.gated import is_gated
+from unmask.models.arch.gated_lora import is_gated
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe, parse_recipe
@@ -63,13 +63,15 @@ def mixture(base: Path, policy: str) -> Recipe:
 
 def shifted(base: Path) -> Recipe:
     values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
-    values["objective"] |= {"guidance": 0.5, "draws": 2}
+    values["objective"] |= {"ar_loss_weight": 0.5, "draws": 2}
     return parse_recipe(values | {"shift": True}, "test")
 
 
 def drafts(base: Path, *, masks: float = 0.0, **train: Any) -> Recipe:
     """Gated updates of an autoregressive model, which draft blocks of 8 for it."""
-    values = tiny_recipe(base / "ar", base / "chats.jsonl", gated_rank=4, learning_rate=1e-2, **train).model_dump(mode="json")
+    values = tiny_recipe(base / "ar", base / "chats.jsonl", gated_lora_rank=4, learning_rate=1e-2, **train).model_dump(
+        mode="json"
+    )
     values["train"]["compute_dtype"] = "float32"  # in bfloat16 the parent would be rounded to it
     values["objective"] |= {"drafts": {"draws": 3, "masks": masks}, "mask_noise_steps": 0}
     values["schedule"] = {"decay": [{"block_size": 8, "share": 1.0}]}
@@ -166,7 +168,7 @@ def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, 
     theirs, ours = (model.transformer.state_dict() for model in (parent, child))
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
     assert ours.keys() - theirs.keys() == set(filter(is_gated, ours))
-    assert child.config.gated_rank == 4
+    assert child.config.gated_lora_rank == 4
     expected = parent.generate("say 3", max_new_tokens=20)
     assert child.generate("say 3", max_new_tokens=20, threshold=0.1).ids == expected.ids
     later = drafts(base, tokens=800).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
@@ -178,17 +180,17 @@ def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, 
 def test_what_gated_updates_do_not_go_with_is_refused(base: Path, tmp_path: Path) -> None:
     run_recipe(drafts(base, tokens=400), tmp_path / "gated")
     again = drafts(base).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
-    other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_rank": 3})})
+    other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_lora_rank": 3})})
     with pytest.raises(ConfigError, match="has gated updates of rank 4, which go on as they are"):
         build_parts(other_rank)
     values = drafts(base).model_dump(mode="json")
     with pytest.raises(ConfigError, match="take a dense, shifted diffusion model"):
         build_parts(parse_recipe(values | {"shift": False}, "test"))
-    values["train"]["gated_rank"] = None
+    values["train"]["gated_lora_rank"] = None
     with pytest.raises(ConfigError, match=r"objective\.drafts takes a shifted model"):
         build_parts(parse_recipe(values | {"shift": False}, "test"))
     for section, change, message in (
-        ("train", {"gated_rank": 4, "lora": LORA}, "leaves the rest of the model as it is"),
+        ("train", {"gated_lora_rank": 4, "lora": LORA}, "leaves the rest of the model as it is"),
         ("objective", {"cap": {}}, "an objective of its own"),
         ("schedule", {"stable": 1.0}, "blocks of 2 tokens or more"),
     ):
@@ -197,8 +199,8 @@ def test_what_gated_updates_do_not_go_with_is_refused(base: Path, tmp_path: Path
 
 
 def test_guidance_needs_a_shifted_model(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective\.guidance is 0\.5.*shift: true"):
-        build_parts(sft(base, objective={"guidance": 0.5}))
+    with pytest.raises(ConfigError, match=r"objective\.ar_loss_weight is 0\.5.*shift: true"):
+        build_parts(sft(base, objective={"ar_loss_weight": 0.5}))
 
 
 def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from unmask.cli.chat_session import Answer, End, Message, Write
 from unmask.cli.watch import show
-from unmask.engine.model import Generation, LanguageModel
+from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
 from unmask.errors import RequestError
 from unmask.serve.text import TextStream

@@ -20,7 +20,7 @@ from unmask.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.engine.model import Generation, LanguageModel
+    from unmask.engine.llm import Generation, LanguageModel
     from unmask.engine.request import OnStep
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"

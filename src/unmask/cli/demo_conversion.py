@@ -15,7 +15,7 @@ from rich.console import Console
 from unmask.cli.progress import showing_progress
 from unmask.cli.training import default_recipe
 from unmask.diffusion.corrupt import corrupt
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.train.metrics import read_metrics, smoothed
 from unmask.train.recipe import Recipe, load_recipe
 from unmask.train.run import RunResult, build_parts, run_recipe

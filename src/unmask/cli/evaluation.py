@@ -20,7 +20,7 @@ from unmask.cli.console import is_live, pick_device
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from unmask.engine.model import LanguageModel
+    from unmask.engine.llm import LanguageModel
     from unmask.eval.runner import Settings
     from unmask.eval.task import Task
 
@@ -75,7 +75,7 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
         ConfigError: it has no tokenizer, or its context cannot be stretched.
     """
     import unmask
-    from unmask.models.context import stretch_context
+    from unmask.models.arch.yarn import stretch_context
 
     weights = None if quantize == "none" else quantize
     model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=weights if yarn is None else None)

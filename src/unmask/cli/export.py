@@ -39,8 +39,8 @@ def export(
     """
     from unmask.cli.progress import counting
     from unmask.models.dtypes import parse_dtype
-    from unmask.models.export import export_model
-    from unmask.models.hub import resolve
+    from unmask.models.weights.export import export_model
+    from unmask.models.weights.hub import resolve
 
     size = shard_bytes(max_shard_size)
     wanted = None if dtype == "auto" else parse_dtype(dtype)

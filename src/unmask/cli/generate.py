@@ -18,7 +18,7 @@ from unmask.cli.console import is_live, make_console, pick_device, visible
 from unmask.errors import RequestError
 
 if TYPE_CHECKING:
-    from unmask.engine.model import Generation
+    from unmask.engine.llm import Generation
 
 
 def generate(

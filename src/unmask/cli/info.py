@@ -17,7 +17,7 @@ from unmask.cli.console import make_console
 from unmask.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from unmask.models.config import ModelConfig
+    from unmask.models.arch.config import ModelConfig
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -49,7 +49,7 @@ def info(
 
     Only config.json is needed: nothing else is fetched, and no weight is read.
     """
-    from unmask.models.hub import base_name
+    from unmask.models.weights.hub import base_name
 
     config, folder = _find(model)
     base = None if folder is None else base_name(folder)
@@ -69,8 +69,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     """Facts of an architecture, as `unmask info --json` prints them. Memory is that of the weights, in bytes."""
     import torch
 
-    from unmask.models.families import ignored_keys
-    from unmask.models.transformer import Transformer
+    from unmask.models.arch.transformer import Transformer
+    from unmask.models.families.registry import ignored_keys
 
     with torch.device("meta"):
         model = Transformer(config)
@@ -96,7 +96,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "mask_id": config.mask_id,
         "block_size": config.block_size,
         "shift_start_id": config.start_id,
-        "gated_rank": config.gated_rank,
+        "gated_lora_rank": config.gated_lora_rank,
         "eos_ids": list(config.eos_ids),
         "context": config.max_positions,
         "ignored_config_keys": list(ignored_keys(config)),
@@ -105,10 +105,10 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 def _find(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
-    from unmask.models.checkpoint import read_model_config
-    from unmask.models.families import read_config
-    from unmask.models.hub import EMBEDDED_MODELS, resolve
-    from unmask.models.presets import PRESETS, preset
+    from unmask.models.families.presets import PRESETS, preset
+    from unmask.models.families.registry import read_config
+    from unmask.models.weights.checkpoint import read_model_config
+    from unmask.models.weights.hub import EMBEDDED_MODELS, resolve
 
     if model in EMBEDDED_MODELS or Path(model).expanduser().is_dir():
         folder = resolve(model)
@@ -136,8 +136,8 @@ def _fetch_config(model: str) -> Path:
 
 def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
     """What safetensors the folder holds; None for a config.json alone."""
-    from unmask.models.checkpoint import tensor_index
-    from unmask.models.families import slots
+    from unmask.models.families.registry import slots
+    from unmask.models.weights.checkpoint import tensor_index
 
     if not any(folder.glob("*.safetensors*")):
         return None
@@ -166,7 +166,11 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
-        *([] if config.gated_rank is None else [("gated updates", f"rank {config.gated_rank}, for rows being decoded")]),
+        *(
+            []
+            if config.gated_lora_rank is None
+            else [("gated updates", f"rank {config.gated_lora_rank}, for rows being decoded")]
+        ),
         ("context", f"{config.max_positions:,} tokens"),
         ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]

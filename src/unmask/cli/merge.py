@@ -65,7 +65,7 @@ def _add(out: Path, folders: list[Path], plus: str | None, minus: str | None, sc
     if len(folders) != 1 or averaging:
         raise ConfigError(f"--plus takes one model to add to and neither --run nor --top-k; {len(folders)} models are named")
     from unmask.cli.progress import counting
-    from unmask.models.hub import resolve
+    from unmask.models.weights.hub import resolve
     from unmask.train import merge as merging
 
     console = make_console()

@@ -17,7 +17,7 @@ from unmask.cli.console import make_console, pick_device
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from unmask.engine.model import Generation
+    from unmask.engine.llm import Generation
     from unmask.engine.request import Step
 
 _MOST_LABELS = 96

@@ -98,8 +98,8 @@ def _plan(
 
 def _own_block_size(model: str) -> list[str]:
     """Fine-tuning keeps the block size that the model decodes with, unless a recipe or --set says otherwise."""
-    from unmask.models.checkpoint import read_model_config
-    from unmask.models.hub import resolve
+    from unmask.models.weights.checkpoint import read_model_config
+    from unmask.models.weights.hub import resolve
 
     size = read_model_config(resolve(model)).block_size
     return [] if size is None else [f"decode_block_size={size}"]
@@ -119,7 +119,7 @@ def _check_verb(verb: str, recipe: Recipe) -> Recipe:
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
-    from unmask.models.checkpoint import read_json
+    from unmask.models.weights.checkpoint import read_json
     from unmask.train.state import list_checkpoints
 
     checkpoints = list_checkpoints(run)

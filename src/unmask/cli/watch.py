@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from unmask.cli.console import is_live, visible
-from unmask.engine.model import Generation, LanguageModel
+from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import OnStep, Step
 
 Kind = Literal["committed", "accepted", "edited", "provisional", "masked"]

@@ -46,8 +46,8 @@ class CorruptionConfig:
     """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy.
 
     `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly. `start_id`: the
-    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there. `guidance`: weight
-    of the next-token loss of a shifted model's clean copy, beside the NELBO; 0: none.
+    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there. `ar_loss_weight`:
+    weight of the next-token loss of a shifted model's clean copy, beside the NELBO; 0: none.
     """
 
     mask_id: int
@@ -57,15 +57,17 @@ class CorruptionConfig:
     sampling: MaskSampling = "bernoulli"
     draws: int = 1
     start_id: int | None = None
-    guidance: float = 0.0
+    ar_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
             raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
         if self.draws < 1:
             raise ConfigError(f"{self.draws} draws of the mask; use 1 or more")
-        if self.guidance and self.start_id is None:
-            raise ConfigError(f"guidance is {self.guidance:g}, but only a shifted model's clean copy predicts the next token")
+        if self.ar_loss_weight and self.start_id is None:
+            raise ConfigError(
+                f"ar_loss_weight is {self.ar_loss_weight:g}, but only a shifted model's clean copy predicts the next token"
+            )
 
     @property
     def num_copies(self) -> int:
@@ -186,7 +188,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
 
     Noisy copies hold only blocks with something maskable (a prompt never needs one); the clean copy holds only blocks that
     some noisy block may look back at, so a document's last block is never there twice. Full-sequence diffusion has no
-    clean copy at all. What is left out cannot change any prediction. With `guidance` the clean copy predicts, too: every
+    clean copy at all. What is left out cannot change any prediction. With `ar_loss_weight` the clean copy predicts, too: every
     maskable token, with that weight, and holds what that takes.
 
     A shifted model's clean copy is causal, as its parent is: its blocks are numbered by their first position, and every
@@ -196,7 +198,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
         and its loss: NBDiff (2512.06776).
     """
     block_RL = block_ids(rows.position_RL, config.block_size)
-    shifted, guided = config.start_id is not None, config.guidance > 0
+    shifted, guided = config.start_id is not None, config.ar_loss_weight > 0
     noisy_RL, clean_RL = _needed(rows, block_RL, last_clean=guided)
     order_RL = block_RL * (config.block_size or 0) if shifted else block_RL
     clean_order_RL = rows.position_RL if shifted else block_RL
@@ -210,7 +212,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     predicted = list(copies)
     if guided:
         ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
-        predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.guidance * len(copies)))
+        predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.ar_loss_weight * len(copies)))
     picked = [(copy.masked_RL, copy.weight_RL, copy.t_RL) for copy in predicted]
     orders = [clean_order_RL if piece.copy == CLEAN else order_RL for piece in pieces]
     stream = assemble(rows, pieces, orders, picked)

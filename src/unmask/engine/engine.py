@@ -10,16 +10,16 @@ from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
-from unmask.engine.causal import CausalSequence
-from unmask.engine.denoising import BlockSequence
-from unmask.engine.pages import PagePool
+from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Completion, Request, Step, TokenLogprob
 from unmask.engine.runner import Backend, Runner, TorchBackend
 from unmask.engine.scheduler import Scheduler
-from unmask.engine.sequence import Decode, Sequence
-from unmask.engine.verified import VerifiedSequence
+from unmask.engine.sequences.autoregressive import AutoregressiveSequence
+from unmask.engine.sequences.base import Decode, Sequence
+from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
+from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
-from unmask.models.transformer import Transformer
+from unmask.models.arch.transformer import Transformer
 
 DEFAULT_PAGE_SIZE = 32
 _STORE_BYTES = 2**30
@@ -52,11 +52,11 @@ class Engine:
         model: a transformer, or a backend that computes one.
         mask_id: the mask token; default: the model's. A model without one decodes autoregressively.
         decode: text of ids, for stop strings.
-        page_size: tokens in a page of the cache; default: the model's block size.
+        cache_block_size: tokens in a page of the cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
-            `max_running` of them. Memory is taken as it is used.
-        max_running: most requests denoised together.
-        max_rows: most rows of a forward: longer prompts are prefilled in parts.
+            `max_num_seqs` of them. Memory is taken as it is used.
+        max_num_seqs: most requests denoised together.
+        max_num_batched_tokens: most rows of a forward: longer prompts are prefilled in parts.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
     """
 
@@ -66,10 +66,10 @@ class Engine:
         *,
         mask_id: int | None = None,
         decode: Decode | None = None,
-        page_size: int | None = None,
+        cache_block_size: int | None = None,
         num_tokens: int | None = None,
-        max_running: int = 16,
-        max_rows: int = 512,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
         prefix_cache: bool = True,
     ) -> None:
         backend = TorchBackend(model) if isinstance(model, Transformer) else model
@@ -77,20 +77,22 @@ class Engine:
         self.mask_id = self.config.mask_id if mask_id is None else mask_id
         if self.mask_id is not None and not 0 <= self.mask_id < self.config.vocab_size:
             raise RequestError(f"mask token {self.mask_id} is outside the vocabulary (0..{self.config.vocab_size - 1})")
-        size = page_size if page_size is not None else self.config.block_size or DEFAULT_PAGE_SIZE
-        num_tokens = self._default_tokens(backend, max_running) if num_tokens is None else num_tokens
+        size = cache_block_size if cache_block_size is not None else self.config.block_size or DEFAULT_PAGE_SIZE
+        num_tokens = self._default_tokens(backend, max_num_seqs) if num_tokens is None else num_tokens
         for name, value in (
-            ("page_size", size),
+            ("cache_block_size", size),
             ("num_tokens", num_tokens),
-            ("max_running", max_running),
-            ("max_rows", max_rows),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
         ):
             if value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
         pages = -(-num_tokens // size)
-        self.page_size, self._decode = size, decode
-        self.pool = PagePool(pages)
-        self.scheduler = Scheduler(self.pool, size, max_running=max_running, max_rows=max_rows, prefix_cache=prefix_cache)
+        self.cache_block_size, self._decode = size, decode
+        self.pool = BlockPool(pages)
+        self.scheduler = Scheduler(
+            self.pool, size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+        )
         self._runner = Runner(backend, pages * size, self.mask_id)
         self._sequences: dict[int, Sequence] = {}
         self._unread: list[Update] = []
@@ -118,12 +120,14 @@ class Engine:
         number = self._next
         sequence: Sequence
         if self.mask_id is None:
-            sequence = CausalSequence(request, number, self.page_size, self._decode)
+            sequence = AutoregressiveSequence(request, number, self.cache_block_size, self._decode)
         elif request.rules.verify:
-            sequence = VerifiedSequence(request, number, self.mask_id, self.page_size, self._decode)
+            sequence = SpeculativeSequence(request, number, self.mask_id, self.cache_block_size, self._decode)
         else:
             shifted = self.config.shifted
-            sequence = BlockSequence(request, number, self.mask_id, self.page_size, self._decode, shifted=shifted)
+            sequence = BlockDiffusionSequence(
+                request, number, self.mask_id, self.cache_block_size, self._decode, shifted=shifted
+            )
         sequence.watched |= watch
         self._next += 1
         self._sequences[number] = sequence
@@ -228,22 +232,22 @@ class Engine:
                 raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
             if not request.ids:
                 raise RequestError("autoregressive decoding needs at least one prompt token")
-        elif request.rules.window * request.rules.block_size > self.scheduler.max_rows:
+        elif request.rules.window * request.rules.block_size > self.scheduler.max_num_batched_tokens:
             raise RequestError(
                 f"{request.rules.window} blocks of {request.rules.block_size} tokens do not fit a forward of "
-                f"{self.scheduler.max_rows} rows; use a smaller block size or window, or an engine with more rows"
+                f"{self.scheduler.max_num_batched_tokens} rows; use a smaller block size or window, or an engine with more rows"
             )
         length = len(request.ids) + request.max_new_tokens if self.mask_id is None else request.canvas_length
-        if length > self.pool.num_pages * self.page_size:
+        if length > self.pool.num_cache_blocks * self.cache_block_size:
             raise RequestError(
-                f"{length} tokens in whole blocks do not fit a cache of {self.pool.num_pages * self.page_size}; "
+                f"{length} tokens in whole blocks do not fit a cache of {self.pool.num_cache_blocks * self.cache_block_size}; "
                 "shorten the prompt, ask for fewer new tokens, or use a larger cache"
             )
         if request.stop and self._decode is None:
             raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
 
-    def _default_tokens(self, backend: Backend, max_running: int) -> int:
+    def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
         config = self.config
         per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize
-        fitting = min(_STORE_BYTES // per_token, max_running * config.max_positions)
+        fitting = min(_STORE_BYTES // per_token, max_num_seqs * config.max_positions)
         return max(fitting, config.max_positions + DEFAULT_PAGE_SIZE)

@@ -12,8 +12,8 @@ from unmask.diffusion.decode import Guess, candidates, decide, entropies
 from unmask.diffusion.masks import block_causal_mask
 from unmask.diffusion.objectives import ban_mask
 from unmask.engine.request import Completion, OnStep, Request, Step, finish
-from unmask.models.attention import DenseAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.transformer import Transformer
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def _logits(model: Transformer, canvas: list[int], asked: list[int], final: int,
     mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size, context=context)[None])
     read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
     positions = torch.arange(end)[None]
-    logits = ban_mask(model.head(model(read, positions, mask, open_BT=positions >= context))[0, asked], mask_id)
+    logits = ban_mask(model.head(model(read, positions, mask, noisy_BT=positions >= context))[0, asked], mask_id)
     for row, position in enumerate(asked):
         for token, bias in request.logit_bias.items():
             logits[row, token] += bias

@@ -14,7 +14,7 @@ from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, DecodeRules, Guess
 from unmask.engine.grammar import Grammar
 from unmask.errors import RequestError
-from unmask.models.config import ModelConfig
+from unmask.models.arch.config import ModelConfig
 
 FinishReason = Literal["stop", "length"]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from unmask.diffusion.decode import Guess, candidates, entropies, greedy_candidates
 from unmask.diffusion.objectives import ban_mask
-from unmask.engine.sequence import Answer, Plan, Sequence
-from unmask.models.config import ModelConfig
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Transformer
 from unmask.models.rows import PagedAttend, Rows, Segment
-from unmask.models.transformer import Transformer
 
 
 class Backend(Protocol):
@@ -73,8 +73,8 @@ class TorchBackend:
 
     def forward(self, rows: Rows, store: Tensor) -> Tensor:
         attend = PagedAttend(store, rows)
-        open_BT = None if self.config.gated_rank is None else rows.open_T[None]
-        hidden: Tensor = self.model(rows.tokens_T[None], rows.positions_T[None], attend, open_BT=open_BT)
+        noisy_BT = None if self.config.gated_lora_rank is None else rows.noisy_T[None]
+        hidden: Tensor = self.model(rows.tokens_T[None], rows.positions_T[None], attend, noisy_BT=noisy_BT)
         return hidden[0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Runner:
         self.store = torch.empty(shape, dtype=backend.dtype, device=backend.device)
 
     @torch.inference_mode()
-    def run(self, work: List[tuple[Sequence, Plan]]) -> list[Answer | None]:
+    def run(self, work: List[tuple[Sequence, ScheduledSequence]]) -> list[ModelOutput | None]:
         """One forward over all plans; an answer for each, None for one that asks nothing."""
         segments, tokens, asked, offset = list[Segment](), [], [], 0
         for sequence, plan in work:
@@ -117,7 +117,7 @@ class Runner:
             for i, (rows, (sequence, plan)) in enumerate(zip(asked, work, strict=True))
         ]
 
-    def _segments(self, sequence: Sequence, plan: Plan, offset: int) -> Iterator[Segment]:
+    def _segments(self, sequence: Sequence, plan: ScheduledSequence, offset: int) -> Iterator[Segment]:
         """A plan's rows, from `offset` on: those that are read causally, and those that are read in blocks."""
         slots_K = sequence.slots_K[: plan.stop].to(self.backend.device)
         border = min(max(plan.border, plan.start), plan.stop)
@@ -126,7 +126,9 @@ class Runner:
                 first, last = offset + start - plan.start, offset + stop - plan.start
                 yield Segment(first, last, start, size, slots_K[:stop], sequence.consecutive, open=start >= border)
 
-    def _plain_guesses(self, hidden_TD: Tensor, work: List[tuple[Sequence, Plan]], asked: List[List[int]]) -> dict[int, Answer]:
+    def _plain_guesses(
+        self, hidden_TD: Tensor, work: List[tuple[Sequence, ScheduledSequence]], asked: List[List[int]]
+    ) -> dict[int, ModelOutput]:
         """Answers of all sequences that need no logits, from one pass of the head."""
         plain = [i for i, (sequence, _) in enumerate(work) if asked[i] and sequence.is_plain]
         if not plain:
@@ -137,15 +139,15 @@ class Runner:
         answers, start = {}, 0
         for i in plain:
             stop = start + len(asked[i])
-            answers[i] = Answer(Guess(work[i][1].queries, tokens[start:stop], confidences[start:stop]), None)
+            answers[i] = ModelOutput(Guess(work[i][1].queries, tokens[start:stop], confidences[start:stop]), None)
             start = stop
         return answers
 
-    def _answer(self, hidden_ND: Tensor, sequence: Sequence, plan: Plan) -> Answer:
+    def _answer(self, hidden_ND: Tensor, sequence: Sequence, plan: ScheduledSequence) -> ModelOutput:
         logits_NV = self.backend.logits(hidden_ND)
         rules = sequence.request.rules
         adjusted = sequence.adjusted(logits_NV, plan.queries)
         positions = torch.tensor(plan.queries, device=adjusted.device)
         token_N, confidence_N = candidates(adjusted, positions, sequence.step, rules, None, sample=sequence.request.sample)
         of_N = entropies(adjusted, None).tolist() if rules.policy == "entropy" else None
-        return Answer(Guess(plan.queries, token_N.tolist(), confidence_N.tolist(), of_N), logits_NV)
+        return ModelOutput(Guess(plan.queries, token_N.tolist(), confidence_N.tolist(), of_N), logits_NV)

@@ -8,8 +8,8 @@ and keeps everything it has decided.
 
 from __future__ import annotations
 
-from unmask.engine.pages import PagePool
-from unmask.engine.sequence import Plan, Sequence
+from unmask.engine.kv_cache import BlockPool
+from unmask.engine.sequences.base import ScheduledSequence, Sequence
 
 STEPS_PER_PRIORITY = 64
 """A finite price for priority: whoever waits long enough is first, so nobody starves."""
@@ -20,15 +20,17 @@ class Scheduler:
 
     Args:
         pool: pages of the cache.
-        page_size: tokens in a page.
-        max_running: most sequences that hold pages.
-        max_rows: most rows of a forward.
+        cache_block_size: tokens in a page.
+        max_num_seqs: most sequences that hold pages.
+        max_num_batched_tokens: most rows of a forward.
         prefix_cache: share pages of equal prefixes.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, *, max_running: int, max_rows: int, prefix_cache: bool) -> None:
-        self.pool, self.page_size, self.prefix_cache = pool, page_size, prefix_cache
-        self.max_running, self.max_rows = max_running, max_rows
+    def __init__(
+        self, pool: BlockPool, cache_block_size: int, *, max_num_seqs: int, max_num_batched_tokens: int, prefix_cache: bool
+    ) -> None:
+        self.pool, self.cache_block_size, self.prefix_cache = pool, cache_block_size, prefix_cache
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.clock = 0
@@ -46,19 +48,19 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[tuple[Sequence, Plan]]:
-        """Plans for the next forward, at most `max_rows` rows in all.
+    def schedule(self) -> list[tuple[Sequence, ScheduledSequence]]:
+        """Plans for the next forward, at most `max_num_batched_tokens` rows in all.
 
         Those that run come before those that wait, the least recently served first; when pages run out, the newest running
         sequence that has no rows in this forward yet gives up its own.
         """
         self.clock += 1
-        work: list[tuple[Sequence, Plan]] = []
-        budget = self.max_rows
+        work: list[tuple[Sequence, ScheduledSequence]] = []
+        budget = self.max_num_batched_tokens
         for sequence in sorted(self.running, key=lambda s: (s.last_served, s.order)):
             if sequence in self.running:
                 budget -= self._serve(sequence, budget, work)
-        while self.waiting and len(self.running) < self.max_running and budget > 0:
+        while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             sequence = self.waiting[0]
             if not self._admit(sequence, budget):
                 break
@@ -70,14 +72,14 @@ class Scheduler:
         """Share the pages that the last forward made final."""
         if not self.prefix_cache:
             return
-        full = sequence.committed // self.page_size
+        full = sequence.committed // self.cache_block_size
         if full > sequence.num_published:
             names = sequence.digests.extend(sequence.tokens, sequence.committed)
             for page in range(sequence.num_published, full):
                 self.pool.publish(sequence.pages[page], names[page])
             sequence.num_published = full
 
-    def _serve(self, sequence: Sequence, budget: int, work: list[tuple[Sequence, Plan]]) -> int:
+    def _serve(self, sequence: Sequence, budget: int, work: list[tuple[Sequence, ScheduledSequence]]) -> int:
         """Put its rows into the forward if there is room for them and for their pages; returns how many."""
         plan = sequence.plan(budget)
         if plan is None or not self._provide(sequence, plan.stop, [done for done, _ in work]):
@@ -88,7 +90,7 @@ class Scheduler:
 
     def _provide(self, sequence: Sequence, stop: int, scheduled: list[Sequence]) -> bool:
         """Pages for all positions below `stop`."""
-        while len(sequence.pages) * self.page_size < stop:
+        while len(sequence.pages) * self.cache_block_size < stop:
             page = self.pool.allocate(sequence.pages[-1] if sequence.pages else None)
             if page is not None:
                 sequence.add_page(page)
@@ -103,8 +105,8 @@ class Scheduler:
         """Start the first waiting sequence if all it has to compute now fits the pages that nobody holds."""
         pages = self._cached_pages(sequence)
         self.pool.hold(pages)
-        sequence.committed = len(pages) * self.page_size
-        needed = -(-sequence.reach // self.page_size) - len(pages)
+        sequence.committed = len(pages) * self.cache_block_size
+        needed = -(-sequence.reach // self.cache_block_size) - len(pages)
         if needed > self.pool.num_available or sequence.plan(budget) is None:
             self.pool.release(pages)
             sequence.committed = 0
@@ -123,7 +125,7 @@ class Scheduler:
         if not self.prefix_cache:
             return []
         pages = self.pool.match(sequence.digests.extend(sequence.tokens, sequence.num_final))
-        while len(pages) * self.page_size % sequence.block_size:
+        while len(pages) * self.cache_block_size % sequence.block_size:
             pages.pop()  # the rest of the block would be written into a shared page
         return pages
 

@@ -19,13 +19,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Request
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.sentences import ensure_punkt
-from unmask.models.files import atomic_write, atomic_write_json, bytes_writer
+from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
 _GENERATION_OPTIONS = {
@@ -179,7 +179,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         }
 
     def _engine(self) -> Engine:
-        return self._model.engine(max_running=self._batch)
+        return self._model.engine(max_num_seqs=self._batch)
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
         if self._estimator is None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.objectives import ban_mask
-from unmask.engine.model import DEFAULT_BLOCK_SIZE, LanguageModel
+from unmask.engine.llm import DEFAULT_BLOCK_SIZE, LanguageModel
 from unmask.errors import ConfigError, RequestError
 from unmask.models.rows import Rows, Segment
 
@@ -62,14 +62,20 @@ class LikelihoodEstimator:
         samples: draws per block, at least 2.
         block_size: default: the model's.
         seed: of the draws, which also depend on the tokens, and on nothing else.
-        max_rows: most rows of a forward.
+        max_num_batched_tokens: most rows of a forward.
 
     Attributes:
         forwards: of the model so far.
     """
 
     def __init__(
-        self, model: LanguageModel, *, samples: int = 16, block_size: int | None = None, seed: int = 0, max_rows: int = 512
+        self,
+        model: LanguageModel,
+        *,
+        samples: int = 16,
+        block_size: int | None = None,
+        seed: int = 0,
+        max_num_batched_tokens: int = 512,
     ) -> None:
         if samples < 2:
             raise ConfigError(f"samples is {samples}; it must be at least 2, for a standard error")
@@ -77,7 +83,7 @@ class LikelihoodEstimator:
         self._mask_id, self._samples, self._seed = model.config.mask_id, samples, seed
         wanted = model.config.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
         self._block_size = 1 if self._mask_id is None else wanted
-        self._max_rows = max(max_rows, self._block_size)
+        self._max_rows = max(max_num_batched_tokens, self._block_size)
         slots = model.config.max_positions + self._max_rows
         shape = (model.config.num_layers, 2, model.config.num_kv_heads, slots, model.config.head_dim)
         self._store_LGPS = torch.empty(shape, dtype=self._backend.dtype, device=self._backend.device)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 
 PACKAGES = (
     *("unmask", "torch", "transformers", "tokenizers", "llguidance", "numpy"),

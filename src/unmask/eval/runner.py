@@ -15,12 +15,12 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
 from unmask.errors import ConfigError
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.task import Item, Split, Task
-from unmask.models.files import atomic_write_json
+from unmask.models.weights.files import atomic_write_json
 
 FORMAT = 1
 SCORED_TOGETHER = 16
@@ -202,7 +202,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
     asked = list(compress(every, fits))
     items, requests = [item for item, _ in asked], [request for _, request in asked]
     # One stream reads every prompt anew, whatever the size of a page would let it share: its tokens/s are compared.
-    completions = model.engine(max_running=settings.batch, prefix_cache=settings.batch > 1).run(requests)
+    completions = model.engine(max_num_seqs=settings.batch, prefix_cache=settings.batch > 1).run(requests)
     answers = [
         item.answer_prefix + (tokenizer.decode(each.ids) if each.text is None else each.text)
         for item, each in zip(items, completions, strict=True)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError, UnmaskError
 from unmask.eval.bfcl import bfcl_tasks
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
@@ -22,7 +22,7 @@ from unmask.eval.outside import LOCAL, Target, find_harnesses
 from unmask.eval.registry import Planned, Suite, combine, plan
 from unmask.eval.runner import OnProgress, Settings, run_tasks
 from unmask.eval.task import Task
-from unmask.models.files import atomic_write_json
+from unmask.models.weights.files import atomic_write_json
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.masks import block_causal_mask
-from unmask.models.attention import sdpa
+from unmask.models.arch.attention import sdpa
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Rows:
         return cls(torch.tensor(flat, device=device), torch.tensor(positions, device=device), tuple(segments))
 
     @property
-    def open_T(self) -> Tensor:
+    def noisy_T(self) -> Tensor:
         """Bool: the rows of open segments."""
         open_ = [s.open for s in self.segments for _ in range(s.start, s.stop)]
         return torch.tensor(open_, device=self.tokens_T.device)

@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 
 from unmask import __version__
 from unmask.engine.engine import Engine
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.serve import chat, completions, protocol
 from unmask.serve.errors import ApiError, bad_request
 from unmask.serve.exchange import Backend
@@ -225,7 +225,7 @@ async def _engine_running(
     def make_engine() -> Engine:
         model.warm()
         decode, backend = model.tokenizer.decode, model.language_model.backend(wait=True)
-        return Engine(backend, decode=decode, num_tokens=settings.cache_tokens, max_running=settings.max_concurrent)
+        return Engine(backend, decode=decode, num_tokens=settings.cache_tokens, max_num_seqs=settings.max_concurrent)
 
     worker = Worker(
         make_engine,

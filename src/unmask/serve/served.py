@@ -19,7 +19,7 @@ from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.decode import DecodeRules
 from unmask.engine.grammar import Grammar
 from unmask.engine.infill import filling_requests, split_holes
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
 from unmask.errors import ConfigError, RequestError, UnmaskError
 from unmask.serve import protocol

@@ -12,7 +12,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from unmask.engine.model import LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
 from unmask.serve.app import create_app
 from unmask.serve.connection import Connection

@@ -296,7 +296,7 @@ class Worker:
         for index, request in enumerate(job.requests):
             # More than can run together wait as if they had come when those before them end: what another client sends in the
             # meantime goes first.
-            wave = index // engine.scheduler.max_running
+            wave = index // engine.scheduler.max_num_seqs
             later = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
             try:
                 self._numbers[engine.add(replace(request, priority=later), watch=job.watch)] = (job, index)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.checkpoint import TensorSpec, read_json, read_model_config, write_checkpoint
-from unmask.models.hub import ADAPTER_CONFIG
-from unmask.models.tensor_files import TensorFiles
+from unmask.models.weights.checkpoint import TensorSpec, read_json, read_model_config, write_checkpoint
+from unmask.models.weights.hub import ADAPTER_CONFIG
+from unmask.models.weights.tensor_files import TensorFiles
 from unmask.train.state import list_checkpoints, validation_score
 
 Specs = dict[str, TensorSpec]

@@ -29,7 +29,7 @@ from unmask.diffusion.objectives import (
     token_nll,
     token_scores,
 )
-from unmask.models.transformer import Transformer
+from unmask.models.arch.transformer import Transformer
 from unmask.train.metrics import Record
 from unmask.train.recipe import CapSection, Recipe
 from unmask.train.router import RouterMonitor

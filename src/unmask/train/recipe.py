@@ -96,7 +96,7 @@ class ObjectiveSection(Section):
     )
     mask_noise_steps: int = Field(50, ge=0, description="steps over which mask-embedding noise decays to zero; 0: none")
     mask_noise_scale: float = Field(1.0, ge=0, description="initial noise norm, in mean norms of the embedding rows")
-    guidance: float = Field(
+    ar_loss_weight: float = Field(
         0.0,
         ge=0,
         description="shifted models: weight of the next-token loss of the clean copy, which keeps what the parent knew",
@@ -113,7 +113,7 @@ class ObjectiveSection(Section):
         return CorruptionConfig(
             mask_id=mask_id,
             start_id=start_id,
-            guidance=self.guidance,
+            ar_loss_weight=self.ar_loss_weight,
             block_size=block_size,
             bandwidth=Bandwidth(*self.bandwidth),
             complementary=self.complementary,
@@ -163,7 +163,7 @@ class TrainSection(Section):
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: bool = False
     lora: LoraSection | None = None
-    gated_rank: Positive | None = Field(
+    gated_lora_rank: Positive | None = Field(
         None,
         description="shifted models: freeze the model and train low-rank updates that only the rows being decoded pass; what "
         "the model says decoding token by token stays as it is",
@@ -229,18 +229,18 @@ class Recipe(Section):
         return self
 
     def _check_gated(self) -> None:
-        objective, gated = self.objective, self.train.gated_rank is not None
-        if gated and (self.train.lora is not None or self.autoregressive or objective.guidance):
+        objective, gated = self.objective, self.train.gated_lora_rank is not None
+        if gated and (self.train.lora is not None or self.autoregressive or objective.ar_loss_weight):
             raise ConfigError(
-                "train.gated_rank leaves the rest of the model as it is; leave train.lora, autoregressive and "
-                "objective.guidance out"
+                "train.gated_lora_rank leaves the rest of the model as it is; leave train.lora, autoregressive and "
+                "objective.ar_loss_weight out"
             )
         if objective.drafts is None:
             return
-        if self.autoregressive or self.preference is not None or objective.cap is not None or objective.guidance:
+        if self.autoregressive or self.preference is not None or objective.cap is not None or objective.ar_loss_weight:
             raise ConfigError(
                 "objective.drafts is an objective of its own; leave autoregressive, preference, objective.cap and "
-                "objective.guidance out"
+                "objective.ar_loss_weight out"
             )
         if any(phase.block_size is None or phase.block_size < 2 for phase in self.blocks.phases):
             raise ConfigError("objective.drafts takes blocks of 2 tokens or more, in every phase of the schedule")
@@ -262,11 +262,11 @@ class Recipe(Section):
         if self.data.overlong == "split":
             raise ConfigError("data.overlong is split, which would tear a preference pair apart; use truncate or drop")
         objective = self.objective
-        others = objective.draws > 1 or objective.cap is not None or objective.guidance or objective.mask_noise_steps
+        others = objective.draws > 1 or objective.cap is not None or objective.ar_loss_weight or objective.mask_noise_steps
         if objective.complementary or others:
             raise ConfigError(
                 "preference training draws samples of its own; set objective.complementary to false, "
-                "objective.mask_noise_steps to 0 and leave objective.draws, objective.guidance and objective.cap out"
+                "objective.mask_noise_steps to 0 and leave objective.draws, objective.ar_loss_weight and objective.cap out"
             )
         if self.train.lora is not None and self.train.lora.train_embedding:
             raise ConfigError(

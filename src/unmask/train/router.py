@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.corrupt import Stream
-from unmask.models.moe import MoE, RouterObserver
-from unmask.models.transformer import Transformer
+from unmask.models.arch.moe import MoE, RouterObserver
+from unmask.models.arch.transformer import Transformer
 
 RouterPolicy = Literal["frozen", "bias", "aux"]
 MASKED, VISIBLE, PADDING = 0, 1, 2

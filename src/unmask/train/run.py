@@ -20,13 +20,13 @@ from unmask.data.pairs import PairPacker
 from unmask.data.sources import open_source
 from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
-from unmask.models.adapter import adapters_off, attach_lora, save_adapter
-from unmask.models.checkpoint import load_model, resize_vocabulary
-from unmask.models.config import ModelConfig
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.gated_lora import add_gates, train_gates
+from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import parse_dtype
-from unmask.models.gated import add_gates, train_gates
-from unmask.models.hub import resolve, tokenizer_folder
-from unmask.models.transformer import Transformer
+from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
+from unmask.models.weights.checkpoint import load_model, resize_vocabulary
+from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.train.drafting import Drafting
 from unmask.train.metrics import Record, plot_run, read_metrics
 from unmask.train.objective import Denoising, MaskedSetting, NextToken, Objective, Preference, Setting
@@ -173,23 +173,25 @@ def _start_token(config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe) -> i
         chat = tokenizer.chat(_ANYTHING, add_generation_prompt=True) if tokenizer.has_chat_template else []
         candidates = (*chat[:1], *tokenizer.prefix_ids[:1], config.bos_id, *config.eos_ids)
         return next((token for token in candidates if token is not None), 0)
-    if recipe.objective.guidance:
+    if recipe.objective.ar_loss_weight:
         raise ConfigError(
-            f"objective.guidance is {recipe.objective.guidance:g}, which takes a shifted model; convert with shift: true, or "
-            "leave it out"
+            f"objective.ar_loss_weight is {recipe.objective.ar_loss_weight:g}, which takes a shifted model; "
+            "convert with shift: true, or leave it out"
         )
     return None
 
 
 def _give_gates(model: Transformer, train: TrainSection) -> Transformer:
     """A model that has gated updates, or is to have them, trains them alone."""
-    rank = model.config.gated_rank
-    if train.gated_rank is not None and rank is None:
-        return add_gates(model, train.gated_rank, seed=train.seed)
+    rank = model.config.gated_lora_rank
+    if train.gated_lora_rank is not None and rank is None:
+        return add_gates(model, train.gated_lora_rank, seed=train.seed)
     if rank is None:
         return model
-    if train.gated_rank not in (None, rank) or train.lora is not None:
-        raise ConfigError(f"the model has gated updates of rank {rank}, which go on as they are; leave gated_rank and lora out")
+    if train.gated_lora_rank not in (None, rank) or train.lora is not None:
+        raise ConfigError(
+            f"the model has gated updates of rank {rank}, which go on as they are; leave gated_lora_rank and lora out"
+        )
     return train_gates(model)
 
 

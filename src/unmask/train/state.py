@@ -18,9 +18,9 @@ from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import CheckpointError, TrainingError
-from unmask.models.adapter import folded_state
-from unmask.models.checkpoint import save_state
-from unmask.models.transformer import Transformer
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.adapter import folded_state
+from unmask.models.weights.checkpoint import save_state
 
 FORMAT = 1
 

@@ -21,8 +21,8 @@ from unmask.data.packing import PackedRows
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, embedding_noise
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.diffusion.objectives import nelbo, token_nll
-from unmask.models.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
-from unmask.models.transformer import Transformer
+from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
+from unmask.models.arch.transformer import Transformer
 from unmask.train.router import RouterMonitor
 
 AttentionBackend = Literal["dense", "blocked", "flex"]
@@ -62,7 +62,7 @@ def predicted_hidden(
     extra = None
     if noise is not None and noise.norm > 0:
         extra = embedding_noise(stream, noise.mask_id, model.config.hidden_size, noise.norm, noise.seed)
-    if model.config.gated_rank is not None:
+    if model.config.gated_lora_rank is not None:
         return _gated_hidden(model, stream, backend, extra)[stream.predict]
     attend = make_attend(stream.index, backend)
     with nullcontext() if router is None else router.watching(stream):
@@ -83,8 +83,8 @@ def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend,
             model(stream.tokens_BT[clean], stream.position_BT[clean], _Keeping(inner, kept))
     noise = None if extra is None else extra[noisy]
     attend = _Behind(DenseAttend(dense_mask(index, queries=index[noisy])), kept)
-    open_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
-    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend, input_noise=noise, open_BT=open_BT)
+    noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
+    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend, input_noise=noise, noisy_BT=noisy_BT)
     return out
 
 

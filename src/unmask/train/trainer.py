@@ -17,7 +17,7 @@ from unmask.data.packing import PackedRows, Packer
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.errors import ConfigError, TrainingError
-from unmask.models.transformer import Transformer
+from unmask.models.arch.transformer import Transformer
 from unmask.train.metrics import MetricLog, Record
 from unmask.train.objective import Objective
 from unmask.train.optim import MasterAdamW, learning_rate

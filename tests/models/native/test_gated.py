@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from models.native.test_packed import SLOTS, exactly_summed, new_store, run_with_threads
 from tiny import MASK, tiny_model
-from unmask.models.gated import add_gates
-from unmask.models.layers import GatedLinear
+from unmask.models.arch.gated_lora import add_gates
+from unmask.models.arch.layers import GatedLinear
+from unmask.models.arch.transformer import Transformer
 from unmask.models.native.packed import Kernels, PackedTransformer
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 from unmask.models.rows import PagedAttend, Rows, Segment
-from unmask.models.transformer import Transformer
 
 # Odd sizes and ranks, so that every tail of every loop runs; each with a rank.
 MODELS = {
@@ -113,8 +113,8 @@ def row_errors(got: Tensor, expected: Tensor) -> Tensor:
     return torch.linalg.vector_norm(got - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
 
 
-def plain_forward(model: Transformer, rows: Rows, store: Tensor, open_T: Tensor) -> Tensor:
-    hidden_BTD: Tensor = model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(store, rows), open_BT=open_T[None])
+def plain_forward(model: Transformer, rows: Rows, store: Tensor, noisy_T: Tensor) -> Tensor:
+    hidden_BTD: Tensor = model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(store, rows), noisy_BT=noisy_T[None])
     return hidden_BTD.squeeze(0)
 
 
@@ -130,7 +130,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
         opened(text(1), 3, a), closed(text(15), 0, d), opened(text(64, masks=True), 15, d, 16),
     )  # fmt: skip
     store, plain = new_store(child.config), new_store(child.config)
-    hidden, gated = packed.forward(rows, store), rows.open_T
+    hidden, gated = packed.forward(rows, store), rows.noisy_T
     reference = rounded(child, bits)
     expected = plain_forward(reference, rows, plain, gated)
     errors = row_errors(hidden, expected)
@@ -154,7 +154,7 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
     packed, (slots,) = PackedTransformer(child, bits, kernels, rotate=rotate), slots_of(64)
     rows = rows_of(closed(text(24), 0, slots), opened(text(40, masks=True), 24, slots))
     logits = packed.logits(packed.forward(rows, new_store(child.config)))
-    expected = child.head(plain_forward(child, rows, new_store(child.config), rows.open_T))
+    expected = child.head(plain_forward(child, rows, new_store(child.config), rows.noisy_T))
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
@@ -179,7 +179,7 @@ def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: i
         opened(text(5, masks=True), 25, c),
     )  # fmt: skip
     hidden = packed.forward(rows, together)
-    assert torch.equal(hidden[~rows.open_T], expected)
+    assert torch.equal(hidden[~rows.noisy_T], expected)
     of_closed = a[:40] + b + c[:25]
     assert torch.equal(together[:, :, :, of_closed], store[:, :, :, of_closed])
     assert torch.equal(packed.logits(expected), packed_parent.logits(expected))

@@ -14,13 +14,13 @@ from torch import Tensor
 import unmask
 from tiny import tiny_model
 from unmask.errors import ConfigError
-from unmask.models.config import ModelConfig, RopeConfig
-from unmask.models.layers import RMSNorm, apply_rope, rope_cos_sin
+from unmask.models.arch.config import ModelConfig, RopeConfig
+from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
+from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.packed import Kernels, PackedTransformer
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 from unmask.models.rows import PagedAttend, Rows, Segment
-from unmask.models.transformer import Block, Transformer
 
 SLOTS = 300
 # Odd sizes, so that every tail of every loop runs; a vocabulary of more than one chunk; one head and many a kv head.

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from unmask.errors import BackendError
-from unmask.models.hub import cache_folder
+from unmask.models.weights.hub import cache_folder
 
 _SOURCE = Path(__file__).parent / "kernels.cpp"
 # Contraction of a * b + c is the compiler's whim, tile by tile; the kernels promise the same bits in every tile.

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError
-from unmask.models.config import ModelConfig
-from unmask.models.layers import FeedForward, GatedLinear, RMSNorm, rope_cos_sin
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.layers import FeedForward, GatedLinear, RMSNorm, rope_cos_sin
+from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native import interface
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
 from unmask.models.rows import Rows, Segment
-from unmask.models.transformer import Block, Transformer
 
 __all__ = ["Kernels", "PackedTransformer"]
 
@@ -73,7 +73,7 @@ class PackedTransformer:
         self._model = interface.Model(
             addressof(self._layers), self._norm_weight(model.norm), config.num_layers, config.hidden_size, config.num_heads,
             config.num_kv_heads, config.head_dim, config.rotary_dim, config.ffn_size, mixed_channels(config.ffn_size),
-            config.gated_rank or 0, config.norm_eps,
+            config.gated_lora_rank or 0, config.norm_eps,
         )  # fmt: skip
         self._workspace = interface.Workspace()
 

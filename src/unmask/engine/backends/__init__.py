@@ -1,0 +1,1 @@
+"""Backends that compute the model: PyTorch, and the native CPU kernels."""

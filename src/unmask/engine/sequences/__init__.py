@@ -1,0 +1,1 @@
+"""Sequences being decoded: autoregressive, block diffusion, constrained, speculative."""

@@ -1,0 +1,248 @@
+"""A request being served: what is decided, what is committed to the cache, what the next forward must hold.
+
+Owns what `BlockDiffusionSequence` and `AutoregressiveSequence` have in common: both are prefilled, preempted and finished alike
+whatever runs beside them. Knows neither the model nor its neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion.decode import Guess
+from unmask.diffusion.objectives import ban_mask
+from unmask.engine.kv_cache import PrefixHashes
+from unmask.engine.request import Completion, Costs, FinishReason, Request, Step, TokenLogprob, finish
+
+Decode = Callable[[Ids[int]], str]
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`.
+
+    Positions below `border` are read causally, as the context of a shifted model is, from there on in blocks.
+    """
+
+    start: int
+    stop: int
+    rows: tuple[int, ...] = ()
+    queries: tuple[int, ...] = ()
+    border: int = 0
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Candidates for a plan's queries, and their logits [N, V] where the request needs more than candidates."""
+
+    guess: Guess
+    logits_NV: Tensor | None
+
+
+class Sequence(ABC):
+    """State common to both kinds.
+
+    Attributes:
+        tokens: the canvas by position; a mask where undecided.
+        committed: positions whose keys and values are in the cache, computed from final tokens.
+        pages: of the cache, in order; the first `num_published` are shared and never written.
+        completion: set when it has ended.
+    """
+
+    block_size: int
+
+    @property
+    def open_size(self) -> int:
+        """Block size of rows that are not final yet."""
+        return self.block_size
+
+    def __init__(
+        self, request: Request, number: int, mask_id: int | None, cache_block_size: int, decode: Decode | None
+    ) -> None:
+        self.request, self.number, self.mask_id, self._decode = request, number, mask_id, decode
+        self.digests = PrefixHashes(self.block_size, cache_block_size)
+        self.committed = 0
+        self.pages: list[int] = []
+        self.num_published = 0
+        self.slots_K = torch.empty(0, dtype=torch.int64)
+        self.consecutive = True
+        self.order = (0, number)
+        self._final_ids: list[int] = []
+        self._final_places: Ids[int] = ()
+        self._num_taken = 0
+        self.step = 0
+        self.last_step: Step | None = None
+        self.last_served = 0
+        self.forwards = self._prefills = self._edits = self.cached_tokens = self.preemptions = 0
+        self.completion: Completion | None = None
+        self._logprobs: dict[int, TokenLogprob] = {}
+        self._trace: list[Step] = []
+        self._times = [time.perf_counter()]
+        self.watched = request.trace
+        self.grammar = None if request.grammar is None else request.grammar.start()
+
+    tokens: list[int]
+
+    @property
+    @abstractmethod
+    def num_final(self) -> int:
+        """Leading positions, in whole blocks, whose tokens will not change any more."""
+
+    @property
+    @abstractmethod
+    def reach(self) -> int:
+        """Positions that the next forward covers when all it lacks fits."""
+
+    @abstractmethod
+    def plan(self, budget: int) -> ScheduledSequence | None:
+        """The next forward's rows, at most `budget` of them; None when not even the least part fits."""
+
+    @abstractmethod
+    def apply(self, plan: ScheduledSequence, answer: ModelOutput | None) -> None:
+        """Take in what the forward of `plan` gave (None: it asked nothing)."""
+
+    def start(self) -> None:
+        """It has been admitted for the first time."""
+        if len(self._times) == 1:
+            self._times.append(time.perf_counter())
+
+    def preempt(self) -> list[int]:
+        """Give up the pages; everything decided stays. Returns them."""
+        pages, self.pages = self.pages, []
+        self.committed, self.num_published, self.consecutive = 0, 0, True
+        self.slots_K = self.slots_K[:0]
+        return pages
+
+    def add_page(self, page: int) -> None:
+        """One more page behind the others."""
+        size = self.digests.cache_block_size
+        self.consecutive &= not self.pages or page == self.pages[-1] + 1
+        self.pages.append(page)
+        self.slots_K = torch.cat((self.slots_K, torch.arange(page * size, (page + 1) * size)))
+
+    def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
+        """A copy of the logits at `positions` with what the request bans or favours; the grammar is not applied here."""
+        logits_NV = logits_NV.float().clone()
+        for token, bias in self.request.logit_bias.items():
+            logits_NV[:, token] += bias
+        if self.mask_id is not None:
+            logits_NV[:, self.mask_id] = float("-inf")
+        early = len(self.request.ids) + self.request.min_new_tokens
+        too_early = torch.tensor([position < early for position in positions], device=logits_NV.device)
+        if self.request.eos_ids and bool(too_early.any()):
+            is_end_V = torch.zeros(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
+            is_end_V[sorted(self.request.eos_ids)] = True
+            logits_NV[too_early[:, None] & is_end_V] = float("-inf")
+        return logits_NV
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a grammar, and nothing may follow."""
+        return self.grammar is not None and self.grammar.finished
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token and its probability are all it needs of the logits."""
+        request, rules = self.request, self.request.rules
+        whole = request.logprobs is None and request.grammar is None and not request.logit_bias
+        ends = bool(request.eos_ids) and (request.min_new_tokens > 0 or None in request.ids)
+        return whole and not ends and rules.temperature == 0.0 and rules.policy != "entropy"
+
+    def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Ids that have become final since the last call, and their log-probabilities if those were asked for."""
+        new = slice(self._num_taken, len(self._final_ids))
+        self._num_taken = len(self._final_ids)
+        logprobs = () if self.request.logprobs is None else tuple(self._logprobs[p] for p in self._final_places[new])
+        return tuple(self._final_ids[new]), logprobs
+
+    def _count(self, plan: ScheduledSequence) -> None:
+        self.forwards += 1
+        if not plan.queries:
+            self._prefills += 1
+        elif len(self._times) == 2:
+            self._times.append(time.perf_counter())
+
+    def note_logprobs(self, positions: Ids[int], logits_NV: Tensor | None, at: dict[int, int]) -> None:
+        """Log-probabilities of tokens just decided, if they are asked for; 0 for one that the grammar left no choice about.
+
+        Args:
+            positions: of the tokens.
+            logits_NV: as the model gave them; None: nothing was asked of it.
+            at: their row, by position.
+        """
+        count = self.request.logprobs
+        if count is None:
+            return
+        logprobs_NV = None if logits_NV is None else ban_mask(logits_NV.float(), self.mask_id).log_softmax(-1)
+        for position in positions:
+            token = self.tokens[position]
+            if logprobs_NV is None or position not in at:
+                self._logprobs[position] = TokenLogprob(token, 0.0)
+                continue
+            row = logprobs_NV[at[position]]
+            best = row.topk(count) if count else None
+            others = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            self._logprobs[position] = TokenLogprob(token, float(row[token]), others)
+
+    def _end(self, positions: Ids[int], *, over: bool) -> None:
+        """Hand out what is final, and end here if it holds an end, a stop string or all that was asked for.
+
+        Args:
+            positions: of the completion so far, in order.
+            over: nothing more may follow.
+        """
+        found = finish([self.tokens[position] for position in positions], self.request, self.forwards)
+        # What a grammar completes beyond the budget is cut, and so is no sentence.
+        stopped = found.finish_reason == "stop" or (over and len(positions) <= self.request.num_wanted)
+        if self.request.stop:
+            assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
+            cut = find_stop(self._decode, found.ids, len(self._final_ids), self.request.stop)
+            count, text = (len(found.ids), self._decode(found.ids)) if cut is None else cut
+            found = replace(found, ids=found.ids[:count], text=text)
+            stopped |= cut is not None
+        self._final_ids, self._final_places = list(found.ids), positions
+        if stopped or len(found.ids) == self.request.num_wanted:
+            reason: FinishReason = "stop" if stopped else "length"
+            logprobs = None
+            if self.request.logprobs is not None:
+                logprobs = tuple(self._logprobs[position] for position in positions[: len(found.ids)])
+            costs, trace = self._costs(), tuple(self._trace)
+            self.completion = replace(found, finish_reason=reason, logprobs=logprobs, costs=costs, trace=trace)
+
+    def _costs(self) -> Costs:
+        times = [*self._times, *[time.perf_counter()] * (4 - len(self._times))]
+        queue, prefill, denoise = (late - early for early, late in itertools.pairwise(times))
+        return Costs(self._prefills, self._edits, self.cached_tokens, self.preemptions, queue, prefill, denoise)
+
+    def _report(self, step: Step) -> None:
+        self.last_step = step
+        if self.request.trace:
+            self._trace.append(step)
+
+
+def find_stop(decode: Decode, ids: Ids[int], num_searched: int, stops: Ids[str]) -> tuple[int, str] | None:
+    """The fewest leading ids whose text holds a stop string, and the text before it.
+
+    Args:
+        decode: text of ids.
+        ids: the completion so far.
+        num_searched: leading ids known to hold none.
+        stops: the strings; of several, the one that begins first counts.
+    """
+    whole = decode(ids)
+    if not any(stop in whole for stop in stops):
+        return None
+    for count in range(num_searched, len(ids) + 1):
+        text = decode(ids[:count])
+        places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+        if places:
+            return count, text[: min(places)]
+    return None

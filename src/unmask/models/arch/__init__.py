@@ -1,0 +1,1 @@
+"""The architecture: configuration, layers and the transformer."""

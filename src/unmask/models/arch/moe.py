@@ -1,0 +1,128 @@
+"""Mixture of experts with Ling 2.0's router: sigmoid scores, group-limited top-k, shared expert.
+
+Owns routing and the grouped expert products. Knows nothing of balancing policies or of training: an observer may look on.
+
+Legend: N tokens, D hidden, E experts, A active experts per token, F expert feed-forward, P = N * A routed pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.models.arch.config import MoEConfig
+from unmask.models.arch.layers import FeedForward
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Choose experts and their weights.
+
+    Scores are sigmoids of the logits. `bias_E` only selects: groups are ranked by the sum of their two best biased
+    scores, the best groups stay eligible, the top experts among them are chosen by biased score, and the weights are the
+    *unbiased* scores, normalised over the chosen and scaled.
+
+    Args:
+        logits_NE: router logits, float32 or wider.
+        bias_E: selection bias.
+        moe: the router's sizes.
+
+    Returns:
+        Weights [N, A] in the logits' dtype and expert indices [N, A] int64.
+
+    Source: DeepSeek-V3 (2412.19437) Eqs 13-16 with group limiting, as used by Ling 2.0 / LLaDA2.0.
+    """
+    scores_NE = logits_NE.sigmoid()
+    biased_NE = scores_NE + bias_E
+    if moe.num_active_groups < moe.num_groups:
+        grouped = biased_NE.view(-1, moe.num_groups, moe.num_experts // moe.num_groups)
+        group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best_groups = group_scores.topk(moe.num_active_groups, dim=-1).indices
+        eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best_groups, True)
+        biased_NE = grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(1)
+    indices_NA = biased_NE.topk(moe.num_active, dim=-1).indices
+    weights_NA = scores_NE.gather(1, indices_NA)
+    if moe.normalize:
+        weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
+    return weights_NA * moe.routed_scale, indices_NA
+
+
+def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of `x_PD`, sorted by expert, times their own expert's matrix: [P, F].
+
+    `ends_E` (int32) is where each expert's rows end. One grouped product; what the kernel lacks (float64, rows that are not
+    a multiple of 16 bytes) goes expert by expert.
+    """
+    ragged = any(size * weight_EFD.element_size() % 16 for size in weight_EFD.shape[1:])
+    if ragged or x_PD.dtype == torch.float64:
+        starts = [0, *ends_E.tolist()]
+        spans = zip(starts, starts[1:], weight_EFD, strict=False)
+        return torch.cat([F.linear(x_PD[a:b], weight_FD) for a, b, weight_FD in spans])
+    out: Tensor = F.grouped_mm(x_PD, weight_EFD.transpose(1, 2), offs=ends_E)
+    return out
+
+
+class RouterObserver(Protocol):
+    """Sees every routing decision of one layer; what it returns, if anything, is added to the training loss."""
+
+    def __call__(self, logits_NE: Tensor, indices_NA: Tensor) -> Tensor | None: ...
+
+
+class _AlsoMinimise(torch.autograd.Function):
+    """The identity of its first argument; in the backward pass its second, a scalar, counts as part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones_like(ctx.like)
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts, a drop-in for `FeedForward`."""
+
+    expert_bias: Tensor
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.moe = moe
+        self.router = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(moe.num_experts))
+        self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.expert_size))
+        self.shared = FeedForward(hidden_size, moe.expert_size * moe.num_shared) if moe.num_shared else None
+        self.observer: RouterObserver | None = None
+        for weight in (self.router, self.gate_up, self.down):
+            nn.init.normal_(weight, std=0.02)
+
+    def router_logits(self, x_ND: Tensor) -> Tensor:
+        """Router logits in at least float32: casting them to bfloat16 would choose other experts."""
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(wide), self.router.to(wide))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Apply to `x_BTD`; returns [B, T, D]."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE = self.router_logits(x_ND)
+        weights_NA, indices_NA = route(logits_NE, self.expert_bias.to(logits_NE.dtype), self.moe)
+        extra_loss = None if self.observer is None else self.observer(logits_NE, indices_NA)
+        if extra_loss is not None:
+            weights_NA = _AlsoMinimise.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]
+        experts_P = indices_NA.flatten()
+        order_P = experts_P.argsort(stable=True)
+        ends_E = torch.bincount(experts_P, minlength=self.moe.num_experts).cumsum(0).to(torch.int32)
+        tokens_P = order_P // self.moe.num_active
+        gate_PF, up_PF = grouped_linear(x_ND[tokens_P], self.gate_up, ends_E).chunk(2, dim=-1)
+        out_PD = grouped_linear(F.silu(gate_PF) * up_PF, self.down, ends_E)
+        # Back in token order, then weighted and summed in the weights' float32: no scatter, so the order is fixed.
+        out_NAD = out_PD[order_P.argsort()].view(*indices_NA.shape, -1)
+        out_ND = (out_NAD * weights_NA[..., None]).sum(1).to(x_ND.dtype)
+        if self.shared is not None:
+            out_ND = out_ND + self.shared(x_ND)
+        return out_ND.view_as(x_BTD)

@@ -1,0 +1,133 @@
+"""The one transformer: every family, training and inference.
+
+Owns the forward pass from token ids to hidden states and the vocabulary head. Who may see whom, and any cache, come in as
+`Attend`; weights come from `checkpoint`; family differences are fields of `ModelConfig`.
+
+Legend: B batch, T tokens, D hidden, V vocabulary, N selected positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unmask.models.arch.attention import Attend, Attention
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
+from unmask.models.arch.moe import MoE
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer: attention, then a dense or routed feed-forward."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp: nn.Module
+        if config.moe is not None and config.is_moe_layer(layer):
+            self.mlp = MoE(config.hidden_size, config.moe)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.ffn_size, bias=config.mlp_bias, rank=config.gated_lora_rank)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, noisy_BT: Tensor | None = None) -> Tensor:
+        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`, `noisy_BT` to its gated updates."""
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
+        x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), noisy_BT)
+        return x_BTD + apply(self.mlp, self.mlp_norm(x_BTD), noisy_BT)
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer. `forward` gives hidden states; `head` turns chosen ones into logits.
+
+    Logits at a position predict the token *at* that position in diffusion use, the *next* token in autoregressive use:
+    the module does not care.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # What is read for a mask, which rows of the parent's never hold; its embedding stays as it is.
+        self.mask_vector = None if config.gated_lora_rank is None else nn.Parameter(torch.zeros(config.hidden_size))
+        self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.activation_checkpointing = False
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [V, D], the embedding itself when tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attend: Attend,
+        *,
+        input_noise: Tensor | None = None,
+        noisy_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens_BT: int64 token ids.
+            positions_BT: int64 position of each token, counted from the start of its document.
+            attend: attention pattern and cache.
+            input_noise: [B, T, D], added to the embedding layer's output (mask-embedding noise).
+            noisy_BT: bool, the rows that denoise. They pass the gated updates of a model that has them, and nothing else hangs
+                on it; None: no row does.
+
+        Returns:
+            [B, T, D] hidden states in the compute dtype.
+        """
+        x_BTD = self.embed(tokens_BT)
+        if self.mask_vector is None:
+            noisy_BT = None
+        else:
+            assert self.config.mask_id is not None
+            x_BTD = torch.where(tokens_BT.eq(self.config.mask_id)[..., None], self.mask_vector, x_BTD)
+        if input_noise is not None:
+            x_BTD = x_BTD + input_noise.to(x_BTD.dtype)
+        cos, sin = rope_cos_sin(positions_BT, self.inv_freq, self.rope_factor, x_BTD.dtype)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, cos, sin, attend, noisy_BT, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, cos, sin, attend, noisy_BT)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], in their dtype."""
+        return F.linear(hidden, self.head_weight)
+
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
+        """Fill every matrix with N(0, std^2) and every norm with ones: tiny random models for tests and dry runs."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def num_parameters(self) -> int:
+        """Parameters, each counted once (a tied head is free)."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token touches: all but the experts it is not routed to."""
+        idle = 0
+        for block in self.blocks:
+            if isinstance(block.mlp, MoE):
+                per_expert = (block.mlp.gate_up.numel() + block.mlp.down.numel()) // block.mlp.moe.num_experts
+                idle += per_expert * (block.mlp.moe.num_experts - block.mlp.moe.num_active)
+        return self.num_parameters() - idle

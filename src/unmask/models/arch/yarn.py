@@ -1,0 +1,40 @@
+"""A longer context for a model that was trained with a shorter one.
+
+Owns the replacement of the rotary scaling; weights are shared with the model it is made from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from unmask.errors import ConfigError
+from unmask.models.arch.layers import rope_frequencies
+from unmask.models.arch.transformer import Transformer
+
+
+def stretch_context(model: Transformer, factor: float) -> Transformer:
+    """The same weights with YaRN scaling, for `factor` times the positions.
+
+    Args:
+        model: with unscaled rotary embeddings.
+        factor: more than 1; 2 doubles the context.
+
+    Raises:
+        ConfigError: a factor that does not stretch, or a model whose embeddings are scaled already.
+
+    Source: YaRN (2309.00071); the LLaDA2.0 report runs its long-context tests this way, with a factor of 2.
+    """
+    config = model.config
+    if not 1.0 < factor < float("inf"):
+        raise ConfigError(f"YaRN factor is {factor:g}; it must be more than 1")
+    if config.rope.kind != "default":
+        raise ConfigError(f"the rotary embeddings are scaled already ({config.rope.kind}); leave the YaRN factor out")
+    rope = replace(config.rope, kind="yarn", factor=factor, original_max_positions=config.max_positions)
+    longer = replace(config, rope=rope, max_positions=int(config.max_positions * factor))
+    with torch.device("meta"):
+        stretched = Transformer(longer)
+    stretched.load_state_dict(model.state_dict(), strict=True, assign=True)
+    stretched.inv_freq = rope_frequencies(rope, longer.rotary_dim)[0].to(model.inv_freq.device)
+    return stretched.eval()

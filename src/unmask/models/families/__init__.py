@@ -1,0 +1,1 @@
+"""Model families as published on Hugging Face: config keys and tensor names."""

@@ -1,0 +1,1 @@
+"""Weights on disk: safetensors, hub, adapters, GGUF, deltas, checkpoints and export."""

@@ -1,0 +1,369 @@
+"""LoRA: low-rank updates of the linear layers, their files in the layout of PEFT, and folding them into the weights.
+
+Owns the adapted layer, its attachment, and the two files of an adapter. What the keys of its config mean is `peft_keys`', what
+the modules are called on disk `families`'. Knows nothing of training.
+
+Legend: D inputs, F outputs of a layer; R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unmask.errors import CheckpointError, ConfigError
+from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Transformer
+from unmask.models.families.registry import FAMILIES, slots, write_config
+from unmask.models.weights.checkpoint import (
+    ADAPTED_NAME,
+    TensorSpec,
+    load_model,
+    read_json,
+    read_model_config,
+    resize_vocabulary,
+    write_safetensors,
+)
+from unmask.models.weights.files import bytes_writer, disk_errors, json_bytes, staging_folder, sync_folder, write_synced
+from unmask.models.weights.hub import ADAPTER_CONFIG
+from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_HEAD = "lm_head"
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer plus `alpha / rank * B A` for each part of it that is adapted.
+
+    A part is a module on disk: fused projections (query-key-value, gate-up) have several, each with a pair of its own or none.
+    The weight keeps its name, so a checkpoint of the base still fits.
+    """
+
+    def __init__(self, base: nn.Linear, parts: Sequence[tuple[int, Pair | None]], generator: torch.Generator) -> None:
+        """Adapt a layer.
+
+        Args:
+            base: whose weight [F, D] and bias are taken over.
+            parts: rows of each part and its rank and alpha; the rows sum to F.
+            generator: of A; B starts at zero.
+        """
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        assert sum(rows for rows, _ in parts) == base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.parts = tuple(parts)
+        self.active = True
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+        bound = math.sqrt(3.0 / base.in_features)
+        for number, (rows, pair) in enumerate(parts):
+            if pair is not None:
+                a = torch.empty(pair.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+                self.lora_a[str(number)] = nn.Parameter(a.to(base.weight))
+                self.lora_b[str(number)] = nn.Parameter(torch.zeros(rows, pair.rank).to(base.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = F.linear(x, self.weight, self.bias)
+        if not self.active:
+            return frozen
+        updates = []
+        for number, (rows, pair) in enumerate(self.parts):
+            if pair is None:
+                updates.append(x.new_zeros(*x.shape[:-1], rows))
+            else:
+                updates.append(F.linear(F.linear(x, self.lora_a[str(number)]), self.lora_b[str(number)]) * pair.scale)
+        return frozen + torch.cat(updates, dim=-1)
+
+    @torch.no_grad()
+    def folded(self) -> Tensor:
+        """The weight [F, D] of a layer without adapter that computes the same; in the weight's dtype, summed in float32."""
+        weight = self.weight.float()
+        deltas = weight.new_zeros(weight.shape)
+        for number, rows in enumerate(deltas.split([rows for rows, _ in self.parts])):
+            pair = self.parts[number][1]
+            if pair is not None:
+                rows += pair.scale * (self.lora_b[str(number)].float() @ self.lora_a[str(number)].float())
+        return (weight + deltas).to(self.weight.dtype)
+
+
+def attach_lora(model: Transformer, *, rank: int, alpha: float, seed: int, train_embedding: bool) -> Transformer:
+    """Freeze the model and adapt every linear layer of attention and the dense feed-forwards, in place.
+
+    Args:
+        model: whose linear layers are replaced; routed experts stay frozen.
+        rank: R.
+        alpha: the update is scaled by alpha / rank.
+        seed: of A; B starts at zero, so the model computes what it did before.
+        train_embedding: leave the embedding (and an untied head) trainable: a new mask token needs it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ConfigError: the rank is below 1, or the model has an adapter already.
+
+    Source: LoRA (2106.09685) Eq. 3.
+    """
+    if rank < 1:
+        raise ConfigError(f"LoRA rank is {rank}; it must be at least 1")
+    return _attach(model, lambda module: Pair(rank, alpha), seed=seed, train_embedding=train_embedding)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every adapted layer computes its frozen layer only: what the model did before it was adapted.
+
+    An embedding trained along with the adapter stays as trained: attach with `train_embedding=False` where that matters.
+
+    Args:
+        model: with an adapter.
+
+    Raises:
+        ConfigError: it has none, and nothing would be switched off.
+    """
+    layers = [layer for _, layer in _adapted(model)]
+    if not layers:
+        raise ConfigError("the model has no adapter to switch off; attach one, or keep a frozen copy of the model instead")
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = False
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+@torch.no_grad()
+def folded_state(model: Transformer) -> dict[str, Tensor]:
+    """The model's state with every adapter folded into its weight.
+
+    Args:
+        model: with an adapter or without.
+
+    Returns:
+        Tensors under the names and in the shapes of the model without adapters.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    return state | {f"{name}.weight": layer.folded() for name, layer in _adapted(model)}
+
+
+def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
+    """Write the adapter in the layout of PEFT, completely or not at all.
+
+    Embedding and head go with it when they are trainable. Beside PEFT's two files lies `unmask_config.json`, the config of the
+    adapted model, for its mask token, block size and vocabulary. The tokenizer's files may be put there too
+    (`Tokenizer.save`); where they are not, the base's tokenizer is used.
+
+    Args:
+        model: with an adapter.
+        folder: new, or of an adapter to replace.
+        base: the model that was adapted: a folder, a Hugging Face id or the name of an embedded model.
+
+    Raises:
+        ConfigError: the model has no adapter.
+        CheckpointError: the disk is full or refuses.
+    """
+    pairs, tensors = _stored(model)
+    if not pairs:
+        raise ConfigError("the model has no adapter to save; attach one, or save the whole model")
+    modules_to_save = None
+    if model.head_weight.requires_grad:
+        # Both even where they are one: PEFT would leave the head as it was if only the embedding were stored.
+        tensors |= _vocabulary(model)
+        modules_to_save = [FAMILIES[model.config.family].embedding.rpartition(".")[2], _HEAD]
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    modules = [name.removesuffix(".weight") for name in slots(model.config)]
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    jsons = {
+        ADAPTED_NAME: write_config(model.config, dtype=str(model.embed.weight.dtype).removeprefix("torch.")),
+        ADAPTER_CONFIG: write_settings(pairs, modules, base=base, modules_to_save=modules_to_save),
+    }
+    with staging_folder(folder) as stage, disk_errors(folder):
+        write_synced(stage / ADAPTER_WEIGHTS, partial(write_safetensors, specs=specs, names=specs, read=tensors.__getitem__))
+        for name, value in jsons.items():
+            write_synced(stage / name, bytes_writer(json_bytes(value)))
+        sync_folder(stage)
+        if stage.parent == folder:
+            for name in (ADAPTER_WEIGHTS, *jsons):
+                os.replace(stage / name, folder / name)
+        else:
+            os.rename(stage, folder)
+        sync_folder(folder.parent)
+
+
+def load_adapter(model: Transformer, folder: Path) -> Transformer:
+    """Attach the adapter in `folder` to the model it was made for, in place, and fill it.
+
+    Args:
+        model: the base, its vocabulary of the size the adapter has. It is frozen, but for the adapter and for the embedding
+            and head if the adapter brings them.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`, ours or of the peft library.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; a setting is not supported; or tensors are missing, unexpected or
+            misshaped, all of which are named. The model is then as it was.
+        ConfigError: the model has an adapter already.
+    """
+    settings, tensors = read_json(folder / ADAPTER_CONFIG), _read_tensors(folder)
+    parts = {module: rows for layer in _layers(model.config).values() for module, rows in layer}
+    try:
+        pairs = read_pairs(settings, parts)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from error
+    _check(folder, model, settings, pairs, tensors)
+    vocabulary = {name: place for name, place in _vocabulary(model).items() if name in tensors}
+    _attach(model, pairs.get, seed=0, train_embedding=bool(vocabulary))
+    with torch.no_grad():
+        for name, place in (_stored(model)[1] | vocabulary).items():
+            place.copy_(tensors[name])
+    return model
+
+
+def load_adapted(folder: Path, base: Path, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """The model of an adapter's folder, the adapter folded in; `load_model` calls this.
+
+    Args:
+        folder: of the adapter. An `unmask_config.json` in it says what differs from the base in special tokens and vocabulary.
+        base: folder of the model that was adapted.
+        dtype: of the parameters.
+        device: where they live.
+
+    Returns:
+        A model without adapter.
+
+    Raises:
+        CheckpointError: as of `load_model` and `load_adapter`; or the two configs are of different architectures.
+    """
+    model = load_model(base, dtype=dtype, device=device)
+    config = read_model_config(folder) if (folder / ADAPTED_NAME).exists() else model.config
+    embedding = _read_tensors(folder).get(f"{_PREFIX}{FAMILIES[config.family].embedding}.weight")
+    rows = config.vocab_size if embedding is None else len(embedding)
+    if rows > model.config.vocab_size:
+        resize_vocabulary(model, rows)
+    model.config = replace(
+        model.config, mask_id=config.mask_id, block_size=config.block_size, start_id=config.start_id, bos_id=config.bos_id,
+        eos_ids=config.eos_ids, pad_id=config.pad_id, hf_extras=config.hf_extras,
+    )  # fmt: skip
+    if (folder / ADAPTED_NAME).exists() and model.config != config:
+        raise CheckpointError(f"{folder / ADAPTED_NAME} is of another architecture than the base in {base}; name its own base")
+    load_adapter(model, folder)
+    for name, layer in _adapted(model):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(layer.folded()), layer.bias
+        _replace(model, name, plain)
+    return model.requires_grad_(True)
+
+
+def _layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
+    """The linear layers that can be adapted: of each, the modules on disk that are fused in it and their rows, in order."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, slot in slots(config).items():
+        if slot.parameter.startswith("blocks.") and slot.parameter.endswith(".weight") and len(slot.shape) == 2:
+            parts = found.setdefault(slot.parameter.removesuffix(".weight"), [])
+            parts.append((name.removesuffix(".weight"), slot.shape[0]))
+    return found
+
+
+def _attach(model: Transformer, pair_of: Callable[[str], Pair | None], *, seed: int, train_embedding: bool) -> Transformer:
+    if _adapted(model):
+        raise ConfigError("the model has an adapter already; fold it in first (save the model and load it)")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, modules in _layers(model.config).items():
+        parts = [(rows, pair_of(module)) for module, rows in modules]
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), f"{name} is not a linear layer"
+        if any(pair is not None for _, pair in parts):
+            _replace(model, name, LoraLinear(layer, parts, generator))
+    if train_embedding:
+        model.embed.weight.requires_grad_(True)
+        model.head_weight.requires_grad_(True)
+    return model
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLinear)]
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _stored(model: Transformer) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """Of an adapted model: rank and alpha by module on disk, and the tensors A and B under their names in the file."""
+    layers, pairs, tensors = _layers(model.config), {}, {}
+    for name, layer in _adapted(model):
+        for number, (module, _) in enumerate(layers[name]):
+            pair = layer.parts[number][1]
+            if pair is not None:
+                pairs[module] = pair
+                tensors[f"{_PREFIX}{module}.lora_A.weight"] = layer.lora_a[str(number)]
+                tensors[f"{_PREFIX}{module}.lora_B.weight"] = layer.lora_b[str(number)]
+    return pairs, tensors
+
+
+def _vocabulary(model: Transformer) -> dict[str, Tensor]:
+    """Embedding and head, which may be one tensor, under their names in the file."""
+    names = (FAMILIES[model.config.family].embedding, _HEAD)
+    return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; save the adapter as safetensors")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch or save it again") from error
+    return tensors
+
+
+def _check(
+    folder: Path, model: Transformer, settings: Mapping[str, Any], pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor]
+) -> None:
+    """Everything that keeps the file from fitting the model, in one error."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    places = slots(model.config)
+    for module, pair in pairs.items():
+        rows, columns = places[f"{module}.weight"].shape
+        wanted[f"{_PREFIX}{module}.lora_A.weight"] = (pair.rank, columns)
+        wanted[f"{_PREFIX}{module}.lora_B.weight"] = (rows, pair.rank)
+    vocabulary = _vocabulary(model)
+    embedding, head = vocabulary
+    saved = settings.get("modules_to_save") or []
+    known = {name: name.removesuffix(".weight").rpartition(".")[2] for name in vocabulary}
+    problems = [f"modules_to_save names {name}, not the embedding or head" for name in saved if name not in known.values()]
+    wanted |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or known[name] in saved}
+    if model.config.tied_head and known[embedding] in saved and head not in tensors:
+        problems.append(f"{known[embedding]} was trained apart from the head it is tied to")
+    if model.config.tied_head and head in tensors and not torch.equal(tensors[head], tensors.get(embedding, vocabulary[head])):
+        problems.append(f"{_HEAD} differs from the embedding it is tied to")
+    problems += [f"missing: {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in wanted]
+    problems += [
+        f"wrong shape: {name} is {list(tensors[name].shape)}, must be {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} does not fit the model: {'; '.join(problems)}")

