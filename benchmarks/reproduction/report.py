@@ -25,7 +25,7 @@ from typing import Any
 from turns import by_turns, compare_settings
 
 from unmask.eval.provenance import environment
-from unmask.models.weights.files import atomic_write_json
+from unmask.files import atomic_write_json
 
 SUITE = "mini-5"
 QUALITY, SPEED = 0.99, 2.1

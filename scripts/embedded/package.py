@@ -20,9 +20,10 @@ import torch
 
 import unmask
 from unmask.errors import UnmaskError
-from unmask.models.weights.checkpoint import iter_tensors, read_json
+from unmask.files import read_json
 from unmask.models.weights.delta import decode_delta, encode_delta
 from unmask.models.weights.hub import ASSET_FORMAT, DELTA, METADATA, resolve
+from unmask.models.weights.safetensors_io import iter_tensors
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe, parse_recipe
 

@@ -15,7 +15,8 @@ from unmask.cli.export import shard_bytes
 from unmask.engine.llm import load
 from unmask.errors import ConfigError
 from unmask.models.weights.adapter import attach_lora, save_adapter
-from unmask.models.weights.checkpoint import load_model, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 
 
 @pytest.fixture

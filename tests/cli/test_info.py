@@ -10,7 +10,7 @@ import pytest
 from unmask.cli.info import BYTES_PER_PARAMETER, describe
 from unmask.models.families.presets import PRESETS, preset
 from unmask.models.families.registry import read_config
-from unmask.models.weights.checkpoint import load_model
+from unmask.models.weights.loading import load_model
 
 
 def test_facts_of_a_folder(run, diffusion_folder: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from runs import tiny_folder, tiny_jsonl, tiny_recipe
-from unmask.models.weights.checkpoint import load_model, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 from unmask.train.merge import top_k
 from unmask.train.run import run_recipe
 

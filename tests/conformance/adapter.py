@@ -18,7 +18,7 @@ from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
-from unmask.models.weights.checkpoint import load_model
+from unmask.models.weights.loading import load_model
 
 Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 

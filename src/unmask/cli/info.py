@@ -137,7 +137,7 @@ def _fetch_config(model: str) -> Path:
 def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
     """What safetensors the folder holds; None for a config.json alone."""
     from unmask.models.families.registry import slots
-    from unmask.models.weights.checkpoint import tensor_index
+    from unmask.models.weights.safetensors_io import tensor_index
 
     if not any(folder.glob("*.safetensors*")):
         return None

@@ -42,7 +42,7 @@ def sweep(
     A killed sweep goes on when it is started again. Writes frontier.png, sweep.md and sweep.json.
     """
     from unmask.eval.report import draw_frontier, markdown_table
-    from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer
+    from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
     bars, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
     chosen, settings = evaluation.choose(suite, tasks), evaluation.settings_of(split, {}, batch)

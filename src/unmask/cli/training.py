@@ -119,7 +119,7 @@ def _check_verb(verb: str, recipe: Recipe) -> Recipe:
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
-    from unmask.models.weights.checkpoint import read_json
+    from unmask.files import read_json
     from unmask.train.state import list_checkpoints
 
     checkpoints = list_checkpoints(run)

@@ -31,8 +31,8 @@ from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import parse_dtype
-from unmask.models.weights.checkpoint import load_model
 from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.models.weights.loading import load_model
 
 DEFAULT_BLOCK_SIZE = 32
 

@@ -25,7 +25,7 @@ from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.sentences import ensure_punkt
-from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer
+from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
 _GENERATION_OPTIONS = {

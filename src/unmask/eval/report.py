@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.eval.compare import Comparison, Interval, to_json
-from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer
+from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"

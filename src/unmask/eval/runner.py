@@ -20,7 +20,7 @@ from unmask.engine.request import Request
 from unmask.errors import ConfigError
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.task import Item, Split, Task
-from unmask.models.weights.files import atomic_write_json
+from unmask.files import atomic_write_json
 
 FORMAT = 1
 SCORED_TOGETHER = 16

@@ -22,7 +22,7 @@ from unmask.eval.outside import LOCAL, Target, find_harnesses
 from unmask.eval.registry import Planned, Suite, combine, plan
 from unmask.eval.runner import OnProgress, Settings, run_tasks
 from unmask.eval.task import Task
-from unmask.models.weights.files import atomic_write_json
+from unmask.files import atomic_write_json
 
 
 @cache

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.weights.checkpoint import TensorSpec, read_json, read_model_config, write_checkpoint
+from unmask.files import read_json
+from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import ADAPTER_CONFIG
-from unmask.models.weights.tensor_files import TensorFiles
+from unmask.models.weights.safetensors_io import TensorFiles, TensorSpec, write_checkpoint
 from unmask.train.state import list_checkpoints, validation_score
 
 Specs = dict[str, TensorSpec]

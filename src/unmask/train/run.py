@@ -22,11 +22,11 @@ from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import add_gates, train_gates
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
-from unmask.models.weights.checkpoint import load_model, resize_vocabulary
 from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.models.weights.loading import load_model
 from unmask.train.drafting import Drafting
 from unmask.train.metrics import Record, plot_run, read_metrics
 from unmask.train.objective import Denoising, MaskedSetting, NextToken, Objective, Preference, Setting

@@ -21,7 +21,8 @@ from unmask.models.arch.gated_lora import add_gates, autoregressive_parent, trai
 from unmask.models.arch.layers import GatedLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import read_config, write_config
-from unmask.models.weights.checkpoint import load_model, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 SHIFTED = {"mask_id": MASK, "start_id": 1, "block_size": 4}

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.models.weights.checkpoint import load_model, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 
 TOLERANCE = 1e-4
 SIZES: dict[str, Any] = {

@@ -20,7 +20,8 @@ from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.moe import MoE
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import read_config
-from unmask.models.weights.checkpoint import load_model, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 
 Array = NDArray[np.float64]
 YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}

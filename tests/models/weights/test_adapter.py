@@ -16,18 +16,12 @@ from tiny import FAMILIES, tiny_model
 from unmask.engine.llm import load
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.families.registry import slots
 from unmask.models.weights import adapter as adapter_module
-from unmask.models.weights.adapter import (
-    LoraLinear,
-    adapters_off,
-    attach_lora,
-    folded_state,
-    load_adapter,
-    save_adapter,
-)
-from unmask.models.weights.checkpoint import load_model, read_model_config, resize_vocabulary, save_model
+from unmask.models.weights.adapter import LoraLinear, adapters_off, attach_lora, folded_state, load_adapter, save_adapter
+from unmask.models.weights.checkpoint import read_model_config, save_model
+from unmask.models.weights.loading import load_model
 
 
 @torch.no_grad()

@@ -16,18 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from tiny import FAMILIES, tiny_model
 from unmask.errors import CheckpointError, ConfigError
+from unmask.files import disk_errors
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer
-from unmask.models.weights import checkpoint
-from unmask.models.weights.checkpoint import (
-    iter_tensors,
-    load_model,
-    read_model_config,
-    resize_vocabulary,
-    save_model,
-    tensor_index,
-)
-from unmask.models.weights.files import disk_errors
+from unmask.models.arch.transformer import Transformer, resize_vocabulary
+from unmask.models.weights import safetensors_io
+from unmask.models.weights.checkpoint import read_model_config, save_model
+from unmask.models.weights.loading import load_model
+from unmask.models.weights.safetensors_io import iter_tensors, tensor_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = 4000  # bytes a shard: many shards for the tiny models
@@ -99,9 +94,9 @@ def test_shards_keep_their_limit_and_the_index_their_total(tmp_path: Path) -> No
 
 def test_the_safetensors_library_reads_mixed_dtypes_of_odd_length(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.randn(2, 2).double(), "d": torch.zeros(0)}
-    specs = {name: checkpoint.TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    specs = {name: safetensors_io.TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     with (tmp_path / "f.safetensors").open("wb") as file:
-        checkpoint.write_safetensors(file, specs, list(specs), lambda name: tensors[name])
+        safetensors_io.write_safetensors(file, specs, list(specs), lambda name: tensors[name])
     back = load_file(tmp_path / "f.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
@@ -272,7 +267,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
     before = snapshot(folder)
     save_model(new, tmp_path / "new", max_shard_bytes=new_bytes)
     num_files = len(list((tmp_path / "new").iterdir()))
-    real = checkpoint.write_synced
+    real = safetensors_io.write_synced
     left = 0
 
     def failing(path: Path, writer: Callable[..., None]) -> None:
@@ -282,7 +277,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         left -= 1
 
-    monkeypatch.setattr(checkpoint, "write_synced", failing)
+    monkeypatch.setattr(safetensors_io, "write_synced", failing)
     for number in range(num_files):
         left = number
         with pytest.raises(CheckpointError, match=f"^no space left while writing {folder};"):

@@ -24,8 +24,9 @@ from unmask.models.families.presets import preset
 from unmask.models.families.registry import LLADA2_MASK_ID, read_config, slots
 from unmask.models.weights import export as export_module
 from unmask.models.weights.adapter import attach_lora, save_adapter
-from unmask.models.weights.checkpoint import load_model, read_model_config, save_model
+from unmask.models.weights.checkpoint import read_model_config, save_model
 from unmask.models.weights.export import LLADA2_CODE, export_model
+from unmask.models.weights.loading import load_model
 
 DIFFUSION: dict[str, Any] = {"mask_id": 57, "block_size": 8, "eos_ids": (3,), "pad_id": 4}
 CASES = [(family, kind) for family in ("llama", "qwen2", "qwen3", "bailing_moe_v2") for kind in (True, False)]

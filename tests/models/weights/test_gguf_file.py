@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from unmask.errors import CheckpointError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.families.registry import read_config, slots
-from unmask.models.weights.checkpoint import load_model
 from unmask.models.weights.gguf_file import GGUFFile
 from unmask.models.weights.hub import resolve
+from unmask.models.weights.loading import load_model
 
 TinyGGUF = tuple[Path, dict[str, np.ndarray]]
 

@@ -18,9 +18,11 @@ import torch
 
 from unmask.errors import CheckpointError
 from unmask.models.weights import hub
-from unmask.models.weights.checkpoint import iter_tensors, load_model, read_model_config
+from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.delta import encode_delta
 from unmask.models.weights.hub import cache_folder, resolve
+from unmask.models.weights.loading import load_model
+from unmask.models.weights.safetensors_io import iter_tensors
 
 Embedded = tuple[Path, dict[str, np.ndarray]]
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tiny import tiny_model
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.weights.adapter import attach_lora, load_adapter, save_adapter
-from unmask.models.weights.checkpoint import load_model, resize_vocabulary, save_model
+from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.loading import load_model
 from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")

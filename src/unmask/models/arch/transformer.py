@@ -8,11 +8,14 @@ Legend: B batch, T tokens, D hidden, V vocabulary, N selected positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unmask.errors import ConfigError
 from unmask.models.arch.attention import Attend, Attention
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
@@ -131,3 +134,29 @@ class Transformer(nn.Module):
                 per_expert = (block.mlp.gate_up.numel() + block.mlp.down.numel()) // block.mlp.moe.num_experts
                 idle += per_expert * (block.mlp.moe.num_experts - block.mlp.moe.num_active)
         return self.num_parameters() - idle
+
+
+def resize_vocabulary(model: Transformer, new_size: int) -> None:
+    """Append tokens to `model` in place; new rows of embedding and head are the mean of the old ones.
+
+    Args:
+        model: its embedding and head parameters are replaced, so build optimizers afterwards.
+        new_size: number of tokens, at least the present one.
+
+    Raises:
+        ConfigError: `new_size` would drop tokens.
+    """
+    old_size = model.config.vocab_size
+    if new_size < old_size:
+        raise ConfigError(f"vocabulary size {new_size} is below the model's {old_size}; it can only grow")
+    for module in (model.embed, model.lm_head):
+        if module is not None:
+            rows = module.weight.detach()
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            mean = rows.mean(0, keepdim=True, dtype=wide).to(rows.dtype)
+            grown = torch.cat((rows, mean.expand(new_size - old_size, -1)))
+            module.weight = nn.Parameter(grown, requires_grad=module.weight.requires_grad)
+    model.embed.num_embeddings = new_size
+    if model.lm_head is not None:
+        model.lm_head.out_features = new_size
+    model.config = replace(model.config, vocab_size=new_size)

@@ -12,33 +12,22 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unmask.errors import CheckpointError, ConfigError
+from unmask.files import bytes_writer, disk_errors, json_bytes, read_json, staging_folder, sync_folder, write_synced
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import FAMILIES, slots, write_config
-from unmask.models.weights.checkpoint import (
-    ADAPTED_NAME,
-    TensorSpec,
-    load_model,
-    read_json,
-    read_model_config,
-    resize_vocabulary,
-    write_safetensors,
-)
-from unmask.models.weights.files import bytes_writer, disk_errors, json_bytes, staging_folder, sync_folder, write_synced
-from unmask.models.weights.hub import ADAPTER_CONFIG
+from unmask.models.weights.hub import ADAPTED_CONFIG, ADAPTER_CONFIG
 from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
+from unmask.models.weights.safetensors_io import TensorSpec, read_tensors, write_safetensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -190,7 +179,7 @@ def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
     modules = [name.removesuffix(".weight") for name in slots(model.config)]
     specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     jsons = {
-        ADAPTED_NAME: write_config(model.config, dtype=str(model.embed.weight.dtype).removeprefix("torch.")),
+        ADAPTED_CONFIG: write_config(model.config, dtype=str(model.embed.weight.dtype).removeprefix("torch.")),
         ADAPTER_CONFIG: write_settings(pairs, modules, base=base, modules_to_save=modules_to_save),
     }
     with staging_folder(folder) as stage, disk_errors(folder):
@@ -222,7 +211,7 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
             misshaped, all of which are named. The model is then as it was.
         ConfigError: the model has an adapter already.
     """
-    settings, tensors = read_json(folder / ADAPTER_CONFIG), _read_tensors(folder)
+    settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
     parts = {module: rows for layer in _layers(model.config).values() for module, rows in layer}
     try:
         pairs = read_pairs(settings, parts)
@@ -237,39 +226,19 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
     return model
 
 
-def load_adapted(folder: Path, base: Path, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """The model of an adapter's folder, the adapter folded in; `load_model` calls this.
-
-    Args:
-        folder: of the adapter. An `unmask_config.json` in it says what differs from the base in special tokens and vocabulary.
-        base: folder of the model that was adapted.
-        dtype: of the parameters.
-        device: where they live.
-
-    Returns:
-        A model without adapter.
-
-    Raises:
-        CheckpointError: as of `load_model` and `load_adapter`; or the two configs are of different architectures.
-    """
-    model = load_model(base, dtype=dtype, device=device)
-    config = read_model_config(folder) if (folder / ADAPTED_NAME).exists() else model.config
-    embedding = _read_tensors(folder).get(f"{_PREFIX}{FAMILIES[config.family].embedding}.weight")
-    rows = config.vocab_size if embedding is None else len(embedding)
-    if rows > model.config.vocab_size:
-        resize_vocabulary(model, rows)
-    model.config = replace(
-        model.config, mask_id=config.mask_id, block_size=config.block_size, start_id=config.start_id, bos_id=config.bos_id,
-        eos_ids=config.eos_ids, pad_id=config.pad_id, hf_extras=config.hf_extras,
-    )  # fmt: skip
-    if (folder / ADAPTED_NAME).exists() and model.config != config:
-        raise CheckpointError(f"{folder / ADAPTED_NAME} is of another architecture than the base in {base}; name its own base")
-    load_adapter(model, folder)
+def fold_adapter(model: Transformer) -> Transformer:
+    """Replace every adapted layer by a plain one that computes the same, in place; all parameters are trainable then."""
     for name, layer in _adapted(model):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = nn.Parameter(layer.folded()), layer.bias
         _replace(model, name, plain)
     return model.requires_grad_(True)
+
+
+def stored_vocab_size(folder: Path, config: ModelConfig) -> int | None:
+    """Rows of the embedding that the adapter in `folder` brings along; None: it brings none."""
+    embedding = read_tensors(folder / ADAPTER_WEIGHTS).get(f"{_PREFIX}{FAMILIES[config.family].embedding}.weight")
+    return None if embedding is None else len(embedding)
 
 
 def _layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
@@ -325,17 +294,6 @@ def _vocabulary(model: Transformer) -> dict[str, Tensor]:
     """Embedding and head, which may be one tensor, under their names in the file."""
     names = (FAMILIES[model.config.family].embedding, _HEAD)
     return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; save the adapter as safetensors")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch or save it again") from error
-    return tensors
 
 
 def _check(

@@ -17,21 +17,14 @@ import torch
 from torch import Tensor
 
 from unmask.errors import CheckpointError
+from unmask.files import read_json
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.families.registry import LLADA2_BLOCK_SIZE, LLADA2_MASK_ID, slots, write_config
-from unmask.models.weights.checkpoint import (
-    DEFAULT_SHARD_BYTES,
-    TensorSpec,
-    check_tensors,
-    load_model,
-    parameter_dtype,
-    read_json,
-    read_model_config,
-    write_checkpoint,
-)
+from unmask.models.weights.checkpoint import check_tensors, parameter_dtype, read_model_config
 from unmask.models.weights.hub import base_folder, tokenizer_folder
-from unmask.models.weights.tensor_files import TensorFiles
+from unmask.models.weights.loading import load_model
+from unmask.models.weights.safetensors_io import DEFAULT_SHARD_BYTES, TensorFiles, TensorSpec, write_checkpoint
 
 LLADA2_CODE = "inclusionAI/LLaDA2.0-mini"
 """The repository with the modelling code that Hugging Face runs for `llada2_moe`."""

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from unmask.errors import CheckpointError
-from unmask.models.weights.checkpoint import TensorSpec, iter_tensors, read_json, write_checkpoint
+from unmask.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, read_json, staging_folder
 from unmask.models.weights.delta import Delta
-from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, staging_folder
 from unmask.models.weights.gguf_file import GGUFFile
+from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write_checkpoint
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
@@ -36,6 +36,8 @@ CACHE_VERSION = 1
 ASSET_FORMAT = 1
 DELTA, METADATA = "delta.bin", "metadata.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
+ADAPTED_CONFIG = "unmask_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 

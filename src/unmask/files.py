@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk never leaves a damaged one.
+"""Atomic file writing: a crash or a full disk never leaves a damaged file; and JSON files.
 
 Owns temporary names, fsync and rename. Knows nothing of what is written. Every failure of the operating system leaves here as
 `CheckpointError`.
@@ -51,6 +51,25 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, completely or not at all (see `atomic_write`)."""
     atomic_write(path, bytes_writer(json_bytes(value)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; give a folder in the Hugging Face layout") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or save the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; fetch or save it again")
+    return value
 
 
 def json_bytes(value: Any) -> bytes:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pytest
 
 from unmask.errors import CheckpointError
-from unmask.models.weights.files import atomic_write, atomic_write_json, bytes_writer, staging_folder
+from unmask.files import atomic_write, atomic_write_json, bytes_writer, staging_folder
 
 
 def full_disk(file: BinaryIO) -> None:

@@ -1,0 +1,253 @@
+"""Folders of safetensors files: the index, reading one tensor at a time, and writing whole or not at all.
+
+Owns the layout of weight files and their headers. Knows tensors by name only: what the names mean is `families`' matter, which
+of them a model needs `checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unmask.errors import CheckpointError
+from unmask.files import bytes_writer, disk_errors, json_bytes, read_json, staging_folder, sync_folder, write_synced
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+DEFAULT_SHARD_BYTES = 5 * 2**30
+_WEIGHT_FILE = re.compile(r"model(-v\d+)?(-\d{5}-of-\d{5})?\.safetensors")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFiles:
+    """The weights of a folder, any tensor at any time; its files stay open as long as `stack`.
+
+    Raises:
+        CheckpointError: as of `tensor_index`.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        index = tensor_index(folder)
+        files = {path: stack.enter_context(_open(path)) for path in sorted(set(index.values()))}
+        self._file_of = {name: files[path] for name, path in index.items()}
+        self.names = index.keys()
+
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
+        """Shape and dtype, from the file's header alone; a dtype that no weight may have stays a string."""
+        header = self._file_of[name].get_slice(name)
+        return tuple(header.get_shape()), _DTYPES.get(header.get_dtype(), header.get_dtype())
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a weight."""
+        shape, dtype = self.header(name)
+        assert isinstance(dtype, torch.dtype), f"{name} is {dtype}"
+        return TensorSpec(shape, dtype)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+
+def tensor_index(folder: Path) -> dict[str, Path]:
+    """Which file of `folder` holds each tensor, after opening every file: a truncated one is found here.
+
+    Raises:
+        CheckpointError: no weights, an index that names an absent file or tensor, or a corrupt file.
+    """
+    single, index_path = folder / SINGLE_NAME, folder / INDEX_NAME
+    if single.exists():
+        return dict.fromkeys(_names_in(single), single)
+    if not index_path.exists():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no valid 'weight_map'; fetch or save the checkpoint again")
+    index: dict[str, Path] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index_path} names {file!r}; shards must lie in the same folder")
+        if not (folder / file).exists():
+            raise CheckpointError(f"{index_path} names {file}, which does not exist; fetch or save the checkpoint again")
+        index |= dict.fromkeys(_names_in(folder / file), folder / file)
+    missing = sorted(name for name, file in weight_map.items() if index.get(name) != folder / file)
+    if missing:
+        raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
+    return index
+
+
+def iter_tensors(folder: Path, *, only: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name on disk, CPU tensor) file by file, one tensor in memory at a time; `only` keeps these names."""
+    wanted = None if only is None else set(only)
+    by_file: dict[Path, list[str]] = {}
+    for name, path in tensor_index(folder).items():
+        if wanted is None or name in wanted:
+            by_file.setdefault(path, []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; save the tensors as safetensors")
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def write_checkpoint(
+    folder: Path, hf_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (), extra_jsons: Mapping[str, Any] | None = None,
+    always_index: bool = False,
+) -> None:  # fmt: skip
+    """Write a checkpoint from tensors made on demand, one in memory at a time.
+
+    Everything is written and forced to disk aside before the first old file is touched; then files move in by renames
+    ordered so that whoever opens the folder at any moment reads all old or all new weights.
+
+    Args:
+        folder: new, or an existing checkpoint to replace.
+        hf_config: content of config.json.
+        specs: the tensors to store, under their names on disk.
+        read: gives the tensor of a name, in the spec's shape and dtype, on any device.
+        max_shard_bytes: weights of more bytes are split into numbered shards of at most so many, plus an index.
+        extra_files: copied into the folder under their own names (tokenizer files).
+        extra_jsons: more files, by name; they replace extra files of the same name.
+        always_index: write numbered shards and an index even where one file would do.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; nothing is left behind.
+    """
+    extra = {path.name: _read_extra(path) for path in extra_files}
+    with staging_folder(folder) as stage, disk_errors(folder):
+        split = split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=lambda spec: spec.num_bytes,
+            filename_pattern="{suffix}",
+            max_shard_size=max_shard_bytes,
+        )
+        shards = list(split.filename_to_tensors.values())
+        indexed = always_index or len(shards) > 1
+        names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
+        for name, shard in zip(names, shards, strict=True):
+            write_synced(stage / name, partial(write_safetensors, specs=specs, names=shard, read=read))
+        jsons = {**(extra_jsons or {}), CONFIG_NAME: dict(hf_config)}
+        if indexed:
+            file_of = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            jsons[INDEX_NAME] = {"metadata": split.metadata, "weight_map": dict(sorted(file_of.items()))}
+        for name, content in {**extra, **{name: json_bytes(value) for name, value in jsons.items()}}.items():
+            write_synced(stage / name, bytes_writer(content))
+        sync_folder(stage)
+        if stage.parent == folder:
+            _replace(folder, stage, set(names))
+        else:
+            os.rename(stage, folder)
+        sync_folder(folder.parent)
+
+
+def write_safetensors(
+    file: BinaryIO, specs: Mapping[str, TensorSpec], names: Iterable[str], read: Callable[[str], Tensor]
+) -> None:
+    """Write one safetensors file tensor by tensor (the library would hold the whole file in memory)."""
+    # Wide dtypes first: readers view the bytes in place, so every tensor must start at a multiple of its item size.
+    ordered = sorted(names, key=lambda name: -specs[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in ordered:
+        spec = specs[name]
+        end = offset + spec.num_bytes
+        header[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)) + encoded)
+    for name in ordered:
+        tensor = read(name).detach()
+        assert (tuple(tensor.shape), tensor.dtype) == specs[name], f"{name}: {tensor.shape} {tensor.dtype} != {specs[name]}"
+        file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch or save it again") from error
+
+
+def _names_in(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is not a folder; give one in the Hugging Face layout"
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        return f"{folder} holds {pickled[0]} but no safetensors weights; convert it to safetensors first"
+    return f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; give a folder in the Hugging Face layout"
+
+
+def _read_extra(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} to copy it: {error.strerror or error}; save without it") from error
+
+
+def _shard_names(folder: Path, count: int) -> list[str]:
+    """Names that collide with no present shard, so that old and new weights can lie side by side during the exchange."""
+    generation = 1
+    while True:
+        stem = "model" if generation == 1 else f"model-v{generation}"
+        names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            return names
+        generation += 1
+
+
+def _replace(folder: Path, stage: Path, weights: set[str]) -> None:
+    """Exchange the checkpoint in `folder` for the one in `stage`; a reader prefers the single file to the index."""
+    old = {path for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name) and path.name not in weights}
+    staged = {path.name for path in stage.iterdir()}
+    last = [SINGLE_NAME] if SINGLE_NAME in staged else [INDEX_NAME]
+    for name in [*sorted(staged - set(last)), *last]:
+        os.replace(stage / name, folder / name)
+    if SINGLE_NAME in staged:
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+    # An old single file hides the new index until it is gone: its removal is then the moment of exchange.
+    for path in sorted(old):
+        path.unlink()
+    sync_folder(folder)
