@@ -97,7 +97,7 @@ def test_hub_out_of_reach(fails, monkeypatch) -> None:
         raise RuntimeError("no route to host\nlong story")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert "cannot get the config.json of 'owner/name' (no route to host)" in fails("info", "owner/name")
+    assert "cannot get 'owner/name' from the Hugging Face hub (no route to host)" in fails("info", "owner/name")
 
 
 @pytest.mark.parametrize("model", ["nope", "./nope", "/nope/nope", "a/b/c"])

@@ -12,7 +12,6 @@ from unmask.errors import ConfigError
 
 GENERATED_PREFIX = "reasoning_gym:"
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 _WAYS = "use a .jsonl, .parquet or .txt file, a folder of such, a Hugging Face dataset id, or reasoning_gym:FAMILY"
 
 
@@ -25,6 +24,8 @@ def source_of(data: str) -> dict[str, object]:
     Raises:
         ConfigError: it is nothing of the sort.
     """
+    from unmask.models.weights.hub import is_hub_id
+
     if data.startswith(GENERATED_PREFIX):
         families = [family.strip() for family in data.removeprefix(GENERATED_PREFIX).split(",")]
         return {"kind": "reasoning_gym", "families": {family: {} for family in families}}
@@ -37,7 +38,7 @@ def source_of(data: str) -> dict[str, object]:
         return {"kind": _KINDS[path.suffix], "path": data}
     if path.exists():
         raise ConfigError(f"--data {data}: '{path.suffix}' files cannot be read; {_WAYS}")
-    if _HUB_ID.fullmatch(data):
+    if is_hub_id(data) or re.fullmatch(r"[\w-]+", data):  # datasets may lack an owner
         return {"kind": "huggingface", "id": data}
     raise ConfigError(f"--data {data}: no such file; {_WAYS}")
 

@@ -6,7 +6,6 @@ Owns the figures shown of an architecture. Weights are looked at only where they
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unmask.cli.console import make_console
-from unmask.errors import CheckpointError
 
 if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -108,30 +105,16 @@ def _find(model: str) -> tuple[ModelConfig, Path | None]:
     from unmask.models.families.presets import PRESETS, preset
     from unmask.models.families.registry import read_config
     from unmask.models.weights.checkpoint import read_model_config
-    from unmask.models.weights.hub import EMBEDDED_MODELS, resolve
+    from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, is_hub_id, resolve, unknown_model
 
     if model in EMBEDDED_MODELS or Path(model).expanduser().is_dir():
         folder = resolve(model)
         return read_model_config(folder), folder
     if model in PRESETS:
         return read_config(preset(model)), None
-    if _HUB_ID.fullmatch(model):
-        return read_model_config(_fetch_config(model)), None
-    known = ", ".join((*EMBEDDED_MODELS, *PRESETS))
-    raise CheckpointError(f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {known}")
-
-
-def _fetch_config(model: str) -> Path:
-    """The folder of a config.json from the Hugging Face hub, without the weights beside it."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, "config.json")).parent
-    except Exception as error:  # the client raises its own, its transport's and the file system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"cannot get the config.json of '{model}' ({reason}); check the name and the network, or give a folder"
-        ) from error
+    if is_hub_id(model):
+        return read_model_config(fetch_config(model)), None
+    raise unknown_model(model, (*EMBEDDED_MODELS, *PRESETS))
 
 
 def _weights(folder: Path, config: ModelConfig) -> _Weights | None:

@@ -1,22 +1,25 @@
-"""Where weights come from: a folder, the Hugging Face hub, or the model embedded in an installed package.
+"""Model references: a folder, a Hugging Face id, or an embedded model, resolved to a local folder.
 
-Owns names, downloads and the cache of unpacked models. What lies inside a folder is `checkpoint`'s business.
+Owns names, downloads, the base of an adapter, and the cache of unpacked embedded models. What a folder must hold is
+`checkpoint`'s matter.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.resources
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import torch
 
 from unmask.errors import CheckpointError
@@ -38,11 +41,11 @@ DELTA, METADATA = "delta.bin", "metadata.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
 ADAPTED_CONFIG = "unmask_config.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 
 
-class _Source(NamedTuple):
+class _GGUFSource(NamedTuple):
     path: Path
     sha256: str
 
@@ -50,7 +53,7 @@ class _Source(NamedTuple):
 def resolve(model: str, *, cache: Path | None = None) -> Path:
     """The folder of a model in the Hugging Face layout, made or fetched on first use.
 
-    A folder that holds a difference to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
+    A folder that holds a delta to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
 
     Args:
         model: a folder, one of `EMBEDDED_MODELS`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
@@ -62,15 +65,46 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     if model == EMBEDDED:
         return _embedded(cache_folder(cache))
     if model in EMBEDDED_MODELS:
-        return _embedded_difference(model, cache_folder(cache))
+        return _embedded_delta(model, cache_folder(cache))
     folder = Path(model).expanduser()
     if model and folder.is_dir():
-        return _apply_once(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
-    if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _download(model)
-    raise CheckpointError(
-        f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {', '.join(EMBEDDED_MODELS)}"
-    )
+        return _unpack_delta(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
+    if is_hub_id(model):
+        with _hub_errors(model):
+            return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
+    raise unknown_model(model, EMBEDDED_MODELS)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a Hugging Face id, `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def unknown_model(model: str, known: Iterable[str]) -> CheckpointError:
+    """The error for a reference that is nothing of what a reference may be; `known` lists the names that need no download."""
+    return CheckpointError(f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {', '.join(known)}")
+
+
+def fetch_config(model: str) -> Path:
+    """The folder of a model's config.json from the Hugging Face hub, without the weights beside it.
+
+    Raises:
+        CheckpointError: nothing of that name, or the hub is out of reach.
+    """
+    with _hub_errors(model):
+        return Path(huggingface_hub.hf_hub_download(model, "config.json")).parent
+
+
+@contextlib.contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Turn any failure of the hub's client into a one-line `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:  # the client raises its own, its transport's and the file system's errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
+        ) from error
 
 
 def base_name(folder: Path) -> str | None:
@@ -140,7 +174,7 @@ def _embedded(cache: Path) -> Path:
     return _build_once(target, lambda folder: _unpack_gguf(source, folder))
 
 
-def _embedded_source() -> _Source:
+def _embedded_source() -> _GGUFSource:
     """The GGUF file among the installed package's files; the package itself, which pulls in llama.cpp, is never imported."""
     try:
         files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
@@ -150,12 +184,12 @@ def _embedded_source() -> _Source:
         path = Path(str(file.locate()))
         if file.suffix == ".gguf" and path.is_file():
             if file.hash is None or file.hash.mode != "sha256":
-                return _Source(path, _sha256(path))
-            return _Source(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
+                return _GGUFSource(path, _sha256(path))
+            return _GGUFSource(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
     raise CheckpointError(f"package {EMBEDDED_PACKAGE} is installed without its .gguf file; run: {EMBEDDED_REMEDY}")
 
 
-def _unpack_gguf(source: _Source, folder: Path) -> None:
+def _unpack_gguf(source: _GGUFSource, folder: Path) -> None:
     if _sha256(source.path) != source.sha256:
         raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
     gguf = GGUFFile(source.path)
@@ -168,15 +202,15 @@ def _unpack_gguf(source: _Source, folder: Path) -> None:
     atomic_write_json(folder / "generation_config.json", token_ids)
 
 
-def _embedded_difference(name: str, cache: Path) -> Path:
+def _embedded_delta(name: str, cache: Path) -> Path:
     asset = importlib.resources.files("unmask") / "assets" / name
     if not (asset / DELTA).is_file():
         raise CheckpointError(f"'{name}' is not in this build of unmask; use '{EMBEDDED}'")
-    return _apply_once(asset, name, cache)
+    return _unpack_delta(asset, name, cache)
 
 
-def _apply_once(asset: Traversable, name: str, cache: Path) -> Path:
-    """The base with a difference added: `delta.bin`, and `metadata.json` with what changes in the json files."""
+def _unpack_delta(asset: Traversable, name: str, cache: Path) -> Path:
+    """The embedded base with a delta applied: `delta.bin`, and `metadata.json` with what changes in the JSON files."""
     encoded = (asset / DELTA).read_bytes()
     try:
         metadata = json.loads((asset / METADATA).read_text(encoding="utf-8"))
@@ -184,28 +218,27 @@ def _apply_once(asset: Traversable, name: str, cache: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{name}' has a {DELTA} but no usable {METADATA} ({error}); pack it again") from error
     if changes["format"] != ASSET_FORMAT:
-        found = changes["format"]
-        raise CheckpointError(f"'{name}' has asset format {found}, not {ASSET_FORMAT}; install unmask again")
+        raise CheckpointError(f"'{name}' has asset format {changes['format']}, not {ASSET_FORMAT}; install unmask again")
     base = _embedded(cache)
     key = hashlib.sha256(encoded + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"{name}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
-    return _build_once(target, lambda folder: _apply_asset(encoded, changes, base, folder))
+    return _build_once(target, lambda folder: _apply_delta(encoded, changes, base, folder))
 
 
-def _apply_asset(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
+def _apply_delta(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
     delta = Delta(encoded)
     tensors = dict(iter_tensors(base))
     delta.check_base(tensors)
     specs = {name: TensorSpec(delta.shape(name), torch.float32) for name in delta.names()}
     hf_config = {**read_json(base / "config.json"), **metadata["config"]}
-    kept = [base / "tokenizer.json", base / "generation_config.json"]
-    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)), extra_files=kept)
+    unchanged = [base / "tokenizer.json", base / "generation_config.json"]
+    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)), extra_files=unchanged)
     tokenizer_config = {**read_json(base / "tokenizer_config.json"), **metadata["tokenizer_config"]}
     atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, built aside and moved into place by one rename: of two processes the first to finish wins."""
+    """`target`, built in a temporary folder and renamed into place: of two processes the first to finish wins."""
     if target.is_dir():
         return target
     with staging_folder(target) as stage:
@@ -217,18 +250,6 @@ def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
                 if not target.is_dir():
                     raise
     return target
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the client raises its own, its transport's and the file system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
-        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -64,9 +64,14 @@ class TensorFiles:
         return tuple(header.get_shape()), _DTYPES.get(header.get_dtype(), header.get_dtype())
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype of a weight."""
+        """Shape and dtype of a weight.
+
+        Raises:
+            CheckpointError: it is not floating point.
+        """
         shape, dtype = self.header(name)
-        assert isinstance(dtype, torch.dtype), f"{name} is {dtype}"
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{name} is {dtype}; a weight must be floating point")
         return TensorSpec(shape, dtype)
 
     def read(self, name: str) -> Tensor:
