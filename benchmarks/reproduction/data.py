@@ -24,7 +24,7 @@ from rich.table import Table
 import unmask
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.tokenizer import Tokenizer
-from unmask.eval.mini5 import training_records
+from unmask.eval.mini5.tasks import training_records
 
 ANSWERS = Path(__file__).parents[2] / "scripts" / "embedded" / "answers.jsonl"
 LICENCES = {

@@ -21,7 +21,7 @@ import torch
 import unmask
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
-from unmask.eval.mini5 import mini5_tasks
+from unmask.eval.mini5.tasks import mini5_tasks
 from unmask.eval.runner import request_of
 from unmask.models.weights.hub import embedded_gguf
 

@@ -51,7 +51,7 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
     Raises:
         ConfigError: nothing is chosen, or a suite that is not there.
     """
-    from unmask.eval.mini5 import mini5_tasks
+    from unmask.eval.mini5.tasks import mini5_tasks
     from unmask.eval.suite import own_tasks
 
     if suite not in (None, MINI5):

@@ -14,7 +14,9 @@ from functools import cache
 
 from unmask.errors import ConfigError
 from unmask.eval.packaged import read_packaged
-from unmask.eval.sandbox import Limits, Outcome, run_many
+from unmask.eval.sandbox.limits import Limits
+from unmask.eval.sandbox.process import Outcome
+from unmask.eval.sandbox.programs import run_many
 from unmask.eval.task import Item, Score, Split, Task
 
 SIZE = 164

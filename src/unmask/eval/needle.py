@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from unmask.errors import ConfigError
-from unmask.eval.mini5_families import SPLITS, distinct
-from unmask.eval.mini5_knowledge import COLOURS, JOBS, PEOPLE, THINGS, place
+from unmask.eval.mini5.generator import SPLITS, distinct
+from unmask.eval.mini5.knowledge import COLOURS, JOBS, PEOPLE, THINGS, place
 from unmask.eval.task import Dimension, Item, Score, Split, Task
 
 CountTokens = Callable[[str], int]

@@ -17,7 +17,7 @@ from unmask.errors import ConfigError, UnmaskError
 from unmask.eval.bfcl import bfcl_tasks
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
 from unmask.eval.ifeval import IFEVAL
-from unmask.eval.mini5 import agent_schema_task, mini5_tasks
+from unmask.eval.mini5.tasks import agent_schema_task, mini5_tasks
 from unmask.eval.outside import LOCAL, Target, find_harnesses
 from unmask.eval.registry import Planned, Suite, combine, plan
 from unmask.eval.runner import OnProgress, Settings, run_tasks

@@ -1,4 +1,4 @@
-"""Arithmetic: sums in figures and in words, one exact number each.
+"""Arithmetic: calculations and word problems with one exact number as the answer.
 
 Owns these questions: reasoning-gym's `chain_sum`, `basic_arithmetic` and `gsm_symbolic`, and word problems of our own.
 The work is one operation after the other.
@@ -12,8 +12,8 @@ import random
 import re
 from collections.abc import Callable, Mapping
 
-from unmask.eval.mini5_families import Draw, Family, gym, seeded
-from unmask.eval.mini5_knowledge import PEOPLE
+from unmask.eval.mini5.generator import Generator, Question, gym, seeded
+from unmask.eval.mini5.knowledge import PEOPLE
 
 _FORM = "Work it out step by step and end with 'Answer: <number>'."
 _NEGATIVE = re.compile(r"(?<![0-9)] )-")
@@ -21,7 +21,7 @@ _GOODS = (
     *("apples", "books", "pencils", "stickers", "marbles", "cookies", "stamps", "shells", "coins", "buttons", "cards", "beads"),
     *("flowers", "eggs", "balloons", "tickets", "candles", "photos", "pears", "badges", "ribbons", "postcards", "keys", "toys"),
 )
-# Questions, and the sum in figures that answers each.
+# Templates of questions, and of the expression that answers each.
 _ONE_STEP = (
     ("{who} has {a} {goods} and buys {b} more. How many {goods} does {who} have now?", "{a} + {b}"),
     ("{who} has {a} {goods}. {other} has {b} {goods}. How many {goods} do they have together?", "{a} + {b}"),
@@ -59,12 +59,12 @@ _SIGNS: Mapping[type[ast.operator], tuple[str, Callable[[int, int], int]]] = {
     ast.Add: ("+", operator.add),
     ast.Sub: ("-", operator.sub),
     ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", operator.floordiv),  # of our own divisions, which leave no rest
+    ast.Div: ("/", operator.floordiv),  # of our own divisions, which leave no remainder
 }
 
 
-def worked(sum_: str) -> tuple[int, str]:
-    """The value of a sum in figures, and the operations that lead to it: (7, "2 * 5 = 10. 10 - 3 = 7.")."""
+def worked(expression: str) -> tuple[int, str]:
+    """Value of an expression, and the operations that lead to it: (7, "2 * 5 = 10. 10 - 3 = 7.") for "2 * 5 - 3"."""
     steps: list[str] = []
 
     def value(node: ast.AST) -> int:
@@ -76,36 +76,30 @@ def worked(sum_: str) -> tuple[int, str]:
         steps.append(f"{left} {sign} {right} = {operation(left, right)}.")
         return operation(left, right)
 
-    return value(ast.parse(sum_, mode="eval").body), " ".join(steps)
+    return value(ast.parse(expression, mode="eval").body), " ".join(steps)
 
 
-def number(question: str, answer: int | str, work: str = "") -> Draw:
+def number(question: str, answer: int | str, work: str = "") -> Question:
     """A question whose answer is a number."""
-    return Draw(f"{question} {_FORM}", {"kind": "number", "answer": str(answer)}, work=work)
+    return Question(f"{question} {_FORM}", {"kind": "number", "answer": str(answer)}, work=work)
 
 
-def _calculate(sum_: str, answer: str) -> Draw | None:
-    value, work = worked(sum_)
-    return number(f"Calculate {sum_}.", answer, work) if str(value) == answer else None
+def _calculate(expression: str, answer: str) -> Question | None:
+    value, work = worked(expression)
+    return number(f"Calculate {expression}.", answer, work) if str(value) == answer else None
 
 
-def _chain_sum(seed: int) -> Draw | None:
-    # Three terms: the embedded model's recipes train on sums of two.
+def _chain_sum(seed: int) -> Question | None:
+    # Three terms: the embedded models' recipes train on sums of two.
     question, answer = gym("chain_sum", seed, min_terms=3, max_terms=3, min_digits=1, max_digits=1)
     return _calculate(question.rsplit(":", 1)[-1].strip(" ="), answer)
 
 
-def _basic_arithmetic(seed: int) -> Draw | None:
-    # With parentheses only: without them, reasoning-gym 0.1.25 works out "6 - 1 * 3" from left to right.
+def _basic_arithmetic(seed: int) -> Question | None:
+    # With parentheses only: without them, reasoning-gym 0.1.25 evaluates "6 - 1 * 3" from left to right.
+    digits = {"min_digits": 1, "max_digits": 1}
     question, answer = gym(
-        "basic_arithmetic",
-        seed,
-        min_terms=2,
-        max_terms=3,
-        min_digits=1,
-        max_digits=1,
-        operators=["+", "-", "*"],
-        allow_parentheses=True,
+        "basic_arithmetic", seed, min_terms=2, max_terms=3, operators=["+", "-", "*"], allow_parentheses=True, **digits
     )
     is_plain_sum = "*" not in question and "(" not in question  # as chain_sum makes them
     if is_plain_sum or _NEGATIVE.search(question):
@@ -113,32 +107,32 @@ def _basic_arithmetic(seed: int) -> Draw | None:
     return _calculate(question.removeprefix("Calculate ").removesuffix("."), answer)
 
 
-def _gsm_symbolic(seed: int) -> Draw | None:
+def _gsm_symbolic(seed: int) -> Question | None:
     question, answer = gym("gsm_symbolic", seed)
     if not answer.lstrip("-").isdecimal():
         return None
     return number(question.replace(" Give the result as your final answer. Do not include units.", ""), answer)
 
 
-def _one_step(rng: random.Random) -> Draw:
-    (who, other), goods, (question, sum_) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
+def _one_step(rng: random.Random) -> Question:
+    (who, other), goods, (question, expression) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
     a, b = rng.randint(2, 12), rng.randint(2, 9)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
-    return number(question.format(**values), *worked(sum_.format(**values)))
+    return number(question.format(**values), *worked(expression.format(**values)))
 
 
-def _two_steps(rng: random.Random) -> Draw:
-    (who, other), goods, (question, sum_) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
+def _two_steps(rng: random.Random) -> Question:
+    (who, other), goods, (question, expression) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
     a, b, c = rng.randint(2, 10), rng.randint(2, 6), rng.randint(2, 6)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
-    return number(question.format(**values), *worked(sum_.format(**values)))
+    return number(question.format(**values), *worked(expression.format(**values)))
 
 
-FAMILIES = (
-    Family("chain_sum", _chain_sum, max_new_tokens=128),
-    Family("basic_arithmetic", _basic_arithmetic, max_new_tokens=128),
-    Family("one_step", seeded(_one_step), max_new_tokens=128),
-    Family("two_steps", seeded(_two_steps), max_new_tokens=128),
+GENERATORS = (
+    Generator("chain_sum", _chain_sum, max_new_tokens=128),
+    Generator("basic_arithmetic", _basic_arithmetic, max_new_tokens=128),
+    Generator("one_step", seeded(_one_step), max_new_tokens=128),
+    Generator("two_steps", seeded(_two_steps), max_new_tokens=128),
     # Its templates were made from the test set of GSM8K: nothing to train on.
-    Family("gsm_symbolic", _gsm_symbolic, max_new_tokens=128, trainable=False),
+    Generator("gsm_symbolic", _gsm_symbolic, max_new_tokens=128, trainable=False),
 )

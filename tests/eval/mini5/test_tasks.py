@@ -13,33 +13,25 @@ import sys
 from typing import Any
 
 import pytest
+from mini5_items import generator_names, items_of, value
 
 from helpers import make_tokenizer
 from unmask.data.generated import GeneratedSource
 from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
-from unmask.eval import mini5_agent, mini5_families, mini5_math, mini5_reasoning
-from unmask.eval.mini5 import FAMILIES, agent_schema_task, families, mini5_tasks, training_records
-from unmask.eval.mini5_answers import canonical, same, score
-from unmask.eval.mini5_families import SPLITS, Draw, Family, draws, seeded, seeds, split_of, take_turns
-from unmask.eval.task import Item, Task
+from unmask.eval.mini5 import agent, generator, math, reasoning
+from unmask.eval.mini5.generator import SPLITS, Generator, Question, questions, seeded, seeds, split_of, take_turns
+from unmask.eval.mini5.scoring import canonical, same
+from unmask.eval.mini5.tasks import agent_schema_task, mini5_tasks, training_records
+from unmask.eval.task import Task
 
 TASKS = mini5_tasks()
 DIGEST = """
 import hashlib, json
-from unmask.eval.mini5 import FAMILIES, mini5_tasks
+from unmask.eval.mini5.tasks import GENERATORS, mini5_tasks
 items = [[item.id, item.prompt, item.target] for task in mini5_tasks() for item in task.items("test", 30)]
 print(hashlib.sha256(json.dumps(items).encode()).hexdigest())
 """
-
-
-def family_items(dimension: str, name: str, count: int = 150) -> list[Item]:
-    (family,) = [each for each in FAMILIES[dimension] if each.name == name]
-    return take_turns(dimension, (family,), "test", count)
-
-
-def value(target: dict[str, Any], answer: str) -> float:
-    return score([Item("x", "?", target)], [answer])[0].value
 
 
 def test_one_task_for_each_dimension() -> None:
@@ -112,8 +104,8 @@ def test_items_are_the_same_in_every_process() -> None:
 
 
 def test_a_family_that_runs_dry_leaves_its_turn_to_others() -> None:
-    few = Family("few", seeded(lambda rng: Draw(f"few {rng.randrange(12)}", {})))
-    many = Family("many", seeded(lambda rng: Draw(f"many {rng.random()}", {})))
+    few = Generator("few", seeded(lambda rng: Question(f"few {rng.randrange(12)}", {})))
+    many = Generator("many", seeded(lambda rng: Question(f"many {rng.random()}", {})))
     items = take_turns("math", (few, many), "test", 40)
     names = [item.id.split("/")[1] for item in items]
     expected = sum(split_of(f"few {i}") == "test" for i in range(12))
@@ -138,7 +130,7 @@ def test_the_canonical_answer_is_right_and_another_items_is_not(task: Task) -> N
 
 def test_words_to_choose_from_stand_in_the_prompt_and_yes_is_as_frequent_as_no() -> None:
     for dimension in ("knowledge", "reasoning"):
-        for item in (each for name in families(dimension) for each in family_items(dimension, name, 200)):
+        for item in (each for name in generator_names(dimension) for each in items_of(dimension, name, 200)):
             among = item.target["among"]
             assert item.target["answer"] in among
             assert len(set(among)) == len(among)
@@ -146,36 +138,36 @@ def test_words_to_choose_from_stand_in_the_prompt_and_yes_is_as_frequent_as_no()
                 continue
             assert "family_relationships" in item.id or all(word in item.prompt for word in among)
     for family in ("rules", "syllogism"):
-        yes = [item.target["answer"] == "yes" for item in family_items("reasoning", family, 200)]
+        yes = [item.target["answer"] == "yes" for item in items_of("reasoning", family, 200)]
         assert 75 < sum(yes) < 125
 
 
 def test_answers_of_knowledge_stand_beside_what_is_asked_for() -> None:
-    for item in family_items("knowledge", "table"):
+    for item in items_of("knowledge", "table"):
         rows = [line.split(" | ") for line in item.prompt.split("\n\n")[0].splitlines()[1:]]
         asked = item.prompt.rsplit("\n\n", 1)[1]
         (row,) = [row for row in rows if row[0] in asked]
         column = 1 if "job" in asked else 2 if "pet" in asked else 3
         assert row[column] == item.target["answer"]
-    for item in family_items("knowledge", "two_hops"):
+    for item in items_of("knowledge", "two_hops"):
         (colour,) = re.findall(r"owner of the (\w+)", item.prompt)
         (owner,) = re.findall(rf"(\w+) owns the {colour} ", item.prompt)
         assert re.findall(rf"{owner} lives in (\w+)", item.prompt) == [item.target["answer"]]
-    for item in family_items("knowledge", "update"):
+    for item in items_of("knowledge", "update"):
         (asked,) = re.findall(r"Where does (\w+) live now", item.prompt)
         places = re.findall(rf"{asked} lived in (\w+)|{asked} moved from \w+ to (\w+)", item.prompt)
         assert (places[-1][1] or places[0][0]) == item.target["answer"]
 
 
 def test_order_and_elimination_have_the_one_solution_that_is_asked_for() -> None:
-    for item in family_items("reasoning", "order"):
+    for item in items_of("reasoning", "order"):
         people = item.target["among"]
         facts = re.findall(r"(\w+) is \w+er than (\w+)", item.prompt)
         orders = [o for o in itertools.permutations(people) if all(o.index(a) < o.index(b) for a, b in facts)]
         assert len(orders) == 1
         is_top = re.search(r"the (tallest|oldest|fastest)", item.prompt)
         assert orders[0][0 if is_top else -1] == item.target["answer"]
-    for item in family_items("reasoning", "elimination"):
+    for item in items_of("reasoning", "elimination"):
         people = item.target["among"]
         pets = re.findall(r"\ba (\w+)", item.prompt.split(".")[0])
         has = re.findall(r"(\w+) has the (\w+)\.", item.prompt)
@@ -191,14 +183,14 @@ def test_order_and_elimination_have_the_one_solution_that_is_asked_for() -> None
 
 
 def test_rules_follow_from_the_chain_and_hats_from_the_job() -> None:
-    for item in family_items("reasoning", "rules"):
+    for item in items_of("reasoning", "rules"):
         rules = dict(re.findall(r"If (.+?), then (.+?)\.", item.prompt))
         seen, asked = re.findall(r"We see that (.+?)\. Does it follow that (.+?)\?", item.prompt)[0]
         reached = {seen}
         while (seen := rules.get(seen, "")) and seen not in reached:
             reached.add(seen)
         assert ("yes" if asked in reached else "no") == item.target["answer"]
-    for item in family_items("reasoning", "hats"):
+    for item in items_of("reasoning", "hats"):
         hats = dict(re.findall(r"Every (\w+) has a hat that is (\w+)", item.prompt))
         jobs = dict(re.findall(r"(\w+) is a (\w+)\.", item.prompt))
         assert hats[jobs[re.findall(r"colour is (\w+)'s", item.prompt)[0]]] == item.target["answer"]
@@ -217,11 +209,11 @@ def test_rules_follow_from_the_chain_and_hats_from_the_job() -> None:
     ],
 )
 def test_syllogisms(first: Any, second: Any, conclusion: Any, expected: bool | None) -> None:
-    assert mini5_reasoning.follows(first, second, conclusion) is expected
+    assert reasoning.follows(first, second, conclusion) is expected
 
 
 def test_family_relationships_are_those_of_the_story() -> None:
-    for item in family_items("reasoning", "family_relationships", 200):
+    for item in items_of("reasoning", "family_relationships", 200):
         couples = re.findall(r"(\w+) is married to (\w+)\.(?: They have (?:a child|children) called ([^.]+)\.)?", item.prompt)
         married = {frozenset(couple[:2]) for couple in couples}
         parents = {
@@ -255,24 +247,24 @@ def calculate(node: ast.AST) -> int:
 
 @pytest.mark.parametrize("family", ["chain_sum", "basic_arithmetic"])
 def test_sums_are_right(family: str) -> None:
-    for item in family_items("math", family, 300):
+    for item in items_of("math", family, 300):
         (sum_,) = re.findall(r"Calculate (.+?)\. Work", item.prompt)
         assert str(calculate(ast.parse(sum_, mode="eval").body)) == item.target["answer"], sum_
 
 
 def test_word_problems_have_the_answers_worked_out_by_hand() -> None:
     shown = {"who": "Ann", "other": "Bo", "goods": "pears", "a": 12, "b": 4, "c": 3, "sum": 16, "product": 48, "total": 19}
-    problems = (mini5_math._ONE_STEP, mini5_math._TWO_STEPS)
-    found = [[mini5_math.worked(sum_.format(**shown))[0] for _, sum_ in each] for each in problems]
+    problems = (math._ONE_STEP, math._TWO_STEPS)
+    found = [[math.worked(sum_.format(**shown))[0] for _, sum_ in each] for each in problems]
     assert found == [[16, 16, 12, 12, 48, 12], [51, 51, 19, 12, 28]]
-    assert mini5_math._ONE_STEP[2][0].format(**shown).startswith("Ann had 16 pears and gave 4")
-    assert mini5_math._ONE_STEP[5][0].format(**shown).startswith("Ann puts 48 pears into 4 bags")
-    assert mini5_math._TWO_STEPS[3][0].format(**shown).startswith("Ann had 19 pears. Ann gave 4 to Bo and lost 3")
+    assert math._ONE_STEP[2][0].format(**shown).startswith("Ann had 16 pears and gave 4")
+    assert math._ONE_STEP[5][0].format(**shown).startswith("Ann puts 48 pears into 4 bags")
+    assert math._TWO_STEPS[3][0].format(**shown).startswith("Ann had 19 pears. Ann gave 4 to Bo and lost 3")
 
 
 def test_calls_take_all_their_values_from_the_request() -> None:
-    for name in families("agent"):
-        for item in family_items("agent", name):
+    for name in generator_names("agent"):
+        for item in items_of("agent", name):
             call = item.target["answer"]
             (request,) = re.findall(r"What is the answer for the request '(.*)'\?", item.prompt)
             assert all(str(each) in request for each in call["arguments"].values())
@@ -284,7 +276,7 @@ def test_calls_take_all_their_values_from_the_request() -> None:
 
 def test_examples_give_no_part_of_the_call_away() -> None:
     for seed in range(500):
-        draw = mini5_agent._draw(random.Random(seed), 2)
+        draw = agent._draw(random.Random(seed), 2)
         if draw is not None:
             call = draw.target["answer"]
             examples = [json.loads(found) for found in re.findall(r"the answer is (\{.*\})", draw.prompt)]
@@ -324,12 +316,12 @@ def test_training_records_are_items_with_their_answers() -> None:
 
 
 def test_nothing_made_from_a_test_set_is_trained_on() -> None:
-    gsm = next(family for family in mini5_math.FAMILIES if family.name == "gsm_symbolic")
-    assert next(draws(gsm, "train"), None) is None
-    assert next(draws(gsm, "validation"), None) is not None
+    gsm = next(family for family in math.GENERATORS if family.name == "gsm_symbolic")
+    assert next(questions(gsm, "train"), None) is None
+    assert next(questions(gsm, "validation"), None) is not None
     assert not any("gsm_symbolic" in item.id for item in TASKS[3].items("train", 100))
 
 
 def test_a_gym_family_is_asked_with_the_seed_it_is_given() -> None:
-    assert mini5_families.gym("chain_sum", 2**40) == mini5_families.gym("chain_sum", 2**40)
-    assert mini5_families.gym("chain_sum", 2**40) != mini5_families.gym("chain_sum", 2**40 + 1)
+    assert generator.gym("chain_sum", 2**40) == generator.gym("chain_sum", 2**40)
+    assert generator.gym("chain_sum", 2**40) != generator.gym("chain_sum", 2**40 + 1)

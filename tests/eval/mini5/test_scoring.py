@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from unmask.eval.mini5_answers import score
+from unmask.eval.mini5.scoring import score
 from unmask.eval.task import Item
 
 

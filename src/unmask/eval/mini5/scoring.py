@@ -1,10 +1,10 @@
-"""Reading an answer out of a model's text, and comparing it: lenient about form, strict about content.
+"""Answer extraction and comparison: lenient about form, strict about content.
 
 Owns the kinds of target and their rules. Knows no question and no model.
 
-A target is `{"kind": ..., "answer": ...}`: `word` (one of the words in `among`), `number`, `output` (what a program prints),
-or `call` (a JSON object). What follows the last "Answer:" or "answer is" counts, else the end of the text. Something the text
-denies ("not 5") or leaves open ("5 or 6") is no answer. A target's "work" leads to the answer: for training, never compared.
+A target is `{"kind": ..., "answer": ...}`: `word` (one of the words in `among`), `number`, `output` (of a program) or `call`
+(a JSON object). The text after the last "Answer:" or "answer is" counts, else the end of the text. What the text denies
+("not 5") or leaves open ("5 or 6") is no answer. A target's "work" is for training and never compared.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _LIST = re.compile(r"\[[^\[\]\n]*\]")
 
 
 def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """1 for a right answer, else 0, with what was read out of it."""
+    """1 for a right answer, else 0, with the extracted answer."""
     return [_score(item.target, answer) for item, answer in zip(items, answers, strict=True)]
 
 
 def canonical(target: Mapping[str, Any]) -> str:
-    """The work, where there is some, and the right answer, as a model should write them."""
+    """The work, if any, and the right answer, as a model should write them."""
     if target["kind"] == "call":
         return json.dumps(target["answer"])
     closing = f"\nOutput: {target['answer']}" if target["kind"] == "output" else f" Answer: {target['answer']}"
@@ -51,22 +51,22 @@ def _score(target: Mapping[str, Any], text: str) -> Score:
     kind, right = target["kind"], target["answer"]
     text = text.replace("’", "'").replace("−", "-")
     if kind == "call":
-        call, why = read_object(text)
+        call, problem = read_object(text)
         if call is None:
-            return Score(0.0, None, why)
+            return Score(0.0, None, problem)
         return Score(float(same(call, right)), json.dumps(call))
     if kind == "word":
-        found = read_word(text, target["among"])
-        return Score(float(found is not None and found.lower() == right.lower()), found)
+        word = read_word(text, target["among"])
+        return Score(float(word is not None and word.lower() == right.lower()), word)
     if kind == "number":
-        found = read_number(text)
-        return Score(float(found is not None and Decimal(found) == Decimal(right)), found)
-    found = read_output(text, right)
-    return Score(float(found == right), found)
+        number = read_number(text)
+        return Score(float(number is not None and Decimal(number) == Decimal(right)), number)
+    output = read_output(text, right)
+    return Score(float(output == right), output)
 
 
 def _marked(text: str) -> str | None:
-    """The line after the last "Answer:"; None: there is no such word."""
+    """The line after the last "Answer:"; None where there is no such marker."""
     ends = [each.end() for each in _MARKER.finditer(text)]
     if not ends:
         return None
@@ -75,45 +75,45 @@ def _marked(text: str) -> str | None:
 
 
 def _denied(text: str, start: int, end: int) -> bool:
-    """Whether the clause around a mention says that it is not so ("no it does not" denies no `no`)."""
+    """Whether the clause around a mention denies it ("no it does not" does not deny `no`)."""
     before, after = _CLAUSE.split(text[:start])[-1], _CLAUSE.split(text[end:])[0]
     after = "" if text[start:end].lower() in ("yes", "no") else after
     return bool(_DENIAL.search(before) or _PASSED_OVER.search(before) or _DENIAL.search(after))
 
 
 def read_word(text: str, among: Sequence[str]) -> str | None:
-    """The one word of `among` that a text gives as its answer, in any case; None: none, or several."""
+    """The word of `among` that a text gives as its answer, ignoring case; None where there is none, or more than one."""
 
     def mentions(part: str) -> set[str]:
         return {
             word
             for word in among
-            for found in re.finditer(rf"(?<![\w-]){re.escape(word)}(?![\w-])", part, re.IGNORECASE)
-            if not _denied(part, *found.span())
+            for match in re.finditer(rf"(?<![\w-]){re.escape(word)}(?![\w-])", part, re.IGNORECASE)
+            if not _denied(part, *match.span())
         }
 
     marked = _marked(text)
     sentences = [each for each in _SENTENCE.split(text.strip()) if each]
     parts = [marked] if marked is not None else [text, *sentences[-1:]]
     for part in parts:
-        found = mentions(part)
-        if len(found) == 1:
-            return found.pop()
+        words = mentions(part)
+        if len(words) == 1:
+            return words.pop()
     return None
 
 
 def read_number(text: str) -> str | None:
-    """The number that a text gives as its answer, without separators; None: none, or no single one."""
+    """The number that a text gives as its answer, without separators; None where there is none, or more than one."""
     marked = _marked(text)
     part = text if marked is None else marked.rsplit("=", 1)[-1]
     if marked is not None:
         bare = re.sub(r"\([^()]*\)", "", part)
         part = bare if _NUMBER.search(bare) else part
-    found = list(_NUMBER.finditer(part))
-    if not found or _denied(part, *found[-1].span()) or _OPEN_BEFORE.search(part[: found[-1].start()]):
+    matches = list(_NUMBER.finditer(part))
+    if not matches or _denied(part, *matches[-1].span()) or _OPEN_BEFORE.search(part[: matches[-1].start()]):
         return None
-    numbers = {_plain(each.group()) for each in found}
-    return _plain(found[-1].group()) if marked is None or len(numbers) == 1 else None
+    numbers = [_plain(match.group()) for match in matches]
+    return numbers[-1] if marked is None or len(set(numbers)) == 1 else None
 
 
 def _plain(number: str) -> str:
@@ -121,9 +121,9 @@ def _plain(number: str) -> str:
 
 
 def read_output(text: str, right: str) -> str | None:
-    """What a text says a program prints, in the form of `right` (a list, an integer, or other text); None: unclear.
+    """The output that a text gives for a program, in the form of `right` (a list, an integer, or other text); None if unclear.
 
-    It stands in the first line, or right after the first "Output:"; what follows it explains.
+    It is looked for in the first line, or directly after the first "Output:".
     """
     text = _FENCE.sub("", text).strip()
     marker = _OUTPUT.search(text) or _PRINTS.search(text)
@@ -143,23 +143,23 @@ def read_output(text: str, right: str) -> str | None:
 
 
 def read_object(text: str) -> tuple[dict[str, Any] | None, str | None]:
-    """The one JSON object in a text, whatever stands around it; else None and what is wrong."""
+    """The one JSON object in a text, whatever surrounds it; else None and the reason."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
-    found: list[dict[str, Any]] = []
-    place = text.find("{")
-    while place >= 0:
+    objects: list[dict[str, Any]] = []
+    start = text.find("{")
+    while start >= 0:
         try:
-            value, end = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = place + 1
+            end = start + 1
         else:
-            found.append(value)
-        place = text.find("{", end)
-    if not found:
+            objects.append(value)
+        start = text.find("{", end)
+    if not objects:
         return None, "no JSON object"
-    if any(not same(each, found[0]) for each in found):
-        return None, f"{len(found)} JSON objects that differ"
-    return found[0], None
+    if any(not same(each, objects[0]) for each in objects):
+        return None, f"{len(objects)} JSON objects that differ"
+    return objects[0], None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _refuse(name: str) -> Any:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two JSON values are equal: strings in any case, 5 as 5.0, but no number is a boolean or a string."""
+    """Whether two JSON values are equal: strings ignoring case, 5 as 5.0, but no number equals a boolean or a string."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):

@@ -10,28 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mini5_items import generator_names, items_of, value
 
-from unmask.eval import mini5_coding, mini5_math
-from unmask.eval.mini5 import FAMILIES, families, mini5_tasks
-from unmask.eval.mini5_answers import canonical, score
-from unmask.eval.mini5_families import take_turns
-from unmask.eval.task import Item
+from unmask.eval.mini5 import math, program
+from unmask.eval.mini5.generator import take_turns
+from unmask.eval.mini5.scoring import canonical, score
+from unmask.eval.mini5.tasks import GENERATORS, mini5_tasks
 
 TASKS = mini5_tasks()
 
 
-def family_items(dimension: str, name: str, count: int = 150) -> list[Item]:
-    (family,) = [each for each in FAMILIES[dimension] if each.name == name]
-    return take_turns(dimension, (family,), "test", count)
-
-
-def value(target: dict[str, Any], answer: str) -> float:
-    return score([Item("x", "?", target)], [answer])[0].value
-
-
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_answer_to_train_on_is_right_and_shows_its_work(split: Any) -> None:
-    for dimension, made in FAMILIES.items():
+    for dimension, made in GENERATORS.items():
         for family in made:
             items = take_turns(dimension, (family,), split, 200)
             answers = [canonical(item.target) for item in items]
@@ -70,8 +61,8 @@ def sentences(text: str) -> list[str]:
 
 
 def test_the_work_of_knowledge_quotes_what_the_answer_needs() -> None:
-    for name in families("knowledge"):
-        for item in family_items("knowledge", name):
+    for name in generator_names("knowledge"):
+        for item in items_of("knowledge", name):
             told, question = item.prompt.split("\n\n")
             work, answer = item.target["work"], item.target["answer"]
             if name == "table":
@@ -96,7 +87,7 @@ def test_the_work_of_knowledge_quotes_what_the_answer_needs() -> None:
 
 
 def test_the_work_of_reasoning_follows_from_what_is_told() -> None:
-    for item in family_items("reasoning", "order"):
+    for item in items_of("reasoning", "order"):
         *facts, last = sentences(item.target["work"])
         most, least, ranked = re.findall(r"From (\w+) to (\w+): (.+)\.", last)[0]
         first, second, third = ranked.split(", ")
@@ -104,13 +95,13 @@ def test_the_work_of_reasoning_follows_from_what_is_told() -> None:
         assert [re.findall(r"[A-Z]\w+", fact) for fact in facts] == [[first, second], [second, third]]
         asked = re.findall(r"Who is the (\w+)", item.prompt)[0]
         assert {most: first, least: third}[asked] == item.target["answer"]
-    for item in family_items("reasoning", "hats"):
+    for item in items_of("reasoning", "hats"):
         fact, rule = sentences(item.target["work"])
         assert {fact, rule} <= set(sentences(item.prompt))
         person, job = re.findall(r"(\w+) is a (\w+)\.", fact)[0]
         assert f"{person}'s hat" in item.prompt
         assert rule == f"Every {job} has a hat that is {item.target['answer']}."
-    for item in family_items("reasoning", "elimination"):
+    for item in items_of("reasoning", "elimination"):
         has = dict(re.findall(r"(\w+) has the (\w+)", item.target["work"]))
         left, who = re.findall(r"That leaves the (\w+) for (\w+)\.", item.target["work"])[0]
         lacks = re.findall(r"\w+ does not have the \w+", item.target["work"])
@@ -122,7 +113,7 @@ def test_the_work_of_reasoning_follows_from_what_is_told() -> None:
 
 
 def test_the_work_of_rules_goes_as_far_as_they_go() -> None:
-    for item in family_items("reasoning", "rules"):
+    for item in items_of("reasoning", "rules"):
         rules = dict(re.findall(r"If (.+?), then (.+?)\.", item.prompt))
         state, asked = re.findall(r"We see that (.+?)\. Does it follow that (.+?)\?", item.prompt)[0]
         work = item.target["work"].lower()
@@ -143,7 +134,7 @@ def holds(statement: str, cases: list[set[str]]) -> bool:
 
 
 def test_the_work_of_syllogisms_proves_them_or_gives_a_counterexample() -> None:
-    for item in family_items("reasoning", "syllogism", 400):
+    for item in items_of("reasoning", "syllogism", 400):
         first, second, _ = sentences(item.prompt.replace("Does it", "."))
         claim = re.findall(r"follow that (.+?)\?", item.prompt)[0]
         work = item.target["work"]
@@ -196,8 +187,8 @@ def replay(trace: str) -> dict[str, Any]:
 
 
 def test_programs_print_what_python_prints_and_traces_end_there() -> None:
-    for name in families("coding"):
-        for item in family_items("coding", name, 120):
+    for name in generator_names("coding"):
+        for item in items_of("coding", name, 120):
             (source,) = re.findall(r"```python\n(.*)\n```", item.prompt, re.DOTALL)
             printed = io.StringIO()
             variables: dict[str, Any] = {}
@@ -215,22 +206,22 @@ def test_programs_print_what_python_prints_and_traces_end_there() -> None:
 
 
 def test_a_trace_has_a_line_for_every_statement_that_ran() -> None:
-    name, number, items = mini5_coding.Name, mini5_coding.Constant, mini5_coding.Name("items")
-    double = mini5_coding.Binary(name("k"), "*", number(2))
-    test = mini5_coding.If(
-        mini5_coding.Binary(name("n"), ">", number(9)),
-        mini5_coding.Assign("m", number("stone")),
-        mini5_coding.Assign("m", number("cloud")),
+    name, number, items = program.Variable, program.Constant, program.Variable("items")
+    double = program.Binary(name("k"), "*", number(2))
+    test = program.If(
+        program.Binary(name("n"), ">", number(9)),
+        program.Assign("m", number("stone")),
+        program.Assign("m", number("cloud")),
     )
     statements = (
-        mini5_coding.Assign("n", number(1)),
-        mini5_coding.Loop("k", (3, 5), mini5_coding.Assign("n", double, "+")),
+        program.Assign("n", number(1)),
+        program.Loop("k", (3, 5), program.Assign("n", double, "+")),
         test,
-        mini5_coding.Assign("items", number([4, 5])),
-        mini5_coding.Append("items", name("n")),
-        mini5_coding.Assign("items", mini5_coding.Part(items, 1, 3)),
+        program.Assign("items", number([4, 5])),
+        program.Append("items", name("n")),
+        program.Assign("items", program.Subscript(items, 1, 3)),
     )
-    output, trace = mini5_coding.Program(statements, mini5_coding.Call("max", items)).run()
+    output, trace = program.Program(statements, program.BuiltinCall("max", items)).run()
     assert output == "15"
     assert trace.splitlines() == [
         "n = 1",
@@ -246,14 +237,14 @@ def test_a_trace_has_a_line_for_every_statement_that_ran() -> None:
 
 
 def test_no_program_is_run_as_text() -> None:
-    source = ast.parse(Path(mini5_coding.__file__).read_text(encoding="utf-8"))
+    source = ast.parse(Path(program.__file__).read_text(encoding="utf-8"))
     assert not {"exec", "eval", "compile"} & {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
 
 
-@pytest.mark.parametrize("family", [each for each in families("math") if each != "gsm_symbolic"])
+@pytest.mark.parametrize("family", [each for each in generator_names("math") if each != "gsm_symbolic"])
 def test_every_operation_of_the_work_is_right_and_the_last_gives_the_answer(family: str) -> None:
     operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-    for item in family_items("math", family, 300):
+    for item in items_of("math", family, 300):
         question, work = item.prompt.split("Work it out")[0], item.target["work"]
         steps = re.findall(r"(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)\.(?: |$)", work)
         assert work == " ".join(f"{a} {sign} {b} = {c}." for a, sign, b, c in steps)
@@ -269,6 +260,6 @@ def test_every_operation_of_the_work_is_right_and_the_last_gives_the_answer(fami
 
 
 def test_a_sum_whose_answer_is_another_is_not_asked() -> None:
-    assert mini5_math.worked("4 - ( 2 - 5 ) * 3") == (13, "2 - 5 = -3. -3 * 3 = -9. 4 - -9 = 13.")
-    assert mini5_math._calculate("6 - 1 * 3", "15") is None
-    assert mini5_math._calculate("6 - 1 * 3", "3") is not None
+    assert math.worked("4 - ( 2 - 5 ) * 3") == (13, "2 - 5 = -3. -3 * 3 = -9. 4 - -9 = 13.")
+    assert math._calculate("6 - 1 * 3", "15") is None
+    assert math._calculate("6 - 1 * 3", "3") is not None

@@ -1,6 +1,6 @@
-"""Puts a stranger's program behind walls and clears up after it: a script of its own, run as `python -I -S` by `sandbox.py`.
+"""Sandbox launcher: isolates an untrusted program, runs it and cleans up. A script, executed as `python -I -S` by `process.py`.
 
-Owns namespaces, mounts, Landlock, the change of user, resource limits and the killing of whatever is left. Knows only the
+Owns namespaces, mounts, Landlock, the change of user, resource limits and the killing of remaining processes. Knows only the
 standard library and its one argument; must import nothing of the package. Processes: launcher -> (first process of the new
 process namespace) -> program. Each dies with its parent; the launcher ends the program on SIGTERM.
 """
@@ -35,7 +35,7 @@ Job = dict[str, Any]
 
 
 def call(name: str, *arguments: Any) -> int:
-    """A C library function that answers a negative number with errno set when it fails.
+    """Call a C library function that returns a negative number and sets errno when it fails.
 
     Raises:
         OSError: it failed.
@@ -53,7 +53,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def spare_user() -> int | None:
-    """A user id that nobody has, when this process may become somebody else: root, outside of a bare user namespace."""
+    """A user id that nobody has, where this process may change users: as root, outside of a bare user namespace."""
     with open("/proc/self/status") as facts:
         capabilities = next(int(line.split()[1], 16) for line in facts if line.startswith("CapEff"))
     if capabilities & 0b11000001 != 0b11000001:  # change owners, groups, users
@@ -65,7 +65,7 @@ def spare_user() -> int | None:
 
 
 def enter_namespaces(user: int | None) -> None:
-    """Leave the mounts, processes, network and shared memory of the machine; through a user namespace where not root."""
+    """Enter new namespaces of mounts, processes, network and shared memory; through a user namespace where not root."""
     outside = os.geteuid(), os.getegid()
     call("unshare", NEWNS | NEWPID | NEWNET | NEWIPC | (NEWUSER if user is None else 0))
     if user is None:
@@ -80,13 +80,13 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
 
 
 def set_read_only(path: str) -> None:
-    """A mount and all mounts below it."""
+    """Make a mount and all mounts below it read-only."""
     attributes = struct.pack("=QQQQ", RDONLY | NOSUID, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, ctypes.c_size_t(len(attributes)))
 
 
 def private_root(job: Job, user: int | None) -> None:
-    """A new root that has the interpreter and the system's libraries, read-only, and an empty /tmp in memory."""
+    """Switch to a new root with the interpreter and the system's libraries, read-only, and an empty /tmp in memory."""
     limits, root = job["limits"], job["folder"]
     mount("none", "/", None, REC | PRIVATE)
     mount("none", root, "tmpfs", NOSUID | NODEV, "mode=755,size=1m")
@@ -117,12 +117,12 @@ def private_root(job: Job, user: int | None) -> None:
 
 
 def landlock_version() -> int:
-    """What the kernel's Landlock can do; 0 without it."""
+    """The ABI version of the kernel's Landlock; 0 without it."""
     return max(0, int(LIBC.syscall(SYS_LANDLOCK, None, ctypes.c_size_t(0), 1)))
 
 
 def landlock(job: Job) -> None:
-    """Forbid this process all files but the interpreter (to read) and its folder; TCP and signals to others as well.
+    """Deny this process all files but the interpreter (read-only) and its folder, and TCP and signals to other processes.
 
     TCP from version 4 (Linux 6.7), signals and abstract sockets from version 6 (Linux 6.12).
     """
@@ -145,7 +145,7 @@ def landlock(job: Job) -> None:
 
 
 def process_count() -> int:
-    """Threads of this user on the machine: what RLIMIT_NPROC counts when the program shares its user with others."""
+    """Number of this user's threads on the machine, which RLIMIT_NPROC counts when the program shares its user."""
     count = 0
     for entry in os.scandir("/proc"):
         try:
@@ -157,7 +157,7 @@ def process_count() -> int:
 
 
 def set_limits(limits: dict[str, Any], others: int) -> None:
-    """Resource limits of this process and its children; `others` is how many processes its user has already."""
+    """Resource limits of this process and its children; `others` is the number of processes that its user has already."""
     cpu = max(1, round(limits["cpu_seconds"]))
     for name, value in (
         ("CORE", 0),
@@ -177,7 +177,7 @@ def set_limits(limits: dict[str, Any], others: int) -> None:
 
 
 def interpreter(job: Job, user: int | None) -> str:
-    """The path of Python. For a strange user through a descriptor: root's own Python may lie in a closed folder."""
+    """The path of Python; for a spare user through a descriptor, since root's Python may lie in an inaccessible folder."""
     python: str = job["python"]
     if user is None or job["level"] == "namespaces":
         return python
@@ -188,7 +188,7 @@ def interpreter(job: Job, user: int | None) -> str:
 
 
 def become_program(job: Job, user: int | None, others: int) -> NoReturn:
-    """Give everything up and start the program in this process."""
+    """Drop all privileges and start the program in this process."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     prctl(NO_NEW_PRIVS, 1)
@@ -212,28 +212,28 @@ def become_program(job: Job, user: int | None, others: int) -> NoReturn:
 
 
 def fork_program(job: Job, user: int | None, others: int) -> int:
-    """Start the program in a child; what goes wrong before its first line is reported."""
+    """Start the program in a child process; errors before its first line are reported."""
     child = os.fork()
     if child:
         return child
     try:
         become_program(job, user, others)
     except BaseException as error:
-        tell(job, error=f"{type(error).__name__}: {error}")
+        report(job, error=f"{type(error).__name__}: {error}")
     finally:
         os._exit(125)
 
 
 def await_child(child: int) -> int | None:
-    """The wait status of `child`; None when told to stop. Buries orphans meanwhile. Needs both signals blocked."""
+    """The wait status of `child`; None on SIGTERM. Reaps orphans meanwhile. Needs SIGCHLD and SIGTERM blocked."""
     while True:
         if signal.sigwait({signal.SIGCHLD, signal.SIGTERM}) == signal.SIGTERM:
             return None
         while True:
-            found, status = os.waitpid(-1, os.WNOHANG)
-            if found == child:
+            reaped, status = os.waitpid(-1, os.WNOHANG)
+            if reaped == child:
                 return status
-            if not found:
+            if not reaped:
                 break
 
 
@@ -246,14 +246,14 @@ def children_of(root: int) -> list[int]:
                 parents[int(name)] = int(handle.read().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = {root}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {root})
+    family = {root}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sorted(family - {root})
 
 
 def sweep(user: int | None) -> bool:
-    """Kill whatever the program left; whether all of it is gone. Without namespaces only: there the kernel does it."""
+    """Kill all processes that the program left; whether all are gone. With namespaces the kernel does that instead."""
     deadline = time.monotonic() + SWEEP_SECONDS
     while time.monotonic() < deadline:
         if user is None:
@@ -279,22 +279,22 @@ def sweep(user: int | None) -> bool:
     return False
 
 
-def tell(job: Job, **facts: Any) -> None:
-    """One line to the caller, who may be dead: then there is still clearing up to do."""
+def report(job: Job, **facts: Any) -> None:
+    """Report to the caller, a JSON line; if the caller is dead, cleaning up goes on."""
     with contextlib.suppress(BrokenPipeError):
         os.write(job["report"], json.dumps(facts).encode() + b"\n")
 
 
 def first_process(job: Job, user: int | None) -> NoReturn:
-    """Process 1 of the namespace: builds the root, starts the program, and takes everything with it when it ends."""
+    """Process 1 of the namespace: builds the root and starts the program; when it ends, the kernel kills the rest."""
     try:
         prctl(PDEATHSIG, signal.SIGKILL)
         private_root(job, user)
         child = fork_program(job, user, 0)
         prctl(DUMPABLE, 0)  # the program may have the same user: it shall not trace this process
-        tell(job, status=await_child(child))
+        report(job, status=await_child(child))
     except BaseException as error:
-        tell(job, error=f"{type(error).__name__}: {error}")
+        report(job, error=f"{type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
@@ -311,7 +311,7 @@ def main() -> None:
             return
         prctl(SUBREAPER, 1)
         user = spare_user()
-        tell(job, user=user is not None, landlock=landlock_version())
+        report(job, user=user is not None, landlock=landlock_version())
         if job["level"] == "namespaces":
             enter_namespaces(user)
             if not (child := os.fork()):
@@ -323,13 +323,13 @@ def main() -> None:
         prctl(DUMPABLE, 0)
         status = await_child(child)
         if job["level"] != "namespaces":
-            tell(job, status=status)
-            tell(job, clean=sweep(user))
+            report(job, status=status)
+            report(job, clean=sweep(user))
         elif status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)  # returns when the whole namespace is dead
     except BaseException as error:
-        tell(job, error=f"{type(error).__name__}: {error}")
+        report(job, error=f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
