@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.models.families.registry import slots
+from unmask.models.families.registry import stored_tensors
 from unmask.models.weights.hub import resolve
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import Parts, build_parts
@@ -146,7 +146,7 @@ def gradient_difference(case: Case, network: nn.Module) -> dict[str, float]:
     loss, plain = case.ours(), case.plain(network, "float32")
     ours = dict(case.parts.model.named_parameters())
     difference = total = 0.0
-    for name, slot in slots(case.parts.model.config).items():
+    for name, slot in stored_tensors(case.parts.model.config).items():
         mine, theirs = ours[slot.parameter].grad, network.get_parameter(name).grad
         assert mine is not None
         assert theirs is not None

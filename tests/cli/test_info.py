@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli.info import BYTES_PER_PARAMETER, describe
-from unmask.models.families.presets import PRESETS, preset
-from unmask.models.families.registry import read_config
+from unmask.models.families.registry import PRESETS, preset, read_config
 from unmask.models.weights.loading import load_model
 
 

@@ -38,7 +38,7 @@ def export(
     float32 whatever dtype is narrower.
     """
     from unmask.cli.progress import counting
-    from unmask.models.dtypes import parse_dtype
+    from unmask.models.dtypes import dtype_name, parse_dtype
     from unmask.models.weights.export import export_model
     from unmask.models.weights.hub import resolve
 
@@ -49,7 +49,7 @@ def export(
         exported = export_model(resolve(model), out, dtype=wanted, max_shard_bytes=size, parent=parent, on_progress=on_progress)
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     console.print(f"model    {out}", soft_wrap=True)
-    console.print(f"format   {exported.config.family}, {kind}, {str(exported.dtype).removeprefix('torch.')}", soft_wrap=True)
+    console.print(f"format   {exported.config.family}, {kind}, {dtype_name(exported.dtype)}", soft_wrap=True)
     for note in exported.notes:
         console.print(f"note     {note}", soft_wrap=True)
 

@@ -67,7 +67,6 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     import torch
 
     from unmask.models.arch.transformer import Transformer
-    from unmask.models.families.registry import ignored_keys
 
     with torch.device("meta"):
         model = Transformer(config)
@@ -96,14 +95,13 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "gated_lora_rank": config.gated_lora_rank,
         "eos_ids": list(config.eos_ids),
         "context": config.max_positions,
-        "ignored_config_keys": list(ignored_keys(config)),
+        "ignored_config_keys": sorted(config.hf_extras),
     }
 
 
 def _find(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
-    from unmask.models.families.presets import PRESETS, preset
-    from unmask.models.families.registry import read_config
+    from unmask.models.families.registry import PRESETS, preset, read_config
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, is_hub_id, resolve, unknown_model
 
@@ -119,14 +117,14 @@ def _find(model: str) -> tuple[ModelConfig, Path | None]:
 
 def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
     """What safetensors the folder holds; None for a config.json alone."""
-    from unmask.models.families.registry import slots
+    from unmask.models.families.registry import stored_tensors
     from unmask.models.weights.safetensors_io import tensor_index
 
     if not any(folder.glob("*.safetensors*")):
         return None
     index = tensor_index(folder)
     files = set(index.values())
-    missing = len(slots(config).keys() - index.keys())
+    missing = len(stored_tensors(config).keys() - index.keys())
     return _Weights(len(index), len(files), sum(file.stat().st_size for file in files), missing)
 
 

@@ -1,6 +1,6 @@
-"""Which number format to compute in.
+"""Dtypes by name, and the choice of "auto".
 
-Owns the names users write and the choice of "auto". Knows devices, nothing of models.
+Knows devices, nothing of models.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ def parse_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
     if dtype not in _NAMES.values():
         raise ConfigError(f"dtype {dtype} cannot hold a model's weights; use one of {', '.join(_NAMES)}")
     return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as Hugging Face spells it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def has_native_bfloat16(device: str) -> bool:

@@ -12,8 +12,15 @@ from tiny import tiny_config
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
 from unmask.models.arch.transformer import Transformer
-from unmask.models.families.presets import PRESETS, preset
-from unmask.models.families.registry import FAMILIES, ignored_keys, read_config, slots, tolerated, write_config
+from unmask.models.families.registry import (
+    FAMILIES,
+    PRESETS,
+    ignored_tensors,
+    preset,
+    read_config,
+    stored_tensors,
+    write_config,
+)
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -53,7 +60,7 @@ def test_slots_tile_every_parameter_exactly_once(name: str) -> None:
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in Transformer(config).state_dict().items()}
     written = {key: torch.zeros(shape, dtype=torch.int32) for key, shape in shapes.items()}
-    for disk, slot in slots(config).items():
+    for disk, slot in stored_tensors(config).items():
         part = written[slot.parameter][slot.index]
         assert tuple(part.shape) == slot.shape, disk
         part += 1
@@ -93,7 +100,7 @@ def test_llada2_ends_with_its_pad_token() -> None:
 
 
 def test_published_tensor_names_of_ling() -> None:
-    names = slots(CONFIGS["bailing_moe_v2"])
+    names = stored_tensors(CONFIGS["bailing_moe_v2"])
     assert {
         "model.word_embeddings.weight", "model.layers.0.attention.query_key_value.weight", "model.norm.weight",
         "model.layers.0.attention.dense.weight", "model.layers.1.attention.query_layernorm.weight",
@@ -123,7 +130,7 @@ def test_defaults_of_absent_keys() -> None:
 def test_harmless_keys_are_kept_and_listed() -> None:
     hf = {**LLAMA, "initializer_range": 0.02, "use_cache": True, "transformers_version": "4.57", "pad_token_id": -1}
     config = read_config(hf)
-    assert ignored_keys(config) == ("initializer_range", "transformers_version", "use_cache")
+    assert sorted(config.hf_extras) == ["initializer_range", "transformers_version", "use_cache"]
     assert write_config(config)["initializer_range"] == 0.02
     assert config.pad_id is None
 
@@ -178,7 +185,7 @@ def test_an_unused_window_is_accepted(change: dict[str, Any]) -> None:
 
 
 def test_tolerated_names() -> None:
-    tied, ling = tolerated(tiny_config("llama", tied_head=True)), tolerated(tiny_config("llada2"))
+    tied, ling = ignored_tensors(tiny_config("llama", tied_head=True)), ignored_tensors(tiny_config("llada2"))
     assert tied.fullmatch("model.layers.1.self_attn.rotary_emb.inv_freq")
     assert tied.fullmatch("lm_head.weight")
     assert not tied.fullmatch("model.layers.2.mlp.gate_proj.weight")

@@ -17,7 +17,7 @@ from unmask.engine.llm import load
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
-from unmask.models.families.registry import slots
+from unmask.models.families.registry import stored_tensors
 from unmask.models.weights import adapter as adapter_module
 from unmask.models.weights.adapter import LoraLinear, adapters_off, attach_lora, folded_state, load_adapter, save_adapter
 from unmask.models.weights.checkpoint import read_model_config, save_model
@@ -145,7 +145,7 @@ def test_targets_of_a_mixture_leave_its_experts_out(tmp_path: Path) -> None:
     save_adapter(trained(base), tmp_path / "adapter", base=str(base))
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert {"query_key_value", "dense", "model.layers.0.mlp.gate_proj"} < set(targets)
-    modules = {name.removesuffix(".weight") for name in slots(read_model_config(base))}
+    modules = {name.removesuffix(".weight") for name in stored_tensors(read_model_config(base))}
     reached = {module for module in modules for target in targets if module == target or module.endswith(f".{target}")}
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {f"base_model.model.{module}.lora_A.weight" for module in reached} == {name for name in stored if "lora_A" in name}

@@ -1,6 +1,6 @@
-"""Values of a Hugging Face config.json, by kind.
+"""Typed values of a Hugging Face config.json.
 
-Owns what each kind may look like, and the errors that say so. Knows no key's meaning.
+Owns what a value of each type may look like, and the errors that say so. Knows no key's meaning.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{key} is {value!r}; it must be an integer")
     return value
+
+
+def optional_integer(hf: Mapping[str, Any], key: str) -> int | None:
+    """A whole number, or None where the key is absent."""
+    return None if hf.get(key) is None else integer(hf, key)
 
 
 def number(hf: Mapping[str, Any], key: str, default: float) -> float:
@@ -46,9 +51,7 @@ def flag(hf: Mapping[str, Any], key: str, default: bool) -> bool:
 def token(hf: Mapping[str, Any], key: str) -> int | None:
     """A token's id; None where there is none, which some published configs spell -1."""
     value = hf.get(key)
-    if value is None or value == -1:
-        return None
-    return integer(hf, key)
+    return None if value == -1 else optional_integer(hf, key)
 
 
 def eos(hf: Mapping[str, Any]) -> tuple[int, ...]:

@@ -24,10 +24,11 @@ from unmask.errors import CheckpointError, ConfigError
 from unmask.files import bytes_writer, disk_errors, json_bytes, read_json, staging_folder, sync_folder, write_synced
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
-from unmask.models.families.registry import FAMILIES, slots, write_config
+from unmask.models.dtypes import dtype_name
+from unmask.models.families.registry import family_of, stored_tensors, write_config
 from unmask.models.weights.hub import ADAPTED_CONFIG, ADAPTER_CONFIG
 from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
-from unmask.models.weights.safetensors_io import TensorSpec, read_tensors, write_safetensors
+from unmask.models.weights.safetensors_io import read_tensors, specs_of, write_safetensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -174,12 +175,12 @@ def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
     if model.head_weight.requires_grad:
         # Both even where they are one: PEFT would leave the head as it was if only the embedding were stored.
         tensors |= _vocabulary(model)
-        modules_to_save = [FAMILIES[model.config.family].embedding.rpartition(".")[2], _HEAD]
+        modules_to_save = [family_of(model.config).embedding.rpartition(".")[2], _HEAD]
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    modules = [name.removesuffix(".weight") for name in slots(model.config)]
-    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    modules = [name.removesuffix(".weight") for name in stored_tensors(model.config)]
+    specs = specs_of(tensors)
     jsons = {
-        ADAPTED_CONFIG: write_config(model.config, dtype=str(model.embed.weight.dtype).removeprefix("torch.")),
+        ADAPTED_CONFIG: write_config(model.config, dtype=dtype_name(model.embed.weight.dtype)),
         ADAPTER_CONFIG: write_settings(pairs, modules, base=base, modules_to_save=modules_to_save),
     }
     with staging_folder(folder) as stage, disk_errors(folder):
@@ -237,14 +238,14 @@ def fold_adapter(model: Transformer) -> Transformer:
 
 def stored_vocab_size(folder: Path, config: ModelConfig) -> int | None:
     """Rows of the embedding that the adapter in `folder` brings along; None: it brings none."""
-    embedding = read_tensors(folder / ADAPTER_WEIGHTS).get(f"{_PREFIX}{FAMILIES[config.family].embedding}.weight")
+    embedding = read_tensors(folder / ADAPTER_WEIGHTS).get(f"{_PREFIX}{family_of(config).embedding}.weight")
     return None if embedding is None else len(embedding)
 
 
 def _layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     """The linear layers that can be adapted: of each, the modules on disk that are fused in it and their rows, in order."""
     found: dict[str, list[tuple[str, int]]] = {}
-    for name, slot in slots(config).items():
+    for name, slot in stored_tensors(config).items():
         if slot.parameter.startswith("blocks.") and slot.parameter.endswith(".weight") and len(slot.shape) == 2:
             parts = found.setdefault(slot.parameter.removesuffix(".weight"), [])
             parts.append((name.removesuffix(".weight"), slot.shape[0]))
@@ -292,7 +293,7 @@ def _stored(model: Transformer) -> tuple[dict[str, Pair], dict[str, Tensor]]:
 
 def _vocabulary(model: Transformer) -> dict[str, Tensor]:
     """Embedding and head, which may be one tensor, under their names in the file."""
-    names = (FAMILIES[model.config.family].embedding, _HEAD)
+    names = (family_of(model.config).embedding, _HEAD)
     return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
 
 
@@ -301,7 +302,7 @@ def _check(
 ) -> None:
     """Everything that keeps the file from fitting the model, in one error."""
     wanted: dict[str, tuple[int, ...]] = {}
-    places = slots(model.config)
+    places = stored_tensors(model.config)
     for module, pair in pairs.items():
         rows, columns = places[f"{module}.weight"].shape
         wanted[f"{_PREFIX}{module}.lora_A.weight"] = (pair.rank, columns)

@@ -18,14 +18,15 @@ from unmask.files import read_json
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.transformer import Transformer
-from unmask.models.families.registry import read_config, slots, tolerated, write_config
+from unmask.models.dtypes import dtype_name
+from unmask.models.families.registry import ignored_tensors, read_config, stored_tensors, write_config
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
     DEFAULT_SHARD_BYTES,
     TensorFiles,
-    TensorSpec,
     iter_tensors,
+    specs_of,
     write_checkpoint,
 )
 
@@ -52,7 +53,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
     """Load the whole model in `folder`, strictly: every tensor of the architecture, none besides. See `loading.load_model`."""
     config = read_model_config(folder)
-    places = slots(config)
+    places = stored_tensors(config)
     check_tensors(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
@@ -61,7 +62,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | 
         for name, tensor in model.state_dict().items()
     }
     for name, tensor in iter_tensors(folder, only=places):
-        state[places[name].parameter][places[name].index].copy_(tensor)
+        places[name].view(state).copy_(tensor)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = rope_frequencies(config.rope, config.rotary_dim)[0].to(device)
     return model
@@ -89,16 +90,11 @@ def save_state(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (),
 ) -> None:  # fmt: skip
     """`save_model` for a state dict in our names (one gathered from several ranks)."""
-    places = slots(config)
-    specs = {name: TensorSpec(slot.shape, state[slot.parameter].dtype) for name, slot in places.items()}
+    tensors = {name: stored.view(state) for name, stored in stored_tensors(config).items()}
     write_checkpoint(
-        folder,
-        write_config(config, dtype=str(state["embed.weight"].dtype).removeprefix("torch.")),
-        specs,
-        lambda name: state[places[name].parameter][places[name].index],
-        max_shard_bytes=max_shard_bytes,
-        extra_files=extra_files,
-    )
+        folder, write_config(config, dtype=dtype_name(state["embed.weight"].dtype)), specs_of(tensors), tensors.__getitem__,
+        max_shard_bytes=max_shard_bytes, extra_files=extra_files,
+    )  # fmt: skip
 
 
 def check_tensors(folder: Path, config: ModelConfig) -> None:
@@ -107,7 +103,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     Raises:
         CheckpointError: tensors are missing, unexpected, misshaped or not floating point; all of them are named.
     """
-    places, skipped = slots(config), tolerated(config)
+    places, skipped = stored_tensors(config), ignored_tensors(config)
     with ExitStack() as stack:
         files = TensorFiles(folder, stack)
         problems = [f"missing: {name}" for name in places if name not in files.names]

@@ -45,6 +45,11 @@ class TensorSpec(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """The specs of tensors in memory."""
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 class TensorFiles:
     """The weights of a folder, any tensor at any time; its files stay open as long as `stack`.
 

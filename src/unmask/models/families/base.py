@@ -1,0 +1,198 @@
+"""A model family: its config keys, its tensor names and its diffusion defaults.
+
+Owns what all families have in common, which is a dense model with Llama's names; a family overrides what differs, in a file of
+its own. Knows no file and no weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from unmask.errors import ConfigError
+from unmask.models.arch.config import ModelConfig
+from unmask.models.families.hf_values import eos, flag, integer, number, optional_integer, token
+from unmask.models.families.rope_keys import ROPE_KEYS, read_rope, write_rope
+from unmask.models.families.tensors import StoredTensor, attention_tensors, feed_forward_tensors, gated_lora_tensors
+
+_SHARED_KEYS = ROPE_KEYS | {
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "block_size",
+    "shift_start_token_id", "gated_lora_rank", "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
+}  # fmt: skip
+# Keys that change the computation, and the only values for which they do not.
+_REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "quantization_config": (None,),
+    "rope_interleaved": (None, False),
+    "rope_interleave": (None, False),
+    "norm_head": (None, False),
+    "use_rmsnorm": (None, True),
+    "score_function": (None, "sigmoid"),
+    "scoring_func": (None, "sigmoid"),
+    "topk_method": (None, "noaux_tc"),
+    "moe_router_enable_expert_bias": (None, True),
+    "no_rope_layers": (None, []),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+
+
+class ModelFamily:
+    """A family of models as published on Hugging Face; instances hold no state.
+
+    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs, `own_keys` the
+    keys of config.json beyond those that all families share. `head_dim` and `rotary_fraction` (the share of the head that
+    rotates) are defaults for absent keys. `embedding` and `attention` are names of modules on disk, `attention_names` those of
+    the layers inside (see `tensors.attention_tensors`). `presets` are published sizes: the Hugging Face config of each by name.
+    `index_required`: programs that read exported models look tensors up in the index, so a single file needs one too.
+    """
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    own_keys: ClassVar[frozenset[str]] = frozenset()
+    head_dim: ClassVar[int | None] = None
+    rotary_fraction: ClassVar[float] = 1.0
+    embedding: ClassVar[str] = "model.embed_tokens"
+    attention: ClassVar[str] = "self_attn"
+    attention_names: ClassVar[Mapping[str, str]] = {
+        "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "query_norm": "q_norm", "key_norm": "k_norm",
+    }  # fmt: skip
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    index_required: ClassVar[bool] = False
+
+    def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """`ModelConfig` fields that this family reads in its own way; they go before the shared ones."""
+        return {}
+
+    def write_own_keys(self, config: ModelConfig) -> dict[str, Any]:
+        """The family's own keys of config.json."""
+        return {}
+
+    def for_export(self, config: ModelConfig) -> ModelConfig:
+        """The config under which other programs read the same tensors.
+
+        Raises:
+            CheckpointError: no other program computes what the model does.
+        """
+        return config
+
+    def export_notes(self, config: ModelConfig) -> tuple[str, ...]:
+        """Where other programs assume what is not so in the exported model."""
+        return ()
+
+    def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """See `registry.read_config`."""
+        _reject_unsupported(hf)
+        hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+        max_positions = integer(hf, "max_position_embeddings")
+        known_keys = _SHARED_KEYS | self.own_keys
+        fields: dict[str, Any] = {
+            "vocab_size": integer(hf, "vocab_size"),
+            "hidden_size": hidden_size,
+            "num_layers": integer(hf, "num_hidden_layers"),
+            "num_heads": num_heads,
+            "num_kv_heads": integer(hf, "num_key_value_heads", num_heads),
+            "head_dim": integer(hf, "head_dim", self.head_dim or hidden_size // max(num_heads, 1)),
+            "ffn_size": integer(hf, "intermediate_size"),
+            "max_positions": max_positions,
+            "norm_eps": number(hf, "rms_norm_eps", 1e-6),
+            "rope": read_rope(hf, max_positions=max_positions, default_fraction=self.rotary_fraction),
+            "tied_head": flag(hf, "tie_word_embeddings", False),
+            "bos_id": token(hf, "bos_token_id"),
+            "eos_ids": eos(hf),
+            "pad_id": token(hf, "pad_token_id"),
+            "mask_id": token(hf, "mask_token_id"),
+            "block_size": optional_integer(hf, "block_size"),
+            "start_id": token(hf, "shift_start_token_id"),
+            "gated_lora_rank": optional_integer(hf, "gated_lora_rank"),
+            "hf_extras": {key: value for key, value in hf.items() if key not in known_keys},
+        }
+        config = ModelConfig(family=self.name, **(fields | self.read_own_keys(hf)))
+        if self.rotary_fraction == 1.0 and config.rope.fraction != 1.0:
+            raise ConfigError(
+                f"partial_rotary_factor is {config.rope.fraction}; family '{self.name}' rotates the whole head (1.0)"
+            )
+        return config
+
+    def write_config(self, config: ModelConfig, dtype: str | None) -> dict[str, Any]:
+        """See `registry.write_config`."""
+        optional = {
+            "mask_token_id": config.mask_id,
+            "block_size": config.block_size,
+            "shift_start_token_id": config.start_id,
+            "gated_lora_rank": config.gated_lora_rank,
+            "torch_dtype": dtype,
+        }
+        return {
+            **config.hf_extras,
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.ffn_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": config.max_positions,
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tied_head,
+            "bos_token_id": config.bos_id,
+            "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+            "pad_token_id": config.pad_id,
+            **write_rope(config.rope, default_fraction=self.rotary_fraction),
+            **self.write_own_keys(config),
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+
+    def tensors(self, config: ModelConfig) -> dict[str, StoredTensor]:
+        """See `registry.stored_tensors`."""
+        vocabulary, norm = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+        tensors = {f"{self.embedding}.weight": StoredTensor("embed.weight", (), vocabulary)}
+        for layer in range(config.num_layers):
+            disk, ours = f"model.layers.{layer}", f"blocks.{layer}"
+            tensors[f"{disk}.input_layernorm.weight"] = StoredTensor(f"{ours}.attention_norm.weight", (), norm)
+            tensors |= attention_tensors(config, f"{disk}.{self.attention}", f"{ours}.attention", self.attention_names)
+            tensors[f"{disk}.post_attention_layernorm.weight"] = StoredTensor(f"{ours}.mlp_norm.weight", (), norm)
+            tensors |= self.mlp_tensors(config, layer, f"{disk}.mlp", f"{ours}.mlp")
+        tensors["model.norm.weight"] = StoredTensor("norm.weight", (), norm)
+        if not config.tied_head:
+            tensors["lm_head.weight"] = StoredTensor("lm_head.weight", (), vocabulary)
+        if config.gated_lora_rank is not None:
+            tensors |= gated_lora_tensors(tensors, config.gated_lora_rank, config.hidden_size)
+        return tensors
+
+    def mlp_tensors(self, config: ModelConfig, layer: int, disk: str, ours: str) -> dict[str, StoredTensor]:
+        """The feed-forward of layer `layer`, under the prefixes `disk` and `ours`."""
+        return feed_forward_tensors(config.hidden_size, config.ffn_size, disk, ours, bias=config.mlp_bias)
+
+    def ignored_tensors(self, config: ModelConfig) -> re.Pattern[str]:
+        """See `registry.ignored_tensors`."""
+        names = [r"(.*\.)?rotary_emb\.inv_freq"]
+        if config.tied_head:
+            names.append(r"lm_head\.weight")
+        if config.moe is not None:
+            # Ling stores its multi-token-prediction layers after the last decoder layer; the main model never runs them.
+            names.append(rf"model\.layers\.{config.num_layers}\..*")
+        return re.compile("|".join(names))
+
+
+def _reject_unsupported(hf: Mapping[str, Any]) -> None:
+    for key, allowed in _REQUIRED_VALUES.items():
+        if hf.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{key} is {hf[key]!r}; only {' or '.join(repr(value) for value in allowed)} is supported")
+    layer_types = hf.get("layer_types") or []
+    other = [kind for kind in layer_types if kind != "full_attention"]
+    if other:
+        raise ConfigError(f"layer_types holds {other[0]!r}; only 'full_attention' is supported")
+    # Qwen switches its window on by `use_sliding_window` from layer `max_window_layers` on; `layer_types` overrides both.
+    in_use = hf.get("use_sliding_window", "use_sliding_window" not in hf) and hf.get("sliding_window") is not None
+    windowless = hf.get("max_window_layers")
+    if isinstance(windowless, int) and windowless >= hf.get("num_hidden_layers", 0):
+        in_use = False
+    if in_use and not layer_types:
+        raise ConfigError(f"sliding_window is {hf['sliding_window']!r} and in use; only full attention is supported")

@@ -1,0 +1,67 @@
+"""LLaDA2 (`llada2_moe`): Ling 2.0 as a block-diffusion model, and what its published code and SGLang read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from unmask.errors import CheckpointError, ConfigError
+from unmask.models.arch.config import ModelConfig
+from unmask.models.families.hf_values import eos, token
+from unmask.models.families.ling import FLASH, MINI, VOCAB_SIZE, LingMoE
+
+MASK_ID = 156_895
+BLOCK_SIZE = 32
+CODE_REPOSITORY = "inclusionAI/LLaDA2.0-mini"
+"""The repository with the modelling code that Hugging Face runs for this family."""
+_DIFFUSION = {"mask_token_id": MASK_ID, "block_size": BLOCK_SIZE}
+# What the published config.json says beside the sizes. SGLang leaves the selection bias out without the first of these.
+_EXPORT_KEYS: Mapping[str, Any] = {
+    "moe_router_enable_expert_bias": True, "score_function": "sigmoid", "router_dtype": "fp32", "norm_head": False,
+    "norm_softmax": False, "attention_dropout": 0.0, "embedding_dropout": 0.0, "output_dropout": 0.0,
+    "output_router_logits": False, "use_cache": False, "use_sliding_window": False,
+    "auto_map": {
+        "AutoConfig": f"{CODE_REPOSITORY}--configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": f"{CODE_REPOSITORY}--modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": f"{CODE_REPOSITORY}--modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+}  # fmt: skip
+
+
+class LLaDA2MoE(LingMoE):
+    """LLaDA2.0 and 2.1. The published configs name neither mask token nor block size; their vocabulary identifies them."""
+
+    name = "llada2_moe"
+    architecture = "LLaDA2MoeModelLM"
+    presets: ClassVar = {"llada2-mini": {**MINI, **_DIFFUSION}, "llada2-flash": {**FLASH, **_DIFFUSION}}
+    index_required = True  # by dInfer
+
+    def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        fields = super().read_own_keys(hf)
+        if token(hf, "mask_token_id") is None:
+            if hf.get("vocab_size") != VOCAB_SIZE:
+                raise ConfigError(
+                    f"{self.name} with vocab_size {hf.get('vocab_size')!r} names no mask_token_id; add it to config.json"
+                )
+            fields["mask_id"] = MASK_ID
+        if hf.get("block_size") is None:
+            fields["block_size"] = BLOCK_SIZE
+        if not eos(hf):
+            fields["eos_ids"] = eos({"eos_token_id": hf.get("pad_token_id")})
+        return fields
+
+    def for_export(self, config: ModelConfig) -> ModelConfig:
+        if config.shifted:
+            raise CheckpointError(f"the code of {self.name} does not run shifted models (shift_start_token_id); use unmask")
+        return replace(config, hf_extras={**config.hf_extras, **_EXPORT_KEYS, "rotary_dim": config.rotary_dim})
+
+    def export_notes(self, config: ModelConfig) -> tuple[str, ...]:
+        notes = []
+        if config.mask_id != MASK_ID:
+            notes.append(f"SGLang knows no mask token but {MASK_ID} for {self.name}; this model's is {config.mask_id}")
+        if config.block_size != BLOCK_SIZE:
+            notes.append(
+                f"SGLang decodes blocks of {BLOCK_SIZE} unless --dllm-algorithm-config sets block_size: {config.block_size}"
+            )
+        return tuple(notes)

@@ -1,0 +1,88 @@
+"""Tensor names on disk: where each tensor of a checkpoint lies inside our fused parameters.
+
+Owns the layers that families share. Which names a family uses is told by `base.ModelFamily`; knows no file and no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unmask.models.arch.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor on disk belongs: `state_dict()[parameter][index]`, which has shape `shape`."""
+
+    parameter: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+    def view(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The tensor as a view of our state dict."""
+        return state[self.parameter][self.index]
+
+
+def attention_tensors(config: ModelConfig, disk: str, ours: str, names: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """Projections and norms of one attention layer.
+
+    Args:
+        config: sizes, biases and whether there are query and key norms.
+        disk: prefix of the names on disk.
+        ours: prefix of our parameters.
+        names: what the family calls `out`, `query_norm` and `key_norm`, and `qkv` or each of `q`, `k` and `v`.
+    """
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows_of = {
+        "qkv": (0, config.qkv_size),
+        "q": (0, q_rows),
+        "k": (q_rows, q_rows + kv_rows),
+        "v": (q_rows + kv_rows, config.qkv_size),
+    }
+    tensors = {}
+    for part, (start, stop) in rows_of.items():
+        if part not in names:
+            continue
+        rows = (slice(start, stop),)
+        tensors[f"{disk}.{names[part]}.weight"] = StoredTensor(f"{ours}.qkv.weight", rows, (stop - start, config.hidden_size))
+        if config.qkv_bias:
+            tensors[f"{disk}.{names[part]}.bias"] = StoredTensor(f"{ours}.qkv.bias", rows, (stop - start,))
+    tensors[f"{disk}.{names['out']}.weight"] = StoredTensor(f"{ours}.out.weight", (), (config.hidden_size, q_rows))
+    if config.out_bias:
+        tensors[f"{disk}.{names['out']}.bias"] = StoredTensor(f"{ours}.out.bias", (), (config.hidden_size,))
+    if config.qk_norm:
+        for norm in ("query_norm", "key_norm"):
+            tensors[f"{disk}.{names[norm]}.weight"] = StoredTensor(f"{ours}.{norm}.weight", (), (config.head_dim,))
+    return tensors
+
+
+def feed_forward_tensors(hidden: int, ffn: int, disk: str, ours: str, *, bias: bool = False) -> dict[str, StoredTensor]:
+    """Gate, up and down projections of one dense feed-forward layer."""
+    gate, up = (slice(0, ffn),), (slice(ffn, 2 * ffn),)
+    tensors = {
+        f"{disk}.gate_proj.weight": StoredTensor(f"{ours}.gate_up.weight", gate, (ffn, hidden)),
+        f"{disk}.up_proj.weight": StoredTensor(f"{ours}.gate_up.weight", up, (ffn, hidden)),
+        f"{disk}.down_proj.weight": StoredTensor(f"{ours}.down.weight", (), (hidden, ffn)),
+    }
+    if bias:
+        tensors[f"{disk}.gate_proj.bias"] = StoredTensor(f"{ours}.gate_up.bias", gate, (ffn,))
+        tensors[f"{disk}.up_proj.bias"] = StoredTensor(f"{ours}.gate_up.bias", up, (ffn,))
+        tensors[f"{disk}.down_proj.bias"] = StoredTensor(f"{ours}.down.bias", (), (hidden,))
+    return tensors
+
+
+def gated_lora_tensors(tensors: Mapping[str, StoredTensor], rank: int, hidden: int) -> dict[str, StoredTensor]:
+    """The gated LoRA of every linear layer among `tensors`, and the mask vector; on disk they keep the names they have here."""
+    sizes = dict[str, tuple[int, int]]()
+    for tensor in tensors.values():
+        if tensor.parameter.startswith("blocks.") and len(tensor.shape) == 2:
+            layer = tensor.parameter.removesuffix(".weight")
+            sizes[layer] = (sizes.get(layer, (0, 0))[0] + tensor.shape[0], tensor.shape[1])
+    gated = {"gated.mask_vector": StoredTensor("mask_vector", (), (hidden,))}
+    for layer, (outputs, inputs) in sizes.items():
+        gated[f"gated.{layer}.in"] = StoredTensor(f"{layer}.gated_in", (), (rank, inputs))
+        gated[f"gated.{layer}.out"] = StoredTensor(f"{layer}.gated_out", (), (outputs, rank))
+    return gated
