@@ -17,11 +17,10 @@ from fastapi import FastAPI
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.engine.llm import LanguageModel
-from unmask.engine.runner import Backend as EngineBackend
-from unmask.engine.runner import TorchBackend
+from unmask.engine.runner import Backend, TorchBackend
 from unmask.models.rows import Rows
 from unmask.serve.app import create_app
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
 from unmask.serve.server import Server, listen, url_of
 from unmask.serve.worker import Worker
 
@@ -46,7 +45,7 @@ class SlowModel(LanguageModel):
 
     seconds = 0.0
 
-    def backend(self, *, wait: bool = False) -> EngineBackend:
+    def backend(self, *, wait: bool = False) -> Backend:
         return _Slow(self.transformer, self.seconds)
 
 
@@ -86,7 +85,7 @@ class Live:
 
     @property
     def worker(self) -> Worker:
-        worker: Worker = self.app.state.backend.worker
+        worker: Worker = self.app.state.unmask.worker
         return worker
 
     def wait_idle(self, seconds: float = 10.0) -> None:
@@ -101,11 +100,11 @@ class Live:
 
 
 @contextmanager
-def live(model: LanguageModel, settings: Settings | None = None) -> Iterator[Live]:
+def live(model: LanguageModel, config: ServerConfig | None = None) -> Iterator[Live]:
     """Serve until the block ends."""
-    settings = settings if settings is not None else Settings()
-    app, listener = create_app(model, settings), listen("127.0.0.1", 0)
-    server = Server(app, settings.shutdown_grace)
+    config = config if config is not None else ServerConfig()
+    app, listener = create_app(model, config), listen("127.0.0.1", 0)
+    server = Server(app, config.shutdown_grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

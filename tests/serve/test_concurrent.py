@@ -12,7 +12,7 @@ from asking import HELLO, Reply, ask, ask_async, connect_async
 from live import Live, live
 
 from unmask.engine.llm import LanguageModel
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}, "required": ["a", "b"]}
 JSON = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}, "max_tokens": 60}
@@ -44,7 +44,7 @@ CLIENTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module", params=["roomy", "tight"])
 def place(request: pytest.FixtureRequest, tiny: LanguageModel) -> Iterator[Live]:
     """Room for all of them, or so little that they queue and push each other out of the cache."""
-    tight = Settings(max_concurrent=12, cache_tokens=288)
+    tight = ServerConfig(max_concurrent=12, cache_tokens=288)
     with live(tiny, tight if request.param == "tight" else None) as running:
         yield running
         running.wait_idle()
@@ -93,6 +93,6 @@ def test_together_as_alone_from_threads(place: Live, alone: list[Reply]) -> None
 
 def test_the_tight_one_was_tight(place: Live, alone: list[Reply]) -> None:
     """Else it says no more than the roomy one."""
-    text = place.app.state.backend.metrics.text().decode()
+    text = place.app.state.unmask.metrics.text().decode()
     (count,) = [float(line.split()[1]) for line in text.splitlines() if line.startswith("unmask_preemptions_total")]
     assert (count > 0) == (place.worker.engine.pool.num_cache_blocks * 8 == 288)

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from wire import Wire, chat_body, request_bytes
 
 from unmask.serve import guard
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
 
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill")
 KEY = "a-key"
@@ -29,7 +29,7 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live(served_model(tmp_path_factory.mktemp("tokenizer")), Settings(default_max_tokens=8, max_body=300_000)) as it:
+    with live(served_model(tmp_path_factory.mktemp("tokenizer")), ServerConfig(default_max_tokens=8, max_body=300_000)) as it:
         yield it
         it.wait_idle()
 
@@ -375,7 +375,7 @@ def test_a_body_that_does_not_come_is_a_408(server: Live, monkeypatch: pytest.Mo
 
 
 def test_keys_of_any_bytes(tmp_path: Path) -> None:
-    with live(served_model(tmp_path), Settings(api_keys=(KEY,))) as it:
+    with live(served_model(tmp_path), ServerConfig(api_keys=(KEY,))) as it:
         for sent, status in (
             (b"Bearer a-key", 200), (b"bearer  a-key", 200), (b"Bearer a-ke", 401), (b"Bearer \xff", 401),
             (b"Basic a-key", 401),

@@ -16,8 +16,8 @@ from live import Live, live
 
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
-from unmask.serve.logs import JsonLines, Words
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
+from unmask.serve.logs import JsonLines, TextLines
 
 SECRET = "jumps over the lazy"
 OTHERS = "others"
@@ -27,7 +27,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": SECRET}], "max
 @pytest.fixture(scope="module")
 def locked(tiny: LanguageModel) -> Iterator[Live]:
     """A server with two keys and a friend."""
-    with live(tiny, Settings(api_keys=("first", "second"), allow_origins=("https://friend.example",))) as running:
+    with live(tiny, ServerConfig(api_keys=("first", "second"), allow_origins=("https://friend.example",))) as running:
         yield running
 
 
@@ -72,8 +72,8 @@ def test_what_needs_a_key_and_what_does_not(locked: Live) -> None:
 
 @pytest.mark.parametrize("key", ["", " first", "fir\u00e9st"])
 def test_a_key_that_nobody_could_send(key: str) -> None:
-    with pytest.raises(ConfigError, match="API key"):
-        Settings(api_keys=(key,))
+    with pytest.raises(ConfigError, match="api_keys"):
+        ServerConfig(api_keys=(key,))
 
 
 def test_on_loopback_without_keys_only_loopback_names_are_served(site: Live) -> None:
@@ -87,7 +87,7 @@ def test_on_loopback_without_keys_only_loopback_names_are_served(site: Live) -> 
 
 def test_with_keys_or_a_list_other_names_are_served(locked: Live, tiny: LanguageModel) -> None:
     assert _status(locked, "/v1/models", host="model.example", authorization="Bearer first") == 200
-    with live(tiny, Settings(allow_hosts=("model.example", "127.0.0.1"))) as site:
+    with live(tiny, ServerConfig(allow_hosts=("model.example", "127.0.0.1"))) as site:
         assert _status(site, "/v1/models", host="model.example:443") == 200
         assert _status(site, "/v1/models", host="localhost") == 403
 
@@ -121,7 +121,7 @@ def test_a_site_that_was_allowed(locked: Live) -> None:
 
 
 def test_any_site_where_all_are_allowed(tiny: LanguageModel) -> None:
-    with live(tiny, Settings(allow_origins=("*",))) as site:
+    with live(tiny, ServerConfig(allow_origins=("*",))) as site:
         answer = HTTP.get(f"{site.url}/v1/models", headers={"origin": "https://anyone.example"})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
 
@@ -207,7 +207,7 @@ def test_a_line_for_every_request_and_no_text_in_it(tiny: LanguageModel) -> None
 
 
 def test_text_is_logged_where_it_was_asked_for(tiny: LanguageModel) -> None:
-    with _logged(JsonLines()) as stream, live(tiny, Settings(log_prompts=True)) as site:
+    with _logged(JsonLines()) as stream, live(tiny, ServerConfig(log_prompts=True)) as site:
         text = _ask_all(site.url)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     (first,) = [line for line in lines if line.get("request_id") == "one"]
@@ -217,7 +217,7 @@ def test_text_is_logged_where_it_was_asked_for(tiny: LanguageModel) -> None:
 
 
 def test_lines_for_people(tiny: LanguageModel) -> None:
-    with _logged(Words()) as stream, live(tiny) as site:
+    with _logged(TextLines()) as stream, live(tiny) as site:
         _ask_all(site.url)
     (line,) = [line for line in stream.getvalue().splitlines() if 'request_id="one"' in line]
     assert line[8:].startswith(" info    request ")
@@ -271,6 +271,6 @@ def test_metrics(tiny: LanguageModel) -> None:
         assert grown[f"unmask_{name}_count"] == count
     assert grown["unmask_tokens_per_second_count"] == 7
     assert grown["unmask_tokens_per_forward_sum"] > 0
-    assert after['unmask_cache_pages{state="held"}'] == 0
-    assert after['unmask_cache_pages{state="available"}'] == site.worker.engine.pool.num_cache_blocks
+    assert after['unmask_kv_cache_blocks{state="used"}'] == 0
+    assert after['unmask_kv_cache_blocks{state="available"}'] == site.worker.engine.pool.num_cache_blocks
     assert after['unmask_requests{state="running"}'] == after['unmask_requests{state="waiting"}'] == 0

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from helpers import CHATML
 from unmask.engine.llm import LanguageModel
 from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
-from unmask.serve.tools import Function, ToolChoice, tool_format
+from unmask.serve.tools import ToolChoice, ToolFunction, tool_format
 
 # Qwen's way in short: it shows tools, writes calls and results. The marker is a token, so that a bias can bring it about.
 HERMES = (
@@ -44,7 +44,9 @@ class Ring(BaseModel):
 
 TOOLS = [pydantic_function_tool(Add, name="add"), pydantic_function_tool(Ring, name="ring")]
 MODELS: dict[str, type[BaseModel]] = {"add": Add, "ring": Ring}
-FUNCTIONS = [Function(t["function"]["name"], t["function"]["description"], t["function"]["parameters"], True) for t in TOOLS]
+FUNCTIONS = [
+    ToolFunction(t["function"]["name"], t["function"]["description"], t["function"]["parameters"], True) for t in TOOLS
+]
 SAMPLED = {"temperature": 1.5, "seed": 6, "max_tokens": 1000}
 
 

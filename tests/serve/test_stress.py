@@ -22,7 +22,7 @@ from wire import Wire, chat_body, request_bytes
 
 from unmask.engine.engine import Engine, Update
 from unmask.serve import connection
-from unmask.serve.served import Settings
+from unmask.serve.config import ServerConfig
 
 CHAT = "/v1/chat/completions"
 
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SlowModel:
 
 @pytest.fixture(scope="module")
 def server(model: SlowModel) -> Iterator[Live]:
-    with live(model, Settings(max_concurrent=4, max_queue=8)) as it:
+    with live(model, ServerConfig(max_concurrent=4, max_queue=8)) as it:
         yield it
 
 
@@ -358,7 +358,7 @@ def test_a_small_request_beside_a_huge_one_waits_for_some_steps_only(server: Liv
 
 
 def test_too_slow_is_504_or_an_error_event(model: SlowModel, brake: Brake) -> None:
-    with live(model, Settings(timeout=0.4, max_concurrent=2)) as it:
+    with live(model, ServerConfig(timeout=0.4, max_concurrent=2)) as it:
         with clean(it):
             brake.hold()
             with Wire(it.url) as wire:
@@ -414,12 +414,12 @@ def test_a_stream_that_breaks_ends_with_an_error_event(server: Live, brake: Brak
 
 
 def test_a_bug_beside_the_engine_ends_one_stream_with_an_error_event(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unmask.serve.answer import Answer
+    from unmask.serve.choice import Choice
 
-    def broken(self: Answer, step: object) -> None:
+    def broken(self: Choice, step: object) -> None:
         raise ValueError("a bug in the view")
 
-    monkeypatch.setattr(Answer, "watched", broken)
+    monkeypatch.setattr(Choice, "watch_event", broken)
     with clean(server), Wire(server.url) as wire:
         wire.send(request_bytes(chat_body(**STREAMS), connection="close"))
         told = unchunked(wire.rest())
@@ -464,7 +464,7 @@ def test_memory_and_threads_stay_flat(server: Live) -> None:
 
 def test_no_thread_outlives_the_server(model: SlowModel) -> None:
     before = set(threading.enumerate())
-    with live(model, Settings()) as it:
+    with live(model, ServerConfig()) as it:
         completes(it)
         with Wire(it.url) as wire:
             wire.send(request_bytes(chat_body(**STREAMS)))
@@ -477,7 +477,7 @@ def test_no_thread_outlives_the_server(model: SlowModel) -> None:
 @pytest.mark.slow
 def test_a_long_siege(model: SlowModel) -> None:
     """Thousands of requests of all kinds at once; whoever stays is answered."""
-    with live(model, Settings(max_concurrent=8, max_queue=24, cache_tokens=1024)) as it, clean(it):
+    with live(model, ServerConfig(max_concurrent=8, max_queue=24, cache_tokens=1024)) as it, clean(it):
         rng = random.Random(11)
         kinds = [rng.randrange(6) for _ in range(2000)]
 

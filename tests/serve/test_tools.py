@@ -19,7 +19,7 @@ from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
-from unmask.serve.tools import Function, ToolChoice, ToolFormat, tool_format
+from unmask.serve.tools import ToolChoice, ToolFormat, ToolFunction, tool_format
 
 AUTO, NONE, REQUIRED = ToolChoice(), ToolChoice("none"), ToolChoice("required")
 SHOWN = "{% for tool in tools or [] %}{{ '<|im_start|>system\\n' + (tool | tojson) + '<|im_end|>\\n' }}{% endfor %}"
@@ -47,7 +47,7 @@ LLAMA = (
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 TEMPLATES = {"hermes": HERMES, "list": CHATML, "llama": LLAMA}
 
-WEATHER = Function(
+WEATHER = ToolFunction(
     "get_weather",
     "Weather in a city.",
     {
@@ -56,7 +56,7 @@ WEATHER = Function(
         "required": ["city"],
     },
 )
-TIME = Function("get", None, None)
+TIME = ToolFunction("get", None, None)
 FUNCTIONS = (WEATHER, TIME)
 CITY = '{"city": "Oslo", "unit": "c"}'
 CALL = {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Oslo","unit":"c"}'}}
@@ -290,7 +290,7 @@ def test_a_marker_that_is_a_control_token(tmp_path, compiler):
 @pytest.mark.parametrize("name", ["", "a b", "é", "x" * 65, "a.b", "get\n"])
 def test_bad_names_are_refused(formats, name):
     with pytest.raises(RequestError, match=re.escape("tools[1].function.name is ")):
-        formats["list"].grammar([TIME, Function(name)], AUTO, parallel=True)
+        formats["list"].grammar([TIME, ToolFunction(name)], AUTO, parallel=True)
 
 
 def test_functions_and_choice_are_checked(formats, compiler):
@@ -313,7 +313,7 @@ def test_functions_and_choice_are_checked(formats, compiler):
     ],
 )
 def test_a_schema_that_is_refused_is_named(formats, compiler, parameters, reason):
-    functions = [TIME, Function("bad_one", None, parameters)]
+    functions = [TIME, ToolFunction("bad_one", None, parameters)]
     with pytest.raises(RequestError, match=re.escape(f"tools[1].function.parameters of 'bad_one': {reason}")):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
@@ -323,8 +323,8 @@ def test_functions_too_complex_together(formats, compiler):
         "type": "object",
         "properties": {f"p{place}": {"enum": ["x" * 50 + str(n) for n in range(99)]} for place in range(99)},
     }
-    functions = [Function(f"f{place}", None, schema) for place in range(3)]
-    with pytest.raises(RequestError, match="tools: 3 are too much for one grammar"):
+    functions = [ToolFunction(f"f{place}", None, schema) for place in range(3)]
+    with pytest.raises(RequestError, match="tools: 3 functions exceed one grammar"):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
 
@@ -416,7 +416,7 @@ def test_open_schemas_stay_open(formats, compiler, make):
     names = {"any": {"type": "object"}, "more": {"properties": {}, "additionalProperties": {"type": "integer"}}, "none": {}}
     names["unlisted"] = {"properties": {}, "required": ["x"]}
     names["either"] = {"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]}
-    functions = [Function(name, None, schema) for name, schema in names.items()]
+    functions = [ToolFunction(name, None, schema) for name, schema in names.items()]
     grammar = formats["llama"].compile(compiler, functions, REQUIRED, parallel=True)
     assert grammar is not None
 

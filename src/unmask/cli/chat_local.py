@@ -16,10 +16,10 @@ from rich.console import Console
 
 from unmask.cli.chat_session import Answer, End, Message, Write
 from unmask.cli.watch import show
+from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
 from unmask.errors import RequestError
-from unmask.serve.text import TextStream
 
 MAX_NEW_TOKENS = 512
 
@@ -100,7 +100,11 @@ class _Progress:
 
     def __init__(self, model: LanguageModel, prompt_tokens: int) -> None:
         assert model.tokenizer is not None, "a LocalAnswerer refuses models without one"
-        self._stream, self._prompt_tokens, self._started = TextStream(model.tokenizer), prompt_tokens, time.perf_counter()
+        self._stream, self._prompt_tokens, self._started = (
+            IncrementalDetokenizer(model.tokenizer),
+            prompt_tokens,
+            time.perf_counter(),
+        )
         self._completion, self._is_over, self._text = Completion((), "length", 0), False, ""
 
     def take(self, new_ids: Sequence[int], completion: Completion | None) -> str:
@@ -108,7 +112,7 @@ class _Progress:
         text = self._stream.push(new_ids)
         if completion is not None:
             self._completion, self._is_over = completion, True
-            text += self._stream.finish(completion)
+            text += self._stream.finish(completion.ids)
         else:
             so_far = self._completion
             self._completion = Completion(so_far.ids + tuple(new_ids), "length", so_far.forwards + 1)

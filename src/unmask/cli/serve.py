@@ -52,9 +52,9 @@ def serve(
 
     Ctrl-C or SIGTERM lets what runs finish and takes nothing new (exit code 0); Ctrl-C again ends at once (130).
     """
-    from unmask.serve.served import Settings
+    from unmask.serve.config import ServerConfig
 
-    settings = Settings(
+    config = ServerConfig(
         name=name,
         api_keys=tuple(api_key or ()),
         max_concurrent=max_concurrent,
@@ -70,19 +70,19 @@ def serve(
     )
 
     import unmask
-    from unmask.serve.logs import configure
+    from unmask.serve.logs import configure_logging
     from unmask.serve.server import listen, run, url_of
 
     listener = listen(host, port)
     weights = None if quantize == "none" else quantize
     language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=weights)
-    configure(log_format)
+    configure_logging(log_format)
     place = url_of(listener)
-    typer.echo(f"{settings.name or model} is served at {place}", err=True)
+    typer.echo(f"{config.name or model} is served at {place}", err=True)
     typer.echo(f"chat in a browser: {place}/    API: {place}/v1    metrics: {place}/metrics    Ctrl-C stops", err=True)
-    if not settings.api_keys and not is_loopback(host):
+    if not config.api_keys and not is_loopback(host):
         typer.echo(f"note: anybody who reaches {host} may use this server; give --api-key", err=True)
-    if not run(language_model, settings, listener, loopback=is_loopback(host)):
+    if not run(language_model, config, listener, loopback=is_loopback(host)):
         raise typer.Exit(INTERRUPTED)
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
+from unmask.data.detokenizer import Decode
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Completion, Request, Step, TokenLogprob
 from unmask.engine.runner import Backend, Runner, TorchBackend
 from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequences.autoregressive import AutoregressiveSequence
-from unmask.engine.sequences.base import Decode, Sequence
+from unmask.engine.sequences.base import Sequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError

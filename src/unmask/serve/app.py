@@ -1,6 +1,6 @@
-"""The application: which paths there are, and how errors look.
+"""The FastAPI application: its routes, middleware and error responses.
 
-Owns the routes and the worker's life. What an endpoint says is in its own file.
+Owns the routes and the lifetime of the worker. The endpoints' responses are in files of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -27,11 +28,12 @@ from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.serve import chat, completions, protocol
+from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ApiError, bad_request
-from unmask.serve.exchange import Backend
 from unmask.serve.guard import Guard
 from unmask.serve.metrics import Metrics
-from unmask.serve.served import ServedModel, Settings
+from unmask.serve.served_model import ServedModel
+from unmask.serve.state import AppState
 from unmask.serve.worker import Worker
 
 _PAGE = Path(str(files("unmask.serve"))) / "page"
@@ -43,7 +45,7 @@ _PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-
 
 
 class ErrorObject(BaseModel):
-    """What went wrong: OpenAI's form."""
+    """OpenAI's error object."""
 
     message: str
     type: str
@@ -52,7 +54,7 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every answer that is an error."""
+    """Body of every error response."""
 
     error: ErrorObject
 
@@ -62,60 +64,60 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "A field is missing, unknown, out of range, or the prompt is too long",
         401: "No API key, or a wrong one",
-        403: "This host or web origin may not use the server",
-        404: "No such path or model",
+        403: "The Host or Origin header is not accepted",
+        404: "Unknown path or model",
         408: "The body took too long to arrive",
-        413: "The body is larger than the server takes",
+        413: "The body is larger than the server accepts",
         415: "The body is not JSON",
         429: "The queue is full; Retry-After says when to try again",
         500: "A bug",
-        503: "The model is being prepared, or the server is stopping",
-        504: "The request took longer than it may",
+        503: "The model is loading, or the server is shutting down",
+        504: "The request exceeded the server's timeout",
     }.items()
 }
-_PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 500)}
+_COMMON_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 500)}
 router = APIRouter()
 
 
-async def _backend(request: Request) -> Backend:
-    backend: Backend = request.app.state.backend
-    return backend
+async def _state(request: Request) -> AppState:
+    state: AppState = request.app.state.unmask
+    return state
 
 
-Served = Annotated[Backend, Depends(_backend)]
+State = Annotated[AppState, Depends(_state)]
 
 
-async def _generating(backend: Served) -> Backend:
-    """Before a body is worked on: a flood is refused at no cost."""
-    backend.worker.check_room()
-    return backend
+async def _state_with_room(state: State) -> AppState:
+    """Refuses a request before its body is parsed where the queue is full: overload costs nothing."""
+    state.worker.check_room()
+    return state
 
 
-Generating = Annotated[Backend, Depends(_generating)]
+StateWithRoom = Annotated[AppState, Depends(_state_with_room)]
 
 
 @router.post("/v1/chat/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_chat(http: Request, body: protocol.ChatRequest, backend: Generating) -> Response:
+async def post_chat(http: Request, body: protocol.ChatRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
-    return await chat.chat(backend, http, body)
+    return await chat.chat(state, http, body)
 
 
 @router.post("/v1/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_completions(http: Request, body: protocol.CompletionRequest, backend: Generating) -> Response:
+async def post_completions(http: Request, body: protocol.CompletionRequest, state: StateWithRoom) -> Response:
     """Continue texts."""
-    return await completions.complete(backend, http, body)
+    return await completions.complete(state, http, body)
 
 
 @router.post("/v1/infill", responses=_ERRORS, response_class=JSONResponse)
-async def post_infill(http: Request, body: protocol.InfillRequest, backend: Generating) -> Response:
-    """Fill the holes of a text, with what stands on both sides of each in view."""
-    return await completions.infill(backend, http, body)
+async def post_infill(http: Request, body: protocol.InfillRequest, state: StateWithRoom) -> Response:
+    """Fill the holes of a text, given the text on both sides of each."""
+    return await completions.infill(state, http, body)
 
 
 @router.post("/v1/tokenize", responses=_ERRORS)
-async def post_tokenize(body: protocol.TokenizeRequest, backend: Served) -> dict[str, Any]:
+async def post_tokenize(body: protocol.TokenizeRequest, state: State) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the model would see it."""
-    model = backend.model
+    model = state.model
     if body.model is not None:
         model.check_name(body.model)
     encode = partial(model.plain_ids, body.prompt) if body.prompt is not None else partial(model.chat_ids, body.messages or [])
@@ -123,36 +125,36 @@ async def post_tokenize(body: protocol.TokenizeRequest, backend: Served) -> dict
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context}
 
 
-@router.get("/v1/models", responses=_PLAIN_ERRORS)
-async def get_models(backend: Served) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [backend.model.describe()]}
+@router.get("/v1/models", responses=_COMMON_ERRORS)
+async def get_models(state: State) -> dict[str, Any]:
+    """The served model."""
+    return {"object": "list", "data": [state.model.describe()]}
 
 
-@router.get("/v1/models/{name:path}", responses={**_PLAIN_ERRORS, 404: _ERRORS[404]})
-async def get_model(name: str, backend: Served) -> dict[str, Any]:
+@router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: _ERRORS[404]})
+async def get_model(name: str, state: State) -> dict[str, Any]:
     """The model of this name."""
-    backend.model.check_name(name)
-    return backend.model.describe()
+    state.model.check_name(name)
+    return state.model.describe()
 
 
 @router.get("/health", responses={403: _ERRORS[403]})
 async def get_health() -> dict[str, str]:
-    """The process lives."""
+    """The process is alive."""
     return {"status": "ok"}
 
 
-@router.get("/ready", responses={403: _ERRORS[403], 503: {"description": "Not yet, or no longer"}})
-async def get_ready(backend: Served) -> JSONResponse:
-    """Requests are served."""
-    state = backend.worker.state
-    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+@router.get("/ready", responses={403: _ERRORS[403], 503: {"description": "Not yet or no longer"}})
+async def get_ready(state: State) -> JSONResponse:
+    """The model is loaded and requests are served."""
+    status = state.worker.state
+    return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
 
-@router.get("/metrics", responses=_PLAIN_ERRORS, response_class=Response)
-async def get_metrics(backend: Served) -> Response:
-    """Counters and histograms in Prometheus' text format."""
-    return Response(backend.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+@router.get("/metrics", responses=_COMMON_ERRORS, response_class=Response)
+async def get_metrics(state: State) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/", include_in_schema=False)
@@ -163,26 +165,26 @@ async def get_page() -> FileResponse:
 
 def create_app(
     language_model: LanguageModel,
-    settings: Settings | None = None,
+    config: ServerConfig | None = None,
     *,
     loopback: bool = True,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
-    """The server as an ASGI application; its engine runs while the application does (lifespan).
+    """The server as an ASGI application; its engine runs during the application's lifespan.
 
     Args:
         language_model: with a tokenizer.
-        settings: how it behaves.
-        loopback: it is reached from this machine only: without keys or `allow_hosts`, only loopback names are served, so that
-            no web page can pass itself off as this server's.
+        config: limits, keys and names.
+        loopback: the server listens on a loopback address: without API keys or `allow_hosts`, only loopback names are accepted
+            as Host, which protects against DNS rebinding.
         on_failure: called when the engine cannot be made.
 
     Raises:
         ConfigError: the model has no tokenizer.
     """
-    settings = settings if settings is not None else Settings()
+    config = config if config is not None else ServerConfig()
     metrics = Metrics()
-    model = ServedModel(language_model, settings)
+    model = ServedModel(language_model, config)
 
     app = FastAPI(
         title="unmask",
@@ -193,24 +195,24 @@ def create_app(
         redirect_slashes=False,
     )
     app.include_router(router)
-    app.mount("/page", _Page(directory=_PAGE), name="page")
+    app.mount("/page", _PageFiles(directory=_PAGE), name="page")
     app.exception_handler(RequestValidationError)(_on_invalid)
     app.exception_handler(ApiError)(_on_error)
     app.exception_handler(HTTPException)(_on_http_error)
-    hosts = settings.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not settings.api_keys else ())
-    paths = {getattr(route, "path", "") for route in router.routes}
+    hosts = config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.api_keys else ())
+    paths = {route.path for route in router.routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Guard,
         metrics=metrics,
         paths=paths,
-        api_keys=settings.api_keys,
+        api_keys=config.api_keys,
         hosts=hosts,
-        origins=settings.allow_origins,
-        max_body=settings.max_body,
+        origins=config.allow_origins,
+        max_body=config.max_body,
     )
-    if settings.allow_origins:
+    if config.allow_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
 
@@ -219,31 +221,31 @@ def create_app(
 async def _engine_running(
     app: FastAPI, model: ServedModel, metrics: Metrics, on_failure: Callable[[BaseException], None]
 ) -> AsyncIterator[None]:
-    """The engine's thread, while the application runs."""
-    settings = model.settings
+    """Runs the worker while the application runs."""
+    config = model.config
 
     def make_engine() -> Engine:
         model.warm()
         decode, backend = model.tokenizer.decode, model.language_model.backend(wait=True)
-        return Engine(backend, decode=decode, num_tokens=settings.cache_tokens, max_num_seqs=settings.max_concurrent)
+        return Engine(backend, decode=decode, num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
 
     worker = Worker(
         make_engine,
-        max_requests=settings.max_concurrent + settings.max_queue,
-        timeout=settings.timeout,
+        max_requests=config.max_concurrent + config.max_queue,
+        timeout=config.timeout,
         metrics=metrics,
         on_failure=on_failure,
     )
-    metrics.observe_engine(lambda: worker.engine_now)
-    app.state.backend = Backend(model, worker, metrics, settings)
+    metrics.observe_engine(lambda: worker.current_engine)
+    app.state.unmask = AppState(model, worker, metrics, config)
     try:
         yield
     finally:
         await worker.close(0.0)
 
 
-class _Page(StaticFiles):
-    """The page's files, under a policy that lets them load nothing from elsewhere."""
+class _PageFiles(StaticFiles):
+    """The page's files, with a content security policy that allows nothing from other origins."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
@@ -266,28 +268,28 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """The first thing wrong with the body, named as OpenAI names it."""
+    """One validation error of the body, with the field's name as OpenAI writes it."""
     assert isinstance(error, RequestValidationError)
-    # Where a field may be of several kinds, each says what is wrong: the kind that it is of knows best.
+    # Every member of a union reports an error; that of the member whose type matches is the most specific.
     first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part))
-    name = place.removeprefix(".") or None
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part))
+    name = path.removeprefix(".") or None
     if first["type"] == "json_invalid":
         return await _on_error(request, bad_request(f"the body is not JSON: {first['ctx']['error']}"))
-    given = first["input"]
-    shown = f"{json.dumps(given)[:80]}: " if isinstance(given, str | int | float) else ""
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = {"extra_forbidden": "unknown field; leave it out", "missing": "it is missing"}.get(first["type"], shown + reason)
+    value = first["input"]
+    prefix = f"{json.dumps(value)[:80]}: " if isinstance(value, str | int | float) else ""
+    reason = prefix + first["msg"].removeprefix("Value error, ")
+    reason = {"extra_forbidden": "unknown field; leave it out", "missing": "it is missing"}.get(first["type"], reason)
     name = first.get("ctx", {}).get("param", name)
     return await _on_error(request, bad_request(reason if name is None else f"{name}: {reason}", name))
 
 
 def _is_field(part: Any) -> bool:
-    """Whether a part of a place is a field's name or an index, not one of the kinds that a field may be of."""
-    return isinstance(part, int) or (part.isidentifier() and part[:1].islower() and part not in _KINDS)
+    """Whether a part of pydantic's error location is a field or an index, not a member of a union."""
+    return isinstance(part, int) or (part.isidentifier() and part[:1].islower() and part not in _UNION_MEMBERS)
 
 
-_KINDS = frozenset({"str", "int", "float", "bool", "constrained-str", "literal"})
+_UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "constrained-str", "literal"})
 
 
 def _raise(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: OpenAI's chat objects from answers.
+"""/v1/chat/completions: OpenAI's chat completion objects.
 
 Owns the form of the response and of its stream.
 """
@@ -15,94 +15,96 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from unmask.engine.request import TokenLogprob
-from unmask.serve.answer import Answer, News, costs, token_entry, usage
-from unmask.serve.exchange import Backend, open_exchange, stream
+from unmask.serve.choice import Choice, ChoiceDelta, costs, token_entry
+from unmask.serve.event_stream import stream_events
+from unmask.serve.exchange import open_exchange
 from unmask.serve.protocol import ChatRequest
-from unmask.serve.served import Prepared, ServedModel
+from unmask.serve.served_model import PreparedRequests, ServedModel
+from unmask.serve.state import AppState
 
 
-async def chat(backend: Backend, http: HttpRequest, body: ChatRequest) -> Response:
+async def chat(state: AppState, http: HttpRequest, body: ChatRequest) -> Response:
     """Answer a conversation.
 
     Raises:
         ApiError: a field out of range, or the request cannot be served.
     """
-    prepared = await asyncio.to_thread(backend.model.chat, body)
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": backend.model.name}
+    prepared = await asyncio.to_thread(state.model.chat, body)
+    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": state.model.name}
     if body.stream:
-        return await stream(_events(backend, http, body, head, prepared))
-    async with open_exchange(backend, http, prepared) as exchange:
+        return await stream_events(_events(state, http, body, head, prepared))
+    async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
     return JSONResponse(
         {
             **head,
             "object": "chat.completion",
-            "choices": [_choice(answer, backend.model, body) for answer in exchange.answers],
-            "usage": usage(exchange.answers, prepared.prompt_tokens),
-            "diffusion": costs(exchange.answers, exchange.seconds),
+            "choices": [_choice(choice, state.model, body) for choice in exchange.choices],
+            "usage": exchange.usage,
+            "diffusion": exchange.costs,
         }
     )
 
 
 async def _events(
-    backend: Backend, http: HttpRequest, body: ChatRequest, head: dict[str, Any], prepared: Prepared
+    state: AppState, http: HttpRequest, body: ChatRequest, head: dict[str, Any], prepared: PreparedRequests
 ) -> AsyncGenerator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    if wants_usage:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if with_usage:
         head["usage"] = None
-    async with open_exchange(backend, http, prepared, watch=body.diffusion.watch) as exchange:
+    async with open_exchange(state, http, prepared, watch=body.diffusion.watch) as exchange:
         begun: set[int] = set()
-        async for batch in exchange.news():
-            for answer, news, update in batch:
-                if answer.index not in begun:
-                    begun.add(answer.index)
-                    yield _chunk(head, answer, {"role": "assistant", "content": ""}, body)
-                for delta, logprobs in _deltas(news):
-                    yield _chunk(head, answer, delta, body, backend.model, logprobs)
+        async for batch in exchange.deltas():
+            for choice, delta, update in batch:
+                if choice.index not in begun:
+                    begun.add(choice.index)
+                    yield _chunk(head, choice, {"role": "assistant", "content": ""}, body)
+                for fields, logprobs in _openai_deltas(delta):
+                    yield _chunk(head, choice, fields, body, state.model, logprobs)
                 if body.diffusion.watch and update.step is not None:
-                    yield {**head, "choices": [], "diffusion": answer.watched(update.step)}
-                if answer.completion is not None:
-                    yield {**_chunk(head, answer, {}, body), "diffusion": costs([answer], exchange.seconds)}
-    if wants_usage:
-        yield {**head, "choices": [], "usage": usage(exchange.answers, prepared.prompt_tokens)}
+                    yield {**head, "choices": [], "diffusion": choice.watch_event(update.step)}
+                if choice.completion is not None:
+                    yield {**_chunk(head, choice, {}, body), "diffusion": costs([choice], exchange.seconds)}
+    if with_usage:
+        yield {**head, "choices": [], "usage": exchange.usage}
 
 
-def _deltas(news: News) -> Iterable[tuple[dict[str, Any], tuple[TokenLogprob, ...]]]:
-    """OpenAI's deltas; log-probabilities go with text, even with none."""
-    if news.text or news.logprobs:
-        yield {"content": news.text}, news.logprobs
-    for call in news.calls:
+def _openai_deltas(delta: ChoiceDelta) -> Iterable[tuple[dict[str, Any], tuple[TokenLogprob, ...]]]:
+    """OpenAI's deltas; log-probabilities go with text, even if it is empty."""
+    if delta.text or delta.logprobs:
+        yield {"content": delta.text}, delta.logprobs
+    for call in delta.tool_calls:
         yield {"tool_calls": [call]}, ()
 
 
 def _chunk(
     head: dict[str, Any],
-    answer: Answer,
+    choice: Choice,
     delta: dict[str, Any],
     body: ChatRequest,
     model: ServedModel | None = None,
     logprobs: tuple[TokenLogprob, ...] = (),
 ) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
+    fields: dict[str, Any] = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
     if not delta:
-        choice["finish_reason"] = answer.finish_reason
+        fields["finish_reason"] = choice.finish_reason
     if model is not None and body.logprobs and "content" in delta:
-        choice["logprobs"] = _logprobs(model, logprobs)
-    return {**head, "choices": [choice]}
+        fields["logprobs"] = _logprobs(model, logprobs)
+    return {**head, "choices": [fields]}
 
 
-def _choice(answer: Answer, model: ServedModel, body: ChatRequest) -> dict[str, Any]:
-    calls = [call.to_json() for call in answer.calls]
-    content = answer.text if answer.text or not calls else None
+def _choice(choice: Choice, model: ServedModel, body: ChatRequest) -> dict[str, Any]:
+    calls = [call.model_dump() for call in choice.tool_calls]
+    content = choice.text if choice.text or not calls else None
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if calls:
         message["tool_calls"] = calls
     return {
-        "index": answer.index,
+        "index": choice.index,
         "message": message,
-        "logprobs": _logprobs(model, answer.logprobs) if body.logprobs else None,
-        "finish_reason": answer.finish_reason,
+        "logprobs": _logprobs(model, choice.logprobs) if body.logprobs else None,
+        "finish_reason": choice.finish_reason,
     }
 
 

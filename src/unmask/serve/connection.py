@@ -1,6 +1,6 @@
-"""One client's socket: how long it may take over what it sends and what it reads.
+"""`Connection`: an HTTP connection with timeouts for slow clients.
 
-Owns the limits that uvicorn has none for. Knows no application.
+Owns the read and write timeouts, which uvicorn lacks. Knows no application.
 """
 
 from __future__ import annotations
@@ -11,53 +11,53 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 READ_SECONDS = 90.0
-"""Most seconds from a request's first byte (the first one's: from the connection) to its last."""
+"""From a request's first byte (for the first request: from the connection) to its last."""
 SEND_SECONDS = 60.0
-"""A client that takes nothing of what is ready for so long is given up."""
+"""How long a client may read nothing of what is ready to be sent."""
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 that cuts the connection of a client which neither sends nor reads; its request then ends as at a disconnect."""
+    """HTTP/1.1 connection that is closed when its client neither sends nor reads; its request ends as at a disconnect."""
 
-    _reading: _Limit
-    _sending: _Limit
+    _read_timeout: _Timeout
+    _write_timeout: _Timeout
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
+        """A client has connected."""
         super().connection_made(transport)
-        # Writing counts as paused while anything is unsent: the limit sees a client that reads nothing, even if it is little,
-        # and no more than one event waits here while those behind it are merged.
+        # Writing counts as paused while anything is unsent: the timeout then covers a client that reads nothing, however
+        # little there is to read, and at most one event is buffered here while later ones are merged in the job.
         transport.set_write_buffer_limits(high=0)
-        self._reading, self._sending = _Limit(transport, READ_SECONDS), _Limit(transport, SEND_SECONDS)
-        self._reading.start()
+        self._read_timeout, self._write_timeout = _Timeout(transport, READ_SECONDS), _Timeout(transport, SEND_SECONDS)
+        self._read_timeout.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._reading.stop()
-        self._sending.stop()
+        """The client has disconnected."""
+        self._read_timeout.stop()
+        self._write_timeout.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Some of a request."""
+        """Part of a request has arrived."""
         super().data_received(data)
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            self._reading.start()
+            self._read_timeout.start()
         else:
-            self._reading.stop()
+            self._read_timeout.stop()
 
     def pause_writing(self) -> None:
-        """Something is unsent."""
+        """There is unsent data."""
         super().pause_writing()
-        self._sending.start()
+        self._write_timeout.start()
 
     def resume_writing(self) -> None:
-        """All is sent."""
+        """All data is sent."""
         super().resume_writing()
-        self._sending.stop()
+        self._write_timeout.stop()
 
 
-class _Limit:
-    """Cuts a connection when too much time passes between start and stop."""
+class _Timeout:
+    """Closes a connection when too much time passes between start and stop."""
 
     def __init__(self, transport: asyncio.Transport, seconds: float) -> None:
         self._transport, self._seconds = transport, seconds

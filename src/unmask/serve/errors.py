@@ -1,6 +1,6 @@
-"""What a client can be told: an HTTP status and OpenAI's error object.
+"""`ApiError`: an HTTP status and OpenAI's error object.
 
-Owns the mapping from our errors to theirs. Knows no route.
+Owns the mapping from our errors to OpenAI's. Knows no route.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: value, rule and remedy in one line.
         param: name of the field at fault.
-        code: a name that programs can rely on.
-        headers: to send with it.
+        code: stable name for programs.
+        headers: further response headers.
     """
 
     def __init__(
@@ -52,27 +52,27 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The client's mistake in a field."""
+    """400: a wrong field or body."""
     return ApiError(400, message, param=param, code=code)
 
 
 def timed_out(seconds: float) -> ApiError:
-    """A request that took longer than it may. Asking again would take as long: clients are told not to."""
-    message = f"the request took longer than {seconds:g} s; ask for fewer tokens, or raise --timeout"
+    """504: the request exceeded the server's timeout. A retry would take as long, so clients are told not to."""
+    message = f"the request exceeded the server's timeout of {seconds:g} s; request fewer tokens"
     return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def loading() -> ApiError:
-    """The server comes up."""
-    message = "the model is being prepared; try again in some seconds"
+    """503: the server is starting."""
+    message = "the model is loading; try again in a few seconds"
     return ApiError(503, message, code="loading", headers={"retry-after": "2"})
 
 
 def stopping() -> ApiError:
-    """The server goes down."""
-    return ApiError(503, "the server is stopping; try again soon", code="stopping", headers={"retry-after": "5"})
+    """503: the server is shutting down."""
+    return ApiError(503, "the server is shutting down; try again later", code="stopping", headers={"retry-after": "5"})
 
 
 def internal(request_id: str) -> ApiError:
-    """A bug of ours: the client learns nothing of it but where to find it."""
-    return ApiError(500, f"internal error; the server's log has it under request id {request_id}", code="internal_error")
+    """500: a bug. The client only learns the request id, under which the log has the traceback."""
+    return ApiError(500, f"internal error; see the server log, request id {request_id}", code="internal_error")

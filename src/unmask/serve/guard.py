@@ -1,6 +1,6 @@
-"""Around every request: its id, who may come in, how it is counted and logged.
+"""`Guard`: the ASGI middleware for request ids, access control, body limits, metrics and the access log.
 
-Owns the outermost layer of the application. Knows paths and headers, never bodies.
+Owns the outermost layer of the application. Knows paths and headers, never the content of bodies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from unmask.serve.metrics import Metrics
 from unmask.serve.worker import AbortedError
 
 OPEN_PATHS = ("/", "/health", "/ready")
-"""Reached without a key, as is all below /page/."""
+"""Paths that need no API key, besides all below /page/."""
 CLIENT_CLOSED = 499
 BODY_SECONDS = 60.0
-"""Most seconds that a body may take to arrive."""
+"""How long a body may take to arrive."""
 _log = logging.getLogger("unmask.serve")
-_GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PORT = re.compile(r":\d+$")
 
 
@@ -37,13 +37,13 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        app: what is guarded.
-        metrics: responses and their times are counted there.
-        paths: known to the application; others are counted as one.
-        api_keys: any opens the API; none: it is open.
-        hosts: names that the Host header may hold; none: any.
-        origins: web origins beside the server's own that may send requests.
-        max_body: most bytes of a body.
+        app: the wrapped application.
+        metrics: counts responses and their times.
+        paths: paths of the application; all others are counted as one.
+        api_keys: accepted keys; without any, no key is needed.
+        hosts: accepted values of the Host header; without any, all are accepted.
+        origins: web origins besides the server's own that may send requests.
+        max_body: bytes of a body.
     """
 
     def __init__(
@@ -66,79 +66,83 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        scope["unmask.id"] = given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(12)
+        client_id = headers.get("x-request-id", "")
+        scope["unmask.id"] = client_id if _CLIENT_ID.fullmatch(client_id) else secrets.token_hex(12)
         scope["unmask.details"] = {}
-        visit = _Visit(scope, send)
+        response = _Response(scope, send)
         try:
             self._check(scope, headers)
-            await self._app(scope, _Body(receive, self._max_body).receive, visit.send)
+            await self._app(scope, _LimitedBody(receive, self._max_body).receive, response.send)
         except ApiError as error:
-            await visit.fail(error)
+            await response.fail(error)
         except AbortedError:
-            visit.status = CLIENT_CLOSED
+            response.status = CLIENT_CLOSED
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # a panic of the libraries in Rust is no Exception
+        except BaseException:  # a panic in a Rust library is no Exception
             _log.exception("request %s failed", scope["unmask.id"])
-            await visit.fail(internal(scope["unmask.id"]))
+            await response.fail(internal(scope["unmask.id"]))
         finally:
-            self._count(scope, visit)
+            self._count(scope, response)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises: ApiError: this request may not come in."""
+        """Raises: ApiError: the request is not accepted."""
         host = _PORT.sub("", headers.get("host", ""))
         if self._hosts and host not in self._hosts:
-            raise ApiError(403, f"host {host[:80]!r} is not served; use --allow-host, or an API key", code="host")
+            raise ApiError(
+                403, f"host {host[:80]!r} is not accepted; add it to the server's allow_hosts, or set an API key", code="host"
+            )
         origin = headers.get("origin")
         own = origin is None or origin.partition("://")[2] == headers.get("host", "")
         if not own and not {origin, "*"} & self._origins:
-            raise ApiError(403, f"origin {str(origin)[:80]!r} may not use this server; use --allow-origin", code="origin")
+            raise ApiError(
+                403, f"origin {str(origin)[:80]!r} is not accepted; add it to the server's allow_origins", code="origin"
+            )
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
-        if self._keys and not is_open and not self._knows(headers.get("authorization", "")):
+        if self._keys and not is_open and not self._has_key(headers.get("authorization", "")):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the body must be JSON; send content-type: application/json")
-        told = headers.get("content-length", "")
-        if told.isdecimal() and int(told[:20]) > self._max_body:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_body:
             raise ApiError(413, _too_large(self._max_body))
 
-    def _knows(self, authorization: str) -> bool:
-        """Whether it holds a key; takes the same time whichever it is."""
+    def _has_key(self, authorization: str) -> bool:
+        """Whether the header holds an accepted key; compared in constant time."""
         scheme, _, key = authorization.partition(" ")
         sent = key.strip().encode()
-        found = [hmac.compare_digest(sent, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(found)
+        matches = [hmac.compare_digest(sent, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
 
-    def _count(self, scope: Scope, visit: _Visit) -> None:
+    def _count(self, scope: Scope, response: _Response) -> None:
         path = scope["path"] if scope["path"] in self._paths else "other"
-        seconds = time.perf_counter() - visit.started
-        self._metrics.responses.labels(path, str(visit.status)).inc()
+        seconds = time.perf_counter() - response.started
+        self._metrics.responses.labels(path, str(response.status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
-        level = logging.DEBUG if path in ("/health", "/ready", "/metrics", "other") and visit.status < 500 else logging.INFO
+        level = logging.DEBUG if path in ("/health", "/ready", "/metrics", "other") and response.status < 500 else logging.INFO
         details: Mapping[str, Any] = {
             "request_id": scope["unmask.id"],
             "method": scope["method"],
             "path": scope["path"][:200],
-            "status": visit.status,
+            "status": response.status,
             "total_seconds": round(seconds, 4),
             **scope["unmask.details"],
         }
         _log.log(level, "request", extra={"details": details})
 
 
-class _Body:
-    """A body that ends in 413 where it gets too long, and in 408 where it takes too long."""
+class _LimitedBody:
+    """A request body that fails with 413 when it is too long and with 408 when it takes too long."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._left, self._most = receive, most, most
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive, self._remaining, self._max_bytes = receive, max_bytes, max_bytes
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         self._complete = False
 
     async def receive(self) -> Message:
-        # HTTPException is the one kind of error that FastAPI lets through while it reads a body.
+        # HTTPException is the only error that FastAPI passes on while it reads a body.
         if self._complete:
             return await self._receive()
         try:
@@ -147,14 +151,14 @@ class _Body:
         except TimeoutError as error:
             raise HTTPException(408, f"the body took longer than {BODY_SECONDS:g} s to arrive; send it again") from error
         self._complete = not message.get("more_body", False)
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise HTTPException(413, _too_large(self._most))
+        self._remaining -= len(message.get("body", b""))
+        if self._remaining < 0:
+            raise HTTPException(413, _too_large(self._max_bytes))
         return message
 
 
-class _Visit:
-    """One request's way out: its status, and the id in its headers."""
+class _Response:
+    """The response of one request: records its status and adds the request id to its headers."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._id, self._send = scope["unmask.id"], send
@@ -171,7 +175,7 @@ class _Visit:
         await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
-        """Answer with an error, unless an answer has begun."""
+        """Send an error response, unless a response has begun."""
         if self._begun:
             raise error
         body = json.dumps(error.body()).encode()
@@ -182,9 +186,9 @@ class _Visit:
 
 
 def _is_json(content_type: str) -> bool:
-    kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
-def _too_large(most: int) -> str:
-    return f"the body is larger than {most} bytes; send less, or raise --max-body"
+def _too_large(max_bytes: int) -> str:
+    return f"the body is larger than {max_bytes} bytes; send less, or raise the server's max_body"

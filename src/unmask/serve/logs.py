@@ -1,6 +1,6 @@
-"""One line per event: JSON for machines, or words for people.
+"""Log formats of the server: one JSON object per line, or text.
 
-Owns the two layouts. What is in a record is decided where it is logged; prompts are not, unless the settings say so.
+Owns the two formats. What a record contains is decided where it is logged; prompts only with `ServerConfig.log_prompts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LogFormat = Literal["json", "text"]
 
 
 class JsonLines(logging.Formatter):
-    """Every record as one JSON object."""
+    """A record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -28,22 +28,22 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-class Words(logging.Formatter):
-    """Time, level, message, and the details as name=value."""
+class TextLines(logging.Formatter):
+    """A record as time, level, message and its details as name=value."""
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         details = record.__dict__.get("details", {})
-        told = " ".join(f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in details.items())
-        line = f"{when} {record.levelname.lower():<7} {record.getMessage()} {told}".rstrip()
+        pairs = " ".join(f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in details.items())
+        line = f"{time} {record.levelname.lower():<7} {record.getMessage()} {pairs}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def configure(layout: LogFormat, level: int = logging.INFO) -> None:
-    """Send our records and uvicorn's warnings to standard error."""
+def configure_logging(log_format: LogFormat, level: int = logging.INFO) -> None:
+    """Log the server's records and uvicorn's warnings to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if layout == "json" else Words())
-    for name, least in (("unmask.serve", level), ("uvicorn", logging.WARNING)):
+    handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
+    for name, threshold in (("unmask.serve", level), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(least)
+        logger.setLevel(threshold)

@@ -1,6 +1,6 @@
-"""What Prometheus is told.
+"""Prometheus metrics of the server.
 
-Owns the names of the metrics. Each application has a registry of its own, so that several can live in one process.
+Owns their names. Each application has a registry of its own, so that one process can hold several.
 """
 
 from __future__ import annotations
@@ -19,28 +19,34 @@ _PER_SECOND = (1, 2.5, 5, 10, 25, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000)
 
 
 class Metrics:
-    """Counters and histograms of one server."""
+    """Counters, histograms and gauges of one application."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self._registry, "namespace": "unmask"}
-        self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **made)
-        self.seconds = Histogram("request_seconds", "From request to last byte.", ["path"], buckets=_SECONDS, **made)
-        self.first_token = Histogram("time_to_first_token_seconds", "Until text is final.", buckets=_SECONDS, **made)
-        self.aborts = Counter("aborts", "Completions that did not end by themselves.", ["reason"], **made)
-        self._queue = Histogram("queue_seconds", "Waiting for a place.", buckets=_SECONDS, **made)
-        self._per_forward = Histogram("tokens_per_forward", "Of a completion, all forwards.", buckets=_PER_FORWARD, **made)
-        self._per_second = Histogram("tokens_per_second", "Of a completion, once begun.", buckets=_PER_SECOND, **made)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
-        self._cached = Counter("cached_prompt_tokens", "Tokens of prompts found in the cache.", **made)
-        self._tokens = Counter("completion_tokens", "Tokens of completions.", **made)
-        self._forwards = Counter("forwards", "Forwards that completions took part in.", **made)
-        self._edits = Counter("edits", "Decided tokens that were replaced.", **made)
-        self._preemptions = Counter("preemptions", "Completions that gave up their pages for a while.", **made)
-        self._ended = Counter("completions", "Completions that ended by themselves.", ["finish_reason"], **made)
+        common: dict[str, Any] = {"registry": self._registry, "namespace": "unmask"}
+        self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **common)
+        self.seconds = Histogram(
+            "request_seconds", "From the request to the last byte of its response.", ["path"], buckets=_SECONDS, **common
+        )
+        self.first_token = Histogram(
+            "time_to_first_token_seconds", "From submission to the first final token.", buckets=_SECONDS, **common
+        )
+        self.aborts = Counter("aborts", "Completions ended from outside.", ["reason"], **common)
+        self._queue = Histogram("queue_seconds", "Waiting in the queue.", buckets=_SECONDS, **common)
+        self._per_forward = Histogram(
+            "tokens_per_forward", "Of a completion, all forwards counted.", buckets=_PER_FORWARD, **common
+        )
+        self._per_second = Histogram("tokens_per_second", "Of a completion, waiting left out.", buckets=_PER_SECOND, **common)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **common)
+        self._cached = Counter("cached_prompt_tokens", "Tokens of prompts found in the KV cache.", **common)
+        self._tokens = Counter("completion_tokens", "Tokens of completions.", **common)
+        self._forwards = Counter("forwards", "Forwards that completions took part in.", **common)
+        self._edits = Counter("edits", "Decided tokens that were replaced.", **common)
+        self._preemptions = Counter("preemptions", "Completions whose cache blocks were taken for others.", **common)
+        self._ended = Counter("completions", "Finished completions.", ["finish_reason"], **common)
 
     def completed(self, completion: Completion) -> None:
-        """A completion has ended by itself."""
+        """Count a finished completion."""
         costs, count = completion.costs, len(completion.ids)
         self._ended.labels(completion.finish_reason).inc()
         self._queue.observe(costs.queue_seconds)
@@ -53,12 +59,14 @@ class Metrics:
         self._preemptions.inc(costs.preemptions)
 
     def observe_engine(self, engine: Callable[[], Engine | None]) -> None:
-        """Read sizes off the engine whenever somebody asks."""
-        pages = Gauge("cache_pages", "Pages of the cache.", ["state"], registry=self._registry, namespace="unmask")
+        """Report sizes of the engine's cache and queues, read at every scrape."""
+        cache_blocks = Gauge(
+            "kv_cache_blocks", "Blocks of the KV cache.", ["state"], registry=self._registry, namespace="unmask"
+        )
         requests = Gauge("requests", "Completions.", ["state"], registry=self._registry, namespace="unmask")
         sizes: dict[tuple[Gauge, str], Callable[[Engine], int]] = {
-            (pages, "held"): lambda e: e.pool.num_held,
-            (pages, "available"): lambda e: e.pool.num_available,
+            (cache_blocks, "used"): lambda e: e.pool.num_held,
+            (cache_blocks, "available"): lambda e: e.pool.num_available,
             (requests, "running"): lambda e: len(e.scheduler.running),
             (requests, "waiting"): lambda e: len(e.scheduler.waiting),
         }
@@ -66,5 +74,5 @@ class Metrics:
             gauge.labels(state).set_function(lambda size=size: 0 if (e := engine()) is None else size(e))  # type: ignore[misc]
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""Running the application: sockets, signals, and the way down.
+"""`Server`: the uvicorn server with a graceful shutdown.
 
-Owns the uvicorn server. The first SIGINT or SIGTERM closes the door: what runs may finish within the grace and is failed then,
-and connections that stay open after that are cut. A second SIGINT cuts all of it at once.
+Owns sockets and signals. At the first SIGINT or SIGTERM nothing new is accepted; running requests have the grace period to
+finish and fail after it, and connections still open then are closed. A second SIGINT ends everything at once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fastapi import FastAPI
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
 from unmask.serve.app import create_app
+from unmask.serve.config import ServerConfig
 from unmask.serve.connection import Connection
-from unmask.serve.served import Settings
 
 _FLUSH_SECONDS = 5.0
-"""What clients get to read the ends of their answers when the engine is down."""
+"""Time for clients to read the rest of their responses once the engine has stopped."""
 
 
 class Server(uvicorn.Server):
-    """One that brings the worker down with itself, within the grace.
+    """A uvicorn server that shuts the worker down with itself.
 
     Args:
         app: from `create_app`.
-        grace: seconds that running requests get to finish.
+        grace: seconds that running requests have to finish.
     """
 
     def __init__(self, app: FastAPI, grace: float) -> None:
@@ -45,23 +45,23 @@ class Server(uvicorn.Server):
         self._app, self._grace = app, grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's, which waits until all connections have closed, while ours sees to it that they do."""
+        """Uvicorn's shutdown waits until all connections are closed; `_close` closes them meanwhile."""
         closing = asyncio.create_task(self._close())
         await super().shutdown(sockets)
         await closing
         if self.force_exit:
-            # Uvicorn has left this out: the application would be cut off in the middle, with a traceback.
+            # Uvicorn skips this when forced, and the application would end with a traceback.
             await self.lifespan.shutdown()
-        # Uvicorn would end the process by the signals once more: they have been obeyed.
+        # Uvicorn would raise the signals again after the shutdown that they asked for.
         self._captured_signals.clear()
 
     async def _close(self) -> None:
-        worker = self._app.state.backend.worker
+        worker = self._app.state.unmask.worker
         ending = asyncio.create_task(worker.close(self._grace))
         while not ending.done() and not self.force_exit:
             await asyncio.sleep(0.02)
-        left = asyncio.get_running_loop().time() + _FLUSH_SECONDS
-        while self.server_state.connections and not self.force_exit and asyncio.get_running_loop().time() < left:
+        deadline = asyncio.get_running_loop().time() + _FLUSH_SECONDS
+        while self.server_state.connections and not self.force_exit and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
@@ -70,17 +70,17 @@ class Server(uvicorn.Server):
         await ending
 
 
-def run(language_model: LanguageModel, settings: Settings, listener: socket.socket, *, loopback: bool) -> bool:
-    """Serve a model until a signal comes.
+def run(language_model: LanguageModel, config: ServerConfig, listener: socket.socket, *, loopback: bool) -> bool:
+    """Serve a model until a signal arrives.
 
     Args:
         language_model: with a tokenizer.
-        settings: how the server behaves.
+        config: limits, keys and names.
         listener: from `listen`.
-        loopback: only this machine reaches it.
+        loopback: the listener has a loopback address.
 
     Returns:
-        Whether it stopped as asked: False where a second signal cut short what ran.
+        True after a graceful shutdown; False where a second signal cut running requests short.
 
     Raises:
         UnmaskError: the engine cannot be made.
@@ -91,8 +91,8 @@ def run(language_model: LanguageModel, settings: Settings, listener: socket.sock
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(language_model, settings, loopback=loopback, on_failure=on_failure)
-    server = Server(app, settings.shutdown_grace)
+    app = create_app(language_model, config, loopback=loopback, on_failure=on_failure)
+    server = Server(app, config.shutdown_grace)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -100,12 +100,12 @@ def run(language_model: LanguageModel, settings: Settings, listener: socket.sock
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, made before anything slow, so that a taken port is known at once; port 0 picks a free one.
+    """A listening socket; port 0 picks a free port.
 
-    Who connects before the model is loaded waits.
+    Made before the model is loaded, so that a port in use is reported at once; clients that connect meanwhile wait.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address is not available.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -114,12 +114,12 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror}); use another --port or --host") from error
+        raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror}); use another port or host") from error
     return listener
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a browser on this machine finds it."""
+    """The URL of the server for clients on this machine."""
     host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{port}"

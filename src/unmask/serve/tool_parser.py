@@ -1,14 +1,16 @@
-"""Tool calls read from the text of an answer while it grows.
+"""`CallParser`: an incremental parser of tool calls in the text of an answer.
 
-Owns the cutting of committed text into content, names of called functions and the JSON text of their arguments. Knows neither
-tokens nor schemas nor which functions there are: text made under `ToolFormat.grammar` parses by construction, and of any other
-text what is no call is content, so that nothing is lost.
+Owns the split of final text into content, names of called functions and the JSON text of their arguments. Knows neither tokens
+nor schemas nor which functions exist: text generated under `ToolFormat.grammar` parses by construction; in any other text,
+what is no call is content, so that nothing is lost.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from unmask.data.detokenizer import held_back
 
 MARKER, END_MARKER = "<tool_call>", "</tool_call>"
 _HEAD = r'\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -47,11 +49,11 @@ Event = Content | CallStart | CallArguments
 
 
 class CallParser:
-    """Cuts one answer into content and calls; the joined events do not depend on how the answer was cut into pieces.
+    """Splits one answer into content and calls; the joined events do not depend on how the text is chunked.
 
-    What may be the beginning of a call is held back until that is decided; white space before and after a call is dropped.
-    A call is announced as soon as its name is known and an object follows for its arguments, whose text is handed on as it
-    comes. What breaks off before that is content.
+    A possible beginning of a call is held back until it is decided; white space before and after a call is dropped. A call is
+    announced once its name is complete and an object follows for its arguments, whose text is passed on as it arrives. A call
+    that breaks off before that is content.
     """
 
     def __init__(self, *, marked: bool = True) -> None:
@@ -75,21 +77,21 @@ class CallParser:
         return self._calls
 
     def push(self, text: str) -> list[Event]:
-        """More text of the answer; what is certain now."""
+        """Take more text of the answer; the events that are certain now."""
         self._held += text
         while self._state():
             pass
         return self._take()
 
     def finish(self) -> list[Event]:
-        """The answer has ended, perhaps within a call; the rest."""
+        """The remaining events; the answer may have ended within a call."""
         held = self._held
         if self._state == self._after:
             rest = held[self._ending_of(held) :]
             dropped = (END_MARKER if self._marked else "").startswith(rest)
         else:
             dropped = self._just_called and held.isspace()
-        self._say(0 if dropped else len(held))
+        self._emit_content(0 if dropped else len(held))
         self._held = ""
         return self._take()
 
@@ -97,26 +99,25 @@ class CallParser:
         events, self._events = self._events, []
         return events
 
-    def _say(self, end: int) -> None:
-        """Hand on the first `end` characters held as content."""
+    def _emit_content(self, end: int) -> None:
+        """Emit the first `end` held characters as content."""
         if end:
             self._events.append(Content(self._held[:end]))
             self._held = self._held[end:]
             self._just_called = False
 
     def _text(self) -> bool:
-        """Before, between and after calls. Each state returns whether there is more to do with what is held."""
+        """State: before, between and after calls. Each state returns whether to process the held text further."""
         start = self._held.find(MARKER) if self._marked else -1
         if start >= 0:
             self._state = self._head
         else:
-            sizes = range(len(MARKER) - 1, -1, -1) if self._marked else (0,)
-            start = len(self._held) - next(size for size in sizes if self._held.endswith(MARKER[:size]))
-        self._say(len(self._held[:start].rstrip()) if self._marked else start)
+            start = len(self._held) - held_back(self._held, (MARKER,) if self._marked else ())
+        self._emit_content(len(self._held[:start].rstrip()) if self._marked else start)
         return self._state == self._head
 
     def _head(self) -> bool:
-        """Up to the arguments; white space and the marker are held, too, and are content if this is no call."""
+        """State: up to the arguments; white space and the marker are held as well, and are content if this is no call."""
         if head := (_FIRST if self._marked else _BARE_FIRST).match(self._held):
             self._begin(head)
             return True
@@ -143,9 +144,9 @@ class CallParser:
         self._state = self._arguments
 
     def _arguments(self) -> bool:
-        """Within the arguments, up to the bracket that closes the first one."""
+        """State: within the arguments, up to the bracket that closes the first one."""
         end = len(self._held)
-        for place, char in enumerate(self._held):
+        for position, char in enumerate(self._held):
             if self._in_string:
                 self._in_string = self._escaped or char != '"'
                 self._escaped = char == "\\" and not self._escaped
@@ -156,7 +157,7 @@ class CallParser:
             elif char in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    end = place + 1
+                    end = position + 1
                     self._state = self._after
                     break
         if end:
@@ -165,7 +166,7 @@ class CallParser:
         return self._state == self._after
 
     def _after(self) -> bool:
-        """Behind the arguments: the end of the call, and either another call or the end of them all."""
+        """State: after the arguments: the end of the call, and either another call or the end of all calls."""
         if head := _NEXT.match(self._held):
             self._begin(head)
             return True
@@ -181,8 +182,8 @@ class CallParser:
         return True
 
     def _leave(self, tag: re.Match[str]) -> None:
-        """What is held is no call: it is content up to the end of this one, or the start of the next."""
-        self._say(tag.end() if tag[0] == END_MARKER else len(self._held[: tag.start()].rstrip()))
+        """The held text is no call: it is content up to its end tag, or to the start of the next call."""
+        self._emit_content(tag.end() if tag[0] == END_MARKER else len(self._held[: tag.start()].rstrip()))
 
     @staticmethod
     def _ending_of(text: str) -> int:

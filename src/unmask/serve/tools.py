@@ -1,8 +1,8 @@
-"""Tools: what a model is told about functions, and the grammar of the answers that call them.
+"""`ToolFormat`: how a model reads function definitions and writes tool calls, and the grammar of such answers.
 
-Owns the formats in which families of models write tool calls, found by trying a tokenizer's chat template; the conversation
-as such a model wants it; and the grammar that makes every call one of a given function with arguments its schema accepts.
-Knows no HTTP and no model. `tool_parser` reads the answers.
+Owns the tool call formats of model families, detected from a tokenizer's chat template; conversations in those formats; and
+the grammar under which every call names a given function and its arguments follow the function's schema. Knows no HTTP and no
+model. `tool_parser` reads the answers.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ please make the tool calls an empty list '[]'.
 
 
 @dataclass(frozen=True)
-class Function:
+class ToolFunction:
     """A function that a model may call.
 
     Attributes:
         name: letters, digits, `_` and `-`, at most 64.
-        description: what it does.
-        parameters: JSON schema of its arguments, an object; None or empty: it takes none.
-        strict: OpenAI's wish for arguments that follow the schema; here they always do.
+        description: what the function does.
+        parameters: JSON schema of its arguments, an object; None or empty: no arguments.
+        strict: OpenAI's option that arguments follow the schema; here they always do.
     """
 
     name: str
@@ -70,15 +70,15 @@ class Function:
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether functions are called: as the model likes, not at all, or for certain; `name`: this one, once."""
+    """Whether functions are called: `auto` (the model decides), `none` or `required`; `name`: this one, once."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
 
 
 @dataclass(frozen=True)
-class _Style:
-    """How a family writes calls: `marker before CALL between CALL ... after`, CALL a JSON object."""
+class _CallStyle:
+    """How a model family writes calls: `marker before CALL between CALL ... after`, where CALL is a JSON object."""
 
     marker: str
     before: str
@@ -95,74 +95,75 @@ class _Style:
         return f"{self.marker}{self.before}{self.between.join(calls)}{self.after}"
 
 
-_HERMES = _Style(MARKER, "\n", f"\n{END_MARKER}\n{MARKER}\n", f"\n{END_MARKER}", "arguments")
-_LIST = _Style(MARKER, "[", ", ", f"]{END_MARKER}", "arguments", may_be_empty=True)
-_LLAMA = _Style("", "", "", "", "parameters", max_calls=1)
+_HERMES = _CallStyle(MARKER, "\n", f"\n{END_MARKER}\n{MARKER}\n", f"\n{END_MARKER}", "arguments")
+_LIST = _CallStyle(MARKER, "[", ", ", f"]{END_MARKER}", "arguments", may_be_empty=True)
+_LLAMA = _CallStyle("", "", "", "", "parameters", max_calls=1)
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How one model wants tools. Make one with `tool_format`."""
+    """The tool format of one model; made by `tool_format`."""
 
-    _style: _Style
+    _style: _CallStyle
     _shows_tools: bool
     _writes_calls: bool
     _has_system: bool
     _has_developer: bool
 
     def messages(
-        self, messages: Sequence[Message], functions: Sequence[Function], choice: ToolChoice
+        self, messages: Sequence[Message], functions: Sequence[ToolFunction], choice: ToolChoice
     ) -> tuple[list[Message], list[Tool] | None]:
-        """A conversation, with tool calls and results in it or not, as the model wants it.
+        """A conversation in the form that the model's chat template accepts, tool calls and results included.
 
         Args:
-            messages: as OpenAI writes them, content a text or None.
-            functions: the functions; may be empty.
-            choice: `none`: the functions are not shown.
+            messages: in OpenAI's form, content a text or None.
+            functions: may be empty.
+            choice: with `none`, the functions are not shown.
 
         Returns:
-            What to give to `Tokenizer.chat`: messages, and tools or None.
+            Messages and tools (or None) for `Tokenizer.chat`.
         """
         tools: list[Tool] = [] if choice.mode == "none" else [function.definition() for function in functions]
-        told = [self._message(message) for message in messages]
+        converted = [self._message(message) for message in messages]
         if not self._writes_calls:
-            told = self._as_text(told)
+            converted = self._as_text(converted)
         elif self._style.max_calls == 1:
-            told = [part for message in told for part in _one_call_each(message)]
+            converted = [single for message in converted for single in _one_call_each(message)]
         if not tools or self._shows_tools:
-            return list(told), tools or None
-        return list(self._with_prompt(told, _PROMPT.replace("{tools}", json.dumps(tools)))), None
+            return list(converted), tools or None
+        return list(self._with_prompt(converted, _PROMPT.replace("{tools}", json.dumps(tools)))), None
 
     def grammar(
-        self, functions: Sequence[Function], choice: ToolChoice, *, parallel: bool, answer: Mapping[str, Any] | None = None
+        self, functions: Sequence[ToolFunction], choice: ToolChoice, *, parallel: bool, answer: Mapping[str, Any] | None = None
     ) -> str | None:
-        """Lark source of the whole answer; None where nothing constrains it: no functions, or none may be called.
+        """Lark grammar of the whole answer; None where nothing constrains it: no functions, or choice `none`.
 
         Args:
             functions: the functions.
-            choice: `auto`: text without a call, or calls with text before them or not; `required`: calls; named: one call.
-            parallel: more than one call may be made, where the family does that.
-            answer: schema of an answer without calls (`auto`), which is JSON then; None: any text.
+            choice: `auto`: text without calls, or calls with or without text before them; `required`: calls; named: one call.
+            parallel: allow several calls, where the model family makes several.
+            answer: JSON schema of an answer without calls (`auto`); None: any text.
 
         Raises:
-            RequestError: a bad or doubled name, a choice of what is not there, or parameters that are no object's schema.
+            RequestError: an invalid or repeated name, a choice of an unknown function, or parameters that are not the schema
+                of an object.
         """
         check_functions(functions, choice)
         if choice.mode == "none" or not functions:
             return None
         style = self._style
-        callable_ = [(place, each) for place, each in enumerate(functions) if choice.name in (None, each.name)]
+        callable_ = [(index, each) for index, each in enumerate(functions) if choice.name in (None, each.name)]
         more = min(style.max_calls, MAX_CALLS if parallel and choice.name is None else 1) - 1
         calls = f"call ({_quoted(style.between)} call){{0,{more}}}" if more else "call"
         if choice.mode == "auto" and style.may_be_empty:
             calls = f"({calls})?"
         begun = " ".join(filter(None, (_quoted(style.before), calls, _quoted(style.after))))
-        rules = [f"call: {' | '.join(f'call_{place}' for place, _ in callable_)}"]
-        for place, function in callable_:
-            schema = _arguments_schema(place, function)
+        rules = [f"call: {' | '.join(f'call_{index}' for index, _ in callable_)}"]
+        for index, function in callable_:
+            schema = _arguments_schema(index, function)
             head, tail = style.call(function.name, "\0").split("\0")
-            rules.append(f"call_{place}: {_quoted(head)} arguments_{place} {_quoted(tail)}")
-            rules.append(f"arguments_{place}: " + ('"{}"' if schema is None else f"%json {json.dumps(schema)}"))
+            rules.append(f"call_{index}: {_quoted(head)} arguments_{index} {_quoted(tail)}")
+            rules.append(f"arguments_{index}: " + ('"{}"' if schema is None else f"%json {json.dumps(schema)}"))
         calling = " ".join(filter(None, (_quoted(style.marker), begun)))
         if choice.mode == "required":
             rules.insert(0, f"start: {calling}")
@@ -170,7 +171,7 @@ class ToolFormat:
             rules.insert(0, f"start: answer | {calling}")
             rules.append(f"answer: %json {json.dumps({**answer, 'x-guidance': _LAYOUT})}")
         elif style.marker:
-            # The lazy rule ends with the first marker; text that goes on without one stays the other.
+            # The lazy rule ends at the first marker; text without a marker matches TEXT.
             rules.insert(0, f"start: TEXT? | begun {begun}\nbegun[lazy]: /(?s:.*){style.marker}/")
             rules.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){style.marker}(?s:.*)/")
         else:
@@ -181,90 +182,90 @@ class ToolFormat:
     def compile(
         self,
         compiler: GrammarCompiler,
-        functions: Sequence[Function],
+        functions: Sequence[ToolFunction],
         choice: ToolChoice,
         *,
         parallel: bool,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar | None:
-        """`grammar`, compiled; a schema that is refused is named.
+        """`grammar`, compiled.
 
         Raises:
-            RequestError: as `grammar`, or a schema that is not supported, or functions too complex together.
+            RequestError: as of `grammar`; an unsupported schema, which is named; or functions too complex together.
         """
         check_functions(functions, choice)
         if choice.mode == "none" or not functions:
             return None
-        for place, function in enumerate(functions):
-            schema = _arguments_schema(place, function)
+        for index, function in enumerate(functions):
+            schema = _arguments_schema(index, function)
             try:
                 compiler.json_schema(schema or {})
             except RequestError as error:
-                raise RequestError(f"{_place(place, function)}: {error}") from error
+                raise RequestError(f"{_parameters_field(index, function)}: {error}") from error
         try:
             return compiler.lark(self.grammar(functions, choice, parallel=parallel, answer=answer) or "")
         except RequestError as error:
-            raise RequestError(f"tools: {len(functions)} are too much for one grammar ({error}); give fewer") from error
+            raise RequestError(f"tools: {len(functions)} functions exceed one grammar ({error}); give fewer") from error
 
     def parser(self) -> CallParser:
         """A parser for one answer."""
         return CallParser(marked=bool(self._style.marker))
 
     def _message(self, message: Message) -> dict[str, Any]:
-        """The message with a role the template knows, and without what templates trip over: no content, an empty list."""
+        """The message with a role that the template knows, a text as content and no empty list of calls."""
         role = "system" if message["role"] == "developer" and not self._has_developer else message["role"]
-        kept = {key: value for key, value in message.items() if key != "tool_calls"}
-        calls = [_read(call) for call in message.get("tool_calls") or []]
+        fields = {key: value for key, value in message.items() if key != "tool_calls"}
+        calls = [_parsed(call) for call in message.get("tool_calls") or []]
         content = "" if message.get("content") is None else message["content"]
-        return {**kept, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
+        return {**fields, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
 
     def _as_text(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Calls as the model would write them, results as a user's turn: all those in a row in one."""
-        told: list[dict[str, Any]] = []
+        """Messages with calls as text in the model's own format, and neighbouring tool results as one user message."""
+        converted: list[dict[str, Any]] = []
         was_result = False
         for message in messages:
             is_result = message["role"] == "tool"
-            kept = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+            fields = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
             if is_result:
-                kept = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+                fields = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
             elif "tool_calls" in message:
-                written = self._style.answer([self._written(call) for call in message["tool_calls"]])
-                kept["content"] = "\n".join(filter(None, (message["content"], written)))
+                calls = self._style.answer([self._call_text(call) for call in message["tool_calls"]])
+                fields["content"] = "\n".join(filter(None, (message["content"], calls)))
             if is_result and was_result:
-                told[-1]["content"] += "\n" + kept["content"]
+                converted[-1]["content"] += "\n" + fields["content"]
             else:
-                told.append(kept)
+                converted.append(fields)
             was_result = is_result
-        return told
+        return converted
 
-    def _written(self, call: Mapping[str, Any]) -> str:
+    def _call_text(self, call: Mapping[str, Any]) -> str:
         function = call["function"]
         arguments = function["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return self._style.call(function["name"], text)
 
     def _with_prompt(self, messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-        """The prompt after a given system text; at the head of the user's first turn where there are no system turns."""
+        """Messages with the prompt after their system text, or before the first user message of a model without system role."""
         role = "system" if self._has_system else "user"
-        place = next((place for place, message in enumerate(messages) if message["role"] == role), len(messages))
-        if self._has_system and place > 0:
+        index = next((index for index, message in enumerate(messages) if message["role"] == role), len(messages))
+        if self._has_system and index > 0:
             return [{"role": "system", "content": prompt}, *messages]
-        if place == len(messages):
+        if index == len(messages):
             return [*messages, {"role": role, "content": prompt}]
-        given = messages[place]["content"]
-        parts = (given, prompt) if self._has_system else (prompt, given)
-        joined = {**messages[place], "content": "\n\n".join(filter(None, parts))}
-        return [*messages[:place], joined, *messages[place + 1 :]]
+        content = messages[index]["content"]
+        texts = (content, prompt) if self._has_system else (prompt, content)
+        joined = {**messages[index], "content": "\n\n".join(filter(None, texts))}
+        return [*messages[:index], joined, *messages[index + 1 :]]
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
-    """How the model of a tokenizer wants tools, found by giving some to its chat template.
+    """The tool format of a model, detected by rendering probe messages with its chat template.
 
-    A template that writes calls says how; one that only shows tools says so in its instructions. Where it knows nothing of
-    tools, they go into a system text in SmolLM2's published words.
+    A template that renders calls shows their style; one that only renders tools describes the style in its instructions. For
+    a template without tool support, the tools go into a system text in the words of SmolLM2's model card.
 
     Raises:
-        RequestError: no chat template, or one that wants calls in a way not known here.
+        RequestError: no chat template, or one with an unknown style of calls.
     """
     if not tokenizer.has_chat_template:
         raise RequestError("tools need a chat template and the tokenizer has none; use a model that has one")
@@ -272,20 +273,20 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     call = {"id": "call_0", "type": "function", "function": {"name": "probe_name", "arguments": {"probe": 1}}}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "call_0", "content": "probe_result"}
-    tools = [Function("probe_name", "?", {"type": "object", "properties": {"probe": {"type": "integer"}}}).definition()]
-    shown = _rendered(tokenizer, [user], tools)
-    shows_tools = "probe_name" in shown
-    written = _rendered(tokenizer, [user, called, result], tools)
-    spaceless = re.sub(r"\s+", "", written)
+    tools = [ToolFunction("probe_name", "?", {"type": "object", "properties": {"probe": {"type": "integer"}}}).definition()]
+    with_tools = _rendered(tokenizer, [user], tools)
+    shows_tools = "probe_name" in with_tools
+    with_calls = _rendered(tokenizer, [user, called, result], tools)
+    spaceless = re.sub(r"\s+", "", with_calls)
     styles = (_HERMES, _LIST, _LLAMA)
     patterns = [re.sub(r"\s+", "", style.answer([style.call("probe_name", '{"probe": 1}')])) for style in styles]
     style = next((style for style, pattern in zip(styles, patterns, strict=True) if pattern in spaceless), None)
-    writes_calls = style is not None and "probe_result" in written
+    writes_calls = style is not None and "probe_result" in with_calls
     if style is None and shows_tools:
-        asked = re.search(rf'{MARKER}\s*(\[?)\s*\{{\s*"name"[^\n]*"arguments"', shown)
-        if asked is None:
+        match = re.search(rf'{MARKER}\s*(\[?)\s*\{{\s*"name"[^\n]*"arguments"', with_tools)
+        if match is None:
             raise RequestError("the chat template asks for tool calls in a format that is not supported; use another model")
-        style = _LIST if asked[1] else _HERMES
+        style = _LIST if match[1] else _HERMES
     system = {"role": "system", "content": "probe_system"}
     return ToolFormat(
         _style=style or _LIST,
@@ -296,16 +297,16 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     )
 
 
-def check_functions(functions: Sequence[Function], choice: ToolChoice) -> None:
-    """Raise RequestError for a name that is not one, two functions of one name, or a choice of what is not there."""
+def check_functions(functions: Sequence[ToolFunction], choice: ToolChoice) -> None:
+    """Raise RequestError for an invalid name, two functions of one name, or a choice of an unknown function."""
     names: set[str] = set()
-    for place, function in enumerate(functions):
+    for index, function in enumerate(functions):
         if not _NAME.fullmatch(function.name):
             raise RequestError(
-                f"tools[{place}].function.name is {function.name[:80]!r}; use 1 to 64 letters, digits, underscores and hyphens"
+                f"tools[{index}].function.name is {function.name[:80]!r}; use 1 to 64 letters, digits, underscores and hyphens"
             )
         if function.name in names:
-            raise RequestError(f"tools[{place}].function.name {function.name!r} is given twice; name each function differently")
+            raise RequestError(f"tools[{index}].function.name {function.name!r} is given twice; name each function differently")
         names.add(function.name)
     if choice.name is not None and choice.name not in names:
         raise RequestError(f"tool_choice names {choice.name[:80]!r}, which is not among tools; name one of them")
@@ -313,30 +314,31 @@ def check_functions(functions: Sequence[Function], choice: ToolChoice) -> None:
         raise RequestError("tool_choice is required and there are no tools; give at least one")
 
 
-def _arguments_schema(place: int, function: Function) -> dict[str, Any] | None:
-    """Schema of the arguments, on one line; None: there are none.
+def _arguments_schema(index: int, function: ToolFunction) -> dict[str, Any] | None:
+    """JSON schema of the arguments, to be written on one line; None: the function takes none.
 
-    An object whose schema only lists properties takes no others: a model must not invent arguments.
+    A schema that only lists properties allows no others, so that a model cannot invent arguments.
     """
-    given = function.parameters
-    if not given:
+    parameters = function.parameters
+    if not parameters:
         return None
-    if given.get("type", "object") != "object":
-        raise RequestError(f"{_place(place, function)}: type is {str(given['type'])[:80]!r}; it must be object")
-    schema = {"type": "object", **given, "x-guidance": _LAYOUT}
-    properties, required = given.get("properties"), given.get("required", [])
-    is_plain = isinstance(properties, Mapping) and isinstance(required, list) and given.keys() <= _PLAIN_KEYWORDS
+    if parameters.get("type", "object") != "object":
+        field = _parameters_field(index, function)
+        raise RequestError(f"{field}: type is {str(parameters['type'])[:80]!r}; it must be object")
+    schema = {"type": "object", **parameters, "x-guidance": _LAYOUT}
+    properties, required = parameters.get("properties"), parameters.get("required", [])
+    is_plain = isinstance(properties, Mapping) and isinstance(required, list) and parameters.keys() <= _PLAIN_KEYWORDS
     if is_plain and all(name in (properties or {}) for name in required):
         schema["additionalProperties"] = False
     return schema
 
 
-def _place(place: int, function: Function) -> str:
-    return f"tools[{place}].function.parameters of {function.name!r}"
+def _parameters_field(index: int, function: ToolFunction) -> str:
+    return f"tools[{index}].function.parameters of {function.name!r}"
 
 
-def _read(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as an object where they are one, so that they come out in the family's layout."""
+def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments parsed if they are JSON, so that the template lays them out in the family's way."""
     function = call["function"]
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
@@ -349,19 +351,19 @@ def _read(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_call_each(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A turn of several calls as several turns, for a family that makes one at a time."""
+    """A message of several calls as several messages, for a model family that makes one call at a time."""
     calls = message.get("tool_calls", [])
     first, *others = [{**message, "tool_calls": [call]} for call in calls] or [message]
     return [first, *({**other, "content": ""} for other in others)]
 
 
 def _quoted(text: str) -> str:
-    """A Lark string; nothing for nothing."""
+    """A Lark string literal; empty for an empty text."""
     return json.dumps(text) if text else ""
 
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
-    """The conversation as the template writes it; nothing where it refuses to."""
+    """The conversation as the template renders it; empty where it refuses."""
     try:
         return tokenizer.decode(tokenizer.chat(messages, add_generation_prompt=False, tools=tools), skip_special=False)
     except DataError:

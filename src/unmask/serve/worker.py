@@ -1,6 +1,6 @@
-"""The engine in a thread of its own, and the asyncio side of talking to it.
+"""`Worker`: the engine in a thread of its own, driven from asyncio.
 
-Owns the thread, the bounded queue, deadlines and the way down. Knows engine requests and updates only: no HTTP, no text.
+Owns the thread, the bounded queue, timeouts and the shutdown. Knows engine requests and updates only: no HTTP, no text.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from unmask.serve.errors import ApiError, bad_request, loading, stopping, timed_
 from unmask.serve.metrics import Metrics
 
 _JOIN_SECONDS = 10.0
-"""How long the way down waits for a forward, or for a model that is still being prepared."""
+"""How long a shutdown waits for the current forward, or for a model that is still loading."""
 _log = logging.getLogger("unmask.serve")
 _Command = Callable[[Engine], None]
 
 
 class AbortedError(Exception):
-    """The client has gone: nobody waits for an answer."""
+    """The client has disconnected."""
 
 
 class EngineFailedError(Exception):
-    """A bug of ours ended this request."""
+    """A bug ended this request."""
 
 
 class Job:
-    """What one client waits for: some requests and what has happened to them since it last looked.
+    """The engine requests of one client, and their updates since the client last read them.
 
-    A reader that is slower than the engine gets the updates of several steps as one, so a job never holds more than an
-    update per request.
+    Updates of several steps are merged for a client that reads more slowly than the engine decodes, so a job holds at most
+    one update per request.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool) -> None:
@@ -53,57 +53,57 @@ class Job:
         self._error: Exception | None = None
 
     async def updates(self) -> AsyncIterator[list[tuple[int, Update]]]:
-        """Updates with the index of their request, until all have ended.
+        """Updates with the index of their request, until all requests have ended.
 
         Raises:
             ApiError: the job cannot be finished.
         """
-        left = len(self.requests)
-        while left:
+        num_open = len(self.requests)
+        while num_open:
             await self._wake.wait()
             self._wake.clear()
             new, self._new = self._new, {}
-            left -= sum(update.completion is not None for update in new.values())
+            num_open -= sum(update.completion is not None for update in new.values())
             if new:
                 yield list(new.items())
             if self._error is not None:
                 raise self._error
 
     def abort(self, reason: str) -> None:
-        """End it without a result; its pages are free before the next step. One that has ended is left alone."""
+        """End the job without a result and free its cache blocks before the next step; no effect on one that has ended."""
         self._worker.abort(self, reason)
 
     def take(self, index: int, update: Update) -> None:
-        """An update has come (on the event loop)."""
+        """Store an update (on the event loop)."""
         if update.new_ids and self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.started
         if update.completion is not None:
             self.open.discard(index)
-        before = self._new.get(index)
-        if before is not None:
-            ids, logprobs = before.new_ids + update.new_ids, before.new_logprobs + update.new_logprobs
-            update = replace(update, new_ids=ids, new_logprobs=logprobs, step=update.step or before.step)
+        unread = self._new.get(index)
+        if unread is not None:
+            ids, logprobs = unread.new_ids + update.new_ids, unread.new_logprobs + update.new_logprobs
+            update = replace(update, new_ids=ids, new_logprobs=logprobs, step=update.step or unread.step)
         self._new[index] = update
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
-        """It cannot be finished (on the event loop)."""
+        """End the job with an error (on the event loop)."""
         self.open.clear()
         self._error = error
         self._wake.set()
 
 
 class Worker:
-    """Runs the engine and hands its updates to jobs.
+    """Runs the engine and passes its updates to jobs.
 
-    Every method is called on the event loop's thread; the engine is touched by its own thread only.
+    Every method is called on the event loop's thread; only the worker's own thread uses the engine.
 
     Args:
-        make_engine: called in the thread, again after an error that is a bug of ours.
-        max_requests: most requests queued and running; more are refused.
-        timeout: most seconds of a job, waiting included.
-        metrics: what is counted.
-        on_failure: called when no engine can be made; nothing is taken any more then.
+        make_engine: called in the thread, and again after the engine has failed.
+        max_requests: queued and running requests together; more are refused.
+        timeout: seconds of a job, waiting included.
+        metrics: where completions and aborts are counted.
+        on_failure: called when no engine can be made; the worker accepts nothing from then on.
     """
 
     def __init__(
@@ -131,20 +131,20 @@ class Worker:
 
     @property
     def state(self) -> str:
-        """loading, ready or stopping."""
+        """`loading`, `ready` or `stopping`."""
         return "stopping" if self._draining else "loading" if self._engine is None else "ready"
 
     @property
-    def engine_now(self) -> Engine | None:
-        """The engine, unless there is none at the moment."""
+    def current_engine(self) -> Engine | None:
+        """The engine; None while it is being made."""
         return self._engine
 
     @property
     def engine(self) -> Engine:
-        """For reading sizes and counts.
+        """The engine, for reading sizes and counts.
 
         Raises:
-            ApiError: not there yet.
+            ApiError: the model is loading.
         """
         if self._engine is None:
             raise loading()
@@ -152,11 +152,11 @@ class Worker:
 
     @property
     def num_requests(self) -> int:
-        """Requests queued and running."""
+        """Queued and running requests."""
         return sum(len(job.open) for job in self._jobs)
 
     def check_room(self, count: int = 1) -> None:
-        """Whether so many requests more could be taken now.
+        """Check that so many more requests can be accepted.
 
         Raises:
             ApiError: the queue is full, or the server is not ready.
@@ -180,7 +180,7 @@ class Worker:
             except RequestError as error:
                 raise bad_request(str(error)) from error
         if len(requests) > self._max_requests:
-            raise bad_request(f"{len(requests)} completions asked for; this server takes {self._max_requests} at once", "n")
+            raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
         self.check_room(len(requests))
         job = Job(self, requests, watch=watch)
         self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
@@ -188,16 +188,16 @@ class Worker:
         return job
 
     def abort(self, job: Job, reason: str) -> None:
-        """End a job that has not ended, and free its pages."""
+        """End a running job and free its cache blocks."""
         if job in self._jobs:
             self._end(job, AbortedError(reason), reason)
 
     def drain(self) -> None:
-        """Take nothing new from now on."""
+        """Accept no new requests."""
         self._draining = True
 
     async def close(self, grace: float) -> None:
-        """Let what runs finish for so many seconds, fail the rest, and end the thread; called again, it can cut that short."""
+        """Wait up to `grace` seconds for running jobs, fail the rest and end the thread; a second call can shorten the wait."""
         self.drain()
         deadline = time.perf_counter() + grace
         while self._jobs and time.perf_counter() < deadline:
@@ -210,9 +210,8 @@ class Worker:
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def _full(self) -> ApiError:
-        waiting = self.num_requests
         wait = max(1, round(self._mean_seconds / max(1, len(self._jobs))))
-        message = f"{waiting} requests are queued and running, and {self._max_requests} is the most; try again in {wait} s"
+        message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
         return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
 
     def _expire(self, job: Job) -> None:
@@ -224,9 +223,9 @@ class Worker:
         job.fail(error)
         self._send(lambda engine: self._remove(engine, job))
 
-    def _deliver(self, news: Sequence[tuple[Job, int, Update]]) -> None:
-        """On the event loop: what a step gave."""
-        for job, index, update in news:
+    def _deliver(self, updates: Sequence[tuple[Job, int, Update]]) -> None:
+        """Pass the updates of a step to their jobs (on the event loop)."""
+        for job, index, update in updates:
             if job not in self._jobs:
                 continue
             if update.error is not None:
@@ -254,27 +253,27 @@ class Worker:
             self._commands.append(command)
             self._wake.notify()
 
-    # From here on: the engine's thread.
+    # The methods below run in the engine's thread.
 
     def _run(self) -> None:
         while not self._stop:
             try:
                 engine = self._engine = self._make_engine()
-            except BaseException as error:  # a panic of the libraries in Rust is no Exception
+            except BaseException as error:  # a panic in a Rust library is no Exception
                 self._call(self._give_up, error)
                 return
             try:
                 while self._turn(engine):
                     pass
             except BaseException:  # likewise
-                # A bug of ours: whoever was served learns that it failed; those still to be added find an empty cache.
-                _log.exception("the engine failed; starting another")
-                # Its memory must be free before the next one takes as much.
+                # A bug: running requests fail, requests still to be added start with an empty cache.
+                _log.exception("the engine failed; starting a new one")
+                # Free its memory before the next engine allocates as much.
                 self._engine = None
                 del engine
-                served = {job for job, _ in self._numbers.values()}
+                running = {job for job, _ in self._numbers.values()}
                 self._numbers.clear()
-                self._call(self._fail, served, EngineFailedError())
+                self._call(self._fail, running, EngineFailedError())
 
     def _turn(self, engine: Engine) -> bool:
         with self._wake:
@@ -283,23 +282,23 @@ class Worker:
         while self._commands:
             self._commands.popleft()(engine)
         if engine.has_work and not self._stop:
-            news = [(*self._numbers[update.number], update) for update in engine.step()]
-            for _, _, update in news:
+            updates = [(*self._numbers[update.number], update) for update in engine.step()]
+            for _, _, update in updates:
                 if update.completion is not None or update.error is not None:
                     del self._numbers[update.number]
-            telling = [entry for entry in news if entry[2].new_ids or entry[2].step or entry[2].completion or entry[2].error]
-            if telling:
-                self._call(self._deliver, telling)
+            visible = [each for each in updates if each[2].new_ids or each[2].step or each[2].completion or each[2].error]
+            if visible:
+                self._call(self._deliver, visible)
         return not self._stop
 
     def _add(self, engine: Engine, job: Job) -> None:
         for index, request in enumerate(job.requests):
-            # More than can run together wait as if they had come when those before them end: what another client sends in the
-            # meantime goes first.
+            # Requests beyond what can run together queue as if they arrived when those before them end, so that another
+            # client's requests need not wait for all of them.
             wave = index // engine.scheduler.max_num_seqs
-            later = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
+            priority = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
             try:
-                self._numbers[engine.add(replace(request, priority=later), watch=job.watch)] = (job, index)
+                self._numbers[engine.add(replace(request, priority=priority), watch=job.watch)] = (job, index)
             except RequestError as error:
                 self._call(self._deliver, [(job, index, Update(0, (), None, None, error))])
                 return
@@ -314,6 +313,6 @@ class Worker:
             del self._numbers[number]
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        # After a forced end the loop may be closed already.
+        # After a forced shutdown the loop may be closed already.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)

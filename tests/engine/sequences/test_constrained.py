@@ -16,10 +16,10 @@ import torch
 
 from helpers import SPECIAL_TOKENS, make_tokenizer
 from tiny import tiny_model
+from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Request, Step
-from unmask.engine.sequences.base import find_stop
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
 

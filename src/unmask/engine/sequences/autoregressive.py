@@ -9,8 +9,9 @@ from collections.abc import Sequence as Ids
 
 from torch import Tensor
 
+from unmask.data.detokenizer import Decode
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import Decode, ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
 

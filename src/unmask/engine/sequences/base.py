@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +16,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from unmask.data.detokenizer import Decode, find_stop
 from unmask.diffusion.decode import Guess
 from unmask.diffusion.objectives import ban_mask
 from unmask.engine.kv_cache import PrefixHashes
 from unmask.engine.request import Completion, Costs, FinishReason, Request, Step, TokenLogprob, finish
-
-Decode = Callable[[Ids[int]], str]
 
 
 @dataclass(frozen=True)
@@ -226,23 +224,3 @@ class Sequence(ABC):
         self.last_step = step
         if self.request.trace:
             self._trace.append(step)
-
-
-def find_stop(decode: Decode, ids: Ids[int], num_searched: int, stops: Ids[str]) -> tuple[int, str] | None:
-    """The fewest leading ids whose text holds a stop string, and the text before it.
-
-    Args:
-        decode: text of ids.
-        ids: the completion so far.
-        num_searched: leading ids known to hold none.
-        stops: the strings; of several, the one that begins first counts.
-    """
-    whole = decode(ids)
-    if not any(stop in whole for stop in stops):
-        return None
-    for count in range(num_searched, len(ids) + 1):
-        text = decode(ids[:count])
-        places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-        if places:
-            return count, text[: min(places)]
-    return None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision, Guess, decide
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import Decode, ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
 from unmask.engine.sequences.constrained import advance_frontier, fill_forced
 
 

@@ -12,9 +12,10 @@ from itertools import takewhile
 
 from torch import Tensor
 
+from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import Decode, ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
 from unmask.models.arch.config import ModelConfig

@@ -14,10 +14,8 @@ from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import make_tokenizer
+from unmask.data.detokenizer import IncrementalDetokenizer, find_stop, held_back
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
-from unmask.engine.request import Completion
-from unmask.engine.sequences.base import find_stop
-from unmask.serve.text import TextStream, held_back
 
 PIECES = ("▁", "▁▁", "a", "b", "▁a", "▁the", "ab", ".", "é", "</s", ">")
 END = 1
@@ -61,13 +59,12 @@ IDS = st.lists(
 
 def _shown(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int], stops: Sequence[str]) -> tuple[list[str], str]:
     """Pieces shown and the completion's text, the ids handed out as the engine does: in parts, and cut at a stop string."""
-    stream, pieces, taken = TextStream(tokenizer, stops), [], 0
+    stream, pieces, taken = IncrementalDetokenizer(tokenizer, stops), [], 0
     for cut in [*sorted(cut for cut in cuts if cut < len(ids)), len(ids)]:
         found = find_stop(tokenizer.decode, ids[:cut], taken, stops) if stops else None
         if found is not None or cut == len(ids):
             count, text = found if found is not None else (cut, tokenizer.decode(ids[:cut]) if stops else None)
-            completion = Completion(tuple(ids[:count]), "length", 1, text)
-            return [*pieces, stream.finish(completion)], tokenizer.decode(completion.ids) if text is None else text
+            return [*pieces, stream.finish(ids[:count], text)], tokenizer.decode(ids[:count]) if text is None else text
         pieces.append(stream.push(ids[taken:cut]))
         taken = cut
     raise AssertionError("the last cut is the end")
@@ -96,7 +93,7 @@ def test_what_is_shown_is_the_completions_text(
 @given(ids=IDS, cuts=st.lists(st.integers(0, 24)))
 def test_the_cut_does_not_matter(tokenizers: dict[str, Tokenizer], kind: str, ids: list[int], cuts: list[int]) -> None:
     """A slow reader, whose updates are merged, sees the same as a fast one."""
-    fast, slow = TextStream(tokenizers[kind]), TextStream(tokenizers[kind])
+    fast, slow = IncrementalDetokenizer(tokenizers[kind]), IncrementalDetokenizer(tokenizers[kind])
     one_by_one = "".join(fast.push([token]) for token in ids)
     places = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
     assert "".join(slow.push(ids[start:stop]) for start, stop in itertools.pairwise(places)) == one_by_one
@@ -106,7 +103,7 @@ def test_the_cut_does_not_matter(tokenizers: dict[str, Tokenizer], kind: str, id
 def test_text_is_shown_as_soon_as_it_is_final(tokenizers: dict[str, Tokenizer], text: str, stops: list[str]) -> None:
     """Byte-level: whole characters at once, but for what a stop string may begin with."""
     tokenizer = tokenizers["bytes"]
-    ids, stream, shown = tokenizer.encode(text), TextStream(tokenizer, stops), ""
+    ids, stream, shown = tokenizer.encode(text), IncrementalDetokenizer(tokenizer, stops), ""
     for count, token in enumerate(ids, 1):
         shown += stream.push([token])
         known = tokenizer.decode(ids[:count])
@@ -120,14 +117,14 @@ def test_half_a_character_holds_back_only_itself(tokenizers: dict[str, Tokenizer
     tokenizer = tokenizers["bytes"]
     before, party = tokenizer.encode("The answer"), tokenizer.encode("🎉")
     assert len(party) == 4
-    stream = TextStream(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer)
     assert stream.push([*before, *party[:3]]) == "The answer"
     assert stream.push(party[3:]) == "🎉"
 
 
 def test_bytes_in_a_row_are_shown_once_none_can_spoil_them(tokenizers: dict[str, Tokenizer]) -> None:
     for kind in ("strip", "metaspace"):
-        stream = TextStream(tokenizers[kind])
+        stream = IncrementalDetokenizer(tokenizers[kind])
         assert stream.push([261, *EURO]) == "b"
         assert stream.push([260]) == "€a"
 

@@ -1,0 +1,102 @@
+"""`IncrementalDetokenizer`: the text of a growing list of ids, with stop strings.
+
+Owns which part of a completion's text is final: never half a character, never a stop string or the beginning of one. The one
+place where text is made from ids that are still coming. Knows no request and no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from unmask.data.tokenizer import Tokenizer
+
+Decode = Callable[[Sequence[int]], str]
+
+_REPLACEMENT = "\ufffd"
+"""What a tokenizer gives for part of a character."""
+_RARE = "\U0010ffff"
+"""A character that no tokenizer has as a token, so that it is spelled in bytes."""
+
+
+class IncrementalDetokenizer:
+    """Text of one completion as it becomes final; append-only.
+
+    A window of ids is decoded instead of all ids. It begins one text token early, because some tokenizers drop the space in
+    front of the first token of a text. Others read neighbouring byte tokens as one string, so that one broken byte changes
+    the characters before it: text is handed out once not even such a byte would change it.
+
+    Args:
+        tokenizer: the model's.
+        stops: stop strings: they end the completion and are not part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops = tokenizer.decode, tuple(stops)
+        self._broken_byte = tokenizer.encode(_RARE)[-1:]
+        self._window: list[int] = []
+        self._num_read = 0
+        self._window_text = ""
+        self._pending = ""
+        self._num_handed_out = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these ids make final."""
+        return "".join(self._push(token) for token in ids)
+
+    def finish(self, ids: Sequence[int], text: str | None = None) -> str:
+        """The rest of the text: with all that was handed out before, it is the completion's text.
+
+        Args:
+            ids: all ids of the completion; the last ones need not have been pushed.
+            text: the completion's text where a stop string has cut it; None: that of the ids.
+        """
+        return self._hand_out((self._decode(ids) if text is None else text)[self._num_handed_out :])
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._decode(self._window)
+        if len(text) <= len(self._window_text) or text.endswith(_REPLACEMENT):
+            return ""
+        if not self._decode([*self._window, *self._broken_byte]).startswith(text):
+            return ""
+        pending = self._pending + text[len(self._window_text) :]
+        del self._window[: self._num_read]
+        self._num_read, self._window_text = len(self._window), self._decode(self._window)
+        end = len(pending) - held_back(pending, self._stops)
+        self._pending = pending[end:]
+        return self._hand_out(pending[:end])
+
+    def _hand_out(self, text: str) -> str:
+        self._num_handed_out += len(text)
+        return text
+
+
+def held_back(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is a prefix of one of `marks` (or all of it)."""
+    longest = min(len(text), max((len(mark) for mark in marks), default=0))
+    return next((size for size in range(longest, 0, -1) if any(mark.startswith(text[-size:]) for mark in marks)), 0)
+
+
+def find_stop(decode: Decode, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str] | None:
+    """The fewest leading ids whose text contains a stop string, and the text before that string.
+
+    Args:
+        decode: text of ids.
+        ids: the completion so far.
+        num_searched: leading ids known to contain none.
+        stops: stop strings; of several, the one that begins first counts.
+    """
+    whole = decode(ids)
+    if not any(stop in whole for stop in stops):
+        return None
+    for count in range(num_searched, len(ids) + 1):
+        text = decode(ids[:count])
+        positions = [position for position in (text.find(stop) for stop in stops) if position >= 0]
+        if positions:
+            return count, text[: min(positions)]
+    return None
+
+
+def decode_whole_characters(decode: Decode, ids: Sequence[int]) -> str:
+    """Text of ids without the part of a character at its end."""
+    return decode(ids).rstrip(_REPLACEMENT)

@@ -1,0 +1,170 @@
+"""`Choice`: one completion as its client sees it: text, tool calls, log-probabilities and what each update adds to them.
+
+Owns the state between updates. Streamed or not, a completion passes through here, so that both forms agree. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from unmask.data.detokenizer import IncrementalDetokenizer
+from unmask.engine.engine import Update
+from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.serve.protocol import CalledFunction, ToolCall
+from unmask.serve.served_model import PreparedRequests, ServedModel
+from unmask.serve.tool_parser import CallArguments, CallStart, Content
+
+WatchState = Literal["masked", "provisional", "committed", "edited"]
+_MIN_LOGPROB = -9999.0
+"""JSON has no infinity."""
+
+
+@dataclass
+class ChoiceDelta:
+    """What an update adds to a choice. `tool_calls` are OpenAI's deltas of tool calls."""
+
+    text: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Choice:
+    """One of OpenAI's `choices`.
+
+    Attributes:
+        text: handed out so far, tool calls left out.
+        tool_calls: so far.
+        logprobs: of the tokens handed out, end-of-sequence tokens left out.
+        completion: set when the choice has ended.
+    """
+
+    def __init__(self, index: int, request: Request, prepared: PreparedRequests, model: ServedModel) -> None:
+        self.index, self.request = index, request
+        self.text = ""
+        self.tool_calls: list[ToolCall] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.completion: Completion | None = None
+        self._num_final = 0
+        self._confidences: dict[int, float] = {}
+        ids = request.ids
+        self._begin = ids.index(None) if None in ids else len(ids)
+        self._forced_call = prepared.forced_call
+        self._model = model
+        self._detokenizer = IncrementalDetokenizer(model.tokenizer, request.stop)
+        self._parser = model.call_parser() if prepared.parses_calls else None
+
+    def take(self, update: Update) -> ChoiceDelta:
+        """Take in an update of the engine; what it adds."""
+        self._num_final += len(update.new_ids)
+        self.completion = update.completion
+        if update.completion is None:
+            text = self._detokenizer.push(update.new_ids)
+        else:
+            text = self._detokenizer.finish(update.completion.ids, update.completion.text)
+        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in self.request.eos_ids))
+        self.logprobs += delta.logprobs
+        if self._parser is None:
+            delta.text = text
+        else:
+            self._parse(text, delta)
+        self.text += delta.text
+        return delta
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's: a call that the client forced ends with `stop`, other calls with `tool_calls`."""
+        if self.completion is None:
+            return None
+        if self.tool_calls and self.completion.finish_reason == "stop" and not self._forced_call:
+            return "tool_calls"
+        return self.completion.finish_reason
+
+    def watch_event(self, step: Step) -> dict[str, Any]:
+        """The state of the completion's tokens after a forward, from `start` (a position in the completion) to its end."""
+        begin = self._begin
+        first = max(begin - step.start, 0)
+        tokens = []
+        for i in range(first, min(len(step.tokens), begin + self.request.num_wanted - step.start)):
+            token = step.tokens[i]
+            if token in self.request.eos_ids:
+                break
+            candidate = token if token is not None else step.guess[i]
+            position = step.start + i - begin
+            if step.guess[i] is not None:
+                self._confidences[position] = round(step.confidence[i], 4)
+            text = "" if candidate is None else self._model.token_bytes(candidate).decode(errors="replace")
+            confidence = self._confidences.get(position)
+            tokens.append({"text": text, "state": self._state(step, i, position), "confidence": confidence})
+        return {
+            "index": self.index,
+            "start": step.start + first - begin,
+            "committed": self._num_final,
+            "forwards": step.forwards,
+            "tokens": tokens,
+        }
+
+    def _state(self, step: Step, i: int, position: int) -> WatchState:
+        if step.tokens[i] is None:
+            return "masked"
+        if step.edited[i]:
+            return "edited"
+        return "committed" if position < self._num_final else "provisional"
+
+    def _parse(self, text: str, delta: ChoiceDelta) -> None:
+        assert self._parser is not None
+        events = [*self._parser.push(text), *(self._parser.finish() if self.completion is not None else [])]
+        for event in events:
+            match event:
+                case Content(text=content):
+                    delta.text += content
+                case CallStart(index=index, name=name):
+                    function = CalledFunction(name=name, arguments="")
+                    self.tool_calls.append(ToolCall(id=f"call_{secrets.token_hex(12)}", function=function))
+                    delta.tool_calls.append({"index": index, **self.tool_calls[index].model_dump()})
+                case CallArguments(index=index, text=arguments):
+                    self.tool_calls[index].function.arguments += arguments
+                    delta.tool_calls.append({"index": index, "function": {"arguments": arguments}})
+
+
+def costs(choices: Sequence[Choice], seconds: float) -> dict[str, Any]:
+    """Forwards, speeds and seconds of the completions, summed: our field `diffusion` beside OpenAI's `usage`."""
+    done = [choice.completion for choice in choices if choice.completion is not None]
+    tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
+    return {
+        "forwards": forwards,
+        "tokens_per_forward": round(tokens / max(forwards, 1), 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-6), 2),
+        "seconds": round(seconds, 4),
+        "cached_tokens": sum(each.costs.cached_tokens for each in done),
+        "edits": sum(each.costs.edits for each in done),
+    }
+
+
+def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+    """OpenAI's `usage`: each prompt counted once, end-of-sequence tokens counted."""
+    tokens = sum(len(choice.completion.ids) for choice in choices if choice.completion is not None)
+    # Later samples of a prompt also find in the cache what its first sample has just computed.
+    cached: dict[tuple[int | None, ...], int] = {}
+    for choice in choices:
+        if choice.completion is not None:
+            count = choice.completion.costs.cached_tokens
+            cached[choice.request.ids] = min(count, cached.get(choice.request.ids, count))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+        "prompt_tokens_details": {"cached_tokens": min(sum(cached.values()), prompt_tokens)},
+    }
+
+
+def token_entry(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
+    """A token as OpenAI writes it: its text, its bytes, its log-probability in nats."""
+    spelling = model.token_bytes(token)
+    return {
+        "token": spelling.decode(errors="replace"),
+        "bytes": list(spelling),
+        "logprob": max(logprob, _MIN_LOGPROB),
+    }
