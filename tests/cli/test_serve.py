@@ -153,7 +153,7 @@ def test_what_keeps_it_from_starting_is_one_line(fails: Fails, diffusion_folder:
     assert "max_concurrent is 0" in fails("serve", "--model", diffusion_folder, "--max-concurrent", 0)
     assert "shutdown_grace is inf" in fails("serve", "--model", diffusion_folder, "--shutdown-grace", "inf")
     assert "timeout is nan" in fails("serve", "--model", diffusion_folder, "--timeout", "nan")
-    assert "API key" in fails("serve", "--model", diffusion_folder, "--api-key", "a b\u00e9")
+    assert "api_keys" in fails("serve", "--model", diffusion_folder, "--api-key", "a b\u00e9")
     assert "cache_tokens is 0" in fails("serve", "--model", diffusion_folder, "--cache-tokens", 0)
 
 

@@ -271,7 +271,7 @@ def test_a_400_takes_no_place() -> None:
             with pytest.raises(ApiError, match="too many") as refused:
                 s.worker.submit([ORDINARY, Request(ids=(1,), max_new_tokens=101)])
             assert refused.value.status == 400
-            with pytest.raises(ApiError, match="3 completions requested.* 2 at once") as refused:
+            with pytest.raises(ApiError, match=r"3 completions requested.* 2 at once") as refused:
                 s.worker.submit([ORDINARY] * 3)
             assert refused.value.status == 400
             assert s.worker.num_requests == 0
