@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("make: Python %d.%d is too old" % v[:2])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs docs-serve bench reproduction clean distclean
+.PHONY: help setup demo test test-slow lint docs docs-serve wheel bench reproduction clean distclean
 
 help: ## Show this list
 	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
@@ -67,6 +67,9 @@ docs: $(STAMP) ## Build the documentation into site/, warnings being errors
 
 docs-serve: $(STAMP) ## Show the documentation on this machine, rebuilt at every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+wheel: $(STAMP) ## Build the sdist, and from it the wheel, into dist/
+	$(BIN)/python -m build --no-isolation
 
 bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
 	@scripts="$(or $(ARGS),$(filter-out %/plain_trainer.py %/floors.py %/tasks.py %/vs_llamacpp.py,$(sort $(wildcard benchmarks/*.py))))"; \
