@@ -30,10 +30,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from unmask.data.tokenizer import load_tokenizer
-from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.request import Completion, Request
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 
@@ -101,16 +101,22 @@ def random_request(rng: random.Random, grammars: list[Grammar]) -> Request:
         ids[place : place + 3] = [None] * 3
     budget = rng.randrange(1, 40)
     ends = [] if grammar is not None else rng.sample(range(256), rng.choice([0, 0, 6]))
-    return Request(
-        tuple(ids), budget, frozenset([EOS, *ends]), DecodeRules(**rules),
+    params = ResolvedParams(
+        **rules,
+        max_new_tokens=budget,
         stop=("a", "zz") if rng.random() < 0.1 else (),
         min_new_tokens=rng.choice([0, 0, 0, min(3, budget)]),
         logit_bias={rng.randrange(256): rng.choice([3.0, float("-inf")])} if rng.random() < 0.1 else {},
         logprobs=rng.choice([None, None, 1]),
+    )
+    return Request(
+        tuple(ids),
+        params,
+        frozenset([EOS, *ends]),
         grammar=grammar,
         sample=rng.randrange(3),
         priority=rng.choice([0, 0, 0, -1, 2]),
-    )  # fmt: skip
+    )
 
 
 def text_of(ids: Any) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unmask.engine.request import Request
 from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
 from unmask.models.arch.moe import MoE
 from unmask.models.arch.transformer import Transformer
@@ -16,6 +18,11 @@ from unmask.models.arch.transformer import Transformer
 VOCAB = 61
 MASK = 57
 FAMILIES = ("llama", "qwen2", "qwen3", "llada2")
+
+
+def with_params(request: Request, **changes: Any) -> Request:
+    """The request with other decoding options."""
+    return replace(request, params=request.params.replace(**changes))
 
 
 def tiny_config(family: str, **changes: object) -> ModelConfig:

@@ -1,28 +1,36 @@
 """unmask: from an autoregressive checkpoint to a block-diffusion language model, and fast decoding from it.
 
-Public interface: `load(path_or_id, dtype=...)` gives a `LanguageModel` with `generate`, `generate_ids` and `logits`. Errors a
-user can cause are `UnmaskError`s. Imports are lazy so that `import unmask` costs nothing.
+Public interface: `load(path_or_id, dtype=...)` gives a `LanguageModel` with `generate`, `generate_ids` and `logits`;
+`SamplingParams` holds decoding options. Errors a user can cause are `UnmaskError`s. Imports are lazy so that `import unmask`
+costs nothing.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmask.engine.llm import Generation, LanguageModel, load
+    from unmask.engine.sampling_params import SamplingParams
     from unmask.errors import UnmaskError
 
-__all__ = ["Generation", "LanguageModel", "UnmaskError", "__version__", "load"]
+__all__ = ["Generation", "LanguageModel", "SamplingParams", "UnmaskError", "__version__", "load"]
 __version__ = "0.1.0"
+_HOMES = {
+    "Generation": "unmask.engine.llm",
+    "LanguageModel": "unmask.engine.llm",
+    "SamplingParams": "unmask.engine.sampling_params",
+    "UnmaskError": "unmask.errors",
+    "load": "unmask.engine.llm",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Generation", "LanguageModel", "load"):
-        from unmask.engine import llm
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unmask' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return getattr(llm, name)
-    if name == "UnmaskError":
-        from unmask.errors import UnmaskError
 
-        return UnmaskError
-    raise AttributeError(f"module 'unmask' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

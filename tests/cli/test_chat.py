@@ -128,7 +128,7 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pyte
         raise unmask.UnmaskError("enough")
 
     monkeypatch.setattr("unmask.engine.llm.LanguageModel.request", record)
-    value = [] if option == "verify" else [3]
+    value = [] if option == "speculative" else [3]
     run("chat", "-m", diffusion_folder, *PLAIN, f"--{option.replace('_', '-')}", *value, input="Hello\n")
     assert seen[0][option] == chat_session.SETTINGS[option](*value or ["yes"])
 
@@ -195,9 +195,9 @@ def test_set_changes_an_option_unless_it_is_wrong(run, model: LanguageModel, dif
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("On", True), ("no", False), ("false", False)])
 def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
-    assert chat_session.with_setting({"seed": 1}, "verify", word) == {"seed": 1, "verify": value}
-    with pytest.raises(unmask.UnmaskError, match="verify is '0'; it must be yes or no, or none"):
-        chat_session.with_setting({}, "verify", "0")
+    assert chat_session.with_setting({"seed": 1}, "speculative", word) == {"seed": 1, "speculative": value}
+    with pytest.raises(unmask.UnmaskError, match="speculative is '0'; it must be yes or no, or none"):
+        chat_session.with_setting({}, "speculative", "0")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 import unmask
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
-from unmask.diffusion.decode import DecodeRules
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.weights.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
 FIELDS = {
@@ -74,7 +74,7 @@ def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, opti
 
 def test_defaults_are_the_decoders(run, diffusion_folder: Path) -> None:
     default = json.loads(run("generate", "Hello", "-m", diffusion_folder, "--json", *SHORT).stdout)
-    rules = DecodeRules()
+    rules = ResolvedParams()
     written = ("--threshold", rules.threshold, "--temperature", rules.temperature, "--seed", rules.seed, "--block-size", 8)
     explicit = json.loads(run("generate", "Hello", "-m", diffusion_folder, "--json", *SHORT, *written).stdout)
     assert (default["text"], default["forwards"]) == (explicit["text"], explicit["forwards"])

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 
-from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.weights.loading import load_model
 
 Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 
-_RULES = tuple(name for name in DecodeRules.__dataclass_fields__ if name != "verify")  # whose text is not a trajectory's
-_OF_REQUEST = ("max_new_tokens", "min_new_tokens", "sample")
+_OPTIONS = (
+    "block_size", "threshold", "steps", "temperature", "top_k", "top_p", "seed", "policy", "entropy_bound",
+    "edit_threshold", "max_post_steps", "window",
+)  # fmt: skip
+_LIMITS = ("max_new_tokens", "min_new_tokens")
 
 
 def as_json(request: Request, mask_id: int) -> dict[str, Any]:
@@ -32,20 +35,18 @@ def as_json(request: Request, mask_id: int) -> dict[str, Any]:
         "ids": list(request.ids),
         "mask_id": mask_id,
         "eos_ids": sorted(request.eos_ids),
-        "logit_bias": {str(t): None if bias == float("-inf") else bias for t, bias in request.logit_bias.items()},
-        **{name: getattr(request, name) for name in _OF_REQUEST},
-        **{name: getattr(request.rules, name) for name in _RULES},
+        "logit_bias": {str(t): None if bias == float("-inf") else bias for t, bias in request.params.logit_bias.items()},
+        **{name: getattr(request.params, name) for name in _LIMITS},
+        "sample": request.sample,
+        **{name: getattr(request.params, name) for name in _OPTIONS},
     }
 
 
 def from_json(values: Mapping[str, Any]) -> Request:
     """The other way round, without the mask token."""
-    rules = {name: values[name] for name in _RULES}
     bias = {int(token): float("-inf") if by is None else by for token, by in values["logit_bias"].items()}
-    options = {name: values[name] for name in _OF_REQUEST}
-    return Request(
-        tuple(values["ids"]), eos_ids=frozenset(values["eos_ids"]), rules=DecodeRules(**rules), logit_bias=bias, **options
-    )
+    params = ResolvedParams(**{name: values[name] for name in (*_LIMITS, *_OPTIONS)}, logit_bias=bias)
+    return Request(tuple(values["ids"]), params, frozenset(values["eos_ids"]), sample=values["sample"])
 
 
 def trajectory(completion: Completion, steps: list[Step]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def engine(dtype: torch.dtype = torch.float64, *, tight: bool = False, **options
         request, limits = from_json(values), dict(options)
         if tight:
             limits |= {
-                "max_num_batched_tokens": request.rules.window * request.rules.block_size,
+                "max_num_batched_tokens": request.params.window * request.params.block_size,
                 "num_tokens": request.canvas_length,
             }
         made = Engine(_load(folder, dtype=dtype), mask_id=values["mask_id"], **limits)

@@ -16,17 +16,17 @@ import torch
 
 from conformance.adapter import as_json, trajectory
 from conformance.models import KINDS, checksum, golden_model
-from tiny import MASK
-from unmask.diffusion.decode import PRESETS, DecodeRules
+from tiny import MASK, with_params
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import PRESETS, ResolvedParams
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT = (5, 17, 3, 40, 8, 22, 9, 31, 2, 50, 44, 13, 28)
 
 
 def prompt(length: int, max_new_tokens: int, **rules: Any) -> Request:
-    return Request(PROMPT[:length], max_new_tokens, rules=DecodeRules(**{"block_size": 8, "steps": 8, **rules}))
+    return Request(PROMPT[:length], ResolvedParams(**{"block_size": 8, "steps": 8, **rules}, max_new_tokens=max_new_tokens))
 
 
 def cases(family: str) -> Iterator[tuple[str, Request]]:
@@ -51,12 +51,12 @@ def cases(family: str) -> Iterator[tuple[str, Request]]:
     plain = prompt(5, 13, threshold=0.5)
     said = run(family, plain)[0].ids
     yield "an end inside", replace(plain, eos_ids=frozenset([late_token(said)]))
-    yield "no end before 9 new tokens", replace(plain, eos_ids=frozenset(said[:7]), min_new_tokens=9)
+    yield "no end before 9 new tokens", replace(with_params(plain, min_new_tokens=9), eos_ids=frozenset(said[:7]))
     revised = prompt(5, 13, **edited)
     yield "an end in an edited block", replace(revised, eos_ids=frozenset([late_token(run(family, revised)[0].ids)]))
     odd = (*PROMPT[:2], MASK, 11, *PROMPT[4:6], MASK)
     yield "the mask token and an end in the prompt", replace(plain, ids=odd, eos_ids=frozenset([11]))
-    yield "logit bias", replace(plain, logit_bias={said[0]: float("-inf"), said[5]: -2.5, 30: 3.0})
+    yield "logit bias", with_params(plain, logit_bias={said[0]: float("-inf"), said[5]: -2.5, 30: 3.0})
 
 
 def late_token(said: tuple[int, ...]) -> int:

@@ -20,11 +20,11 @@ from torch import Tensor
 from conformance.adapter import check_clean
 from conformance.models import KINDS, golden_model
 from tiny import MASK, tiny_model
-from unmask.diffusion.decode import DecodeRules
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 
@@ -55,7 +55,7 @@ def requests(draw: st.DrawFn) -> Request:
             ids[hole] = None
     size = draw(st.sampled_from([1, 2, 3, 4, 4, 8, 8]))
     editing = draw(st.sampled_from([{}, {}, *EDITING]))
-    rules = DecodeRules(
+    rules = ResolvedParams(
         block_size=size,
         steps=draw(st.sampled_from([1, 2, size, size + 1])),
         threshold=draw(st.sampled_from([0.0, 0.3, 0.6, 0.95])),
@@ -67,11 +67,12 @@ def requests(draw: st.DrawFn) -> Request:
     budget = draw(st.integers(least, 14))
     return Request(
         tuple(ids),
-        budget,
-        eos_ids=draw(st.frozensets(TOKENS, max_size=6)),
-        rules=rules,
-        min_new_tokens=draw(st.sampled_from([0, 0, budget // 2])),
-        logit_bias=draw(st.sampled_from([{}, {}, {3: float("-inf"), 30: 2.0}, {MASK: 5.0}])),
+        rules.replace(
+            max_new_tokens=budget,
+            min_new_tokens=draw(st.sampled_from([0, 0, budget // 2])),
+            logit_bias=draw(st.sampled_from([{}, {}, {3: float("-inf"), 30: 2.0}, {MASK: 5.0}])),
+        ),
+        draw(st.frozensets(TOKENS, max_size=6)),
         sample=draw(st.integers(0, 1)),
         trace=True,
     )
@@ -219,7 +220,7 @@ def test_chunked_prefill_equals_whole_and_separate_commits_fused_ones(
     family: str, batch: list[Request], spare: int, cache_block_size: int
 ) -> None:
     """With room for one window of blocks only, every commit and every block of the prompt takes a forward of its own."""
-    least = max(request.rules.window * request.rules.block_size for request in batch)
+    least = max(request.params.window * request.params.block_size for request in batch)
     assert_exact(family, batch, max_num_batched_tokens=least + spare, cache_block_size=cache_block_size)
 
 
@@ -229,7 +230,7 @@ def test_all_of_it_at_once(
     family: str, batch: list[Request], slack: int, spare: int, cache_block_size: int, max_num_seqs: int
 ) -> None:
     pages = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
-    least = max(request.rules.window * request.rules.block_size for request in batch)
+    least = max(request.params.window * request.params.block_size for request in batch)
     batch = [replace(request, priority=place % 3 - 1) for place, request in enumerate(batch)]
     options = {
         "cache_block_size": cache_block_size,
@@ -242,8 +243,11 @@ def test_all_of_it_at_once(
 
 def a_batch(**rules: Any) -> list[Request]:
     """Six requests of unlike lengths with a common beginning."""
-    made = DecodeRules(**{"block_size": 4, "steps": 4, "threshold": 0.6, **rules})
-    return [Request((*STEM[:n], n), 6 + n % 5, rules=replace(made, seed=n), trace=True) for n in (4, 9, 12, 13, 16, 18)]
+    made = ResolvedParams(**{"block_size": 4, "steps": 4, "threshold": 0.6, **rules})
+    return [
+        Request((*STEM[:n], n), made.replace(seed=n).replace(max_new_tokens=6 + n % 5), trace=True)
+        for n in (4, 9, 12, 13, 16, 18)
+    ]
 
 
 def test_the_properties_are_not_about_nothing() -> None:
@@ -318,7 +322,7 @@ def test_seeds_are_reproducible_and_matter() -> None:
     """The same seed and sample give the same text in every setting; others do not."""
     model = golden_model("qwen2")
     base = replace(a_batch(temperature=1.0)[2], trace=False)
-    drawn = [replace(base, sample=n, rules=replace(base.rules, seed=s)) for s in (0, 1) for n in (0, 1)]
+    drawn = [replace(base, sample=n, params=base.params.replace(seed=s)) for s in (0, 1) for n in (0, 1)]
     runs = {tuple(c.ids for c in serve(Engine(model, mask_id=MASK, **options), drawn)) for options in SETTINGS}
     assert len(runs) == 1
     assert len(set(runs.pop())) == 4

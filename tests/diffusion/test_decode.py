@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unmask.diffusion.decode import (
-    PRESETS,
-    DecodeRules,
     Guess,
     accept,
     accept_within_entropy,
@@ -23,7 +21,7 @@ from unmask.diffusion.decode import (
     filtered_probabilities,
     step_quota,
 )
-from unmask.errors import RequestError
+from unmask.engine.sampling_params import ResolvedParams
 
 VOCAB = 12
 CONFIDENCES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]), min_size=1, max_size=10)
@@ -35,7 +33,7 @@ def logits_of(seed: int, count: int = 6, scale: float = 2.0) -> Tensor:
 
 @given(st.integers(1, 70), st.integers(1, 100))
 def test_quotas_fill_the_block_with_the_remainder_first(block_size: int, steps: int) -> None:
-    rules = DecodeRules(block_size=block_size, steps=steps)
+    rules = ResolvedParams(block_size=block_size, steps=steps)
     quotas = [step_quota(step, rules) for step in range(steps)]
     assert sum(quotas) == block_size
     assert quotas == sorted(quotas, reverse=True)
@@ -77,7 +75,7 @@ def test_temperature_zero_is_argmax_whatever_the_seed_and_filters(dtype: torch.d
     expected = logits.argmax(-1)
     for seed in range(20):
         for filters in ({}, {"top_k": 1, "top_p": 0.1}):
-            rules = DecodeRules(seed=seed, **filters)  # type: ignore[arg-type]
+            rules = ResolvedParams(seed=seed, **filters)  # type: ignore[arg-type]
             token, confidence = candidates(logits, positions, seed, rules, None)
             assert torch.equal(token, expected)
             assert confidence.dtype == torch.float32
@@ -88,20 +86,20 @@ def test_temperature_zero_is_argmax_whatever_the_seed_and_filters(dtype: torch.d
 def test_argmax_ties_take_the_lowest_id() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[0, [3, 7]] = 1.0
-    assert candidates(logits, torch.arange(2), 0, DecodeRules(), None)[0].tolist() == [3, 0]
+    assert candidates(logits, torch.arange(2), 0, ResolvedParams(), None)[0].tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
 def test_the_mask_token_is_never_a_candidate(temperature: float) -> None:
     logits = logits_of(1, 500)
     logits[:, 4] = 30.0
-    token, confidence = candidates(logits, torch.arange(500), 0, DecodeRules(temperature=temperature), 4)
+    token, confidence = candidates(logits, torch.arange(500), 0, ResolvedParams(temperature=temperature), 4)
     assert (token != 4).all()
     others = logits.clone()
     others[:, 4] = float("-inf")
     expected = (others / (temperature or 1.0)).softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(confidence, expected)
-    unbanned, _ = candidates(logits, torch.arange(500), 0, DecodeRules(), None)
+    unbanned, _ = candidates(logits, torch.arange(500), 0, ResolvedParams(), None)
     assert (unbanned == 4).all()
 
 
@@ -131,7 +129,7 @@ def filter_by_hand(logits: list[float], temperature: float, top_k: int | None, t
 )
 def test_filters_equal_their_definition(seed: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     logits = logits_of(seed, 3)
-    rules = DecodeRules(temperature=temperature, top_k=top_k, top_p=top_p)
+    rules = ResolvedParams(temperature=temperature, top_k=top_k, top_p=top_p)
     found = filtered_probabilities(logits, rules)
     assert found.dtype == torch.float32
     expected = torch.tensor([filter_by_hand(row, temperature, top_k, top_p) for row in logits.double().tolist()])
@@ -140,16 +138,16 @@ def test_filters_equal_their_definition(seed: int, temperature: float, top_k: in
 
 def test_top_k_keeps_every_tied_token_and_top_p_at_least_one() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
-    kept = filtered_probabilities(logits, DecodeRules(temperature=1.0, top_k=2)) > 0
+    kept = filtered_probabilities(logits, ResolvedParams(temperature=1.0, top_k=2)) > 0
     assert kept.tolist() == [[True, True, True, False]]
-    best = filtered_probabilities(logits, DecodeRules(temperature=1.0, top_p=1e-9))
+    best = filtered_probabilities(logits, ResolvedParams(temperature=1.0, top_p=1e-9))
     assert best.tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9}])
 def test_draws_follow_the_filtered_distribution(filters: dict[str, Any]) -> None:
     count = 20_000
-    rules = DecodeRules(temperature=1.3, seed=4, **filters)
+    rules = ResolvedParams(temperature=1.3, seed=4, **filters)
     logits = logits_of(9, 1).expand(count, VOCAB)
     token, confidence = candidates(logits, torch.arange(count), 0, rules, 2)
     banned = logits[0].clone()
@@ -167,7 +165,7 @@ def test_seed_step_and_position_key_the_draw() -> None:
     positions = torch.arange(400)
 
     def draw(seed: int = 0, step: int = 0, shift: int = 0) -> Tensor:
-        return candidates(logits, positions + shift, step, DecodeRules(temperature=1.0, seed=seed), None)[0]
+        return candidates(logits, positions + shift, step, ResolvedParams(temperature=1.0, seed=seed), None)[0]
 
     base = draw()
     assert torch.equal(draw(), base)
@@ -179,7 +177,7 @@ def test_seed_step_and_position_key_the_draw() -> None:
 @given(st.permutations(range(6)), st.integers(1, 6), st.sampled_from([0.0, 1.0]))
 def test_a_position_does_not_depend_on_the_others_in_the_call(order: list[int], count: int, temperature: float) -> None:
     logits, positions = logits_of(2), torch.tensor([3, 4, 9, 10, 30, 31])
-    rules = DecodeRules(temperature=temperature, top_k=8, top_p=0.95, seed=1)
+    rules = ResolvedParams(temperature=temperature, top_k=8, top_p=0.95, seed=1)
     token, confidence = candidates(logits, positions, 3, rules, 0)
     part = torch.tensor(order[:count])
     some_token, some_confidence = candidates(logits[part], positions[part], 3, rules, 0)
@@ -187,54 +185,16 @@ def test_a_position_does_not_depend_on_the_others_in_the_call(order: list[int], 
     torch.testing.assert_close(some_confidence, confidence[part], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"block_size": 0}, "block size is 0; it must be at least 1"),
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"threshold": 1.01}, "threshold is 1.01; a probability lies in [0, 1]"),
-        ({"threshold": -0.1}, "threshold is -0.1; a probability lies in [0, 1]"),
-        ({"threshold": math.nan}, "threshold is nan; a probability lies in [0, 1]"),
-        ({"temperature": -1.0}, "temperature is -1.0; it must be 0 (argmax) or positive and finite"),
-        ({"temperature": math.inf}, "temperature is inf; it must be 0 (argmax) or positive and finite"),
-        ({"temperature": math.nan}, "temperature is nan; it must be 0 (argmax) or positive and finite"),
-        ({"top_k": 0}, "top_k is 0; it must be at least 1, or left out"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must lie in (0, 1], or be left out"),
-        ({"top_p": 1.5}, "top_p is 1.5; it must lie in (0, 1], or be left out"),
-        ({"top_p": math.nan}, "top_p is nan; it must lie in (0, 1], or be left out"),
-        ({"window": 0, "edit_threshold": 0.5}, "window is 0; it must be at least 1"),
-        ({"window": 2}, "window is 2 without an edit_threshold; only edits reach back into older blocks"),
-        ({"edit_threshold": 1.5}, "edit_threshold is 1.5; a probability lies in [0, 1]"),
-        ({"edit_threshold": -0.1}, "edit_threshold is -0.1; a probability lies in [0, 1]"),
-        ({"policy": "greedy"}, "policy is 'greedy'; use one of threshold, entropy, fixed"),
-        ({"entropy_bound": -0.5}, "entropy_bound is -0.5; it must be at least 0 nats"),
-        ({"entropy_bound": math.nan}, "entropy_bound is nan; it must be at least 0 nats"),
-        ({"max_post_steps": -1}, "max_post_steps is -1; it must be at least 0"),
-    ],
-)
-def test_impossible_rules_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError) as error:
-        DecodeRules(**arguments)
-    assert str(error.value) == message
-
-
-def test_the_borders_of_the_rules_are_allowed() -> None:
-    rules = DecodeRules(block_size=1, threshold=0.0, steps=1, temperature=0.0, top_k=1, top_p=1.0)
-    assert step_quota(0, rules) == 1
-    assert DecodeRules(threshold=1.0).threshold == 1.0
-    assert DecodeRules() == DecodeRules(block_size=32, threshold=0.95, steps=32, temperature=0.0, seed=0)
-
-
 def test_a_tiny_temperature_is_close_to_argmax() -> None:
     logits = logits_of(3, 200)
-    token, confidence = candidates(logits, torch.arange(200), 0, DecodeRules(temperature=1e-3), None)
+    token, confidence = candidates(logits, torch.arange(200), 0, ResolvedParams(temperature=1e-3), None)
     assert float((token == logits.argmax(-1)).float().mean()) > 0.98
     assert torch.isfinite(confidence).all()
 
 
 def test_samples_of_one_prompt_differ() -> None:
     def draw(seed: int, sample: int) -> Tensor:
-        rules = DecodeRules(temperature=1.0, seed=seed)
+        rules = ResolvedParams(temperature=1.0, seed=seed)
         return candidates(torch.zeros(400, VOCAB), torch.arange(400), 0, rules, None, sample=sample)[0]
 
     second = draw(3, 1)
@@ -292,16 +252,16 @@ def guess_of(*said: tuple[int, int, float], entropy: list[float] | None = None) 
 
 def test_the_threshold_policy_commits_masked_positions_only() -> None:
     guess = guess_of((8, 1, 0.99), (9, 2, 0.4), (10, 3, 0.97), (11, 4, 0.5))
-    rules = DecodeRules(block_size=4, steps=4)
+    rules = ResolvedParams(block_size=4, steps=4)
     assert decide(guess, {8: 7}, 0, rules).commits == {10: 3}
     assert decide(guess, {8: 7, 10: 3}, 0, rules).commits == {11: 4}, "the quota: the most confident"
-    assert decide(guess_of((9, 2, 0.4)), {}, 5, DecodeRules(block_size=4, steps=8)).commits == {}, "steps without a quota"
+    assert decide(guess_of((9, 2, 0.4)), {}, 5, ResolvedParams(block_size=4, steps=8)).commits == {}, "steps without a quota"
     assert decide(guess, {8: 7}, 0, rules).edits == {}, "edit_threshold None is off"
 
 
 def test_the_fixed_policy_ignores_confidence_but_for_the_order() -> None:
     guess = guess_of((0, 1, 0.999), (1, 2, 1.0), (2, 3, 1.0), (3, 4, 0.2), (4, 5, 0.3))
-    rules = DecodeRules(block_size=5, steps=3, policy="fixed", threshold=0.1)
+    rules = ResolvedParams(block_size=5, steps=3, policy="fixed", threshold=0.1)
     assert decide(guess, {}, 0, rules).commits == {1: 2, 2: 3}
     assert decide(guess, {1: 2, 2: 3}, 1, rules).commits == {0: 1, 4: 5}
     assert decide(guess, {1: 2, 2: 3, 0: 1, 4: 5}, 2, rules).commits == {3: 4}
@@ -309,10 +269,10 @@ def test_the_fixed_policy_ignores_confidence_but_for_the_order() -> None:
 
 def test_the_entropy_policy_ranks_by_entropy() -> None:
     guess = guess_of((4, 1, 0.9), (5, 2, 0.8), (6, 3, 0.7), (7, 4, 0.99), entropy=[0.5, 0.25, 1.0, 0.0])
-    rules = DecodeRules(block_size=4, steps=4, policy="entropy", entropy_bound=0.25)
+    rules = ResolvedParams(block_size=4, steps=4, policy="entropy", entropy_bound=0.25)
     assert decide(guess, {}, 0, rules).commits == {4: 1, 5: 2, 7: 4}
     assert decide(guess, {7: 9}, 0, rules).commits == {4: 1, 5: 2}, "a decided position does not count"
-    tight = DecodeRules(block_size=4, steps=1, policy="entropy", entropy_bound=0.0)
+    tight = ResolvedParams(block_size=4, steps=1, policy="entropy", entropy_bound=0.0)
     assert decide(guess, {}, 0, tight).commits == {4: 1, 5: 2, 6: 3, 7: 4}, "the quota"
     with pytest.raises(AssertionError, match="needs the entropies"):
         decide(guess_of((4, 1, 0.9)), {}, 0, rules)
@@ -328,7 +288,7 @@ def test_edits_equal_their_definition(
     said: list[tuple[int, float]], holds: list[int | None], edit_threshold: float | None, policy: str
 ) -> None:
     """Confidences hit the threshold exactly, candidates equal the token held: `>` and `!=` both matter."""
-    rules = DecodeRules(block_size=6, steps=6, threshold=0.5, edit_threshold=edit_threshold, policy=policy)  # type: ignore[arg-type]
+    rules = ResolvedParams(block_size=6, steps=6, threshold=0.5, edit_threshold=edit_threshold, policy=policy)  # type: ignore[arg-type]
     positions = [10 + i for i in range(len(said))]
     guess = Guess(positions, [token for token, _ in said], [confidence for _, confidence in said])
     decided = {p: token for p, token in zip(positions, holds, strict=False) if token is not None}
@@ -340,19 +300,14 @@ def test_edits_equal_their_definition(
             expected[position] = token
     assert decision.edits == expected
     assert not decided.keys() & decision.commits.keys()
-    assert decision.commits == decide(guess, decided, 0, DecodeRules(6, 0.5, 6, policy=rules.policy)).commits
+    assert (
+        decision.commits
+        == decide(guess, decided, 0, ResolvedParams(block_size=6, threshold=0.5, steps=6, policy=rules.policy)).commits
+    )
 
 
 def test_edit_threshold_0_edits_any_change_and_none_edits_nothing() -> None:
     guess, decided = guess_of((0, 5, 1e-6), (1, 6, 0.999), (2, 7, 1e-6)), {0: 4, 1: 6, 2: 3}
-    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=0.0)).edits == {0: 5, 2: 7}
-    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=None)).edits == {}
-    assert decide(guess, decided, 0, DecodeRules(block_size=4, edit_threshold=1.0)).edits == {}
-    assert not DecodeRules().editing
-    assert DecodeRules(edit_threshold=0.0).editing
-
-
-def test_the_presets_are_the_published_ones() -> None:
-    settings = {name: (p["threshold"], p["edit_threshold"], p["max_post_steps"]) for name, p in PRESETS.items()}
-    assert settings == {"speed": (0.5, 0.0, 16), "quality": (0.7, 0.5, 16)}
-    assert all(DecodeRules(**preset).editing for preset in PRESETS.values())
+    assert decide(guess, decided, 0, ResolvedParams(block_size=4, edit_threshold=0.0)).edits == {0: 5, 2: 7}
+    assert decide(guess, decided, 0, ResolvedParams(block_size=4, edit_threshold=None)).edits == {}
+    assert decide(guess, decided, 0, ResolvedParams(block_size=4, edit_threshold=1.0)).edits == {}

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from tiny import MASK, VOCAB, tiny_model
-from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine, Update
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 
 MODEL = tiny_model("llama", 1, torch.float64)
-SMALL = DecodeRules(block_size=4)
+SMALL = ResolvedParams(block_size=4)
 
 
 @pytest.mark.parametrize("oracle", [False, True], ids=["engine", "oracle"])
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request((1, 2), 0, rules=SMALL), "max_new_tokens is 0"),
-        (Request((1, VOCAB), 4, rules=SMALL), f"prompt token {VOCAB} is outside"),
-        (Request((1,) * 125, 4, rules=SMALL), "exceeds the context of 128"),
+        (Request((1, 2), SMALL.replace(max_new_tokens=0)), "max_new_tokens is 0"),
+        (Request((1, VOCAB), SMALL.replace(max_new_tokens=4)), f"prompt token {VOCAB} is outside"),
+        (Request((1,) * 125, SMALL.replace(max_new_tokens=4)), "exceeds the context of 128"),
     ],
 )
 def test_requests_are_checked_before_any_forward(request_: Request, message: str, oracle: bool) -> None:
@@ -39,16 +39,20 @@ def test_requests_are_checked_before_any_forward(request_: Request, message: str
     [
         (
             {"max_num_batched_tokens": 7},
-            Request((1,), 4, rules=DecodeRules(8)),
+            Request((1,), ResolvedParams(block_size=8, max_new_tokens=4)),
             "1 blocks of 8 tokens do not fit a forward of 7 rows; use a",
         ),
         (
             {"max_num_batched_tokens": 7},
-            Request((1,), 4, rules=DecodeRules(4, edit_threshold=0.5, window=2)),
+            Request((1,), ResolvedParams(block_size=4, edit_threshold=0.5, window=2, max_new_tokens=4)),
             "2 blocks of 4 tokens do not fit a forward of 7 rows; use a smaller block size or window",
         ),
-        ({"num_tokens": 16}, Request((1,) * 9, 8, rules=SMALL), "20 tokens in whole blocks do not fit a cache of 16; shorten"),
-        ({}, Request((1,), 8, rules=SMALL, stop=("x",)), "stop strings need a tokenizer; use eos_ids"),
+        (
+            {"num_tokens": 16},
+            Request((1,) * 9, SMALL.replace(max_new_tokens=8)),
+            "20 tokens in whole blocks do not fit a cache of 16; shorten",
+        ),
+        ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), "stop strings need a tokenizer; use eos_ids"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, message: str) -> None:
@@ -70,7 +74,7 @@ def test_engine_options_out_of_range_are_refused(name: str) -> None:
 def request_of(length: int, max_new_tokens: int, *, start: int = 0) -> Request:
     """A prompt that no other begins like; one token a step."""
     ids = tuple((start + 7 * i) % MASK for i in range(length))
-    return Request(ids, max_new_tokens, rules=DecodeRules(block_size=4, steps=4, threshold=1.0))
+    return Request(ids, ResolvedParams(block_size=4, steps=4, threshold=1.0, max_new_tokens=max_new_tokens))
 
 
 def test_an_abort_frees_pages_at_once() -> None:

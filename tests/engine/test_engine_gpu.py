@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tiny import FAMILIES, MASK, tiny_model
-from unmask.diffusion.decode import DecodeRules
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import ResolvedParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,9 +21,8 @@ def test_a_batch_on_the_device_equals_the_reference(family: str) -> None:
     requests = [
         Request(
             tuple(torch.randint(0, MASK, (length,), generator=generator).tolist()),
-            12,
+            ResolvedParams(block_size=4, threshold=threshold, steps=4, edit_threshold=edit, max_new_tokens=12),
             frozenset([3]),
-            DecodeRules(block_size=4, threshold=threshold, steps=4, edit_threshold=edit),
         )
         for length, threshold, edit in ((3, 0.3, None), (8, 0.95, None), (13, 0.5, 0.4), (21, 0.0, None))
     ]

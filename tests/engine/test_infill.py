@@ -14,6 +14,7 @@ from unmask.engine.infill import best_filling, filling_requests, split_holes
 from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, TokenLogprob
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 
 TEXT = "The quick ___ fox jumps over the ___ dog."
@@ -69,7 +70,7 @@ def test_a_filling_is_the_oracles(model: LanguageModel, tokenizer: Tokenizer, bl
     found = model.infill(TEXT, tokens=2, block_size=block_size, threshold=0.2)
     template = model.request((), max_new_tokens=1, block_size=block_size, threshold=0.2)
     (request,) = filling_requests(template, split_holes(TEXT, "___"), 2, tokenizer, whole=block_size is None)
-    assert request.rules.block_size == (len(request.ids) if block_size is None else 4)
+    assert request.params.block_size == (len(request.ids) if block_size is None else 4)
     assert request.ids.count(None) == 4
     assert request.ids[: len(tokenizer.prefix_ids)] == tuple(tokenizer.prefix_ids)
     assert tokenizer.mask_id is not None
@@ -88,7 +89,7 @@ def test_of_several_lengths_the_likeliest_is_kept(model: LanguageModel) -> None:
 
 def test_the_shortest_of_equals_is_kept(tokenizer: Tokenizer) -> None:
     word, other = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
-    requests = [Request((word, *[None] * count, word), 0) for count in (1, 2, 3)]
+    requests = [Request((word, *[None] * count, word), ResolvedParams(max_new_tokens=0)) for count in (1, 2, 3)]
 
     def completion(count: int, *values: float) -> Completion:
         return Completion((other,) * count, "length", count, logprobs=tuple(TokenLogprob(other, value) for value in values))

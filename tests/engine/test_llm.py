@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tiny import FAMILIES, MASK, VOCAB, tiny_model
-from unmask.diffusion.decode import PRESETS, DecodeRules
 from unmask.engine.engine import Engine
-from unmask.engine.llm import DEFAULT_BLOCK_SIZE, LanguageModel
+from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import BLOCK_SIZE, PRESETS, ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 
@@ -30,15 +29,19 @@ def autoregressive(family: str = "llama", **changes: Any) -> LanguageModel:
     return LanguageModel(tiny_model(family, 1, **changes), None, name="tiny-ar")
 
 
-def oracle(model: LanguageModel, max_new_tokens: int, rules: DecodeRules, *eos: int, mask: int = MASK) -> list[int]:
-    return list(generate_reference(model.transformer, Request(IDS, max_new_tokens, frozenset(eos), rules), mask).ids)
+def oracle(model: LanguageModel, max_new_tokens: int, rules: ResolvedParams, *eos: int, mask: int = MASK) -> list[int]:
+    return list(
+        generate_reference(
+            model.transformer, Request(IDS, rules.replace(max_new_tokens=max_new_tokens), frozenset(eos)), mask
+        ).ids
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_with_a_mask_token_denoises(family: str) -> None:
     model = diffusion(family)
     assert model.is_diffusion
-    rules = DecodeRules(block_size=4, threshold=0.95, steps=4)
+    rules = ResolvedParams(block_size=4, threshold=0.95, steps=4)
     assert model.generate_ids(IDS, max_new_tokens=10) == oracle(model, 10, rules)
     assert model.generate_ids(list(IDS), max_new_tokens=10) == oracle(model, 10, rules)
 
@@ -47,7 +50,7 @@ def test_a_model_with_a_mask_token_denoises(family: str) -> None:
 def test_a_model_without_one_predicts_the_next_token(family: str) -> None:
     model = autoregressive(family)
     assert not model.is_diffusion
-    (expected,) = Engine(model.transformer).run([Request(IDS, 10)])
+    (expected,) = Engine(model.transformer).run([Request(IDS, ResolvedParams(max_new_tokens=10))])
     assert model.complete(IDS, max_new_tokens=10) == expected
     assert model.generate_ids(IDS, max_new_tokens=10) == list(expected.ids)
 
@@ -56,7 +59,7 @@ def test_every_option_reaches_the_decoder() -> None:
     model = diffusion("qwen3")
     options: dict[str, Any] = {"threshold": 0.1, "temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 5}
     found = model.generate_ids(IDS, max_new_tokens=12, block_size=8, steps=6, **options)
-    assert found == oracle(model, 12, DecodeRules(block_size=8, steps=6, **options))
+    assert found == oracle(model, 12, ResolvedParams(block_size=8, steps=6, **options))
     for change in ({"temperature": 0.0}, {"top_k": 1}, {"seed": 6}, {"block_size": 2}, {"steps": 1}, {"threshold": 1.0}):
         altered = {"block_size": 8, "steps": 6, **options} | change
         assert model.generate_ids(IDS, max_new_tokens=12, **altered) != found, f"{change} changed nothing"
@@ -68,24 +71,24 @@ def test_top_p_reaches_the_decoder() -> None:
     narrow = model.generate_ids(IDS, max_new_tokens=8, threshold=1.0, temperature=1.0, top_p=1e-6, seed=3)
     wide = model.generate_ids(IDS, max_new_tokens=8, threshold=1.0, temperature=1.0, seed=3)
     assert wide not in (narrow, greedy)
-    assert narrow == oracle(model, 8, DecodeRules(4, 1.0, 4, temperature=1.0, top_p=1e-6, seed=3))
+    assert narrow == oracle(model, 8, ResolvedParams(block_size=4, threshold=1.0, steps=4, temperature=1.0, top_p=1e-6, seed=3))
 
 
 @pytest.mark.parametrize("size", [8, 40])
 def test_steps_follow_a_given_block_size(size: int) -> None:
     model = diffusion()
-    expected = oracle(model, 10, DecodeRules(block_size=size, threshold=1.0, steps=size))
+    expected = oracle(model, 10, ResolvedParams(block_size=size, threshold=1.0, steps=size))
     assert model.generate_ids(IDS, max_new_tokens=10, block_size=size, threshold=1.0) == expected
     assert model.complete(IDS, max_new_tokens=33, block_size=40, threshold=1.0).forwards == 33, "one token per pass"
 
 
 def test_an_autoregressive_model_denoises_when_given_a_mask() -> None:
     model = autoregressive()
-    expected = oracle(model, 8, DecodeRules(block_size=4, steps=4), mask=50)
+    expected = oracle(model, 8, ResolvedParams(block_size=4, steps=4), mask=50)
     assert model.generate_ids(IDS, max_new_tokens=8, mask_id=50, block_size=4) == expected
     steps: list[Step] = []
     model.complete(IDS, max_new_tokens=8, mask_id=50, on_step=steps.append)
-    assert {len(step.tokens) for step in steps} == {DEFAULT_BLOCK_SIZE}
+    assert {len(step.tokens) for step in steps} == {BLOCK_SIZE}
 
 
 def test_ends_come_from_the_call_or_the_config() -> None:
@@ -156,13 +159,13 @@ def test_the_whole_context_can_be_used(make: Callable[..., LanguageModel]) -> No
         ({"max_new_tokens": 122}, "prompt of 7 tokens plus 122 new ones exceeds the context of 128; "),
         ({"mask_id": VOCAB}, f"mask token {VOCAB} is outside the vocabulary (0..{VOCAB - 1})"),
         ({"mask_id": -1}, f"mask token -1 is outside the vocabulary (0..{VOCAB - 1})"),
-        ({"threshold": 1.2}, "threshold is 1.2; a probability lies in [0, 1]"),
-        ({"threshold": -1.0}, "threshold is -1.0; a probability lies in [0, 1]"),
-        ({"block_size": 0}, "block size is 0; it must be at least 1"),
+        ({"threshold": 1.2}, "threshold is 1.2; "),
+        ({"threshold": -1.0}, "threshold is -1.0; "),
+        ({"block_size": 0}, "block_size is 0; "),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"temperature": -0.5}, "temperature is -0.5; it must be 0 (argmax) or positive and finite"),
-        ({"top_k": 0}, "top_k is 0; it must be at least 1, or left out"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must lie in (0, 1], or be left out"),
+        ({"temperature": -0.5}, "temperature is -0.5; "),
+        ({"top_k": 0}, "top_k is 0; "),
+        ({"top_p": 0.0}, "top_p is 0.0; "),
     ],
 )
 @pytest.mark.parametrize("make", [diffusion, autoregressive])
@@ -188,7 +191,7 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
         ("model tiny has no tokenizer; use generate_ids, ", lambda: model.generate("hello")),
         ("model tiny has no tokenizer; use generate_ids, ", lambda: model.encode_prompt("hello")),
         ("0 tokens given; logits need 1 to ", lambda: model.logits([])),
-        ("block size is 0; it must be at least 1", lambda: model.logits(IDS, block_size=0)),
+        ("block_size is 0; it must be at least 1", lambda: model.logits(IDS, block_size=0)),
         (
             "autoregressive decoding needs at least one prompt token",
             lambda: autoregressive().generate_ids([], max_new_tokens=4),
@@ -203,7 +206,9 @@ def test_what_cannot_be_done_is_refused_in_one_line() -> None:
 
 def test_an_empty_prompt_is_enough_for_diffusion() -> None:
     model = diffusion()
-    expected = generate_reference(model.transformer, Request((), 9, rules=DecodeRules(4, 0.95, 4)), MASK)
+    expected = generate_reference(
+        model.transformer, Request((), ResolvedParams(block_size=4, threshold=0.95, steps=4, max_new_tokens=9)), MASK
+    )
     assert model.generate_ids([], max_new_tokens=9) == list(expected.ids)
 
 
@@ -211,7 +216,7 @@ def test_editing_options_reach_the_decoder() -> None:
     model = diffusion("qwen3")
     changes: dict[str, Any] = {"threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3, "window": 2}
     found = model.generate_ids(IDS, max_new_tokens=12, **changes)
-    assert found == oracle(model, 12, DecodeRules(4, steps=4, **changes))
+    assert found == oracle(model, 12, ResolvedParams(block_size=4, steps=4, **changes))
     assert found != model.generate_ids(IDS, max_new_tokens=12, threshold=0.3)
     forwards = {n: model.complete(IDS, max_new_tokens=12, **(changes | {"max_post_steps": n})).forwards for n in (0, 3)}
     assert forwards[0] < forwards[3]
@@ -220,16 +225,18 @@ def test_editing_options_reach_the_decoder() -> None:
 @pytest.mark.parametrize("preset", ["speed", "quality"])
 def test_presets_are_shorthands_that_options_override(preset: str) -> None:
     model = diffusion()
-    rules = model.request(IDS, preset=preset).rules
-    assert rules == DecodeRules(4, steps=4, **PRESETS[preset])
+    rules = model.request(IDS, preset=preset).params
+    assert rules == ResolvedParams(block_size=4, steps=4, **PRESETS[preset])
     assert model.generate_ids(IDS, max_new_tokens=9, preset=preset) == oracle(model, 9, rules)
-    assert model.request(IDS, preset=preset, threshold=0.9).rules == replace(rules, threshold=0.9)
+    assert model.request(IDS, preset=preset, threshold=0.9).params == rules.replace(threshold=0.9)
 
 
 def test_holes_are_filled_through_the_public_call() -> None:
     model = diffusion()
     ids = (*IDS[:2], None, *IDS[3:], None)
-    expected = generate_reference(model.transformer, Request(ids, 3, rules=DecodeRules(4, steps=4)), MASK).ids
+    expected = generate_reference(
+        model.transformer, Request(ids, ResolvedParams(block_size=4, steps=4, max_new_tokens=3)), MASK
+    ).ids
     assert model.generate_ids(ids, max_new_tokens=3) == list(expected)
     assert len(model.generate_ids(ids, max_new_tokens=0)) == 2
 
@@ -238,7 +245,7 @@ def test_request_options_reach_the_engine() -> None:
     model = diffusion()
     free = model.generate_ids(IDS, max_new_tokens=8)
     request = model.request(IDS, max_new_tokens=8, min_new_tokens=3, logit_bias={free[0]: float("-inf")}, sample=2, priority=-1)
-    assert (request.min_new_tokens, request.sample, request.priority) == (3, 2, -1)
+    assert (request.params.min_new_tokens, request.sample, request.priority) == (3, 2, -1)
     assert free[0] not in model.generate_ids(IDS, max_new_tokens=8, logit_bias={free[0]: float("-inf")})
     traced = model.complete(IDS, max_new_tokens=8, trace=True, logprobs=1)
     seen: list[Step] = []
@@ -259,7 +266,7 @@ def test_several_requests_share_an_engine() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heat": 1.0}, "unknown option heat; use one of edit_threshold, entropy_bound, "),
+        ({"heat": 1.0}, "unknown option heat; use one of block_size, edit_threshold, "),
         ({"preset": "fast"}, "preset is 'fast'; use one of speed, quality"),
         ({"window": 2}, "window is 2 without an edit_threshold; only edits reach back into older blocks"),
         ({"policy": "best"}, "policy is 'best'; use one of threshold, entropy, fixed"),

@@ -9,22 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import MASK
-from unmask.diffusion.decode import DecodeRules, Guess
+from unmask.diffusion.decode import Guess
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.engine.scheduler import STEPS_PER_PRIORITY, Scheduler
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 
 SIZE = 4
-RULES = DecodeRules(block_size=SIZE, steps=SIZE, threshold=1.0)
+RULES = ResolvedParams(block_size=SIZE, steps=SIZE, threshold=1.0)
 """One token a step."""
 
 
 def request_of(length: int, max_new_tokens: int, *, priority: int = 0, start: int = 0) -> Request:
     """A prompt that no other begins like, unless `start` is the same."""
     ids = tuple((start + 7 * i) % MASK for i in range(length))
-    return Request(ids, max_new_tokens, rules=RULES, priority=priority)
+    return Request(ids, RULES.replace(max_new_tokens=max_new_tokens), priority=priority)
 
 
 class Bench:
@@ -268,7 +269,7 @@ def test_everybody_is_served_within_every_limit(
     for sequence in bench.sequences:
         assert sequence.completion is not None or sequence.number in gone
         if sequence.completion is not None:
-            assert sequence.completion.ids == (1,) * sequence.request.max_new_tokens
+            assert sequence.completion.ids == (1,) * sequence.request.params.max_new_tokens
 
 
 def test_a_request_too_important_to_wait_still_waits_for_the_starving() -> None:

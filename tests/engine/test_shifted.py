@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tiny import FAMILIES, MASK, tiny_model
-from unmask.diffusion.decode import DecodeRules, candidates
+from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel, load
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, ResolvedParams
 from unmask.engine.sequences.base import Guess, ModelOutput
-from unmask.engine.sequences.speculative import DRAFT_THRESHOLD, SpeculativeSequence
+from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
 from unmask.models.arch.gated_lora import add_gates, autoregressive_parent, is_gated
@@ -36,14 +37,14 @@ def shifted(family: str, block_size: int = 4) -> Transformer:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_of_one_decode_as_the_parent_does(family: str) -> None:
     """Token by token, in as many forwards; each takes the row of the token before along, to commit it."""
-    rules = DecodeRules(block_size=1, steps=1)
+    rules = ResolvedParams(block_size=1, steps=1)
     (parent,) = Engine(AUTOREGRESSIVE[family]).run(
-        [Request((START, *PROMPT), 20, rules=rules, logit_bias={MASK: float("-inf")})]
+        [Request((START, *PROMPT), rules.replace(max_new_tokens=20, logit_bias={MASK: float("-inf")}))]
     )
     rows: list[int] = []
     model = shifted(family, 1)
     model.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
-    (found,) = Engine(model).run([Request(PROMPT, 20, rules=rules)])
+    (found,) = Engine(model).run([Request(PROMPT, rules.replace(max_new_tokens=20))])
     assert found.ids == parent.ids
     assert found.forwards == parent.forwards
     assert rows == [len(PROMPT) + 1] + [2] * 19
@@ -61,12 +62,12 @@ def test_logits_of_blocks_of_one_are_the_parents() -> None:
 def test_what_is_decided_is_cached_as_the_parent_would(family: str) -> None:
     """Keys and values of prompt and finished blocks are the parent's over the same text, whatever the block size."""
     model, parent = shifted(family, 8), AUTOREGRESSIVE[family]
-    request = Request(PROMPT, 23, rules=DecodeRules(block_size=8, steps=8, threshold=0.2))
+    request = Request(PROMPT, ResolvedParams(block_size=8, steps=8, threshold=0.2, max_new_tokens=23))
     engine = Engine(model, cache_block_size=8, num_tokens=64)
     (completion,) = engine.run([request])
     text = (START, *PROMPT, *completion.ids)[:24]
     theirs = Engine(parent, cache_block_size=8, num_tokens=64)
-    theirs.run([Request(text, 1, rules=DecodeRules(block_size=1, steps=1))])
+    theirs.run([Request(text, ResolvedParams(block_size=1, steps=1, max_new_tokens=1))])
     stores = [each._runner.store[..., :24, :] for each in (engine, theirs)]
     torch.testing.assert_close(*stores, atol=1e-9, rtol=1e-9)
 
@@ -83,7 +84,7 @@ def test_the_bound_of_blocks_of_one_is_the_parents_likelihood(first: int) -> Non
     assert found.value == pytest.approx(chain, rel=1e-5)
 
 
-VERIFY = {"verify": True, "steps": 4}
+VERIFY = {"speculative": True, "steps": 4}
 VERIFIED = [
     *(("llama", threshold, size) for threshold in (0.0, 0.3, 1.0) for size in (1, 2, 4, 8)),
     *(("qwen2", 0.3, 4), ("qwen3", 0.0, 8), ("llada2", 0.3, 4)),
@@ -92,9 +93,9 @@ VERIFIED = [
 
 @cache
 def said_by_parent(family: str, prompts: tuple[tuple[int, ...], ...], budget: int, eos: frozenset[int]) -> list[Completion]:
-    rules = DecodeRules(block_size=1, steps=1)
+    rules = ResolvedParams(block_size=1, steps=1)
     banned = {MASK: float("-inf")}
-    requests = [Request((START, *ids), budget, eos, rules, logit_bias=banned) for ids in prompts]
+    requests = [Request((START, *ids), rules.replace(max_new_tokens=budget, logit_bias=banned), eos) for ids in prompts]
     return [Engine(AUTOREGRESSIVE[family], prefix_cache=False).run([request])[0] for request in requests]
 
 
@@ -104,10 +105,10 @@ def test_verified_text_is_the_parents(family: str, threshold: float, block_size:
     prompts = tuple(PROMPT[:n] for n in (1, 4, 5, 9))
     free = said_by_parent(family, prompts, 17, frozenset())
     eos = frozenset([free[0].ids[6], free[2].ids[11]])
-    rules = DecodeRules(block_size=block_size, threshold=threshold, **VERIFY)
+    rules = ResolvedParams(block_size=block_size, threshold=threshold, **VERIFY)
     for ends in (frozenset[int](), eos):
         expected = said_by_parent(family, prompts, 17, ends)
-        requests = [Request(ids, 17, ends, rules, trace=True) for ids in prompts]
+        requests = [Request(ids, rules.replace(max_new_tokens=17), ends, trace=True) for ids in prompts]
         for options in (
             {},
             {"cache_block_size": 3, "num_tokens": 33},
@@ -127,8 +128,8 @@ def test_gated_updates_change_drafts_and_nothing_that_is_said(family: str, block
     """Their open rows guess something else than the parent's weights would; the text is the parent's."""
     prompts = tuple(PROMPT[:n] for n in (1, 5, 9))
     expected = said_by_parent(family, prompts, 17, frozenset())
-    rules = DecodeRules(block_size=block_size, threshold=0.0, **VERIFY)
-    requests = [Request(ids, 17, frozenset(), rules, trace=True) for ids in prompts]
+    rules = ResolvedParams(block_size=block_size, threshold=0.0, **VERIFY)
+    requests = [Request(ids, rules.replace(max_new_tokens=17), frozenset(), trace=True) for ids in prompts]
     plain, updated = shifted(family), add_gates(shifted(family), 3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -149,15 +150,15 @@ def test_verifying_takes_at_most_a_forward_a_token_and_fewer_where_drafts_hold()
             block.mlp.down.weight.zero_()
         model.embed.weight[:] = model.embed.weight[7]
     for block_size, threshold, forwards in ((4, 0.0, 5), (8, 0.0, 3), (4, 1.0, 17), (1, 0.0, 17)):
-        rules = DecodeRules(block_size=block_size, threshold=threshold, **VERIFY)
-        (found,) = Engine(model).run([Request(PROMPT, 17, rules=rules)])
+        rules = ResolvedParams(block_size=block_size, threshold=threshold, **VERIFY)
+        (found,) = Engine(model).run([Request(PROMPT, rules.replace(max_new_tokens=17))])
         assert found.forwards == forwards, (block_size, threshold)
         assert found.costs.prefill_forwards == 0
 
 
 def test_a_forward_checks_what_the_one_before_drafted() -> None:
-    rules = DecodeRules(block_size=4, threshold=0.5, **VERIFY)
-    sequence = SpeculativeSequence(Request(PROMPT[:5], 9, rules=rules), 0, MASK, 4)
+    rules = ResolvedParams(block_size=4, threshold=0.5, **VERIFY)
+    sequence = SpeculativeSequence(Request(PROMPT[:5], rules.replace(max_new_tokens=9)), 0, MASK, 4)
 
     def forward(tokens: list[int], sure: list[float]) -> tuple[int, int, tuple[int, ...], list[int]]:
         plan = sequence.plan(64)
@@ -186,7 +187,7 @@ def test_a_forward_checks_what_the_one_before_drafted() -> None:
 
 def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
     sequence = SpeculativeSequence(
-        Request(PROMPT[:5], 40, rules=DecodeRules(block_size=8, threshold=0.5, **VERIFY)), 0, MASK, 4
+        Request(PROMPT[:5], ResolvedParams(block_size=8, threshold=0.5, **VERIFY, max_new_tokens=40)), 0, MASK, 4
     )
 
     def forward(causal: list[int], guess: int, sure: float) -> int:
@@ -210,30 +211,31 @@ def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"edit_threshold": 0.5}, "verify checks what a threshold lets pass"),
-        ({"policy": "entropy"}, "verify checks what a threshold lets pass"),
-        ({"ids": (1, None, 2)}, "goes with no holes"),
+        ({"edit_threshold": 0.5}, "speculative goes with neither"),
+        ({"policy": "entropy"}, "speculative goes with neither"),
+        ({"ids": (1, None, 2)}, "speculative does not go with holes"),
     ],
 )
 def test_what_cannot_be_verified_is_refused_or_decoded_without(options: dict[str, Any], message: str) -> None:
     model = LanguageModel(shifted("llama"), None, name="tiny")
     ids = options.pop("ids", PROMPT)
     with pytest.raises(RequestError, match=message):
-        model.complete(ids, max_new_tokens=9, verify=True, **options)
-    assert model.complete(ids, max_new_tokens=9, **options) == model.complete(ids, max_new_tokens=9, verify=False, **options)
-    assert not model.request(ids, **options).rules.verify
+        model.complete(ids, max_new_tokens=9, speculative=True, **options)
+    denoised = model.complete(ids, max_new_tokens=9, speculative=False, **options)
+    assert model.complete(ids, max_new_tokens=9, **options) == denoised
+    assert not model.request(ids, **options).params.speculative
 
 
 def test_verifying_is_what_shifted_models_do_unless_told_otherwise() -> None:
     model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
     chosen = model.request(PROMPT)
-    assert chosen.rules.verify
-    assert chosen.rules.threshold == DRAFT_THRESHOLD
-    assert model.request(PROMPT, threshold=0.9).rules.threshold == 0.9
-    assert not model.request(PROMPT, verify=False).rules.verify
-    assert not plain.request(PROMPT).rules.verify
+    assert chosen.params.speculative
+    assert chosen.params.threshold == SPECULATIVE_THRESHOLD
+    assert model.request(PROMPT, threshold=0.9).params.threshold == 0.9
+    assert not model.request(PROMPT, speculative=False).params.speculative
+    assert not plain.request(PROMPT).params.speculative
     with pytest.raises(RequestError, match="takes a shifted model"):
-        plain.complete(PROMPT, max_new_tokens=3, verify=True)
+        plain.complete(PROMPT, max_new_tokens=3, speculative=True)
 
 
 def test_logprobs_of_verified_tokens_are_the_parents() -> None:
@@ -254,7 +256,7 @@ def test_a_draft_of_a_draw_holds_if_it_is_what_the_parent_draws() -> None:
     """The same text at every threshold and block size, that of a plain loop over the parent."""
     model, plain = LanguageModel(shifted("qwen3"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["qwen3"], None, name="ar")
     options = {"temperature": 1.2, "top_k": 30, "seed": 3, "sample": 1}
-    rules = DecodeRules(block_size=4, temperature=1.2, top_k=30, seed=3)
+    rules = ResolvedParams(block_size=4, temperature=1.2, top_k=30, seed=3)
     text = [START, *PROMPT]
     for _ in range(16):
         logits_1V, place = plain.logits(text)[-1:], torch.tensor([len(text) - 1])

@@ -36,6 +36,6 @@ class ScriptedModel(LanguageModel):
         assert self.tokenizer is not None
         prompt = self.tokenizer.decode([token for token in request.ids if token is not None])
         self.asked.append(prompt)
-        ids = tuple(self.tokenizer.encode(self.script(prompt))[: request.max_new_tokens])
+        ids = tuple(self.tokenizer.encode(self.script(prompt))[: request.params.max_new_tokens])
         forwards = max(1, len(ids) // self._per_forward)
         return Completion(ids, "stop", forwards, costs=Costs(denoise_seconds=forwards / 100))

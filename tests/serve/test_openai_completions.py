@@ -137,10 +137,10 @@ def test_a_shifted_model_fills_without_checking(tmp_path: Any) -> None:
         body = {"model": "tiny", "text": "a ___ b", "tokens": [1, 3]}
         answer = HTTP.post(f"{site.url}/v1/infill", json=body)
         assert (answer.status_code, answer.json()["text"]) == (200, model.infill("a ___ b", tokens=(1, 3)).text)
-        answer = HTTP.post(f"{site.url}/v1/infill", json=body | {"diffusion": {"verify": True}})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.verify")
-    with pytest.raises(RequestError, match="verify goes with no holes"):
-        model.infill("a ___ b", verify=True)
+        answer = HTTP.post(f"{site.url}/v1/infill", json=body | {"diffusion": {"speculative": True}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.speculative")
+    with pytest.raises(RequestError, match="speculative does not go with holes"):
+        model.infill("a ___ b", speculative=True)
 
 
 def test_an_autoregressive_model_fills_nothing(tmp_path: Any) -> None:

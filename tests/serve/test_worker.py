@@ -17,13 +17,14 @@ import pytest
 
 from unmask.engine.engine import Update
 from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.serve.errors import ApiError
 from unmask.serve.metrics import Metrics
 from unmask.serve.worker import AbortedError, EngineFailedError, Job, Worker
 
 DONE = Completion((1,), "stop", 1)
-ORDINARY = Request(ids=(1, 2), max_new_tokens=8)
+ORDINARY = Request((1, 2), ResolvedParams(max_new_tokens=8))
 
 
 class Panic(BaseException):
@@ -48,13 +49,13 @@ class Scripted:
         return bool(self.active)
 
     def check(self, request: Request) -> None:
-        if request.max_new_tokens > 100:
+        if request.params.max_new_tokens > 100:
             raise RequestError("too many")
 
     def add(self, request: Request, *, watch: bool = False) -> int:
-        if request.max_new_tokens == 77:
+        if request.params.max_new_tokens == 77:
             raise RequestError("cannot be added")
-        if request.max_new_tokens == 66:
+        if request.params.max_new_tokens == 66:
             raise ValueError("a bug while adding")
         number = len(self.added)
         self.added[number] = request
@@ -269,7 +270,7 @@ def test_a_400_takes_no_place() -> None:
     async def test() -> None:
         async with scene(Scripted(), max_requests=2) as s:
             with pytest.raises(ApiError, match="too many") as refused:
-                s.worker.submit([ORDINARY, Request(ids=(1,), max_new_tokens=101)])
+                s.worker.submit([ORDINARY, Request((1,), ResolvedParams(max_new_tokens=101))])
             assert refused.value.status == 400
             with pytest.raises(ApiError, match=r"3 completions requested.* 2 at once") as refused:
                 s.worker.submit([ORDINARY] * 3)
@@ -287,7 +288,7 @@ def test_one_that_cannot_be_added_fails_alone(size: int, status: int | None) -> 
         async with scene(engine) as s:
             other = s.worker.submit([ORDINARY])
             await engine.serves(1)
-            job = s.worker.submit([ORDINARY, Request(ids=(1,), max_new_tokens=size)])
+            job = s.worker.submit([ORDINARY, Request((1,), ResolvedParams(max_new_tokens=size))])
             engine.say()
             with pytest.raises(EngineFailedError if status is None else ApiError) as failed:
                 await everything(job)
@@ -472,7 +473,7 @@ def test_more_than_run_together_make_room_for_others() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([Request(ids=(1,), max_new_tokens=70)] * 5)
+            job = s.worker.submit([Request((1,), ResolvedParams(max_new_tokens=70))] * 5)
             await engine.serves(1)
             assert [engine.added[i].priority for i in range(5)] == [0, 0, 2, 2, 4]
             job.abort("disconnect")

@@ -44,7 +44,7 @@ def chat(
     steps: options.Steps = None,
     preset: options.Preset = None,
     edit_threshold: options.EditThreshold = None,
-    verify: options.Verify = None,
+    speculative: options.Speculative = None,
     policy: options.Policy = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 takes the likeliest token; higher is more varied; left out: 0, or the server's.")
@@ -76,7 +76,7 @@ def chat(
         steps=steps,
         preset=preset,
         edit_threshold=edit_threshold,
-        verify=verify,
+        speculative=speculative,
         policy=policy,
         temperature=temperature,
         top_k=top_k,

@@ -60,7 +60,7 @@ class LocalAnswerer:
             self._engine = self._model.engine()
             if not self._interruptible:
                 raise
-        is_full = request.max_new_tokens < options.get("max_new_tokens", MAX_NEW_TOKENS)
+        is_full = request.params.max_new_tokens < options.get("max_new_tokens", MAX_NEW_TOKENS)
         return progress.answer(is_full=is_full, drawn=self._console is not None)
 
     def _request(self, ids: Sequence[int], options: Mapping[str, Any], attempt: int) -> Request:
@@ -92,7 +92,7 @@ class LocalAnswerer:
             self._decode(request, progress, stop, None, on_step)
             return progress.generation()
 
-        show(console, self._model, request.max_new_tokens, generate)
+        show(console, self._model, request.params.max_new_tokens, generate)
 
 
 class _Progress:

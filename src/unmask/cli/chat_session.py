@@ -36,7 +36,7 @@ SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "steps": int,
     "preset": str,
     "edit_threshold": float,
-    "verify": _yes_or_no,
+    "speculative": _yes_or_no,
     "policy": str,
     "temperature": float,
     "top_k": int,

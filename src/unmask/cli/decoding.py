@@ -33,10 +33,10 @@ Preset = Annotated[
 EditThreshold = Annotated[
     float | None, typer.Option(help="Replace a decided token when another is more probable than this; left out: never.")
 ]
-Verify = Annotated[
+Speculative = Annotated[
     bool | None,
     typer.Option(
-        "--verify/--no-verify",
+        "--speculative/--no-speculative",
         help="Check what is drafted, so that the text is that of decoding token by token; left out: for shifted models, "
         "unless a policy or edits are asked for.",
     ),

@@ -39,7 +39,7 @@ def eval_(
     steps: options.Steps = None,
     preset: options.Preset = None,
     edit_threshold: options.EditThreshold = None,
-    verify: options.Verify = None,
+    speculative: options.Speculative = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; left out: 0.")] = None,
     samples: Annotated[int, typer.Option(help="Draws per block of a likelihood's bound (diffusion, lm-eval).")] = 16,
     batch: evaluation.Batch = 1,
@@ -79,7 +79,7 @@ def eval_(
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; it must be at least 1")
     given = {"block_size": block_size, "threshold": threshold, "steps": steps, "preset": preset}
-    decoding = options.given(**given, edit_threshold=edit_threshold, temperature=temperature, verify=verify)
+    decoding = options.given(**given, edit_threshold=edit_threshold, temperature=temperature, speculative=speculative)
     settings = evaluation.settings_of(split, decoding, batch)
     whole = None if suite in (None, evaluation.MINI5) else load_suite(str(suite))
     name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")

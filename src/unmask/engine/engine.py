@@ -122,7 +122,7 @@ class Engine:
         sequence: Sequence
         if self.mask_id is None:
             sequence = AutoregressiveSequence(request, number, self.cache_block_size, self._decode)
-        elif request.rules.verify:
+        elif request.params.speculative:
             sequence = SpeculativeSequence(request, number, self.mask_id, self.cache_block_size, self._decode)
         else:
             shifted = self.config.shifted
@@ -233,18 +233,18 @@ class Engine:
                 raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
             if not request.ids:
                 raise RequestError("autoregressive decoding needs at least one prompt token")
-        elif request.rules.window * request.rules.block_size > self.scheduler.max_num_batched_tokens:
+        elif request.params.window * request.params.block_size > self.scheduler.max_num_batched_tokens:
             raise RequestError(
-                f"{request.rules.window} blocks of {request.rules.block_size} tokens do not fit a forward of "
+                f"{request.params.window} blocks of {request.params.block_size} tokens do not fit a forward of "
                 f"{self.scheduler.max_num_batched_tokens} rows; use a smaller block size or window, or an engine with more rows"
             )
-        length = len(request.ids) + request.max_new_tokens if self.mask_id is None else request.canvas_length
+        length = len(request.ids) + request.params.max_new_tokens if self.mask_id is None else request.canvas_length
         if length > self.pool.num_cache_blocks * self.cache_block_size:
             raise RequestError(
                 f"{length} tokens in whole blocks do not fit a cache of {self.pool.num_cache_blocks * self.cache_block_size}; "
                 "shorten the prompt, ask for fewer new tokens, or use a larger cache"
             )
-        if request.stop and self._decode is None:
+        if request.params.stop and self._decode is None:
             raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
 
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:

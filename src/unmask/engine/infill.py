@@ -51,7 +51,7 @@ def filling_requests(
     """A request for every length tried.
 
     Args:
-        template: options; its ids and budget are replaced.
+        template: decoding options; its ids and max_new_tokens are replaced.
         parts: the text around the holes.
         tokens: tokens of a hole, or the least and the most.
         tokenizer: no special token is ever filled in.
@@ -67,14 +67,12 @@ def filling_requests(
         ids: list[int | None] = [*tokenizer.prefix_ids, *around[0]]
         for part in around[1:]:
             ids += [*[None] * count, *part]
-        rules = template.rules
+        params = template.params
+        params = params.replace(max_new_tokens=0, logit_bias={**banned, **params.logit_bias}, logprobs=params.logprobs or 0)
         if whole:
             # A block as long as the text; the same number of commits a step at least as in blocks of the usual size.
-            rules = replace(rules, block_size=len(ids), steps=min(rules.steps, len(ids)))
-        bias = {**banned, **template.logit_bias}
-        requests.append(
-            replace(template, ids=tuple(ids), max_new_tokens=0, rules=rules, logit_bias=bias, logprobs=template.logprobs or 0)
-        )
+            params = params.replace(block_size=len(ids), steps=min(params.steps, len(ids)))
+        requests.append(replace(template, ids=tuple(ids), params=params))
     return requests
 
 

@@ -6,7 +6,7 @@ Owns the public Python interface: text in, text out. Decoding itself is `engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from unmask.data.chat import Message
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
-from unmask.diffusion.decode import PRESETS, DecodeRules
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.backends.native import QuantizedModel
 from unmask.engine.engine import Engine
@@ -25,7 +24,7 @@ from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.request import Completion, Costs, FinishReason, OnStep, Request, Step, TokenLogprob, check_vocabulary
 from unmask.engine.runner import Backend, TorchBackend
-from unmask.engine.sequences.speculative import choose_speculative
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.config import ModelConfig
@@ -33,8 +32,6 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
-
-DEFAULT_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -116,20 +113,26 @@ class LanguageModel:
         """Ids of a conversation, laid out for an answer."""
         tokenizer = self._need_tokenizer()
         if not tokenizer.has_chat_template:
-            raise RequestError(f"model {self.name} has no chat template; use plain text (--raw)")
+            raise RequestError(f"model {self.name} has no chat template; use plain text (chat=False)")
         return tokenizer.chat(messages, add_generation_prompt=True)
 
     def generate(
-        self, text: str, *, max_new_tokens: int = 256, chat: bool | None = None, on_step: OnStep | None = None, **options: Any
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
     ) -> Generation:
         """Answer `text`.
 
         Args:
             text: the user's message, or plain text to continue with `chat=False`.
-            max_new_tokens: most tokens to generate.
+            params: decoding options.
             chat: use the tokenizer's chat template; default: if there is one.
             on_step: sees every denoising step.
-            options: as of `request`.
+            options: keywords of `request`: decoding options by name among them, such as `temperature=0.8`.
 
         Returns:
             Text, counts and timing.
@@ -140,17 +143,22 @@ class LanguageModel:
         self._need_tokenizer()
         ids = self.encode_prompt(text, chat=chat)
         started = time.perf_counter()
-        completion = self.complete(ids, max_new_tokens=max_new_tokens, on_step=on_step, **options)
+        completion = self.complete(ids, params, on_step=on_step, **options)
         return self._as_generation(len(ids), completion, time.perf_counter() - started)
 
     def generate_batch(
-        self, texts: Sequence[str], *, max_new_tokens: int = 256, chat: bool | None = None, **options: Any
+        self,
+        texts: Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        chat: bool | None = None,
+        mask_id: int | None = None,
+        **options: Any,
     ) -> list[Generation]:
         """Answer many texts at once, each exactly as `generate` would, sharing forwards; `seconds` are those of the batch."""
         self._need_tokenizer()
-        mask_id = options.pop("mask_id", None)
         prompts = [self.encode_prompt(text, chat=chat) for text in texts]
-        requests = [self.request(ids, max_new_tokens=max_new_tokens, **options) for ids in prompts]
+        requests = [self.request(ids, params, **options) for ids in prompts]
         started = time.perf_counter()
         completions = self.engine(mask_id=mask_id).run(requests)
         seconds = time.perf_counter() - started
@@ -159,20 +167,22 @@ class LanguageModel:
     def infill(
         self,
         text: str,
+        params: SamplingParams | None = None,
         *,
         hole: str = "___",
         tokens: int | tuple[int, int] = 8,
-        block_size: int | None = None,
+        mask_id: int | None = None,
         **options: Any,
     ) -> Infilling:
         """Fill the holes of a text, with what stands on both sides of each in view.
 
         Args:
             text: with one or more holes; a space before a hole is part of what is filled in.
+            params: decoding options; without a `block_size`, one block spans the text, so that every hole sees all of it.
             hole: how a hole is written.
             tokens: tokens of each hole; a range (least, most) tries every length and keeps the likeliest filling.
-            block_size: default: one block over the whole text, so that every hole sees all of it.
-            options: as of `request`.
+            mask_id: as of `complete`.
+            options: keywords of `request`.
 
         Returns:
             The filled text, what went into each hole, and what it cost.
@@ -182,10 +192,10 @@ class LanguageModel:
         """
         tokenizer = self._need_tokenizer()
         parts = split_holes(text, hole)
-        mask_id = options.pop("mask_id", None)
-        template = self.request((None,), max_new_tokens=1, block_size=block_size, **options)  # a hole: not verified
+        template = self.request((None,), params, **options)  # a hole: not speculative
+        whole = (params or SamplingParams()).block_size is None and options.get("block_size") is None
         started = time.perf_counter()
-        requests = filling_requests(template, parts, tokens, tokenizer, whole=block_size is None)
+        requests = filling_requests(template, parts, tokens, tokenizer, whole=whole)
         completions = self.engine(mask_id=mask_id, prefix_cache=False).run(requests)
         return best_filling(requests, completions, tokenizer, time.perf_counter() - started)
 
@@ -194,14 +204,16 @@ class LanguageModel:
         """Compiles JSON schemas, regular expressions and Lark grammars for this model."""
         return GrammarCompiler(self._need_tokenizer(), self.config.eos_ids, self.config.vocab_size)
 
-    def generate_ids(self, ids: Sequence[int | None], *, max_new_tokens: int = 256, **options: Any) -> list[int]:
+    def generate_ids(
+        self, ids: Sequence[int | None], params: SamplingParams | None = None, *, mask_id: int | None = None, **options: Any
+    ) -> list[int]:
         """Complete token ids; works without a tokenizer.
 
         Args:
             ids: the prompt; None is a hole, filled too and given first.
-            max_new_tokens: most tokens to generate.
-            options: as of `request`, and `mask_id`: the mask token; default: the model's. Given for an autoregressive
-                model, it decodes by denoising.
+            params: decoding options.
+            mask_id: the mask token; default: the model's. Given for an autoregressive model, it decodes by denoising.
+            options: keywords of `request`.
 
         Returns:
             The completion, up to and including the end-of-sequence token.
@@ -209,21 +221,21 @@ class LanguageModel:
         Raises:
             RequestError: an option out of range, or a prompt longer than the context.
         """
-        return list(self.complete(ids, max_new_tokens=max_new_tokens, **options).ids)
+        return list(self.complete(ids, params, mask_id=mask_id, **options).ids)
 
     def complete(
         self,
         ids: Sequence[int | None],
+        params: SamplingParams | None = None,
         *,
-        max_new_tokens: int = 256,
         mask_id: int | None = None,
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Completion:
         """`generate_ids` with the finish reason and the costs; `on_step` sees every denoising step."""
-        request = self.request(ids, max_new_tokens=max_new_tokens, **options)
+        request = self.request(ids, params, **options)
         request.check(self.config)
-        engine = self.engine(mask_id=mask_id, num_tokens=request.canvas_length + request.rules.block_size, prefix_cache=False)
+        engine = self.engine(mask_id=mask_id, num_tokens=request.canvas_length + request.params.block_size, prefix_cache=False)
         for update in engine.stream(request, watch=on_step is not None):
             if on_step is not None and update.step is not None:
                 on_step(update.step)
@@ -234,61 +246,40 @@ class LanguageModel:
     def request(
         self,
         ids: Sequence[int | None],
+        params: SamplingParams | None = None,
         *,
-        max_new_tokens: int = 256,
         eos_id: int | Sequence[int] | None = None,
-        block_size: int | None = None,
-        steps: int | None = None,
-        preset: str | None = None,
-        json_schema: Mapping[str, Any] | str | bool | None = None,
-        regex: str | None = None,
-        grammar: Grammar | str | None = None,
-        stop: str | Sequence[str] = (),
-        verify: bool | None = None,
+        compiled: Grammar | None = None,
+        sample: int = 0,
+        priority: int = 0,
+        trace: bool = False,
         **options: Any,
     ) -> Request:
         """A request for this model's engine.
 
         Args:
             ids: the prompt; None is a hole to fill.
-            max_new_tokens: most tokens to generate.
+            params: decoding options.
             eos_id: token or tokens that end the completion; default: the model's.
-            block_size: tokens per diffusion block; default: the model's.
-            steps: most denoising steps per block; default: the block size.
-            preset: "speed" or "quality": LLaDA2.1's settings with editing.
-            json_schema: the completion is JSON that this schema accepts.
-            regex: the completion matches this regular expression.
-            grammar: the completion is a sentence of this Lark grammar, or compiled grammar.
-            stop: string or strings that end the completion.
-            verify: check drafts, so that the text is that of decoding token by token; default: where that is possible (a
-                shifted model, no holes, no edits).
-            options: fields of `Request` (min_new_tokens, logit_bias, logprobs, sample, priority, trace) and of `DecodeRules`
-                (threshold, temperature, top_k, top_p, seed, policy, entropy_bound, edit_threshold, max_post_steps, window).
+            compiled: a grammar made by `grammars`, instead of a schema, regular expression or grammar among the options.
+            sample: which of several completions of one prompt; each draws differently.
+            priority: of a request among those that wait; see `Request`.
+            trace: keep every step.
+            options: decoding options by name, in place of those in `params`.
 
         Raises:
             RequestError: an option out of range or unknown, or a grammar that does not compile.
         """
-        size = block_size if block_size is not None else self.config.block_size or DEFAULT_BLOCK_SIZE
-        if preset is not None and preset not in PRESETS:
-            raise RequestError(f"preset is {preset!r}; use one of {', '.join(PRESETS)}")
-        known = {name: options.pop(name) for name in _REQUEST_OPTIONS & options.keys()}
-        unknown = options.keys() - _RULE_OPTIONS
-        if unknown:
-            raise RequestError(
-                f"unknown option {min(unknown)}; use one of {', '.join(sorted(_REQUEST_OPTIONS | _RULE_OPTIONS))}"
-            )
-        chosen = {} if preset is None else PRESETS[preset]
-        rules = DecodeRules(block_size=size, steps=size if steps is None else steps, **{**chosen, **options})
-        request = Request(
+        params = (params or SamplingParams()).replace(**options)
+        return Request(
             ids=tuple(ids),
-            max_new_tokens=max_new_tokens,
+            params=params.resolve(self.config, has_holes=None in ids),
             eos_ids=self._eos(eos_id),
-            rules=rules,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            grammar=self._grammar(json_schema, regex, grammar),
-            **known,
+            grammar=self._grammar(params) if compiled is None else compiled,
+            sample=sample,
+            priority=priority,
+            trace=trace,
         )
-        return choose_speculative(request, self.config, verify, options.get("threshold"))
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], *, block_size: int | None = None) -> Tensor:
@@ -310,7 +301,7 @@ class LanguageModel:
             raise RequestError(f"{len(ids)} tokens given; logits need 1 to {self.config.max_positions}, the model's context")
         size = block_size if block_size is not None else self.config.block_size or 1
         if size < 1:
-            raise RequestError(f"block size is {size}; it must be at least 1")
+            raise RequestError(f"block_size is {size}; it must be at least 1")
         device = self.transformer.embed.weight.device
         tokens = torch.tensor(self.config.inputs(ids, 0, len(ids)), device=device)[None]
         context = (len(ids) - 1) // size * size if self.config.shifted else 0
@@ -325,17 +316,12 @@ class LanguageModel:
             return frozenset(self.config.eos_ids)
         return frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
 
-    def _grammar(
-        self, json_schema: Mapping[str, Any] | str | bool | None, regex: str | None, grammar: Grammar | str | None
-    ) -> Grammar | None:
-        given = [name for name, v in (("json_schema", json_schema), ("regex", regex), ("grammar", grammar)) if v is not None]
-        if len(given) > 1:
-            raise RequestError(f"{' and '.join(given)} are both given; a completion follows one of them")
-        if json_schema is not None:
-            return self.grammars.json_schema(json_schema)
-        if regex is not None:
-            return self.grammars.regex(regex)
-        return self.grammars.lark(grammar) if isinstance(grammar, str) else grammar
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.json_schema is not None:
+            return self.grammars.json_schema(params.json_schema)
+        if params.regex is not None:
+            return self.grammars.regex(params.regex)
+        return None if params.grammar is None else self.grammars.lark(params.grammar)
 
     def _as_generation(self, prompt_tokens: int, completion: Completion, seconds: float) -> Generation:
         count = len(completion.ids)
@@ -358,10 +344,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise RequestError(f"model {self.name} has no tokenizer; use generate_ids, or add tokenizer.json to its folder")
         return self.tokenizer
-
-
-_REQUEST_OPTIONS = frozenset({"min_new_tokens", "logit_bias", "logprobs", "sample", "priority", "trace"})
-_RULE_OPTIONS = frozenset(DecodeRules.__dataclass_fields__) - {"block_size", "steps", "verify"}
 
 
 def load(

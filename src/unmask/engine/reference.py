@@ -22,7 +22,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
 
     Args:
         model: any family, any float dtype.
-        request: ids, limits and rules.
+        request: ids and decoding options.
         mask_id: the mask token.
         on_step: sees every step.
 
@@ -32,7 +32,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
     Source: LLaDA2.0 section 5; LLaDA2.1 for edits.
     """
     request.check(model.config)
-    rules, size = request.rules, request.rules.block_size
+    params, size = request.params, request.params.block_size
     rest = request.canvas_length - len(request.ids)
     canvas = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
     undecided = [token is None for token in request.ids] + [True] * rest
@@ -44,17 +44,17 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
         if not any(undecided[front : front + size]):
             continue
         end, step, post_steps, done = front + size, 0, 0, False
-        window = max(first, front - (rules.window - 1) * size) if rules.editing else front
+        window = max(first, front - (params.window - 1) * size) if params.editing else front
         while not done:
             had_masks = any(undecided[front:end])
-            asked = [p for p in wanted if window <= p < end and (rules.editing or undecided[p])]
+            asked = [p for p in wanted if window <= p < end and (params.editing or undecided[p])]
             logits = _logits(model, canvas[:end], asked, window, request, mask_id)
             forwards += 1
             where = torch.tensor(asked)
-            token, confidence = candidates(logits, where, step, rules, None, sample=request.sample)
+            token, confidence = candidates(logits, where, step, params, None, sample=request.sample)
             guess = Guess(asked, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
             decided = {p: canvas[p] for p in asked if not undecided[p]}
-            decision = decide(guess, decided, step, rules)
+            decision = decide(guess, decided, step, params)
             for place, chosen in (*decision.commits.items(), *decision.edits.items()):
                 canvas[place], undecided[place] = chosen, False
             if on_step is not None:
@@ -63,9 +63,9 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             post_steps += not had_masks
             filled = not any(undecided[front:end])
             done = filled
-            if rules.editing:
-                done = filled and (post_steps >= rules.max_post_steps or (not had_masks and not decision.edits))
-            if done or not rules.editing:
+            if params.editing:
+                done = filled and (post_steps >= params.max_post_steps or (not had_masks and not decision.edits))
+            if done or not params.editing:
                 stable = next((p for p in wanted if undecided[p]), len(canvas))
                 text = [canvas[p] for p in wanted if p < stable]
                 if request.eos_ids.intersection(text) or len(text) >= request.num_wanted:
@@ -77,13 +77,13 @@ def _logits(model: Transformer, canvas: list[int], asked: list[int], final: int,
     """Logits at the positions `asked`, with what the request bans or favours; tokens below `final` do not change any more."""
     end = len(canvas)
     context = final if model.config.shifted else 0
-    mask = DenseAttend(block_causal_mask(end, end, request.rules.block_size, context=context)[None])
+    mask = DenseAttend(block_causal_mask(end, end, request.params.block_size, context=context)[None])
     read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
     positions = torch.arange(end)[None]
     logits = ban_mask(model.head(model(read, positions, mask, noisy_BT=positions >= context))[0, asked], mask_id)
     for row, position in enumerate(asked):
-        for token, bias in request.logit_bias.items():
+        for token, bias in request.params.logit_bias.items():
             logits[row, token] += bias
-        if position < len(request.ids) + request.min_new_tokens:
+        if position < len(request.ids) + request.params.min_new_tokens:
             logits[row, sorted(request.eos_ids)] = float("-inf")
     return logits

@@ -5,14 +5,15 @@ Owns the request's limits and the records shared by every decoder. Knows no mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from unmask.diffusion.blocks import num_blocks
-from unmask.diffusion.decode import Decision, DecodeRules, Guess
+from unmask.diffusion.decode import Decision, Guess
 from unmask.engine.grammar import Grammar
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.config import ModelConfig
 
@@ -21,32 +22,22 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to complete, how, and where to stop.
+    """Token ids to complete, and how.
 
     Attributes:
         ids: the prompt; None is a hole to fill (diffusion models). A mask or end-of-sequence token inside it is an ordinary
             token.
-        max_new_tokens: most tokens behind the prompt.
-        eos_ids: tokens that end the completion.
-        rules: block size, acceptance, sampling.
-        stop: strings that end the completion; they are not part of it.
-        min_new_tokens: no end before so many tokens. Holes are never filled with an end.
-        logit_bias: added to the logits of these tokens, in nats; -inf bans one.
-        logprobs: report the log-probability of every token, and of this many alternatives.
-        grammar: what the completion must be a sentence of.
+        params: decoding options.
+        eos_ids: tokens that end the completion. Holes are never filled with one.
+        grammar: compiled; the completion is a sentence of it.
         sample: which of several completions of one prompt: part of the key of every draw.
         priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
         trace: keep every step.
     """
 
     ids: tuple[int | None, ...]
-    max_new_tokens: int
+    params: ResolvedParams = field(default_factory=ResolvedParams)
     eos_ids: frozenset[int] = frozenset()
-    rules: DecodeRules = field(default_factory=DecodeRules)
-    stop: tuple[str, ...] = ()
-    min_new_tokens: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
     grammar: Grammar | None = None
     sample: int = 0
     priority: int = 0
@@ -55,12 +46,13 @@ class Request:
     @cached_property
     def num_wanted(self) -> int:
         """Tokens that the model decides at most: holes and new ones."""
-        return sum(token is None for token in self.ids) + self.max_new_tokens
+        return sum(token is None for token in self.ids) + self.params.max_new_tokens
 
     @property
     def canvas_length(self) -> int:
         """Positions in whole blocks."""
-        return num_blocks(len(self.ids) + self.max_new_tokens, self.rules.block_size) * self.rules.block_size
+        size = self.params.block_size
+        return num_blocks(len(self.ids) + self.params.max_new_tokens, size) * size
 
     def samples(self, count: int) -> list[Request]:
         """So many requests that differ in what they draw; they share the cache of their prompt."""
@@ -68,31 +60,22 @@ class Request:
 
     def check(self, config: ModelConfig) -> None:
         """Raises: RequestError: nothing to decide, a token outside the vocabulary, or more than the context holds."""
-        holes = any(token is None for token in self.ids)
-        if self.max_new_tokens < (0 if holes else 1):
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least {0 if holes else 1}")
+        params, holes = self.params, None in self.ids
+        if params.max_new_tokens < (0 if holes else 1):
+            raise RequestError(f"max_new_tokens is {params.max_new_tokens}; it must be at least {0 if holes else 1}")
         check_vocabulary([token for token in self.ids if token is not None], config)
-        check_vocabulary(list(self.logit_bias), config, "logit_bias")
-        total = len(self.ids) + self.max_new_tokens
-        if total > config.max_positions:
+        check_vocabulary(list(params.logit_bias), config, "logit_bias")
+        if len(self.ids) + params.max_new_tokens > config.max_positions:
             raise RequestError(
-                f"prompt of {len(self.ids)} tokens plus {self.max_new_tokens} new ones exceeds the context of "
-                f"{config.max_positions}; shorten the prompt or lower --max-new-tokens"
+                f"prompt of {len(self.ids)} tokens plus {params.max_new_tokens} new ones exceeds the context of "
+                f"{config.max_positions}; shorten the prompt or lower max_new_tokens"
             )
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise RequestError(
-                f"min_new_tokens is {self.min_new_tokens}; it must lie in 0..{self.max_new_tokens}, the most new ones"
-            )
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise RequestError(f"logprobs is {self.logprobs}; between 0 and 20 alternatives can be reported")
-        if "" in self.stop:
-            raise RequestError("a stop string is empty; it would end every completion at once")
-        if self.grammar is not None and (holes or self.rules.editing):
-            raise RequestError("a grammar goes with neither holes nor an edit_threshold; leave one of them out")
-        if self.rules.verify and holes:
-            raise RequestError("verify goes with no holes; leave one of them out")
-        if self.rules.verify and not config.shifted:
-            raise RequestError("verify takes a shifted model (converted with shift: true); leave it out")
+        if self.grammar is not None and (holes or params.editing):
+            raise RequestError("grammar goes with neither holes nor an edit_threshold; leave one of them out")
+        if params.speculative and holes:
+            raise RequestError("speculative does not go with holes; leave one of them out")
+        if params.speculative and not config.shifted:
+            raise RequestError("speculative takes a shifted model (converted with shift: true); leave it out")
 
 
 def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prompt") -> None:

@@ -145,9 +145,9 @@ class Runner:
 
     def _answer(self, hidden_ND: Tensor, sequence: Sequence, plan: ScheduledSequence) -> ModelOutput:
         logits_NV = self.backend.logits(hidden_ND)
-        rules = sequence.request.rules
+        params = sequence.request.params
         adjusted = sequence.adjusted(logits_NV, plan.queries)
         positions = torch.tensor(plan.queries, device=adjusted.device)
-        token_N, confidence_N = candidates(adjusted, positions, sequence.step, rules, None, sample=sequence.request.sample)
-        of_N = entropies(adjusted, None).tolist() if rules.policy == "entropy" else None
+        token_N, confidence_N = candidates(adjusted, positions, sequence.step, params, None, sample=sequence.request.sample)
+        of_N = entropies(adjusted, None).tolist() if params.policy == "entropy" else None
         return ModelOutput(Guess(plan.queries, token_N.tolist(), confidence_N.tolist(), of_N), logits_NV)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.objectives import ban_mask
-from unmask.engine.llm import DEFAULT_BLOCK_SIZE, LanguageModel
+from unmask.engine.llm import LanguageModel
+from unmask.engine.sampling_params import BLOCK_SIZE
 from unmask.errors import ConfigError, RequestError
 from unmask.models.rows import Rows, Segment
 
@@ -81,7 +82,7 @@ class LikelihoodEstimator:
             raise ConfigError(f"samples is {samples}; it must be at least 2, for a standard error")
         self._backend, self._config = model.backend(wait=True), model.config
         self._mask_id, self._samples, self._seed = model.config.mask_id, samples, seed
-        wanted = model.config.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
+        wanted = model.config.block_size or BLOCK_SIZE if block_size is None else block_size
         self._block_size = 1 if self._mask_id is None else wanted
         self._max_rows = max(max_num_batched_tokens, self._block_size)
         slots = model.config.max_positions + self._max_rows

@@ -197,7 +197,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
     tokenizer, room = model.tokenizer, model.config.max_positions
     assert tokenizer is not None, "request_of has refused a model without one"
     every = [(item, request_of(model, item, settings.decoding or {})) for item in items]
-    fits = [len(request.ids) + request.max_new_tokens <= room for _, request in every]
+    fits = [len(request.ids) + request.params.max_new_tokens <= room for _, request in every]
     refused = [_refused(task, *pair, room) for pair, fit in zip(every, fits, strict=True) if not fit]
     asked = list(compress(every, fits))
     items, requests = [item for item, _ in asked], [request for _, request in asked]
@@ -230,7 +230,8 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: S
 
 
 def _refused(task: Task, item: Item, request: Request, room: int) -> Sample:
-    why = f"not asked: {len(request.ids)} tokens and an answer of up to {request.max_new_tokens} exceed the context of {room}"
+    most = request.params.max_new_tokens
+    why = f"not asked: {len(request.ids)} tokens and an answer of up to {most} exceed the context of {room}"
     return Sample(task.name, item.id, item.prompt, item.target, "", None, 0.0, why, TOO_LONG, len(request.ids), 0, 0, 0.0)
 
 

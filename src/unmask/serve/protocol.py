@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from unmask.diffusion.decode import Policy
+from unmask.engine.sampling_params import Policy
 
 _Text = Annotated[str, Field(min_length=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -41,7 +41,7 @@ class Diffusion(_Body):
     steps: Count | None = None
     preset: Literal["speed", "quality"] | None = None
     edit_threshold: Share | None = None
-    verify: bool | None = None
+    speculative: bool | None = None
     max_post_steps: Annotated[int, Field(ge=0)] | None = None
     window: Annotated[int, Field(ge=1, le=64)] | None = None
     policy: Policy | None = None

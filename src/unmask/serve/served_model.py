@@ -15,11 +15,11 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from unmask.data.tokenizer import Tokenizer
-from unmask.diffusion.decode import DecodeRules
 from unmask.engine.grammar import Grammar
 from unmask.engine.infill import filling_requests, split_holes
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError, UnmaskError
 from unmask.serve import protocol
 from unmask.serve.config import ServerConfig
@@ -78,8 +78,8 @@ class ServedModel:
 
     def describe(self) -> dict[str, Any]:
         """OpenAI's model object, with the context length and a diffusion model's decoding defaults."""
-        size, rules = self.language_model.config.block_size, DecodeRules()
-        diffusion = {"block_size": size or rules.block_size, "threshold": rules.threshold}
+        defaults = SamplingParams().resolve(self.language_model.config)
+        diffusion = {"block_size": defaults.block_size, "threshold": defaults.threshold}
         return {
             "id": self.name,
             "object": "model",
@@ -169,7 +169,7 @@ class ServedModel:
         tokens = body.tokens if isinstance(body.tokens, int) else (body.tokens[0], body.tokens[1])
         try:
             parts = split_holes(body.text, body.hole)
-            template = self.language_model.request((None,), max_new_tokens=1, **self._options(body))  # a hole: not verified
+            template = self.language_model.request((None,), self._params(body))  # a hole: not speculative
             whole = body.diffusion.block_size is None
             requests = filling_requests(template, parts, tokens, self.tokenizer, whole=whole)
             requests[-1].check(self.language_model.config)
@@ -208,7 +208,6 @@ class ServedModel:
         logprobs: int | None,
         grammar: Grammar | None,
     ) -> list[Request]:
-        options = self._options(body)
         requests = []
         for ids in prompts:
             room = self.context - len(ids)
@@ -221,27 +220,25 @@ class ServedModel:
                     "context_length_exceeded",
                 )
             try:
-                request = self.language_model.request(
-                    ids, max_new_tokens=num_new, stop=body.stops, logprobs=logprobs, grammar=grammar, **options
-                )
+                params = self._params(body, max_new_tokens=num_new, stop=body.stops, logprobs=logprobs)
+                request = self.language_model.request(ids, params, compiled=grammar)
                 request.check(self.language_model.config)
             except RequestError as error:
                 raise _refused(error, body, "response_format") from error
             requests += request.samples(body.n or 1)
         return requests
 
-    def _options(self, body: protocol._Sampling) -> dict[str, Any]:
-        """Decoding options as `LanguageModel.request` names them. Without a seed, samples differ from call to call."""
-        options = body.diffusion.model_dump(exclude_none=True, exclude={"watch"})
-        if body.temperature is not None:
-            options["temperature"] = body.temperature
+    def _params(self, body: protocol._Sampling, **options: Any) -> SamplingParams:
+        """The decoding options of a body. Without a seed, samples differ from call to call."""
+        given = body.diffusion.model_dump(exclude_none=True, exclude={"watch"}) | options
+        for name in ("temperature", "top_p", "top_k"):
+            if getattr(body, name) is not None:
+                given[name] = getattr(body, name)
         if body.top_p is not None:
-            options["top_p"] = max(body.top_p, _MIN_TOP_P)
-        if body.top_k is not None:
-            options["top_k"] = body.top_k
-        options["seed"] = secrets.randbits(62) if body.seed is None else body.seed
-        options["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-        return options
+            given["top_p"] = max(body.top_p, _MIN_TOP_P)
+        given["seed"] = secrets.randbits(62) if body.seed is None else body.seed
+        given["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+        return SamplingParams(**given)
 
     def _answer_grammar(self, schema: Mapping[str, Any]) -> Grammar | None:
         try:

@@ -9,23 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import FAMILIES, VOCAB, tiny_model
-from unmask.diffusion.decode import DecodeRules, candidates
+from tiny import FAMILIES, VOCAB, tiny_model, with_params
+from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 
 MODELS = {family: tiny_model(family, 4, torch.float64) for family in FAMILIES}
-GREEDY = DecodeRules()
-SAMPLED = DecodeRules(temperature=1.2, top_k=25, top_p=0.9, seed=6)
+GREEDY = ResolvedParams()
+SAMPLED = ResolvedParams(temperature=1.2, top_k=25, top_p=0.9, seed=6)
 
 
-def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: DecodeRules = GREEDY) -> Request:
+def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams = GREEDY) -> Request:
     generator = torch.Generator().manual_seed(length)
     ids = tuple(torch.randint(0, VOCAB, (length,), generator=generator).tolist())
-    return Request(ids, max_new_tokens, frozenset(eos), rules)
+    return Request(ids, rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
 def generate_batch(model: Transformer, requests: Sequence[Request], **options: Any) -> list[Completion]:
@@ -43,14 +44,14 @@ def generate(model: Transformer, request: Request) -> Completion:
 @torch.no_grad()
 def naive(model: Transformer, prompt: Request) -> Completion:
     """The whole text anew for every token; row i of the logits predicts token i + 1."""
-    text, rules = [token for token in prompt.ids if token is not None], prompt.rules
-    for count in range(1, prompt.max_new_tokens + 1):
+    text, rules = [token for token in prompt.ids if token is not None], prompt.params
+    for count in range(1, prompt.params.max_new_tokens + 1):
         length = len(text)
         causal = torch.ones(1, length, length, dtype=torch.bool).tril()
         logits = model.head(model(torch.tensor([text]), torch.arange(length)[None], DenseAttend(causal)))[0, -1:]
-        for banned, bias in prompt.logit_bias.items():
+        for banned, bias in prompt.params.logit_bias.items():
             logits[:, banned] += bias
-        if count <= prompt.min_new_tokens:
+        if count <= prompt.params.min_new_tokens:
             logits[:, sorted(prompt.eos_ids)] = float("-inf")
         if rules.temperature == 0.0:
             token = int(logits.argmax())
@@ -59,13 +60,13 @@ def naive(model: Transformer, prompt: Request) -> Completion:
         text.append(token)
         if token in prompt.eos_ids:
             return Completion(tuple(text[len(prompt.ids) :]), "stop", count)
-    return Completion(tuple(text[len(prompt.ids) :]), "length", prompt.max_new_tokens)
+    return Completion(tuple(text[len(prompt.ids) :]), "length", prompt.params.max_new_tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rules", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("length", [1, 9])
-def test_one_sequence_equals_the_plain_loop(family: str, rules: DecodeRules, length: int) -> None:
+def test_one_sequence_equals_the_plain_loop(family: str, rules: ResolvedParams, length: int) -> None:
     found = generate(MODELS[family], prompt_of(length, 14, rules=rules))
     assert found == naive(MODELS[family], prompt_of(length, 14, rules=rules))
     assert found.forwards == len(found.ids) == 14
@@ -73,10 +74,10 @@ def test_one_sequence_equals_the_plain_loop(family: str, rules: DecodeRules, len
 
 def test_greedy_ignores_seed_and_filters() -> None:
     model = MODELS["llama"]
-    found = generate(model, prompt_of(5, 12, rules=replace(SAMPLED, temperature=0.0)))
+    found = generate(model, prompt_of(5, 12, rules=SAMPLED.replace(temperature=0.0)))
     assert found == naive(model, prompt_of(5, 12))
-    sampled = {generate(model, prompt_of(5, 12, rules=replace(SAMPLED, seed=s))).ids for s in (0, 7, 14, 21)}
-    other = generate(model, replace(prompt_of(5, 12, rules=replace(SAMPLED, seed=0)), sample=1)).ids
+    sampled = {generate(model, prompt_of(5, 12, rules=SAMPLED.replace(seed=s))).ids for s in (0, 7, 14, 21)}
+    other = generate(model, replace(prompt_of(5, 12, rules=SAMPLED.replace(seed=0)), sample=1)).ids
     assert len(sampled | {found.ids, other}) == 6
 
 
@@ -93,7 +94,7 @@ def test_an_end_stops_it_and_one_in_the_prompt_does_not(family: str) -> None:
     assert generate(model, prompt_of(4, 12, unused)).ids == endless
 
 
-def mixed_prompts(model: Transformer, rules: DecodeRules = GREEDY) -> list[Request]:
+def mixed_prompts(model: Transformer, rules: ResolvedParams = GREEDY) -> list[Request]:
     """Unlike lengths and budgets, and ends after unlike numbers of tokens."""
     prompts = [prompt_of(length, budget, rules=rules) for length, budget in [(3, 9), (11, 4), (1, 14), (7, 1), (7, 12)]]
     end = naive(model, prompts[4]).ids[5]
@@ -103,14 +104,17 @@ def mixed_prompts(model: Transformer, rules: DecodeRules = GREEDY) -> list[Reque
 @pytest.mark.parametrize(
     ("family", "rules"), [("llama", GREEDY), ("qwen2", SAMPLED), ("qwen3", GREEDY), ("llada2", SAMPLED)], ids=FAMILIES
 )
-def test_a_batch_equals_its_sequences_one_by_one(family: str, rules: DecodeRules) -> None:
+def test_a_batch_equals_its_sequences_one_by_one(family: str, rules: ResolvedParams) -> None:
     model = MODELS[family]
     prompts = mixed_prompts(model, rules)
     batch = generate_batch(model, prompts)
     assert batch == [naive(model, prompt) for prompt in prompts]
     assert len({len(completion.ids) for completion in batch}) >= 4
     assert generate_batch(model, prompts[::-1]) == batch[::-1]
-    mixed = [replace(prompt, rules=(rules, GREEDY, SAMPLED)[n % 3]) for n, prompt in enumerate(prompts)]
+    mixed = [
+        replace(prompt, params=(rules, GREEDY, SAMPLED)[n % 3].replace(max_new_tokens=prompt.params.max_new_tokens))
+        for n, prompt in enumerate(prompts)
+    ]
     assert generate_batch(model, mixed) == [naive(model, prompt) for prompt in mixed], "each by its own rules"
 
 
@@ -139,7 +143,7 @@ def test_pages_chunks_and_preemption_change_no_token(options: dict[str, Any]) ->
 def test_bias_and_least_length_hold() -> None:
     model = MODELS["llama"]
     endless = naive(model, prompt_of(4, 12)).ids
-    late = replace(prompt_of(4, 12, endless[1], endless[6]), min_new_tokens=4, logit_bias={endless[3]: -2.0, 7: 3.0})
+    late = with_params(prompt_of(4, 12, endless[1], endless[6]), min_new_tokens=4, logit_bias={endless[3]: -2.0, 7: 3.0})
     assert generate(model, late) == naive(model, late)
     assert not {endless[1], endless[6]} & set(generate(model, late).ids[:4])
 
@@ -168,7 +172,7 @@ def test_equal_lengths_need_no_padding() -> None:
 def test_a_banned_token_is_never_produced() -> None:
     model = MODELS["llama"]
     favourite = naive(model, prompt_of(4, 1)).ids[0]
-    banned = replace(prompt_of(4, 12), logit_bias={favourite: float("-inf")})
+    banned = with_params(prompt_of(4, 12), logit_bias={favourite: float("-inf")})
     found = generate(model, banned)
     assert favourite not in found.ids
     assert found == naive(model, banned)
@@ -205,10 +209,13 @@ def test_every_token_is_reported_once_in_order(others: list[int]) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request((), 3), "at least one prompt token"),
-        (Request((1,), 0), "max_new_tokens is 0"),
-        (Request((VOCAB,), 3), f"prompt token {VOCAB} is outside the vocabulary"),
-        (Request((1, None, 2), 3), "an autoregressive model cannot fill holes; use a diffusion model"),
+        (Request((), ResolvedParams(max_new_tokens=3)), "at least one prompt token"),
+        (Request((1,), ResolvedParams(max_new_tokens=0)), "max_new_tokens is 0"),
+        (Request((VOCAB,), ResolvedParams(max_new_tokens=3)), f"prompt token {VOCAB} is outside the vocabulary"),
+        (
+            Request((1, None, 2), ResolvedParams(max_new_tokens=3)),
+            "an autoregressive model cannot fill holes; use a diffusion model",
+        ),
         (prompt_of(100, 29), "exceeds the context of 128"),
     ],
 )

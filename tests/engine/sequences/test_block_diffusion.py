@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import FAMILIES, MASK, tiny_model
-from unmask.diffusion.decode import DecodeRules
+from tiny import FAMILIES, MASK, tiny_model, with_params
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
+from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.arch.transformer import Transformer
 
 MODELS = {family: tiny_model(family, 1) for family in FAMILIES}
 THRESHOLDS = (0.0, 0.3, 0.95, 1.0)
 
 
-def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: DecodeRules) -> Request:
+def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams) -> Request:
     generator = torch.Generator().manual_seed(100 + length)
     ids = torch.randint(0, MASK, (length,), generator=generator).tolist()
-    return Request(tuple(ids), max_new_tokens, frozenset(eos), rules)
+    return Request(tuple(ids), rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
 def decode(model: Transformer, request: Request) -> tuple[Completion, list[Step]]:
@@ -42,14 +42,14 @@ def decode(model: Transformer, request: Request) -> tuple[Completion, list[Step]
     assert completion is not None
     assert sum((update.new_ids for update in updates), ()) == completion.ids
     steps = [update.step for update in updates if update.step is not None]
-    if not request.rules.editing:
+    if not request.params.editing:
         check_steps(request, completion, steps, len(calls))
     return completion, steps
 
 
 def check_steps(request: Request, completion: Completion, steps: list[Step], calls: int) -> None:
     """The events, replayed, give the completion; every forward is a denoising step, the first one prefills as well."""
-    size, length = request.rules.block_size, len(request.ids)
+    size, length = request.params.block_size, len(request.ids)
     assert [step.forwards for step in steps] == list(range(1, len(steps) + 1))
     assert completion.forwards == calls == len(steps)
     canvas: dict[int, int | None] = {}
@@ -69,19 +69,19 @@ def check_steps(request: Request, completion: Completion, steps: list[Step], cal
                 assert step.guess[i] != MASK
                 assert 0.0 < step.confidence[i] <= 1.0
                 assert step.tokens[i] == (step.guess[i] if step.accepted[i] else None)
-                if request.rules.policy == "threshold":
-                    assert step.accepted[i] or step.confidence[i] <= request.rules.threshold
+                if request.params.policy == "threshold":
+                    assert step.accepted[i] or step.confidence[i] <= request.params.threshold
         assert any(step.accepted)
         canvas |= {step.start + i: token for i, token in enumerate(step.tokens)}
     new = [canvas[i] for i in range(length, max(canvas) + 1)]
     assert completion.ids == tuple(new[: len(completion.ids)])
     if completion.finish_reason == "length":
-        assert len(completion.ids) == request.max_new_tokens
+        assert len(completion.ids) == request.params.max_new_tokens
         assert None not in completion.ids, "only what lies beyond the budget may be left undecided"
         assert not request.eos_ids.intersection(completion.ids)
     else:
         assert request.eos_ids.intersection(completion.ids) == {completion.ids[-1]}
-        assert len(completion.ids) <= request.max_new_tokens
+        assert len(completion.ids) <= request.params.max_new_tokens
 
 
 def same_tokens(model: Transformer, request: Request) -> Completion:
@@ -101,7 +101,7 @@ def test_every_prompt_length_decodes_like_the_oracle(family: str, size: int) -> 
         for _ in range(1 if size == 8 else 2):
             threshold, steps = choices[used % len(choices)]
             used += 1
-            rules = DecodeRules(block_size=size, threshold=threshold, steps=steps)
+            rules = ResolvedParams(block_size=size, threshold=threshold, steps=steps)
             same_tokens(MODELS[family], prompt_of(length, size + size // 2 + 1, rules=rules))
     assert used >= min(len(choices), 10)
 
@@ -109,7 +109,7 @@ def test_every_prompt_length_decodes_like_the_oracle(family: str, size: int) -> 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 def test_every_threshold_and_step_count(threshold: float, steps: int) -> None:
-    rules = DecodeRules(block_size=4, threshold=threshold, steps=steps)
+    rules = ResolvedParams(block_size=4, threshold=threshold, steps=steps)
     completion = same_tokens(MODELS["qwen3"], prompt_of(6, 10, rules=rules))
     if threshold == 0.0 or steps == 1:
         assert completion.forwards == 3, "one pass per block: prefill and commits ride along"
@@ -118,7 +118,7 @@ def test_every_threshold_and_step_count(threshold: float, steps: int) -> None:
 
 
 def test_a_prefill_that_does_not_fit_comes_first() -> None:
-    model, rules = MODELS["qwen3"], DecodeRules(block_size=4, threshold=0.5, steps=4)
+    model, rules = MODELS["qwen3"], ResolvedParams(block_size=4, threshold=0.5, steps=4)
     request = prompt_of(19, 6, rules=rules)
     whole, steps = decode(model, request)
     for max_num_batched_tokens, chunks in ((24, 0), (19, 1), (8, 2), (7, 4), (4, 4)):
@@ -136,17 +136,17 @@ def test_a_prefill_that_does_not_fit_comes_first() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("size", "length", "seed"), [(4, 0, 0), (4, 5, 1), (8, 11, 2), (1, 2, 3)])
 def test_sampling_with_a_seed_decodes_like_the_oracle(family: str, size: int, length: int, seed: int) -> None:
-    rules = DecodeRules(block_size=size, threshold=0.5, steps=size, temperature=0.9, top_k=20, top_p=0.95, seed=seed)
+    rules = ResolvedParams(block_size=size, threshold=0.5, steps=size, temperature=0.9, top_k=20, top_p=0.95, seed=seed)
     sampled = same_tokens(MODELS[family], prompt_of(length, 11, rules=rules))
-    greedy, _ = decode(MODELS[family], prompt_of(length, 11, rules=replace(rules, temperature=0.0)))
-    other, _ = decode(MODELS[family], prompt_of(length, 11, rules=replace(rules, seed=seed + 10)))
+    greedy, _ = decode(MODELS[family], prompt_of(length, 11, rules=rules.replace(temperature=0.0)))
+    other, _ = decode(MODELS[family], prompt_of(length, 11, rules=rules.replace(seed=seed + 10)))
     assert len({sampled.ids, greedy.ids, other.ids}) == 3
 
 
 @pytest.mark.parametrize(("family", "threshold"), [("llama", 0.5), ("llada2", 0.5), ("qwen2", 1.0)])
 def test_an_end_anywhere_cuts_the_same_text(family: str, threshold: float) -> None:
     """Every token of an endless completion in turn becomes the end: it may be decided early, but stops only in its turn."""
-    model, rules = MODELS[family], DecodeRules(block_size=8, threshold=threshold, steps=8)
+    model, rules = MODELS[family], ResolvedParams(block_size=8, threshold=threshold, steps=8)
     endless, events = decode(model, prompt_of(5, 17, rules=rules))
     assert endless.finish_reason == "length"
     out_of_turn = False
@@ -162,7 +162,7 @@ def test_an_end_anywhere_cuts_the_same_text(family: str, threshold: float) -> No
 
 
 def test_the_first_of_several_ends_counts() -> None:
-    model, rules = MODELS["llama"], DecodeRules(block_size=4, threshold=0.3, steps=4)
+    model, rules = MODELS["llama"], ResolvedParams(block_size=4, threshold=0.3, steps=4)
     endless = decode(model, prompt_of(2, 16, rules=rules))[0].ids
     ends = (endless[9], endless[5], endless[13])
     first = min(endless.index(token) for token in ends)
@@ -170,7 +170,7 @@ def test_the_first_of_several_ends_counts() -> None:
 
 
 def test_a_stop_saves_the_rest_of_the_block() -> None:
-    model, rules = MODELS["llama"], DecodeRules(block_size=8, threshold=1.0, steps=8)
+    model, rules = MODELS["llama"], ResolvedParams(block_size=8, threshold=1.0, steps=8)
     endless, events = decode(model, prompt_of(3, 20, rules=rules))
     stops = {t: decode(model, prompt_of(3, 20, t, rules=rules))[0].forwards for t in set(endless.ids)}
     passes_of_blocks = {sum(step.start <= start for step in events) for start in (0, 8, 16)}
@@ -180,7 +180,7 @@ def test_a_stop_saves_the_rest_of_the_block() -> None:
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5, 6, 7])
 def test_a_budget_inside_a_block_cuts_without_changing_a_token(max_new_tokens: int) -> None:
-    model, rules = MODELS["qwen2"], DecodeRules(block_size=4, threshold=0.5, steps=4)
+    model, rules = MODELS["qwen2"], ResolvedParams(block_size=4, threshold=0.5, steps=4)
     whole, _ = decode(model, prompt_of(5, 7, rules=rules))
     found = same_tokens(model, prompt_of(5, max_new_tokens, rules=rules))
     assert found.ids == whole.ids[:max_new_tokens]
@@ -188,7 +188,7 @@ def test_a_budget_inside_a_block_cuts_without_changing_a_token(max_new_tokens: i
 
 
 def test_an_end_beyond_the_budget_is_no_stop() -> None:
-    model, rules = MODELS["llama"], DecodeRules(block_size=8, threshold=1.0, steps=8)
+    model, rules = MODELS["llama"], ResolvedParams(block_size=8, threshold=1.0, steps=8)
     whole = decode(model, prompt_of(2, 6, rules=rules))[0].ids
     late = next(i for i in range(1, 6) if whole[i] not in whole[:i])
     found = same_tokens(model, prompt_of(2, late, whole[late], rules=rules))
@@ -197,7 +197,7 @@ def test_an_end_beyond_the_budget_is_no_stop() -> None:
 
 @pytest.mark.parametrize("length", [3, 4, 6, 9])
 def test_ends_and_masks_in_the_prompt_are_ordinary_tokens(length: int) -> None:
-    model, rules = MODELS["qwen3"], DecodeRules(block_size=4, threshold=0.4, steps=4)
+    model, rules = MODELS["qwen3"], ResolvedParams(block_size=4, threshold=0.4, steps=4)
     end = 11
     clean = prompt_of(length, 10, rules=rules)
     odd = replace(clean, ids=(MASK, *clean.ids[1:-2], end, MASK), eos_ids=frozenset([end]))
@@ -222,8 +222,7 @@ EDITING = (
 @pytest.mark.parametrize("family", ["llama", "llada2"])
 @pytest.mark.parametrize("changes", EDITING, ids=str)
 def test_editing_decodes_like_the_oracle(family: str, changes: dict[str, Any]) -> None:
-    model, rules = MODELS[family], DecodeRules(block_size=4, threshold=0.3, steps=4, **changes)
-    plain = replace(rules, edit_threshold=None, window=1)
+    model, rules = MODELS[family], ResolvedParams(block_size=4, threshold=0.3, steps=4, **changes)
     request = prompt_of(6, 11, rules=rules)
     request = replace(request, ids=(*request.ids[:1], None, *request.ids[2:]))
     found = same_tokens(model, request)
@@ -248,16 +247,16 @@ def test_editing_decodes_like_the_oracle(family: str, changes: dict[str, Any]) -
                 canvas[place] = token
     assert found.ids == tuple(canvas[p] for p in (1, *range(6, 17)))
     if rules.max_post_steps:
-        assert found.ids != generate_reference(model, replace(request, rules=plain), MASK).ids
+        assert found.ids != generate_reference(model, with_params(request, edit_threshold=None, window=1), MASK).ids
 
 
 def test_a_block_ends_with_a_pass_that_edits_nothing() -> None:
     """That pass is the commit: editing costs one forward a block more than not editing when nothing is edited."""
-    model, rules = MODELS["qwen3"], DecodeRules(block_size=4, threshold=0.5, steps=4)
+    model, rules = MODELS["qwen3"], ResolvedParams(block_size=4, threshold=0.5, steps=4)
     plain = same_tokens(model, prompt_of(6, 10, rules=rules))
-    checked = same_tokens(model, prompt_of(6, 10, rules=replace(rules, edit_threshold=1.0)))
+    checked = same_tokens(model, prompt_of(6, 10, rules=rules.replace(edit_threshold=1.0)))
     assert (checked.ids, checked.forwards) == (plain.ids, plain.forwards + 3)
-    hasty = same_tokens(model, prompt_of(6, 10, rules=replace(rules, edit_threshold=1.0, max_post_steps=0)))
+    hasty = same_tokens(model, prompt_of(6, 10, rules=rules.replace(edit_threshold=1.0, max_post_steps=0)))
     assert hasty.forwards == plain.forwards
 
 
@@ -266,7 +265,7 @@ def test_post_steps_are_limited() -> None:
     model = MODELS["llama"]
     forwards = []
     for limit in (0, 1, 2, 5):
-        rules = DecodeRules(block_size=8, threshold=0.0, steps=8, edit_threshold=0.0, max_post_steps=limit)
+        rules = ResolvedParams(block_size=8, threshold=0.0, steps=8, edit_threshold=0.0, max_post_steps=limit)
         found, steps = decode(model, prompt_of(3, 5, rules=rules))
         assert found.forwards <= 1 + limit
         assert all(any(step.edited) for step in steps[1:-1])
@@ -278,7 +277,7 @@ def test_post_steps_are_limited() -> None:
 @pytest.mark.parametrize("window", [1, 2])
 def test_edited_tokens_are_handed_out_once_they_are_final(window: int) -> None:
     model = MODELS["llama"]
-    rules = DecodeRules(block_size=4, threshold=0.3, steps=4, edit_threshold=0.1, max_post_steps=3, window=window)
+    rules = ResolvedParams(block_size=4, threshold=0.3, steps=4, edit_threshold=0.1, max_post_steps=3, window=window)
     engine = Engine(model, mask_id=MASK)
     request, out = prompt_of(5, 17, rules=rules), list[int]()
     for update in engine.stream(request, watch=True):
@@ -293,7 +292,7 @@ def test_edited_tokens_are_handed_out_once_they_are_final(window: int) -> None:
 @pytest.mark.parametrize("policy", [{"policy": "entropy", "entropy_bound": 0.5}, {"policy": "fixed"}], ids=["entropy", "fixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_policies_decode_like_the_oracle(family: str, policy: dict[str, Any]) -> None:
-    rules = DecodeRules(block_size=8, steps=5, **policy)
+    rules = ResolvedParams(block_size=8, steps=5, **policy)
     found = same_tokens(MODELS[family], prompt_of(5, 11, rules=rules))
     if rules.policy == "fixed":
         assert found.forwards == 2 + 5, "quotas 2, 2, 2, 1, 1; the first block has three to decide"
@@ -305,8 +304,8 @@ HOLES = ((None, 3, 4), (3, None, 4, 5, None, None, 9, 9, 9, 9), (3, 4, 5, 6, Non
 @pytest.mark.parametrize("ids", HOLES, ids=str)
 @pytest.mark.parametrize("max_new_tokens", [0, 3])
 def test_holes_are_filled_in_place(ids: tuple[int | None, ...], max_new_tokens: int) -> None:
-    model, rules = MODELS["qwen2"], DecodeRules(block_size=4, threshold=0.4, steps=4)
-    request = Request(ids, max_new_tokens, rules=rules)
+    model, rules = MODELS["qwen2"], ResolvedParams(block_size=4, threshold=0.4, steps=4)
+    request = Request(ids, rules.replace(max_new_tokens=max_new_tokens))
     found, steps = completion_and_steps(model, request)
     assert found == generate_reference(model, request, MASK)
     assert len(found.ids) == request.num_wanted
@@ -325,10 +324,10 @@ def completion_and_steps(model: Transformer, request: Request) -> tuple[Completi
 
 
 def test_a_hole_is_never_filled_with_an_end() -> None:
-    model, rules = MODELS["llama"], DecodeRules(block_size=4, threshold=0.4, steps=4)
+    model, rules = MODELS["llama"], ResolvedParams(block_size=4, threshold=0.4, steps=4)
     ids = (5, None, None, 8, None, 9)
-    free = generate_reference(model, Request(ids, 4, rules=rules), MASK).ids
-    request = Request(ids, 4, frozenset(free[:3]), rules)
+    free = generate_reference(model, Request(ids, rules.replace(max_new_tokens=4)), MASK).ids
+    request = Request(ids, rules.replace(max_new_tokens=4), frozenset(free[:3]))
     found = completion_and_steps(model, request)[0]
     assert found == generate_reference(model, request, MASK)
     assert not request.eos_ids & set(found.ids[:3])
@@ -336,26 +335,26 @@ def test_a_hole_is_never_filled_with_an_end() -> None:
 
 @pytest.mark.parametrize("least", [0, 1, 6, 9])
 def test_no_end_comes_before_the_least_length(least: int) -> None:
-    model, rules = MODELS["llama"], DecodeRules(block_size=4, threshold=0.3, steps=4)
+    model, rules = MODELS["llama"], ResolvedParams(block_size=4, threshold=0.3, steps=4)
     endless = decode(model, prompt_of(2, 9, rules=rules))[0].ids
     ends = frozenset([endless[0], endless[4]])
-    found = same_tokens(model, replace(prompt_of(2, 9, rules=rules), eos_ids=ends, min_new_tokens=least))
+    found = same_tokens(model, replace(with_params(prompt_of(2, 9, rules=rules), min_new_tokens=least), eos_ids=ends))
     assert not ends & set(found.ids[:least])
     assert len(found.ids) >= max(least, 1)
 
 
 def test_bias_bans_and_favours() -> None:
-    model, rules = MODELS["qwen3"], DecodeRules(block_size=4, threshold=0.3, steps=4)
+    model, rules = MODELS["qwen3"], ResolvedParams(block_size=4, threshold=0.3, steps=4)
     free = decode(model, prompt_of(5, 9, rules=rules))[0].ids
     banned = {token: float("-inf") for token in set(free)}
-    found = same_tokens(model, replace(prompt_of(5, 9, rules=rules), logit_bias=banned))
+    found = same_tokens(model, with_params(prompt_of(5, 9, rules=rules), logit_bias=banned))
     assert not set(free) & set(found.ids)
-    favoured = same_tokens(model, replace(prompt_of(5, 9, rules=rules), logit_bias={11: 1e4, MASK: 1e9}))
+    favoured = same_tokens(model, with_params(prompt_of(5, 9, rules=rules), logit_bias={11: 1e4, MASK: 1e9}))
     assert favoured.ids == (11,) * 9, "not even a bias brings the mask token"
 
 
 def test_decoding_leaves_no_state_behind() -> None:
-    model, rules = MODELS["llada2"], DecodeRules(block_size=4, threshold=0.5, steps=4)
+    model, rules = MODELS["llada2"], ResolvedParams(block_size=4, threshold=0.5, steps=4)
     engine = Engine(model, mask_id=MASK, prefix_cache=False)
     first = engine.run([prompt_of(7, 9, rules=rules)])
     engine.run([prompt_of(3, 12, rules=rules)])
@@ -365,10 +364,10 @@ def test_decoding_leaves_no_state_behind() -> None:
 @pytest.mark.parametrize("length", [18, 19])
 def test_a_filled_hole_ends_the_request_though_older_blocks_may_be_edited(length: int) -> None:
     """With whole blocks of given tokens behind the hole, too: 18 tokens leave nothing undecided behind it."""
-    ids = [*prompt_of(length, 1, rules=DecodeRules()).ids]
+    ids = [*prompt_of(length, 1, rules=ResolvedParams()).ids]
     ids[12] = None
-    rules = DecodeRules(block_size=3, steps=2, threshold=0.0, edit_threshold=0.1, max_post_steps=3, window=2)
-    request = Request(tuple(ids), 0, frozenset(), rules)
+    rules = ResolvedParams(block_size=3, steps=2, threshold=0.0, edit_threshold=0.1, max_post_steps=3, window=2)
+    request = Request(tuple(ids), rules.replace(max_new_tokens=0), frozenset())
     completion, _ = decode(MODELS["llama"], request)
     oracle = generate_reference(MODELS["llama"], request, MASK)
     assert (completion.ids, completion.forwards) == (oracle.ids, oracle.forwards)

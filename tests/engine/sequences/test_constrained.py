@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import SPECIAL_TOKENS, make_tokenizer
-from tiny import tiny_model
+from tiny import tiny_model, with_params
 from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.llm import LanguageModel
@@ -213,7 +213,7 @@ def test_provisional_tokens_are_masked_again_when_wrong(kit: Kit) -> None:
 def frontier_oracle(kit: Kit, request: Request) -> list[int]:
     """Threshold 1: one free token a forward, the likeliest allowed one, from the whole canvas; then what is forced."""
     assert request.grammar is not None
-    state, size = request.grammar.start(), request.rules.block_size
+    state, size = request.grammar.start(), request.params.block_size
     text = [token for token in request.ids if token is not None]
     while True:
         for token in state.forced():
@@ -241,7 +241,7 @@ def test_the_frontier_takes_the_likeliest_allowed_token(kit: Kit, grammar: dict[
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeds_and_samples_differ_and_repeat(kit: Kit, kind: str) -> None:
     base = kit.request(kind, regex=r"[0-9]{12}", temperature=1.5, threshold=0.05)
-    drawn = [replace(base, sample=n, rules=replace(base.rules, seed=seed)) for seed in (0, 1) for n in (0, 1, 2)]
+    drawn = [replace(base, sample=n, params=base.params.replace(seed=seed)) for seed in (0, 1) for n in (0, 1, 2)]
     first = [completion.ids for completion in kit.run(kind, *drawn)]
     assert len(set(first)) == 6
     assert [completion.ids for completion in kit.run(kind, *drawn[::-1])] == first[::-1]
@@ -330,13 +330,13 @@ def test_logprobs_are_the_models_own_at_the_step_that_decided(kit: Kit, kind: st
                 decided[step.start + i] = number
     for i, entry in enumerate(found.logprobs):
         place = len(kit.ids) + i
-        row_V = logprobs_of(kit.model(kind), before[decided[place]], place, mask_id, request.rules.block_size)
+        row_V = logprobs_of(kit.model(kind), before[decided[place]], place, mask_id, request.params.block_size)
         assert float(row_V.exp().sum()) == pytest.approx(1.0, abs=1e-5)
         assert entry.logprob == pytest.approx(float(row_V[entry.token]), abs=1e-4)
         best = row_V.topk(3)
         assert [token for token, _ in entry.alternatives] == best.indices.tolist()
         assert [value for _, value in entry.alternatives] == pytest.approx(best.values.tolist(), abs=1e-4)
-    plain = kit.run(kind, replace(request, logprobs=None))[0]
+    plain = kit.run(kind, with_params(request, logprobs=None))[0]
     assert (plain.ids, plain.logprobs) == (found.ids, None), "asking changes nothing"
 
 
@@ -360,13 +360,13 @@ def test_stop_strings_end_before_themselves(kit: Kit, kind: str) -> None:
     text = kit.tokenizer.decode(endless.ids)
     for length in (1, 2, 5):
         stop = text[12 : 12 + length]
-        (found,) = kit.run(kind, replace(base, stop=("never to be found", stop)))
+        (found,) = kit.run(kind, with_params(base, stop=("never to be found", stop)))
         assert found.finish_reason == "stop"
         assert found.text == text[: text.index(stop)]
         assert found.ids == endless.ids[: len(found.ids)]
         assert stop in kit.tokenizer.decode(found.ids)
         assert stop not in kit.tokenizer.decode(found.ids[:-1]), "no token more than it takes"
-    (whole,) = kit.run(kind, replace(base, stop=("never to be found",)))
+    (whole,) = kit.run(kind, with_params(base, stop=("never to be found",)))
     assert (whole.ids, whole.text, whole.finish_reason) == (endless.ids, text, "length")
     answer = kit.model(kind).generate("What?", max_new_tokens=30, temperature=1.5, seed=5, eos_id=[], stop=text[3], chat=False)
     assert text[3] not in answer.text

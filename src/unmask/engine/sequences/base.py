@@ -129,11 +129,11 @@ class Sequence(ABC):
     def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
         """A copy of the logits at `positions` with what the request bans or favours; the grammar is not applied here."""
         logits_NV = logits_NV.float().clone()
-        for token, bias in self.request.logit_bias.items():
+        for token, bias in self.request.params.logit_bias.items():
             logits_NV[:, token] += bias
         if self.mask_id is not None:
             logits_NV[:, self.mask_id] = float("-inf")
-        early = len(self.request.ids) + self.request.min_new_tokens
+        early = len(self.request.ids) + self.request.params.min_new_tokens
         too_early = torch.tensor([position < early for position in positions], device=logits_NV.device)
         if self.request.eos_ids and bool(too_early.any()):
             is_end_V = torch.zeros(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
@@ -149,16 +149,16 @@ class Sequence(ABC):
     @cached_property
     def is_plain(self) -> bool:
         """Whether the likeliest token and its probability are all it needs of the logits."""
-        request, rules = self.request, self.request.rules
-        whole = request.logprobs is None and request.grammar is None and not request.logit_bias
-        ends = bool(request.eos_ids) and (request.min_new_tokens > 0 or None in request.ids)
-        return whole and not ends and rules.temperature == 0.0 and rules.policy != "entropy"
+        request, params = self.request, self.request.params
+        whole = request.params.logprobs is None and request.grammar is None and not request.params.logit_bias
+        ends = bool(request.eos_ids) and (request.params.min_new_tokens > 0 or None in request.ids)
+        return whole and not ends and params.temperature == 0.0 and params.policy != "entropy"
 
     def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
         """Ids that have become final since the last call, and their log-probabilities if those were asked for."""
         new = slice(self._num_taken, len(self._final_ids))
         self._num_taken = len(self._final_ids)
-        logprobs = () if self.request.logprobs is None else tuple(self._logprobs[p] for p in self._final_places[new])
+        logprobs = () if self.request.params.logprobs is None else tuple(self._logprobs[p] for p in self._final_places[new])
         return tuple(self._final_ids[new]), logprobs
 
     def _count(self, plan: ScheduledSequence) -> None:
@@ -176,7 +176,7 @@ class Sequence(ABC):
             logits_NV: as the model gave them; None: nothing was asked of it.
             at: their row, by position.
         """
-        count = self.request.logprobs
+        count = self.request.params.logprobs
         if count is None:
             return
         logprobs_NV = None if logits_NV is None else ban_mask(logits_NV.float(), self.mask_id).log_softmax(-1)
@@ -200,9 +200,9 @@ class Sequence(ABC):
         found = finish([self.tokens[position] for position in positions], self.request, self.forwards)
         # What a grammar completes beyond the budget is cut, and so is no sentence.
         stopped = found.finish_reason == "stop" or (over and len(positions) <= self.request.num_wanted)
-        if self.request.stop:
+        if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
-            cut = find_stop(self._decode, found.ids, len(self._final_ids), self.request.stop)
+            cut = find_stop(self._decode, found.ids, len(self._final_ids), self.request.params.stop)
             count, text = (len(found.ids), self._decode(found.ids)) if cut is None else cut
             found = replace(found, ids=found.ids[:count], text=text)
             stopped |= cut is not None
@@ -210,7 +210,7 @@ class Sequence(ABC):
         if stopped or len(found.ids) == self.request.num_wanted:
             reason: FinishReason = "stop" if stopped else "length"
             logprobs = None
-            if self.request.logprobs is not None:
+            if self.request.params.logprobs is not None:
                 logprobs = tuple(self._logprobs[position] for position in positions[: len(found.ids)])
             costs, trace = self._costs(), tuple(self._trace)
             self.completion = replace(found, finish_reason=reason, logprobs=logprobs, costs=costs, trace=trace)

@@ -33,7 +33,7 @@ class BlockDiffusionSequence(Sequence):
         shifted: bool = False,
     ) -> None:
         """`shifted`: the model reads its context causally (`ModelConfig.shifted`)."""
-        self.block_size, self._shifted = request.rules.block_size, shifted
+        self.block_size, self._shifted = request.params.block_size, shifted
         super().__init__(request, number, mask_id, cache_block_size, decode)
         rest = request.canvas_length - len(request.ids)
         self.tokens = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
@@ -61,7 +61,7 @@ class BlockDiffusionSequence(Sequence):
         if stop - start > budget:
             chunk = min(budget // self.block_size * self.block_size, self._settled - start)
             return ScheduledSequence(start, start + chunk, border=border) if chunk > 0 else None
-        if self.request.rules.editing:
+        if self.request.params.editing:
             queries = tuple(p for p in range(self._settled, stop) if not self._fixed[p])
         else:
             queries = tuple(p for p in range(self._front, stop) if self.undecided[p])
@@ -81,7 +81,7 @@ class BlockDiffusionSequence(Sequence):
         self._edits += len(decision.edits)
         self.step += 1
         if self.watched:
-            places = range(place if self.request.rules.editing else self._front, plan.stop)
+            places = range(place if self.request.params.editing else self._front, plan.stop)
             state = (self.tokens, self.undecided, self._fixed)
             self._report(Step.after(places, answer.guess, decision, *state, self.forwards))
         done = self._is_done(had_masks, decision)
@@ -92,9 +92,9 @@ class BlockDiffusionSequence(Sequence):
         self._commit(plan.border if self._shifted else plan.stop, min(changed, default=plan.stop))
 
     def _decide(self, guess: Guess) -> Decision:
-        rules = self.request.rules
+        params = self.request.params
         decided = {p: self.tokens[p] for p in guess.positions if not self.undecided[p]}
-        decision = decide(guess, decided, self.step, rules)
+        decision = decide(guess, decided, self.step, params)
         for position, token in (*decision.commits.items(), *decision.edits.items()):
             self.tokens[position], self.undecided[position] = token, False
         return decision
@@ -105,20 +105,20 @@ class BlockDiffusionSequence(Sequence):
         self.tokens[position], self.undecided[position] = self.mask_id, True
 
     def _is_done(self, had_masks: bool, decision: Decision) -> bool:
-        rules, end = self.request.rules, self._front + self.block_size
+        params, end = self.request.params, self._front + self.block_size
         if any(self.undecided[self._front : end]) or (self.grammar is not None and self.frontier < end):
             return False
-        if not rules.editing:
+        if not params.editing:
             return True
         self._post_steps += not had_masks
-        return self._post_steps >= rules.max_post_steps or (not had_masks and not decision.edits)
+        return self._post_steps >= params.max_post_steps or (not had_masks and not decision.edits)
 
     def _final_positions(self, done: bool) -> list[int]:
         """Positions of the completion whose tokens will not change any more."""
-        rules = self.request.rules
+        params = self.request.params
         if self.grammar is not None:
             stable = self.frontier
-        elif not rules.editing:
+        elif not params.editing:
             while self._num_stable < len(self._wanted) and not self.undecided[self._wanted[self._num_stable]]:
                 self._num_stable += 1
             return self._wanted[: self._num_stable]
@@ -128,7 +128,7 @@ class BlockDiffusionSequence(Sequence):
             ended = len(decided) >= self.request.num_wanted or any(self.tokens[p] in self.request.eos_ids for p in decided)
             if done and not ended and stable < len(self.tokens):
                 # The newest blocks may still be edited while the next one is decided.
-                stable = max(self._settled, stable - (rules.window - 1) * self.block_size)
+                stable = max(self._settled, stable - (params.window - 1) * self.block_size)
         return self._wanted[: bisect_left(self._wanted, stable)]
 
     def _next_block(self) -> None:
@@ -138,7 +138,7 @@ class BlockDiffusionSequence(Sequence):
             self._front += self.block_size
             while not any(self.undecided[self._front : self.reach]):
                 self._front += self.block_size
-            oldest = self._front - (self.request.rules.window - 1) * self.block_size
+            oldest = self._front - (self.request.params.window - 1) * self.block_size
             self._settled = max(self._settled, min(self._front, max(oldest, self._first)))
             self.step = self._post_steps = 0
             complete = self._fill_forced()

@@ -43,7 +43,7 @@ def advance_frontier(sequence: BlockDiffusionSequence, answer: ModelOutput, end:
     At least one token is settled: the frontier is masked when a forward begins, because a step ends by checking what stands
     there.
     """
-    rules, guess, logits_NV = sequence.request.rules, answer.guess, answer.logits_NV
+    params, guess, logits_NV = sequence.request.params, answer.guess, answer.logits_NV
     assert sequence.grammar is not None
     assert logits_NV is not None
     row_of = {position: i for i, position in enumerate(guess.positions)}
@@ -61,8 +61,8 @@ def advance_frontier(sequence: BlockDiffusionSequence, answer: ModelOutput, end:
         row = sequence.adjusted(logits_NV[row_of[place]][None], [place])
         row = row.masked_fill(~sequence.grammar.allowed(), float("-inf"))
         at = torch.tensor([place], device=row.device)
-        token_1, confidence_1 = candidates(row, at, sequence.step, rules, None, sample=sequence.request.sample)
-        if commits and not float(confidence_1) > rules.threshold:
+        token_1, confidence_1 = candidates(row, at, sequence.step, params, None, sample=sequence.request.sample)
+        if commits and not float(confidence_1) > params.threshold:
             break
         token = int(token_1)
         if not sequence.grammar.accepts(token):
@@ -72,7 +72,7 @@ def advance_frontier(sequence: BlockDiffusionSequence, answer: ModelOutput, end:
             break
         commits |= {p: sequence.tokens[p] for p in fill_forced(sequence, end)}
     right = [i for i, p in enumerate(guess.positions) if p > sequence.frontier and sequence.undecided[p]]
-    for i in accept([guess.confidences[i] for i in right], rules.threshold, 0):
+    for i in accept([guess.confidences[i] for i in right], params.threshold, 0):
         place = guess.positions[right[i]]
         sequence.tokens[place], sequence.undecided[place] = guess.tokens[right[i]], False
         commits[place] = guess.tokens[right[i]]

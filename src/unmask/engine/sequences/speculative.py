@@ -7,7 +7,6 @@ its masked rows guess what comes behind. What a forward guesses, the next one ch
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
-from dataclasses import replace
 from itertools import takewhile
 
 from torch import Tensor
@@ -18,29 +17,9 @@ from unmask.engine.request import Request, Step
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
-from unmask.models.arch.config import ModelConfig
 
-DRAFT_THRESHOLD = 0.7
-"""Of drafts that are checked, unless told otherwise: it decides how fast, not what is said."""
 _EVERYTHING = 2**40
 """A block size whose first block holds all positions."""
-
-
-def choose_speculative(request: Request, config: ModelConfig, wanted: bool | None, threshold: float | None) -> Request:
-    """The request with its drafts checked, if that is wanted; None: wherever it is possible.
-
-    Args:
-        request: as it is without.
-        config: of the model.
-        wanted: True, False or None.
-        threshold: of the drafts; None: `DRAFT_THRESHOLD`.
-    """
-    rules = request.rules
-    usual = rules.policy == "threshold" and not rules.editing
-    possible = config.shifted and usual and None not in request.ids
-    if not (possible if wanted is None else wanted):
-        return request
-    return replace(request, rules=replace(rules, verify=True, threshold=DRAFT_THRESHOLD if threshold is None else threshold))
 
 
 class SpeculativeSequence(Sequence):
@@ -66,9 +45,9 @@ class SpeculativeSequence(Sequence):
     ) -> None:
         super().__init__(request, number, mask_id, cache_block_size, decode)
         given = [token for token in request.ids if token is not None]
-        self.tokens = given + [mask_id] * request.max_new_tokens
+        self.tokens = given + [mask_id] * request.params.max_new_tokens
         self._num_decided, self._num_drafted = len(given), 0
-        self._num_open = request.rules.block_size - 1
+        self._num_open = request.params.block_size - 1
         if self._take_forced():
             self._finish()
 
@@ -126,9 +105,9 @@ class SpeculativeSequence(Sequence):
         self._edits += self.tokens[known] not in (self.mask_id, says[known])
         kept = range(border, plan.stop) if known + 1 == border else range(0)
         sure = dict(zip(guess.positions, guess.confidences, strict=True))
-        drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.rules.threshold, kept)]
+        drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.params.threshold, kept)]
         if kept:
-            self._num_open = self.request.rules.block_size - 1 if drafts else max(1, self._num_open // 2)
+            self._num_open = self.request.params.block_size - 1 if drafts else max(1, self._num_open // 2)
         self._write(known, [says[known], *drafts])
         self._decide(known + 1)
         self._tell(plan, answer)

@@ -1,0 +1,294 @@
+"""Decoding options: each is declared here once, with type, default, range and help.
+
+Owns the declarations, their validation, and how options left to the model are resolved. Command-line options, HTTP fields,
+`/set` of chat, the page's controls and the tables of the documentation are generated from `SamplingParams.options()`. Imports
+neither torch nor pydantic nor typer; knows no tensor and no text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from numbers import Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from unmask.errors import RequestError
+
+if TYPE_CHECKING:
+    from unmask.models.arch.config import ModelConfig
+
+Policy = Literal["threshold", "entropy", "fixed"]
+Preset = Literal["speed", "quality"]
+Panel = Literal["Sampling", "Diffusion", "Speculative", "Structured output", "Output"]
+Surface = Literal["cli", "http", "diffusion", "set", "page"]
+"""Where an option appears: a command-line option, a field of HTTP bodies (OpenAI's, or in their section `diffusion`), `/set` in
+chat, a control of the page. The documentation lists all."""
+
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "speed": {"threshold": 0.5, "edit_threshold": 0.0, "max_post_steps": 16},
+    "quality": {"threshold": 0.7, "edit_threshold": 0.5, "max_post_steps": 16},
+}
+"""LLaDA2.1's two modes. Source: LLaDA2.1 (2602.08676), decoding settings."""
+MAX_NEW_TOKENS = 256
+BLOCK_SIZE = 32
+THRESHOLD = 0.95
+SPECULATIVE_THRESHOLD = 0.7
+"""Of draft tokens: they are verified, so it decides the speed and not the text."""
+_KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no"}
+_UNIONS = (UnionType, Union)
+_WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of a decoding option.
+
+    Attributes:
+        name: of the field of `SamplingParams`.
+        kind: int, float, bool, str, tuple (of strings) or Mapping.
+        default: the field's; None leaves the option to the model or the caller.
+        default_text: what None amounts to, in words.
+        minimum: least value, itself excluded with `exclusive`.
+        maximum: greatest value.
+        http_maximum: greatest value that a server takes from its clients.
+        choices: the values of a string option, if only some are valid.
+        is_file: the command line takes the name of a file that holds the value.
+    """
+
+    help: str
+    panel: Panel
+    name: str = ""
+    kind: type = str
+    default: Any = None
+    default_text: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive: bool = False
+    http_maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    is_file: bool = False
+    surfaces: frozenset[Surface] = frozenset()
+
+    @property
+    def shown_default(self) -> str:
+        """The default as `[default: ...]` shows it."""
+        return self.default_text or ("none" if self.default in (None, (), {}) else str(self.default))
+
+    @property
+    def range(self) -> str:
+        """The valid numbers in words; empty for other kinds."""
+        if self.kind not in (int, float):
+            return ""
+        if self.maximum is not None:
+            return f"lie in {'(' if self.exclusive else '['}{self.minimum}, {self.maximum}]"
+        finite = "finite and " if self.kind is float else ""
+        return f"be {finite}at least {self.minimum:g}" if self.minimum is not None else f"be {_KINDS[self.kind]}"
+
+    def check(self, value: Any) -> None:
+        """Raises: RequestError: a value of another type or outside the range."""
+        if self.choices and value not in self.choices:
+            raise RequestError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}")
+        if self.kind not in (int, float):
+            return
+        if not isinstance(value, Real):
+            raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
+        low, high = self.minimum, self.maximum
+        number: Any = value
+        above = low is None or number > low or (number == low and not self.exclusive)
+        if not (math.isfinite(number) and above and (high is None or number <= high)):
+            raise RequestError(f"{self.name} is {value}; it must {self.range}")
+
+    def parse(self, text: str) -> Any:
+        """The value that a text spells.
+
+        Raises:
+            RequestError: none of the option's type.
+        """
+        try:
+            return _WORDS[text.lower()] if self.kind is bool else self.kind(text)
+        except (KeyError, ValueError) as error:
+            raise RequestError(f"{self.name} is {text!r}; it must be {_KINDS[self.kind]}, or none") from error
+
+
+_EVERYWHERE: frozenset[Surface] = frozenset(("cli", "diffusion", "set", "page"))
+_STANDARD: frozenset[Surface] = frozenset(("cli", "http", "set", "page"))
+
+
+def _option(help: str, panel: Panel, default: Any = None, surfaces: frozenset[Surface] = _EVERYWHERE, **rest: Any) -> Any:
+    """A field of `SamplingParams`; `rest` as of `Option`."""
+    declared = Option(help, panel, default=default, surfaces=surfaces, **rest)
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"option": declared})
+    return field(default=default, metadata={"option": declared})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Decoding options. None leaves an option to the model, or to whoever resolves it; `resolve` fills everything in.
+
+    Source: LLaDA2.0 section 5 defaults (block 32, threshold 0.95, 32 steps); editing: LLaDA2.1 (2602.08676); entropy bound:
+    Ben-Hamu et al. (2505.24857).
+
+    Raises:
+        RequestError: a value outside its range, or options that exclude each other.
+    """
+
+    temperature: float | None = _option(
+        "0 takes the most probable token; higher values draw, and are more varied.", "Sampling", surfaces=_STANDARD,
+        default_text="0", minimum=0, http_maximum=2,
+    )  # fmt: skip
+    top_p: float | None = _option(
+        "Draw from the most probable tokens that together have this probability.", "Sampling", surfaces=_STANDARD,
+        default_text="all", minimum=0, exclusive=True, maximum=1,
+    )  # fmt: skip
+    top_k: int | None = _option(
+        "Draw from this many of the most probable tokens.", "Sampling", surfaces=_EVERYWHERE | _STANDARD,
+        default_text="all", minimum=1,
+    )  # fmt: skip
+    seed: int | None = _option(
+        "Random seed of the draws at a temperature above 0.", "Sampling", surfaces=_STANDARD,
+        default_text="0; a server draws one", minimum=-(2**63), maximum=2**63 - 1,
+    )  # fmt: skip
+    logit_bias: Mapping[int, float] = _option(
+        "Added to the logits of these token ids, in nats; -inf bans a token.", "Sampling", {}, frozenset(("http",)),
+        default_text="none",
+    )  # fmt: skip
+    block_size: int | None = _option(
+        "Tokens denoised together.", "Diffusion", default_text="the model's", minimum=1, http_maximum=512
+    )
+    threshold: float | None = _option(
+        "Accept every token whose probability is above this; lower is faster and less careful.", "Diffusion",
+        default_text=f"{THRESHOLD}; {SPECULATIVE_THRESHOLD} when speculative", minimum=0, maximum=1,
+    )  # fmt: skip
+    steps: int | None = _option("Most denoising steps per block.", "Diffusion", default_text="the block size", minimum=1)
+    policy: Policy = _option(  # noqa: RUF009  (declares a field)
+        "How a step chooses the tokens to accept: by threshold, by entropy, or a fixed number.", "Diffusion", "threshold"
+    )
+    entropy_bound: float = _option(
+        "Sum of entropies that a step may accept, in nats; for policy entropy.", "Diffusion", 0.1, minimum=0
+    )
+    preset: Preset | None = _option(  # noqa: RUF009
+        "LLaDA2.1's settings with editing, for models trained to replace decided tokens.", "Diffusion", default_text="none"
+    )
+    edit_threshold: float | None = _option(
+        "Replace a decided token when another one is more probable than this.", "Diffusion",
+        default_text="no editing", minimum=0, maximum=1,
+    )  # fmt: skip
+    max_post_steps: int = _option("Most editing passes over a block without masks.", "Diffusion", 16, minimum=0)
+    window: int = _option("Newest blocks that stay open to edits.", "Diffusion", 1, minimum=1, http_maximum=64)
+    speculative: bool | None = _option(
+        "Self-speculative decoding: drafts are verified, so that the text is that of decoding token by token.", "Speculative",
+        default_text="on for shifted models, unless a policy or editing is asked for",
+    )  # fmt: skip
+    json_schema: Mapping[str, Any] | str | bool | None = _option(
+        "The answer is JSON that this schema accepts.", "Structured output", None, frozenset(("cli",)), is_file=True
+    )
+    regex: str | None = _option("The answer matches this regular expression.", "Structured output", None, frozenset(("cli",)))
+    grammar: str | None = _option(
+        "The answer is a sentence of this Lark grammar.", "Structured output", None, frozenset(("cli",)), is_file=True
+    )
+    max_new_tokens: int | None = _option(
+        "Most tokens to generate.", "Output", surfaces=frozenset(("cli", "set", "page")),
+        default_text=f"{MAX_NEW_TOKENS}; 512 in chat", minimum=0,
+    )  # fmt: skip
+    min_new_tokens: int = _option("No end of text before this many tokens.", "Output", 0, minimum=0)
+    stop: tuple[str, ...] = _option(
+        "End before this text; may be given several times.", "Output", (), frozenset(("cli", "http"))
+    )
+    logprobs: int | None = _option(
+        "Log-probabilities of the tokens, and of this many alternatives.", "Output", None, frozenset(("cli",)),
+        minimum=0, maximum=20,
+    )  # fmt: skip
+
+    @classmethod
+    @cache
+    def options(cls) -> dict[str, Option]:
+        """The declarations by name, in the order of the fields."""
+        hints, declared = get_type_hints(SamplingParams), {}
+        for each in fields(SamplingParams):
+            hint = hints[each.name]
+            kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in _UNIONS else [hint]
+            choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
+            kind = str if choices else get_origin(kinds[0]) or kinds[0]
+            declared[each.name] = dataclasses.replace(each.metadata["option"], name=each.name, kind=kind, choices=choices)
+        return declared
+
+    def __post_init__(self) -> None:
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        for name, option in SamplingParams.options().items():
+            value = getattr(self, name)
+            if value is not None or (option.default is not None and not option.default_text):
+                option.check(value)
+        if "" in self.stop:
+            raise RequestError("stop holds an empty string; it would end every completion at once")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens is {self.min_new_tokens}; it must be at most max_new_tokens, {self.max_new_tokens}"
+            )
+        grammars = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            raise RequestError(f"{' and '.join(grammars)} are both given; a completion follows one of them")
+        editing = self.edit_threshold is not None or self.preset is not None
+        if self.window > 1 and not editing:
+            raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
+        if self.speculative and (self.policy != "threshold" or editing):
+            raise RequestError("speculative goes with neither a policy nor a preset nor an edit_threshold; leave them out")
+        if grammars and editing:
+            raise RequestError(f"{grammars[0]} does not go with an edit_threshold or a preset; leave one of them out")
+
+    @property
+    def editing(self) -> bool:
+        """Whether decided tokens may still be replaced."""
+        return self.edit_threshold is not None
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        values = {name: getattr(self, name) for name in SamplingParams.options()}
+        return {name: value for name, value in values.items() if value != SamplingParams.options()[name].default}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values.
+
+        Raises:
+            RequestError: no such option, or a value out of range.
+        """
+        unknown = changes.keys() - SamplingParams.options().keys()
+        if unknown:
+            raise RequestError(f"unknown option {min(unknown)}; use one of {', '.join(sorted(SamplingParams.options()))}")
+        return dataclasses.replace(self, **changes)
+
+    def resolve(self, config: ModelConfig, *, has_holes: bool = False) -> ResolvedParams:
+        """Options with nothing left open: the preset expanded, and the model's defaults filled in.
+
+        Args:
+            config: of the model.
+            has_holes: the prompt has holes, which self-speculative decoding cannot fill.
+
+        Raises:
+            RequestError: options that do not go together.
+        """
+        given = {**({} if self.preset is None else PRESETS[self.preset]), **self.given(), "preset": None}
+        block_size = given.setdefault("block_size", config.block_size or BLOCK_SIZE)
+        given.setdefault("steps", block_size)
+        possible = config.shifted and self.policy == "threshold" and "edit_threshold" not in given and not has_holes
+        if given.setdefault("speculative", possible):
+            given.setdefault("threshold", SPECULATIVE_THRESHOLD)
+        return ResolvedParams(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedParams(SamplingParams):
+    """Decoding options as the engine needs them: none is left to the model."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    block_size: int = BLOCK_SIZE
+    threshold: float = THRESHOLD
+    steps: int = 32
+    speculative: bool = False
+    max_new_tokens: int = MAX_NEW_TOKENS
