@@ -10,15 +10,14 @@ script can be stopped and started again. Writes a table, a PNG and a JSON file t
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import reasoning_gym
-from decode import machine
+from common import arguments, results_path, write_results
+from floors import machine
 from quality import FAMILIES, UNSEEN_SEED
 from rich.console import Console
 from rich.progress import track
@@ -29,8 +28,6 @@ from unmask.engine.llm import LanguageModel
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import run_recipe
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def recipe(model: str, tokens: int, *, weight: float, seed: int) -> Recipe:
@@ -110,15 +107,17 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--tokens", type=int, default=24_000, help="of each of the three runs")
     parser.add_argument("--weight", type=float, default=2.0, help="of the CAP term; the report's is 2")
     parser.add_argument("--count", type=int, default=24, help="test problems of each family")
     parser.add_argument("--thresholds", default="0.5,0.7,0.85,0.95,0.99")
     parser.add_argument("--out", type=Path, default=Path("out/bench-cap"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.tokens, options.count, options.thresholds = 600, 1, "0.9"
     console = Console()
     ready = train(console, options.out / "ready", recipe(options.model, options.tokens, weight=0.0, seed=0))
     runs = {
@@ -135,12 +134,12 @@ def main() -> None:
     report(console, results)
     for name, record in last.items():
         console.print(f"validation NELBO, {name}: {record['nelbo']:.3f} nats per token")
-    stem = RESULTS / f"cap_{datetime.now(UTC):%Y-%m-%d}"
+    path = results_path(options.results, "cap")
     settings = {key: str(value) for key, value in vars(options).items()}
-    draw(results, stem.with_suffix(".png"))
+    draw(results, path.with_suffix(".png"))
     written = {"machine": machine(), "options": settings, "results": results, "validation": last}
-    stem.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
-    console.print(f"written to {stem}.json and .png")
+    write_results(path, written)
+    console.print(f"written to {path} and .png")
 
 
 if __name__ == "__main__":

@@ -16,19 +16,18 @@ Texts of D2 are in the result file: speed means nothing without them. Writes ben
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from common import arguments, results_path, write_results
 from floors import Machine, machine, seconds_of
 from rich.console import Console
 from rich.table import Table
@@ -54,9 +53,10 @@ def load(name: str, weights: str) -> LanguageModel:
     return model
 
 
-def measure_d2(names: tuple[str, str], quick: bool) -> dict[str, Any]:
+def measure_d2(names: tuple[str, str], quick: bool, smoke: bool) -> dict[str, Any]:
     """Speed at equal or better score, structured and free."""
-    suites = {"structured": extraction(4 if quick else 8), "facts": facts(4 if quick else 8)}
+    count = 1 if smoke else 4 if quick else 8
+    suites = {"structured": extraction(count), "facts": facts(count)}
     sides: dict[str, tuple[LanguageModel, dict[str, Any]]] = {}
     for kind in ("int8",) if quick else WEIGHTS:
         sides[f"AR {kind}"] = (load(names[0], kind), {})
@@ -66,12 +66,13 @@ def measure_d2(names: tuple[str, str], quick: bool) -> dict[str, Any]:
         bars = (0.95, 0.6) if kind == "int8" else (0.6,)
         for size, bar in itertools.product(sizes, bars):
             sides[f"diffusion {kind}, block {size}, threshold {bar}"] = (child, {"block_size": size, "threshold": bar})
-    ways = {name: way(model, **options) for name, (model, options) in sides.items()}
+    length = 4 if smoke else 64
+    ways = {name: way(model, max_new_tokens=length, **options) for name, (model, options) in sides.items()}
     found: dict[str, Any] = {"target": 2.1, "suites": {}}
     plain = [name for name in sides if name == "AR int8" or name.startswith("diffusion int8, block 8")]
-    free = {f"{name}{FREE}": way(sides[name][0], free=True, **sides[name][1]) for name in plain}
+    free = {f"{name}{FREE}": way(sides[name][0], free=True, max_new_tokens=length, **sides[name][1]) for name in plain}
     for suite, tasks in suites.items():
-        rows = in_turn(ways | (free if suite == "structured" else {}), tasks, 3 if quick else 5)
+        rows = in_turn(ways | (free if suite == "structured" else {}), tasks, 1 if smoke else 3 if quick else 5)
         formed = {name: row for name, row in rows.items() if not name.endswith(FREE)}
         autoregressive = best({n: r for n, r in formed.items() if n.startswith("AR")})
         diffusion = best({n: r for n, r in formed.items() if n.startswith("diffusion")})
@@ -86,11 +87,11 @@ def measure_d2(names: tuple[str, str], quick: bool) -> dict[str, Any]:
     return found
 
 
-def way(model: LanguageModel, *, free: bool = False, **options: Any) -> Callable[[Task], Any]:
+def way(model: LanguageModel, *, free: bool = False, max_new_tokens: int = 64, **options: Any) -> Callable[[Task], Any]:
     """How to answer a task; `free`: without the grammar of its answer."""
 
     def answer(task: Task) -> Any:
-        return model.generate(task.prompt, max_new_tokens=64, json_schema=None if free else task.schema, **options)
+        return model.generate(task.prompt, max_new_tokens=max_new_tokens, json_schema=None if free else task.schema, **options)
 
     return answer
 
@@ -111,7 +112,8 @@ def in_turn(ways: dict[str, Callable[[Task], Any]], tasks: list[Task], repeats: 
             row["texts"] = [each.text for each in answers]
     for row in rows.values():
         row["tokens_per_second"] = row["tokens"] / statistics.median(row["seconds"])
-        row["tokens_per_forward"] = row["tokens"] / row["forwards"]
+        # A grammar may leave nothing to decide: then there is no forward.
+        row["tokens_per_forward"] = row["tokens"] / max(row["forwards"], 1)
     return rows
 
 
@@ -149,27 +151,28 @@ def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[],
     return run, run()
 
 
-def measure_d3(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
+def measure_d3(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str, Any]:
     """A denoising forward with its head, over rows and weights; and what a step is made of."""
     table = Table(title="D3: one denoising forward, context 256 (ms; target 1.5x the floor)")
     for column in ("weights", "rows", "layers", "attention", "head", "sum", "floor", "ratio"):
         table.add_column(column, justify="right")
     rows_of = {}
+    size = load(name, "float32").config.block_size or 32
+    counts = {1, size} if smoke else {1, 8, 16, 32, 64, size}
     for weights in ("int8",) if quick else WEIGHTS:
-        model = load(name, weights)
-        backend = model.backend()
-        for rows in (1, 8, 16, 32, 64):
-            run, hidden = one_forward(backend, rows, 256)
+        backend = load(name, weights).backend()
+        for rows in sorted(counts):
+            run, hidden = one_forward(backend, rows, 32 if smoke else 256)
             bare, _ = one_forward(backend, rows, 0)
             mask_id = backend.config.mask_id
-            head = torch.inference_mode()(lambda b=backend, h=hidden, m=mask_id: b.greedy(h, m))
-            rounds = [one_round(floors, (run, bare, head), backend.config, weights, rows) for _ in range(9)]
+            head = partial(backend.greedy, hidden, mask_id)
+            works = (run, bare, torch.inference_mode()(head))
+            rounds = [one_round(floors, works, backend.config, weights, rows) for _ in range(1 if smoke else 9)]
             figures = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
             rows_of[f"{weights}, {rows}"] = figures
             cells = (f"{1e3 * figures[key]:.1f}" for key in ("layers", "attention", "head", "sum", "floor"))
             table.add_row(weights, str(rows), *cells, f"{figures['ratio']:.2f}")
     LOG.print(table)
-    size = model.config.block_size or 32
     at_block = [figures["ratio"] for key, figures in rows_of.items() if key.endswith(f", {size}")]
     python = measure_python(load(name, "int8"))
     LOG.print(f"A step of a request beside the model (sampling, bookkeeping, Python): {1e3 * python:.2f} ms")
@@ -222,16 +225,16 @@ class Timed:
         self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
 
 
-def measure_d4(name: str, quick: bool) -> dict[str, Any]:
+def measure_d4(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
     """The engine against decoding without a cache: the reference in float32, and the 8-bit kernels without theirs."""
-    count, runs = (96, 1) if quick else (512, 3)
+    count, runs = (8, 1) if smoke else (96, 1) if quick else (512, 3)
     found: dict[str, Any] = {"target": 10.0, "tokens": count}
     for weights in ("float32", "int8"):
         model = load(name, weights)
         ids = tuple(model.encode_prompt("Write a long story about the sea."))
         request = model.request(ids, max_new_tokens=count, eos_id=(), steps=2)
         engine = Engine(model.backend(), prefix_cache=False)
-        cached = seconds_of(lambda e=engine, r=request: e.run([r]), runs)
+        cached = seconds_of(partial(engine.run, [request]), runs)
         started = time.perf_counter()
         if weights == "float32":
             assert model.config.mask_id is not None
@@ -260,11 +263,11 @@ def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
             engine.scheduler._preempt(sequence)
 
 
-def measure_d5(name: str, quick: bool) -> dict[str, Any]:
+def measure_d5(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
     """Eight requests at once against one after the other."""
     model = load(name, "int8")
     prompts = [task.prompt for task in (*facts(4), *extraction(4))]
-    requests = [model.request(model.encode_prompt(text), max_new_tokens=48, eos_id=()) for text in prompts]
+    requests = [model.request(model.encode_prompt(text), max_new_tokens=4 if smoke else 48, eos_id=()) for text in prompts]
 
     def together() -> list[Completion]:
         return Engine(model.backend(), prefix_cache=False).run(requests)
@@ -272,21 +275,21 @@ def measure_d5(name: str, quick: bool) -> dict[str, Any]:
     def alone() -> list[Completion]:
         return [Engine(model.backend(), prefix_cache=False).run([request])[0] for request in requests]
 
-    pairs = [(seconds_of(alone, 1)[0], seconds_of(together, 1)[0]) for _ in range(3 if quick else 5)]
+    pairs = [(seconds_of(alone, 1)[0], seconds_of(together, 1)[0]) for _ in range(1 if smoke else 3 if quick else 5)]
     ratio = statistics.median(one / many for one, many in pairs)
     same = [a.ids == b.ids for a, b in zip(together(), alone(), strict=True)]
     LOG.print(f"D5: eight requests, {sum(same)} of 8 identical: {ratio:.2f}x the throughput of one (target 4x)")
     return {"value": ratio, "target": 4.0, "pairs": pairs, "identical": sum(same)}
 
 
-def measure_d6(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
+def measure_d6(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str, Any]:
     """A prompt of 2,048 tokens through the engine's own prefill."""
-    best_ratio, rows_of = float("inf"), {}
+    best_ratio, rows_of, length = float("inf"), {}, 64 if smoke else 2048
     for weights in ("int8",) if quick else ("float32", "int8"):
         model = load(name, weights)
         config = model.config
         size = config.block_size or 32
-        ids = torch.randint(0, config.vocab_size, (2048,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
         def prefill(model: LanguageModel = model, ids: list[int] = ids) -> None:
             engine = Engine(model.backend(), prefix_cache=False)
@@ -295,51 +298,50 @@ def measure_d6(name: str, floors: Machine, quick: bool) -> dict[str, Any]:
 
         seconds = min(seconds_of(prefill, 2 if quick else 3))
         floors.measure(3)
-        products = floors.floor(config, weights, 2048 + size, size)
+        products = floors.floor(config, weights, length + size, size)
         # Scores and mixing, every position seeing the blocks up to its own, in float32 on every backend.
-        pairs = sum((position // size + 1) * size for position in range(2048 + size))
+        pairs = sum((position // size + 1) * size for position in range(length + size))
         operations = 4 * pairs * config.num_layers * config.num_heads * config.head_dim
         floor = products + operations / floors.rates["float32"]
         rows_of[weights] = {"seconds": seconds, "floor": floor, "products_only": products, "ratio": seconds / floor}
         best_ratio = min(best_ratio, seconds / floor)
         LOG.print(
-            f"D6: 2,048 tokens, {weights}: {seconds:.2f} s, floor {floor:.2f} s ({products:.2f} s without attention): "
+            f"D6: {length:,} tokens, {weights}: {seconds:.2f} s, floor {floor:.2f} s ({products:.2f} s without attention): "
             f"{seconds / floor:.2f}x (target 1.5x)"
         )
     return {"value": best_ratio, "target": 1.5, "rows": rows_of}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true", help="8-bit weights only, fewer prompts and repeats")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
     parser.add_argument("--only", default="D2,D3,D4,D5,D6")
     parser.add_argument("--threads", type=int)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    quick, smoke = options.quick or options.smoke, options.smoke
     if options.threads:
         torch.set_num_threads(options.threads)
-    floors = Machine()
+    floors = Machine(smoke=smoke)
     rates = ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in floors.rates.items())
     LOG.print(f"{json.dumps(machine())}\nread bandwidth {floors.bytes_per_second / 1e9:.1f} GB/s, large products: {rates}")
     names = (options.autoregressive, options.model)
     work: dict[str, Callable[[], dict[str, Any]]] = {
-        "D2": lambda: measure_d2(names, options.quick),
-        "D3": lambda: measure_d3(options.model, floors, options.quick),
-        "D4": lambda: measure_d4(options.model, options.quick),
-        "D5": lambda: measure_d5(options.model, options.quick),
-        "D6": lambda: measure_d6(options.model, floors, options.quick),
+        "D2": lambda: measure_d2(names, quick, smoke),
+        "D3": lambda: measure_d3(options.model, floors, quick, smoke),
+        "D4": lambda: measure_d4(options.model, quick, smoke),
+        "D5": lambda: measure_d5(options.model, quick, smoke),
+        "D6": lambda: measure_d6(options.model, floors, quick, smoke),
     }
     wanted = options.only.split(",")
     figures: dict[str, Any] = {name: measure() for name, measure in work.items() if name in wanted}
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    out = results / f"decode_{datetime.now(UTC).date()}{'_quick' if options.quick else ''}.json"
+    out = results_path(options.results, "decode_quick" if quick else "decode")
     before = json.loads(out.read_text()) if out.exists() else {}
     measured = {"machine": machine(), "bytes_per_second": floors.bytes_per_second, "rates": floors.rates}
     everything = {**before, **measured, **figures}  # with --only, the rest of today's figures stay
-    out.write_text(json.dumps(everything, indent=1) + "\n")
+    write_results(out, everything)
     if options.json:
         json.dump({name: {"value": row["value"], "target": row["target"]} for name, row in figures.items()}, sys.stdout)
         print()

@@ -9,24 +9,22 @@ held-out pairs, over fresh noise. Runs resume. Writes a table, a PNG and a JSON 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode import machine
+from common import arguments, results_path, write_results
+from floors import machine
 from rich.console import Console
 
 from unmask.cli.progress import showing_progress
 from unmask.train.metrics import Record, read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import build_parts, run_recipe
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def spoil(answer: str, rng: random.Random) -> str:
@@ -107,8 +105,8 @@ def draw(curves: dict[int, list[Record]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--answers", type=Path, default=Path("scripts/embedded/answers.jsonl"))
     parser.add_argument("--pairs", type=int, default=400)
@@ -116,7 +114,9 @@ def main() -> None:
     parser.add_argument("--samples", default="1,8")
     parser.add_argument("--noise-seeds", type=int, default=4, help="fresh draws for the variance")
     parser.add_argument("--out", type=Path, default=Path("out/bench-dpo"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.tokens, options.pairs, options.noise_seeds, options.samples = 600, 40, 2, "1,2"
     console = Console()
     pairs = options.out / "pairs.jsonl"
     write_pairs(options.answers, pairs, options.pairs)
@@ -147,12 +147,12 @@ def main() -> None:
             f"{samples:<9}{row['steps']:>7}{row['seconds_per_step']:>8.1f}{row['held_out_accuracy']:>10.1%}{row['held_out_margin']:>9.3f}"
             f"{row['held_out_loss']:>8.3f}{row['variance_of_mean_margin']:>25.4g}"
         )
-    stem = RESULTS / f"dpo_{datetime.now(UTC):%Y-%m-%d}"
-    draw(curves, stem.with_suffix(".png"))
+    path = results_path(options.results, "dpo")
+    draw(curves, path.with_suffix(".png"))
     settings = {key: str(value) for key, value in vars(options).items()}
     written = {"machine": machine(), "options": settings, "summary": summary, "curves": curves}
-    stem.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
-    console.print(f"written to {stem}.json and .png")
+    write_results(path, written)
+    console.print(f"written to {path} and .png")
 
 
 if __name__ == "__main__":

@@ -48,16 +48,16 @@ def seconds_of(work: Callable[[], Any], repeats: int = 7, *, warm: bool = True) 
 Probe = tuple[Callable[[], Any], int]
 
 
-def probes(rows: int = 512) -> dict[str, Probe]:
+def probes(rows: int = 512, size: int = 2048, read_bytes: int = 2**28) -> dict[str, Probe]:
     """Works that show what the machine can do, and how many bytes or operations each is: reading a tensor far larger than
     any cache, and large products in float32 and in 8 bits (the library's and ours)."""
-    big = torch.ones(2**28, dtype=torch.uint8).view(torch.int64)
-    a, b = torch.randn(rows, 2048), torch.randn(2048, 2048)
-    a8, b8 = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, 2048), (2048, 2048)))
+    big = torch.ones(read_bytes, dtype=torch.uint8).view(torch.int64)
+    a, b = torch.randn(rows, size), torch.randn(size, size)
+    a8, b8 = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, size), (size, size)))
     packed = PackedLinear(b, None, 8, Kernels(start_build().load()))
-    operations = 2 * rows * 2048 * 2048
+    operations = 2 * rows * size * size
     return {
-        "read": (lambda: big.sum(), 2**28),
+        "read": (lambda: big.sum(), read_bytes),
         "float32": (lambda: a @ b, operations),
         "int8": (lambda: torch._int_mm(a8, b8), operations),
         "int8, ours": (lambda: packed(a), operations),
@@ -67,8 +67,8 @@ def probes(rows: int = 512) -> dict[str, Probe]:
 class Machine:
     """The floors. `measure` anew beside each thing that is compared: the speed of a shared machine changes by the minute."""
 
-    def __init__(self) -> None:
-        self._probes = probes()
+    def __init__(self, *, smoke: bool = False) -> None:
+        self._probes = probes(32, 64, 2**16) if smoke else probes()
         self.bytes_per_second, self.rates = 0.0, {"float32": 0.0, "int8": 0.0}
         self.measure(7)
 

@@ -10,21 +10,21 @@ larger of weight bytes / read bandwidth and operations / peak rate of 8-bit dot 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from decode import machine
+from common import arguments
+from floors import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -101,13 +101,19 @@ def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
             out = torch.ops.onednn.qlinear_pointwise(
                 unsigned, 1.0, 128, packed, eight.scale_N, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
-            return out * scale
+            scaled: Tensor = out * scale
+            return scaled
 
         return product
 
     def weight_only(_: int) -> Product:
         w = eight.integers_NK.clone()
-        return lambda x: torch._weight_int8pack_mm(x, w, eight.scale_N)
+
+        def product(x: Tensor) -> Tensor:
+            out: Tensor = torch._weight_int8pack_mm(x, w, eight.scale_N)
+            return out
+
+        return product
 
     def ours(bits: int) -> Callable[[int], Product]:
         return lambda _: PackedLinear(weight, None, bits, kernels)
@@ -133,9 +139,9 @@ def check(way: Way, x: Tensor, plain: Way) -> str | None:
     except RuntimeError as error:
         return str(error).splitlines()[0][:40]
     expected = way.expected(x)
-    error = max(float((out - expected).norm() / expected.norm()) for out in got)
-    if error > 1e-5:
-        return f"WRONG by {error:.1e}"
+    worst = max(float((out - expected).norm() / expected.norm()) for out in got)
+    if worst > 1e-5:
+        return f"WRONG by {worst:.1e}"
     slower = timed(lambda: way.products[0](x)) / timed(lambda: plain.products[0](x))
     return f"{slower:.0f} times slower than float32" if slower > 10 else None
 
@@ -159,7 +165,8 @@ def peak_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "peak.cpp", Path(folder) / "peak.so"
         source.write_text(PEAK)
-        command = [*build._compiler(), *build._FLAGS, f"-I{Path(build.__file__).parent}", "-shared", source, "-o", library]
+        include = f"-I{Path(build.__file__).parent}"
+        command = [*build._compiler(), *build._FLAGS, include, "-shared", str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         rounds = ctypes.CDLL(str(library)).rounds
         rounds.argtypes = [ctypes.c_int64]
@@ -217,18 +224,21 @@ def table(figures: list[dict[str, Any]], limits: dict[str, float]) -> Table:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--rows", default="1,8,32,64")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     console = Console(stderr=options.json)
     kernels = Kernels(build.start_build().load())
     limits = {"bandwidth": read_bandwidth(), "peak": peak_rate()}
-    rows, figures = [int(n) for n in options.rows.split(",")], []
-    for shape in options.shapes.split(","):
+    rows, shapes = [int(n) for n in options.rows.split(",")], options.shapes.split(",")
+    if options.smoke:
+        rows, shapes, options.repeats = rows[:1], shapes[:1], 1
+    figures: list[dict[str, Any]] = []
+    for shape in shapes:
         figures += measure(shape, rows, options.repeats, kernels)
     console.print(table(figures, limits))
     console.print(f"read bandwidth {limits['bandwidth'] / 1e9:.1f} GB/s, peak {limits['peak'] / 1e9:.0f} GOP/s, {machine()}")

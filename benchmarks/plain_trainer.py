@@ -25,7 +25,9 @@ def load_network(folder: Path) -> nn.Module:
     """The checkpoint as transformers sees it, in float32."""
     network: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # It drops the input gradient of the padding token, which here ends every answer, too.
-    network.get_input_embeddings().padding_idx = None
+    embedding = network.get_submodule("model.embed_tokens")
+    assert isinstance(embedding, nn.Embedding)
+    embedding.padding_idx = None
     return network.train()
 
 

@@ -8,10 +8,11 @@ same problems, asked the same way. Scores come from reasoning-gym's own checkers
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import reasoning_gym
+from common import arguments
 
 import unmask
 from unmask.engine.llm import LanguageModel
@@ -34,13 +35,15 @@ def score(model: LanguageModel, family: str, count: int, **options: Any) -> tupl
     return right / count, tokens / forwards
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--thresholds", default="0.95,0.8")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.count = 1
     model, base = unmask.load(options.model), unmask.load(options.autoregressive)
     print(f"{'':<26}{'way':<28}{'right':>8}{'tokens per forward':>22}")
     for family in FAMILIES:

@@ -15,7 +15,6 @@ llama-cpp-python's server on the same autoregressive weights (Q4_1), where `--ri
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 import httpx2
 import openai
+from common import arguments
 from floors import machine
 from rich.console import Console
 from rich.progress import Progress
@@ -78,12 +78,12 @@ class Side:
     model: str
 
 
-def sides(rival: str | None, gguf: Path | None) -> list[Side]:
+def sides(model: str, parent: str, rival: str | None, gguf: Path | None) -> list[Side]:
     """The servers there are."""
     ours = (sys.executable, "-m", "unmask", "serve", "--log-format", "json", "--max-queue", "256")
     found = [
-        Side("diffusion int8", (*ours, "--model", "smollm2-135m-converted"), "smollm2-135m-converted"),
-        Side("autoregressive int8", (*ours, "--model", "smollm2-135m"), "smollm2-135m"),
+        Side("diffusion int8", (*ours, "--model", model), model),
+        Side("autoregressive int8", (*ours, "--model", parent), parent),
     ]
     if rival is not None:
         path, threads = str(gguf or embedded_gguf()), str(os.cpu_count() or 1)
@@ -183,21 +183,23 @@ def figures(done: Sequence[Served], seconds: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--model", default="smollm2-135m-converted")
+    parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--rival", help="a Python that has llama-cpp-python[server]")
     parser.add_argument("--gguf", type=Path, help="its weights; default: those of the embedded model")
     parser.add_argument("--quick", action="store_true", help="1 and 4 clients, few questions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    levels = [1, 4] if options.quick else options.clients
+    options = parser.parse_args(argv)
+    levels = [1] if options.smoke else [1, 4] if options.quick else options.clients
     found: dict[str, dict[str, dict[str, float]]] = {}
     with Progress(console=LOG, transient=True) as progress:
-        all_sides = sides(options.rival, options.gguf)
+        all_sides = sides(options.model, options.autoregressive, options.rival, options.gguf)
         task = progress.add_task("serving", total=len(levels) * len(all_sides))
         for clients in levels:
-            each = max(2, (4 if options.quick else 16) // clients)
+            each = 1 if options.smoke else max(2, (4 if options.quick else 16) // clients)
             for side in all_sides:
                 progress.update(task, description=f"{clients} clients: {side.name}")
                 with running(side) as url:

@@ -11,18 +11,17 @@ least lucky request waited. Writes its figures to benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, results_path, write_results
 from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer as Backend
@@ -38,7 +37,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 
 EOS, MASK = 256, 257
-SCHEMAS = (
+SCHEMAS: tuple[dict[str, Any], ...] = (
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
     {"enum": ["red", "green", "greenish"]},
     {"type": "array", "items": {"type": "boolean"}, "maxItems": 4},
@@ -194,21 +193,20 @@ def compare(model: Transformer, requests: list[Request], found: dict[int, Comple
             progress.update(task, advance=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.requests = 20
     torch.set_num_threads(1)
     with Progress(console=Console(stderr=True)) as progress:
         figures = soak(options.requests, options.seed, progress)
     for name, value in figures.items():
         print(f"{name:<22}{value:,.1f}" if isinstance(value, float) else f"{name:<22}{value:,}")
     print("all outputs equal solo decoding; no page leaked, none shared wrongly, nobody starved")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    out = results / f"soak_{datetime.now(UTC).date()}.json"
-    out.write_text(json.dumps(figures, indent=1) + "\n")
+    write_results(results_path(options.results, "soak"), figures)
 
 
 if __name__ == "__main__":

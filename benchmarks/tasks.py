@@ -49,7 +49,8 @@ class Task:
             found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         except ValueError:
             return 0.0
-        return sum(found.get(key) == value for key, value in self.expected.items()) / len(self.expected)
+        right: list[bool] = [found.get(key) == value for key, value in self.expected.items()]
+        return sum(right) / len(right)
 
 
 def extraction(count: int, seed: int = 0) -> list[Task]:

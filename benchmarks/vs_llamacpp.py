@@ -13,18 +13,17 @@ CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, results_path, write_results
 from decode import LOG, best, in_turn, load, way
 from floors import machine
 from rich.table import Table
@@ -65,13 +64,14 @@ def llama_way(path: Path, parent: LanguageModel, threads: int) -> Callable[[Task
     return answer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    options.quick |= options.smoke
     parent = load("smollm2-135m", "int8")
     rival = llama_way(options.gguf or embedded_gguf(), parent, torch.get_num_threads())
     ways: dict[str, Callable[[Task], Any]] = {"llama.cpp Q4_1": rival, "our engine, autoregressive int8": way(parent)}
@@ -97,8 +97,7 @@ def main() -> None:
             table.add_row(label, f"{row['tokens_per_second']:.1f}", f"{row['score']:.0f}", seconds)
         LOG.print(table)
     figures["value"] = figures["suites"]["structured"]["ratio"]
-    out = Path(__file__).parent / "results" / f"vs_llamacpp_{datetime.now(UTC).date()}.json"
-    out.write_text(json.dumps({"machine": machine(), "D1": figures}, indent=1) + "\n")
+    write_results(results_path(options.results, "vs_llamacpp"), {"machine": machine(), "D1": figures})
     if options.json:
         print(json.dumps({"D1": {"value": figures["value"], "target": 2.1}}))
 

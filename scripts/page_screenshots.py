@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 QUESTIONS = (
@@ -25,8 +26,8 @@ HALFWAY = """() => {
 }"""
 
 
-def open_page(browser: Browser, url: str, **options: object) -> Page:
-    page = browser.new_context(**options).new_page()
+def open_page(browser: Browser, url: str, scheme: Literal["dark", "light"], viewport: ViewportSize) -> Page:
+    page = browser.new_context(color_scheme=scheme, viewport=viewport).new_page()
     page.goto(url)
     page.wait_for_function("document.getElementById('model').textContent.length > 0")
     return page
@@ -63,12 +64,12 @@ def main(url: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
-        page = open_page(browser, url, color_scheme="dark", viewport={"width": 1000, "height": 600})
+        page = open_page(browser, url, "dark", {"width": 1000, "height": 600})
         ask(page, "What is the capital of France?")
         finish(page)
         slow_down(page)
         picture_of_a_block(page, folder / "chat-dark.png")
-        page = open_page(browser, url, color_scheme="light", viewport={"width": 360, "height": 640})
+        page = open_page(browser, url, "light", {"width": 360, "height": 640})
         ask(page, "List three primary colours.")
         finish(page)
         page.screenshot(path=folder / "chat-phone.png")

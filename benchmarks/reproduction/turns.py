@@ -98,8 +98,8 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
         ratios = sorted(_ratio([answers], name) for answers in everything)
         low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.1, 0.9))
         by_task: dict[str, list[float]] = {}
-        for task, answers in taken:
-            by_task.setdefault(task, []).append(_ratio([answers], name))
+        for task_name, pair in taken:
+            by_task.setdefault(task_name, []).append(_ratio([pair], name))
         tasks = {task: statistics.median(each) for task, each in by_task.items()}
         spread = {"median": statistics.median(ratios), "p10": low, "p90": high}
         decoding_only = _decoding(everything, "child") / _decoding(everything, name)

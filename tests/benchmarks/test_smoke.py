@@ -1,0 +1,74 @@
+"""Every benchmark runs: `--smoke` on tiny random models. Figures are not looked at, only that they are there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from runs import tiny_folder
+
+BLOCK_SIZE = 6
+"""None of the row counts that decode.py measures anyway."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An autoregressive model and a diffusion model."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "autoregressive": str(tiny_folder(folder / "autoregressive")),
+        "diffusion": str(tiny_folder(folder / "diffusion", mask_id=3, block_size=BLOCK_SIZE)),
+    }
+
+
+def smoke(script: str, results: Path, *arguments: str) -> None:
+    importlib.import_module(script).main(["--smoke", "--results", str(results), *arguments])
+
+
+def test_decode(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("decode", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"], "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"D2", "D3", "D4", "D5", "D6"}
+    assert all(figure["value"] >= 0 for figure in figures.values())
+    assert list(tmp_path.glob("decode_quick_*.json"))
+
+
+def test_gemm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("gemm", tmp_path, "--shapes", "out", "--json")
+    assert json.loads(capsys.readouterr().out)["figures"]
+
+
+def test_quality(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("quality", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"])
+    assert "tokens per forward" in capsys.readouterr().out
+
+
+def test_soak(tmp_path: Path) -> None:
+    smoke("soak", tmp_path)
+    (result,) = tmp_path.glob("soak_*.json")
+    assert json.loads(result.read_text())["requests"] == 20
+
+
+@pytest.mark.parametrize("script", ["cap", "dpo"])
+def test_training_benchmarks(script: str, models: dict[str, str], tmp_path: Path) -> None:
+    smoke(script, tmp_path, "--model", models["diffusion"], "--out", str(tmp_path / "out"))
+    (result,) = tmp_path.glob(f"{script}_*.json")
+    assert json.loads(result.read_text())
+    assert result.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_serve(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("serve", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"], "--json")
+    for figures in json.loads(capsys.readouterr().out)["clients"]["1"].values():
+        assert figures["requests"] == 1
+
+
+def test_vs_llamacpp_says_what_is_missing(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llama_cpp") is not None:
+        pytest.skip("llama-cpp-python is installed")
+    with pytest.raises(SystemExit, match="llama-cpp-python"):
+        smoke("vs_llamacpp", tmp_path)
