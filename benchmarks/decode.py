@@ -34,13 +34,13 @@ from rich.table import Table
 from tasks import Task, extraction, facts
 
 import unmask
+from unmask.engine.backends.base import Backend
+from unmask.engine.batch import Batch, SequenceSlice
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request
-from unmask.engine.runner import Backend
 from unmask.models.arch.config import ModelConfig
-from unmask.models.rows import Rows, Segment
 
 WEIGHTS = ("float32", "int8", "int4")
 FREE = ", without grammar"
@@ -139,14 +139,13 @@ def print_d2(suite: str, rows: dict[str, Any], autoregressive: str, diffusion: s
 def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
     """A forward of `rows` rows after `context` cached tokens, and its hidden states."""
     config = backend.config
-    slots = torch.arange(context + rows)
-    store = torch.randn(config.num_layers, 2, config.num_kv_heads, context + rows, config.head_dim, dtype=backend.dtype)
+    kv_cache = backend.new_kv_cache(1, context + rows).normal_()
     tokens = torch.randint(0, config.vocab_size, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = Rows.join([tokens], [Segment(0, rows, context, rows, slots, True)], backend.device)
+    batch = Batch.build([SequenceSlice(tokens, context, [0], rows)], context + rows, backend.device)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return backend.forward(batch, store)
+        return backend.forward(batch, kv_cache)
 
     return run, run()
 

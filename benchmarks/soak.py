@@ -122,18 +122,18 @@ def text_of(ids: Any) -> str:
     return "".join(chr(97 + token % 26) for token in ids)
 
 
-def check_pages(engine: Engine) -> None:
-    """No page lost, shared wrongly, or open to writing while others read it."""
+def check_cache_blocks(engine: Engine) -> None:
+    """No cache block lost, shared wrongly, or open to writing while others read it."""
     pool, running = engine.pool, engine.scheduler.running
     pool.check()
-    holders = Counter(page for sequence in running for page in sequence.pages)
-    for page, count in holders.items():
-        assert pool.ref_count(page) == count, f"page {page} has {pool.ref_count(page)} holders on record, {count} in fact"
-    assert pool.num_held == len(holders), "a page is held by nobody that runs"
+    users = Counter(cache_block for sequence in running for cache_block in sequence.block_table)
+    for cache_block, count in users.items():
+        assert pool.ref_count(cache_block) == count, f"cache block {cache_block}: {pool.ref_count(cache_block)}, not {count}"
+    assert pool.num_used == len(users), "a cache block is used by nobody that runs"
     for sequence in running:
-        for page in sequence.pages[sequence.committed // engine.cache_block_size :]:
-            assert not pool.is_published(page), "a page that will be written is shared"
-    assert all(not sequence.pages for sequence in engine.scheduler.waiting), "a waiting sequence holds pages"
+        for cache_block in sequence.block_table[sequence.committed // engine.cache_block_size :]:
+            assert not pool.is_published(cache_block), "a cache block that will be written is shared"
+    assert all(not sequence.block_table for sequence in engine.scheduler.waiting), "a waiting sequence has cache blocks"
 
 
 def soak(num_requests: int, seed: int, progress: Progress | None = None) -> dict[str, Any]:
@@ -167,10 +167,10 @@ def soak(num_requests: int, seed: int, progress: Progress | None = None) -> dict
                 assert tuple(emitted[update.number]) == update.completion.ids, "what was handed out was taken back"
                 if progress is not None and task is not None:
                     progress.update(task, advance=1)
-        check_pages(engine)
+        check_cache_blocks(engine)
         steps += 1
     seconds = time.perf_counter() - started
-    assert engine.pool.num_held == 0, "a page leaked"
+    assert engine.pool.num_used == 0, "a cache block leaked"
     cached = sum(completion.costs.cached_tokens for completion in found.values())
     compare(model, requests, found, progress)
     return {

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from unmask.engine.backends.sequential import SequentialBackend
+from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, Step
@@ -71,9 +73,9 @@ def trajectory(completion: Completion, steps: list[Step]) -> dict[str, Any]:
 
 
 def check_clean(engine: Engine) -> None:
-    """No page is held, and the books are in order."""
+    """No cache block is used, and the books are in order."""
     engine.pool.check()
-    assert engine.pool.num_held == 0, "a page leaked"
+    assert engine.pool.num_used == 0, "a cache block leaked"
     assert not engine.has_work
 
 
@@ -91,8 +93,10 @@ def reference(dtype: torch.dtype = torch.float64) -> Implementation:
     return generate
 
 
-def engine(dtype: torch.dtype = torch.float64, *, tight: bool = False, **options: Any) -> Implementation:
-    """This repository's engine; `tight`: with the least rows and pages that serve the request."""
+def engine(
+    dtype: torch.dtype = torch.float64, *, tight: bool = False, backend: type[TorchBackend] = TorchBackend, **options: Any
+) -> Implementation:
+    """This repository's engine; `tight`: with the least tokens a forward and cache blocks that serve the request."""
 
     def generate(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         request, limits = from_json(values), dict(options)
@@ -101,7 +105,7 @@ def engine(dtype: torch.dtype = torch.float64, *, tight: bool = False, **options
                 "max_num_batched_tokens": request.params.window * request.params.block_size,
                 "num_tokens": request.canvas_length,
             }
-        made = Engine(_load(folder, dtype=dtype), mask_id=values["mask_id"], **limits)
+        made = Engine(backend(_load(folder, dtype=dtype)), mask_id=values["mask_id"], **limits)
         updates = list(made.stream(request, watch=True))
         check_clean(made)
         completion = updates[-1].completion
@@ -116,6 +120,7 @@ def implementations() -> dict[str, Implementation]:
     known = {
         "reference": reference(),
         "engine": engine(),
+        "engine-sequential": engine(backend=SequentialBackend),
         "engine-tight": engine(tight=True, cache_block_size=3),
         "engine-float32": engine(torch.float32, cache_block_size=16),
     }

@@ -2,7 +2,7 @@
 
 That literal special tokens in text stay text is the tokenizer's matter: `tests/data/test_tokenizer.py`.
 
-Legend: L layers, G kv heads, P slots, T positions, S head dim.
+Legend: L layers, G kv heads, T positions, S head dim.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Capture:
 
 
 class Published:
-    """What every published page should hold, noted when it is published."""
+    """What every published cache block should hold, noted when it is published."""
 
     def __init__(self, engine: Engine, model: Transformer) -> None:
         self.engine, self.model = engine, model
@@ -114,30 +114,30 @@ class Published:
         before = sequence.num_published
         self._publish(sequence)
         for place in range(before, sequence.num_published):
-            page = sequence.pages[place]
-            if self.engine.pool.is_published(page):
+            cache_block = sequence.block_table[place]
+            if self.engine.pool.is_published(cache_block):
                 size = sequence.block_size
                 end = -(-(place + 1) * self.engine.cache_block_size // size) * size
-                self.content[page] = (tuple(sequence.tokens[:end]), size, place)
+                self.content[cache_block] = (tuple(sequence.tokens[:end]), size, place)
 
     @torch.inference_mode()
     def check(self) -> int:
-        """Every page holds what a fresh forward over the final tokens gives; how many there are."""
+        """Every cache block holds what a fresh forward over the final tokens gives; how many there are."""
         pool, cache_block_size = self.engine.pool, self.engine.cache_block_size
-        pages = [page for page in range(pool.num_cache_blocks) if pool.is_published(page)]
-        store = self.engine._runner.store
-        for page in pages:
-            tokens, size, place = self.content[page]
+        cache_blocks = [cache_block for cache_block in range(pool.num_cache_blocks) if pool.is_published(cache_block)]
+        kv_cache = self.engine.runner.kv_cache
+        for cache_block in cache_blocks:
+            tokens, size, place = self.content[cache_block]
             length = len(tokens)
             context = length if self.model.config.shifted else 0
             capture = Capture(block_causal_mask(length, length, size, context=context))
             read = self.model.config.inputs(tokens, 0, length)
             self.model(torch.tensor(read)[None], torch.arange(length)[None], capture)
-            at, slots = (slice(n * cache_block_size, (n + 1) * cache_block_size) for n in (place, page))
-            for layer, (keys, values) in enumerate(capture.kept):
-                torch.testing.assert_close(store[layer, 0][:, slots], keys[:, at], atol=1e-9, rtol=1e-9)
-                torch.testing.assert_close(store[layer, 1][:, slots], values[:, at], atol=1e-9, rtol=1e-9)
-        return len(pages)
+            at = slice(place * cache_block_size, (place + 1) * cache_block_size)
+            for layer, kept in enumerate(capture.kept):
+                expected = torch.stack([x[:, at].transpose(0, 1) for x in kept])
+                torch.testing.assert_close(kv_cache[layer, :, cache_block], expected, atol=1e-9, rtol=1e-9)
+        return len(cache_blocks)
 
 
 def serve(engine: Engine, batch: Sequence[Request], gaps: Sequence[int] = ()) -> list[Completion]:
@@ -175,7 +175,7 @@ def assert_exact(family: str, batch: Sequence[Request], gaps: Sequence[int] = ()
 
 
 FAMILY = st.sampled_from(KINDS)
-PAGE = st.sampled_from([1, 2, 3, 4, 6, 8, 16])
+CACHE_BLOCK_SIZE = st.sampled_from([1, 2, 3, 4, 6, 8, 16])
 few = settings(max_examples=8)
 
 
@@ -200,22 +200,22 @@ def test_batched_equals_alone(family: str, batch: list[Request], gaps: list[int]
 
 
 @few
-@given(FAMILY, Batch, st.integers(0, 2), PAGE)
+@given(FAMILY, Batch, st.integers(0, 2), CACHE_BLOCK_SIZE)
 def test_preempted_equals_uninterrupted(family: str, batch: list[Request], slack: int, cache_block_size: int) -> None:
     """Pages for the longest request and hardly more."""
-    pages = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
-    assert_exact(family, batch, cache_block_size=cache_block_size, num_tokens=pages * cache_block_size)
+    cache_blocks = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
+    assert_exact(family, batch, cache_block_size=cache_block_size, num_tokens=cache_blocks * cache_block_size)
 
 
 @few
-@given(FAMILY, Batch, PAGE, st.lists(st.integers(0, 6), max_size=4))
+@given(FAMILY, Batch, CACHE_BLOCK_SIZE, st.lists(st.integers(0, 6), max_size=4))
 def test_prefix_cached_equals_cold(family: str, batch: list[Request], cache_block_size: int, gaps: list[int]) -> None:
-    """Shared prompts, also with requests that run or have ended; pages smaller and larger than blocks."""
+    """Shared prompts, also with requests that run or have ended; cache blocks smaller and larger than blocks."""
     assert_exact(family, batch, gaps, rounds=2, cache_block_size=cache_block_size)
 
 
 @few
-@given(FAMILY, Batch, st.integers(0, 9), PAGE)
+@given(FAMILY, Batch, st.integers(0, 9), CACHE_BLOCK_SIZE)
 def test_chunked_prefill_equals_whole_and_separate_commits_fused_ones(
     family: str, batch: list[Request], spare: int, cache_block_size: int
 ) -> None:
@@ -225,16 +225,16 @@ def test_chunked_prefill_equals_whole_and_separate_commits_fused_ones(
 
 
 @few
-@given(FAMILY, Batch, st.integers(0, 3), st.integers(0, 5), PAGE, st.integers(1, 3))
+@given(FAMILY, Batch, st.integers(0, 3), st.integers(0, 5), CACHE_BLOCK_SIZE, st.integers(1, 3))
 def test_all_of_it_at_once(
     family: str, batch: list[Request], slack: int, spare: int, cache_block_size: int, max_num_seqs: int
 ) -> None:
-    pages = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
+    cache_blocks = -(-max(request.canvas_length for request in batch) // cache_block_size) + slack
     least = max(request.params.window * request.params.block_size for request in batch)
     batch = [replace(request, priority=place % 3 - 1) for place, request in enumerate(batch)]
     options = {
         "cache_block_size": cache_block_size,
-        "num_tokens": pages * cache_block_size,
+        "num_tokens": cache_blocks * cache_block_size,
         "max_num_batched_tokens": least + spare,
         "max_num_seqs": max_num_seqs,
     }
@@ -251,7 +251,7 @@ def a_batch(**rules: Any) -> list[Request]:
 
 
 def test_the_properties_are_not_about_nothing() -> None:
-    """Interruptions, hits and chunks do happen, and pages are published."""
+    """Interruptions, hits and chunks do happen, and cache blocks are published."""
     model, batch = golden_model("qwen3"), a_batch()
     tight = Engine(model, mask_id=MASK, cache_block_size=4, num_tokens=64)
     assert sum(completion.costs.preemptions for completion in tight.run(batch)) >= 2
@@ -277,8 +277,8 @@ def test_a_stale_cache_would_be_noticed() -> None:
     published = Published(engine, model)
     engine.run(a_batch()[:1])
     assert published.check() >= 2
-    page = min(published.content)
-    engine._runner.store[1, 1, 0, page * 4, 0] += 1e-6
+    cache_block = min(published.content)
+    engine.runner.kv_cache[1, 1, cache_block, 0, 0, 0] += 1e-6
     with pytest.raises(AssertionError):
         published.check()
 

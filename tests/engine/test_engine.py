@@ -81,9 +81,9 @@ def test_an_abort_frees_pages_at_once() -> None:
     engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=20)
     first, second, third = (engine.add(request_of(9, 9, start=n)) for n in range(3))
     engine.step()
-    assert engine.pool.num_held == 3, "the others need three as well, and there are five"
+    assert engine.pool.num_used == 3, "the others need three as well, and there are five"
     engine.abort(first)
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
     engine.pool.check()
     engine.abort(third)  # while it waits
     engine.abort(first)  # twice
@@ -96,7 +96,7 @@ def test_an_abort_frees_pages_at_once() -> None:
     assert completion is not None
     assert completion.ids == generate_reference(MODEL, request_of(9, 9, start=1), MASK).ids
     engine.abort(second)  # after its end
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
 
 
 def test_a_stream_left_early_aborts() -> None:
@@ -106,7 +106,7 @@ def test_a_stream_left_early_aborts() -> None:
     assert engine.has_work
     stream.close()
     assert not engine.has_work
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
 
 
 def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
@@ -128,7 +128,7 @@ def test_run_aborts_all_when_one_is_impossible() -> None:
     with pytest.raises(RequestError, match="max_new_tokens is 0"):
         engine.run([request_of(3, 4), request_of(3, 0)])
     assert not engine.has_work
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
     assert engine.step() == []
 
 

@@ -29,4 +29,4 @@ def test_a_batch_on_the_device_equals_the_reference(family: str) -> None:
     expected = [generate_reference(model, request, MASK).ids for request in requests]
     engine = Engine(model.cuda(), mask_id=MASK, num_tokens=256)
     assert [completion.ids for completion in engine.run(requests)] == expected
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0

@@ -1,4 +1,4 @@
-"""The page pool against a plain model of it, in any order of calls; names of pages by content."""
+"""The block pool against a plain model of it, in any order of calls; prefix hashes by content."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from unmask.engine.kv_cache import BlockPool, PrefixHashes
 
-NAMES = [bytes([n]) for n in range(6)]
+HASHES = [bytes([n]) for n in range(6)]
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences take pages, publish them in order, share each other's and let go.
+    """Sequences take cache blocks, publish them in order, share each other's and let go.
 
-    The model: what every sequence holds, the name of every published page, and which nameless ones are free, in a list of
-    cached pages from the least to the most recently released.
+    The model: what every sequence holds, the name of every published cache block, and which nameless ones are free, in a list
+    of cached ones from the least to the most recently released.
     """
 
     @initialize(num_cache_blocks=st.integers(1, 9))
@@ -31,7 +31,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @property
     def ref_count(self) -> Counter[int]:
-        return Counter(page for pages in self.held for page in pages)
+        return Counter(block for blocks in self.held for block in blocks)
 
     @property
     def free(self) -> set[int]:
@@ -39,70 +39,70 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 9))
     def allocate(self, which: int) -> None:
-        pages = self.held[which] if which < len(self.held) else []
-        after = pages[-1] if pages else None
+        blocks = self.held[which] if which < len(self.held) else []
+        after = blocks[-1] if blocks else None
         free, writable = self.free, set(self.ref_count)
-        page = self.pool.allocate(after)
-        if page is None:
+        block = self.pool.allocate(after)
+        if block is None:
             assert not free
             assert not self.cached
             return
-        assert page not in writable, "a page that somebody holds was handed out for writing"
+        assert block not in writable, "a cache block that somebody uses was handed out for writing"
         if free:
-            assert page in free, "content worth keeping was dropped while there was a free page"
-            assert after is None or after + 1 not in free or page == after + 1, "its neighbour was free"
+            assert block in free, "content worth keeping was dropped while there was a free block"
+            assert after is None or after + 1 not in free or block == after + 1, "its neighbour was free"
         else:
-            assert page == self.cached.pop(0), "not the least recently used"
-            del self.named[page]
-        assert self.pool.match([bytes([255])]) == []
-        if not pages:
-            self.held.append(pages)
-        pages.append(page)
+            assert block == self.cached.pop(0), "not the least recently used"
+            del self.named[block]
+        assert self.pool.find_cached([bytes([255])]) == []
+        if not blocks:
+            self.held.append(blocks)
+        blocks.append(block)
 
     @precondition(lambda self: self.held)
-    @rule(which=st.integers(0, 9), name=st.sampled_from(NAMES))
+    @rule(which=st.integers(0, 9), name=st.sampled_from(HASHES))
     def publish(self, which: int, name: bytes) -> None:
-        pages = self.held[which % len(self.held)]
-        private = [page for page in pages if page not in self.named]
+        blocks = self.held[which % len(self.held)]
+        private = [block for block in blocks if block not in self.named]
         if not private:
             return
         self.pool.publish(private[0], name)
         if name not in self.named.values():
             self.named[private[0]] = name
 
-    @rule(names=st.lists(st.sampled_from(NAMES), max_size=4, unique=True))
+    @rule(names=st.lists(st.sampled_from(HASHES), max_size=4, unique=True))
     def share(self, names: list[bytes]) -> None:
-        known = {name: page for page, name in self.named.items()}
+        known = {name: block for block, name in self.named.items()}
         expected = []
         for name in names:
             if name not in known:
                 break
             expected.append(known[name])
-        pages = self.pool.match(names)
-        assert pages == expected
-        if pages:
-            self.pool.hold(pages)
-            self.cached = [page for page in self.cached if page not in pages]
-            self.held.append(pages)
+        blocks = self.pool.find_cached(names)
+        assert blocks == expected
+        if blocks:
+            self.pool.touch(blocks)
+            self.cached = [block for block in self.cached if block not in blocks]
+            self.held.append(blocks)
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 9))
     def release(self, which: int) -> None:
-        pages = self.held.pop(which % len(self.held))
-        self.pool.release(pages)
-        self.cached += [page for page in reversed(pages) if page in self.named and page not in self.ref_count]
+        blocks = self.held.pop(which % len(self.held))
+        self.pool.free(blocks)
+        self.cached += [block for block in reversed(blocks) if block in self.named and block not in self.ref_count]
 
     @invariant()
     def agrees(self) -> None:
         self.pool.check()
         ref_count = self.ref_count
-        assert self.pool.num_held == len(ref_count)
+        assert self.pool.num_used == len(ref_count)
         assert self.pool.num_available == self.num_cache_blocks - len(ref_count) == len(self.free) + len(self.cached)
-        assert [self.pool.ref_count(page) for page in range(self.num_cache_blocks)] == [
+        assert [self.pool.ref_count(block) for block in range(self.num_cache_blocks)] == [
             ref_count[p] for p in range(self.num_cache_blocks)
         ]
-        assert {page for page in range(self.num_cache_blocks) if self.pool.is_published(page)} == set(self.named)
-        assert all(count == 1 or page in self.named for page, count in ref_count.items()), "only published pages are shared"
+        assert {block for block in range(self.num_cache_blocks) if self.pool.is_published(block)} == set(self.named)
+        assert all(count == 1 or block in self.named for block, count in ref_count.items()), "only published blocks are shared"
 
 
 TestPool = PoolMachine.TestCase
@@ -112,22 +112,22 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=N
 def test_check_notices_a_leak() -> None:
     """The checks that the suite and the soak rely on do fail."""
     pool = BlockPool(4)
-    page = pool.allocate(None)
-    assert page is not None
-    pool.publish(page, b"a")
-    pool.release([page])
+    block = pool.allocate(None)
+    assert block is not None
+    pool.publish(block, b"a")
+    pool.free([block])
     pool.check()
     for damage in (
         lambda broken: broken._free.pop(),
-        lambda broken: broken._free.add(page),
-        lambda broken: broken._name_of.clear(),
-        lambda broken: broken._holders.update({page: 1}),
-        lambda broken: broken._page_of.clear(),
+        lambda broken: broken._free.add(block),
+        lambda broken: broken._hash_of.clear(),
+        lambda broken: broken._ref_counts.update({block: 1}),
+        lambda broken: broken._block_of.clear(),
     ):
         broken = BlockPool(4)
-        assert broken.allocate(None) == page
-        broken.publish(page, b"a")
-        broken.release([page])
+        assert broken.allocate(None) == block
+        broken.publish(block, b"a")
+        broken.free([block])
         damage(broken)  # type: ignore[no-untyped-call]
         with pytest.raises(AssertionError):
             broken.check()
@@ -135,19 +135,19 @@ def test_check_notices_a_leak() -> None:
 
 def test_what_must_not_happen_is_refused() -> None:
     pool = BlockPool(3)
-    page = pool.allocate(None)
-    assert page is not None
+    block = pool.allocate(None)
+    assert block is not None
     with pytest.raises(AssertionError, match="is not published"):
-        pool.hold([page])
-    pool.publish(page, b"a")
+        pool.touch([block])
+    pool.publish(block, b"a")
     with pytest.raises(AssertionError, match="is published already"):
-        pool.publish(page, b"b")
-    pool.hold([page])
+        pool.publish(block, b"b")
+    pool.touch([block])
     with pytest.raises(AssertionError, match="is shared"):
-        pool.publish(page, b"b")
+        pool.publish(block, b"b")
 
 
-def test_pages_of_sequences_that_grow_together_stay_neighbours() -> None:
+def test_cache_blocks_of_sequences_that_grow_together_stay_neighbours() -> None:
     """Each starts where there is room behind it."""
     pool = BlockPool(16)
     ends = [pool.allocate(None) for _ in range(2)]
@@ -157,28 +157,28 @@ def test_pages_of_sequences_that_grow_together_stay_neighbours() -> None:
         ends = grown
 
 
-def test_the_deepest_page_of_a_prefix_is_reused_first() -> None:
+def test_the_deepest_cache_block_of_a_prefix_is_reused_first() -> None:
     pool = BlockPool(3)
-    pages = []
-    for name in NAMES[:3]:
-        page = pool.allocate(pages[-1] if pages else None)
-        assert page is not None
-        pool.publish(page, name)
-        pages.append(page)
-    pool.release(pages)
-    assert pool.match(NAMES[:3]) == pages
-    assert pool.allocate(None) == pages[2]
-    assert pool.match(NAMES[:3]) == pages[:2]
+    blocks = []
+    for name in HASHES[:3]:
+        block = pool.allocate(blocks[-1] if blocks else None)
+        assert block is not None
+        pool.publish(block, name)
+        blocks.append(block)
+    pool.free(blocks)
+    assert pool.find_cached(HASHES[:3]) == blocks
+    assert pool.allocate(None) == blocks[2]
+    assert pool.find_cached(HASHES[:3]) == blocks[:2]
 
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
 
 
 @given(SIZES, st.lists(st.integers(0, 2), min_size=30, max_size=30), st.integers(0, 29), st.data())
-def test_a_name_stands_for_all_that_its_page_depends_on(
+def test_a_prefix_hash_stands_for_all_that_its_cache_block_depends_on(
     sizes: tuple[int, int], tokens: list[int], changed: int, data: st.DataObject
 ) -> None:
-    """Pages share a name exactly when all tokens up to the end of the block of their last token are equal."""
+    """Cache blocks share a prefix hash exactly when all tokens up to the end of the block of their last token are equal."""
     block_size, cache_block_size = sizes
     final = len(tokens) // block_size * block_size
     other = list(tokens)
@@ -186,19 +186,19 @@ def test_a_name_stands_for_all_that_its_page_depends_on(
     names, others = (PrefixHashes(block_size, cache_block_size).extend(t, final) for t in (tokens, other))
     assert len(names) == len(others) == final // cache_block_size
     assert len(set(names)) == len(names), "the place counts"
-    for page, (name, another) in enumerate(zip(names, others, strict=True)):
-        last = (page + 1) * cache_block_size - 1
+    for block, (name, another) in enumerate(zip(names, others, strict=True)):
+        last = (block + 1) * cache_block_size - 1
         seen = (last // block_size + 1) * block_size
         assert (name == another) == (changed >= seen)
     steps = data.draw(st.lists(st.integers(0, final // block_size), max_size=4).map(sorted))
-    digests = PrefixHashes(block_size, cache_block_size)
+    prefix_hashes = PrefixHashes(block_size, cache_block_size)
     for blocks in steps:
-        digests.extend(tokens, blocks * block_size)
-        assert len(digests.names) == blocks * block_size // cache_block_size
-    assert digests.extend(tokens, final) == names, "however it grew"
+        prefix_hashes.extend(tokens, blocks * block_size)
+        assert len(prefix_hashes.hashes) == blocks * block_size // cache_block_size
+    assert prefix_hashes.extend(tokens, final) == names, "however it grew"
 
 
-def test_pages_smaller_than_a_block_do_not_share_when_only_the_rest_of_the_block_differs() -> None:
+def test_cache_blocks_smaller_than_a_block_do_not_share_when_only_the_rest_of_the_block_differs() -> None:
     first, second = ([1, 2, 3, 4, 5, 6, 7, end] for end in (8, 9))
     assert not set(PrefixHashes(8, 2).extend(first, 8)) & set(PrefixHashes(8, 2).extend(second, 8))
     assert PrefixHashes(4, 2).extend(first, 8)[:2] == PrefixHashes(4, 2).extend(second, 8)[:2]

@@ -1,4 +1,4 @@
-"""Who is served, in which order, with which pages: on sequences that need no model."""
+"""Who is served, in which order, with which num_cache_blocks: on sequences that need no model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Bench:
     """A scheduler whose sequences decide token 1 everywhere: time passes without a model."""
 
     def __init__(
-        self, pages: int, *, max_num_seqs: int = 16, max_num_batched_tokens: int = 512, prefix_cache: bool = False
+        self, num_cache_blocks: int, *, max_num_seqs: int = 16, max_num_batched_tokens: int = 512, prefix_cache: bool = False
     ) -> None:
-        self.pool = BlockPool(pages)
+        self.pool = BlockPool(num_cache_blocks)
         self.scheduler = Scheduler(
             self.pool, SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
         )
@@ -53,7 +53,7 @@ class Bench:
         rows = 0
         for sequence, plan in work:
             assert isinstance(sequence, BlockDiffusionSequence)
-            assert len(sequence.pages) * SIZE >= plan.stop, "rows without a page"
+            assert len(sequence.block_table) * SIZE >= plan.stop, "tokens without a cache block"
             assert 0 <= plan.start < plan.stop
             rows += plan.stop - plan.start
             count = len(plan.queries)
@@ -64,8 +64,8 @@ class Bench:
                 self.scheduler.remove(sequence)
         assert rows <= self.scheduler.max_num_batched_tokens, "over budget"
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-        written = [page for s in self.scheduler.running for page in s.pages[s.num_published :]]
-        assert len(written) == len(set(written)), "two sequences write one page"
+        written = [cache_block for s in self.scheduler.running for cache_block in s.block_table[s.num_published :]]
+        assert len(written) == len(set(written)), "two sequences write one cache block"
         self.pool.check()
         self.log.append([sequence.number for sequence, _ in work])
         return [(sequence.number, plan) for sequence, plan in work]
@@ -75,7 +75,7 @@ class Bench:
         ended: list[int] = []
         for _ in range(limit):
             if not (self.scheduler.running or self.scheduler.waiting):
-                assert self.pool.num_held == 0
+                assert self.pool.num_used == 0
                 return ended
             self.step()
             ended += [s.number for s in self.sequences if s.completion is not None and s.number not in ended]
@@ -160,20 +160,20 @@ def test_long_prompts_are_prefilled_in_parts_and_let_others_through() -> None:
     assert all((part.stop - part.start) % SIZE == 0 for part in prefill)
 
 
-def test_admission_waits_for_pages() -> None:
+def test_admission_waits_for_cache_blocks() -> None:
     bench = Bench(5)
     bench.add(request_of(3 * SIZE - 1, 1))
     bench.add(request_of(3 * SIZE - 1, 1, start=1))
     work = bench.scheduler.schedule()
     assert [sequence.number for sequence, _ in work] == [0]
     assert [s.number for s in bench.scheduler.waiting] == [1]
-    assert bench.pool.num_held == 3
+    assert bench.pool.num_used == 3
     assert bench.sequences[1].committed == 0
     bench.scheduler.remove(bench.sequences[0])
-    assert [number for number, _ in bench.step()] == [1], "the pages came back with the end of the first"
+    assert [number for number, _ in bench.step()] == [1], "the cache blocks came back with the end of the first"
 
 
-def test_nobody_overtakes_a_request_that_waits_for_pages() -> None:
+def test_nobody_overtakes_a_request_that_waits_for_cache_blocks() -> None:
     bench = Bench(5)
     bench.add(request_of(3 * SIZE - 1, 9))
     bench.add(request_of(4 * SIZE - 1, 1, start=1))
@@ -183,18 +183,18 @@ def test_nobody_overtakes_a_request_that_waits_for_pages() -> None:
 
 
 def test_preemption_takes_the_newest_and_keeps_what_it_decided() -> None:
-    """Three sequences of one page, room for four pages: when two need a second one, the newest gives up its own."""
+    """Three sequences of one cache block, room for four: when two need a second one, the newest gives up its own."""
     bench = Bench(4)
     old, middle, new = (bench.add(request_of(1, 11, start=n)) for n in range(3))
     for _ in range(3):
         bench.step()
-    assert [len(s.pages) for s in (old, middle, new)] == [1, 1, 1]
+    assert [len(s.block_table) for s in (old, middle, new)] == [1, 1, 1]
     decided = [(p, t) for p, t in enumerate(new.tokens) if not new.undecided[p]]
     assert len(decided) == 1 + 3
     bench.step()
     assert (old.preemptions, middle.preemptions, new.preemptions) == (0, 0, 1)
-    assert new.pages == []
-    assert (new.committed, len(new.slots_K)) == (0, 0)
+    assert new.block_table == []
+    assert new.committed == 0
     assert [(p, new.tokens[p]) for p, _ in decided] == decided
     assert bench.scheduler.waiting == [new]
     assert bench.finish() == [0, 1, 2]
@@ -215,17 +215,17 @@ def test_whoever_has_rows_in_the_forward_is_not_preempted() -> None:
     assert bench.finish() == [0, 1]
 
 
-def test_a_preempted_sequence_finds_its_pages_again() -> None:
+def test_a_preempted_sequence_finds_its_cache_blocks_again() -> None:
     """What it had published stays cached while there is room: prefix caching makes interruptions cheap."""
     bench = Bench(5, prefix_cache=True)
     bench.add(request_of(1, 11))
     new = bench.add(request_of(2 * SIZE + 1, 3, start=1))
     bench.step()
-    held = list(new.pages)
+    held = list(new.block_table)
     bench.scheduler._preempt(new)
-    assert bench.pool.num_held == 1
+    assert bench.pool.num_used == 1
     bench.step()
-    assert new.pages[:2] == held[:2]
+    assert new.block_table[:2] == held[:2]
     assert new.committed >= 2 * SIZE
     assert new.cached_tokens == 0, "not counted as a hit"
 
@@ -244,14 +244,16 @@ REQUESTS = st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(-2, 2),
 )
 def test_everybody_is_served_within_every_limit(
     shapes: list[tuple[int, int, int, int, int]],
-    pages: int,
+    num_cache_blocks: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     prefix_cache: bool,
     aborts: list[int],
 ) -> None:
-    """Random arrivals, priorities and aborts; `Bench.step` checks rows, pages and books at every step."""
-    bench = Bench(pages, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache)
+    """Random arrivals, priorities and aborts; `Bench.step` checks rows, cache blocks and books at every step."""
+    bench = Bench(
+        num_cache_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+    )
     steps = 0
     for length, budget, priority, start, gap in shapes:
         bench.add(request_of(length, budget, priority=priority, start=start))

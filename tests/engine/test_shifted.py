@@ -68,8 +68,8 @@ def test_what_is_decided_is_cached_as_the_parent_would(family: str) -> None:
     text = (START, *PROMPT, *completion.ids)[:24]
     theirs = Engine(parent, cache_block_size=8, num_tokens=64)
     theirs.run([Request(text, ResolvedParams(block_size=1, steps=1, max_new_tokens=1))])
-    stores = [each._runner.store[..., :24, :] for each in (engine, theirs)]
-    torch.testing.assert_close(*stores, atol=1e-9, rtol=1e-9)
+    caches = [each.runner.kv_cache[:, :, :3] for each in (engine, theirs)]
+    torch.testing.assert_close(*caches, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("first", [1, 4, 6])
@@ -119,7 +119,7 @@ def test_verified_text_is_the_parents(family: str, threshold: float, block_size:
             for found, wanted in zip(engine.run(requests), expected, strict=True):
                 assert (found.ids, found.finish_reason) == (wanted.ids, wanted.finish_reason), options
             engine.pool.check()
-            assert engine.pool.num_held == 0
+            assert engine.pool.num_used == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -16,9 +16,10 @@ from fastapi import FastAPI
 
 from helpers import make_tokenizer
 from tiny import tiny_model
+from unmask.engine.backends.base import Backend
+from unmask.engine.backends.torch import TorchBackend
+from unmask.engine.batch import Batch
 from unmask.engine.llm import LanguageModel
-from unmask.engine.runner import Backend, TorchBackend
-from unmask.models.rows import Rows
 from unmask.serve.app import create_app
 from unmask.serve.config import ServerConfig
 from unmask.serve.server import Server, listen, url_of
@@ -35,9 +36,9 @@ class _Slow(TorchBackend):
         super().__init__(model)
         self._seconds = seconds
 
-    def forward(self, rows: Rows, store: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         time.sleep(self._seconds)
-        return super().forward(rows, store)
+        return super().forward(batch, kv_cache)
 
 
 class SlowModel(LanguageModel):
@@ -89,11 +90,11 @@ class Live:
         return worker
 
     def wait_idle(self, seconds: float = 10.0) -> None:
-        """Until nothing is served; then no page may be held and the books must agree."""
+        """Until nothing is served; then no cache block may be used and the books must agree."""
         engine, end = self.worker.engine, time.monotonic() + seconds
-        while self.worker.num_requests or engine.has_work or engine.pool.num_held:
+        while self.worker.num_requests or engine.has_work or engine.pool.num_used:
             assert time.monotonic() < end, (
-                f"{self.worker.num_requests} requests, {engine.pool.num_held} pages held, work: {engine.has_work}"
+                f"{self.worker.num_requests} requests, {engine.pool.num_used} cache blocks used, work: {engine.has_work}"
             )
             time.sleep(0.01)
         engine.pool.check()

@@ -16,7 +16,7 @@ import pytest
 from live import SlowModel, live, served_model
 from wire import Wire, chat_body, request_bytes
 
-from unmask.engine.runner import Backend
+from unmask.engine.backends.base import Backend
 from unmask.errors import ConfigError
 from unmask.serve import server as serving
 from unmask.serve import worker as working

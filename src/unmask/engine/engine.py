@@ -6,24 +6,25 @@ Owns the loop and the public calls `add`, `step`, `stream`, `run`, `abort`. Ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from unmask.data.detokenizer import Decode
+from unmask.engine.backends.base import Backend
+from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Completion, Request, Step, TokenLogprob
-from unmask.engine.runner import Backend, Runner, TorchBackend
+from unmask.engine.runner import Runner
 from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequences.autoregressive import AutoregressiveSequence
-from unmask.engine.sequences.base import Sequence
+from unmask.engine.sequences.base import DecodingSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.models.arch.transformer import Transformer
 
-DEFAULT_PAGE_SIZE = 32
-_STORE_BYTES = 2**30
+DEFAULT_CACHE_BLOCK_SIZE = 32
+_KV_CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Engine:
         model: a transformer, or a backend that computes one.
         mask_id: the mask token; default: the model's. A model without one decodes autoregressively.
         decode: text of ids, for stop strings.
-        cache_block_size: tokens in a page of the cache; default: the model's block size.
+        cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
             `max_num_seqs` of them. Memory is taken as it is used.
         max_num_seqs: most requests denoised together.
@@ -78,7 +79,7 @@ class Engine:
         self.mask_id = self.config.mask_id if mask_id is None else mask_id
         if self.mask_id is not None and not 0 <= self.mask_id < self.config.vocab_size:
             raise RequestError(f"mask token {self.mask_id} is outside the vocabulary (0..{self.config.vocab_size - 1})")
-        size = cache_block_size if cache_block_size is not None else self.config.block_size or DEFAULT_PAGE_SIZE
+        size = cache_block_size if cache_block_size is not None else self.config.block_size or DEFAULT_CACHE_BLOCK_SIZE
         num_tokens = self._default_tokens(backend, max_num_seqs) if num_tokens is None else num_tokens
         for name, value in (
             ("cache_block_size", size),
@@ -88,14 +89,14 @@ class Engine:
         ):
             if value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
-        pages = -(-num_tokens // size)
+        num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
-        self.pool = BlockPool(pages)
+        self.pool = BlockPool(num_cache_blocks)
         self.scheduler = Scheduler(
             self.pool, size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
         )
-        self._runner = Runner(backend, pages * size, self.mask_id)
-        self._sequences: dict[int, Sequence] = {}
+        self.runner = Runner(backend, num_cache_blocks, size, self.mask_id)
+        self._sequences: dict[int, DecodingSequence] = {}
         self._unread: list[Update] = []
         self._next = 0
 
@@ -119,7 +120,7 @@ class Engine:
         """
         self.check(request)
         number = self._next
-        sequence: Sequence
+        sequence: DecodingSequence
         if self.mask_id is None:
             sequence = AutoregressiveSequence(request, number, self.cache_block_size, self._decode)
         elif request.params.speculative:
@@ -151,7 +152,7 @@ class Engine:
         # A grammar may leave no choice at all: such a request has ended without a forward.
         updates += [self._update(sequence) for sequence in list(self._sequences.values()) if sequence.completion is not None]
         work = self.scheduler.schedule()
-        answers = self._runner.run(work) if work else []
+        answers = self.runner.run(work) if work else []
         for (sequence, plan), answer in zip(work, answers, strict=True):
             sequence.last_step = None
             try:
@@ -165,7 +166,7 @@ class Engine:
         return updates
 
     def abort(self, number: int) -> None:
-        """End a request without a completion; its pages are free at once. One that has ended is left alone."""
+        """End a request without a completion; its cache blocks are free at once. One that has ended is left alone."""
         sequence = self._sequences.pop(number, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
@@ -186,7 +187,7 @@ class Engine:
             self.abort(number)
 
     def run(
-        self, requests: List[Request], *, on_completion: Callable[[Completion], object] = lambda _: None
+        self, requests: Sequence[Request], *, on_completion: Callable[[Completion], object] = lambda _: None
     ) -> list[Completion]:
         """Serve all of these to the end; completions in their order. `step` reports on others afterwards.
 
@@ -221,7 +222,7 @@ class Engine:
                 raise update.error
         return mine
 
-    def _update(self, sequence: Sequence) -> Update:
+    def _update(self, sequence: DecodingSequence) -> Update:
         if sequence.completion is not None:
             self.abort(sequence.number)
         new_ids, new_logprobs = sequence.take_new()
@@ -250,5 +251,5 @@ class Engine:
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
         config = self.config
         per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize
-        fitting = min(_STORE_BYTES // per_token, max_num_seqs * config.max_positions)
-        return max(fitting, config.max_positions + DEFAULT_PAGE_SIZE)
+        fitting = min(_KV_CACHE_BYTES // per_token, max_num_seqs * config.max_positions)
+        return max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE)

@@ -1,6 +1,7 @@
-"""Pages of keys and values: who holds which, which are shared, which may be reused.
+"""The KV cache's bookkeeping: which cache blocks are used, shared, kept for later, or free.
 
-Owns the bookkeeping of a fixed number of pages. Knows neither tensors nor requests: a page is a number, its content a digest.
+Owns the states of a fixed number of cache blocks, and the hashes by which equal prefixes find each other. Knows neither
+tensors nor requests: a cache block is a number (its memory is the backend's), its content a hash.
 """
 
 from __future__ import annotations
@@ -13,128 +14,127 @@ import numpy as np
 
 
 class PrefixHashes:
-    """Names of a sequence's full pages, by content.
+    """Prefix hashes of a sequence's full cache blocks.
 
-    Within a block every token sees every other, so what a page holds depends on all tokens up to the end of the block that
-    its last token is in; its name is a digest of those, the block size, and its place.
+    Within a diffusion block every token sees every other, so what a cache block holds depends on all tokens up to the end of
+    the diffusion block that its last token is in. Its prefix hash is one of those tokens, the diffusion block size, and its
+    index in the block table.
     """
 
     def __init__(self, block_size: int, cache_block_size: int) -> None:
         self.block_size, self.cache_block_size = block_size, cache_block_size
         self._chain = blake2b(block_size.to_bytes(4, "little"), digest_size=16)
         self._blocks: list[bytes] = []
-        self.names: list[bytes] = []
+        self.hashes: list[bytes] = []
 
     def extend(self, tokens: Sequence[int], num_final: int) -> list[bytes]:
-        """Names of all pages that the first `num_final` tokens (whole blocks, final) fill."""
+        """Hashes of all cache blocks that the first `num_final` tokens (whole diffusion blocks, final) fill."""
         while (len(self._blocks) + 1) * self.block_size <= num_final:
             start = len(self._blocks) * self.block_size
             self._chain.update(np.asarray(tokens[start : start + self.block_size], dtype=np.int64).tobytes())
             self._blocks.append(self._chain.digest())
-        full = len(self._blocks) * self.block_size // self.cache_block_size
-        self.names += [self._name(page) for page in range(len(self.names), full)]
-        return self.names
+        num_full = len(self._blocks) * self.block_size // self.cache_block_size
+        self.hashes += [self._hash(index) for index in range(len(self.hashes), num_full)]
+        return self.hashes
 
-    def _name(self, page: int) -> bytes:
-        last_block = ((page + 1) * self.cache_block_size - 1) // self.block_size
-        return self._blocks[last_block] + page.to_bytes(4, "little")
+    def _hash(self, index: int) -> bytes:
+        last_block = ((index + 1) * self.cache_block_size - 1) // self.block_size
+        return self._blocks[last_block] + index.to_bytes(4, "little")
 
 
 class BlockPool:
-    """Pages in one of three states: held (a count of ref_count), cached (nobody's, content worth keeping), free.
+    """Cache blocks in one of three states: used (with a reference count), cached (unused, content worth keeping), free.
 
-    A page is *published* under the digest of its content when that is final; a published page is never written again, may
-    have several ref_count, and when the last one lets go it stays cached until its place is needed, the least recently used
-    first.
+    A cache block is *published* under its prefix hash when its content is final. A published one is never written again and may
+    be shared; when its last user frees it, it stays cached until its memory is needed, the least recently used first.
 
     Args:
-        num_cache_blocks: pages there are.
+        num_cache_blocks: how many there are.
     """
 
     def __init__(self, num_cache_blocks: int) -> None:
         self.num_cache_blocks = num_cache_blocks
         self._free = set(range(num_cache_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._holders: dict[int, int] = {}
-        self._page_of: dict[bytes, int] = {}
-        self._name_of: dict[int, bytes] = {}
+        self._ref_counts: dict[int, int] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_available(self) -> int:
-        """Pages that can be had without taking one from a holder."""
+        """Cache blocks that can be allocated: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
-    def num_held(self) -> int:
-        """Pages with at least one holder."""
-        return len(self._holders)
+    def num_used(self) -> int:
+        """Cache blocks with a reference count of at least one."""
+        return len(self._ref_counts)
 
-    def match(self, names: Sequence[bytes]) -> list[int]:
-        """Published pages of the longest known prefix of `names`; nothing is held yet."""
-        pages = []
-        for name in names:
-            page = self._page_of.get(name)
-            if page is None:
+    def find_cached(self, prefix_hashes: Sequence[bytes]) -> list[int]:
+        """Published cache blocks of the longest known prefix of `prefix_hashes`; no reference is taken."""
+        cache_blocks = []
+        for prefix_hash in prefix_hashes:
+            cache_block = self._block_of.get(prefix_hash)
+            if cache_block is None:
                 break
-            pages.append(page)
-        return pages
+            cache_blocks.append(cache_block)
+        return cache_blocks
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """One more holder for each of these published pages."""
-        for page in pages:
-            assert page in self._name_of, f"page {page} is not published"
-            self._cached.pop(page, None)
-            self._holders[page] = self._holders.get(page, 0) + 1
+    def touch(self, cache_blocks: Sequence[int]) -> None:
+        """One more reference to each of these published cache blocks."""
+        for cache_block in cache_blocks:
+            assert cache_block in self._hash_of, f"cache block {cache_block} is not published"
+            self._cached.pop(cache_block, None)
+            self._ref_counts[cache_block] = self._ref_counts.get(cache_block, 0) + 1
 
     def allocate(self, after: int | None) -> int | None:
-        """A page to write, held once: the one behind `after` if it is free, so that a sequence's pages stay neighbours.
+        """A cache block to write, with one reference: `after + 1` if it is free, so that a sequence's blocks stay neighbours.
 
         Returns:
-            The page; None when every page is held.
+            The cache block; None when every one is used.
         """
-        page = self._pick(after)
-        if page is None:
+        cache_block = self._pick(after)
+        if cache_block is None:
             return None
-        self._forget(page)
-        self._free.discard(page)
-        self._holders[page] = 1
-        return page
+        self._evict(cache_block)
+        self._free.discard(cache_block)
+        self._ref_counts[cache_block] = 1
+        return cache_block
 
-    def publish(self, page: int, name: bytes) -> None:
-        """The content of `page` is final from now on. A second page of the same content stays private."""
-        assert self._holders.get(page) == 1, f"page {page} is shared"
-        assert page not in self._name_of, f"page {page} is published already"
-        if name not in self._page_of:
-            self._page_of[name], self._name_of[page] = page, name
+    def publish(self, cache_block: int, prefix_hash: bytes) -> None:
+        """The content of `cache_block` is final from now on. A second cache block of the same content stays private."""
+        assert self._ref_counts.get(cache_block) == 1, f"cache block {cache_block} is shared"
+        assert cache_block not in self._hash_of, f"cache block {cache_block} is published already"
+        if prefix_hash not in self._block_of:
+            self._block_of[prefix_hash], self._hash_of[cache_block] = cache_block, prefix_hash
 
-    def release(self, pages: Sequence[int]) -> None:
-        """One holder less for each; the deepest page is the first to be reused."""
-        for page in reversed(pages):
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
-                del self._holders[page]
-                if page in self._name_of:
-                    self._cached[page] = None
+    def free(self, cache_blocks: Sequence[int]) -> None:
+        """One reference less to each; the last of a prefix is the first to be reused."""
+        for cache_block in reversed(cache_blocks):
+            self._ref_counts[cache_block] -= 1
+            if self._ref_counts[cache_block] == 0:
+                del self._ref_counts[cache_block]
+                if cache_block in self._hash_of:
+                    self._cached[cache_block] = None
                 else:
-                    self._free.add(page)
+                    self._free.add(cache_block)
 
-    def is_published(self, page: int) -> bool:
-        """Whether nobody may write this page."""
-        return page in self._name_of
+    def is_published(self, cache_block: int) -> bool:
+        """Whether the content is final."""
+        return cache_block in self._hash_of
 
-    def ref_count(self, page: int) -> int:
-        """How many sequences hold this page."""
-        return self._holders.get(page, 0)
+    def ref_count(self, cache_block: int) -> int:
+        """How many sequences use this cache block."""
+        return self._ref_counts.get(cache_block, 0)
 
     def check(self) -> None:
-        """Every page is in exactly one state, and the two name tables agree. For tests and the soak."""
-        held = set(self._holders)
-        states = [self._free, set(self._cached), held]
-        assert sum(map(len, states)) == self.num_cache_blocks, "a page is in two states, or in none"
-        assert set.union(*states) == set(range(self.num_cache_blocks)), "a page is lost"
-        assert all(count > 0 for count in self._holders.values()), "a page is held by nobody"
-        assert {page: name for name, page in self._page_of.items()} == self._name_of, "the name tables differ"
-        assert set(self._cached) <= set(self._name_of), "a cached page has no name"
+        """Every cache block is in exactly one state, and the two tables of hashes agree. For tests and the soak."""
+        states = [self._free, set(self._cached), set(self._ref_counts)]
+        assert sum(map(len, states)) == self.num_cache_blocks, "a cache block is in two states, or in none"
+        assert set.union(*states) == set(range(self.num_cache_blocks)), "a cache block is lost"
+        assert all(count > 0 for count in self._ref_counts.values()), "a used cache block has no reference"
+        assert {block: name for name, block in self._block_of.items()} == self._hash_of, "the tables of hashes differ"
+        assert set(self._cached) <= set(self._hash_of), "a cached block has no hash"
 
     def _pick(self, after: int | None) -> int | None:
         if after is not None and after + 1 in self._free:
@@ -143,21 +143,21 @@ class BlockPool:
             return _middle_of_largest_gap(self._free)
         return next(iter(self._cached), None)
 
-    def _forget(self, page: int) -> None:
-        if page in self._cached:
-            del self._cached[page]
-            del self._page_of[self._name_of.pop(page)]
+    def _evict(self, cache_block: int) -> None:
+        if cache_block in self._cached:
+            del self._cached[cache_block]
+            del self._block_of[self._hash_of.pop(cache_block)]
 
 
 def _middle_of_largest_gap(free: set[int]) -> int:
-    """A free page with many free ones behind it: the middle of the longest run, its start when that begins at page 0 or the
-    run is short."""
+    """A free cache block with many free ones after it: the middle of the longest run, or its start when that is 0 or the run is
+    short."""
     best_start, best_length, start = 0, 0, None
     ordered = sorted(free)
-    for i, page in enumerate(ordered):
-        if i == 0 or page != ordered[i - 1] + 1:
-            start = page
+    for i, cache_block in enumerate(ordered):
+        if i == 0 or cache_block != ordered[i - 1] + 1:
+            start = cache_block
         assert start is not None
-        if page - start + 1 > best_length:
-            best_start, best_length = start, page - start + 1
+        if cache_block - start + 1 > best_length:
+            best_start, best_length = start, cache_block - start + 1
     return best_start if best_start == 0 or best_length < 3 else best_start + best_length // 2

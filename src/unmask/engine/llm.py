@@ -18,12 +18,13 @@ from torch import Tensor
 from unmask.data.chat import Message
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.diffusion.masks import block_causal_mask
+from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import QuantizedModel
+from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.request import Completion, Costs, FinishReason, OnStep, Request, Step, TokenLogprob, check_vocabulary
-from unmask.engine.runner import Backend, TorchBackend
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend

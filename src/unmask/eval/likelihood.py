@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.objectives import ban_mask
+from unmask.engine.batch import Batch, SequenceSlice
 from unmask.engine.llm import LanguageModel
 from unmask.engine.sampling_params import BLOCK_SIZE
 from unmask.errors import ConfigError, RequestError
-from unmask.models.rows import Rows, Segment
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class LikelihoodEstimator:
         wanted = model.config.block_size or BLOCK_SIZE if block_size is None else block_size
         self._block_size = 1 if self._mask_id is None else wanted
         self._max_rows = max(max_num_batched_tokens, self._block_size)
-        slots = model.config.max_positions + self._max_rows
-        shape = (model.config.num_layers, 2, model.config.num_kv_heads, slots, model.config.head_dim)
-        self._store_LGPS = torch.empty(shape, dtype=self._backend.dtype, device=self._backend.device)
+        # One diffusion block a cache block, so that draws of a block share those before it; behind them a draw's own.
+        self._num_blocks = -(-model.config.max_positions // self._block_size)
+        spare = self._max_rows // self._block_size
+        self._kv_cache = self._backend.new_kv_cache(self._num_blocks + spare, self._block_size)
         self._clean: list[int] = []
         self.forwards = 0
 
@@ -141,20 +142,17 @@ class LikelihoodEstimator:
 
     def _losses_of(self, ids: Sequence[int], draws: Sequence[_Draw]) -> list[float]:
         assert self._mask_id is not None
-        segments, tokens, rows, targets, offset = [], [], [], [], 0
+        slices, rows, targets, offset = list[SequenceSlice](), [], [], 0
         for draw in draws:
-            own = torch.arange(draw.stop - draw.start) + self._config.max_positions + offset
-            slots = torch.cat((torch.arange(draw.start), own)).to(self._backend.device)
-            end = offset + draw.stop - draw.start
-            segments.append(Segment(offset, end, draw.start, self._block_size, slots, consecutive=False))
             first = max(draw.start - 1, 0)  # a shifted model reads the token before the block, too
             noisy = [self._mask_id if p in draw.masked else ids[p] for p in range(first, draw.stop)]
-            tokens.append(self._config.inputs(noisy, draw.start - first, draw.stop - first))
+            tokens = self._config.inputs(noisy, draw.start - first, draw.stop - first)
+            block_table = [*range(draw.start // self._block_size), self._num_blocks + len(slices)]
+            slices.append(SequenceSlice(tokens, draw.start, block_table, self._block_size))
             rows += [offset + p - draw.start for p in draw.masked]
             targets += [ids[p] for p in draw.masked]
-            offset = end
-        hidden_TD = self._backend.forward(Rows.join(tokens, segments, self._backend.device), self._store_LGPS)
-        self.forwards += 1
+            offset += len(tokens)
+        hidden_TD = self._forward(slices)
         found = iter(self._log_probabilities(hidden_TD[rows], targets))
         return [-draw.weight * sum(next(found) for _ in draw.masked) for draw in draws]
 
@@ -167,7 +165,7 @@ class LikelihoodEstimator:
         return [float(value) for value in chosen_N1[:, 0]]
 
     def _extend_clean(self, ids: Sequence[int], stop: int) -> None:
-        """Keys and values of `ids[:stop]` (whole blocks) into the store, from where they differ from those there."""
+        """Keys and values of `ids[:stop]` (whole blocks) into the KV cache, from where they differ from those there."""
         same = next((i for i, (a, b) in enumerate(zip(self._clean, ids[:stop], strict=False)) if a != b), None)
         start = (min(len(self._clean), stop) if same is None else same) // self._block_size * self._block_size
         for place in range(start, stop, self._max_rows // self._block_size * self._block_size):
@@ -175,12 +173,14 @@ class LikelihoodEstimator:
         self._clean = list(ids[:stop])
 
     def _forward_clean(self, ids: Sequence[int], start: int, stop: int) -> Tensor:
-        slots = torch.arange(stop, device=self._backend.device)
-        size = 1 if self._config.shifted else self._block_size
-        segment = Segment(0, stop - start, start, size, slots, consecutive=True, open=False)
+        causal_end = stop if self._config.shifted else 0
+        block_table = range(-(-stop // self._block_size))
+        tokens = self._config.inputs(ids, start, stop)
+        return self._forward([SequenceSlice(tokens, start, block_table, self._block_size, causal_end)])
+
+    def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         self.forwards += 1
-        rows = Rows.join([self._config.inputs(ids, start, stop)], [segment], self._backend.device)
-        return self._backend.forward(rows, self._store_LGPS)
+        return self._backend.forward(Batch.build(slices, self._block_size, self._backend.device), self._kv_cache)
 
     def _causal(self, ids: Sequence[int], first: int) -> float:
         """The sum of next-token log-probabilities."""

@@ -65,7 +65,7 @@ class Metrics:
         )
         requests = Gauge("requests", "Completions.", ["state"], registry=self._registry, namespace="unmask")
         sizes: dict[tuple[Gauge, str], Callable[[Engine], int]] = {
-            (cache_blocks, "used"): lambda e: e.pool.num_held,
+            (cache_blocks, "used"): lambda e: e.pool.num_used,
             (cache_blocks, "available"): lambda e: e.pool.num_available,
             (requests, "running"): lambda e: len(e.scheduler.running),
             (requests, "waiting"): lambda e: len(e.scheduler.waiting),

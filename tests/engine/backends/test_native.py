@@ -12,9 +12,9 @@ import torch
 
 from tiny import MASK, tiny_model
 from unmask.engine.backends.native import QuantizedModel
+from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.engine.runner import TorchBackend
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")

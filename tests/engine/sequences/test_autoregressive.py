@@ -33,7 +33,7 @@ def generate_batch(model: Transformer, requests: Sequence[Request], **options: A
     engine = Engine(model, **{"prefix_cache": False, **options})
     completions = engine.run(requests)
     engine.pool.check()
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
     return completions
 
 

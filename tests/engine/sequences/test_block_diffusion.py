@@ -37,7 +37,7 @@ def decode(model: Transformer, request: Request) -> tuple[Completion, list[Step]
     updates = list(engine.stream(request, watch=True))
     counter.remove()
     engine.pool.check()
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
     completion = updates[-1].completion
     assert completion is not None
     assert sum((update.new_ids for update in updates), ()) == completion.ids

@@ -78,7 +78,7 @@ class Kit:
         engine = self.model(kind).engine(**{"num_tokens": 512, **options})
         completions = engine.run(requests)
         engine.pool.check()
-        assert engine.pool.num_held == 0
+        assert engine.pool.num_used == 0
         assert kind == "causal" or all(self.mask_id not in completion.ids for completion in completions)
         return completions
 
@@ -280,7 +280,7 @@ def test_a_request_without_a_way_on_fails_alone(kit: Kit, kind: str) -> None:
     completion = updates[-1].completion
     assert completion is not None
     assert completion.ids == kit.run(kind, alive)[0].ids
-    assert engine.pool.num_held == 0
+    assert engine.pool.num_used == 0
     engine.pool.check()
 
 

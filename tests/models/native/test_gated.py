@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.native.test_packed import SLOTS, exactly_summed, new_store, run_with_threads
+from models.native.test_packed import SLOTS, exactly_summed, new_store, plain_attend, run_with_threads
 from tiny import MASK, tiny_model
+from unmask.engine.backends.native import NativeBackend
+from unmask.engine.batch import Batch, SequenceSlice
 from unmask.models.arch.gated_lora import add_gates
 from unmask.models.arch.layers import GatedLinear
 from unmask.models.arch.transformer import Transformer
-from unmask.models.native.packed import Kernels, PackedTransformer
+from unmask.models.native.packed import Kernels
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
-from unmask.models.rows import PagedAttend, Rows, Segment
 
 # Odd sizes and ranks, so that every tail of every loop runs; each with a rank.
 MODELS = {
@@ -80,13 +81,12 @@ def rounded(model: Transformer, bits: int) -> Transformer:
     return model
 
 
-def rows_of(*parts: Part) -> Rows:
-    segments, start = [], 0
-    for tokens, past, open_, block_size, slots in parts:
-        stop = start + len(tokens)
-        segments.append(Segment(start, stop, past, block_size, torch.tensor(slots[: past + len(tokens)]), False, open_))
-        start = stop
-    return Rows.join([part[0] for part in parts], segments, "cpu")
+def batch_of(*parts: Part) -> Batch:
+    slices = [
+        SequenceSlice(tokens, past, slots, block_size, 0 if noisy else past + len(tokens))
+        for tokens, past, noisy, block_size, slots in parts
+    ]
+    return Batch.build(slices, 1, "cpu")
 
 
 def closed(tokens: Sequence[int], past: int, slots: Sequence[int]) -> Part:
@@ -113,8 +113,10 @@ def row_errors(got: Tensor, expected: Tensor) -> Tensor:
     return torch.linalg.vector_norm(got - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
 
 
-def plain_forward(model: Transformer, rows: Rows, store: Tensor, noisy_T: Tensor) -> Tensor:
-    hidden_BTD: Tensor = model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(store, rows), noisy_BT=noisy_T[None])
+def plain_forward(model: Transformer, batch: Batch, store: Tensor, noisy_T: Tensor) -> Tensor:
+    hidden_BTD: Tensor = model(
+        batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, store), noisy_BT=noisy_T[None]
+    )
     return hidden_BTD.squeeze(0)
 
 
@@ -123,16 +125,16 @@ def plain_forward(model: Transformer, rows: Rows, store: Tensor, noisy_T: Tensor
 def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
     """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
     child = child_of(name, parent_of(name, num_layers=1))
-    packed = PackedTransformer(child, bits, any_kernels, rotate=False)
+    packed = NativeBackend(child, bits, any_kernels, rotate=False)
     a, b, c, d = slots_of(14, 21, 50, 80)
-    rows = rows_of(
+    batch = batch_of(
         opened(text(3, masks=True), 0, a), closed(text(21), 0, b), closed(text(9), 0, c), opened(text(41, masks=True), 9, c),
         opened(text(1), 3, a), closed(text(15), 0, d), opened(text(64, masks=True), 15, d, 16),
     )  # fmt: skip
     store, plain = new_store(child.config), new_store(child.config)
-    hidden, gated = packed.forward(rows, store), rows.noisy_T
+    hidden, gated = packed.forward(batch, store), batch.is_noisy_T
     reference = rounded(child, bits)
-    expected = plain_forward(reference, rows, plain, gated)
+    expected = plain_forward(reference, batch, plain, gated)
     errors = row_errors(hidden, expected)
     for which in (errors[gated], errors[~gated]):
         assert which.median() < 1e-5
@@ -141,7 +143,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
     written = (x.transpose(2, 3).flatten(3)[:, :, a[:4] + b + c + d[:79]] for x in (store, plain))
     assert row_errors(*written).max() < 1e-4
     # The updates are no small part of it.
-    unopened = plain_forward(reference, rows, plain, torch.zeros_like(gated))
+    unopened = plain_forward(reference, batch, plain, torch.zeros_like(gated))
     assert (row_errors(expected, unopened)[gated] > 0.1).all()
 
 
@@ -151,10 +153,10 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
 def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
     """Rotated or not, what is left is the error of rounding."""
     child = child_of(name, parent_of(name))
-    packed, (slots,) = PackedTransformer(child, bits, kernels, rotate=rotate), slots_of(64)
-    rows = rows_of(closed(text(24), 0, slots), opened(text(40, masks=True), 24, slots))
-    logits = packed.logits(packed.forward(rows, new_store(child.config)))
-    expected = child.head(plain_forward(child, rows, new_store(child.config), rows.noisy_T))
+    packed, (slots,) = NativeBackend(child, bits, kernels, rotate=rotate), slots_of(64)
+    batch = batch_of(closed(text(24), 0, slots), opened(text(40, masks=True), 24, slots))
+    logits = packed.logits(packed.forward(batch, new_store(child.config)))
+    expected = child.head(plain_forward(child, batch, new_store(child.config), batch.is_noisy_T))
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
@@ -164,22 +166,20 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
 def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
     """Alone, and with open rows before, between and behind them, some of their own sequence."""
     parent = parent_of(name)
-    packed, packed_parent = (
-        PackedTransformer(model, bits, kernels, rotate=rotate) for model in (child_of(name, parent), parent)
-    )
+    packed, packed_parent = (NativeBackend(model, bits, kernels, rotate=rotate) for model in (child_of(name, parent), parent))
     a, b, c, d = slots_of(50, 17, 33, 8)
     parts = closed(text(40), 0, a), closed(text(1), 0, b), closed(text(16), 1, b), closed(text(25), 0, c)
     store = new_store(parent.config)
-    expected = packed_parent.forward(rows_of(*parts), store)
+    expected = packed_parent.forward(batch_of(*parts), store)
     alone = new_store(parent.config)
-    assert torch.equal(packed.forward(rows_of(*parts), alone), expected)
+    assert torch.equal(packed.forward(batch_of(*parts), alone), expected)
     assert torch.equal(alone, store)
-    together, rows = new_store(parent.config), rows_of(
+    together, batch = new_store(parent.config), batch_of(
         opened(text(8, masks=True), 0, d), parts[0], opened(text(9, masks=True), 40, a), *parts[1:],
         opened(text(5, masks=True), 25, c),
     )  # fmt: skip
-    hidden = packed.forward(rows, together)
-    assert torch.equal(hidden[~rows.noisy_T], expected)
+    hidden = packed.forward(batch, together)
+    assert torch.equal(hidden[~batch.is_noisy_T], expected)
     of_closed = a[:40] + b + c[:25]
     assert torch.equal(together[:, :, :, of_closed], store[:, :, :, of_closed])
     assert torch.equal(packed.logits(expected), packed_parent.logits(expected))
@@ -189,26 +189,26 @@ def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: i
 @pytest.mark.parametrize("name", MODELS)
 def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """With 1, 2 and 3 threads, after its context in the same forward or an earlier one, at other slots, block by block."""
-    packed = PackedTransformer(child_of(name, parent_of(name)), bits, any_kernels)
+    packed = NativeBackend(child_of(name, parent_of(name)), bits, any_kernels)
     sizes = ((8, 8), (24, 40), (0, 16), (16, 1))
     places = slots_of(*(context + count for context, count in sizes))
     contexts = [closed(text(context), 0, slots) for (context, _), slots in zip(sizes, places, strict=True)]
     drafts = [opened(text(n, masks=True), past, slots, 8) for (past, n), slots in zip(sizes, places, strict=True)]
-    rows = rows_of(contexts[1], drafts[2], contexts[0], drafts[1], contexts[3], drafts[3], drafts[0])
-    hidden, store = run_with_threads(1, packed, rows)
+    batch = batch_of(contexts[1], drafts[2], contexts[0], drafts[1], contexts[3], drafts[3], drafts[0])
+    hidden, store = run_with_threads(1, packed, batch)
     for threads in (2, 3):
-        assert all(map(torch.equal, run_with_threads(threads, packed, rows), (hidden, store)))
-    drafted = [s for s in rows.segments if s.open]
-    for number, segment in zip((2, 1, 3, 0), drafted, strict=True):
+        assert all(map(torch.equal, run_with_threads(threads, packed, batch), (hidden, store)))
+    drafted = batch.segments_C6[batch.segments_C6[:, 4] == 1].tolist()
+    for number, (start, stop, *_) in zip((2, 1, 3, 0), drafted, strict=True):
         past, count = sizes[number]
         (other,) = slots_of(past + count)
         alone = new_store(packed.config)
         if past:
-            packed.forward(rows_of(closed(text(past), 0, other)), alone)
+            packed.forward(batch_of(closed(text(past), 0, other)), alone)
         tokens = drafts[number][0]
         parts = (opened(tokens[at : at + 8], past + at, other, 8) for at in range(0, count, 8))
-        blocks = [packed.forward(rows_of(part), alone) for part in parts]
-        assert torch.equal(torch.cat(blocks), hidden[segment.start : segment.stop])
+        blocks = [packed.forward(batch_of(part), alone) for part in parts]
+        assert torch.equal(torch.cat(blocks), hidden[start:stop])
         assert torch.equal(alone[:, :, :, other], store[:, :, :, places[number]])
 
 
@@ -220,11 +220,11 @@ def test_updates_of_zero_change_no_bit(kernels: Kernels, name: str, bits: int, r
     parent, child = parent_of(name, tied_head=False), add_gates(parent_of(name, tied_head=False), MODELS[name][0], seed=0)
     vector = torch.randn(parent.config.hidden_size, generator=torch.Generator().manual_seed(0))
     a, b = slots_of(50, 17)
-    rows = rows_of(closed(text(20), 0, a), opened(text(30, masks=True), 20, a), opened(text(17, masks=True), 0, b))
+    batch = batch_of(closed(text(20), 0, a), opened(text(30, masks=True), 20, a), opened(text(17, masks=True), 0, b))
 
     def run(model: Transformer) -> tuple[Tensor, Tensor]:
         store = new_store(model.config)
-        return PackedTransformer(model, bits, kernels, rotate=rotate).forward(rows, store), store
+        return NativeBackend(model, bits, kernels, rotate=rotate).forward(batch, store), store
 
     before = run(parent)
     assert all(map(torch.equal, run(child), before))

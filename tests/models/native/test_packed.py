@@ -13,14 +13,16 @@ from torch import Tensor
 
 import unmask
 from tiny import tiny_model
+from unmask.engine.backends.native import NativeBackend
+from unmask.engine.backends.sequential import SequentialAttend
+from unmask.engine.batch import Batch, SequenceSlice
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, RopeConfig
 from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
-from unmask.models.native.packed import Kernels, PackedTransformer
+from unmask.models.native.packed import Kernels
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
-from unmask.models.rows import PagedAttend, Rows, Segment
 
 SLOTS = 300
 # Odd sizes, so that every tail of every loop runs; a vocabulary of more than one chunk; one head and many a kv head.
@@ -49,7 +51,13 @@ def exactly_summed(model: Transformer) -> Transformer:
 
 
 def new_store(c: ModelConfig) -> Tensor:
+    """A KV cache as the kernels take it: [L, 2, G, slots, S]."""
     return torch.zeros(c.num_layers, 2, c.num_kv_heads, SLOTS, c.head_dim)
+
+
+def plain_attend(batch: Batch, store: Tensor) -> SequentialAttend:
+    """Attention in PyTorch over the kernels' KV cache, seen as one of cache blocks of one token."""
+    return SequentialAttend(batch, store.transpose(2, 3)[:, :, :, None])
 
 
 class Reference:
@@ -68,7 +76,7 @@ class Reference:
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + self.model.config.norm_eps).sqrt().reciprocal() * weight
 
-    def block(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend: PagedAttend) -> Tensor:
+    def block(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend: SequentialAttend) -> Tensor:
         def apply(x: Tensor, linear: torch.nn.Linear) -> Tensor:
             return self.linear(x, linear.weight, linear.bias, self.bits)
 
@@ -84,10 +92,10 @@ class Reference:
         down = mix(block.mlp.down.weight, count) / count
         return x + self.linear(mix(F.silu(gate) * up, count), down, block.mlp.down.bias, self.bits)
 
-    def forward(self, rows: Rows, store: Tensor) -> Tensor:
-        model, attend = self.model, PagedAttend(store, rows)
-        x = model.embed(rows.tokens_T[None])
-        cos, sin = rope_cos_sin(rows.positions_T[None], model.inv_freq, model.rope_factor, x.dtype)
+    def forward(self, batch: Batch, store: Tensor) -> Tensor:
+        model, attend = self.model, plain_attend(batch, store)
+        x = model.embed(batch.tokens_T[None])
+        cos, sin = rope_cos_sin(batch.positions_T[None], model.inv_freq, model.rope_factor, x.dtype)
         for block in model.blocks:
             x = self.block(block, x, cos, sin, attend)
         return model.norm(x)[0]
@@ -96,13 +104,9 @@ class Reference:
         return self.linear(hidden, self.model.head_weight, None, 8)
 
 
-def rows_of(*parts: tuple[Sequence[int], int, int, Sequence[int]]) -> Rows:
-    """Rows of segments `(tokens, past, block size, slots)`."""
-    segments, start = [], 0
-    for tokens, past, block_size, slots in parts:
-        segments.append(Segment(start, start + len(tokens), past, block_size, torch.tensor(slots), False))
-        start += len(tokens)
-    return Rows.join([tokens for tokens, *_ in parts], segments, "cpu")
+def batch_of(*parts: tuple[Sequence[int], int, int, Sequence[int]]) -> Batch:
+    """A batch of sequences `(tokens, first position, block size, slots)`."""
+    return Batch.build([SequenceSlice(tokens, past, slots, size) for tokens, past, size, slots in parts], 1, "cpu")
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -110,14 +114,14 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
     return [source.randrange(60) for _ in range(count)]
 
 
-def prompt_and(packed: PackedTransformer, reference: Reference, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def prompt_and(packed: NativeBackend, reference: Reference, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Errors of `count` rows that follow a prompt in blocks of 8, at scattered slots: of hidden states and of keys."""
     slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(seed)).tolist()
     store, plain = new_store(packed.config), new_store(packed.config)
     past = 0
     for size in (21, count):
-        rows = rows_of((random_tokens(size, seed=seed + size), past, 8, slots[: past + size]))
-        hidden, expected = packed.forward(rows, store), reference.forward(rows, plain)
+        batch = batch_of((random_tokens(size, seed=seed + size), past, 8, slots[: past + size]))
+        hidden, expected = packed.forward(batch, store), reference.forward(batch, plain)
         past += size
     assert store[:, :, :, slots[past:]].count_nonzero() == 0
     written = (x[:, :, :, slots[:past]].transpose(2, 3).flatten(3) for x in (store, plain))
@@ -133,7 +137,7 @@ def row_errors(got: Tensor, expected: Tensor) -> Tensor:
 def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
     """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
     model = model_of(name, num_layers=1)
-    packed, reference = PackedTransformer(model, bits, any_kernels, rotate=False), Reference(model, bits)
+    packed, reference = NativeBackend(model, bits, any_kernels, rotate=False), Reference(model, bits)
     everything = []
     for count in (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 200):
         repeats = [prompt_and(packed, reference, count, seed) for seed in range(5 if count < 8 else 1)]
@@ -154,7 +158,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
 def test_layers_are_run_in_order(kernels: Kernels, name: str) -> None:
     """Three layers, where one activation rounded the other way reaches every later row: close, not equal."""
     model = model_of(name, num_layers=3)
-    hidden, stored = prompt_and(PackedTransformer(model, 8, kernels, rotate=False), Reference(model, 8), 32, seed=0)
+    hidden, stored = prompt_and(NativeBackend(model, 8, kernels, rotate=False), Reference(model, 8), 32, seed=0)
     assert hidden.mean() < 4e-2
     assert stored.mean() < 4e-2
 
@@ -165,10 +169,10 @@ def test_layers_are_run_in_order(kernels: Kernels, name: str) -> None:
 def test_approximates_the_model_itself(kernels: Kernels, name: str, rotate: bool, bits: int) -> None:
     """Rotated or not, what is left is the error of rounding."""
     model = model_of(name)
-    packed, store, plain = PackedTransformer(model, bits, kernels, rotate=rotate), *(new_store(model.config) for _ in range(2))
-    rows = rows_of((random_tokens(64), 0, 16, range(64)))
-    logits = packed.logits(packed.forward(rows, store))
-    expected = model.head(model(rows.tokens_T[None], rows.positions_T[None], PagedAttend(plain, rows)))[0]
+    packed, store, plain = NativeBackend(model, bits, kernels, rotate=rotate), *(new_store(model.config) for _ in range(2))
+    batch = batch_of((random_tokens(64), 0, 16, range(64)))
+    logits = packed.logits(packed.forward(batch, store))
+    expected = model.head(model(batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, plain)))[0]
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
@@ -182,10 +186,10 @@ def threads_set(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_with_threads(count: int, packed: PackedTransformer, rows: Rows) -> tuple[Tensor, Tensor]:
+def run_with_threads(count: int, packed: NativeBackend, batch: Batch) -> tuple[Tensor, Tensor]:
     store = new_store(packed.config)
     with threads_set(count):
-        return packed.forward(rows, store), store
+        return packed.forward(batch, store), store
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -193,14 +197,14 @@ def run_with_threads(count: int, packed: PackedTransformer, rows: Rows) -> tuple
 def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """Alone with its sequence, among others, with other slots, in smaller forwards, and with other numbers of threads."""
     model = model_of(name)
-    packed = PackedTransformer(model, bits, any_kernels)
+    packed = NativeBackend(model, bits, any_kernels)
     texts = [random_tokens(n, seed=n) for n in (40, 1, 64, 9, 17)]
     bounds = torch.tensor([0, *(len(t) for t in texts)]).cumsum(0).tolist()
     together = [(text, 0, 8, range(bounds[i], bounds[i + 1])) for i, text in enumerate(texts)]
-    hidden, store = run_with_threads(1, packed, rows_of(*together))
+    hidden, store = run_with_threads(1, packed, batch_of(*together))
     logits = packed.logits(hidden)
     for threads in (2, 3):
-        other, other_store = run_with_threads(threads, packed, rows_of(*together))
+        other, other_store = run_with_threads(threads, packed, batch_of(*together))
         assert torch.equal(other, hidden)
         assert torch.equal(other_store, store)
     with threads_set(3):
@@ -210,7 +214,7 @@ def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, 
     for i, text in enumerate(texts):
         alone, slots = new_store(model.config), torch.randperm(SLOTS).tolist()
         parts = [
-            packed.forward(rows_of((text[past : past + 8], past, 8, slots[: min(past + 8, len(text))])), alone)
+            packed.forward(batch_of((text[past : past + 8], past, 8, slots[: min(past + 8, len(text))])), alone)
             for past in range(0, len(text), 8)
         ]
         assert torch.equal(torch.cat(parts), hidden[bounds[i] : bounds[i + 1]])
@@ -221,11 +225,11 @@ def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, 
 def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
     """A later token changes exactly the rows that may see it."""
     model = model_of("llama")
-    packed = PackedTransformer(model, 8, kernels)
+    packed = NativeBackend(model, 8, kernels)
     tokens, slots = random_tokens(70), range(70)
-    before = packed.forward(rows_of((tokens, 0, block_size, slots)), new_store(model.config))
+    before = packed.forward(batch_of((tokens, 0, block_size, slots)), new_store(model.config))
     tokens[43] = (tokens[43] + 1) % 60
-    after = packed.forward(rows_of((tokens, 0, block_size, slots)), new_store(model.config))
+    after = packed.forward(batch_of((tokens, 0, block_size, slots)), new_store(model.config))
     changed = (before != after).any(dim=1).tolist()
     assert changed == [position // block_size >= 43 // block_size for position in range(70)]
 
@@ -233,7 +237,7 @@ def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
 @pytest.mark.parametrize("banned_id", [None, 3, 767, 768, 1558])
 def test_greedy_is_the_argmax_of_the_logits(any_kernels: Kernels, banned_id: int | None) -> None:
     model = model_of("qwen2")
-    packed = PackedTransformer(model, 8, any_kernels)
+    packed = NativeBackend(model, 8, any_kernels)
     for count in (1, 8, 65, 130):
         hidden = torch.randn(count, model.config.hidden_size, generator=torch.Generator().manual_seed(count))
         logits = packed.logits(hidden)
@@ -252,7 +256,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens_unless_banned(kernels: Kernels)
     hidden = torch.randn(1, model.config.hidden_size)
     twins = (40, 41, 780, 1558)
     model.embed.weight[list(twins)] = hidden / hidden.norm() * 20
-    packed = PackedTransformer(model, 8, kernels, rotate=False)
+    packed = NativeBackend(model, 8, kernels, rotate=False)
     assert packed.greedy(hidden)[0].item() == 40
     assert packed.greedy(hidden, 40)[0].item() == 41
     # Three or four equal shares.
@@ -263,7 +267,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens_unless_banned(kernels: Kernels)
 def test_extreme_logits_have_finite_probabilities(kernels: Kernels) -> None:
     model = model_of("qwen2")
     model.embed.weight.mul_(1e4)
-    packed = PackedTransformer(model, 8, kernels, rotate=False)
+    packed = NativeBackend(model, 8, kernels, rotate=False)
     hidden = torch.cat((torch.zeros(1, model.config.hidden_size), torch.ones(1, model.config.hidden_size) * 100))
     tokens, probability = packed.greedy(hidden)
     assert tokens[0] == 0
@@ -274,22 +278,22 @@ def test_extreme_logits_have_finite_probabilities(kernels: Kernels) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
     model = tiny_model(family).requires_grad_(False)
-    exact = PackedTransformer(model.bfloat16().float(), 8, kernels)
-    packed = PackedTransformer(model.bfloat16(), 8, kernels)
-    rows = rows_of((random_tokens(5), 0, 4, range(5)))
+    exact = NativeBackend(model.bfloat16().float(), 8, kernels)
+    packed = NativeBackend(model.bfloat16(), 8, kernels)
+    batch = batch_of((random_tokens(5), 0, 4, range(5)))
     torch.testing.assert_close(
-        packed.forward(rows, new_store(model.config)), exact.forward(rows, new_store(model.config)), rtol=0.02, atol=0.02
+        packed.forward(batch, new_store(model.config)), exact.forward(batch, new_store(model.config)), rtol=0.02, atol=0.02
     )
 
 
 def test_unsupported_models_are_named(kernels: Kernels) -> None:
     with pytest.raises(ConfigError, match="dense models"):
-        PackedTransformer(tiny_model("llada2"), 8, kernels)
+        NativeBackend(tiny_model("llada2"), 8, kernels)
     with pytest.raises(ConfigError, match="3-bit"):
-        PackedTransformer(tiny_model("llama"), 3, kernels)
+        NativeBackend(tiny_model("llama"), 3, kernels)
     model = tiny_model("llama").requires_grad_(False)
     with pytest.raises(ConfigError, match="float32"):
-        PackedTransformer(model, 8, kernels).forward(rows_of(([1], 0, 1, [0])), new_store(model.config).double())
+        NativeBackend(model, 8, kernels).forward(batch_of(([1], 0, 1, [0])), new_store(model.config).double())
 
 
 TEXT = """Photosynthesis is how plants, algae and some bacteria turn light into chemical energy. Chlorophyll in leaves absorbs
@@ -303,10 +307,10 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
     model = unmask.load("smollm2-135m-converted", dtype="float32")
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(TEXT)
-    packed = PackedTransformer(model.transformer, bits, kernels)
+    packed = NativeBackend(model.transformer, bits, kernels)
     c = model.config
     store = torch.zeros(c.num_layers, 2, c.num_kv_heads, len(ids), c.head_dim)
-    logits = packed.logits(packed.forward(rows_of((ids, 0, 32, range(len(ids)))), store))
+    logits = packed.logits(packed.forward(batch_of((ids, 0, 32, range(len(ids)))), store))
     expected = model.logits(ids, block_size=32)
     assert F.cosine_similarity(logits, expected).mean() > cosine
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() > agreement

@@ -1,15 +1,22 @@
-"""Quantised weights on the CPU: the compiled kernels when they are there, plain PyTorch until then.
+"""The native backend: quantised weights on the CPU by the compiled kernels, and plain PyTorch until they are there.
 
-Owns the choice between the two. The kernels are `models.native`'s.
+Owns the choice between the two, and the KV cache as the kernels take it. The kernels are `models.native`'s.
+
+Legend: N sequences, M cache blocks of a sequence, K keys of a sequence, L layers, G kv heads, S slots
+of a cache block or head dim.
 """
 
 from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from unmask.engine.runner import Backend, TorchBackend
+from unmask.engine.backends.base import Backend
+from unmask.engine.backends.torch import TorchBackend
+from unmask.engine.batch import Batch
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.build import Build, start_build
@@ -19,10 +26,20 @@ BITS = {"int8": 8, "int4": 4}
 
 
 class NativeBackend(PackedTransformer):
-    """The kernels as a `Backend`: float32 keys and values, on the CPU."""
+    """The kernels as a `Backend`. The KV cache is float32 [L, 2, G, slots, S] on the CPU."""
 
     device = torch.device("cpu")
     dtype = torch.float32
+
+    def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
+        config = self.config
+        return torch.empty(config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
+
+    def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
+        size = batch.cache_block_size
+        slots_NMS = batch.block_tables[..., None] * np.int64(size) + np.arange(size)
+        slots_NK = slots_NMS.reshape(len(slots_NMS), -1)
+        return self.run(batch.tokens_T, batch.positions_T, batch.segments_C6, slots_NK, kv_cache)
 
 
 class QuantizedModel:

@@ -5,18 +5,18 @@ Owns its state between forwards. Its blocks are single tokens, so that it shares
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from unmask.data.detokenizer import Decode
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
 
 
-class AutoregressiveSequence(Sequence):
+class AutoregressiveSequence(DecodingSequence):
     """Next-token prediction: one row a forward, whose hidden state answers for the position behind it."""
 
     block_size = 1
@@ -43,7 +43,7 @@ class AutoregressiveSequence(Sequence):
             return ScheduledSequence(start, start + budget) if budget > 0 else None
         return ScheduledSequence(start, stop, (stop - 1,), (stop,))
 
-    def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
+    def adjusted(self, logits_NV: Tensor, positions: Sequence[int]) -> Tensor:
         """Also what the grammar does not allow: the queried position is always its frontier."""
         logits_NV = super().adjusted(logits_NV, positions)
         if self.grammar is not None:

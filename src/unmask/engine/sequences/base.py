@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,14 +27,14 @@ from unmask.engine.request import Completion, Costs, FinishReason, Request, Step
 class ScheduledSequence:
     """Positions `start..stop` to forward; the hidden states at `rows` answer what stands at `queries`.
 
-    Positions below `border` are read causally, as the context of a shifted model is, from there on in blocks.
+    Positions below `causal_end` attend causally, as the context of a shifted model does, those from it on block-causally.
     """
 
     start: int
     stop: int
     rows: tuple[int, ...] = ()
     queries: tuple[int, ...] = ()
-    border: int = 0
+    causal_end: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,34 @@ class ModelOutput:
     logits_NV: Tensor | None
 
 
-class Sequence(ABC):
+class DecodingSequence(ABC):
     """State common to both kinds.
 
     Attributes:
         tokens: the canvas by position; a mask where undecided.
         committed: positions whose keys and values are in the cache, computed from final tokens.
-        pages: of the cache, in order; the first `num_published` are shared and never written.
+        block_table: cache blocks in order; the first `num_published` are published and never written.
         completion: set when it has ended.
     """
 
     block_size: int
 
     @property
-    def open_size(self) -> int:
-        """Block size of rows that are not final yet."""
+    def mask_block_size(self) -> int:
+        """Block size of the attention mask from `ScheduledSequence.causal_end` on."""
         return self.block_size
 
     def __init__(
         self, request: Request, number: int, mask_id: int | None, cache_block_size: int, decode: Decode | None
     ) -> None:
         self.request, self.number, self.mask_id, self._decode = request, number, mask_id, decode
-        self.digests = PrefixHashes(self.block_size, cache_block_size)
+        self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size)
         self.committed = 0
-        self.pages: list[int] = []
+        self.block_table: list[int] = []
         self.num_published = 0
-        self.slots_K = torch.empty(0, dtype=torch.int64)
-        self.consecutive = True
         self.order = (0, number)
         self._final_ids: list[int] = []
-        self._final_places: Ids[int] = ()
+        self._final_places: Sequence[int] = ()
         self._num_taken = 0
         self.step = 0
         self.last_step: Step | None = None
@@ -113,20 +111,12 @@ class Sequence(ABC):
             self._times.append(time.perf_counter())
 
     def preempt(self) -> list[int]:
-        """Give up the pages; everything decided stays. Returns them."""
-        pages, self.pages = self.pages, []
-        self.committed, self.num_published, self.consecutive = 0, 0, True
-        self.slots_K = self.slots_K[:0]
-        return pages
+        """Give up the cache blocks; everything decided stays. Returns them."""
+        cache_blocks, self.block_table = self.block_table, []
+        self.committed = self.num_published = 0
+        return cache_blocks
 
-    def add_page(self, page: int) -> None:
-        """One more page behind the others."""
-        size = self.digests.cache_block_size
-        self.consecutive &= not self.pages or page == self.pages[-1] + 1
-        self.pages.append(page)
-        self.slots_K = torch.cat((self.slots_K, torch.arange(page * size, (page + 1) * size)))
-
-    def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
+    def adjusted(self, logits_NV: Tensor, positions: Sequence[int]) -> Tensor:
         """A copy of the logits at `positions` with what the request bans or favours; the grammar is not applied here."""
         logits_NV = logits_NV.float().clone()
         for token, bias in self.request.params.logit_bias.items():
@@ -168,7 +158,7 @@ class Sequence(ABC):
         elif len(self._times) == 2:
             self._times.append(time.perf_counter())
 
-    def note_logprobs(self, positions: Ids[int], logits_NV: Tensor | None, at: dict[int, int]) -> None:
+    def note_logprobs(self, positions: Sequence[int], logits_NV: Tensor | None, at: dict[int, int]) -> None:
         """Log-probabilities of tokens just decided, if they are asked for; 0 for one that the grammar left no choice about.
 
         Args:
@@ -190,7 +180,7 @@ class Sequence(ABC):
             others = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             self._logprobs[position] = TokenLogprob(token, float(row[token]), others)
 
-    def _end(self, positions: Ids[int], *, over: bool) -> None:
+    def _end(self, positions: Sequence[int], *, over: bool) -> None:
         """Hand out what is final, and end here if it holds an end, a stop string or all that was asked for.
 
         Args:

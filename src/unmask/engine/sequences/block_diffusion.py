@@ -10,11 +10,11 @@ from bisect import bisect_left
 from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision, Guess, decide
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.engine.sequences.constrained import advance_frontier, fill_forced
 
 
-class BlockDiffusionSequence(Sequence):
+class BlockDiffusionSequence(DecodingSequence):
     """Denoises block by block; the newest `window` blocks stay open to edits.
 
     A block commits in the forward in which all its tokens are final and none of them changes: with a threshold that is the
@@ -57,15 +57,15 @@ class BlockDiffusionSequence(Sequence):
         return self._front + self.block_size
 
     def plan(self, budget: int) -> ScheduledSequence | None:
-        start, stop, border = self.committed, self.reach, self._settled if self._shifted else 0
+        start, stop, causal_end = self.committed, self.reach, self._settled if self._shifted else 0
         if stop - start > budget:
             chunk = min(budget // self.block_size * self.block_size, self._settled - start)
-            return ScheduledSequence(start, start + chunk, border=border) if chunk > 0 else None
+            return ScheduledSequence(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
         if self.request.params.editing:
             queries = tuple(p for p in range(self._settled, stop) if not self._fixed[p])
         else:
             queries = tuple(p for p in range(self._front, stop) if self.undecided[p])
-        return ScheduledSequence(start, stop, queries, queries, border)
+        return ScheduledSequence(start, stop, queries, queries, causal_end)
 
     def apply(self, plan: ScheduledSequence, answer: ModelOutput | None) -> None:
         self._count(plan)
@@ -89,7 +89,7 @@ class BlockDiffusionSequence(Sequence):
         if done and self.completion is None:
             self._next_block()
         changed = [place + i for i, token in enumerate(before) if token != self.tokens[place + i]]
-        self._commit(plan.border if self._shifted else plan.stop, min(changed, default=plan.stop))
+        self._commit(plan.causal_end if self._shifted else plan.stop, min(changed, default=plan.stop))
 
     def _decide(self, guess: Guess) -> Decision:
         params = self.request.params

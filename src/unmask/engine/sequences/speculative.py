@@ -6,7 +6,7 @@ its masked rows guess what comes behind. What a forward guesses, the next one ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from itertools import takewhile
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import ModelOutput, ScheduledSequence, Sequence
+from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.engine.sequences.constrained import NOTHING_LEFT
 from unmask.errors import RequestError
 
@@ -22,7 +22,7 @@ _EVERYTHING = 2**40
 """A block size whose first block holds all positions."""
 
 
-class SpeculativeSequence(Sequence):
+class SpeculativeSequence(DecodingSequence):
     """Drafts a block in one pass and keeps of it what the next pass, causal, would have said itself.
 
     Rows of a forward, with `v` tokens decided and `d` drafted: the causal ones up to position v + d decide one token more than
@@ -52,7 +52,7 @@ class SpeculativeSequence(Sequence):
             self._finish()
 
     @property
-    def open_size(self) -> int:
+    def mask_block_size(self) -> int:
         return _EVERYTHING
 
     @property
@@ -60,25 +60,25 @@ class SpeculativeSequence(Sequence):
         return self._num_decided
 
     @property
-    def _border(self) -> int:
+    def _causal_end(self) -> int:
         """Rows below it are causal: one for each draft, and one more."""
         return min(self._num_decided + self._num_drafted + 1, len(self.tokens))
 
     @property
     def reach(self) -> int:
-        if self.request.eos_ids.intersection(self.tokens[self._num_decided : self._border]):
-            return self._border  # what is drafted ends there
-        return min(self._border + self._num_open, len(self.tokens))
+        if self.request.eos_ids.intersection(self.tokens[self._num_decided : self._causal_end]):
+            return self._causal_end  # what is drafted ends there
+        return min(self._causal_end + self._num_open, len(self.tokens))
 
     def plan(self, budget: int) -> ScheduledSequence | None:
-        start, border = self.committed, self._border
-        if border - start > budget:
+        start, causal_end = self.committed, self._causal_end
+        if causal_end - start > budget:
             chunk = min(budget, self._num_decided - start)
-            return ScheduledSequence(start, start + chunk, border=border) if chunk > 0 else None
+            return ScheduledSequence(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
         queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
-        return ScheduledSequence(start, queries[-1] + 1, queries, queries, border)
+        return ScheduledSequence(start, queries[-1] + 1, queries, queries, causal_end)
 
-    def adjusted(self, logits_NV: Tensor, positions: Ids[int]) -> Tensor:
+    def adjusted(self, logits_NV: Tensor, positions: Sequence[int]) -> Tensor:
         """Also what the grammar does not allow where the text is decided; guesses are free."""
         logits_NV = super().adjusted(logits_NV, positions)
         if self.grammar is None:
@@ -97,13 +97,13 @@ class SpeculativeSequence(Sequence):
         if answer is None:
             self.committed = plan.stop
             return
-        border, guess = plan.border, answer.guess
+        causal_end, guess = plan.causal_end, answer.guess
         says = dict(zip(guess.positions, guess.tokens, strict=True))
-        held = len(list(takewhile(lambda p: self.tokens[p] == says[p], range(self._num_decided, border - 1))))
+        held = len(list(takewhile(lambda p: self.tokens[p] == says[p], range(self._num_decided, causal_end - 1))))
         known = self._num_decided + held
         self.committed = known + 1
         self._edits += self.tokens[known] not in (self.mask_id, says[known])
-        kept = range(border, plan.stop) if known + 1 == border else range(0)
+        kept = range(causal_end, plan.stop) if known + 1 == causal_end else range(0)
         sure = dict(zip(guess.positions, guess.confidences, strict=True))
         drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.params.threshold, kept)]
         if kept:
@@ -113,7 +113,7 @@ class SpeculativeSequence(Sequence):
         self._tell(plan, answer)
         self._finish()
 
-    def _write(self, start: int, tokens: Ids[int]) -> None:
+    def _write(self, start: int, tokens: Sequence[int]) -> None:
         """These tokens from `start` on, and nothing behind them."""
         assert self.mask_id is not None
         room = len(self.tokens) - start

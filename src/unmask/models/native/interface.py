@@ -65,21 +65,8 @@ class Model(Structure):
     )
 
 
-class Segment(Structure):
-    """`Segment` of attention.h."""
-
-    _fields_ = (
-        ("start", c_int64),
-        ("stop", c_int64),
-        ("past", c_int64),
-        ("block_size", c_int64),
-        ("open", c_int64),
-        ("slots", c_void_p),
-    )
-
-
 class Step(Structure):
-    """`Step` of kernels.cpp, its store included."""
+    """`Step` of kernels.cpp, its KV cache included."""
 
     _fields_ = (
         ("rows", c_int64),

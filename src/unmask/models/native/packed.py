@@ -1,9 +1,10 @@
 """A dense transformer over quantised weights, run by the C++ kernels.
 
-Owns packing a model and one forward of it. Knows nothing of requests, pages or decoding: which rows see what comes in as
-`Rows`, keys and values live in the caller's store.
+Owns packing a model and one forward of it. Knows nothing of requests or decoding: who attends to whom comes in as segments, and
+keys and values live in the caller's KV cache.
 
-Legend: T rows, N selected rows, D hidden, V vocabulary, K inputs, L layers, G kv heads, P slots, S head dim.
+Legend: T tokens, C segments, N sequences or selected rows, D hidden, V vocabulary, K inputs of a matrix or keys of a sequence,
+L layers, G kv heads, P slots, S head dim.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from ctypes import addressof, byref
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError
@@ -24,11 +27,11 @@ from unmask.models.native import interface
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
-from unmask.models.rows import Rows, Segment
 
 __all__ = ["Kernels", "PackedTransformer"]
 
 Change = Callable[[Tensor], Tensor]
+Ints = NDArray[np.int64]
 
 
 def _same(x: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ class PackedTransformer:
     """Inference of a llama, qwen2 or qwen3 model with 8- or 4-bit weights and 8-bit activations on the CPU.
 
     Weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per row and
-    product; sums are exact integers, everything else is float32. Gated updates always have 8 bits. A row's result is the same
+    product; sums are exact integers, everything else is float32. Gated LoRA always has 8 bits. A row's result is the same
     bits whatever the other rows and the number of threads. Not reentrant: calls share one workspace.
 
     Args:
@@ -78,26 +81,41 @@ class PackedTransformer:
         self._workspace = interface.Workspace()
 
     @torch.no_grad()
-    def forward(self, rows: Rows, store: Tensor) -> Tensor:
+    def run(self, tokens_T: Tensor, positions_T: Tensor, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor) -> Tensor:
         """Hidden states after the final norm; keys and values are written to their slots.
 
         Args:
-            rows: what to run.
-            store: float32 [L, 2, G, P, S], contiguous.
+            tokens_T: int64 ids.
+            positions_T: int64 positions.
+            segments_C6: by segment: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1),
+                sequence. A token attends block-causally to its sequence's keys; noisy ones pass the gated LoRA.
+            slots_NK: contiguous slots of each sequence's keys, by position.
+            kv_cache: float32 [L, 2, G, P, S], contiguous.
 
         Returns:
             float32 [T, D], in this model's own basis: for its `logits` and `greedy`.
+
+        Raises:
+            ConfigError: a KV cache of another type or layout.
         """
         config = self.config
         expected = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
-        if store.dtype != torch.float32 or not store.is_contiguous() or (*store.shape[:3], *store.shape[4:]) != expected:
-            raise ConfigError(f"the store is {store.dtype} {tuple(store.shape)}; it must be contiguous float32 [L, 2, G, P, S]")
-        hidden_TD = F.embedding(rows.tokens_T, self._embed_VD).float()
-        cos, sin = rope_cos_sin(rows.positions_T[None], self._inv_freq, self._rope_factor, torch.float32)
-        segments = (interface.Segment * len(rows.segments))(*map(_segment, rows.segments))
+        if (
+            kv_cache.dtype != torch.float32
+            or not kv_cache.is_contiguous()
+            or (*kv_cache.shape[:3], *kv_cache.shape[4:]) != expected
+        ):
+            raise ConfigError(
+                f"the KV cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; it must be contiguous float32 [L, 2, G, P, S]"
+            )
+        hidden_TD = F.embedding(tokens_T, self._embed_VD).float()
+        cos, sin = rope_cos_sin(positions_T[None], self._inv_freq, self._rope_factor, torch.float32)
+        # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
+        segments = segments_C6.copy()
+        segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
         step = interface.Step(
-            len(hidden_TD), len(segments), addressof(segments), cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr(),
-            store.data_ptr(), store.shape[3],
+            len(hidden_TD), len(segments), segments.ctypes.data, cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr(),
+            kv_cache.data_ptr(), kv_cache.shape[3],
         )  # fmt: skip
         threads = torch.get_num_threads()
         buffer = self._workspace.address(self._kernels.forward_bytes(byref(self._model), len(hidden_TD), threads))
@@ -187,14 +205,6 @@ def _embedding(model: Transformer) -> Tensor:
     embed_VD = embed_VD.clone()
     embed_VD[model.config.mask_id] = model.mask_vector.detach()
     return embed_VD
-
-
-def _segment(segment: Segment) -> interface.Segment:
-    slots_K = segment.slots_K
-    assert slots_K.dtype == torch.int64
-    assert slots_K.is_contiguous()
-    assert len(slots_K) >= segment.num_keys
-    return interface.Segment(segment.start, segment.stop, segment.past, segment.block_size, segment.open, slots_K.data_ptr())
 
 
 def check_packable(model: Transformer, bits: int) -> None:
