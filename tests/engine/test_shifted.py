@@ -164,7 +164,7 @@ def test_a_forward_checks_what_the_one_before_drafted() -> None:
         plan = sequence.plan(64)
         assert plan is not None
         sequence.apply(plan, ModelOutput(Guess(plan.queries, tokens, sure), None))
-        return plan.start, plan.border, plan.queries, [token for token in sequence.tokens[5:] if token != MASK]
+        return plan.start, plan.causal_end, plan.queries, [token for token in sequence.tokens[5:] if token != MASK]
 
     # The prompt and a block; the third guess is not sure enough to be a draft.
     assert forward([10, 11, 12, 13], [0.9, 0.8, 0.7, 0.4]) == (0, 6, (5, 6, 7, 8), [10, 11, 12])
@@ -194,7 +194,7 @@ def test_open_rows_are_halved_while_nothing_is_drafted() -> None:
         """Count of open rows."""
         plan = sequence.plan(64)
         assert plan is not None
-        count = plan.stop - plan.border
+        count = plan.stop - plan.causal_end
         tokens = [*causal, *[guess] * count]
         sequence.apply(plan, ModelOutput(Guess(plan.queries, tokens, [1.0] * len(causal) + [sure] * count), None))
         return count
