@@ -26,8 +26,8 @@ from rich.console import Console
 import unmask
 from unmask.cli import chat as verb
 from unmask.cli import chat_session
-from unmask.cli.chat_local import LocalAnswerer
-from unmask.cli.chat_session import Answer, Conversation
+from unmask.cli.chat_local import LocalResponder
+from unmask.cli.chat_session import ChatReply, ChatSession
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 
@@ -87,7 +87,7 @@ def test_the_next_turn_finds_the_last_one_in_the_cache(run, folder: Path) -> Non
     result = run(
         "chat", "-m", folder, *SHORT, input=typed("The quick brown fox jumps over the lazy dog. " * 2, "And?", "/stats")
     )
-    found = re.search(r"(\d+) tokens with all before it, (\d+) of them from the cache", result.stderr)
+    found = re.search(r"(\d+) tokens, conversation included, (\d+) of them in the KV cache", result.stderr)
     assert found is not None, result.stderr
     assert 32 <= int(found[2]) < int(found[1])
 
@@ -95,13 +95,13 @@ def test_the_next_turn_finds_the_last_one_in_the_cache(run, folder: Path) -> Non
 @pytest.mark.usefixtures("letters")
 def test_text_is_handed_out_as_it_becomes_final(model: LanguageModel) -> None:
     written: list[str] = []
-    answerer = LocalAnswerer(model, None, interruptible=False)
-    answer = answerer.answer([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
+    responder = LocalResponder(model, None, interruptible=False)
+    answer = responder.reply([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
     assert len(written) > 3
     assert "".join(written) == answer.text == reply(model, ["Hello"])
     whole = model.generate("Hello", max_new_tokens=24)
     assert (answer.tokens, answer.forwards, answer.prompt_tokens) == (24, whole.forwards, whole.prompt_tokens)
-    assert (answer.end, answer.cached_tokens, answer.drawn) == ("length", 0, False)
+    assert (answer.end, answer.cached_tokens, answer.shown_live) == ("length", 0, False)
 
 
 def test_the_live_view_is_used_in_a_terminal(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,10 @@ def test_the_live_view_is_used_in_a_terminal(model: LanguageModel, monkeypatch: 
             return True
 
     terminal = Terminal()
-    answerer = LocalAnswerer(model, Console(file=terminal, markup=False, force_terminal=True, width=60), interruptible=True)
+    responder = LocalResponder(model, Console(file=terminal, markup=False, force_terminal=True, width=60), interruptible=True)
     written: list[str] = []
-    answer = answerer.answer([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
-    assert (answer.text, answer.drawn, written) == (reply(model, ["Hello"]), True, [])
+    answer = responder.reply([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
+    assert (answer.text, answer.shown_live, written) == (reply(model, ["Hello"]), True, [])
     assert terminal.getvalue().count("tokens per forward") > (answer.forwards or 0)
 
 
@@ -205,7 +205,7 @@ def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
     [
         ("/nope", "no command /nope; /help lists them"),
         ("/", "no command /;"),
-        ("/undo", "no exchange to take back"),
+        ("/undo", "no exchange to remove"),
         ("/retry", "no message to answer again"),
         ("/save", "/save needs a name"),
         ("/load nowhere.json", "nowhere.json cannot be read"),
@@ -221,19 +221,19 @@ def test_a_wrong_command_is_one_line_and_ends_nothing(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("dear diary")
     Path("numbers.json").write_text('[{"role": "user", "content": 3}]')
-    conversation = Conversation(Parrot(), {}, None)
-    conversation.take(line)
-    assert conversation.has_failed
+    session = ChatSession(Parrot(), {}, None)
+    session.take(line)
+    assert session.has_failed
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
     assert Path("text.txt").read_text() == "dear diary"
-    conversation.take("still here?")
+    session.take("still here?")
     assert capsys.readouterr().out == "still here?\n"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    Conversation(Parrot(), {}, None).take("/help")
+    ChatSession(Parrot(), {}, None).take("/help")
     listed = re.findall(r"^/(\w+)", capsys.readouterr().err, re.MULTILINE)
     assert listed == ["help", "system", "reset", "undo", "retry", "save", "load", "set", "stats", "quit"]
 
@@ -244,7 +244,7 @@ def test_a_conversation_that_no_longer_fits_says_so_and_loses_nothing(
     long = "7" * 140
     lines = [long, long, "/reset", "/retry", "Hi"]
     result = run("chat", "-m", diffusion_folder, *PLAIN, "--max-new-tokens", 8, input=typed(*lines))
-    said = re.search(r"error: the conversation is (\d+) tokens and the context 256: .*/reset", result.stderr)
+    said = re.search(r"error: the conversation has (\d+) tokens and the context holds 256: .*/reset", result.stderr)
     assert said is not None, result.stderr
     assert int(said[1]) >= 256
     once = reply(model, [long], tokens=8)
@@ -256,7 +256,7 @@ def test_an_answer_takes_what_room_the_context_has(run, diffusion_folder: Path) 
     result = run("chat", "-m", diffusion_folder, *PLAIN, input=typed("Hello", "/stats"))
     assert result.exit_code == 0
     assert "cut: the context is full; " in result.stderr
-    prompt = int(re.findall(r"(\d+) tokens with all before it", result.stderr)[0])
+    prompt = int(re.findall(r"(\d+) tokens, conversation included", result.stderr)[0])
     assert int(re.findall(r"answers: 1, (\d+) tokens", result.stderr)[0]) == 256 - prompt
 
 
@@ -298,21 +298,21 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_came(
     whole = reply(model, ["Hello"], tokens=48)
     monkeypatch.setattr(Engine, "step", step)
     handler = signal.getsignal(signal.SIGINT)
-    answerer = LocalAnswerer(model, None, interruptible=True)
-    conversation = Conversation(answerer, {"max_new_tokens": 48}, None)
-    conversation.take("Hello")
+    responder = LocalResponder(model, None, interruptible=True)
+    session = ChatSession(responder, {"max_new_tokens": 48}, None)
+    session.take("Hello")
     assert signal.getsignal(signal.SIGINT) is handler
     kept = capsys.readouterr()
     assert kept.out.endswith("\n")
-    assert "stopped; what came is kept" in kept.err
+    assert "stopped; the text so far is kept" in kept.err
     assert 0 < len(kept.out) - 1 < len(whole)
     assert whole.startswith(kept.out[:-1])
     assert len(steps) == 6
-    conversation.take("And?")
+    session.take("And?")
     assert (steps[-1] is steps[0]) == (times == 1), "after a hard stop the engine is a new one"
     assert capsys.readouterr().out == reply(model, ["Hello", kept.out[:-1], "And?"], tokens=48) + "\n"
     assert not steps[-1].has_work
-    assert not conversation.has_failed
+    assert not session.has_failed
 
 
 def test_ctrl_c_ends_the_program_when_messages_come_from_a_pipe(run, diffusion_folder: Path, monkeypatch) -> None:
@@ -331,10 +331,10 @@ class Parrot:
     def check(self, options: Any) -> None:
         pass
 
-    def answer(self, messages: Any, options: Any, attempt: int, write: Callable[[str], None]) -> Answer:
+    def reply(self, messages: Any, options: Any, attempt: int, write: Callable[[str], None]) -> ChatReply:
         text = messages[-1]["content"]
         write(text)
-        return Answer(text, "stop", 1.0)
+        return ChatReply(text, "stop", 1.0)
 
 
 def converse(monkeypatch: pytest.MonkeyPatch, events: Sequence[str | BaseException], *, interactive: bool = True) -> list[str]:
@@ -347,7 +347,7 @@ def converse(monkeypatch: pytest.MonkeyPatch, events: Sequence[str | BaseExcepti
             return event
         raise event
 
-    class Recorder(Conversation):
+    class Recorder(ChatSession):
         def take(self, text: str) -> None:
             taken.append(text)
 
@@ -375,19 +375,19 @@ def test_lines_become_messages(monkeypatch: pytest.MonkeyPatch, lines: list[str]
 def test_ctrl_c_leaves_when_it_comes_twice_in_a_row(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     stop = KeyboardInterrupt()
     assert converse(monkeypatch, [stop, "a", stop, "b", '"""', "half", stop, "c", stop, stop, "d"]) == ["a", "b", "c"]
-    assert capsys.readouterr().err.count("Ctrl-C again, or Ctrl-D, leaves") == 4
+    assert capsys.readouterr().err.count("Ctrl-C again, or Ctrl-D, to leave") == 4
     with pytest.raises(KeyboardInterrupt):
         converse(monkeypatch, [stop], interactive=False)
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = Conversation(Parrot(), {}, None)
-    conversation.take("\x1b[2Ja\tb")
+    session = ChatSession(Parrot(), {}, None)
+    session.take("\x1b[2Ja\tb")
     assert capsys.readouterr().out == "\x1b[2Ja\tb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    conversation.take("\x1b[2Ja\tb")
+    session.take("\x1b[2Ja\tb")
     assert capsys.readouterr().out == "\ufffd[2Ja\tb\n"
-    conversation.take("/\x1b[2J")
+    session.take("/\x1b[2J")
     assert "\x1b" not in capsys.readouterr().err
 
 
@@ -482,7 +482,7 @@ def test_a_server_is_sent_the_conversation_and_its_stream_is_shown(run, server: 
     result = run("chat", "--url", server.url, "--system", "Be brief.", input=typed("Capital?", "/stats", "And?"))
     assert (result.exit_code, result.stdout) == (0, "Paris.\nok\n")
     assert "6 tokens in 3 forwards (2.00 tokens per forward)" in result.stderr
-    assert "12 tokens with all before it, 4 of them from the cache" in result.stderr
+    assert "12 tokens, conversation included, 4 of them in the KV cache" in result.stderr
     (_, first), (_, second) = server.requests
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital?"}]
     assert first == {"model": "first", "messages": asked, "stream": True, "stream_options": {"include_usage": True}}
@@ -509,20 +509,20 @@ def test_options_and_the_key_reach_the_server(run, server: Server) -> None:
 
 REFUSALS = [
     ((400, {"error": {"message": "prompt of 300\ntokens exceeds 256", "code": "x"}}), "prompt of 300 tokens exceeds 256"),
-    ((429, {"error": {"message": "queue is full"}}), "refuses with 429: queue is full"),
-    ((401, {"error": {"message": "no key"}}), "no key; give --api-key, or set UNMASK_API_KEY"),
-    ((422, {"detail": "odd body"}), "refuses with 422: odd body"),
-    ((500, b"<html>oh\x1b[2J</html>"), "refuses with 500: <html>oh\ufffd[2J</html>"),
-    ((503, b""), "refuses with 503: Service Unavailable"),
-    ((302, b""), "refuses with 302"),
+    ((429, {"error": {"message": "queue is full"}}), "answered 429: queue is full"),
+    ((401, {"error": {"message": "no key"}}), "no key; set api_key, or UNMASK_API_KEY"),
+    ((422, {"detail": "odd body"}), "answered 422: odd body"),
+    ((500, b"<html>oh\x1b[2J</html>"), "answered 500: <html>oh\ufffd[2J</html>"),
+    ((503, b""), "answered 503: Service Unavailable"),
+    ((302, b""), "answered 302"),
     ((200, {"choices": []}), "text/event-stream"),
-    ([{"error": {"message": "the engine broke"}}], "broke off: the engine broke"),
-    ([b"data: {\n\n"], "is not a stream of chat completions"),
-    ([b"data: 3\n\n"], "is not a stream of chat completions"),
-    ([{"choices": [{}]}], "is not a stream of chat completions"),
-    ([{"usage": 3}], "is not a stream of chat completions"),
+    ([{"error": {"message": "the engine broke"}}], "ended the answer: the engine broke"),
+    ([b"data: {\n\n"], "is no stream of chat completions"),
+    ([b"data: 3\n\n"], "is no stream of chat completions"),
+    ([{"choices": [{}]}], "is no stream of chat completions"),
+    ([{"usage": 3}], "is no stream of chat completions"),
     ([None], "is lost ("),
-    ([], "without saying why"),
+    ([], "without a finish_reason"),
 ]
 
 
@@ -571,13 +571,13 @@ def test_no_server_there(fails) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--url", "127.0.0.1:8000"), "--url 127.0.0.1:8000 is"),
+        (("--url", "127.0.0.1:8000"), "url 127.0.0.1:8000 "),
         (("--url", "http://127.0.0.1:notaport"), "malformed"),
-        (("--url", "ftp://127.0.0.1"), "is not of a server"),
+        (("--url", "ftp://127.0.0.1"), "no http scheme"),
         (("--url", "http://127.0.0.1", "--watch"), "not with --url"),
         (("--url", "http://127.0.0.1", "--quantize", "int8"), "not with --url"),
-        (("--url", "http://127.0.0.1", "--api-key", "schlüssel"), "no header can carry"),
-        (("--url", "http://127.0.0.1", "--api-key", "a\nb"), "no header can carry"),
+        (("--url", "http://127.0.0.1", "--api-key", "schlüssel"), "an HTTP header cannot carry"),
+        (("--url", "http://127.0.0.1", "--api-key", "a\nb"), "an HTTP header cannot carry"),
     ],
 )
 def test_bad_addresses(fails, options: tuple[str, ...], said: str) -> None:
@@ -651,10 +651,10 @@ def test_a_terminal_session(server: Server) -> None:
         terminal.type("of it\n")
         terminal.expect("Once upon")
         terminal.type("\x03")
-        terminal.expect("stopped; what came is kept")
+        terminal.expect("stopped; the text so far is kept")
         terminal.expect("> ")
         terminal.interrupt_prompt()
-        terminal.expect("Ctrl-C again, or Ctrl-D, leaves")
+        terminal.expect("Ctrl-C again, or Ctrl-D, to leave")
         terminal.expect("> ")
         terminal.type("Go on\n")
         terminal.expect("ok\r\n")

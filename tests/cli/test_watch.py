@@ -11,7 +11,7 @@ from rich.console import Console
 
 import unmask
 from unmask.cli.console import is_live
-from unmask.cli.watch import MASKED_GLYPH, Piece, Transcript, show
+from unmask.cli.watch import MASKED_GLYPH, TextRun, Transcript, show
 from unmask.engine.llm import Generation
 from unmask.engine.request import Step
 
@@ -42,81 +42,81 @@ def transcript(budget: int = 100) -> Transcript:
     return Transcript(spell, (EOS,), budget)
 
 
-def pieces(one: Transcript) -> list[tuple[str, str]]:
-    return [(piece.text, piece.kind) for piece in one.pieces()]
+def runs(one: Transcript) -> list[tuple[str, str]]:
+    return [(run.text, run.state) for run in one.runs()]
 
 
 def test_nothing_before_the_first_step() -> None:
     one = transcript()
-    assert (one.pieces(), one.num_decided, one.forwards, one.finished_text()) == ([], 0, 0, "")
+    assert (one.runs(), one.num_decided, one.forwards, one.finished_text()) == ([], 0, 0, "")
 
 
-def test_every_state_has_its_kind() -> None:
+def test_every_state_is_shown() -> None:
     one = transcript()
     one.observe(step("a.c..", guess="..cd.", accepted="..x"))
-    expected = [("a", "committed"), (MASKED_GLYPH, "masked"), ("c", "accepted"), ("d", "provisional"), (MASKED_GLYPH, "masked")]
-    assert pieces(one) == expected
+    expected = [("a", "committed"), (MASKED_GLYPH, "masked"), ("c", "accepted"), ("d", "candidate"), (MASKED_GLYPH, "masked")]
+    assert runs(one) == expected
     assert (one.num_decided, one.finished_text(), one.block_is_finished) == (2, "", False)
 
 
-def test_neighbours_of_one_kind_are_one_piece() -> None:
+def test_neighbours_of_one_state_are_one_run() -> None:
     one = transcript()
     one.observe(step("abc.", accepted="xxx"))
-    assert one.pieces() == [Piece("abc", "accepted"), Piece(MASKED_GLYPH, "masked")]
+    assert one.runs() == [TextRun("abc", "accepted"), TextRun(MASKED_GLYPH, "masked")]
 
 
 def test_prompt_tokens_in_the_first_block_are_not_shown() -> None:
     one = transcript()
     one.observe(step("abc.", fixed=2))
-    assert pieces(one) == [("c", "committed"), (MASKED_GLYPH, "masked")]
+    assert runs(one) == [("c", "committed"), (MASKED_GLYPH, "masked")]
     assert one.num_decided == 1
 
 
 def test_a_finished_block_is_followed_by_a_masked_one() -> None:
     one = transcript()
     one.observe(step("ab", accepted=" x", forwards=3))
-    assert pieces(one) == [("a", "committed"), ("b", "accepted"), (MASKED_GLYPH * 2, "masked")]
+    assert runs(one) == [("a", "committed"), ("b", "accepted"), (MASKED_GLYPH * 2, "masked")]
     assert (one.finished_text(), one.forwards) == ("ab", 3)
     one.observe(step("c.", accepted="x", start=2))
-    assert pieces(one) == [("ab", "committed"), ("c", "accepted"), (MASKED_GLYPH, "masked")]
+    assert runs(one) == [("ab", "committed"), ("c", "accepted"), (MASKED_GLYPH, "masked")]
     assert (one.finished_text(), one.num_decided) == ("ab", 3)
 
 
 def test_nothing_is_shown_past_the_end_of_text() -> None:
     one = transcript()
     one.observe(step("a$c."))
-    assert pieces(one) == [("a", "committed")]
+    assert runs(one) == [("a", "committed")]
     one.observe(step("a$cd"))
-    assert pieces(one) == [("a", "committed")]
+    assert runs(one) == [("a", "committed")]
     assert one.finished_text() == "a"
 
 
 def test_a_replaced_token_shows_and_a_window_slides() -> None:
     one = transcript()
     one.observe(step("abcd", edited=" x"))
-    assert pieces(one)[:3] == [("a", "committed"), ("b", "edited"), ("cd", "committed")]
+    assert runs(one)[:3] == [("a", "committed"), ("b", "edited"), ("cd", "committed")]
     one.observe(step("cdef", start=2, fixed=0))
-    assert pieces(one)[0] == ("abcdef", "committed")
+    assert runs(one)[0] == ("abcdef", "committed")
     assert one.num_decided == 6
 
 
 def test_a_guessed_end_of_text_hides_nothing() -> None:
     one = transcript()
     one.observe(step("a.c", guess=".$."))
-    assert pieces(one) == [("a", "committed"), (MASKED_GLYPH, "masked"), ("c", "committed")]
+    assert runs(one) == [("a", "committed"), (MASKED_GLYPH, "masked"), ("c", "committed")]
 
 
 def test_nothing_is_shown_past_the_budget() -> None:
     one = transcript(budget=3)
     one.observe(step("abcd"))
-    assert pieces(one) == [("abc", "committed")]
+    assert runs(one) == [("abc", "committed")]
     assert (one.finished_text(), one.num_decided) == ("abc", 3)
 
 
 def test_a_character_split_between_states_is_not_lost() -> None:
     one = transcript()
     one.observe(step("a~\x7f", accepted="  x"))
-    assert "".join(text for text, kind in pieces(one) if kind != "masked").replace("\ufffd", "") == "aé"
+    assert "".join(text for text, state in runs(one) if state != "masked").replace("\ufffd", "") == "aé"
 
 
 def test_finished_text_waits_for_the_rest_of_a_character() -> None:

@@ -1,7 +1,7 @@
 """`unmask chat`: a conversation in the terminal.
 
-Owns the options, how messages are read, and what Ctrl-C does at the prompt. What a message or command does is
-`chat_session`'s; who answers is in `chat_local` and `chat_remote`.
+Owns the command line options, how messages are read, and what Ctrl-C does at the prompt. `chat_session` carries out messages
+and commands; `chat_local` and `chat_remote` make the replies.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.chat_session import Conversation, note
+from unmask.cli.chat_session import ChatSession, note
 from unmask.cli.console import is_live, make_console, pick_device
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from unmask.cli.chat_session import Answerer
+    from unmask.cli.chat_session import Responder
 
 _PROMPT, _MORE = "> ", ". "
 _FENCE = '"""'
@@ -85,35 +85,37 @@ def chat(
     )
     is_interactive = sys.stdin.isatty()
     if url is None:
-        answerer = _local(model or options.DIFFUSION_MODEL, dtype, device, quantize, watch=watch, is_interactive=is_interactive)
+        responder = _local(
+            model or options.DIFFUSION_MODEL, dtype, device, quantize, watch=watch, is_interactive=is_interactive
+        )
     elif watch or (dtype, device, quantize) != ("auto", "auto", "auto"):
         raise ConfigError("--watch, --dtype, --device and --quantize are for a model in this process; not with --url")
     else:
-        from unmask.cli.chat_remote import RemoteAnswerer
+        from unmask.cli.chat_remote import RemoteResponder
 
-        answerer = RemoteAnswerer(url, key=api_key or None, model=model, interruptible=is_interactive)
-    conversation = Conversation(answerer, wanted, system)
+        responder = RemoteResponder(url, key=api_key or None, model=model, interruptible=is_interactive)
+    session = ChatSession(responder, wanted, system)
     if is_interactive:
-        note(f"{answerer.about}; /help lists the commands, Ctrl-D leaves")
-    _converse(conversation, is_interactive=is_interactive)
-    if conversation.has_failed and not is_interactive:
+        note(f"{responder.about}; /help lists the commands, Ctrl-D leaves")
+    _converse(session, is_interactive=is_interactive)
+    if session.has_failed and not is_interactive:
         raise typer.Exit(1)
 
 
-def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Answerer:
+def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Responder:
     import unmask
-    from unmask.cli.chat_local import LocalAnswerer
+    from unmask.cli.chat_local import LocalResponder
 
     chosen = None if quantize == "none" else quantize
     language_model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=chosen)
-    # One engine serves all turns: kernels that are still compiled must not leave it with the weights as they are.
+    # One engine serves the whole session, so it must not be made before the kernels for quantised weights are compiled.
     language_model.backend(wait=True)
     console = make_console()
-    return LocalAnswerer(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
+    return LocalResponder(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
 
 
-def _converse(conversation: Conversation, *, is_interactive: bool) -> None:
-    """Take messages until there are no more, or Ctrl-C has come twice at the prompt."""
+def _converse(session: ChatSession, *, is_interactive: bool) -> None:
+    """Take messages until the input ends, or until Ctrl-C is pressed twice at the prompt."""
     if is_interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
@@ -125,7 +127,7 @@ def _converse(conversation: Conversation, *, is_interactive: bool) -> None:
             text = _read(is_interactive and sys.stdout.isatty())
             was_interrupted = False
             if text.strip():
-                conversation.take(text)
+                session.take(text)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -134,18 +136,18 @@ def _converse(conversation: Conversation, *, is_interactive: bool) -> None:
             if was_interrupted:
                 return
             was_interrupted = True
-            note("\nCtrl-C again, or Ctrl-D, leaves")
+            note("\npress Ctrl-C again, or Ctrl-D, to leave")
 
 
 def _read(with_prompt: bool) -> str:
-    """A message: a line, lines that end in a backslash and the next, or the lines between two fences.
+    """A message: one line, lines continued with a backslash, or the lines between two fences.
 
     Raises:
-        EOFError: no more.
+        EOFError: the input has ended.
     """
     prompt, more = (_PROMPT, _MORE) if with_prompt else ("", "")
     lines = [input(prompt)]
-    # The end of input within a message ends the message.
+    # The end of the input within a message ends the message.
     with contextlib.suppress(EOFError):
         if lines[0].strip() == _FENCE:
             del lines[0]

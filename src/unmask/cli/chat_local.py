@@ -1,6 +1,6 @@
-"""`unmask chat` with the engine in this process.
+"""`LocalResponder`: `unmask chat` with the engine in this process.
 
-Owns the engine over all turns, and what Ctrl-C does to it. Knows no command and no prompt line.
+Owns the engine during the whole session, and what Ctrl-C does to it. Knows no command and no prompt line.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from unmask.cli.chat_session import Answer, End, Message, Write
+from unmask.cli.chat_session import ChatReply, EndReason, Message, Write
+from unmask.cli.interrupt import stop_on_interrupt
 from unmask.cli.watch import show
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.llm import Generation, LanguageModel
@@ -24,18 +24,18 @@ from unmask.errors import RequestError
 MAX_NEW_TOKENS = 512
 
 
-class LocalAnswerer:
-    """One engine for all turns: what was said before is in its cache.
+class LocalResponder:
+    """Makes replies with one engine, whose KV cache keeps the conversation between them.
 
     Args:
         model: with a tokenizer that has a chat template.
-        console: where to show the blocks at work; None: the text is written as it becomes final.
-        interruptible: Ctrl-C ends the answer, not the program.
+        console: where to show the denoising live; None: the text is written as it becomes final.
+        interruptible: Ctrl-C ends the reply, not the program.
     """
 
     def __init__(self, model: LanguageModel, console: Console | None, *, interruptible: bool) -> None:
         if model.tokenizer is None or not model.tokenizer.has_chat_template:
-            raise RequestError(f"model {model.name} has no chat template; continue a text with unmask generate --raw")
+            raise RequestError(f"model {model.name} has no chat template; use unmask generate with plain text")
         self._model, self._tokenizer, self._console = model, model.tokenizer, console
         self._interruptible = interruptible
         self._engine = model.engine()
@@ -44,38 +44,43 @@ class LocalAnswerer:
     def check(self, options: Mapping[str, Any]) -> None:
         self._request((), options, 0).check(self._model.config)
 
-    def answer(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> Answer:
+    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
         ids = self._tokenizer.chat(messages, add_generation_prompt=True)
         request = self._request(ids, options, attempt)
         progress = _Progress(self._model, len(ids))
-        stop = _StopSign()
+        interrupts = (signal.SIGINT,) if self._interruptible else ()
         try:
-            with stop.installed() if self._interruptible else contextlib.nullcontext():
+            with stop_on_interrupt(interrupts, notice=b"") as should_stop:
                 if self._console is None:
-                    self._decode(request, progress, stop, write)
+                    self._decode(request, progress, should_stop, write)
                 else:
-                    self._decode_in_view(self._console, request, progress, stop)
+                    self._decode_in_view(self._console, request, progress, should_stop)
         except KeyboardInterrupt:
-            # The second one may have come in the middle of anything: the engine is not to be trusted.
+            # The second Ctrl-C interrupts anywhere, so the engine's state may be inconsistent.
             self._engine = self._model.engine()
             if not self._interruptible:
                 raise
         is_full = request.params.max_new_tokens < options.get("max_new_tokens", MAX_NEW_TOKENS)
-        return progress.answer(is_full=is_full, drawn=self._console is not None)
+        return progress.reply(is_full=is_full, shown_live=self._console is not None)
 
     def _request(self, ids: Sequence[int], options: Mapping[str, Any], attempt: int) -> Request:
-        """As many tokens as wanted, or as the context has room for."""
-        wanted, context = {"max_new_tokens": MAX_NEW_TOKENS, **options}, self._model.config.max_positions
+        """A request for `max_new_tokens`, or as many as the context has room for."""
+        changed, context = {"max_new_tokens": MAX_NEW_TOKENS, **options}, self._model.config.max_positions
         if len(ids) >= context:
             raise RequestError(
-                f"the conversation is {len(ids)} tokens and the context {context}: no room for an answer; "
-                "ask something shorter, or /reset and then /retry (/save keeps what was said)"
+                f"the conversation has {len(ids)} tokens and the context holds {context}: no room for an answer; "
+                "send a shorter message, or /reset and then /retry (/save first)"
             )
-        wanted["max_new_tokens"] = min(wanted["max_new_tokens"], context - len(ids))
-        return self._model.request(ids, sample=attempt, **wanted)
+        changed["max_new_tokens"] = min(changed["max_new_tokens"], context - len(ids))
+        return self._model.request(ids, sample=attempt, **changed)
 
     def _decode(
-        self, request: Request, progress: _Progress, stop: _StopSign, write: Write | None, on_step: OnStep | None = None
+        self,
+        request: Request,
+        progress: _Progress,
+        should_stop: Callable[[], bool],
+        write: Write | None,
+        on_step: OnStep | None = None,
     ) -> None:
         with contextlib.closing(self._engine.stream(request, watch=on_step is not None)) as updates:  # type: ignore[type-var]
             for update in updates:
@@ -84,22 +89,22 @@ class LocalAnswerer:
                     write(text)
                 if on_step is not None and update.step is not None:
                     on_step(update.step)
-                if stop.requested and update.completion is None:
+                if should_stop() and update.completion is None:
                     return
 
-    def _decode_in_view(self, console: Console, request: Request, progress: _Progress, stop: _StopSign) -> None:
+    def _decode_in_view(self, console: Console, request: Request, progress: _Progress, should_stop: Callable[[], bool]) -> None:
         def generate(on_step: OnStep) -> Generation:
-            self._decode(request, progress, stop, None, on_step)
+            self._decode(request, progress, should_stop, None, on_step)
             return progress.generation()
 
         show(console, self._model, request.params.max_new_tokens, generate)
 
 
 class _Progress:
-    """An answer as it grows."""
+    """The state of a growing reply."""
 
     def __init__(self, model: LanguageModel, prompt_tokens: int) -> None:
-        assert model.tokenizer is not None, "a LocalAnswerer refuses models without one"
+        assert model.tokenizer is not None, "a LocalResponder refuses models without one"
         self._stream, self._prompt_tokens, self._started = (
             IncrementalDetokenizer(model.tokenizer),
             prompt_tokens,
@@ -108,7 +113,7 @@ class _Progress:
         self._completion, self._is_over, self._text = Completion((), "length", 0), False, ""
 
     def take(self, new_ids: Sequence[int], completion: Completion | None) -> str:
-        """What can be shown after one more forward."""
+        """Take in an update of the engine; the text that becomes final with it."""
         text = self._stream.push(new_ids)
         if completion is not None:
             self._completion, self._is_over = completion, True
@@ -120,25 +125,14 @@ class _Progress:
         return text
 
     def generation(self) -> Generation:
-        """As the live view wants it."""
-        count, forwards, seconds = len(self._completion.ids), self._completion.forwards, time.perf_counter() - self._started
-        return Generation(
-            text=self._text,
-            ids=self._completion.ids,
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=count,
-            finish_reason=self._completion.finish_reason,
-            forwards=forwards,
-            tokens_per_forward=count / max(forwards, 1),
-            seconds=seconds,
-            tokens_per_second=count / seconds,
-            costs=self._completion.costs,
-        )
+        """The reply for the live view."""
+        seconds = time.perf_counter() - self._started
+        return Generation.from_completion(self._completion, self._text, self._prompt_tokens, seconds)
 
-    def answer(self, *, is_full: bool, drawn: bool) -> Answer:
-        """As the conversation wants it; `is_full`: the context, not the user, has set the budget."""
-        end: End = self._completion.finish_reason if self._is_over else "interrupted"
-        return Answer(
+    def reply(self, *, is_full: bool, shown_live: bool) -> ChatReply:
+        """The reply for the session; `is_full`: the context, not `max_new_tokens`, limits its length."""
+        end: EndReason = self._completion.finish_reason if self._is_over else "interrupted"
+        return ChatReply(
             text=self._text,
             end="context" if end == "length" and is_full else end,
             seconds=time.perf_counter() - self._started,
@@ -146,23 +140,5 @@ class _Progress:
             forwards=self._completion.forwards,
             cached_tokens=self._completion.costs.cached_tokens if self._is_over else None,
             prompt_tokens=self._prompt_tokens,
-            drawn=drawn,
+            shown_live=shown_live,
         )
-
-
-class _StopSign:
-    """While installed, the first Ctrl-C asks for an end between two forwards, and the second means at once."""
-
-    requested = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, signal.default_int_handler)
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        earlier = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, earlier)

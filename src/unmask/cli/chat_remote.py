@@ -1,6 +1,6 @@
-"""`unmask chat` with a server: ours, or any that streams chat completions as OpenAI's does.
+"""`RemoteResponder`: `unmask chat` with an OpenAI-compatible server.
 
-Owns the requests and what is made of their failures. Knows no command, no prompt line and no model.
+Owns the HTTP requests and the messages about their failures. Knows no command, no prompt line and no model.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from typing import Any
 
 import httpx2
 
-from unmask.cli.chat_session import Answer, End, Message, Write
+from unmask.cli.chat_session import ChatReply, EndReason, Message, Write
 from unmask.errors import ConfigError, RequestError
 
 _STANDARD = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
-"""Fields that every server knows; the others go where only ours looks."""
+"""Fields of OpenAI's API by option; the other options go into our server's field `diffusion`."""
 _TIMEOUT = httpx2.Timeout(10.0, read=600.0)
-_LONGEST_MESSAGE = 400
+_MAX_MESSAGE = 400
 
 
-class RemoteAnswerer:
-    """A server: ours, or any that streams chat completions as OpenAI's does.
+class RemoteResponder:
+    """Gets replies from a server: ours, or any that streams OpenAI chat completions.
 
     Args:
-        url: of the server; without a path, /v1 is meant.
+        url: of the server; /v1 is added where it has no path.
         key: sent as a bearer token.
-        model: one that the server has; None: its first.
-        interruptible: Ctrl-C ends the answer, not the program.
+        model: name of one of the server's models; None: its first.
+        interruptible: Ctrl-C ends the reply, not the program.
 
     Raises:
         ConfigError: a malformed URL or key.
-        RequestError: nobody answers there.
+        RequestError: the server cannot be reached.
     """
 
     def __init__(self, url: str, *, key: str | None, model: str | None, interruptible: bool) -> None:
         try:
             parts = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ConfigError(f"--url {url} is malformed ({error}); give one like http://127.0.0.1:8000") from error
+            raise ConfigError(f"url {url} is malformed ({error}); use one like http://127.0.0.1:8000") from error
         if parts.scheme not in ("http", "https") or not parts.host:
-            raise ConfigError(f"--url {url} is not of a server; give one like http://127.0.0.1:8000")
+            raise ConfigError(f"url {url} has no http scheme or no host; use one like http://127.0.0.1:8000")
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError("the API key holds a character that no header can carry; copy it again")
+            raise ConfigError("api_key holds a character that an HTTP header cannot carry; copy it again")
         self._root = url.rstrip("/") + ("/v1" if parts.path == "/" else "")
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        # Reading the certificates takes a tenth of a second: once, and only for https.
+        # Reading the certificates takes 0.1 s: only once, and only for https.
         self._tls = httpx2.create_ssl_context() if parts.scheme == "https" else False
         self._interruptible = interruptible
         self._model = model if model is not None else self._first_model()
         self.about = f"{self._model} at {url}"
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """The server checks."""
+        """The server checks the options."""
 
-    def answer(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> Answer:
+    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
         body: dict[str, Any] = {"model": self._model, "messages": list(messages), "stream": True}
         body |= {"stream_options": {"include_usage": True}}
         body |= {name: options[ours] for ours, name in _STANDARD.items() if ours in options}
@@ -66,34 +66,34 @@ class RemoteAnswerer:
             body["diffusion"] = ours
         return self._read(body, write)
 
-    def _read(self, body: Mapping[str, Any], write: Write) -> Answer:
-        started, text, problem = time.perf_counter(), "", None
-        end: End = "lost"
+    def _read(self, body: Mapping[str, Any], write: Write) -> ChatReply:
+        started, text, failure = time.perf_counter(), "", None
+        end: EndReason = "lost"
         usage: dict[str, Any] = {}
         cost: dict[str, Any] = {}
         try:
             for chunk in self._chunks(body):
                 usage, cost = {**usage, **(chunk.get("usage") or {})}, {**cost, **(chunk.get("diffusion") or {})}
                 for choice in chunk.get("choices") or ():
-                    piece = choice["delta"].get("content") or ""
+                    content = choice["delta"].get("content") or ""
                     if choice.get("finish_reason") is not None:
                         end = "length" if choice["finish_reason"] == "length" else "stop"
-                    text += piece
-                    if piece:
-                        write(piece)
+                    text += content
+                    if content:
+                        write(content)
             if end == "lost":
-                problem = "the server ended the answer without saying why; /retry asks again"
+                failure = "the server ended the answer without a finish_reason; /retry sends the message again"
         except KeyboardInterrupt:
             if not self._interruptible:
                 raise
             end = "interrupted"
         except RequestError as error:
-            end, problem = "lost", str(error)
+            end, failure = "lost", str(error)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            end, problem = "lost", f"what {self._root} sends is not a stream of chat completions ({error!r}); correct --url"
-        if problem is not None and not text:
-            raise RequestError(problem)
-        return Answer(
+            end, failure = "lost", f"the response of {self._root} is no stream of chat completions ({error!r}); check the url"
+        if failure is not None and not text:
+            raise RequestError(failure)
+        return ChatReply(
             text=text,
             end=end,
             seconds=time.perf_counter() - started,
@@ -101,7 +101,7 @@ class RemoteAnswerer:
             forwards=_count(cost, "forwards"),
             cached_tokens=_count(cost, "cached_tokens"),
             prompt_tokens=_count(usage, "prompt_tokens"),
-            problem=problem,
+            error=failure,
         )
 
     def _chunks(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,7 +111,7 @@ class RemoteAnswerer:
                     return
                 chunk: Any = event.json()
                 if "error" in chunk:
-                    raise RequestError(f"the server broke off: {_told(chunk)}; /retry asks again")
+                    raise RequestError(f"the server ended the answer: {_message(chunk)}; /retry sends the message again")
                 yield chunk
 
     def _first_model(self) -> str:
@@ -120,24 +120,26 @@ class RemoteAnswerer:
             try:
                 return str(response.json()["data"][0]["id"])
             except (LookupError, TypeError, ValueError) as error:
-                raise RequestError(f"{self._root} does not list its models; name one with --model") from error
+                raise RequestError(f"{self._root} does not list its models; name one (model)") from error
 
     @contextlib.contextmanager
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx2.Response]:
-        """A connection of its own for each: one that Ctrl-C has cut is never used again."""
+        """A request on a new connection, because Ctrl-C may leave one in the middle of a response."""
         try:
             with (
                 httpx2.Client(headers=self._headers, timeout=_TIMEOUT, verify=self._tls) as client,
                 client.stream(method, self._root + path, json=body) as response,
             ):
                 if response.status_code != httpx2.codes.OK:
-                    raise RequestError(_refusal(response))
+                    raise RequestError(_error_of(response))
                 yield response
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise RequestError(f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url") from error
+            raise RequestError(
+                f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct the url"
+            ) from error
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise RequestError(f"the connection to {self._root} is lost ({reason}); /retry asks again") from error
+            raise RequestError(f"the connection to {self._root} is lost ({reason}); /retry sends the message again") from error
 
 
 def _count(values: Mapping[str, Any], name: str) -> int | None:
@@ -145,18 +147,18 @@ def _count(values: Mapping[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _refusal(response: httpx2.Response) -> str:
+def _error_of(response: httpx2.Response) -> str:
     response.read()
     try:
-        told = _told(response.json())
+        message = _message(response.json())
     except ValueError:
-        told = " ".join(response.text.split())[:_LONGEST_MESSAGE] or response.reason_phrase
-    remedy = "; give --api-key, or set UNMASK_API_KEY" if response.status_code == 401 else ""
-    return f"the server refuses with {response.status_code}: {told}{remedy}"
+        message = " ".join(response.text.split())[:_MAX_MESSAGE] or response.reason_phrase
+    remedy = "; set api_key, or UNMASK_API_KEY" if response.status_code == 401 else ""
+    return f"the server answered {response.status_code}: {message}{remedy}"
 
 
-def _told(body: Any) -> str:
-    """The message in an error, in any of the shapes that servers give it."""
+def _message(body: Any) -> str:
+    """The message of an error body, in any of the forms that servers use."""
     while isinstance(body, dict):
         body = next((body[name] for name in ("error", "message", "detail") if name in body), str(body))
-    return " ".join(str(body).split())[:_LONGEST_MESSAGE]
+    return " ".join(str(body).split())[:_MAX_MESSAGE]

@@ -1,7 +1,7 @@
-"""A conversation in a terminal: what has been said, and the commands that change it.
+"""`ChatSession`: messages, decoding options and slash commands of a chat in the terminal.
 
-Owns the messages, the options and what is printed about them. Knows neither an engine nor a connection: it is handed
-something that answers. Answers go to standard output, everything else to standard error.
+Owns the messages, the options and what is printed about them. Knows neither an engine nor a connection: a `Responder` makes the
+replies. Replies go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol
 
 import typer
 
-from unmask.cli.console import make_console, visible
+from unmask.cli.console import cost_line, make_console, visible
 from unmask.errors import ConfigError, DataError, RequestError, UnmaskError
 
 Message = dict[str, str]
 Write = Callable[[str], None]
-End = Literal["stop", "length", "context", "interrupted", "lost"]
+EndReason = Literal["stop", "length", "context", "interrupted", "lost"]
 
 
 def _yes_or_no(word: str) -> bool:
@@ -44,89 +44,90 @@ SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "seed": int,
 }
 _ROLES = ("system", "user", "assistant")
-_NOTES: Mapping[End, str] = {
-    "length": "cut: the answer has spent its tokens; /set max_new_tokens allows more",
-    "context": "cut: the context is full; /undo takes back the last exchange, /reset starts over (/save it first)",
-    "interrupted": "stopped; what came is kept: go on, /retry it, or /undo it",
+_NOTES: Mapping[EndReason, str] = {
+    "length": "cut: max_new_tokens is reached; /set max_new_tokens allows more",
+    "context": "cut: the context is full; /undo removes the last exchange, /reset starts over (/save first)",
+    "interrupted": "stopped; the text so far is kept: go on, /retry or /undo",
 }
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came, why no more came, and what it cost as far as that is known.
+class ChatReply:
+    """A reply, why it ended, and what it cost as far as that is known.
 
     Attributes:
-        text: all that was shown and is final.
-        end: the model ended it, the budget or the context is spent, the user stopped it, or the connection broke.
+        text: all final text; it has been written out already.
+        end: `stop`: by the model; `length`: at max_new_tokens; `context`: the context is full; `interrupted`: by the user;
+            `lost`: the connection broke.
         seconds: from the question to the end.
-        tokens: of the answer.
-        forwards: of the model, for it.
-        prompt_tokens: of the conversation before it.
-        cached_tokens: how many of those were found in the cache.
-        problem: one line on what broke.
-        drawn: a live view has shown the text and what it cost.
+        tokens: of the reply.
+        forwards: of the model.
+        prompt_tokens: of the conversation before the reply.
+        cached_tokens: how many of those were in the KV cache.
+        error: one line on what broke.
+        shown_live: a live view has shown the text and what it cost.
     """
 
     text: str
-    end: End
+    end: EndReason
     seconds: float
     tokens: int | None = None
     forwards: int | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
-    problem: str | None = None
-    drawn: bool = False
+    error: str | None = None
+    shown_live: bool = False
 
 
-class Answerer(Protocol):
-    """Answers conversations; `about` says in some words who it is."""
+class Responder(Protocol):
+    """Makes the replies; `about` describes it in a few words."""
 
     about: str
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise RequestError for an option that is wrong whatever is asked."""
+        """Raise RequestError for an option that is wrong for every message."""
 
-    def answer(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> Answer:
-        """Answer the last message, handing out final text through `write`; each `attempt` draws differently.
+    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
+        """Reply to the last message and pass final text to `write`; each `attempt` samples differently.
 
         Raises:
-            UnmaskError: nothing has come.
+            UnmaskError: there is no reply.
         """
 
 
-class Conversation:
-    """Messages and options, and the commands on them.
+class ChatSession:
+    """Messages, decoding options and the commands on them.
 
-    A message that got no answer stays: /retry asks it again, the next message takes its place.
+    A message without a reply stays: /retry sends it again, the next message replaces it.
 
     Args:
-        answerer: who answers.
-        options: of decoding; those left out are the answerer's.
-        system: the system prompt.
+        responder: makes the replies.
+        options: decoding options; the others have the responder's defaults.
+        system: system prompt.
     """
 
-    def __init__(self, answerer: Answerer, options: Mapping[str, Any], system: str | None) -> None:
-        answerer.check(options)
-        self._answerer, self._options = answerer, dict(options)
+    def __init__(self, responder: Responder, options: Mapping[str, Any], system: str | None) -> None:
+        responder.check(options)
+        self._responder, self._options = responder, dict(options)
         self._messages: list[Message] = [] if not system else [{"role": "system", "content": system}]
-        self._answers: list[Answer] = []
+        self._replies: list[ChatReply] = []
         self._attempt = 0
         self.has_failed = False
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            "help": ("", "this list", self._help),
-            "system": ("TEXT", "the system prompt from here on; without TEXT: none", self._system),
-            "reset": ("", "forget the conversation; the system prompt and an unanswered message stay", self._reset),
-            "undo": ("", "take back the last message and its answer", self._undo),
-            "retry": ("", "answer the last message again (another answer needs a temperature above 0)", self._retry),
-            "save": ("FILE", "write the messages as JSON", self._save),
-            "load": ("FILE", "go on with saved messages", self._load),
+            "help": ("", "list the commands", self._help),
+            "system": ("TEXT", "set the system prompt; without TEXT: none", self._system),
+            "reset": ("", "forget the conversation, except the system prompt and an unanswered message", self._reset),
+            "undo": ("", "remove the last message and its answer", self._undo),
+            "retry": ("", "answer the last message again (differs only with temperature above 0)", self._retry),
+            "save": ("FILE", "save the messages as JSON", self._save),
+            "load": ("FILE", "continue with saved messages", self._load),
             "set": ("NAME VALUE", f"a decoding option ({', '.join(SETTINGS)}); VALUE none: its default", self._set),
-            "stats": ("", "what the conversation has cost", self._stats),
-            "quit": ("", "leave, as Ctrl-D does", self._quit),
+            "stats": ("", "show what the conversation has cost", self._stats),
+            "quit": ("", "leave (or Ctrl-D)", self._quit),
         }
 
     def take(self, text: str) -> None:
-        """Carry out a command, or answer a message; what goes wrong is said and ends nothing.
+        """Carry out a command or answer a message; errors are printed and do not end the session.
 
         Raises:
             EOFError: /quit.
@@ -135,10 +136,10 @@ class Conversation:
             if text.startswith("/"):
                 self._command(text)
             else:
-                self._drop("user")
+                self._pop("user")
                 self._messages.append({"role": "user", "content": text})
                 self._attempt = 0
-                self._answer()
+                self._reply()
         except UnmaskError as error:
             self._fail(str(error))
 
@@ -151,26 +152,26 @@ class Conversation:
             raise ConfigError(f"/{name} needs a name: /{name} conversation.json")
         run(rest[0].strip() if rest else "")
 
-    def _answer(self) -> None:
-        answer = self._answerer.answer(self._messages, self._options, self._attempt, _write)
-        self._answers.append(answer)
-        if answer.text and not answer.drawn:
+    def _reply(self) -> None:
+        reply = self._responder.reply(self._messages, self._options, self._attempt, _write)
+        self._replies.append(reply)
+        if reply.text and not reply.shown_live:
             _write("\n")
-        if answer.text or answer.end not in ("interrupted", "lost"):
-            self._messages.append({"role": "assistant", "content": answer.text})
-        if sys.stderr.isatty() and not answer.drawn:
-            make_console(stderr=True).print(costs([answer]), style="dim")
-        if answer.problem is not None:
-            self._fail(answer.problem)
-        elif answer.end in _NOTES:
-            note(_NOTES[answer.end])
+        if reply.text or reply.end not in ("interrupted", "lost"):
+            self._messages.append({"role": "assistant", "content": reply.text})
+        if sys.stderr.isatty() and not reply.shown_live:
+            make_console(stderr=True).print(costs([reply]), style="dim")
+        if reply.error is not None:
+            self._fail(reply.error)
+        elif reply.end in _NOTES:
+            note(_NOTES[reply.end])
 
-    def _fail(self, problem: str) -> None:
+    def _fail(self, message: str) -> None:
         self.has_failed = True
-        typer.echo(visible(f"error: {' '.join(problem.split())}"), err=True)
+        typer.echo(visible(f"error: {' '.join(message.split())}"), err=True)
 
-    def _drop(self, role: str) -> bool:
-        """Take away the last message if it is of this role."""
+    def _pop(self, role: str) -> bool:
+        """Remove the last message if it has this role."""
         is_last = bool(self._messages) and self._messages[-1]["role"] == role
         if is_last:
             self._messages.pop()
@@ -180,7 +181,7 @@ class Conversation:
         for name, (usage, text, _run) in self._commands.items():
             note(f"{f'/{name} {usage}':<16} {text}")
         note(
-            'a line that ends in \\ goes on in the next, and lines between two """ lines are a message; Ctrl-C stops an answer'
+            'a line that ends in \\ continues on the next; lines between two """ lines are one message; Ctrl-C stops an answer'
         )
 
     def _system(self, text: str) -> None:
@@ -191,20 +192,20 @@ class Conversation:
     def _reset(self, _: str) -> None:
         unanswered = [message for message in self._messages[-1:] if message["role"] == "user"]
         self._messages = [message for message in self._messages if message["role"] == "system"] + unanswered
-        note("the conversation is forgotten" + (", but for the unanswered message: /retry asks it" if unanswered else ""))
+        note("the conversation is forgotten" + (", except the unanswered message (/retry sends it)" if unanswered else ""))
 
     def _undo(self, _: str) -> None:
-        self._drop("assistant")
-        if not self._drop("user"):
-            raise RequestError("there is no exchange to take back; ask something first")
-        note("the last exchange is taken back")
+        self._pop("assistant")
+        if not self._pop("user"):
+            raise RequestError("there is no exchange to remove; send a message first")
+        note("the last exchange is removed")
 
     def _retry(self, _: str) -> None:
-        self._drop("assistant")
+        self._pop("assistant")
         if not self._messages or self._messages[-1]["role"] != "user":
-            raise RequestError("there is no message to answer again; ask something first")
+            raise RequestError("there is no message to answer again; send one first")
         self._attempt += 1
-        self._answer()
+        self._reply()
 
     def _save(self, name: str) -> None:
         path = Path(name).expanduser()
@@ -217,17 +218,17 @@ class Conversation:
             path.write_text(json.dumps(self._messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise DataError(f"{path} cannot be written ({error.strerror}); choose another name") from error
-        note(f"{len(self._messages)} messages are in {path}")
+        note(f"{len(self._messages)} messages are saved in {path}")
 
     def _load(self, name: str) -> None:
         self._messages = read_messages(Path(name).expanduser())
-        note(f"{len(self._messages)} messages are loaded; what was said before is forgotten")
+        note(f"{len(self._messages)} messages are loaded and replace the conversation")
 
     def _set(self, text: str) -> None:
         words = text.replace("=", " ").split()
         if len(words) == 2:
             changed = with_setting(self._options, *words)
-            self._answerer.check(changed)
+            self._responder.check(changed)
             self._options = changed
         elif words:
             raise ConfigError("/set takes a name and a value: /set threshold 0.7")
@@ -235,26 +236,20 @@ class Conversation:
         note(", ".join(values) or "every option has its default")
 
     def _stats(self, _: str) -> None:
-        note(f"{self._answerer.about}; answers: {len(self._answers)}, {costs(self._answers)}")
-        known = [answer for answer in self._answers if answer.prompt_tokens is not None]
+        note(f"{self._responder.about}; answers: {len(self._replies)}, {costs(self._replies)}")
+        known = [reply for reply in self._replies if reply.prompt_tokens is not None]
         if known:
-            cached = "" if known[-1].cached_tokens is None else f", {known[-1].cached_tokens} of them from the cache"
-            note(f"the last question was {known[-1].prompt_tokens} tokens with all before it{cached}")
+            cached = "" if known[-1].cached_tokens is None else f", {known[-1].cached_tokens} of them in the KV cache"
+            note(f"the last prompt had {known[-1].prompt_tokens} tokens, conversation included{cached}")
 
     def _quit(self, _: str) -> None:
         raise EOFError
 
 
-def costs(answers: Sequence[Answer]) -> str:
-    """One line on what answers cost, as far as that is known of every one of them."""
-    seconds = sum(answer.seconds for answer in answers)
-    tokens, forwards = _total([answer.tokens for answer in answers]), _total([answer.forwards for answer in answers])
-    if tokens is None:
-        return f"{seconds:.1f} s"
-    rate = f"{seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)"
-    if forwards is None:
-        return f"{tokens} tokens, {rate}"
-    return f"{tokens} tokens in {forwards} forwards ({tokens / max(forwards, 1):.2f} tokens per forward), {rate}"
+def costs(replies: Sequence[ChatReply]) -> str:
+    """One line on what replies cost together; a number that is unknown for one of them is left out."""
+    tokens, forwards = _total([reply.tokens for reply in replies]), _total([reply.forwards for reply in replies])
+    return cost_line(tokens, forwards, sum(reply.seconds for reply in replies))
 
 
 def with_setting(options: Mapping[str, Any], name: str, word: str) -> dict[str, Any]:
@@ -286,16 +281,16 @@ def read_messages(path: Path) -> list[Message]:
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a file that /save has written") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a file written by /save") from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); name a file that /save has written") from error
+        raise DataError(f"{path} is not JSON ({error}); name a file written by /save") from error
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise DataError(f"{path} is not a list of messages with role and content; name a file that /save has written")
+        raise DataError(f"{path} is not a list of messages with role and content; name a file written by /save")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def note(text: str) -> None:
-    """A line about the conversation."""
+    """Print a line about the session on standard error."""
     typer.echo(visible(text), err=True)
 
 
@@ -309,6 +304,6 @@ def _is_message(value: Any) -> bool:
 
 
 def _write(text: str) -> None:
-    """Part of an answer, as it is, or made harmless for a terminal."""
+    """Write part of a reply; in a terminal, without control characters."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""What every verb shares: how it prints, and how an error ends the program.
+"""Console output, exit codes and the choice of a device, shared by all verbs.
 
-Owns the consoles, the exit codes and the choice of a device. Knows no verb. Printed strings are never read as rich markup: a
-model may write anything.
+Owns how errors end the program and how costs are printed. Knows no verb. Printed strings are never read as rich markup, because
+a model may write anything.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Guarded(TyperGroup):
-    """The group of all verbs: turns what a user, the disk or the memory did wrong into one line and an exit code."""
+    """The group of all verbs: turns errors of the user, the disk and the memory into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; what is not listed here is our own bug and keeps its traceback."""
+        """Run the verb; any other error is a bug and keeps its traceback."""
         try:
             return super().invoke(ctx)
         except UnmaskError as error:
@@ -49,7 +49,7 @@ class Guarded(TyperGroup):
 
 
 def fail(error: UnmaskError) -> NoReturn:
-    """Print an error as one line on standard error and leave with its exit code."""
+    """Print an error as one line on standard error and exit with its code."""
     typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
     raise typer.Exit(error.exit_code)
 
@@ -62,25 +62,38 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: a control character in it, which could move the cursor or worse, becomes a replacement mark."""
+    """Text for a terminal: control characters, which could move the cursor or worse, become replacement characters."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def program() -> str:
-    """How the user can start this program again: by its name where that is on the path, else where it lies."""
+    """The command that starts this program: its name where that is on the path, else its file."""
     if shutil.which("unmask") is not None or Path(sys.argv[0]).name != "unmask":
         return "unmask"
     return os.path.relpath(sys.argv[0])
 
 
 def try_command(folder: Path) -> str:
-    """A command line that talks to the model in a folder."""
+    """A command line that generates with the model in a folder."""
     return shlex.join([program(), "generate", "What is the capital of France?", "--model", str(folder), "--watch"])
 
 
 def is_live(console: Console) -> bool:
-    """Whether somebody watches: a real terminal that can redraw lines (FORCE_COLOR alone does not make one)."""
+    """Whether the console is a terminal that can redraw lines (FORCE_COLOR alone does not make one)."""
     return console.is_interactive and console.file.isatty()
+
+
+def cost_line(tokens: int | None, forwards: int | None, seconds: float | None = None) -> str:
+    """One line on what an answer cost, as far as it is known: tokens, forwards, tokens per forward, seconds, tokens/s."""
+    parts = []
+    if tokens is not None:
+        per_forward = (
+            "" if forwards is None else f" in {forwards} forwards ({tokens / max(forwards, 1):.2f} tokens per forward)"
+        )
+        parts.append(f"{tokens} tokens{per_forward}")
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s" + ("" if tokens is None else f" ({tokens / max(seconds, 1e-9):.1f} tokens/s)"))
+    return ", ".join(parts)
 
 
 def pick_device(device: str) -> str:
@@ -94,18 +107,18 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        wanted = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device '{device}' is unknown; use auto, cpu or cuda") from error
-    if wanted.type not in ("cpu", "cuda"):
+    if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device '{device}' is not supported; use auto, cpu or cuda")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
     return device
 
 
 def _system_error(error: OSError) -> TrainingError:
-    where = "" if error.filename is None else f"{error.filename}: "
+    path = "" if error.filename is None else f"{error.filename}: "
     if error.errno in _DISK_FULL:
-        return TrainingError(f"{where}no space left on the disk; free some and run the command again")
-    return TrainingError(f"{where}{error.strerror or error}; check the path and its permissions")
+        return TrainingError(f"{path}no space left on the disk; free some and run the command again")
+    return TrainingError(f"{path}{error.strerror or error}; check the path and its permissions")

@@ -181,7 +181,7 @@ def _legend() -> object:
     from unmask.cli.watch import MASKED_GLYPH, STYLES
 
     return Text.assemble(
-        ("just accepted", STYLES["accepted"]), ", committed, ", ("a guess", STYLES["provisional"]),
+        ("just accepted", STYLES["accepted"]), ", committed, ", ("a guess", STYLES["candidate"]),
         ", ", (MASKED_GLYPH, STYLES["masked"]), " still masked",
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Watching a model decode: the answer as it forms, in a terminal or as plain blocks.
+"""The live view of decoding: the answer while it is denoised, redrawn in a terminal or printed block by block.
 
-Owns what is shown of each step. Knows no model beyond its tokenizer and its end-of-text ids.
+Owns what is shown of each step. Knows no model beyond its tokenizer and its end-of-sequence ids.
 """
 
 from __future__ import annotations
@@ -14,84 +14,84 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from unmask.cli.console import is_live, visible
+from unmask.cli.console import cost_line, is_live, visible
+from unmask.data.detokenizer import Decode, decode_whole_characters
 from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import OnStep, Step
 
-Kind = Literal["committed", "accepted", "edited", "provisional", "masked"]
+TokenState = Literal["committed", "accepted", "edited", "candidate", "masked"]
+"""`accepted` and `edited`: by the last forward; `candidate`: undecided, the model's likeliest token is shown."""
 MASKED_GLYPH = "░"
-STYLES: dict[Kind, str] = {
+STYLES: dict[TokenState, str] = {
     "committed": "",
     "accepted": "bold green",
     "edited": "bold underline yellow",
-    "provisional": "dim italic",
+    "candidate": "dim italic",
     "masked": "dim",
 }
-_BROKEN = "\ufffd"
-"""What a tokenizer gives for the first half of a character."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of the answer whose tokens are in the same state."""
+class TextRun:
+    """Text of neighbouring tokens in the same state."""
 
     text: str
-    kind: Kind
+    state: TokenState
 
 
 class Transcript:
-    """The answer so far: finished blocks and the state of the current one.
+    """The answer so far: finished blocks and the state of the current block.
 
     Args:
         decode: text of token ids.
         eos_ids: tokens that end the answer.
-        budget: most tokens of the answer.
+        max_tokens: of the answer.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int], budget: int) -> None:
-        self._decode, self._eos_ids, self._budget = decode, frozenset(eos_ids), budget
-        self._done: list[int] = []
+    def __init__(self, decode: Decode, eos_ids: Sequence[int], max_tokens: int) -> None:
+        self._decode, self._eos_ids, self._max_tokens = decode, frozenset(eos_ids), max_tokens
+        self._finished_ids: list[int] = []
         self._step: Step | None = None
 
     def observe(self, step: Step) -> None:
-        """Take in the next step; what lies before its first position is closed."""
+        """Take in the next step; positions before its first one are finished."""
         if self._step is not None:
-            self._done += self._decided()[: self._num_open(range(self._step.start, step.start))]
+            self._finished_ids += self._decided()[: self._num_generated(range(self._step.start, step.start))]
         self._step = step
 
     @property
     def forwards(self) -> int:
-        """Calls of the model so far."""
+        """Forwards of the model so far."""
         return 0 if self._step is None else self._step.forwards
 
     @property
     def num_decided(self) -> int:
         """Tokens that will not change any more."""
-        return min(len(self._done) + len(self._decided()), self._budget)
+        return min(len(self._finished_ids) + len(self._decided()), self._max_tokens)
 
     @property
     def block_is_finished(self) -> bool:
-        """Whether nothing of the current block is open."""
+        """Whether every token of the current block is decided."""
         return self._step is not None and None not in self._step.tokens
 
     def finished_text(self) -> str:
-        """Text of every finished block, held back where it ends within a character."""
-        ids = self._done + (self._decided() if self.block_is_finished else [])
-        return self._decode(self._cut(ids)).rstrip(_BROKEN)
+        """Text of all finished blocks, without part of a character at its end."""
+        ids = self._finished_ids + (self._decided() if self.block_is_finished else [])
+        return decode_whole_characters(self._decode, self._cut(ids))
 
-    def pieces(self) -> list[Piece]:
+    def runs(self) -> list[TextRun]:
         """The whole answer so far, in order."""
         if self._step is None:
             return []
-        states: list[tuple[int | None, Kind]] = [(token, "committed") for token in self._done]
+        states: list[tuple[int | None, TokenState]] = [(token, "committed") for token in self._finished_ids]
         step = self._step
-        places = zip(step.tokens, step.guess, step.accepted, step.edited, strict=True)
-        states += [_state(*place) for fixed, place in zip(step.fixed, places, strict=True) if not fixed]
+        positions = zip(step.tokens, step.guess, step.accepted, step.edited, strict=True)
+        states += [_state(*position) for fixed, position in zip(step.fixed, positions, strict=True) if not fixed]
         states = self._until_end(states)
         ended = states and states[-1][0] in self._eos_ids
         if self.block_is_finished and not ended:
             states += [(None, "masked")] * len(step.tokens)
-        return self._spell(states[: self._budget])
+        return self._spell(states[: self._max_tokens])
 
     def _decided(self) -> list[int]:
         if self._step is None:
@@ -99,54 +99,54 @@ class Transcript:
         pairs = zip(self._step.fixed, self._step.tokens, strict=True)
         return [token for fixed, token in pairs if not fixed and token is not None]
 
-    def _num_open(self, positions: range) -> int:
+    def _num_generated(self, positions: range) -> int:
         """How many of these positions of the current step are not the prompt's."""
         return 0 if self._step is None else sum(not fixed for fixed in self._step.fixed[: len(positions)])
 
     def _cut(self, ids: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
-        return ids[: ends[0] if ends else None][: self._budget]
+        ends = [position for position, token in enumerate(ids) if token in self._eos_ids]
+        return ids[: ends[0] if ends else None][: self._max_tokens]
 
-    def _until_end(self, states: list[tuple[int | None, Kind]]) -> list[tuple[int | None, Kind]]:
-        """What follows a decided end-of-text token will not be part of the answer."""
-        for place, (token, kind) in enumerate(states):
-            if token in self._eos_ids and kind != "provisional":
-                return states[: place + 1]
+    def _until_end(self, states: list[tuple[int | None, TokenState]]) -> list[tuple[int | None, TokenState]]:
+        """States up to the first decided end-of-sequence token: later tokens will not be part of the answer."""
+        for position, (token, state) in enumerate(states):
+            if token in self._eos_ids and state != "candidate":
+                return states[: position + 1]
         return states
 
-    def _spell(self, states: list[tuple[int | None, Kind]]) -> list[Piece]:
-        """Text of every run, decoded after all that stands before it: a token alone may lose its space."""
-        states = [self._silenced(*state) for state in states]
-        pieces: list[Piece] = []
+    def _spell(self, states: list[tuple[int | None, TokenState]]) -> list[TextRun]:
+        """Text of every run, decoded after the runs before it: on its own, a token may lose its space."""
+        states = [self._with_text(*state) for state in states]
+        runs: list[TextRun] = []
         ids: list[int] = []
-        for kind, group in itertools.groupby(states, key=lambda state: state[1]):
-            run = [token for token, _ in group]
-            if kind == "masked":
-                pieces.append(Piece(MASKED_GLYPH * len(run), kind))
+        for state, group in itertools.groupby(states, key=lambda entry: entry[1]):
+            tokens = [token for token, _ in group]
+            if state == "masked":
+                runs.append(TextRun(MASKED_GLYPH * len(tokens), state))
                 continue
-            before = self._decode(ids).rstrip(_BROKEN)
-            ids += [token for token in run if token is not None]
+            before = decode_whole_characters(self._decode, ids)
+            ids += [token for token in tokens if token is not None]
             whole = self._decode(ids)
-            text = whole[len(before) :] if whole.startswith(before) else self._decode(ids[-len(run) :])
+            text = whole[len(before) :] if whole.startswith(before) else self._decode(ids[-len(tokens) :])
             if text:
-                pieces.append(Piece(text, kind))
-        return pieces
+                runs.append(TextRun(text, state))
+        return runs
 
-    def _silenced(self, token: int | None, kind: Kind) -> tuple[int | None, Kind]:
-        """A guess at a control token has no text: it looks like a mask, so that the block keeps its length."""
-        if kind == "provisional" and token is not None and not self._decode([token]):
+    def _with_text(self, token: int | None, state: TokenState) -> tuple[int | None, TokenState]:
+        """A candidate without text (a control token) is shown as a mask, so that the block keeps its length."""
+        if state == "candidate" and token is not None and not self._decode([token]):
             return None, "masked"
-        return token, kind
+        return token, state
 
 
-def show(console: Console, model: LanguageModel, budget: int, generate: Callable[[OnStep], Generation]) -> Generation:
-    """Run `generate` and show it at work: live in a terminal, otherwise each block when it is finished.
+def show(console: Console, model: LanguageModel, max_tokens: int, generate: Callable[[OnStep], Generation]) -> Generation:
+    """Run `generate` and show its progress: redrawn live in a terminal, otherwise each block when it is finished.
 
     Args:
         console: where to show it.
-        model: for its tokenizer and end-of-text ids.
-        budget: most tokens that `generate` makes.
-        generate: decodes, calling what it is given after every step.
+        model: for its tokenizer and end-of-sequence ids.
+        max_tokens: that `generate` makes at most.
+        generate: decodes, calling its argument after every step.
 
     Returns:
         What `generate` returns.
@@ -156,7 +156,7 @@ def show(console: Console, model: LanguageModel, budget: int, generate: Callable
         assert model.tokenizer is not None, "generate() refuses a model without a tokenizer before its first step"
         return model.tokenizer.decode(ids)
 
-    transcript = Transcript(decode, model.config.eos_ids, budget)
+    transcript = Transcript(decode, model.config.eos_ids, max_tokens)
     if is_live(console):
         return _show_live(console, transcript, generate)
     return _show_blocks(console, transcript, generate)
@@ -164,15 +164,11 @@ def show(console: Console, model: LanguageModel, budget: int, generate: Callable
 
 def costs(generation: Generation) -> str:
     """One line on what an answer cost."""
-    return (
-        f"{generation.completion_tokens} tokens in {generation.forwards} forwards "
-        f"({generation.tokens_per_forward:.2f} tokens per forward), "
-        f"{generation.seconds:.1f} s ({generation.tokens_per_second:.1f} tokens/s)"
-    )
+    return cost_line(generation.completion_tokens, generation.forwards, generation.seconds)
 
 
 def _show_live(console: Console, transcript: Transcript, generate: Callable[[OnStep], Generation]) -> Generation:
-    # Redrawn by hand: a background thread would draw half-updated states and cost time between steps.
+    # Without the refresh thread of rich, which would draw half-updated states and take time from decoding.
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
 
         def on_step(step: Step) -> None:
@@ -185,14 +181,12 @@ def _show_live(console: Console, transcript: Transcript, generate: Callable[[OnS
 
 
 def _frame(console: Console, transcript: Transcript) -> Group:
-    """The lines of the answer that fit the terminal, the newest ones, and the counts so far."""
+    """The last lines of the answer that fit the terminal, and the counts so far."""
     text = Text()
-    for piece in transcript.pieces():
-        text.append(visible(piece.text), style=STYLES[piece.kind])
+    for run in transcript.runs():
+        text.append(visible(run.text), style=STYLES[run.state])
     lines = text.wrap(console, console.width)[-max(1, console.height - 2) :]
-    tokens, forwards = transcript.num_decided, transcript.forwards
-    footer = f"{tokens} tokens in {forwards} forwards ({tokens / max(forwards, 1):.2f} tokens per forward)"
-    return Group(*lines, Text(footer, style="dim"))
+    return Group(*lines, Text(cost_line(transcript.num_decided, transcript.forwards), style="dim"))
 
 
 def _show_blocks(console: Console, transcript: Transcript, generate: Callable[[OnStep], Generation]) -> Generation:
@@ -213,12 +207,12 @@ def _show_blocks(console: Console, transcript: Transcript, generate: Callable[[O
 
 
 def _write(console: Console, text: str) -> None:
-    """As it is: no wrapping to a width that nobody has."""
+    """Write unchanged, without wrapping."""
     console.file.write(text)
     console.file.flush()
 
 
-def _state(token: int | None, guess: int | None, accepted: bool, edited: bool) -> tuple[int | None, Kind]:
+def _state(token: int | None, guess: int | None, accepted: bool, edited: bool) -> tuple[int | None, TokenState]:
     if token is not None:
         return token, "edited" if edited else "accepted" if accepted else "committed"
-    return (None, "masked") if guess is None else (guess, "provisional")
+    return (None, "masked") if guess is None else (guess, "candidate")

@@ -52,6 +52,25 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: tuple[Step, ...] = ()
 
+    @classmethod
+    def from_completion(cls, completion: Completion, text: str, prompt_tokens: int, seconds: float) -> Generation:
+        """Text and costs of a completion that took so many seconds."""
+        count = len(completion.ids)
+        return cls(
+            text=text,
+            ids=completion.ids,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=count,
+            finish_reason=completion.finish_reason,
+            forwards=completion.forwards,
+            tokens_per_forward=count / max(completion.forwards, 1),
+            seconds=seconds,
+            tokens_per_second=count / seconds,
+            costs=completion.costs,
+            logprobs=completion.logprobs,
+            trace=completion.trace,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The fields that `unmask generate --json` prints."""
         values = asdict(replace(self, trace=()))
@@ -325,21 +344,8 @@ class LanguageModel:
         return None if params.grammar is None else self.grammars.lark(params.grammar)
 
     def _as_generation(self, prompt_tokens: int, completion: Completion, seconds: float) -> Generation:
-        count = len(completion.ids)
-        return Generation(
-            text=self._need_tokenizer().decode(completion.ids) if completion.text is None else completion.text,
-            ids=completion.ids,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=count,
-            finish_reason=completion.finish_reason,
-            forwards=completion.forwards,
-            tokens_per_forward=count / max(completion.forwards, 1),
-            seconds=seconds,
-            tokens_per_second=count / seconds,
-            costs=completion.costs,
-            logprobs=completion.logprobs,
-            trace=completion.trace,
-        )
+        text = self._need_tokenizer().decode(completion.ids) if completion.text is None else completion.text
+        return Generation.from_completion(completion, text, prompt_tokens, seconds)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
