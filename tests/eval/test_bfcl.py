@@ -13,11 +13,10 @@ from scripted import ScriptedModel
 
 from unmask.errors import BackendError, ConfigError
 from unmask.eval import bfcl
-from unmask.eval.bfcl import GROUPS, HARNESS, bfcl_tasks, interpreter
+from unmask.eval.bfcl import GROUPS, bfcl_tasks, interpreter
 from unmask.eval.bfcl_checker import arithmetic
-from unmask.eval.registry import load_suite
 from unmask.eval.runner import load_samples, run_tasks
-from unmask.eval.task import Item, Score, Split, Task
+from unmask.eval.task import Item, ItemScore, Split, Task
 
 TASKS = {task.name.removeprefix("bfcl-offline/"): task for task in bfcl_tasks()}
 SIZES = {"simple_python": 3, "multiple": 1, "live_relevance": 2}
@@ -63,7 +62,7 @@ def ids(task: Task, count: int) -> list[str]:
     return [item.id for item in task.items("test", count)]
 
 
-def test_categories_take_turns(stub: Path):
+def test_categories_take_turns(stub: Path) -> None:
     first = ["simple_python_0", "simple_java_0", "simple_javascript_0", "multiple_0", "parallel_0", "parallel_multiple_0"]
     second = ["simple_python_1", "simple_java_1", "simple_javascript_1", "parallel_1", "parallel_multiple_1"]
     everything = [*first, *second, "simple_python_2"]
@@ -72,7 +71,7 @@ def test_categories_take_turns(stub: Path):
     assert ids(TASKS["live_relevance"], 1) == ["live_relevance_0"]
 
 
-def test_items_hold_what_is_needed(stub: Path):
+def test_items_hold_what_is_needed(stub: Path) -> None:
     item = TASKS["non_live_ast"].items("test", 2)[1]
     assert (item.system, item.prompt) == ("functions of simple_java", "question 0")
     assert item.target == {"id": "simple_java_0", "category": "simple_java"}
@@ -83,10 +82,10 @@ def test_items_hold_what_is_needed(stub: Path):
         TASKS["irrelevance"].items("train", 1)
 
 
-def test_verdicts_are_scores(stub: Path):
+def test_verdicts_are_scores(stub: Path) -> None:
     items = TASKS["non_live_ast"].items("test", 3)
     scores = TASKS["non_live_ast"].score(items, ["call of simple_python", "call of simple_python", "\ud800 gärbage\n\u2028"])
-    assert scores[0] == Score(1.0, "call of simple_python", None)
+    assert scores[0] == ItemScore(1.0, "call of simple_python", None)
     assert [score.value for score in scores] == [1.0, 0.0, 0.0]
     assert (scores[1].detail, scores[2].extracted) == ("wrong \u2028", "\ud800 gärbage\n\u2028")
 
@@ -98,13 +97,13 @@ def test_verdicts_are_scores(stub: Path):
         ("babble", r"failed \(Expecting value"),
     ],
 )
-def test_a_broken_checker_is_an_error(stub: Path, answer: str, told: str):
+def test_a_broken_checker_is_an_error(stub: Path, answer: str, told: str) -> None:
     items = TASKS["irrelevance"].items("test", 1)
     with pytest.raises(BackendError, match=told):
         TASKS["irrelevance"].score(items, [answer])
 
 
-def test_absent_package_is_named(stub: Path, monkeypatch: pytest.MonkeyPatch):
+def test_absent_package_is_named(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = r"bfcl-eval 2026\.3\.23 in .*, where it is not installed; run: python -m venv .* --no-deps bfcl-eval==2026\.3\.23"
     monkeypatch.setattr(bfcl, "RELEASE", "2026.3.24")
     with pytest.raises(ConfigError, match=r"needs bfcl-eval 2026\.3\.24 in"):
@@ -117,7 +116,7 @@ def test_absent_package_is_named(stub: Path, monkeypatch: pytest.MonkeyPatch):
         assert "\n" not in str(caught.value)
 
 
-def test_arithmetic_is_all_that_runs(tmp_path: Path):
+def test_arithmetic_is_all_that_runs(tmp_path: Path) -> None:
     assert [arithmetic(source) for source in ("2 * -3.5", "'a' + 'b'", "[0] * 2 + [1]", "2 ** 3")] == [-7.0, "ab", [0, 0, 1], 8]
     for source in (
         "x + 1",
@@ -131,7 +130,7 @@ def test_arithmetic_is_all_that_runs(tmp_path: Path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_question_beyond_the_context_is_wrong_and_the_run_goes_on(stub: Path, tmp_path: Path):
+def test_a_question_beyond_the_context_is_wrong_and_the_run_goes_on(stub: Path, tmp_path: Path) -> None:
     def items(split: Split, count: int) -> list[Item]:
         first, second, *_ = TASKS["irrelevance"].items(split, count)
         return [replace(first, max_new_tokens=2048, system=None), replace(second, system=None)]
@@ -220,13 +219,9 @@ def wrong(category: str, answer: str) -> str:
     return answer.replace("()", "(extra=1)", 1) if "()" in answer else answer.replace("(", "(extra=1, ", 1)
 
 
-def test_the_suite_installs_it_as_the_tasks_do() -> None:
-    assert load_suite("llada2-47").harnesses["bfcl-eval"] == HARNESS
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
-def test_right_answers_count_and_wrong_ones_do_not(data: Path, group: str):
+def test_right_answers_count_and_wrong_ones_do_not(data: Path, group: str) -> None:
     size, categories = GROUPS[group]
     items = TASKS[group].items("test", size + 1)
     assert len(items) == len({item.id for item in items}) == size == TASKS[group].size
@@ -243,7 +238,7 @@ def test_right_answers_count_and_wrong_ones_do_not(data: Path, group: str):
 
 
 @pytest.mark.slow
-def test_prompts_are_the_official_ones(data: Path):
+def test_prompts_are_the_official_ones(data: Path) -> None:
     item = TASKS["non_live_ast"].items("test", 2)[1]
     (entry,) = (each for each in lines(data / "BFCL_v4_simple_java.json") if each["id"] == item.id == "simple_java_0")
     assert item.system is not None
@@ -258,7 +253,7 @@ def test_prompts_are_the_official_ones(data: Path):
 
 
 @pytest.mark.slow
-def test_hostile_answers_do_no_harm(data: Path, tmp_path: Path):
+def test_hostile_answers_do_no_harm(data: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     hostile = [
         f"[f(a=open({str(made)!r}, 'w') + 1)]",

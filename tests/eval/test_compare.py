@@ -9,14 +9,16 @@ import pytest
 
 from unmask.errors import ConfigError
 from unmask.eval.compare import compare_samples, mcnemar
-from unmask.eval.runner import Sample
+from unmask.eval.runner import EvalSample
 
 
-def sample(i: int, score: float, *, task: str = "sums", tokens: int = 10, forwards: int = 10, seconds: float = 0.1) -> Sample:
-    return Sample(task, f"{task}/{i}", f"question {i}", i, "", None, score, None, "stop", 5, tokens, forwards, seconds)
+def sample(
+    i: int, score: float, *, task: str = "sums", tokens: int = 10, forwards: int = 10, seconds: float = 0.1
+) -> EvalSample:
+    return EvalSample(task, f"{task}/{i}", f"question {i}", i, "", None, score, None, "stop", 5, tokens, forwards, seconds)
 
 
-def run(scores: list[float], **options: object) -> list[Sample]:
+def run(scores: list[float], **options: object) -> list[EvalSample]:
     return [sample(i, score, **options) for i, score in enumerate(scores)]  # type: ignore[arg-type]
 
 

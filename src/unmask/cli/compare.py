@@ -19,7 +19,7 @@ from unmask.errors import ConfigError
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model, or the folder of a run of unmask eval.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model or run to compare with it.")],
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
     limit: evaluation.Limit = None,
@@ -32,13 +32,13 @@ def compare(
     device: options.Device = "auto",
     quantize: options.QuantizeAuto = "auto",
 ) -> None:
-    """Compare two models item by item: scores, how sure the difference is, and speed.
+    """Compare two models item by item: scores, confidence intervals of the differences, and speed.
 
     \b
     unmask compare smollm2-135m smollm2-135m-diffusion --suite mini-5
     unmask compare out/eval/before out/eval/after --out out/report
 
-    Answers that a folder under --out holds already are not asked again. The report is there as Markdown, HTML and JSON.
+    Answers that a folder under --out already holds are reused. The report is written there as Markdown, HTML and JSON.
     """
     from unmask.eval.compare import compare_samples
     from unmask.eval.report import HEAD, comparison_row, write_comparison
@@ -49,17 +49,17 @@ def compare(
     are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
     folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
     if not all(are_runs):
-        chosen = evaluation.choose(suite, tasks)
-        if chosen.harness:
-            raise ConfigError(f"{chosen.harness[0]} is a task of lm-eval, whose items are not paired; compare our own tasks")
+        selection = evaluation.select_tasks(suite, tasks)
+        if selection.harness:
+            raise ConfigError(f"{selection.harness[0]} is a task of lm-eval, whose items are not paired; compare our own tasks")
         for name, is_run, folder in zip((a, b), are_runs, folders, strict=True):
             if not is_run:
                 model = evaluation.open_model(name, dtype=dtype, device=device, quantize=quantize)
-                evaluation.answer(console, model, chosen.own, folder, limit, settings)
-    found = compare_samples(*(load_samples(folder) for folder in folders))
-    files = write_comparison(out, found, *(load_results(folder) for folder in folders))
+                evaluation.answer(console, model, selection.own, folder, limit, settings)
+    comparisons = compare_samples(*(load_samples(folder) for folder in folders))
+    files = write_comparison(out, comparisons, *(load_results(folder) for folder in folders))
     table = Table(Column(HEAD[0], no_wrap=True), *HEAD[1:], title=f"A is {a}, B is {b}")
-    for task, each in found.items():
+    for task, each in comparisons.items():
         table.add_row(*comparison_row(task, each))
     console.print(table)
     console.print(f"report   {files['report.md']}, {files['report.html']}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `eval`, `compare` and `sweep` share: which tasks there are, how a model is opened, how progress and results look.
+"""Shared parts of `eval`, `compare` and `sweep`: options, selection of tasks, opening a model, progress bars, result tables.
 
 Owns the names of suites and tasks. Knows no statistics.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,44 +14,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from unmask.cli.console import is_live, pick_device
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     from unmask.engine.llm import LanguageModel
-    from unmask.eval.runner import Settings
+    from unmask.eval.runner import EvalSettings
+    from unmask.eval.suite import BenchmarkResult, Selection
     from unmask.eval.task import Task
 
 MINI5, LLADA2 = "mini-5", "llada2-47"
 _SPLITS = ("test", "validation", "train")
 DEFAULT_COUNT = 50
-"""Items of a task that has no end."""
+"""Items of a task that can make any number."""
 
 Suite = Annotated[str | None, typer.Option(help=f"{MINI5} (no download), {LLADA2} (the report's 47), or a file of a suite.")]
-Tasks = Annotated[str | None, typer.Option(help="Names, separated by commas: ours (`unmask eval --list`), or any of lm-eval.")]
-Limit = Annotated[int | None, typer.Option(help="Items per task; left out: all, or 50 where there is no end of them.")]
+Tasks = Annotated[str | None, typer.Option(help="Names, separated by commas: our own (see `unmask eval --list`) or lm-eval's.")]
+Limit = Annotated[int | None, typer.Option(help="Items per task. [default: all; 50 of a generated task]")]
 SplitName = Annotated[str, typer.Option("--split", help="test, validation or train; only our own tasks have the last two.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-Batch = Annotated[int, typer.Option(help="Answers decoded together; tokens/s are those of one stream where it is 1.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Batch = Annotated[int, typer.Option(help="Answers decoded together; with 1, tokens/s are those of a single stream.")]
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Tasks of ours, and names for lm-eval."""
-
-    own: tuple[Task, ...]
-    harness: tuple[str, ...]
-
-
-def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chosen:
-    """The tasks of `--suite mini-5` and of `--tasks`, where "bfcl-offline" is all of "bfcl-offline/..."; needles are `needles`.
+def select_tasks(suite: str | None, names: str | None, *, required: bool = True) -> Selection:
+    """The tasks of `--suite mini-5` and of `--tasks`, where "bfcl-offline" stands for every "bfcl-offline/...".
 
     Raises:
-        ConfigError: nothing is chosen, or a suite that is not there.
+        ConfigError: nothing is selected though `required`, or the suite is unknown.
     """
     from unmask.eval.mini5.tasks import mini5_tasks
-    from unmask.eval.suite import own_tasks
+    from unmask.eval.suite import Selection, own_tasks
 
     if suite not in (None, MINI5):
         raise ConfigError(f"suite {suite!r} is not known here; use {MINI5}, or name tasks with --tasks")
@@ -63,16 +56,16 @@ def choose(suite: str | None, names: str | None, *, needed: bool = True) -> Chos
         own += group
         if name and not group:
             harness.append(name)
-    if needed and not own and not harness:
-        raise ConfigError(f"no tasks are chosen; give --suite {MINI5} or --tasks, and see unmask eval --list")
-    return Chosen(tuple(own), tuple(harness))
+    if required and not own and not harness:
+        raise ConfigError(f"no tasks are selected; give --suite {MINI5} or --tasks, and see unmask eval --list")
+    return Selection(tuple(own), tuple(harness))
 
 
 def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None) -> LanguageModel:
-    """A model ready to be timed, its kernels compiled and one token decoded; `yarn` stretches its context by that factor.
+    """A model ready to be timed: kernels compiled, one token decoded; `yarn` extends its context by that factor.
 
     Raises:
-        ConfigError: it has no tokenizer, or its context cannot be stretched.
+        ConfigError: it has no tokenizer, or its context cannot be extended.
     """
     import unmask
     from unmask.models.arch.yarn import stretch_context
@@ -80,8 +73,8 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
     weights = None if quantize == "none" else quantize
     model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=weights if yarn is None else None)
     if yarn is not None:
-        longer = stretch_context(model.transformer, yarn)
-        model = unmask.LanguageModel(longer, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
+        extended = stretch_context(model.transformer, yarn)
+        model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
     model.backend(wait=True)
@@ -93,23 +86,23 @@ def needles(lengths: str, model: LanguageModel) -> tuple[Task, ...]:
     """Needle tasks for context lengths separated by commas.
 
     Raises:
-        ConfigError: something else, or a length beyond the model's context.
+        ConfigError: they are not numbers, or a length exceeds the model's context.
     """
     from unmask.eval.needle import needle_tasks
 
     try:
-        wanted = [int(part) for part in lengths.split(",")]
+        targets = [int(part) for part in lengths.split(",")]
     except ValueError as error:
         raise ConfigError(f"--needle is {lengths!r}; give lengths in tokens, separated by commas") from error
-    longest = model.config.max_positions
-    if max(wanted) > longest:
-        raise ConfigError(f"--needle {max(wanted)} is more than the context of {longest} tokens; stretch it with --yarn")
-    return needle_tasks(wanted, lambda text: len(model.encode_prompt(text)))
+    room = model.config.max_positions
+    if max(targets) > room:
+        raise ConfigError(f"--needle {max(targets)} is more than the context of {room} tokens; extend it with --yarn")
+    return needle_tasks(targets, lambda text: len(model.encode_prompt(text)))
 
 
 @contextmanager
 def showing_tasks(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Something to call with (task, items done, items in all); bars with the time left in a terminal, lines elsewhere."""
+    """A progress callback (task, items done, all items): bars with the remaining time in a terminal, lines elsewhere."""
     if not is_live(console):
         yield _lines(console)
         return
@@ -135,17 +128,17 @@ def _lines(console: Console) -> Callable[[str, int, int], None]:
     return on_progress
 
 
-def settings_of(split: str, decoding: Mapping[str, Any], batch: int) -> Settings:
-    """How own tasks are run.
+def settings_of(split: str, decoding: Mapping[str, Any], batch: int) -> EvalSettings:
+    """Settings of our own tasks.
 
     Raises:
-        ConfigError: there is no such split.
+        ConfigError: `split` is unknown.
     """
-    from unmask.eval.runner import Settings
+    from unmask.eval.runner import EvalSettings
 
     if split not in _SPLITS:
         raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
-    return Settings(split, decoding, batch)  # type: ignore[arg-type]
+    return EvalSettings(split, decoding, batch)  # type: ignore[arg-type]
 
 
 def answer(
@@ -154,9 +147,9 @@ def answer(
     tasks: Sequence[Task],
     folder: Path,
     limit: int | None,
-    settings: Settings,
+    settings: EvalSettings,
 ) -> dict[str, Any]:
-    """Run tasks in a folder, or go on with what it holds; what `results.json` says."""
+    """Run tasks in a folder, or resume the run there; the content of `results.json`."""
     from unmask.eval.runner import run_tasks
 
     count = partial(count_for, limit)
@@ -166,30 +159,42 @@ def answer(
 
 
 def count_for(limit: int | None, task: Task) -> int:
-    """How many items of a task to ask."""
+    """Number of items of a task to ask."""
     return limit if limit is not None else task.size if task.size is not None else DEFAULT_COUNT
 
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
-    """Score and speed of every task, and the plain mean over tasks."""
+    """Print score and speed of every task, and the plain mean over tasks."""
     table = Table(Column("task", no_wrap=True), "metric", "score", "items", "tokens per forward", "tokens/s")
-    told: Mapping[str, Any] = results["tasks"]
-    for name, task in told.items():
+    tasks: Mapping[str, Any] = results["tasks"]
+    for name, task in tasks.items():
         speed, of = task["speed"], "" if not task["limited"] or task["size"] is None else f" of {task['size']}"
         spread = speed["tokens_per_second_spread"]
         rates = "" if spread is None else f"{speed['tokens_per_second']:.0f} ({spread['p10']:.0f}-{spread['p90']:.0f})"
         score = "-" if task["score"] is None else f"{100 * task['score']:.1f} ± {100 * task['standard_error']:.1f}"
         table.add_row(name, task["metric"], score, f"{task['items']}{of}", f"{speed['tokens_per_forward']:.2f}", rates)
     for name, metrics in results.get("harness", {}).get("results", {}).items():
-        found = [f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
-        table.add_row(name, "lm-eval", ", ".join(found), "", "", "")
-    scores = [task["score"] for task in told.values() if task["score"] is not None]
+        values = [f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+        table.add_row(name, "lm-eval", ", ".join(values), "", "", "")
+    scores = [task["score"] for task in tasks.values() if task["score"] is not None]
     if len(scores) > 1:
         table.add_section()
         table.add_row("mean", "", f"{100 * sum(scores) / len(scores):.1f}", "", "", "")
     console.print(table)
 
 
+def print_benchmarks(console: Console, results: Sequence[BenchmarkResult]) -> None:
+    """Print what becomes of every benchmark of a suite: its score, the tasks that would run it, or why it is not run."""
+    table = Table("benchmark", "score", "items", "tasks, or the reason for not running it")
+    for result in results:
+        score = "not run" if result.reason else "" if result.score is None else f"{result.score:.2f}"
+        notes = [" ".join(result.tasks), result.metric, result.differs and f"differs: {result.differs}"]
+        about = result.reason or "; ".join(note for note in notes if note)
+        cells = (result.benchmark, score, str(result.items or ""), about)
+        table.add_row(*(Text(cell, style="dim" if result.reason else "") for cell in cells))
+    console.print(table)
+
+
 def own_names(tasks: Sequence[Task]) -> str:
-    """For a list of what there is."""
+    """Our own tasks, a line for each."""
     return "\n".join(f"{task.name:24} {task.dimension:10} {task.metric}; {task.licence}" for task in tasks)

@@ -26,38 +26,38 @@ def sweep(
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     thresholds: Annotated[str, typer.Option(help="Separated by commas.")] = "0.5,0.7,0.9,0.95",
-    block_sizes: Annotated[str | None, typer.Option(help="Separated by commas; left out: the model's.")] = None,
+    block_sizes: Annotated[str | None, typer.Option(help="Separated by commas. [default: the model's]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the plot.")] = Path("out/sweep"),
     batch: evaluation.Batch = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.QuantizeAuto = "auto",
 ) -> None:
-    """Draw what a threshold and a block size cost in score and give in speed.
+    """Plot score against speed over thresholds and block sizes.
 
     \b
     unmask sweep --suite mini-5 --limit 30
     unmask sweep --model out/mine --tasks mini-5/math --thresholds 0.5,0.8,0.95 --block-sizes 8,16,32
 
-    A killed sweep goes on when it is started again. Writes frontier.png, sweep.md and sweep.json.
+    A killed sweep continues when started again. Writes frontier.png, sweep.md and sweep.json.
     """
     from unmask.eval.report import draw_frontier, markdown_table
     from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
-    bars, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
-    chosen, settings = evaluation.choose(suite, tasks), evaluation.settings_of(split, {}, batch)
-    if chosen.harness:
-        raise ConfigError(f"{chosen.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
+    values, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
+    selection, settings = evaluation.select_tasks(suite, tasks), evaluation.settings_of(split, {}, batch)
+    if selection.harness:
+        raise ConfigError(f"{selection.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
     console = make_console()
     language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize)
     if not language_model.is_diffusion:
         raise RequestError(f"model {model} is autoregressive and has neither a threshold nor blocks; sweep a diffusion model")
     points: list[dict[str, Any]] = []
-    for size, bar in itertools.product(sizes or [language_model.config.block_size or 32], bars):
-        folder = out / f"block-{size}-threshold-{bar:g}"
-        decoding = {"block_size": size, "threshold": bar}
-        at_point = replace(settings, decoding=decoding)
-        results = evaluation.answer(console, language_model, chosen.own, folder, limit, at_point)
+    for size, value in itertools.product(sizes or [language_model.config.block_size or 32], values):
+        folder = out / f"block-{size}-threshold-{value:g}"
+        decoding = {"block_size": size, "threshold": value}
+        point_settings = replace(settings, decoding=decoding)
+        results = evaluation.answer(console, language_model, selection.own, folder, limit, point_settings)
         points.append({**decoding, **_point(results)})
     rows = [_cells(point) for point in points]
     draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")
@@ -76,13 +76,12 @@ HEAD = ("block size", "threshold", "score", "tokens per forward", "tokens/s")
 
 
 def _point(results: dict[str, Any]) -> dict[str, float]:
-    """Mean score over tasks, and speed over everything."""
-    told = list(results["tasks"].values())
-    tokens, forwards = (sum(task["speed"][name] for task in told) for name in ("tokens", "forwards"))
-    seconds = sum(task["speed"]["tokens"] / max(task["speed"]["tokens_per_second"], 1e-9) for task in told)
+    """Mean score over tasks, and speed over all of their answers."""
+    tasks = list(results["tasks"].values())
+    tokens, forwards, seconds = (sum(task["speed"][name] for task in tasks) for name in ("tokens", "forwards", "seconds"))
     return {
-        "score": sum(task["score"] for task in told) / len(told),
-        "items": sum(task["items"] for task in told),
+        "score": sum(task["score"] for task in tasks) / len(tasks),
+        "items": sum(task["items"] for task in tasks),
         "tokens_per_forward": tokens / max(forwards, 1),
         "tokens_per_second": tokens / max(seconds, 1e-9),
     }

@@ -1,7 +1,7 @@
-"""BFCL without a network: the single-turn questions of the Berkeley Function Calling Leaderboard that need no execution.
+"""BFCL offline: the single-turn questions of the Berkeley Function Calling Leaderboard that need no execution.
 
-Owns the five tasks (the leaderboard's groups), the order of their questions and how bfcl-eval is reached: it lives in an
-environment of its own, and its prompts and verdicts come through `bfcl_checker.py`, a process there. Imports none of it.
+Owns the five tasks (the leaderboard's groups), the order of their questions and the access to bfcl-eval, which is installed in
+an environment of its own: its prompts and verdicts come from `bfcl_checker.py`, a process there. Imports none of it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import BackendError, ConfigError
-from unmask.eval.outside import VENVS, Harness
-from unmask.eval.task import Item, Score, Split, Task
+from unmask.eval.task import Item, ItemScore, Split, Task
 
 RELEASE = "2026.3.23"
-VENV = Path(f"{VENVS}/bfcl-eval")
+VENV = Path("~/.venvs/bfcl-eval")
 CHECKER = Path(__file__).with_name("bfcl_checker.py")
-HARNESS = Harness(
-    distribution="bfcl-eval",
-    version=RELEASE,
-    asked=True,
-    no_deps=True,  # all that it asks for is several GB; `needs` is what the checker imports
-    needs=("filelock", "tenacity", "tree-sitter==0.21.3", "tree-sitter-java==0.21.0", "tree-sitter-javascript==0.21.4"),
+# Without its own requirements, which are several GB: the second list is what the checker imports.
+INSTALL = (
+    f"python -m venv {VENV} && {VENV}/bin/pip install --no-deps bfcl-eval=={RELEASE} && {VENV}/bin/pip install "
+    "filelock tenacity tree-sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4"
 )
-INSTALL = HARNESS.install
 _SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "non_live_ast": (1150, (*_SIMPLE, "multiple", "parallel", "parallel_multiple")),
@@ -39,10 +35,10 @@ GROUPS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "live_irrelevance": (884, ("live_irrelevance",)),
     "live_relevance": (16, ("live_relevance",)),
 }
-"""How many questions, in which of bfcl-eval's categories."""
+"""Group -> number of questions, and bfcl-eval's categories."""
 MAX_NEW_TOKENS = 512
 SECONDS = 900.0
-"""By the clock, for one process: loading takes one, and an answer at most ten, which hardly any takes."""
+"""Timeout of one checker process; loading takes a second, and an answer at most ten."""
 
 
 def bfcl_tasks() -> tuple[Task, ...]:
@@ -58,6 +54,7 @@ def bfcl_tasks() -> tuple[Task, ...]:
             items=partial(_items, name, categories),
             score=_score,
             size=size,
+            require=interpreter,
         )
         for group, (size, categories) in GROUPS.items()
     )
@@ -67,7 +64,7 @@ def interpreter() -> Path:
     """The Python of bfcl-eval's environment.
 
     Raises:
-        ConfigError: bfcl-eval, of that release, is not there.
+        ConfigError: bfcl-eval of this release is not installed.
     """
     venv = VENV.expanduser()
     python = venv / "bin" / "python"
@@ -76,17 +73,17 @@ def interpreter() -> Path:
     return python
 
 
-def _ask(python: Path, what: str, told: Iterable[Any]) -> list[dict[str, Any]]:
-    """What the checker says.
+def _ask(python: Path, mode: str, records: Iterable[Any]) -> list[dict[str, Any]]:
+    """The checker's replies to records, in its mode `prompts` or `score`.
 
     Raises:
-        BackendError: it failed.
+        BackendError: the checker failed.
     """
-    lines = "".join(json.dumps(each) + "\n" for each in told)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     try:
         with tempfile.TemporaryDirectory(prefix="unmask-bfcl-") as folder:  # the package makes folders when it is imported
-            done = subprocess.run(
-                [str(python), "-I", str(CHECKER), what],
+            process = subprocess.run(
+                [str(python), "-I", str(CHECKER), mode],
                 input=lines,
                 capture_output=True,
                 encoding="utf-8",
@@ -96,7 +93,7 @@ def _ask(python: Path, what: str, told: Iterable[Any]) -> list[dict[str, Any]]:
                 cwd=folder,
                 env={**environ, "BFCL_PROJECT_ROOT": folder},
             )
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return [json.loads(line) for line in process.stdout.splitlines()]
     except subprocess.CalledProcessError as error:
         reason = f"exit code {error.returncode}: {''.join(error.stderr.strip().splitlines()[-1:])[:300]}"
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -107,10 +104,10 @@ def _ask(python: Path, what: str, told: Iterable[Any]) -> list[dict[str, Any]]:
 @cache
 def _questions(python: Path) -> Mapping[str, tuple[Item, ...]]:
     """Category -> its items, in the package's order."""
-    found: dict[str, list[Item]] = {category: [] for _, categories in GROUPS.values() for category in categories}
-    for entry in _ask(python, "prompts", found):
+    items: dict[str, list[Item]] = {category: [] for _, categories in GROUPS.values() for category in categories}
+    for entry in _ask(python, "prompts", items):
         system, *messages = entry["messages"]
-        found[entry["category"]].append(
+        items[entry["category"]].append(
             Item(
                 id=entry["id"],
                 prompt=_one_message(messages),
@@ -119,18 +116,18 @@ def _questions(python: Path) -> Mapping[str, tuple[Item, ...]]:
                 max_new_tokens=MAX_NEW_TOKENS,
             )
         )
-    return {category: tuple(items) for category, items in found.items()}
+    return {category: tuple(listed) for category, listed in items.items()}
 
 
 def _one_message(messages: Sequence[Mapping[str, str]]) -> str:
-    """The user's; the few conversations with an assistant's turns become one message that quotes them."""
+    """The user's messages as one; the few conversations with turns of an assistant become one message that quotes them."""
     if all(message["role"] == "user" for message in messages):
         return "\n\n".join(message["content"] for message in messages)
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _items(name: str, categories: Sequence[str], split: Split, count: int) -> list[Item]:
-    """The first `count`, the categories taking turns."""
+    """The first `count` items, the categories in turn."""
     if split != "test":
         raise ConfigError(f"{name} has no {split} split; use test")
     questions = _questions(interpreter())
@@ -138,7 +135,7 @@ def _items(name: str, categories: Sequence[str], split: Split, count: int) -> li
     return list(islice((item for row in rows for item in row if item is not None), count))
 
 
-def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """The verdict of bfcl-eval on each."""
-    asked = [{**item.target, "answer": answer} for item, answer in zip(items, answers, strict=True)]
-    return [Score(each["value"], each["calls"], each["problem"]) for each in _ask(interpreter(), "score", asked)]
+def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
+    """bfcl-eval's verdict on each answer."""
+    records = [{**item.target, "answer": answer} for item, answer in zip(items, answers, strict=True)]
+    return [ItemScore(each["value"], each["calls"], each["problem"]) for each in _ask(interpreter(), "score", records)]

@@ -1,6 +1,6 @@
-"""Asks bfcl-eval for its prompts, and for its verdict on answers: JSON lines in, JSON lines out.
+"""BFCL checker: bfcl-eval's prompts, and its verdicts on answers; JSON lines in, JSON lines out.
 
-Started by its path, by the Python of bfcl-eval's own environment. Imports that package and never unmask.
+A script, executed by the Python of bfcl-eval's own environment. Imports that package and never unmask.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop
 
 
 class TooLong(BaseException):
-    """An answer takes too long to read; no Exception, since the package catches those."""
+    """Parsing an answer takes too long; not an Exception, since the package catches those."""
 
     @classmethod
     def stop(cls, *_: object) -> None:
-        """What the alarm calls."""
+        """Signal handler of the alarm."""
         raise cls
 
 
@@ -39,7 +39,7 @@ def bfcl(name: str) -> Any:
 
 
 def prepare() -> None:
-    """Keep the package from importing every vendor's client, and from running what a model wrote."""
+    """Keep the package from importing every vendor's client, and from evaluating code that a model wrote."""
     table = types.ModuleType("bfcl_eval.constants.model_config")
     # It is asked only whether dots in names became underscores, as they do where an API calls functions.
     table.__dict__["MODEL_CONFIG_MAPPING"] = {MODEL: types.SimpleNamespace(underscore_to_dot=False)}
@@ -48,10 +48,10 @@ def prepare() -> None:
 
 
 def arithmetic(source: str) -> Any:
-    """What an expression of constants is worth; bfcl-eval itself evaluates any, such as `__import__("os").getcwd() + ""`.
+    """Value of an expression of constants; bfcl-eval itself evaluates any, such as `__import__("os").getcwd() + ""`.
 
     Raises:
-        ValueError: it holds something else, a name or a call: no answer that can be read, as a name is officially.
+        ValueError: the expression holds a name or a call; the answer then counts as unreadable, as officially with a name.
     """
     tree = ast.parse(source, mode="eval")
     if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(tree)):
@@ -60,7 +60,7 @@ def arithmetic(source: str) -> Any:
 
 
 def prompts(categories: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Every question of the categories, as the conversation that a model without function calling is asked."""
+    """Every question of the categories, as the conversation for a model without function calling."""
     utils, handler = bfcl("utils"), bfcl("model_handler.utils")
     for category in categories:
         for entry in utils.load_dataset_entry(category):
@@ -71,7 +71,7 @@ def prompts(categories: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 @cache
 def truths(category: str) -> dict[str, tuple[Any, Any]]:
-    """Functions and possible answers of a category's questions, by id."""
+    """Question id -> functions and possible answers, of one category."""
     utils = bfcl("utils")
     entries = utils.load_dataset_entry(category, include_language_specific_hint=False)
     known = [] if utils.is_relevance_or_irrelevance(category) else utils.load_ground_truth_entry(category)
@@ -79,12 +79,12 @@ def truths(category: str) -> dict[str, tuple[Any, Any]]:
     return {entry["id"]: (entry["function"], answers.get(entry["id"])) for entry in entries}
 
 
-def verdicts(asked: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Whether each answer is right, the calls that were read out of it, and what is wrong."""
+def verdicts(answers: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """For each answer whether it is right, the calls that were parsed from it, and the problem."""
     signal.signal(signal.SIGALRM, TooLong.stop)
     with suppress(OSError, ValueError):  # macOS has no such limit, and a lower one may be in force
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    for each in asked:
+    for each in answers:
         functions, possible = truths(each["category"])[each["id"]]
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
@@ -97,7 +97,7 @@ def verdicts(asked: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def verdict(category: str, answer: str, functions: Any, possible: Any) -> tuple[str | None, str | None]:
-    """The calls, if they can be read, and what is wrong; as `_evaluate_single_*_entry` of bfcl_eval's `eval_runner`."""
+    """The calls, if they can be parsed, and the problem; as `_evaluate_single_*_entry` of bfcl_eval's `eval_runner`."""
     utils, enums = bfcl("utils"), bfcl("constants.enums")
     language = "java" if utils.is_java(category) else "javascript" if utils.is_js(category) else "python"
     text, problem = None, None
@@ -117,10 +117,10 @@ def verdict(category: str, answer: str, functions: Any, possible: Any) -> tuple[
         return text, problem
     check = bfcl("eval_checker.ast_eval.ast_checker").ast_checker
     try:
-        found = check(functions, calls, possible, enums.Language(language), category, MODEL)
-    except Exception as error:  # officially the end of the whole run
+        result = check(functions, calls, possible, enums.Language(language), category, MODEL)
+    except Exception as error:  # officially this ends the whole run
         return text, _line(f"checker failed: {type(error).__name__}: {error}")
-    return text, None if found["valid"] else _line(f"{found['error_type']}: {' '.join(map(str, found['error']))}")
+    return text, None if result["valid"] else _line(f"{result['error_type']}: {' '.join(map(str, result['error']))}")
 
 
 def _line(text: str) -> str:
@@ -128,12 +128,13 @@ def _line(text: str) -> str:
 
 
 def main() -> None:
-    """`prompts` or `score`, from stdin to stdout; what the package prints goes to stderr."""
+    """Mode `prompts` or `score`, from stdin to stdout; what the package prints goes to stderr."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         prepare()
-        told: Iterator[Any] = map(json.loads, sys.stdin)
-        out.writelines(json.dumps(each) + "\n" for each in (prompts(told) if sys.argv[1] == "prompts" else verdicts(told)))
+        records: Iterator[Any] = map(json.loads, sys.stdin)
+        replies = prompts(records) if sys.argv[1] == "prompts" else verdicts(records)
+        out.writelines(json.dumps(reply) + "\n" for reply in replies)
 
 
 if __name__ == "__main__":

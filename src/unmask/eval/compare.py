@@ -1,20 +1,20 @@
-"""Two runs of the same tasks, item by item: whose answers are better, by how much, and how sure that is.
+"""Paired comparison of two runs: difference of scores with a bootstrap interval, McNemar's test, and ratios of speed.
 
-Owns the paired statistics. Knows samples only; reports are `report`'s.
+Owns the statistics. Knows samples only; reports are `report`'s. scipy's bootstrap resamples a single sample; here items are
+resampled within each task, and a ratio of sums is taken over all tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unmask.errors import ConfigError
-from unmask.eval.runner import Sample
+from unmask.eval.runner import EvalSample
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds that hold it in 95 of 100 resamples."""
+    """An estimate with its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -35,11 +35,11 @@ class Comparison:
     """One task, or all of them together.
 
     Attributes:
-        items: answered by both.
+        items: number of items that both have answered.
         a, b: mean scores.
         difference: b - a, with its paired bootstrap interval.
-        only_a, only_b: items that only one of them has right (a score of 1 against less).
-        p_value: McNemar's exact test of those two counts being alike; 1 where there are none.
+        only_a, only_b: number of items that only one of them has right (a score of 1 against less).
+        p_value: of McNemar's exact test that these two counts are equal; 1 where both are 0.
         speed: tokens/s of b over those of a.
         forwards: tokens per forward of b over those of a.
     """
@@ -55,26 +55,26 @@ class Comparison:
     forwards: Interval
 
 
-def compare_samples(a: Sequence[Sample], b: Sequence[Sample], *, seed: int = 0) -> dict[str, Comparison]:
-    """Every task that both have answered, and `all`: the mean of the tasks' scores, resampled within each task.
+def compare_samples(a: Sequence[EvalSample], b: Sequence[EvalSample], *, seed: int = 0) -> dict[str, Comparison]:
+    """A comparison for every task that both runs have answered, and `all`: the mean over tasks, resampled within each task.
 
     Raises:
-        ConfigError: no item in common, or one with another prompt or target.
+        ConfigError: the runs share no item, or an item has another prompt or target.
     """
-    mine, other = ({(s.task, s.id): s for s in samples} for samples in (a, b))
-    shared = sorted(mine.keys() & other.keys())
+    by_key_a, by_key_b = ({(sample.task, sample.id): sample for sample in samples} for samples in (a, b))
+    shared = sorted(by_key_a.keys() & by_key_b.keys())
     if not shared:
         raise ConfigError("the two runs have no item in common; run the same tasks on both")
     for key in shared:
-        if (mine[key].prompt, mine[key].target) != (other[key].prompt, other[key].target):
+        if (by_key_a[key].prompt, by_key_a[key].target) != (by_key_b[key].prompt, by_key_b[key].target):
             raise ConfigError(
                 f"item {key[1]} of {key[0]} differs between the two runs; run the same version of the task on both"
             )
-    by_task: dict[str, list[tuple[Sample, Sample]]] = {}
+    by_task: dict[str, list[tuple[EvalSample, EvalSample]]] = {}
     for key in shared:
-        by_task.setdefault(key[0], []).append((mine[key], other[key]))
-    found = {task: _compare([pairs], seed) for task, pairs in by_task.items()}
-    return {**found, "all": _compare(list(by_task.values()), seed)}
+        by_task.setdefault(key[0], []).append((by_key_a[key], by_key_b[key]))
+    comparisons = {task: _compare([pairs], seed) for task, pairs in by_task.items()}
+    return {**comparisons, "all": _compare(list(by_task.values()), seed)}
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -84,17 +84,12 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(min(1.0, 2 * tail))
 
 
-def to_json(found: Mapping[str, Comparison]) -> dict[str, Any]:
-    """For machines."""
-    return {task: asdict(each) for task, each in found.items()}
-
-
-def _compare(groups: Sequence[Sequence[tuple[Sample, Sample]]], seed: int) -> Comparison:
-    """Groups are tasks: each counts alike in the scores, whatever its number of items; speeds are sums over everything."""
-    drawn = np.random.default_rng(seed)
+def _compare(groups: Sequence[Sequence[tuple[EvalSample, EvalSample]]], seed: int) -> Comparison:
+    """Groups are tasks: each has the same weight in the scores, whatever its size; speeds are sums over all items."""
+    rng = np.random.default_rng(seed)
     tables = [np.array([_row(a, b) for a, b in pairs], dtype=np.float64) for pairs in groups]
-    # Every resample draws items within each task, both runs' answers to one item staying together.
-    resampled = [_sums(table, drawn.integers(len(table), size=(RESAMPLES, len(table)))) for table in tables]
+    # Every resample draws items within each task; the answers of both runs to one item stay together.
+    resampled = [_sums(table, rng.integers(len(table), size=(RESAMPLES, len(table)))) for table in tables]
     scores = np.mean([sums[:, :2] / len(table) for sums, table in zip(resampled, tables, strict=True)], axis=0)
     costs = np.sum([sums[:, 2:] for sums in resampled], axis=0)
     total = np.sum([table[:, 2:].sum(axis=0) for table in tables], axis=0)
@@ -117,13 +112,13 @@ def _compare(groups: Sequence[Sequence[tuple[Sample, Sample]]], seed: int) -> Co
     )
 
 
-def _row(a: Sample, b: Sample) -> list[float]:
+def _row(a: EvalSample, b: EvalSample) -> list[float]:
     """Scores of both, then tokens, forwards and seconds of each."""
     return [a.score, b.score, a.tokens, a.forwards, a.seconds, b.tokens, b.forwards, b.seconds]
 
 
-def _sums(table: Floats, chosen: NDArray[np.int64]) -> Floats:
-    return np.stack([table[:, column][chosen].sum(axis=1) for column in range(table.shape[1])], axis=1)
+def _sums(table: Floats, indices: NDArray[np.int64]) -> Floats:
+    return np.stack([table[:, column][indices].sum(axis=1) for column in range(table.shape[1])], axis=1)
 
 
 def _ratio(total: Floats, costs: Floats, *, tokens: tuple[int, int], over: tuple[int, int]) -> Interval:

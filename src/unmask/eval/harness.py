@@ -1,4 +1,4 @@
-"""The model as an `lm-eval` model, so that everything that library has works by its own task names.
+"""lm-eval adapter: the model as an `lm_eval` model, so that every task of that library runs by its own name.
 
 Owns the translation between the library's requests and the engine's. Imports lm-eval: import this file only where it is used.
 """
@@ -25,32 +25,24 @@ from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.sentences import ensure_punkt
+from unmask.eval.speed import Cost, speed_of
 from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
-_GENERATION_OPTIONS = {
-    "until",
-    "max_gen_toks",
-    "max_tokens",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-}
+_LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_GENERATION_OPTIONS = {"until", "do_sample", "temperature", "top_p", "top_k", "seed", *_LENGTH_OPTIONS}
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """An `lm_eval.api.model.LM`.
 
-    Likelihoods of a diffusion model are bounds, -NELBO; `scored` keeps each with its standard error. Greedy answers come from
-    the engine, `batch` at a time; `completions` keeps what each cost.
+    Likelihoods of a diffusion model are bounds, -NELBO; `scored` keeps each with its standard error. Answers come from the
+    engine, `batch` at a time; `completions` keeps each with its cost. `truncated` counts prompts that lost their beginning.
 
     Args:
         model: with a tokenizer.
-        samples: draws per block of the bound.
-        seed: of the draws, and of sampled answers whose task sets none.
+        samples: Monte Carlo samples per block of the bound.
+        seed: of these samples, and of sampled answers whose task sets none.
         batch: answers decoded together.
         decoding: options of `LanguageModel.request` for every answer (threshold, block_size, ...).
     """
@@ -78,7 +70,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the context holds."""
+        """Length of the context, in tokens."""
         return self._model.config.max_positions
 
     @property
@@ -88,7 +80,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text that has no context."""
         return self._text.prefix_ids[0] if self._text.prefix_ids else self.eot_token_id
 
     @property
@@ -101,16 +93,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return self._text.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; from now on control tokens in texts are read as such.
+        """The conversation as text; from now on texts are encoded with their control tokens.
 
-        Without `add_generation_prompt` its last message is the beginning of an answer, which goes on.
+        Without `add_generation_prompt` the last message is the beginning of an answer, which the model continues.
         """
         self._templated = True
-        given, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
-        return self._text.decode(self._text.chat(given, add_generation_prompt=True), skip_special=False) + begun
+        messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        return self._text.decode(self._text.chat(messages, add_generation_prompt=True), skip_special=False) + begun
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        """Ids of a text; a plain text begins as the model expects it."""
+        """Ids of a text; a plain text gets the model's prefix tokens."""
         ids = self._text.encode(string, allow_special=self._templated)
         prefix = [] if self._templated or add_special_tokens is False else [*self._text.prefix_ids]
         return prefix + ids
@@ -145,10 +137,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop string."""
-        made = [self._request(*request.args) for request in requests]
+        engine_requests = [self._request(*request.args) for request in requests]
         texts = []
-        with tqdm(total=len(made), desc="answers", disable=disable_tqdm) as progress:
-            completions = self._engine().run(made, on_completion=lambda _: progress.update(1))
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
+            completions = self._engine().run(engine_requests, on_completion=lambda _: progress.update(1))
             for request, completion in zip(requests, completions, strict=True):
                 self.completions.append(completion)
                 texts.append(self._text.decode(completion.ids) if completion.text is None else completion.text)
@@ -156,27 +148,18 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def likelihood_note(self) -> dict[str, Any] | None:
-        """What a likelihood of this run is: exact or a bound, from how many draws, and its mean standard error in nats."""
+        """The kind of this run's likelihoods (exact or a bound), samples per block, and mean standard error in nats."""
         if not self.scored:
             return None
         exact = all(each.exact for each in self.scored)
         error = sum(each.error for each in self.scored) / len(self.scored)
         kind = "exact" if exact else "lower bound (-NELBO)"
-        return {"kind": kind, "draws_per_block": None if exact else self._samples, "mean_standard_error": error}
+        return {"kind": kind, "samples_per_block": None if exact else self._samples, "mean_standard_error": error}
 
     def speed(self) -> dict[str, Any] | None:
-        """Tokens per forward and tokens/s of the answers (those from the cache of an earlier run left out)."""
-        if not self.completions:
-            return None
-        tokens, forwards = sum(len(each.ids) for each in self.completions), sum(each.forwards for each in self.completions)
-        seconds = sum(each.costs.busy_seconds for each in self.completions)
-        return {
-            "tokens": tokens,
-            "forwards": forwards,
-            "tokens_per_forward": tokens / max(forwards, 1),
-            "tokens_per_second_of_one": tokens / max(seconds, 1e-9),
-            "batch": self._batch,
-        }
+        """Speed of the answers, without those from the cache of an earlier run."""
+        costs = [Cost(len(each.ids), each.forwards, each.costs.busy_seconds) for each in self.completions]
+        return {**speed_of(costs), "batch": self._batch} if costs else None
 
     def _engine(self) -> Engine:
         return self._model.engine(max_num_seqs=self._batch)
@@ -188,15 +171,17 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return self._estimator.score(context, continuation)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """As much of the context's end as fits."""
+        """The continuation, and as much of the context's end as fits before it."""
         room = self.max_length - len(continuation)
         if room < 1:
-            raise RequestError(f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}")
+            raise RequestError(
+                f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}; shorten it"
+            )
         self.truncated += len(context) > room
         return context[-room:], continuation
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-        """Whether greedy decoding gives each continuation; a request is dropped at the first token that differs."""
+        """Whether greedy decoding gives each continuation; a request is aborted at the first token that differs."""
         engine, waiting = self._engine(), dict(enumerate(pairs))
         expected: dict[int, tuple[int, list[int]]] = {}
         same = [False] * len(pairs)
@@ -207,11 +192,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 request = self._model.request(context, max_new_tokens=len(continuation), **self._decoding)
                 expected[engine.add(request)] = (i, list(continuation))
             for update in engine.step():
-                i, left = expected[update.number]
-                fits = left[: len(update.new_ids)] == list(update.new_ids)
-                expected[update.number] = (i, left[len(update.new_ids) :])
-                same[i] = fits and len(left) == len(update.new_ids)
-                if not fits or update.completion is not None:
+                i, remaining = expected[update.number]
+                agrees = remaining[: len(update.new_ids)] == list(update.new_ids)
+                expected[update.number] = (i, remaining[len(update.new_ids) :])
+                same[i] = agrees and len(remaining) == len(update.new_ids)
+                if not agrees or update.completion is not None:
                     engine.abort(update.number)
                     del expected[update.number]
         return same
@@ -219,22 +204,20 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _request(self, context: str, options: Mapping[str, Any]) -> Request:
         unknown = options.keys() - _GENERATION_OPTIONS
         if unknown:
-            raise ConfigError(
-                f"generation option {min(unknown)} of a task is not known; use one of {sorted(_GENERATION_OPTIONS)}"
-            )
-        names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-        most = next((int(options[name]) for name in names if name in options), _DEFAULT_TOKENS)
+            known = ", ".join(sorted(_GENERATION_OPTIONS))
+            raise ConfigError(f"generation option {min(unknown)} of a task is not known; use one of {known}")
+        most = next((int(options[name]) for name in _LENGTH_OPTIONS if name in options), _DEFAULT_TOKENS)
         ids = self.tok_encode(context)
         room = self.max_length - min(most, self.max_length - 1)
         self.truncated += len(ids) > room
         stop = options.get("until", ())
-        drawn = {"temperature": options.get("temperature", 1.0), "seed": self._seed} if options.get("do_sample") else {}
-        drawn |= {name: options[name] for name in ("top_p", "top_k", "seed") if name in options and options.get("do_sample")}
+        sampling = {"temperature": options.get("temperature", 1.0), "seed": self._seed} if options.get("do_sample") else {}
+        sampling |= {name: options[name] for name in ("top_p", "top_k", "seed") if name in options and options.get("do_sample")}
         return self._model.request(
             ids[-room:],
             max_new_tokens=self.max_length - room,
             stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
-            **{**self._decoding, **drawn},
+            **{**self._decoding, **sampling},
         )
 
 
@@ -249,31 +232,31 @@ def run_harness(
     manager: TaskManager | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval by its own names; what they say and cost.
+    """Run tasks of lm-eval by its own names; the content of `harness.json`.
 
     Args:
         model: with a tokenizer.
         names: tasks or groups of lm-eval.
-        folder: `harness.json`, `harness_samples.jsonl` and the cache of answers, from which a killed run goes on.
+        folder: of `harness.json`, `harness_samples.jsonl` and the cache of answers, from which a killed run is resumed.
         limit: items per task; None: all.
-        chat: prompts go through the chat template.
-        allow_code: run what the model writes, without our sandbox: lm-eval's own way.
-        manager: where tasks are looked up; default: all of lm-eval's.
+        chat: apply the chat template to prompts.
+        allow_code: let lm-eval execute code that the model writes, without our sandbox.
+        manager: where tasks are looked up; all of lm-eval's where None.
         options: of `HarnessLM`.
 
     Raises:
-        ConfigError: lm-eval does not know a task, or its data cannot be had.
+        ConfigError: lm-eval does not know a task, or its data is not available.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lm, about = HarnessLM(model, **options), about_model(model)
-    asked = hashlib.blake2b(json.dumps([about["weights"], options], sort_keys=True).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(json.dumps([about["weights"], options], sort_keys=True).encode(), digest_size=8).hexdigest()
     sentences = ensure_punkt(map(str, names))
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             lm,
             tasks=list(names),
             limit=limit,
-            use_cache=str(folder / f"answers-{asked}"),
+            use_cache=str(folder / f"answers-{key}"),
             apply_chat_template=chat,
             confirm_run_unsafe_code=allow_code,
             task_manager=manager,
@@ -283,10 +266,10 @@ def run_harness(
         reason = " ".join(str(error).split())[:300]
         remedy = "see `lm-eval ls tasks`, and go online where data is missing"
         raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}; {remedy}") from error
-    _write_samples(folder / "harness_samples.jsonl", found.pop("samples", {}))
-    told = {name: found[name] for name in ("results", "groups", "n-samples", "versions", "higher_is_better") if name in found}
-    everything = {
-        **told,
+    _write_samples(folder / "harness_samples.jsonl", evaluated.pop("samples", {}))
+    kept = ("results", "groups", "n-samples", "versions", "higher_is_better")
+    content = {
+        **{name: evaluated[name] for name in kept if name in evaluated},
         "limit": limit,
         "model": about,
         "options": options,
@@ -296,12 +279,12 @@ def run_harness(
         "speed": lm.speed(),
         "environment": environment(),
     }
-    results: dict[str, Any] = json.loads(json.dumps(everything, default=str))
+    results: dict[str, Any] = json.loads(json.dumps(content, default=str))
     atomic_write_json(folder / "harness.json", results)
     return results
 
 
 def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Every sample of every task, a line each."""
-    lines = (json.dumps({"task": task, **each}, default=str) for task, some in samples.items() for each in some)
+    """A line for every sample of every task."""
+    lines = (json.dumps({"task": task, **each}, default=str) for task, rows in samples.items() for each in rows)
     atomic_write(path, bytes_writer("".join(line + "\n" for line in lines).encode()))

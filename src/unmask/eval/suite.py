@@ -1,16 +1,17 @@
-"""A whole evaluation: our own tasks, those of lm-eval, or a suite of both.
+"""A whole evaluation: our own tasks, tasks of lm-eval, or a suite of both.
 
-Owns how their results come together. Imports lm-eval only where one of its tasks is run.
+Owns what runs which task, and how the results come together. Imports lm-eval only where one of its tasks is run.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, get_args
 
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError, UnmaskError
@@ -18,32 +19,77 @@ from unmask.eval.bfcl import bfcl_tasks
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE
 from unmask.eval.ifeval import IFEVAL
 from unmask.eval.mini5.tasks import agent_schema_task, mini5_tasks
-from unmask.eval.outside import LOCAL, Target, find_harnesses
-from unmask.eval.registry import Planned, Suite, combine, plan
-from unmask.eval.runner import OnProgress, Settings, run_tasks
-from unmask.eval.task import Task
+from unmask.eval.registry import Benchmark, Suite, mean_scores
+from unmask.eval.runner import EvalSettings, OnProgress, run_tasks
+from unmask.eval.task import Dimension, Task
 from unmask.files import atomic_write_json
+
+_OFFLINE_SETTINGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @cache
 def own_tasks() -> Mapping[str, Task]:
-    """Every task of ours, which lm-eval has no part in running, by name."""
-    found = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())
-    return {task.name: task for task in found}
+    """Our own tasks by name; every other name is left to lm-eval."""
+    tasks = (*mini5_tasks(), agent_schema_task(), HUMANEVAL, HUMANEVAL_BASE, IFEVAL, *bfcl_tasks())
+    return {task.name: task for task in tasks}
 
 
-class Chosen(Protocol):
-    """Tasks of ours, and names for lm-eval."""
+@dataclass(frozen=True)
+class Selection:
+    """Our own tasks to run, and names of lm-eval's tasks."""
 
-    @property
-    def own(self) -> Sequence[Task]: ...
-    @property
-    def harness(self) -> Sequence[str]: ...
+    own: tuple[Task, ...]
+    harness: tuple[str, ...] = ()
 
 
-def plan_suite(suite: Suite, *, network: bool = True, target: Target = LOCAL) -> list[Planned]:
-    """What would run each benchmark of a suite here; `target` is what the commands of other harnesses evaluate."""
-    return plan(suite, harnesses_available=find_harnesses(suite.harnesses), network=network, target=target)
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What becomes of a benchmark of a suite.
+
+    Attributes:
+        benchmark: its name.
+        dimension: where it counts.
+        tasks: what runs it.
+        differs: how those depart from what the report scored.
+        reason: why it is not run; None where it is.
+        score: in percent; None before and without a run.
+        items: number of questions that were answered.
+        metric: of lm-eval's score.
+    """
+
+    benchmark: str
+    dimension: Dimension
+    tasks: tuple[str, ...]
+    differs: str | None
+    reason: str | None
+    score: float | None = None
+    items: int = 0
+    metric: str | None = None
+
+
+def plan_suite(suite: Suite) -> list[BenchmarkResult]:
+    """Every benchmark of a suite with the tasks that would run it on this machine, or the reason why none can."""
+    return [BenchmarkResult(each.name, each.dimension, each.tasks, each.differs, _obstacle(each)) for each in suite.benchmarks]
+
+
+def _obstacle(benchmark: Benchmark) -> str | None:
+    """What keeps a benchmark from being run here."""
+    if not benchmark.tasks:
+        if benchmark.elsewhere is None:
+            return f"no harness has it; missing: {benchmark.missing}"
+        return f"needs another harness, against unmask serve: {benchmark.elsewhere}"
+    own = own_tasks()
+    if all(name in own for name in benchmark.tasks):
+        try:
+            for name in benchmark.tasks:
+                own[name].require()
+        except ConfigError as error:
+            return str(error)
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        return "lm-eval is not installed; run: pip install 'unmask[eval]'"
+    offline = [name for name in _OFFLINE_SETTINGS if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
+    return f"lm-eval downloads {benchmark.source}, but {offline[0]} is set" if offline else None
 
 
 @dataclass(frozen=True)
@@ -53,74 +99,71 @@ class EvalRun:
     Attributes:
         model: with a tokenizer.
         folder: where everything is written.
-        count: how many items of a task of ours.
-        limit: how many items of a task of lm-eval; None: all.
+        count: number of items to ask of an own task.
+        limit: most items of a task of lm-eval; None: all.
         settings: of our own tasks.
         harness: options of `run_harness`.
-        resume: go on with what is in the folder.
+        resume: continue the run in the folder.
     """
 
     model: LanguageModel
     folder: Path
     count: Callable[[Task], int]
     limit: int | None
-    settings: Settings
+    settings: EvalSettings
     harness: Mapping[str, Any]
     resume: bool
 
-    def tasks(self, chosen: Chosen, on_progress: OnProgress) -> dict[str, Any]:
-        """Run tasks; `results.json` of ours, with lm-eval's under `harness`."""
+    def tasks(self, selection: Selection, on_progress: OnProgress) -> dict[str, Any]:
+        """Run tasks; the content of `results.json`, with lm-eval's results under `harness`."""
         results: dict[str, Any] = {"tasks": {}}
-        if chosen.own:
-            results = self._own(chosen.own, self.folder, on_progress)
-        if chosen.harness:
-            results["harness"] = self._lm_eval(chosen.harness, self.folder)
+        if selection.own:
+            results = self._own(selection.own, self.folder, on_progress)
+        if selection.harness:
+            results["harness"] = self._lm_eval(selection.harness, self.folder)
         return results
 
-    def suite(self, suite: Suite, planned: Sequence[Planned], on_progress: OnProgress) -> dict[str, Any]:
-        """Run what can be run of a suite here, and say of the rest why it was not; averages only like with like."""
-        entries = []
-        for each in planned:
-            published = suite.benchmark(each.benchmark).published["llada2-mini"]
-            entry = {**asdict(each), "published": published, "score": None, "items": "", "note": each.reason or ""}
-            if each.status == "outside":
-                entry["note"] = f"with unmask serve running: {' && '.join(each.commands)}; then {each.result}"
-            elif each.status == "here":
+    def suite(self, suite: Suite, on_progress: OnProgress) -> dict[str, Any]:
+        """Run what can be run of a suite; the content of `suite.json`: scores, reasons, and means beside the published ones."""
+        by_name = {benchmark.name: benchmark for benchmark in suite.benchmarks}
+        results = []
+        for planned in plan_suite(suite):
+            result = planned
+            if planned.reason is None:
                 try:
-                    entry |= self._benchmark(each, self.folder / each.benchmark.lower().replace(" ", "-"), on_progress)
+                    result = self._benchmark(planned, by_name[planned.benchmark], on_progress)
                 except (UnmaskError, ImportError) as error:
-                    entry["note"] = str(error)
-            entries.append(entry)
-        found = {str(entry["benchmark"]): float(entry["score"]) for entry in entries if entry["score"] is not None}
-        combined = combine(found, suite)
-        results = {
-            "benchmarks": entries,
-            "mean": asdict(combined.whole),
-            "dimensions": {name: asdict(part) for name, part in combined.dimensions.items()},
+                    result = replace(planned, reason=str(error))
+            results.append(result)
+        scores = {result.benchmark: result.score for result in results if result.score is not None}
+        published = {name: dict(zip(suite.models, each.published, strict=True)) for name, each in by_name.items()}
+        content = {
+            "benchmarks": [{**asdict(result), "published": published[result.benchmark]} for result in results],
+            "mean": asdict(mean_scores(scores, suite)),
+            "dimensions": {name: asdict(mean_scores(scores, suite, name)) for name in get_args(Dimension)},
             "limit": self.limit,
         }
-        told: dict[str, Any] = json.loads(json.dumps(results, default=str))
-        atomic_write_json(self.folder / "suite.json", told)
-        return told
+        atomic_write_json(self.folder / "suite.json", content)
+        return content
 
-    def _benchmark(self, each: Planned, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
-        """Score in percent, how many items, and what to know about them."""
-        notes = [f"differs: {each.differs}"] if each.differs else []
+    def _benchmark(self, planned: BenchmarkResult, benchmark: Benchmark, on_progress: OnProgress) -> BenchmarkResult:
+        """The result of a benchmark: the plain mean over its tasks."""
+        folder = self.folder / planned.benchmark.lower().replace(" ", "-")
         own = own_tasks()
-        if all(name in own for name in each.tasks):
-            told = self._own([own[name] for name in each.tasks], folder, on_progress)["tasks"]
-            scores = [task["score"] for task in told.values()]
-            items = sum(task["items"] for task in told.values())
-        else:
-            if each.runs_code and not self.harness.get("allow_code"):
-                raise ConfigError("it runs what the model writes, outside our sandbox; --allow-code permits that")
-            told = self._lm_eval(each.tasks, folder)
-            found = [_main_metric(told, name) for name in each.tasks]
-            scores = [score for score, _ in found]
-            notes.insert(0, f"metric {', '.join(sorted({metric for _, metric in found}))}")
-            items = sum(sample["effective"] for sample in told["n-samples"].values())
-        limited = "" if self.limit is None else f", --limit {self.limit}"
-        return {"score": 100 * sum(scores) / len(scores), "items": f"{items}{limited}", "note": "; ".join(notes)}
+        if all(name in own for name in planned.tasks):
+            tasks = self._own([own[name] for name in planned.tasks], folder, on_progress)["tasks"].values()
+            scores = [task["score"] for task in tasks]
+            return replace(planned, score=100 * sum(scores) / len(scores), items=sum(task["items"] for task in tasks))
+        if benchmark.runs_code and not self.harness.get("allow_code"):
+            raise ConfigError("lm-eval would run code that the model writes, without a sandbox; allow_code permits it")
+        results = self._lm_eval(planned.tasks, folder)
+        metrics = [_main_metric(results, name) for name in planned.tasks]
+        return replace(
+            planned,
+            score=100 * sum(value for value, _ in metrics) / len(metrics),
+            items=sum(sample["effective"] for sample in results["n-samples"].values()),
+            metric=", ".join(sorted({name for _, name in metrics})),
+        )
 
     def _own(self, tasks: Sequence[Task], folder: Path, on_progress: OnProgress) -> dict[str, Any]:
         return run_tasks(
@@ -137,8 +180,9 @@ class EvalRun:
 
 def _main_metric(results: Mapping[str, Any], task: str) -> tuple[float, str]:
     """The first metric that lm-eval lists for a task or group, and its name."""
-    listed = {**results["results"].get(task, {}), **results.get("groups", {}).get(task, {})}
-    for name, value in listed.items():
-        if isinstance(value, int | float) and "_stderr" not in name and name.partition(",")[0] not in ("sample_len", "bypass"):
-            return float(value), name.partition(",")[0]
+    metrics = {**results["results"].get(task, {}), **results.get("groups", {}).get(task, {})}
+    for key, value in metrics.items():
+        name = key.partition(",")[0]
+        if isinstance(value, int | float) and "_stderr" not in key and name not in ("sample_len", "bypass"):
+            return float(value), name
     raise ConfigError(f"lm-eval gave no score for {task}; see harness.json")

@@ -1,16 +1,16 @@
-"""What a benchmark is: items with prompts and targets, and a rule that scores answers.
+"""Tasks: items with prompts and targets, and a rule that scores answers.
 
-Owns the records that every task, the runner and the reports share. Knows no model.
+Owns the records that the tasks, the runner and the reports share. Knows no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Dimension = Literal["knowledge", "reasoning", "coding", "math", "agent"]
-"""The five of the LLaDA2.0 report (its "Agent & Alignment" is `agent`)."""
+"""The five dimensions of the LLaDA2.0 report (its "Agent & Alignment" is `agent`)."""
 Split = Literal["train", "validation", "test"]
 
 
@@ -26,8 +26,8 @@ class Item:
         raw: continue the prompt as plain text, without the chat template.
         max_new_tokens: most tokens of the answer.
         stop: strings that end the answer.
-        schema: the answer is JSON that this schema accepts, by a grammar.
-        answer_prefix: text that the answer begins with; the model goes on from it, and it is scored with the rest.
+        schema: JSON schema to which the answer is constrained.
+        answer_prefix: beginning of the answer, which the model continues; it is scored with the rest.
     """
 
     id: str
@@ -42,8 +42,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What an answer is worth, from 0 to 1; what was read out of it; and why, where that helps."""
+class ItemScore:
+    """Score of one answer, in [0, 1]; what was extracted from it; and the reason, where that helps."""
 
     value: float
     extracted: str | None = None
@@ -52,18 +52,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark.
+    """A task of our own.
 
     Attributes:
         name: of the task.
         dimension: where it counts.
-        metric: what the score is, in the field's words.
+        metric: of the score, by its usual name.
         version: changes whenever items or scoring do.
         licence: of the items.
-        source: where they come from.
+        source: where the items come from.
         items: the first `count` items of a split, in a fixed order; fewer where there are no more.
-        score: of each answer, in order.
-        size: items of the test split; None: as many as asked for.
+        score: the score of each answer, in order.
+        size: number of items in the test split; None where any number can be made.
+        require: raises ConfigError where a package that the items come from is missing.
     """
 
     name: str
@@ -73,5 +74,6 @@ class Task:
     licence: str
     source: str
     items: Callable[[Split, int], Sequence[Item]]
-    score: Callable[[Sequence[Item], Sequence[str]], Sequence[Score]]
-    size: int | None = field(default=None)
+    score: Callable[[Sequence[Item], Sequence[str]], Sequence[ItemScore]]
+    size: int | None = None
+    require: Callable[[], object] = lambda: None

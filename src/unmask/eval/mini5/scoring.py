@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from unmask.eval.task import Item, Score
+from unmask.eval.task import Item, ItemScore
 
 _MARKER = re.compile(r"\banswer(?:\s+is)?\W{0,3}:|\banswer\s+is\b", re.IGNORECASE)
 _NAMED = r"\b(?:answer|output|result)(?:\s+of\s+(?:the|this)(?:\s+\w+){1,3}?)?"
@@ -34,7 +34,7 @@ _QUOTED = re.compile(r"`([^`\n]+)`|'([^'\n]*)'|\"([^\"\n]*)\"")
 _LIST = re.compile(r"\[[^\[\]\n]*\]")
 
 
-def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+def score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
     """1 for a right answer, else 0, with the extracted answer."""
     return [_score(item.target, answer) for item, answer in zip(items, answers, strict=True)]
 
@@ -47,22 +47,22 @@ def canonical(target: Mapping[str, Any]) -> str:
     return f"{target.get('work', '')}{closing}".lstrip()
 
 
-def _score(target: Mapping[str, Any], text: str) -> Score:
+def _score(target: Mapping[str, Any], text: str) -> ItemScore:
     kind, right = target["kind"], target["answer"]
     text = text.replace("’", "'").replace("−", "-")
     if kind == "call":
         call, problem = read_object(text)
         if call is None:
-            return Score(0.0, None, problem)
-        return Score(float(same(call, right)), json.dumps(call))
+            return ItemScore(0.0, None, problem)
+        return ItemScore(float(same(call, right)), json.dumps(call))
     if kind == "word":
         word = read_word(text, target["among"])
-        return Score(float(word is not None and word.lower() == right.lower()), word)
+        return ItemScore(float(word is not None and word.lower() == right.lower()), word)
     if kind == "number":
         number = read_number(text)
-        return Score(float(number is not None and Decimal(number) == Decimal(right)), number)
+        return ItemScore(float(number is not None and Decimal(number) == Decimal(right)), number)
     output = read_output(text, right)
-    return Score(float(output == right), output)
+    return ItemScore(float(output == right), output)
 
 
 def _marked(text: str) -> str | None:
