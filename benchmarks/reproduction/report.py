@@ -2,7 +2,7 @@
 
     python benchmarks/reproduction/report.py [--child MODEL] [--control MODEL] [--llama-python PYTHON] [--docs]
 
-The control is the autoregressive model inside the child, which its gated updates leave as it is, unless another is given.
+The control is the autoregressive model inside the child, which its gated LoRA leaves as it is, unless another is given.
 
 Runs `unmask eval`, `sweep` and `compare`, or goes on with them where it stopped; chooses the fastest setting whose score on
 validation is at least 0.99 of the control's, or the best-scoring one where there is none; times all sides by turns; and

@@ -19,7 +19,7 @@ from unmask.engine.sequences.base import Guess, ModelOutput
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
-from unmask.models.arch.gated_lora import add_gates, autoregressive_parent, is_gated
+from unmask.models.arch.gated_lora import add_gated_lora, autoregressive_parent, is_gated_lora
 from unmask.models.arch.transformer import Transformer
 
 START = 1
@@ -130,10 +130,10 @@ def test_gated_updates_change_drafts_and_nothing_that_is_said(family: str, block
     expected = said_by_parent(family, prompts, 17, frozenset())
     rules = ResolvedParams(block_size=block_size, threshold=0.0, **VERIFY)
     requests = [Request(ids, rules.replace(max_new_tokens=17), frozenset(), trace=True) for ids in prompts]
-    plain, updated = shifted(family), add_gates(shifted(family), 3, seed=0)
+    plain, updated = shifted(family), add_gated_lora(shifted(family), 3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name in filter(is_gated, updated.state_dict()):
+        for name in filter(is_gated_lora, updated.state_dict()):
             updated.get_parameter(name).normal_(std=0.4, generator=generator)
     for options in ({}, {"cache_block_size": 3, "num_tokens": 33}):
         found, others = (Engine(model, **options).run(requests) for model in (updated, plain))

@@ -12,7 +12,7 @@ import torch
 import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.arch.gated_lora import is_gated
+from unmask.models.arch.gated_lora import is_gated_lora
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import LoraSection, Recipe, parse_recipe
@@ -167,7 +167,7 @@ def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, 
     parent, child = (unmask.load(folder, dtype="float32") for folder in (base / "ar", tmp_path / "gated"))
     theirs, ours = (model.transformer.state_dict() for model in (parent, child))
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
-    assert ours.keys() - theirs.keys() == set(filter(is_gated, ours))
+    assert ours.keys() - theirs.keys() == set(filter(is_gated_lora, ours))
     assert child.config.gated_lora_rank == 4
     expected = parent.generate("say 3", max_new_tokens=20)
     assert child.generate("say 3", max_new_tokens=20, threshold=0.1).ids == expected.ids
@@ -181,10 +181,10 @@ def test_what_gated_updates_do_not_go_with_is_refused(base: Path, tmp_path: Path
     run_recipe(drafts(base, tokens=400), tmp_path / "gated")
     again = drafts(base).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
     other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_lora_rank": 3})})
-    with pytest.raises(ConfigError, match="has gated updates of rank 4, which go on as they are"):
+    with pytest.raises(ConfigError, match="has gated LoRA of rank 4, which goes on as it is"):
         build_parts(other_rank)
     values = drafts(base).model_dump(mode="json")
-    with pytest.raises(ConfigError, match="take a dense, shifted diffusion model"):
+    with pytest.raises(ConfigError, match="only a dense, shifted diffusion model"):
         build_parts(parse_recipe(values | {"shift": False}, "test"))
     values["train"]["gated_lora_rank"] = None
     with pytest.raises(ConfigError, match=r"objective\.drafts takes a shifted model"):

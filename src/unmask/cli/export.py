@@ -25,7 +25,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as each tensor is stored.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Split larger weights into files of at most this size.")] = "5GB",
     parent: Annotated[
-        bool, typer.Option("--parent", help="Of a model with gated updates, the autoregressive model it was made from.")
+        bool, typer.Option("--parent", help="Of a model with gated LoRA, the autoregressive model it was made from.")
     ] = False,
 ) -> None:
     """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer.

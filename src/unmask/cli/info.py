@@ -147,11 +147,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
-        *(
-            []
-            if config.gated_lora_rank is None
-            else [("gated updates", f"rank {config.gated_lora_rank}, for rows being decoded")]
-        ),
+        *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),
         ("context", f"{config.max_positions:,} tokens"),
         ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]

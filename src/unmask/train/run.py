@@ -21,7 +21,7 @@ from unmask.data.sources import open_source
 from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.gated_lora import add_gates, train_gates
+from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
@@ -182,17 +182,17 @@ def _start_token(config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe) -> i
 
 
 def _give_gates(model: Transformer, train: TrainSection) -> Transformer:
-    """A model that has gated updates, or is to have them, trains them alone."""
+    """A model that has gated LoRA, or is to have it, trains it alone."""
     rank = model.config.gated_lora_rank
     if train.gated_lora_rank is not None and rank is None:
-        return add_gates(model, train.gated_lora_rank, seed=train.seed)
+        return add_gated_lora(model, train.gated_lora_rank, seed=train.seed)
     if rank is None:
         return model
     if train.gated_lora_rank not in (None, rank) or train.lora is not None:
         raise ConfigError(
-            f"the model has gated updates of rank {rank}, which go on as they are; leave gated_lora_rank and lora out"
+            f"the model has gated LoRA of rank {rank}, which goes on as it is; leave gated_lora_rank and lora out"
         )
-    return train_gates(model)
+    return train_gated_lora(model)
 
 
 def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:

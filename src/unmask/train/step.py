@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt, embedding_noise
@@ -34,6 +33,9 @@ def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
         return DenseAttend(dense_mask(index))
     if backend == "blocked":
         return BlockedAttend(blocked_mask(index))
+    # Imported here: it loads torch._dynamo, which takes seconds and which only this backend needs.
+    from torch.nn.attention.flex_attention import create_block_mask
+
     rows, length = index.copy_BT.shape
     mask = create_block_mask(flex_mask_mod(index), rows, None, length, length, device=index.copy_BT.device)
     return FlexAttend(mask)

@@ -17,8 +17,8 @@ from unmask.diffusion.masks import block_causal_mask
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.config import RopeConfig
-from unmask.models.arch.gated_lora import add_gates, autoregressive_parent, train_gates
-from unmask.models.arch.layers import GatedLinear
+from unmask.models.arch.gated_lora import add_gated_lora, autoregressive_parent, train_gated_lora
+from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import read_config, write_config
 from unmask.models.weights.checkpoint import save_model
@@ -40,7 +40,7 @@ def shifted(family: str, dtype: torch.dtype = torch.float32, **changes: object) 
 
 def gated(family: str = "llama", rope: RopeConfig = RopeConfig()) -> Transformer:
     """With updates of rank 3 that training could have made."""
-    return perturb(add_gates(shifted(family, rope=rope), 3, seed=0))
+    return perturb(add_gated_lora(shifted(family, rope=rope), 3, seed=0))
 
 
 def perturb(model: Transformer) -> Transformer:
@@ -84,7 +84,7 @@ def names_of_updates(num_layers: int) -> set[str]:
 def test_closed_rows_never_change_and_open_rows_start_unchanged(family: str, dtype: torch.dtype) -> None:
     parent = shifted(family, dtype)
     before, plain = logits(parent), logits(parent, TOKENS[1:], None)
-    child = add_gates(parent, 3, seed=0)
+    child = add_gated_lora(parent, 3, seed=0)
     assert {parameter.dtype for parameter in child.parameters()} == {dtype}
     assert torch.equal(logits(child), before)
     after = logits(perturb(child))
@@ -94,7 +94,7 @@ def test_closed_rows_never_change_and_open_rows_start_unchanged(family: str, dty
 
 
 def test_a_layer_adds_its_update_in_open_rows() -> None:
-    layer = GatedLinear(5, 7, bias=True, rank=2).double()
+    layer = GatedLoraLinear(5, 7, bias=True, rank=2).double()
     for matrix in (layer.gated_in, layer.gated_out):
         torch.nn.init.normal_(matrix, generator=torch.Generator().manual_seed(0))
     x, open_ = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[True, False, True], [False, False, True]])
@@ -107,7 +107,7 @@ def test_a_layer_adds_its_update_in_open_rows() -> None:
 
 
 def test_open_rows_read_the_mask_vector_for_a_mask() -> None:
-    child, other = add_gates(shifted("llama"), 3, seed=0), shifted("llama")
+    child, other = add_gated_lora(shifted("llama"), 3, seed=0), shifted("llama")
     assert child.mask_vector is not None
     vector = torch.randn(child.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_the_autoregressive_parent_is_got_back(family: str) -> None:
     assert torch.equal(logits(parent), expected)
     weights = child.state_dict()
     assert all(weight.data_ptr() == weights[name].data_ptr() for name, weight in parent.state_dict().items())
-    with pytest.raises(ConfigError, match="no gated updates"):
+    with pytest.raises(ConfigError, match="no gated LoRA"):
         autoregressive_parent(parent)
 
 
@@ -143,7 +143,7 @@ def test_only_updates_and_the_mask_vector_learn_and_only_from_open_rows(family: 
     child = gated(family)
     updates = names_of_updates(child.config.num_layers)
     for again in (False, True):
-        model = train_gates(child.requires_grad_(True)) if again else child
+        model = train_gated_lora(child.requires_grad_(True)) if again else child
         assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == updates
     of_open, of_closed = gradients(child, OPEN), gradients(child, ~OPEN)
     assert {name for name, gradient in of_open.items() if gradient is not None} == updates
@@ -155,7 +155,7 @@ def test_only_updates_and_the_mask_vector_learn_and_only_from_open_rows(family: 
 def test_learning_leaves_the_parents_weights_alone(family: str) -> None:
     parent = shifted(family)
     before = copy.deepcopy(parent.state_dict())
-    child = add_gates(parent, 3, seed=0)
+    child = add_gated_lora(parent, 3, seed=0)
     optimizer = torch.optim.SGD([parameter for parameter in child.parameters() if parameter.requires_grad], lr=0.1)
     assert gradients(child, OPEN)["mask_vector"] is not None
     optimizer.step()
@@ -167,7 +167,7 @@ def test_learning_leaves_the_parents_weights_alone(family: str) -> None:
 
 def test_the_seed_decides_what_updates_read() -> None:
     parent = shifted("qwen3")
-    first, again, other = (add_gates(parent, 3, seed=seed).state_dict() for seed in (5, 5, 6))
+    first, again, other = (add_gated_lora(parent, 3, seed=seed).state_dict() for seed in (5, 5, 6))
     for name in names_of_updates(parent.config.num_layers):
         assert torch.equal(first[name], again[name])
         assert torch.equal(first[name], other[name]) == (not name.endswith("gated_in"))
@@ -227,10 +227,10 @@ def test_a_missing_or_misshaped_update_is_named(name: str, tmp_path: Path) -> No
         (lambda: tiny_config("llama", mask_id=MASK, block_size=4, gated_lora_rank=2), "dense, shifted"),
         (lambda: tiny_config("llama", gated_lora_rank=2), "dense, shifted"),
         (lambda: tiny_config("llama", **SHIFTED, gated_lora_rank=0), "gated_lora_rank is 0"),
-        (lambda: add_gates(shifted("llada2"), 2, seed=0), "dense, shifted"),
-        (lambda: add_gates(tiny_model("llama"), 2, seed=0), "dense, shifted"),
-        (lambda: add_gates(shifted("llama"), 0, seed=0), "gated_lora_rank is 0"),
-        (lambda: add_gates(gated(), 2, seed=0), "of rank 3 already"),
+        (lambda: add_gated_lora(shifted("llada2"), 2, seed=0), "dense, shifted"),
+        (lambda: add_gated_lora(tiny_model("llama"), 2, seed=0), "dense, shifted"),
+        (lambda: add_gated_lora(shifted("llama"), 0, seed=0), "gated_lora_rank is 0"),
+        (lambda: add_gated_lora(gated(), 2, seed=0), "of rank 3 already"),
         (lambda: read_config(write_config(gated().config) | {"gated_lora_rank": "3"}), "gated_lora_rank is '3'"),
         (lambda: replace(gated().config, start_id=None), "dense, shifted"),
     ],

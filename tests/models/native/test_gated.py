@@ -1,4 +1,4 @@
-"""The kernels' gated updates: open rows against torch, and closed rows against the packed parent, to the bit."""
+"""The kernels' gated LoRA: open rows against torch, and closed rows against the packed parent, to the bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from models.native.test_packed import SLOTS, exactly_summed, new_store, plain_at
 from tiny import MASK, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.batch import Batch, SequenceSlice
-from unmask.models.arch.gated_lora import add_gates
-from unmask.models.arch.layers import GatedLinear
+from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.packed import Kernels
 from unmask.models.native.quantize import quantize
@@ -39,10 +39,10 @@ def parent_of(name: str, **changes: object) -> Transformer:
 
 def child_of(name: str, parent: Transformer) -> Transformer:
     """The parent with updates about as large as what they are added to."""
-    child = add_gates(parent, MODELS[name][0], seed=0).requires_grad_(False)
+    child = add_gated_lora(parent, MODELS[name][0], seed=0).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for module in child.modules():
-        if isinstance(module, GatedLinear):
+        if isinstance(module, GatedLoraLinear):
             module.gated_out.normal_(std=0.1, generator=generator)
     child.mask_vector = nn.Parameter(torch.randint(-9, 10, (child.config.hidden_size,), generator=generator).float(), False)
     return child
@@ -53,7 +53,7 @@ class Rounded(nn.Module):
 
     def __init__(self, layer: nn.Module, bits: int, mixed: int = 1) -> None:
         super().__init__()
-        assert isinstance(layer, GatedLinear)
+        assert isinstance(layer, GatedLoraLinear)
         self.layer, self.bits, self.mixed = layer, bits, mixed
 
     def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
@@ -75,7 +75,7 @@ class Rounded(nn.Module):
 
 def rounded(model: Transformer, bits: int) -> Transformer:
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, GatedLinear):
+        if isinstance(layer, GatedLoraLinear):
             mixed = mixed_channels(model.config.ffn_size) if name.endswith("down") else 1
             model.set_submodule(name, Rounded(layer, bits, mixed))
     return model
@@ -217,7 +217,7 @@ def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name:
 @pytest.mark.parametrize("name", MODELS)
 def test_updates_of_zero_change_no_bit(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
     """So that the mask vector alone makes open rows what they are: those of a parent with that embedding."""
-    parent, child = parent_of(name, tied_head=False), add_gates(parent_of(name, tied_head=False), MODELS[name][0], seed=0)
+    parent, child = parent_of(name, tied_head=False), add_gated_lora(parent_of(name, tied_head=False), MODELS[name][0], seed=0)
     vector = torch.randn(parent.config.hidden_size, generator=torch.Generator().manual_seed(0))
     a, b = slots_of(50, 17)
     batch = batch_of(closed(text(20), 0, a), opened(text(30, masks=True), 20, a), opened(text(17, masks=True), 0, b))

@@ -21,7 +21,7 @@ from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.weights.adapter import attach_lora, load_adapter, save_adapter
 from unmask.models.weights.checkpoint import save_model
 from unmask.models.weights.loading import load_model
-from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
+from unmask.models.weights.peft_keys import ModuleLora, read_settings, write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.arange(24)[None] % 60
@@ -177,22 +177,22 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], tmp_p
 def test_values_of_the_wrong_kind(changes: dict[str, Any], match: str) -> None:
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
     with pytest.raises(ConfigError, match=match):
-        read_pairs(settings, MODULES)
+        read_settings(settings, MODULES)
 
 
 def test_an_unnamed_kind_of_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="peft_type is None"):
-        read_pairs({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, MODULES)
+        read_settings({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, MODULES)
 
 
 def test_written_settings_read_back() -> None:
     pairs = {
-        "model.layers.0.self_attn.q_proj": Pair(4, 8.0),
-        "model.layers.1.self_attn.q_proj": Pair(4, 8.0),
-        "model.layers.2.self_attn.q_proj": Pair(2, 8.0),
-        "model.layers.0.self_attn.k_proj": Pair(4, 7.1),
+        "model.layers.0.self_attn.q_proj": ModuleLora(4, 8.0),
+        "model.layers.1.self_attn.q_proj": ModuleLora(4, 8.0),
+        "model.layers.2.self_attn.q_proj": ModuleLora(2, 8.0),
+        "model.layers.0.self_attn.k_proj": ModuleLora(4, 7.1),
     }
     settings = write_settings(pairs, MODULES, base="here", modules_to_save=None)
     assert settings["target_modules"] == ["model.layers.0.self_attn.k_proj", "q_proj"]
-    assert read_pairs(json.loads(json.dumps(settings)), MODULES) == pairs
-    assert Pair(4, 7.0).scale == 1.75
+    assert read_settings(json.loads(json.dumps(settings)), MODULES) == pairs
+    assert ModuleLora(4, 7.0).scale == 1.75

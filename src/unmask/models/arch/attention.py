@@ -1,7 +1,7 @@
-"""Grouped-query attention: projections here, the pattern as an argument.
+"""Grouped-query attention: the projections, and the attention backends of training.
 
-Owns the projections, qk-norm and rotary placement, and the plain attention backends. Never builds a mask and never stores a
-cache: whoever calls the model passes an `Attend`.
+Owns the projections, qk-norm and rotary placement. The attention pattern is an argument: whoever calls the model passes an
+`Attend`. Never builds a mask and never holds a KV cache.
 
 Legend: B batch, T query tokens, K key tokens, D hidden, H query heads, G kv heads, S head dim.
 """
@@ -9,24 +9,26 @@ Legend: B batch, T query tokens, K key tokens, D hidden, H query heads, G kv hea
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unmask.diffusion.masks import BlockedMask, Tile
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import RMSNorm, apply, apply_rope, linear
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 
 class Attend(Protocol):
-    """Who may see whom, and where past keys and values live: the only thing training and inference do differently."""
+    """The attention pattern and the KV cache of one forward: the only thing training and inference do differently."""
 
     def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-        """Attention output [B, H, T, S] of layer `layer` for rotated queries and this forward's keys and values."""
+        """Attention output [B, H, T, S] of layer `layer`, given rotated queries and this forward's keys and values."""
         ...
 
 
@@ -51,7 +53,7 @@ def sdpa(q_BHTS: Tensor, k_BGKS: Tensor, v_BGKS: Tensor, mask: Tensor | None) ->
 
 
 class DenseAttend:
-    """Attention under one dense boolean mask [B, T, K] (None: everything sees everything). The reference backend."""
+    """Attention under one dense boolean mask [B, T, K] (None: full attention). The reference backend."""
 
     def __init__(self, mask_BTK: Tensor | None) -> None:
         self.mask = None if mask_BTK is None else mask_BTK[:, None]
@@ -61,7 +63,10 @@ class DenseAttend:
 
 
 class BlockedAttend:
-    """Attention that visits only key chunks some query of the chunk may see. For CPU; equal to `DenseAttend`."""
+    """Block-sparse attention for the CPU: each chunk of queries visits only the keys that one of them may see.
+
+    Equal to `DenseAttend`.
+    """
 
     def __init__(self, mask: BlockedMask) -> None:
         self.mask = mask
@@ -73,7 +78,7 @@ class BlockedAttend:
         return self.slice_by_slice(q_BHTS, k_BGTS, v_BGTS)
 
     def slice_by_slice(self, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-        """The same for any device, without gradients written by hand."""
+        """The same for any device, differentiated by autograd."""
         rows = []
         for row, tiles in enumerate(self.mask.rows):
             q, k, v = q_BHTS[row : row + 1], k_BGTS[row : row + 1], v_BGTS[row : row + 1]
@@ -85,7 +90,7 @@ class BlockedAttend:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """All tiles as one node of the graph: their gradients are summed in place instead of slice by slice."""
+    """All tiles as one node of the autograd graph, so that their gradients are summed in place."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor, mask: BlockedMask) -> Tensor:
@@ -125,7 +130,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tile_inputs(q_HTS: Tensor, k_GTS: Tensor, v_GTS: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A tile's queries, heads that share keys in a row, its keys and values, and its mask as a bias; each with a batch of 1."""
+    """Queries, keys, values and additive mask of one tile, each with a batch of 1; heads that share keys are query rows."""
     groups, _, size = k_GTS.shape
     q_1GQS = q_HTS[:, tile.start : tile.stop].reshape(1, groups, -1, size)
     k_1GKS, v_1GKS = _visible(k_GTS[None], tile), _visible(v_GTS[None], tile)
@@ -142,6 +147,9 @@ class FlexAttend:
         self.block_mask = block_mask
 
     def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        # Imported here: it loads torch._dynamo, which takes seconds and which only this backend needs.
+        from torch.nn.attention.flex_attention import flex_attention
+
         kernel = _compiled_flex() if q_BHTS.is_cuda else flex_attention
         out = kernel(q_BHTS, k_BGTS, v_BGTS, block_mask=self.block_mask, enable_gqa=True)
         assert isinstance(out, Tensor)
@@ -150,6 +158,8 @@ class FlexAttend:
 
 @cache
 def _compiled_flex():  # type: ignore[no-untyped-def]
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -160,7 +170,7 @@ def _visible(x_1GTS: Tensor, tile: Tile) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Fused query-key-value projection, optional per-head RMSNorm, rotary; output projection after `Attend`."""
+    """Fused query-key-value projection, optional per-head RMSNorm, rotary embedding, and the output projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -172,7 +182,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, noisy_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, H, T, S], rotated keys and values [B, G, T, S]."""
+        """Rotated queries [B, H, T, S], rotated keys and values [B, G, T, S]; `noisy_BT` as in `Transformer.forward`."""
         batch, length, _ = x_BTD.shape
         heads = apply(self.qkv, x_BTD, noisy_BT).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)

@@ -1,4 +1,4 @@
-"""The architecture of a model, as one frozen record.
+"""Model configuration: the architecture as one frozen record.
 
 Owns `ModelConfig` and its validation. Knows nothing of files, of Hugging Face key names (see `families`), or of tensors.
 """
@@ -16,7 +16,7 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: base, share of the head that rotates, and long-context scaling."""
+    """Rotary position embedding: base, share of the head that rotates, and context-length scaling."""
 
     theta: float = 10_000.0
     fraction: float = 1.0
@@ -69,12 +69,12 @@ class MoEConfig:
 class ModelConfig:
     """A decoder-only transformer of any supported family.
 
-    `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: it
-    goes on where its autoregressive parent was. At position p it reads token p - 1, at position 0 the start token, and predicts
-    token p; what lies before the block being decoded it reads causally. Without one it reads and predicts token p, and
-    attention is bidirectional in every block. With a `gated_lora_rank` the rows being decoded, and they alone, pass updates of
-    that rank beside every linear layer (`arch.gated_lora`). `hf_extras` holds Hugging Face keys that change no result
-    (initializer range, dropout 0, ...) so that a saved config keeps them.
+    `mask_id` and `block_size` are None for an autoregressive model. A diffusion model with a `start_id` is *shifted*: at
+    position p it reads token p - 1 (the start token at position 0) and predicts token p, as its autoregressive parent did, and
+    attention is causal before the block being decoded. Without a `start_id` it reads and predicts token p, and attention is
+    bidirectional in every block. A `gated_lora_rank` adds LoRA of that rank to every linear layer, for noisy rows only
+    (`arch.gated_lora`). `hf_extras` holds Hugging Face keys that change no result (initializer range, dropout 0, ...) so that a
+    saved config keeps them.
     """
 
     family: str
@@ -117,17 +117,19 @@ class ModelConfig:
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name} token id {token} is outside the embedding (0..{self.vocab_size - 1})")
         if self.shifted and self.mask_id is None:
-            raise ConfigError(f"start token id is {self.start_id}, but no mask token; only diffusion models are shifted")
+            raise ConfigError(f"start token id is {self.start_id}, but mask_id is None; only diffusion models are shifted")
         if self.block_size is not None:
             _positive("block_size", self.block_size)
         if self.gated_lora_rank is not None:
             _positive("gated_lora_rank", self.gated_lora_rank)
             if not self.shifted or self.moe is not None:
-                raise ConfigError("gated updates take a dense, shifted diffusion model; leave gated_lora_rank out")
+                raise ConfigError(
+                    f"gated_lora_rank is {self.gated_lora_rank}; only a dense, shifted diffusion model has gated LoRA"
+                )
 
     @property
     def shifted(self) -> bool:
-        """Whether the model reads every token one position later, and its context causally."""
+        """Whether the model reads token p - 1 at position p, and its context causally."""
         return self.start_id is not None
 
     @property
@@ -149,7 +151,7 @@ class ModelConfig:
         return replace(self, mask_id=mask_id, block_size=block_size, start_id=start_id)
 
     def inputs(self, tokens: Sequence[int], start: int, stop: int) -> Sequence[int]:
-        """What the model reads at positions `start..stop` of a sequence: its tokens there, or one position earlier."""
+        """Input tokens at positions `start..stop` of a sequence; of a shifted model, the tokens one position earlier."""
         if self.start_id is None:
             return tokens[start:stop]
         return [self.start_id, *tokens[: stop - 1]] if start == 0 else tokens[start - 1 : stop - 1]

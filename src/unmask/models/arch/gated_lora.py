@@ -1,7 +1,7 @@
-"""Gated low-rank updates: a diffusion model inside an autoregressive one, which it leaves as it is.
+"""Gated LoRA: a diffusion model inside an autoregressive one, whose outputs it leaves unchanged.
 
-Owns giving a model such updates and taking them away again; `layers.GatedLinear` applies them. A row of a forward is *open* if
-it denoises; only open rows pass the updates, so that every other row computes what the parent did, to the bit.
+Owns adding gated LoRA to a model and removing it again; `layers.GatedLoraLinear` applies it. Only *noisy* rows of a forward
+(those that denoise) pass the low-rank updates, so that every other row computes what the parent did, to the bit.
 """
 
 from __future__ import annotations
@@ -16,60 +16,58 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 
 
-def add_gates(model: Transformer, rank: int, *, seed: int) -> Transformer:
-    """The same weights, frozen, with updates of rank `rank` beside every linear layer and a mask vector; these are trainable.
+def add_gated_lora(model: Transformer, rank: int, *, seed: int) -> Transformer:
+    """The same weights, frozen, with trainable gated LoRA of rank `rank` beside every linear layer and a mask vector.
 
     Args:
-        model: dense, a shifted diffusion model's config, without updates.
+        model: dense, a shifted diffusion model's config, without gated LoRA.
         rank: R.
-        seed: of what the updates read; what they write starts at zero, so that open rows compute what they did before.
+        seed: of the input matrices A; the output matrices B start at zero, so that noisy rows compute what they did before.
 
     Raises:
-        ConfigError: a rank below 1, or a model that has updates already or cannot have them.
+        ConfigError: a rank below 1, or a model that has gated LoRA already or cannot have it.
 
-    Source: gated LoRA (2507.11851) section 3.2. Departs: one update for each fused matrix; its scale is in what it reads.
+    Source: gated LoRA (2507.11851) section 3.2. Departs: one update for each fused matrix; the scale is part of A.
     """
     if model.config.gated_lora_rank is not None:
-        raise ConfigError(
-            f"the model has gated updates of rank {model.config.gated_lora_rank} already; leave train.gated_lora_rank out"
-        )
+        raise ConfigError(f"the model has gated LoRA of rank {model.config.gated_lora_rank} already; leave gated_lora_rank out")
     gated = _same_weights(model, replace(model.config, gated_lora_rank=rank))
     generator = torch.Generator().manual_seed(seed)
     state = gated.state_dict()
-    for name in filter(is_gated, state):
-        like = state[name]
+    for name in filter(is_gated_lora, state):
+        shape = state[name].shape
         if name.endswith("gated_in"):
-            bound = 2 * math.sqrt(3.0 / like.shape[1])
-            start = torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
+            bound = 2 * math.sqrt(3.0 / shape[1])
+            initial = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         elif name.endswith("gated_out"):
-            start = torch.zeros(like.shape)
+            initial = torch.zeros(shape)
         else:
-            start = model.embed.weight.detach()[model.config.mask_id].clone()
-        state[name] = start.to(device=model.embed.weight.device, dtype=model.embed.weight.dtype)
+            initial = model.embed.weight.detach()[model.config.mask_id].clone()
+        state[name] = initial.to(device=model.embed.weight.device, dtype=model.embed.weight.dtype)
     gated.load_state_dict(state, strict=True, assign=True)
-    return train_gates(gated)
+    return train_gated_lora(gated)
 
 
-def train_gates(model: Transformer) -> Transformer:
-    """Freeze all but what open rows alone compute with."""
+def train_gated_lora(model: Transformer) -> Transformer:
+    """Make gated LoRA and the mask vector trainable and freeze everything else, in place."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_gated(name))
+        parameter.requires_grad_(is_gated_lora(name))
     return model
 
 
 def parent_config(config: ModelConfig) -> ModelConfig:
-    """Of the autoregressive model that rows which are not open compute.
+    """The config of the autoregressive model that rows without noise compute.
 
     Raises:
-        ConfigError: the model has no gated updates, so that nothing of its parent is left.
+        ConfigError: the model has no gated LoRA, so that nothing of its parent is left.
     """
     if config.gated_lora_rank is None:
-        raise ConfigError("the model has no gated updates; its autoregressive parent is not in it")
+        raise ConfigError("the model has no gated LoRA; its autoregressive parent is not in it")
     return replace(config, gated_lora_rank=None, mask_id=None, block_size=None, start_id=None)
 
 
 def autoregressive_parent(model: Transformer) -> Transformer:
-    """The model that rows which are not open compute: autoregressive, predicting the next token; it shares the weights.
+    """The autoregressive model that rows without noise compute, sharing the weights.
 
     Raises:
         ConfigError: as of `parent_config`.
@@ -77,15 +75,15 @@ def autoregressive_parent(model: Transformer) -> Transformer:
     return _same_weights(model, parent_config(model.config))
 
 
-def is_gated(name: str) -> bool:
-    """Whether a parameter of this name (in our state dict) acts in open rows only."""
+def is_gated_lora(name: str) -> bool:
+    """Whether the parameter of this name in our state dict belongs to gated LoRA: an update, or the mask vector."""
     return name.rpartition(".")[2] in ("gated_in", "gated_out", "mask_vector")
 
 
 def _same_weights(model: Transformer, config: ModelConfig) -> Transformer:
     with torch.device("meta"):
-        made = Transformer(config)
-    state, wanted = model.state_dict(), made.state_dict()
-    made.load_state_dict({name: state.get(name, empty) for name, empty in wanted.items()}, strict=True, assign=True)
-    made.inv_freq = model.inv_freq
-    return made
+        copy = Transformer(config)
+    state, empty_state = model.state_dict(), copy.state_dict()
+    copy.load_state_dict({name: state.get(name, empty) for name, empty in empty_state.items()}, strict=True, assign=True)
+    copy.inv_freq = model.inv_freq
+    return copy

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the dense feed-forward.
+"""RMSNorm, linear layers, rotary embedding and the dense feed-forward.
 
 Owns position-wise layers. Knows nothing of attention patterns, caches, masks or files.
 
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """`x / rms(x) * weight`: keeps `x` and one number a row for the backward pass, and makes few passes over memory."""
+    """`x / rms(x) * weight`, keeping `x` and one number per row for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,8 +56,8 @@ class _Normalise(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
-class GatedLinear(nn.Linear):
-    """A linear layer with a low-rank update that only open rows pass: `W x + g * B A x`, g being 1 in open rows, else 0.
+class GatedLoraLinear(nn.Linear):
+    """Gated LoRA: a linear layer with a low-rank update for noisy rows, `W x + g * B A x` with g = 1 in noisy rows, else 0.
 
     Source: gated LoRA (2507.11851) section 3.2.
     """
@@ -67,24 +67,24 @@ class GatedLinear(nn.Linear):
         self.gated_in = nn.Parameter(torch.zeros(rank, inputs))
         self.gated_out = nn.Parameter(torch.zeros(outputs, rank))
 
-    def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
-        """`x` [..., inputs]; `open_` (bool [...]) tells which rows are open, None: none is."""
-        plain = super().forward(x)
-        if open_ is None:
-            return plain
-        return plain + F.linear(F.linear(x, self.gated_in) * open_[..., None], self.gated_out)
+    def forward(self, x: Tensor, noisy: Tensor | None = None) -> Tensor:
+        """Outputs [..., outputs] of `x` [..., inputs]; `noisy` (bool [...]) marks the noisy rows, None: there are none."""
+        out = super().forward(x)
+        if noisy is None:
+            return out
+        return out + F.linear(F.linear(x, self.gated_in) * noisy[..., None], self.gated_out)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool, rank: int | None) -> nn.Linear:
-    """A linear layer; with a `rank`, one with a gated update."""
+    """A linear layer; with a `rank`, one with gated LoRA."""
     if rank is None:
         return nn.Linear(inputs, outputs, bias=bias)
-    return GatedLinear(inputs, outputs, bias=bias, rank=rank)
+    return GatedLoraLinear(inputs, outputs, bias=bias, rank=rank)
 
 
-def apply(layer: nn.Module, x: Tensor, open_: Tensor | None) -> Tensor:
-    """The layer's output for `x`, whose open rows are `open_` (None: none; then any layer will do)."""
-    out: Tensor = layer(x) if open_ is None else layer(x, open_)
+def apply(layer: nn.Module, x: Tensor, noisy: Tensor | None) -> Tensor:
+    """The layer's output for `x`, whose noisy rows are `noisy` (None: there are none, and any layer will do)."""
+    out: Tensor = layer(x) if noisy is None else layer(x, noisy)
     return out
 
 
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """`silu(gate) * up` of `gate | up` [..., 2F]: keeps its input only, and writes both gradients side by side."""
+    """`silu(gate) * up` of `gate | up` [..., 2F], keeping only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

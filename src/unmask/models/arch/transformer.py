@@ -1,7 +1,7 @@
-"""The one transformer: every family, training and inference.
+"""The transformer of every family, for training and inference.
 
-Owns the forward pass from token ids to hidden states and the vocabulary head. Who may see whom, and any cache, come in as
-`Attend`; weights come from `checkpoint`; family differences are fields of `ModelConfig`.
+Owns the forward pass from token ids to hidden states, the vocabulary head and its size. The attention pattern and any KV cache
+come in as `Attend`; weights come from `weights`; family differences are fields of `ModelConfig`.
 
 Legend: B batch, T tokens, D hidden, V vocabulary, N selected positions.
 """
@@ -38,17 +38,16 @@ class Block(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.ffn_size, bias=config.mlp_bias, rank=config.gated_lora_rank)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, noisy_BT: Tensor | None = None) -> Tensor:
-        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`, `noisy_BT` to its gated updates."""
+        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`; `noisy_BT` as in `Transformer`."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
         x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), noisy_BT)
         return x_BTD + apply(self.mlp, self.mlp_norm(x_BTD), noisy_BT)
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer. `forward` gives hidden states; `head` turns chosen ones into logits.
+    """Decoder-only transformer. `forward` computes hidden states; `head` turns selected ones into logits.
 
-    Logits at a position predict the token *at* that position in diffusion use, the *next* token in autoregressive use:
-    the module does not care.
+    Logits at a position predict the token *at* that position in a diffusion model, the *next* token in an autoregressive one.
     """
 
     inv_freq: Tensor
@@ -59,7 +58,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        # What is read for a mask, which rows of the parent's never hold; its embedding stays as it is.
+        # Replaces the embedding of the mask token, so that the parent's embedding matrix stays unchanged.
         self.mask_vector = None if config.gated_lora_rank is None else nn.Parameter(torch.zeros(config.hidden_size))
         self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
@@ -87,8 +86,7 @@ class Transformer(nn.Module):
             positions_BT: int64 position of each token, counted from the start of its document.
             attend: attention pattern and cache.
             input_noise: [B, T, D], added to the embedding layer's output (mask-embedding noise).
-            noisy_BT: bool, the rows that denoise. They pass the gated updates of a model that has them, and nothing else hangs
-                on it; None: no row does.
+            noisy_BT: bool, the rows that denoise: gated LoRA applies to them, and nothing else depends on it. None: no row.
 
         Returns:
             [B, T, D] hidden states in the compute dtype.

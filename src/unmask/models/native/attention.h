@@ -16,7 +16,7 @@ constexpr int kAttentionTile = 8;  // keys, or dimensions of a value, in registe
 // Rows start..stop of a forward are positions past, past + 1, ... of one sequence; its key at position p lies at slots[p].
 struct Segment {
     int64_t start, stop, past, block_size;
-    int64_t open;  // its rows denoise, and pass gated updates
+    int64_t open;  // its rows denoise, and pass gated LoRA
     const int64_t* slots;
 
     int64_t num_keys() const { return past + stop - start; }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.layers import FeedForward, GatedLinear, RMSNorm, rope_cos_sin
+from unmask.models.arch.layers import FeedForward, GatedLoraLinear, RMSNorm, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native import interface
 from unmask.models.native.interface import Kernels
@@ -169,7 +169,7 @@ class PackedTransformer:
         """
         bias = None if layer.bias is None else writes(layer.bias)
         structs = [self._linear(writes(reads(layer.weight)), bias, self.bits)]
-        if isinstance(layer, GatedLinear):
+        if isinstance(layer, GatedLoraLinear):
             structs += [self._linear(reads(layer.gated_in), None, 8), self._linear(writes(layer.gated_out), None, 8)]
         return interface.Gated(*structs)
 

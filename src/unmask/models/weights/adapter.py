@@ -1,7 +1,7 @@
-"""LoRA: low-rank updates of the linear layers, their files in the layout of PEFT, and folding them into the weights.
+"""LoRA adapters: low-rank updates of linear layers, their files in the layout of PEFT, and folding them into the weights.
 
 Owns the adapted layer, its attachment, and the two files of an adapter. What the keys of its config mean is `peft_keys`', what
-the modules are called on disk `families`'. Knows nothing of training.
+the modules are called on disk `families`' matter. Knows nothing of training.
 
 Legend: D inputs, F outputs of a layer; R rank.
 """
@@ -27,7 +27,7 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
 from unmask.models.weights.hub import ADAPTED_CONFIG, ADAPTER_CONFIG
-from unmask.models.weights.peft_keys import Pair, read_pairs, write_settings
+from unmask.models.weights.peft_keys import ModuleLora, read_settings, write_settings
 from unmask.models.weights.safetensors_io import read_tensors, specs_of, write_safetensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -38,16 +38,16 @@ _HEAD = "lm_head"
 class LoraLinear(nn.Linear):
     """A frozen linear layer plus `alpha / rank * B A` for each part of it that is adapted.
 
-    A part is a module on disk: fused projections (query-key-value, gate-up) have several, each with a pair of its own or none.
+    A part is a module on disk: fused projections (query-key-value, gate-up) have several, each with a LoRA of its own or none.
     The weight keeps its name, so a checkpoint of the base still fits.
     """
 
-    def __init__(self, base: nn.Linear, parts: Sequence[tuple[int, Pair | None]], generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, parts: Sequence[tuple[int, ModuleLora | None]], generator: torch.Generator) -> None:
         """Adapt a layer.
 
         Args:
             base: whose weight [F, D] and bias are taken over.
-            parts: rows of each part and its rank and alpha; the rows sum to F.
+            parts: rows of each part and its LoRA, if any; the rows sum to F.
             generator: of A; B starts at zero.
         """
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -60,33 +60,33 @@ class LoraLinear(nn.Linear):
         self.active = True
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         bound = math.sqrt(3.0 / base.in_features)
-        for number, (rows, pair) in enumerate(parts):
-            if pair is not None:
-                a = torch.empty(pair.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        for number, (rows, lora) in enumerate(parts):
+            if lora is not None:
+                a = torch.empty(lora.rank, base.in_features).uniform_(-bound, bound, generator=generator)
                 self.lora_a[str(number)] = nn.Parameter(a.to(base.weight))
-                self.lora_b[str(number)] = nn.Parameter(torch.zeros(rows, pair.rank).to(base.weight))
+                self.lora_b[str(number)] = nn.Parameter(torch.zeros(rows, lora.rank).to(base.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = F.linear(x, self.weight, self.bias)
         if not self.active:
             return frozen
         updates = []
-        for number, (rows, pair) in enumerate(self.parts):
-            if pair is None:
+        for number, (rows, lora) in enumerate(self.parts):
+            if lora is None:
                 updates.append(x.new_zeros(*x.shape[:-1], rows))
             else:
-                updates.append(F.linear(F.linear(x, self.lora_a[str(number)]), self.lora_b[str(number)]) * pair.scale)
+                updates.append(F.linear(F.linear(x, self.lora_a[str(number)]), self.lora_b[str(number)]) * lora.scale)
         return frozen + torch.cat(updates, dim=-1)
 
     @torch.no_grad()
     def folded(self) -> Tensor:
-        """The weight [F, D] of a layer without adapter that computes the same; in the weight's dtype, summed in float32."""
+        """The merged weight [F, D], in the weight's dtype, summed in float32."""
         weight = self.weight.float()
         deltas = weight.new_zeros(weight.shape)
         for number, rows in enumerate(deltas.split([rows for rows, _ in self.parts])):
-            pair = self.parts[number][1]
-            if pair is not None:
-                rows += pair.scale * (self.lora_b[str(number)].float() @ self.lora_a[str(number)].float())
+            lora = self.parts[number][1]
+            if lora is not None:
+                rows += lora.scale * (self.lora_b[str(number)].float() @ self.lora_a[str(number)].float())
         return (weight + deltas).to(self.weight.dtype)
 
 
@@ -110,12 +110,12 @@ def attach_lora(model: Transformer, *, rank: int, alpha: float, seed: int, train
     """
     if rank < 1:
         raise ConfigError(f"LoRA rank is {rank}; it must be at least 1")
-    return _attach(model, lambda module: Pair(rank, alpha), seed=seed, train_embedding=train_embedding)
+    return _attach(model, lambda module: ModuleLora(rank, alpha), seed=seed, train_embedding=train_embedding)
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, every adapted layer computes its frozen layer only: what the model did before it was adapted.
+    """Switch the adapter off inside the context, so that the model computes what it did before it was adapted.
 
     An embedding trained along with the adapter stays as trained: attach with `train_embedding=False` where that matters.
 
@@ -123,9 +123,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         model: with an adapter.
 
     Raises:
-        ConfigError: it has none, and nothing would be switched off.
+        ConfigError: the model has no adapter.
     """
-    layers = [layer for _, layer in _adapted(model)]
+    layers = [layer for _, layer in _lora_layers(model)]
     if not layers:
         raise ConfigError("the model has no adapter to switch off; attach one, or keep a frozen copy of the model instead")
     before = [layer.active for layer in layers]
@@ -149,7 +149,7 @@ def folded_state(model: Transformer) -> dict[str, Tensor]:
         Tensors under the names and in the shapes of the model without adapters.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    return state | {f"{name}.weight": layer.folded() for name, layer in _adapted(model)}
+    return state | {f"{name}.weight": layer.folded() for name, layer in _lora_layers(model)}
 
 
 def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
@@ -168,20 +168,20 @@ def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
         ConfigError: the model has no adapter.
         CheckpointError: the disk is full or refuses.
     """
-    pairs, tensors = _stored(model)
-    if not pairs:
+    loras, tensors = _adapter_tensors(model)
+    if not loras:
         raise ConfigError("the model has no adapter to save; attach one, or save the whole model")
     modules_to_save = None
     if model.head_weight.requires_grad:
         # Both even where they are one: PEFT would leave the head as it was if only the embedding were stored.
-        tensors |= _vocabulary(model)
+        tensors |= _vocabulary_tensors(model)
         modules_to_save = [family_of(model.config).embedding.rpartition(".")[2], _HEAD]
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     modules = [name.removesuffix(".weight") for name in stored_tensors(model.config)]
     specs = specs_of(tensors)
     jsons = {
         ADAPTED_CONFIG: write_config(model.config, dtype=dtype_name(model.embed.weight.dtype)),
-        ADAPTER_CONFIG: write_settings(pairs, modules, base=base, modules_to_save=modules_to_save),
+        ADAPTER_CONFIG: write_settings(loras, modules, base=base, modules_to_save=modules_to_save),
     }
     with staging_folder(folder) as stage, disk_errors(folder):
         write_synced(stage / ADAPTER_WEIGHTS, partial(write_safetensors, specs=specs, names=specs, read=tensors.__getitem__))
@@ -213,23 +213,23 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
         ConfigError: the model has an adapter already.
     """
     settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
-    parts = {module: rows for layer in _layers(model.config).values() for module, rows in layer}
+    parts = {module: rows for layer in _adaptable_layers(model.config).values() for module, rows in layer}
     try:
-        pairs = read_pairs(settings, parts)
+        loras = read_settings(settings, parts)
     except ConfigError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from error
-    _check(folder, model, settings, pairs, tensors)
-    vocabulary = {name: place for name, place in _vocabulary(model).items() if name in tensors}
-    _attach(model, pairs.get, seed=0, train_embedding=bool(vocabulary))
+    _check_fit(folder, model, settings, loras, tensors)
+    vocabulary = {name: parameter for name, parameter in _vocabulary_tensors(model).items() if name in tensors}
+    _attach(model, loras.get, seed=0, train_embedding=bool(vocabulary))
     with torch.no_grad():
-        for name, place in (_stored(model)[1] | vocabulary).items():
-            place.copy_(tensors[name])
+        for name, parameter in (_adapter_tensors(model)[1] | vocabulary).items():
+            parameter.copy_(tensors[name])
     return model
 
 
 def fold_adapter(model: Transformer) -> Transformer:
     """Replace every adapted layer by a plain one that computes the same, in place; all parameters are trainable then."""
-    for name, layer in _adapted(model):
+    for name, layer in _lora_layers(model):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = nn.Parameter(layer.folded()), layer.bias
         _replace(model, name, plain)
@@ -242,26 +242,28 @@ def stored_vocab_size(folder: Path, config: ModelConfig) -> int | None:
     return None if embedding is None else len(embedding)
 
 
-def _layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
+def _adaptable_layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     """The linear layers that can be adapted: of each, the modules on disk that are fused in it and their rows, in order."""
-    found: dict[str, list[tuple[str, int]]] = {}
-    for name, slot in stored_tensors(config).items():
-        if slot.parameter.startswith("blocks.") and slot.parameter.endswith(".weight") and len(slot.shape) == 2:
-            parts = found.setdefault(slot.parameter.removesuffix(".weight"), [])
-            parts.append((name.removesuffix(".weight"), slot.shape[0]))
-    return found
+    layers: dict[str, list[tuple[str, int]]] = {}
+    for name, tensor in stored_tensors(config).items():
+        if tensor.parameter.startswith("blocks.") and tensor.parameter.endswith(".weight") and len(tensor.shape) == 2:
+            modules = layers.setdefault(tensor.parameter.removesuffix(".weight"), [])
+            modules.append((name.removesuffix(".weight"), tensor.shape[0]))
+    return layers
 
 
-def _attach(model: Transformer, pair_of: Callable[[str], Pair | None], *, seed: int, train_embedding: bool) -> Transformer:
-    if _adapted(model):
+def _attach(
+    model: Transformer, lora_of: Callable[[str], ModuleLora | None], *, seed: int, train_embedding: bool
+) -> Transformer:
+    if _lora_layers(model):
         raise ConfigError("the model has an adapter already; fold it in first (save the model and load it)")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, modules in _layers(model.config).items():
-        parts = [(rows, pair_of(module)) for module, rows in modules]
+    for name, modules in _adaptable_layers(model.config).items():
+        parts = [(rows, lora_of(module)) for module, rows in modules]
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear), f"{name} is not a linear layer"
-        if any(pair is not None for _, pair in parts):
+        if any(lora is not None for _, lora in parts):
             _replace(model, name, LoraLinear(layer, parts, generator))
     if train_embedding:
         model.embed.weight.requires_grad_(True)
@@ -269,7 +271,7 @@ def _attach(model: Transformer, pair_of: Callable[[str], Pair | None], *, seed: 
     return model
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLinear)]
 
 
@@ -278,50 +280,58 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _stored(model: Transformer) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """Of an adapted model: rank and alpha by module on disk, and the tensors A and B under their names in the file."""
-    layers, pairs, tensors = _layers(model.config), {}, {}
-    for name, layer in _adapted(model):
+def _adapter_tensors(model: Transformer) -> tuple[dict[str, ModuleLora], dict[str, Tensor]]:
+    """Rank and alpha of each adapted module on disk, and the tensors A and B under their names in the file."""
+    layers, loras, tensors = _adaptable_layers(model.config), {}, {}
+    for name, layer in _lora_layers(model):
         for number, (module, _) in enumerate(layers[name]):
-            pair = layer.parts[number][1]
-            if pair is not None:
-                pairs[module] = pair
+            lora = layer.parts[number][1]
+            if lora is not None:
+                loras[module] = lora
                 tensors[f"{_PREFIX}{module}.lora_A.weight"] = layer.lora_a[str(number)]
                 tensors[f"{_PREFIX}{module}.lora_B.weight"] = layer.lora_b[str(number)]
-    return pairs, tensors
+    return loras, tensors
 
 
-def _vocabulary(model: Transformer) -> dict[str, Tensor]:
+def _vocabulary_tensors(model: Transformer) -> dict[str, Tensor]:
     """Embedding and head, which may be one tensor, under their names in the file."""
     names = (family_of(model.config).embedding, _HEAD)
     return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
 
 
-def _check(
-    folder: Path, model: Transformer, settings: Mapping[str, Any], pairs: Mapping[str, Pair], tensors: Mapping[str, Tensor]
+def _check_fit(
+    folder: Path,
+    model: Transformer,
+    settings: Mapping[str, Any],
+    loras: Mapping[str, ModuleLora],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Everything that keeps the file from fitting the model, in one error."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    places = stored_tensors(model.config)
-    for module, pair in pairs.items():
-        rows, columns = places[f"{module}.weight"].shape
-        wanted[f"{_PREFIX}{module}.lora_A.weight"] = (pair.rank, columns)
-        wanted[f"{_PREFIX}{module}.lora_B.weight"] = (rows, pair.rank)
-    vocabulary = _vocabulary(model)
+    """Compare the file with the model.
+
+    Raises:
+        CheckpointError: all mismatches, in one error.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    stored = stored_tensors(model.config)
+    for module, lora in loras.items():
+        rows, columns = stored[f"{module}.weight"].shape
+        expected[f"{_PREFIX}{module}.lora_A.weight"] = (lora.rank, columns)
+        expected[f"{_PREFIX}{module}.lora_B.weight"] = (rows, lora.rank)
+    vocabulary = _vocabulary_tensors(model)
     embedding, head = vocabulary
     saved = settings.get("modules_to_save") or []
-    known = {name: name.removesuffix(".weight").rpartition(".")[2] for name in vocabulary}
-    problems = [f"modules_to_save names {name}, not the embedding or head" for name in saved if name not in known.values()]
-    wanted |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or known[name] in saved}
-    if model.config.tied_head and known[embedding] in saved and head not in tensors:
-        problems.append(f"{known[embedding]} was trained apart from the head it is tied to")
+    module_of = {name: name.removesuffix(".weight").rpartition(".")[2] for name in vocabulary}
+    problems = [f"modules_to_save names {name}, not the embedding or head" for name in saved if name not in module_of.values()]
+    expected |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or module_of[name] in saved}
+    if model.config.tied_head and module_of[embedding] in saved and head not in tensors:
+        problems.append(f"{module_of[embedding]} was trained apart from the head it is tied to")
     if model.config.tied_head and head in tensors and not torch.equal(tensors[head], tensors.get(embedding, vocabulary[head])):
         problems.append(f"{_HEAD} differs from the embedding it is tied to")
-    problems += [f"missing: {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in wanted]
+    problems += [f"missing: {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
     problems += [
         f"wrong shape: {name} is {list(tensors[name].shape)}, must be {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if problems:

@@ -1,4 +1,4 @@
-"""The keys of PEFT's `adapter_config.json`, both ways: which modules an adapter changes, and with what rank and scale.
+"""PEFT's `adapter_config.json`, read and written: which modules an adapter changes, and with what rank and scale.
 
 Owns what a key means and which are refused. Knows no tensor, no file and no layer; modules go by their names on disk.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from unmask.errors import ConfigError
 
 _OFF: tuple[Any, ...] = (None, False, "none", {}, [])
-# Keys that say nothing of what the adapter computes, and keys that `read_pairs` and its caller take into account.
+# Keys without effect on what the adapter computes, and keys that `read_settings` and its caller take into account.
 _IGNORED = {
     "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "peft_version", "lora_dropout", "megatron_core",
     "qalora_group_size", "ensure_weight_tying",
@@ -29,8 +29,8 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class Pair(NamedTuple):
-    """The update `alpha / rank * B A` of one module."""
+class ModuleLora(NamedTuple):
+    """Rank and alpha of one module's update, `alpha / rank * B A`."""
 
     rank: int
     alpha: float
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
         return self.alpha / self.rank
 
 
-def read_pairs(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Pair]:
+def read_settings(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str, ModuleLora]:
     """The modules that an adapter changes.
 
     Args:
@@ -58,7 +58,7 @@ def read_pairs(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
     _reject_unsupported(settings)
     rank, alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-    found = {}
+    loras = {}
     for module in modules:
         if not _is_target(module, settings.get("target_modules")):
             continue
@@ -68,27 +68,27 @@ def read_pairs(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
         if isinstance(own_alpha, bool) or not isinstance(own_alpha, int | float):
             raise ConfigError(f"lora_alpha of {module} is {own_alpha!r}; it must be a number")
         # Rank-stabilised LoRA scales by alpha / sqrt(rank).
-        found[module] = Pair(own_rank, own_alpha * math.sqrt(own_rank) if settings.get("use_rslora") else own_alpha)
-    if not found:
+        loras[module] = ModuleLora(own_rank, own_alpha * math.sqrt(own_rank) if settings.get("use_rslora") else own_alpha)
+    if not loras:
         raise ConfigError(f"target_modules {settings.get('target_modules')!r} match no layer of this model that can be adapted")
-    return found
+    return loras
 
 
 def write_settings(
-    pairs: Mapping[str, Pair], modules: Iterable[str], *, base: str, modules_to_save: list[str] | None
+    loras: Mapping[str, ModuleLora], modules: Iterable[str], *, base: str, modules_to_save: list[str] | None
 ) -> dict[str, Any]:
-    """The `adapter_config.json` of an adapter; `read_pairs` gives `pairs` back.
+    """The `adapter_config.json` of an adapter; `read_settings` gives `loras` back.
 
     Args:
-        pairs: what the adapter changes, at least one module.
+        loras: what the adapter changes, at least one module.
         modules: names on disk of all modules of the model, those that cannot be adapted too.
         base: goes to `base_model_name_or_path`.
         modules_to_save: last names of modules that are stored whole.
     """
-    everywhere, adapted = Counter(map(_last, modules)), Counter(map(_last, pairs))
-    common, _ = Counter(pairs.values()).most_common(1)[0]
+    everywhere, adapted = Counter(map(_last_name, modules)), Counter(map(_last_name, loras))
+    common, _ = Counter(loras.values()).most_common(1)[0]
     # "gate_proj" alone would reach the routed experts too: a short name must mean the adapted modules and no others.
-    targets = {_last(name) if everywhere[_last(name)] == adapted[_last(name)] else name for name in pairs}
+    targets = {_last_name(name) if everywhere[_last_name(name)] == adapted[_last_name(name)] else name for name in loras}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -96,8 +96,8 @@ def write_settings(
         "inference_mode": True,
         "r": common.rank,
         "lora_alpha": common.alpha,
-        "rank_pattern": {name: pair.rank for name, pair in pairs.items() if pair.rank != common.rank},
-        "alpha_pattern": {name: pair.alpha for name, pair in pairs.items() if pair.alpha != common.alpha},
+        "rank_pattern": {name: lora.rank for name, lora in loras.items() if lora.rank != common.rank},
+        "alpha_pattern": {name: lora.alpha for name, lora in loras.items() if lora.alpha != common.alpha},
         "target_modules": sorted(targets),
         "modules_to_save": modules_to_save,
         "lora_dropout": 0.0,
@@ -132,5 +132,5 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return next(fitting, default)
 
 
-def _last(module: str) -> str:
+def _last_name(module: str) -> str:
     return module.rpartition(".")[2]
