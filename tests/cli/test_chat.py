@@ -510,7 +510,7 @@ def test_options_and_the_key_reach_the_server(run, server: Server) -> None:
 REFUSALS = [
     ((400, {"error": {"message": "prompt of 300\ntokens exceeds 256", "code": "x"}}), "prompt of 300 tokens exceeds 256"),
     ((429, {"error": {"message": "queue is full"}}), "answered 429: queue is full"),
-    ((401, {"error": {"message": "no key"}}), "no key; set api_key, or UNMASK_API_KEY"),
+    ((401, {"error": {"message": "no key"}}), "no key; set --api-key or UNMASK_API_KEY"),
     ((422, {"detail": "odd body"}), "answered 422: odd body"),
     ((500, b"<html>oh\x1b[2J</html>"), "answered 500: <html>oh\ufffd[2J</html>"),
     ((503, b""), "answered 503: Service Unavailable"),
@@ -571,7 +571,7 @@ def test_no_server_there(fails) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--url", "127.0.0.1:8000"), "url 127.0.0.1:8000 "),
+        (("--url", "127.0.0.1:8000"), "--url 127.0.0.1:8000 "),
         (("--url", "http://127.0.0.1:notaport"), "malformed"),
         (("--url", "ftp://127.0.0.1"), "no http scheme"),
         (("--url", "http://127.0.0.1", "--watch"), "not with --url"),

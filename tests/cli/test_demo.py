@@ -59,7 +59,7 @@ def test_without_the_diffusion_model_the_rest_runs_and_the_end_is_1(
     monkeypatch.setattr(demo_conversion, "_tokens_per_second", lambda recipe: 1.0)
     result = run("demo", "--minutes", 0.1, "--out", tmp_path / "demo")
     assert result.exit_code == 1
-    assert "Going on without diffusion answers: 'no-such-model'" in result.stdout
+    assert "Continuing without diffusion answers: 'no-such-model'" in result.stdout
     assert (tmp_path / "demo" / "conversion" / "loss.png").exists()
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

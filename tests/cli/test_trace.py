@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import unmask
-from unmask.cli.trace import _marks
+from unmask.cli.trace import token_marks
 
 
 @pytest.mark.parametrize("options", [(), ("--edit-threshold", 0.3), ("--policy", "entropy"), ("--block-size", 4)])
@@ -23,6 +23,6 @@ def test_every_token_of_the_answer_is_marked_once(diffusion_folder: Path) -> Non
     model = unmask.load(diffusion_folder, dtype="float32")
     generation = model.generate("Hello there", max_new_tokens=20, trace=True, threshold=0.3)
     first = generation.prompt_tokens
-    marks = _marks(generation.trace, "accepted", first, len(generation.ids))
+    marks = token_marks(generation.trace, [step.accepted for step in generation.trace], first, len(generation.ids))
     assert sorted(column for column, _ in marks) == list(range(len(generation.ids)))
-    assert _marks(generation.trace, "edited", first, len(generation.ids)) == []
+    assert token_marks(generation.trace, [step.edited for step in generation.trace], first, len(generation.ids)) == []

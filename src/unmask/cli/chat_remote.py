@@ -39,11 +39,11 @@ class RemoteResponder:
         try:
             parts = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ConfigError(f"url {url} is malformed ({error}); use one like http://127.0.0.1:8000") from error
+            raise ConfigError(f"--url {url} is malformed ({error}); use one like http://127.0.0.1:8000") from error
         if parts.scheme not in ("http", "https") or not parts.host:
-            raise ConfigError(f"url {url} has no http scheme or no host; use one like http://127.0.0.1:8000")
+            raise ConfigError(f"--url {url} has no http scheme or no host; use one like http://127.0.0.1:8000")
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError("api_key holds a character that an HTTP header cannot carry; copy it again")
+            raise ConfigError("--api-key holds a character that an HTTP header cannot carry; copy it again")
         self._root = url.rstrip("/") + ("/v1" if parts.path == "/" else "")
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
         # Reading the certificates takes 0.1 s: only once, and only for https.
@@ -90,7 +90,7 @@ class RemoteResponder:
         except RequestError as error:
             end, failure = "lost", str(error)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            end, failure = "lost", f"the response of {self._root} is no stream of chat completions ({error!r}); check the url"
+            end, failure = "lost", f"the response of {self._root} is no stream of chat completions ({error!r}); correct --url"
         if failure is not None and not text:
             raise RequestError(failure)
         return ChatReply(
@@ -120,7 +120,7 @@ class RemoteResponder:
             try:
                 return str(response.json()["data"][0]["id"])
             except (LookupError, TypeError, ValueError) as error:
-                raise RequestError(f"{self._root} does not list its models; name one (model)") from error
+                raise RequestError(f"{self._root} does not list its models; name one with --model") from error
 
     @contextlib.contextmanager
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx2.Response]:
@@ -135,7 +135,7 @@ class RemoteResponder:
                 yield response
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise RequestError(
-                f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct the url"
+                f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url"
             ) from error
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
@@ -153,7 +153,7 @@ def _error_of(response: httpx2.Response) -> str:
         message = _message(response.json())
     except ValueError:
         message = " ".join(response.text.split())[:_MAX_MESSAGE] or response.reason_phrase
-    remedy = "; set api_key, or UNMASK_API_KEY" if response.status_code == 401 else ""
+    remedy = "; set --api-key or UNMASK_API_KEY" if response.status_code == 401 else ""
     return f"the server answered {response.status_code}: {message}{remedy}"
 
 

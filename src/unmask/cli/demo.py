@@ -1,6 +1,6 @@
-"""`unmask demo`: the whole story in a few minutes.
+"""`unmask demo`: generation, a comparison and a short conversion in a few minutes.
 
-Owns the order of the acts and what is said between them. Each act is done by the same code as its own verb.
+Owns the order of the steps and the text between them. Each step runs the same code as its own verb.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MARK = "MADE-BY-UNMASK-DEMO.txt"
 
 
 @dataclass(frozen=True)
-class _Round:
-    """One question and what each model made of it."""
+class _Comparison:
+    """One question and the answers of both models."""
 
     question: str
     autoregressive: Generation
@@ -43,13 +43,14 @@ class _Round:
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(help="How long the conversion may take.")] = 2.0,
-    skip_conversion: Annotated[bool, typer.Option("--skip-conversion", help="Only answer and compare.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the conversion; replaced at every run.")] = Path("out/demo"),
+    minutes: Annotated[float, typer.Option(help="Minutes that the conversion may take.")] = 2.0,
+    skip_conversion: Annotated[bool, typer.Option("--skip-conversion", help="Only generate and compare.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the conversion; replaced by every run.")] = Path("out/demo"),
 ) -> None:
-    """See everything work, in a few minutes.
+    """Show generation, a comparison and a conversion in a few minutes.
 
-    Answers three questions by denoising, compares with the autoregressive model, and converts that one from the start.
+    Answers three questions with the diffusion model, compares speed and text with the autoregressive model, and converts the
+    autoregressive model in a short training run.
 
     \b
     unmask demo
@@ -64,46 +65,46 @@ def demo(
     import unmask
 
     console = make_console()
-    _say(console, f"Getting {AUTOREGRESSIVE_MODEL} and {DIFFUSION_MODEL}: unpacked the first time, then kept in a cache.")
+    _say(console, f"Loading {AUTOREGRESSIVE_MODEL} and {DIFFUSION_MODEL} (unpacked into a cache the first time)")
     autoregressive = unmask.load(AUTOREGRESSIVE_MODEL)
     diffusion = _load_diffusion(console)
-    rounds = _answer(console, autoregressive, diffusion)
+    comparisons = _answer(console, autoregressive, diffusion)
     _say(console, "Side by side")
-    _print_table(console, rounds)
+    _print_table(console, comparisons)
     if not skip_conversion:
         _convert(console, autoregressive, out, minutes)
     if diffusion is None:
         typer.echo(f"error: the demo is not complete: '{DIFFUSION_MODEL}' is missing", err=True)
         raise typer.Exit(1)
-    _say(console, f"Ask it something:  {program()} generate 'How do plants grow?' --watch")
+    _say(console, f"Generate:  {program()} generate 'How do plants grow?' --watch")
     console.print(f"Chat with it in a browser:  {program()} serve   then open http://127.0.0.1:8000/", soft_wrap=True)
 
 
 def _load_diffusion(console: Console) -> LanguageModel | None:
-    """The embedded diffusion model; where it is missing, say so and go on without."""
+    """The embedded diffusion model; None, with a note, where it is missing."""
     import unmask
 
     try:
         return unmask.load(DIFFUSION_MODEL)
     except CheckpointError as error:
-        console.print(f"Going on without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
+        console.print(f"Continuing without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
         return None
 
 
-def _answer(console: Console, autoregressive: LanguageModel, diffusion: LanguageModel | None) -> list[_Round]:
-    """Show the answers as they form, then let the autoregressive model answer the same for comparison."""
+def _answer(console: Console, autoregressive: LanguageModel, diffusion: LanguageModel | None) -> list[_Comparison]:
+    """Show the diffusion answers while they are denoised, then generate the autoregressive ones for comparison."""
     for model in (autoregressive, diffusion):
         if model is not None:
-            model.generate(QUESTIONS[0], max_new_tokens=1)  # so that no answer pays for warming up
+            model.generate(QUESTIONS[0], max_new_tokens=1)  # warm-up, so that the first answer is not slower
     if diffusion is not None and is_live(console):
         console.print(_legend())
     shown = autoregressive if diffusion is None else diffusion
-    first = [_watch(console, shown, question) for question in QUESTIONS]
+    live = [_watch(console, shown, question) for question in QUESTIONS]
     if diffusion is None:
-        return [_Round(question, answer, None) for question, answer in zip(QUESTIONS, first, strict=True)]
-    _say(console, f"The same from {AUTOREGRESSIVE_MODEL}, one token at a time, unseen ...")
-    second = [autoregressive.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
-    return [_Round(*three) for three in zip(QUESTIONS, second, first, strict=True)]
+        return [_Comparison(question, answer, None) for question, answer in zip(QUESTIONS, live, strict=True)]
+    _say(console, f"The same questions to {AUTOREGRESSIVE_MODEL}, one token per forward, not shown live ...")
+    baseline = [autoregressive.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
+    return [_Comparison(*row) for row in zip(QUESTIONS, baseline, live, strict=True)]
 
 
 def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
@@ -116,17 +117,17 @@ def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
     return show(console, model, ANSWER_TOKENS, generate)
 
 
-def _print_table(console: Console, rounds: Sequence[_Round]) -> None:
-    """Both models' figures and answers in neighbouring columns."""
+def _print_table(console: Console, comparisons: Sequence[_Comparison]) -> None:
+    """Both models' answers and speeds in neighbouring columns."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_lines=True, width=min(console.width, 120))
     table.add_column("", max_width=20)
     table.add_column("autoregressive", ratio=1)
-    if rounds[0].diffusion is not None:
+    if comparisons[0].diffusion is not None:
         table.add_column("diffusion", ratio=1)
-    for entry in rounds:
+    for entry in comparisons:
         pair = [entry.autoregressive] if entry.diffusion is None else [entry.autoregressive, entry.diffusion]
         table.add_row(Text(entry.question, style="bold"), *(Text(visible(answer.text.strip())) for answer in pair))
         table.add_row("tokens/s\ntokens per forward\nforwards", *(_figures(answer) for answer in pair))
@@ -140,11 +141,11 @@ def _figures(answer: Generation) -> str:
 def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes: float) -> None:
     from unmask.cli.demo_conversion import PROMPTS, plan_conversion, run_conversion, terminal_plot, write_answers
 
-    _say(console, f"Now the conversion: {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} min")
+    _say(console, f"Converting {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} min")
     _replace(out)
     answers = out / "answers.jsonl"
     num_tokens = write_answers(autoregressive, answers)
-    own = f"{len(PROMPTS)} answers of its own ({num_tokens} tokens) in {answers}"
+    own = f"{len(PROMPTS)} answers of the model itself ({num_tokens} tokens) in {answers}"
     console.print(f"data     {own}, and generated sums", soft_wrap=True)
     recipe = plan_conversion(autoregressive.name, answers, 60 * minutes)
     phases = [phase.block_size for phase in recipe.blocks.phases]
@@ -156,15 +157,17 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
     console.print(f"plot     {result.plot}", soft_wrap=True)
     console.print(f"model    {result.folder}", soft_wrap=True)
     console.print(
-        f"After {result.tokens:,} tokens it can only babble; {CONVERTED_MODEL} was trained the same way for longer.",
+        f"After {result.tokens:,} tokens its text is still poor; {CONVERTED_MODEL} was trained the same way for longer.",
         soft_wrap=True,
     )
 
 
 def _check_replaceable(out: Path) -> None:
-    """Only a folder that an earlier demo made may be replaced."""
+    """Raises: ConfigError: the folder was not made by an earlier demo."""
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} was not made by a demo, so it is not replaced; move it away or choose another --out")
+        raise ConfigError(
+            f"{out} was not made by a demo, so it is not replaced; move it away or choose another --out"
+        )
 
 
 def _replace(out: Path) -> None:
@@ -172,7 +175,9 @@ def _replace(out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    (out / MARK).write_text("Made by `unmask demo`, whose next run replaces this whole folder. Keep nothing of yours in it.\n")
+    (out / MARK).write_text(
+        "Made by `unmask demo`, whose next run replaces this whole folder. Keep no files of your own in it.\n"
+    )
 
 
 def _legend() -> object:
@@ -181,8 +186,8 @@ def _legend() -> object:
     from unmask.cli.watch import MASKED_GLYPH, STYLES
 
     return Text.assemble(
-        ("just accepted", STYLES["accepted"]), ", committed, ", ("a guess", STYLES["candidate"]),
-        ", ", (MASKED_GLYPH, STYLES["masked"]), " still masked",
+        ("accepted", STYLES["accepted"]), ", committed, ", ("candidate", STYLES["candidate"]),
+        ", ", (MASKED_GLYPH, STYLES["masked"]), " masked",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""The `unmask` program: which verbs there are.
+"""The `unmask` program: its verbs.
 
-Owns the application and `--version`. What a verb does is in its own file.
+Owns the application and `--version`. Each verb is in a file of its own.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn an autoregressive language model into a block-diffusion one, and talk to it.
+    """Convert autoregressive language models to block diffusion; generate, serve and evaluate.
 
     \b
-    See it work:      unmask demo
-    Ask something:    unmask generate "What is the capital of France?" --watch
-    Fill a gap:       unmask infill "The capital of ___ is Paris."
-    Serve it:         unmask serve      (the OpenAI API, and a page to chat)
+    See a demo:       unmask demo
+    Generate:         unmask generate "What is the capital of France?" --watch
+    Infill:           unmask infill "The capital of ___ is Paris."
+    Serve:            unmask serve      (OpenAI API and a chat page)
     Convert a model:  unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
     Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 
@@ -74,7 +74,7 @@ def root(
 def main() -> None:
     """Entry point of the program."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character shows a question mark instead of ending the program.
+        # For a character that the terminal cannot encode, print a question mark instead of failing.
         if stream is not None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     warnings.showwarning = _show_warning
@@ -84,6 +84,6 @@ def main() -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
 ) -> None:
-    """Ours as a line a user can read; those of others, about their own deprecations, not at all."""
+    """Print our warnings as one line; hide those of libraries, which concern developers."""
     if issubclass(category, UnmaskWarning):
         typer.echo(f"note: {message}", err=True)

@@ -1,6 +1,6 @@
-"""`unmask serve`: the OpenAI-compatible server and its page.
+"""`unmask serve`: the OpenAI-compatible server and its chat page.
 
-Owns the options and what is said at the start. Serving itself is `unmask.serve`'s.
+Owns the command line options and the start messages. The server itself is the package `unmask.serve`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,33 @@ from unmask.errors import ConfigError
 
 def serve(
     model: options.Model = options.DIFFUSION_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="UNMASK_API_KEY", help="Clients must send it; may be given several times. Left out: open."),
+        typer.Option(envvar="UNMASK_API_KEY", show_default="no key needed", help="Key for clients; repeatable."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; left out: MODEL.")] = None,
+    name: Annotated[str | None, typer.Option(show_default="MODEL", help="Model name that clients use.")] = None,
     max_concurrent: Annotated[int, typer.Option(help="Completions decoded together.")] = 16,
-    max_queue: Annotated[int, typer.Option(help="Completions that may wait; more are told to come back (429).")] = 64,
-    timeout: Annotated[float, typer.Option(help="Most seconds of a request, waiting included.")] = 600.0,
-    shutdown_grace: Annotated[float, typer.Option(help="Seconds that running requests get at Ctrl-C or SIGTERM.")] = 30.0,
-    max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.")] = 4 * 2**20,
-    max_tokens: Annotated[int, typer.Option(help="Most new tokens where a client does not say.")] = 1024,
-    cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache holds; left out: what fits 1 GiB.")] = None,
-    allow_origin: Annotated[list[str] | None, typer.Option(help="Web origin that may use the server (CORS).")] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Name that the Host header may hold, behind a proxy.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Completions that may wait; more get status 429.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 600.0,
+    shutdown_grace: Annotated[float, typer.Option(help="Seconds to finish running requests at Ctrl-C or SIGTERM.")] = 30.0,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request body.")] = 4 * 2**20,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of a chat completion that sets no limit.")] = 1024,
+    cache_tokens: Annotated[
+        int | None, typer.Option(show_default="what fits 1 GiB", help="Tokens that the KV cache holds.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin that may use the server (CORS); repeatable.")
+    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Accepted value of the Host header; repeatable.")] = None,
     quantize: options.QuantizeAuto = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    log_format: Annotated[Literal["json", "text"], typer.Option(help="One JSON object a line, or words.")] = "text",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+    log_format: Annotated[Literal["json", "text"], typer.Option(help="One JSON object per line, or text.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts and answers.")] = False,
 ) -> None:
-    """Serve a model: the OpenAI API, and a page to chat with it.
+    """Serve a model with the OpenAI API and a chat page.
 
     \b
     unmask serve
@@ -50,7 +54,7 @@ def serve(
     In Python:  openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     In a shell: unmask chat --url http://127.0.0.1:8000
 
-    Ctrl-C or SIGTERM lets what runs finish and takes nothing new (exit code 0); Ctrl-C again ends at once (130).
+    Ctrl-C or SIGTERM finishes running requests and accepts no new ones (exit code 0); a second Ctrl-C ends at once (130).
     """
     from unmask.serve.config import ServerConfig
 
@@ -77,23 +81,23 @@ def serve(
     weights = None if quantize == "none" else quantize
     language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=weights)
     configure_logging(log_format)
-    place = url_of(listener)
-    typer.echo(f"{config.name or model} is served at {place}", err=True)
-    typer.echo(f"chat in a browser: {place}/    API: {place}/v1    metrics: {place}/metrics    Ctrl-C stops", err=True)
+    url = url_of(listener)
+    typer.echo(f"{config.name or model} is served at {url}", err=True)
+    typer.echo(f"chat in a browser: {url}/    API: {url}/v1    metrics: {url}/metrics    Ctrl-C stops", err=True)
     if not config.api_keys and not is_loopback(host):
-        typer.echo(f"note: anybody who reaches {host} may use this server; give --api-key", err=True)
+        typer.echo(f"note: anyone who can reach {host} may use this server; set --api-key", err=True)
     if not run(language_model, config, listener, loopback=is_loopback(host)):
         raise typer.Exit(INTERRUPTED)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address.
+    """Whether an address can be reached from this machine only.
 
     Raises:
         ConfigError: the address is unknown.
     """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except OSError as error:
         raise ConfigError(f"host {host!r} is unknown ({error.strerror}); use an address of this machine") from error
-    return all(str(address).startswith("127.") or address == "::1" for address in found)
+    return all(str(address).startswith("127.") or address == "::1" for address in addresses)

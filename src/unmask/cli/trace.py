@@ -1,6 +1,6 @@
-"""`unmask trace`: a picture of the order in which an answer was decided.
+"""`unmask trace`: a plot of the order in which the tokens of an answer were decoded.
 
-Owns the drawing. What happened at each step is the engine's record.
+Owns the plot. The engine records what happened at each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from unmask.engine.llm import Generation
     from unmask.engine.request import Step
 
-_MOST_LABELS = 96
+_MAX_LABELS = 96
 
 
 def trace(
@@ -42,14 +42,14 @@ def trace(
     device: options.Device = "auto",
     quantize: options.Quantize = None,
 ) -> None:
-    """Draw the order in which the tokens of an answer were decided.
+    """Plot the order in which the tokens of an answer are decoded.
 
     \b
     unmask trace "What is 17 plus 25?" --out order.png
     unmask trace "List five fruits." --threshold 0.7 --block-size 32
 
-    One column a token, one row a forward. The colour is the model's confidence in its candidate; a dot marks the forward
-    that decided the token, a cross one that replaced it.
+    Columns are tokens, rows are forwards. The colour is the model's confidence in its candidate token; a dot marks the forward
+    that accepted the token, a cross one that edited it.
     """
     wanted = options.given(
         block_size=block_size,
@@ -78,12 +78,12 @@ def trace(
 
 
 def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], out: Path) -> None:
-    """Write the picture of a traced generation.
+    """Write the plot of a traced generation.
 
     Args:
-        generation: of a call with `trace=True`.
+        generation: from a call with `trace=True`.
         decode: text of ids, for the labels.
-        out: the PNG; its folder is made.
+        out: PNG file; its folder is created.
     """
     import matplotlib
 
@@ -92,15 +92,16 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
 
     steps, count = generation.trace, len(generation.ids)
     figure, axes = pyplot.subplots(figsize=(max(6.0, 0.24 * count), max(3.0, 0.2 * len(steps) + 1.6)), layout="constrained")
-    first = min((step.start + place for step in steps for place, fixed in enumerate(step.fixed) if not fixed), default=0)
+    first = min((step.start + i for step in steps for i, fixed in enumerate(step.fixed) if not fixed), default=0)
     _draw_confidence(axes, steps, first, count)
-    for marker, label, kind in (("o", "decided", "accepted"), ("x", "replaced", "edited")):
-        marks = _marks(steps, kind, first, count)
+    events = {"accepted": ("o", [step.accepted for step in steps]), "edited": ("x", [step.edited for step in steps])}
+    for label, (marker, flags) in events.items():
+        marks = token_marks(steps, flags, first, count)
         if marks:
             columns, rows = zip(*marks, strict=True)
             axes.scatter(columns, rows, marker=marker, s=18, c="black", linewidths=1, label=label)
     axes.set(xlabel="token of the answer", ylabel="forward", title=f"{count} tokens in {generation.forwards} forwards")
-    if count <= _MOST_LABELS:
+    if count <= _MAX_LABELS:
         labels = [decode([token]).replace("\n", "⏎").replace("$", r"\$") or "∎" for token in generation.ids]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
     axes.legend(loc="upper right", fontsize=7)
@@ -110,25 +111,24 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
 
 
 def _draw_confidence(axes: Axes, steps: Sequence[Step], first: int, count: int) -> None:
-    """The confidence in every candidate, as an image."""
+    """Draw the confidence in every candidate as an image."""
     import numpy as np
 
     image = np.full((len(steps), count), np.nan)
     for row, step in enumerate(steps):
-        for place, (guess, confidence) in enumerate(zip(step.guess, step.confidence, strict=True)):
-            column = step.start + place - first
-            if guess is not None and 0 <= column < count:
+        for i, (candidate, confidence) in enumerate(zip(step.guess, step.confidence, strict=True)):
+            column = step.start + i - first
+            if candidate is not None and 0 <= column < count:
                 image[row, column] = confidence
-    shown = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest", alpha=0.75)
+    drawn = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest", alpha=0.75)
     assert axes.figure is not None
-    axes.figure.colorbar(shown, ax=axes, label="confidence in the candidate")
+    axes.figure.colorbar(drawn, ax=axes, label="confidence in the candidate")
 
 
-def _marks(steps: Sequence[Step], kind: str, first: int, count: int) -> list[tuple[int, int]]:
-    """(column, row) of every token that a step decided, or replaced."""
+def token_marks(steps: Sequence[Step], flags: Sequence[Sequence[bool]], first: int, count: int) -> list[tuple[int, int]]:
+    """(column, row) of every flagged token of the answer."""
     marks = []
-    for row, step in enumerate(steps):
-        flags = step.accepted if kind == "accepted" else step.edited
-        columns = [step.start + place - first for place, yes in enumerate(flags) if yes]
+    for row, (step, step_flags) in enumerate(zip(steps, flags, strict=True)):
+        columns = [step.start + i - first for i, flagged in enumerate(step_flags) if flagged]
         marks += [(column, row) for column in columns if 0 <= column < count]
     return marks

@@ -1,7 +1,7 @@
-"""What clients send: OpenAI's request bodies, and ours.
+"""Request bodies: OpenAI's, and our own.
 
-Owns names, types and ranges of fields. A field that we do not act on is refused unless it changes nothing about the answer:
-those are listed in `_Ignored`.
+Owns names, types and ranges of fields. A field without an effect here is refused, unless it could not change the answer
+anyway: those fields are in `_Ignored`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Count = Annotated[int, Field(ge=1)]
 _MANY = Field(min_length=1, max_length=128)
 
 
-def _misfit(param: str, message: str) -> PydanticCustomError:
-    """A field that does not go with others."""
-    return PydanticCustomError("misfit", "{reason}", {"reason": message, "param": param})
+def _conflict(param: str, message: str) -> PydanticCustomError:
+    """The error of a field that excludes others."""
+    return PydanticCustomError("conflict", "{reason}", {"reason": message, "param": param})
 
 
-class _Body(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Diffusion(_Body):
+class Diffusion(_StrictModel):
     """How to denoise: ours, in every body that generates.
 
     `watch`: with `stream`, also send what every forward saw (see docs/serving.md); the rest as of `unmask generate`.
@@ -50,8 +50,8 @@ class Diffusion(_Body):
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
-class _Ignored(_Body):
-    """Fields that say who asks, how to bill, store or hasten it, or how long to think: none changes a word of the answer."""
+class _Ignored(_StrictModel):
+    """Accepted fields without an effect: user, billing, storage, priority and reasoning effort."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -66,7 +66,7 @@ class _Ignored(_Body):
 
 
 class _Sampling(_Ignored):
-    """What all bodies that generate share."""
+    """Fields of every body that generates text."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -85,8 +85,8 @@ class _Sampling(_Ignored):
         return value
 
 
-class StreamOptions(_Body):
-    """What a stream holds beside its deltas."""
+class StreamOptions(_StrictModel):
+    """What a stream contains besides its deltas."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -104,14 +104,14 @@ class _Generating(_Sampling):
     @classmethod
     def _no_penalty(cls, value: Any) -> Any:
         if value not in (None, 0):
-            raise ValueError("there are no penalties; leave it out, or 0")
+            raise ValueError("penalties are not supported; leave it out, or use 0")
         return None if value is None else 0
 
     @model_validator(mode="after")
     def _streams(self) -> _Generating:
         if not self.stream and (self.stream_options is not None or self.diffusion.watch):
             name = "diffusion.watch" if self.stream_options is None else "stream_options"
-            raise _misfit(name, "given without stream; set stream to true, or leave it out")
+            raise _conflict(name, "given without stream; set stream to true, or leave it out")
         return self
 
     @property
@@ -120,36 +120,36 @@ class _Generating(_Sampling):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class _Said(BaseModel):
-    """A part of a conversation: what others (clients, earlier answers) have put beside the fields that we know is let be."""
+class _HistoryModel(BaseModel):
+    """Part of a conversation; unknown fields, which clients and earlier answers may add, are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class TextPart(_Said):
-    """A part of a message's content."""
+class TextPart(_HistoryModel):
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Said):
-    """Name and arguments (JSON text) of an earlier call."""
+class CalledFunction(_HistoryModel):
+    """Name and arguments (JSON text) of a call."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Said):
-    """A call that the assistant made earlier."""
+class ToolCall(_HistoryModel):
+    """A tool call of the assistant."""
 
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(_Said):
-    """A turn. Fields that belong to answers (refusal, annotations, audio) may come back as they were sent."""
+class Message(_HistoryModel):
+    """A message. Fields of answers (refusal, annotations, audio) are accepted when a client sends an answer back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -166,7 +166,7 @@ class Message(_Said):
         return self
 
 
-class FunctionSpec(_Body):
+class FunctionSpec(_StrictModel):
     """A function that the model may call."""
 
     name: str
@@ -175,27 +175,27 @@ class FunctionSpec(_Body):
     strict: bool | None = None
 
 
-class ToolSpec(_Body):
-    """A tool: only functions are known."""
+class ToolSpec(_StrictModel):
+    """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(_Body):
-    """Which function must be called."""
+class NamedFunction(_StrictModel):
+    """The function that must be called."""
 
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(_StrictModel):
     """`tool_choice` by name."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchemaSpec(_Body):
+class JsonSchemaSpec(_StrictModel):
     """A schema with a name."""
 
     name: Annotated[str, Field(max_length=64)]
@@ -204,8 +204,8 @@ class JsonSchemaSpec(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
-    """What the answer must look like."""
+class ResponseFormat(_StrictModel):
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaSpec | None = None
@@ -213,7 +213,7 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _goes_together(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema and the type json_schema go together; give both or neither")
+            raise ValueError("json_schema and the type json_schema require each other; give both or neither")
         return self
 
 
@@ -234,9 +234,9 @@ class ChatRequest(_Generating):
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise _misfit("top_logprobs", "given without logprobs; set logprobs to true, or leave it out")
+            raise _conflict("top_logprobs", "given without logprobs; set logprobs to true, or leave it out")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise _misfit("tool_choice", "it asks for a call but there are no tools; give tools")
+            raise _conflict("tool_choice", "it requires a call but there are no tools; give tools")
         return self
 
 
@@ -253,11 +253,11 @@ class CompletionRequest(_Generating):
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _misfit("best_of", f"it is {self.best_of} and n is {self.n or 1}; they must be the same")
+            raise _conflict("best_of", f"it is {self.best_of} and n is {self.n or 1}; they must be equal")
         if self.suffix:
-            raise _misfit("suffix", "it is not supported here; send the text with a hole to /v1/infill")
+            raise _conflict("suffix", "it is not supported; send the text with a hole to /v1/infill")
         if self.echo and self.logprobs is not None:
-            raise _misfit("echo", "given with logprobs, but prompts are not scored; leave one of them out")
+            raise _conflict("echo", "given with logprobs, but prompts have no log-probabilities here; leave one of them out")
         return self
 
 
@@ -269,8 +269,8 @@ class InfillRequest(_Sampling):
     tokens: Annotated[int, Field(ge=1, le=512)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = 8
 
 
-class TokenizeRequest(_Body):
-    """Body of /v1/tokenize: a text, or a conversation as the model would see it."""
+class TokenizeRequest(_StrictModel):
+    """Body of /v1/tokenize: a text, or a conversation to lay out with the chat template."""
 
     model: str | None = None
     prompt: str | None = None
@@ -279,5 +279,5 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _misfit("prompt", "give either prompt or messages")
+            raise _conflict("prompt", "give either prompt or messages")
         return self
