@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
+from unmask.engine.sampling_params import Option
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -64,3 +66,9 @@ def make_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     inner.save_pretrained(str(folder))
     return load_tokenizer(folder)
+
+
+def example_of(option: Option) -> tuple[str, object]:
+    """A valid value of an option that is not its default, as text and read."""
+    text = "yes" if option.kind is bool else "1" if option.maximum == 1 else option.choices[-1] if option.choices else "3"
+    return text, (text,) if option.kind is tuple else text if option.kind is Mapping else option.parse(text)

@@ -24,6 +24,7 @@ from typing import Any
 
 from turns import by_turns, compare_settings
 
+from unmask.engine.sampling_params import SamplingParams
 from unmask.eval.provenance import environment
 from unmask.files import atomic_write_json
 
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     control = mean_score(read(out / "control-validation" / "results.json"))
     points = read(out / "sweep" / "sweep.json")["points"]
     # The sweep takes them one after the other, and this machine differs more from minute to minute than they do.
-    settings = [{key: point[key] for key in ("block_size", "threshold")} for point in points]
+    settings = [setting_of(point) for point in points]
     for point, speed in zip(points, compare_settings(options.child, settings, options.validation), strict=True):
         point["tokens_per_second"] = speed
     point = choose(points, QUALITY * control)
@@ -86,8 +87,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def take_turns(options: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
     """Speeds at a setting."""
-    decoding = {"block_size": point["block_size"], "threshold": point["threshold"]}
-    return by_turns(options.child, options.control, options.llama_python, decoding, options.turns)
+    return by_turns(options.child, options.control, options.llama_python, setting_of(point), options.turns)
+
+
+def setting_of(point: dict[str, Any]) -> SamplingParams:
+    """The decoding options of a point of the sweep."""
+    return SamplingParams(block_size=point["block_size"], threshold=point["threshold"])
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 import unmask
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import SamplingParams
 from unmask.eval.mini5.tasks import mini5_tasks
 from unmask.eval.runner import request_of
 from unmask.models.weights.hub import embedded_gguf
@@ -71,7 +72,7 @@ def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], in
         asked.close()
 
 
-def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str, Any], per_task: int) -> dict[str, Any]:
+def by_turns(child: str, control: str, python: str | None, decoding: SamplingParams, per_task: int) -> dict[str, Any]:
     """Tokens/s of each over the first test questions of every task, prefill included; the child's over each of the others'.
 
     A turn is a task: one after the other, each answers its first question unseen, then all of them on the clock. `ratio` is of
@@ -115,7 +116,7 @@ def by_turns(child: str, control: str, python: str | None, decoding: Mapping[str
     }
 
 
-def compare_settings(child: str, settings: Sequence[Mapping[str, Any]], per_task: int) -> list[float]:
+def compare_settings(child: str, settings: Sequence[SamplingParams], per_task: int) -> list[float]:
     """Tokens/s of each setting over the first validation questions of every task, every question answered in all in turn."""
     model = unmask.load(child, quantize="auto")
     items = [item for task in mini5_tasks() for item in task.items("validation", per_task)]

@@ -24,12 +24,14 @@ import pytest
 from rich.console import Console
 
 import unmask
+from helpers import example_of
 from unmask.cli import chat as verb
 from unmask.cli import chat_session
 from unmask.cli.chat_local import LocalResponder
 from unmask.cli.chat_session import ChatReply, ChatSession
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
+from unmask.engine.sampling_params import Option, SamplingParams
 
 PLAIN = ("--dtype", "float32", "--device", "cpu", "--quantize", "none")
 SHORT = (*PLAIN, "--max-new-tokens", 24)
@@ -96,7 +98,7 @@ def test_the_next_turn_finds_the_last_one_in_the_cache(run, folder: Path) -> Non
 def test_text_is_handed_out_as_it_becomes_final(model: LanguageModel) -> None:
     written: list[str] = []
     responder = LocalResponder(model, None, interruptible=False)
-    answer = responder.reply([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
+    answer = responder.reply([{"role": "user", "content": "Hello"}], SamplingParams(max_new_tokens=24), 0, written.append)
     assert len(written) > 3
     assert "".join(written) == answer.text == reply(model, ["Hello"])
     whole = model.generate("Hello", max_new_tokens=24)
@@ -114,32 +116,34 @@ def test_the_live_view_is_used_in_a_terminal(model: LanguageModel, monkeypatch: 
     terminal = Terminal()
     responder = LocalResponder(model, Console(file=terminal, markup=False, force_terminal=True, width=60), interruptible=True)
     written: list[str] = []
-    answer = responder.reply([{"role": "user", "content": "Hello"}], {"max_new_tokens": 24}, 0, written.append)
+    answer = responder.reply([{"role": "user", "content": "Hello"}], SamplingParams(max_new_tokens=24), 0, written.append)
     assert (answer.text, answer.shown_live, written) == (reply(model, ["Hello"]), True, [])
     assert terminal.getvalue().count("tokens per forward") > (answer.forwards or 0)
 
 
-@pytest.mark.parametrize("option", sorted(chat_session.SETTINGS))
-def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    seen: list[dict[str, Any]] = []
+@pytest.mark.parametrize("option", chat_session.settable_options().values(), ids=str)
+def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch, option: Option) -> None:
+    seen: list[SamplingParams] = []
 
-    def record(self: LanguageModel, ids: Sequence[int], **options: Any) -> None:
-        seen.append(options)
+    def record(self: LanguageModel, ids: Sequence[int], params: SamplingParams, **_: Any) -> None:
+        seen.append(params)
         raise unmask.UnmaskError("enough")
 
     monkeypatch.setattr("unmask.engine.llm.LanguageModel.request", record)
-    value = [] if option == "speculative" else [3]
-    run("chat", "-m", diffusion_folder, *PLAIN, f"--{option.replace('_', '-')}", *value, input="Hello\n")
-    assert seen[0][option] == chat_session.SETTINGS[option](*value or ["yes"])
+    text, value = example_of(option)
+    others = ["--edit-threshold", 0.5] if option.name == "window" else []
+    flags = [f"--{option.name.replace('_', '-')}", *([] if option.kind is bool else [text])]
+    run("chat", "-m", diffusion_folder, *PLAIN, *flags, *others, input="Hello\n")
+    assert getattr(seen[0], option.name) == value
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--threshold", 1.5), "threshold is 1.5"),
-        (("--max-new-tokens", 0), "max_new_tokens is 0"),
-        (("--block-size", 0), "block size is 0"),
-        (("--preset", "turbo"), "preset is 'turbo'"),
+        (("--threshold", 1.5), "--threshold is 1.5"),
+        (("--max-new-tokens", 0), "--max-new-tokens is 0"),
+        (("--block-size", 0), "--block-size is 0"),
+        (("--preset", "turbo"), "--preset is 'turbo'"),
         (("--device", "abacus"), "device 'abacus'"),
     ],
 )
@@ -188,16 +192,29 @@ def test_set_changes_an_option_unless_it_is_wrong(run, model: LanguageModel, dif
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert [error.split()[1] for error in errors] == ["threshold", "top_k", "no", "/set"]
     assert "whole number" in errors[1]
-    assert result.stderr.splitlines().count("max_new_tokens 5") == 2
+    assert result.stderr.splitlines().count("max_new_tokens 5") == 1
+    assert "max_new_tokens   5" in result.stderr
     assert result.exit_code == 1
     run("chat", "-m", diffusion_folder, *SHORT, input=typed("/set max_new_tokens none", "/quit", "Hello"))
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("On", True), ("no", False), ("false", False)])
 def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
-    assert chat_session.with_setting({"seed": 1}, "speculative", word) == {"seed": 1, "speculative": value}
+    changed = chat_session.with_option(SamplingParams(seed=1), "speculative", word)
+    assert changed == SamplingParams(seed=1, speculative=value)
+    assert chat_session.with_option(changed, "speculative", "none") == SamplingParams(seed=1)
     with pytest.raises(unmask.UnmaskError, match="speculative is '0'; it must be yes or no, or none"):
-        chat_session.with_setting({}, "speculative", "0")
+        chat_session.with_option(SamplingParams(), "speculative", "0")
+
+
+def test_set_alone_lists_every_option_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    ChatSession(Parrot(), SamplingParams(top_k=3), None).take("/set")
+    lines = capsys.readouterr().err.splitlines()
+    options = chat_session.settable_options()
+    assert [line.split()[0] for line in lines] == list(options)
+    for line in lines:
+        name, _, value = line.partition(" ")
+        assert value.strip() == ("3" if name == "top_k" else f"[default: {options[name].shown_default}]")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +238,7 @@ def test_a_wrong_command_is_one_line_and_ends_nothing(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("dear diary")
     Path("numbers.json").write_text('[{"role": "user", "content": 3}]')
-    session = ChatSession(Parrot(), {}, None)
+    session = ChatSession(Parrot(), SamplingParams(), None)
     session.take(line)
     assert session.has_failed
     error = capsys.readouterr().err
@@ -233,7 +250,7 @@ def test_a_wrong_command_is_one_line_and_ends_nothing(
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    ChatSession(Parrot(), {}, None).take("/help")
+    ChatSession(Parrot(), SamplingParams(), None).take("/help")
     listed = re.findall(r"^/(\w+)", capsys.readouterr().err, re.MULTILINE)
     assert listed == ["help", "system", "reset", "undo", "retry", "save", "load", "set", "stats", "quit"]
 
@@ -299,7 +316,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_came(
     monkeypatch.setattr(Engine, "step", step)
     handler = signal.getsignal(signal.SIGINT)
     responder = LocalResponder(model, None, interruptible=True)
-    session = ChatSession(responder, {"max_new_tokens": 48}, None)
+    session = ChatSession(responder, SamplingParams(max_new_tokens=48), None)
     session.take("Hello")
     assert signal.getsignal(signal.SIGINT) is handler
     kept = capsys.readouterr()
@@ -328,10 +345,10 @@ class Parrot:
 
     about = "parrot"
 
-    def check(self, options: Any) -> None:
+    def check(self, params: SamplingParams) -> None:
         pass
 
-    def reply(self, messages: Any, options: Any, attempt: int, write: Callable[[str], None]) -> ChatReply:
+    def reply(self, messages: Any, params: SamplingParams, attempt: int, write: Callable[[str], None]) -> ChatReply:
         text = messages[-1]["content"]
         write(text)
         return ChatReply(text, "stop", 1.0)
@@ -352,7 +369,7 @@ def converse(monkeypatch: pytest.MonkeyPatch, events: Sequence[str | BaseExcepti
             taken.append(text)
 
     monkeypatch.setattr("builtins.input", fake_input)
-    verb._converse(Recorder(Parrot(), {}, None), is_interactive=interactive)
+    verb._converse(Recorder(Parrot(), SamplingParams(), None), is_interactive=interactive)
     return taken
 
 
@@ -381,7 +398,7 @@ def test_ctrl_c_leaves_when_it_comes_twice_in_a_row(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    session = ChatSession(Parrot(), {}, None)
+    session = ChatSession(Parrot(), SamplingParams(), None)
     session.take("\x1b[2Ja\tb")
     assert capsys.readouterr().out == "\x1b[2Ja\tb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

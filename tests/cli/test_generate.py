@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import unmask
+from helpers import example_of
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
-from unmask.engine.sampling_params import ResolvedParams
+from unmask.engine.llm import LanguageModel
+from unmask.engine.sampling_params import Option, ResolvedParams, SamplingParams
 from unmask.models.weights.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
 FIELDS = {
@@ -59,17 +61,32 @@ def test_options_reach_the_decoder(run, diffusion_folder: Path) -> None:
     assert got == (expected.text, expected.prompt_tokens, expected.forwards)
 
 
-@pytest.mark.parametrize("option", ["block_size", "threshold", "steps", "temperature", "top_k", "top_p", "seed"])
-def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, option: str) -> None:
-    seen = {}
+CLI_OPTIONS = [option for option in SamplingParams.options().values() if "cli" in option.surfaces]
 
-    def record(self, text, **options):
-        seen.update(options)
+
+@pytest.mark.parametrize("option", CLI_OPTIONS, ids=lambda option: option.name)
+def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, tmp_path: Path, option: Option) -> None:
+    seen: list[SamplingParams] = []
+
+    def record(self: LanguageModel, text: str, params: SamplingParams, **_: object) -> None:
+        seen.append(params)
         raise unmask.UnmaskError("enough")
 
     monkeypatch.setattr("unmask.engine.llm.LanguageModel.generate", record)
-    run("generate", "Hello", "-m", diffusion_folder, f"--{option.replace('_', '-')}", 3)
-    assert seen[option] == 3
+    text, value = example_of(option)
+    (tmp_path / "file").write_text(text)
+    arguments = [] if option.kind is bool else [tmp_path / "file" if option.is_file else text]
+    others = ["--edit-threshold", 0.5] if option.name == "window" else []
+    run("generate", "Hello", "-m", diffusion_folder, f"--{option.name.replace('_', '-')}", *arguments, *others)
+    assert getattr(seen[0], option.name) == value
+
+
+def test_help_groups_the_options_and_shows_their_defaults(run) -> None:
+    text = " ".join(run("generate", "--help").stdout.split())
+    for option in CLI_OPTIONS:
+        section = text.split(f" {option.panel}: ")[1]
+        assert f"--{option.name.replace('_', '-')} " in section
+        assert option.shown_default == "none" or f"[default: {option.shown_default}]" in section
 
 
 def test_defaults_are_the_decoders(run, diffusion_folder: Path) -> None:
@@ -121,15 +138,15 @@ def test_markup_in_the_answer_is_printed_as_it_is(run, diffusion_folder: Path, m
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--max-new-tokens", 0), "max_new_tokens is 0"),
-        (("--max-new-tokens", -3), "max_new_tokens is -3"),
-        (("--block-size", 0), "block size is 0"),
-        (("--block-size", -8), "block size is -8"),
-        (("--steps", 0), "steps is 0"),
+        (("--max-new-tokens", 0), "--max-new-tokens is 0"),
+        (("--max-new-tokens", -3), "--max-new-tokens is -3"),
+        (("--block-size", 0), "--block-size is 0"),
+        (("--block-size", -8), "--block-size is -8"),
+        (("--steps", 0), "--steps is 0"),
         (("--threshold", 1.5), "threshold is 1.5"),
         (("--temperature", -1), "temperature is -1"),
-        (("--top-k", 0), "top_k is 0"),
-        (("--top-p", 0), "top_p is 0"),
+        (("--top-k", 0), "--top-k is 0"),
+        (("--top-p", 0), "--top-p is 0"),
         (("--dtype", "float7"), "dtype 'float7' is unknown"),
         (("--dtype", "int64"), "dtype 'int64' is unknown"),
         (("--device", "abacus"), "device 'abacus' is unknown"),

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.engine.llm import LanguageModel
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.harness import HarnessLM, run_harness
 from unmask.eval.likelihood import LikelihoodEstimator
@@ -86,7 +87,7 @@ def test_answers_are_the_engines(model: LanguageModel, data: str) -> None:
         generation_kwargs={"until": ["\n", "."], "max_gen_toks": 12, "do_sample": False},
         metric_list=[{"metric": "exact_match"}],
     )
-    lm = HarnessLM(model, batch=4, decoding={} if model.config.mask_id is None else {"threshold": 0.5})
+    lm = HarnessLM(model, batch=4, decoding=SamplingParams(threshold=None if model.config.mask_id is None else 0.5))
     results = simple_evaluate(lm, tasks=[settings], log_samples=True, bootstrap_iters=0, task_manager=NONE)
     options: dict[str, Any] = {} if model.config.mask_id is None else {"threshold": 0.5}
     for doc, sample in zip(DOCS, results["samples"]["answers"], strict=True):

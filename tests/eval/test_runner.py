@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scripted import ScriptedModel
 
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 from unmask.eval.runner import EvalSettings, load_samples, request_of, run_tasks
 from unmask.eval.task import Item, ItemScore, Split, Task
@@ -74,8 +75,8 @@ def test_an_answer_goes_on_from_its_prefix(model: ScriptedModel, tmp_path: Path,
     sample, text = load_samples(tmp_path / "run")[1], model.tokenizer
     assert sample.answer == "So it is 4"
     assert sample.tokens == len(text.encode("4"))
-    plain = request_of(model, replace(items("test", 2)[1], answer_prefix=""), {})
-    begun = request_of(model, items("test", 2)[1], {})
+    plain = request_of(model, replace(items("test", 2)[1], answer_prefix=""), SamplingParams())
+    begun = request_of(model, items("test", 2)[1], SamplingParams())
     assert begun.ids == (*plain.ids, *text.encode("So it is "))
 
 
@@ -112,7 +113,7 @@ def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "task", "what"),
     [
-        (EvalSettings(decoding={"threshold": 0.5}), SUMS, "settings"),
+        (EvalSettings(decoding=SamplingParams(threshold=0.5)), SUMS, "settings"),
         (EvalSettings(split="validation"), SUMS, "settings"),
         (EvalSettings(), replace(SUMS, version="2"), "tasks"),
     ],

@@ -16,6 +16,7 @@ import typer
 from unmask.cli import decoding as options
 from unmask.cli.chat_session import ChatSession, note
 from unmask.cli.console import is_live, make_console, pick_device
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,37 +26,28 @@ _PROMPT, _MORE = "> ", ". "
 _FENCE = '"""'
 
 
+@options.with_sampling_options(surface="set")
 def chat(
+    params: SamplingParams,
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
-            help=f"Folder, Hugging Face id or embedded model; left out: {options.DIFFUSION_MODEL}. With --url: one of the "
-            "server's; left out: its first.",
+            help="Folder, Hugging Face id or embedded model; with --url, one of the server's. "
+            f"[default: {options.DIFFUSION_MODEL}; the server's first]",
+            rich_help_panel="Model",
         ),
     ] = None,
     url: Annotated[str | None, typer.Option(help="Talk to the OpenAI-compatible server at this address.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="UNMASK_API_KEY", help="What the server at --url asks for.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="UNMASK_API_KEY", help="API key for the server at --url.")] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; left out: 512.")] = None,
-    block_size: options.BlockSize = None,
-    threshold: options.Threshold = None,
-    steps: options.Steps = None,
-    preset: options.Preset = None,
-    edit_threshold: options.EditThreshold = None,
-    speculative: options.Speculative = None,
-    policy: options.Policy = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token; higher is more varied; left out: 0, or the server's.")
-    ] = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws at a temperature above 0.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.QuantizeAuto = "auto",
-    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Talk with a model, in this process or on a server.
 
@@ -69,20 +61,6 @@ def chat(
 
     /help lists what can be typed besides messages, such as /undo, /save FILE and /set threshold 0.7.
     """
-    wanted = options.given(
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        threshold=threshold,
-        steps=steps,
-        preset=preset,
-        edit_threshold=edit_threshold,
-        speculative=speculative,
-        policy=policy,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
     is_interactive = sys.stdin.isatty()
     if url is None:
         responder = _local(
@@ -94,7 +72,7 @@ def chat(
         from unmask.cli.chat_remote import RemoteResponder
 
         responder = RemoteResponder(url, key=api_key or None, model=model, interruptible=is_interactive)
-    session = ChatSession(responder, wanted, system)
+    session = ChatSession(responder, params, system)
     if is_interactive:
         note(f"{responder.about}; /help lists the commands, Ctrl-D leaves")
     _converse(session, is_interactive=is_interactive)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -19,6 +18,7 @@ from unmask.cli.watch import show
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
 MAX_NEW_TOKENS = 512
@@ -41,12 +41,12 @@ class LocalResponder:
         self._engine = model.engine()
         self.about = f"{model.name}, context of {model.config.max_positions} tokens"
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        self._request((), options, 0).check(self._model.config)
+    def check(self, params: SamplingParams) -> None:
+        self._request((), params, 0).check(self._model.config)
 
-    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
+    def reply(self, messages: Sequence[Message], params: SamplingParams, attempt: int, write: Write) -> ChatReply:
         ids = self._tokenizer.chat(messages, add_generation_prompt=True)
-        request = self._request(ids, options, attempt)
+        request = self._request(ids, params, attempt)
         progress = _Progress(self._model, len(ids))
         interrupts = (signal.SIGINT,) if self._interruptible else ()
         try:
@@ -60,19 +60,18 @@ class LocalResponder:
             self._engine = self._model.engine()
             if not self._interruptible:
                 raise
-        is_full = request.params.max_new_tokens < options.get("max_new_tokens", MAX_NEW_TOKENS)
+        is_full = request.params.max_new_tokens < _limit(params)
         return progress.reply(is_full=is_full, shown_live=self._console is not None)
 
-    def _request(self, ids: Sequence[int], options: Mapping[str, Any], attempt: int) -> Request:
+    def _request(self, ids: Sequence[int], params: SamplingParams, attempt: int) -> Request:
         """A request for `max_new_tokens`, or as many as the context has room for."""
-        changed, context = {"max_new_tokens": MAX_NEW_TOKENS, **options}, self._model.config.max_positions
+        context = self._model.config.max_positions
         if len(ids) >= context:
             raise RequestError(
                 f"the conversation has {len(ids)} tokens and the context holds {context}: no room for an answer; "
                 "send a shorter message, or /reset and then /retry (/save first)"
             )
-        changed["max_new_tokens"] = min(changed["max_new_tokens"], context - len(ids))
-        return self._model.request(ids, sample=attempt, **changed)
+        return self._model.request(ids, params, sample=attempt, max_new_tokens=min(_limit(params), context - len(ids)))
 
     def _decode(
         self,
@@ -98,6 +97,10 @@ class LocalResponder:
             return progress.generation()
 
         show(console, self._model, request.params.max_new_tokens, generate)
+
+
+def _limit(params: SamplingParams) -> int:
+    return MAX_NEW_TOKENS if params.max_new_tokens is None else params.max_new_tokens
 
 
 class _Progress:

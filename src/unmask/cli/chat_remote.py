@@ -13,10 +13,9 @@ from typing import Any
 import httpx2
 
 from unmask.cli.chat_session import ChatReply, EndReason, Message, Write
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 
-_STANDARD = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
-"""Fields of OpenAI's API by option; the other options go into our server's field `diffusion`."""
 _TIMEOUT = httpx2.Timeout(10.0, read=600.0)
 _MAX_MESSAGE = 400
 
@@ -52,16 +51,20 @@ class RemoteResponder:
         self._model = model if model is not None else self._first_model()
         self.about = f"{self._model} at {url}"
 
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, params: SamplingParams) -> None:
         """The server checks the options."""
 
-    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
+    def reply(self, messages: Sequence[Message], params: SamplingParams, attempt: int, write: Write) -> ChatReply:
         body: dict[str, Any] = {"model": self._model, "messages": list(messages), "stream": True}
         body |= {"stream_options": {"include_usage": True}}
-        body |= {name: options[ours] for ours, name in _STANDARD.items() if ours in options}
-        if attempt or "seed" in options:
-            body["seed"] = options.get("seed", 0) + attempt
-        ours = {name: value for name, value in options.items() if name not in _STANDARD and name != "seed"}
+        given, declared = params.given(), SamplingParams.options()
+        if "max_new_tokens" in given:
+            body["max_tokens"] = given.pop("max_new_tokens")
+        if attempt:
+            given["seed"] = (params.seed or 0) + attempt
+        # Options that only this project's server knows go into a section of their own: others refuse unknown fields.
+        ours = {name: given.pop(name) for name in list(given) if "diffusion" in declared[name].surfaces}
+        body |= given
         if ours:
             body["diffusion"] = ours
         return self._read(body, write)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import typer
 
 from unmask.cli.console import cost_line, make_console, visible
+from unmask.engine.sampling_params import Option, SamplingParams
 from unmask.errors import ConfigError, DataError, RequestError, UnmaskError
 
 Message = dict[str, str]
@@ -23,26 +24,6 @@ Write = Callable[[str], None]
 EndReason = Literal["stop", "length", "context", "interrupted", "lost"]
 
 
-def _yes_or_no(word: str) -> bool:
-    if word.lower() not in ("yes", "no", "true", "false", "on", "off"):
-        raise ValueError(word)
-    return word.lower() in ("yes", "true", "on")
-
-
-SETTINGS: Mapping[str, Callable[[str], Any]] = {
-    "max_new_tokens": int,
-    "block_size": int,
-    "threshold": float,
-    "steps": int,
-    "preset": str,
-    "edit_threshold": float,
-    "speculative": _yes_or_no,
-    "policy": str,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "seed": int,
-}
 _ROLES = ("system", "user", "assistant")
 _NOTES: Mapping[EndReason, str] = {
     "length": "cut: max_new_tokens is reached; /set max_new_tokens allows more",
@@ -84,10 +65,10 @@ class Responder(Protocol):
 
     about: str
 
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, params: SamplingParams) -> None:
         """Raise RequestError for an option that is wrong for every message."""
 
-    def reply(self, messages: Sequence[Message], options: Mapping[str, Any], attempt: int, write: Write) -> ChatReply:
+    def reply(self, messages: Sequence[Message], params: SamplingParams, attempt: int, write: Write) -> ChatReply:
         """Reply to the last message and pass final text to `write`; each `attempt` samples differently.
 
         Raises:
@@ -102,13 +83,13 @@ class ChatSession:
 
     Args:
         responder: makes the replies.
-        options: decoding options; the others have the responder's defaults.
+        params: decoding options; those not given have the responder's defaults.
         system: system prompt.
     """
 
-    def __init__(self, responder: Responder, options: Mapping[str, Any], system: str | None) -> None:
-        responder.check(options)
-        self._responder, self._options = responder, dict(options)
+    def __init__(self, responder: Responder, params: SamplingParams, system: str | None) -> None:
+        responder.check(params)
+        self._responder, self._params = responder, params
         self._messages: list[Message] = [] if not system else [{"role": "system", "content": system}]
         self._replies: list[ChatReply] = []
         self._attempt = 0
@@ -121,7 +102,7 @@ class ChatSession:
             "retry": ("", "answer the last message again (differs only with temperature above 0)", self._retry),
             "save": ("FILE", "save the messages as JSON", self._save),
             "load": ("FILE", "continue with saved messages", self._load),
-            "set": ("NAME VALUE", f"a decoding option ({', '.join(SETTINGS)}); VALUE none: its default", self._set),
+            "set": ("NAME VALUE", "change a decoding option; VALUE none: its default; without NAME: list all", self._set),
             "stats": ("", "show what the conversation has cost", self._stats),
             "quit": ("", "leave (or Ctrl-D)", self._quit),
         }
@@ -153,7 +134,7 @@ class ChatSession:
         run(rest[0].strip() if rest else "")
 
     def _reply(self) -> None:
-        reply = self._responder.reply(self._messages, self._options, self._attempt, _write)
+        reply = self._responder.reply(self._messages, self._params, self._attempt, _write)
         self._replies.append(reply)
         if reply.text and not reply.shown_live:
             _write("\n")
@@ -227,13 +208,17 @@ class ChatSession:
     def _set(self, text: str) -> None:
         words = text.replace("=", " ").split()
         if len(words) == 2:
-            changed = with_setting(self._options, *words)
+            changed = with_option(self._params, *words)
             self._responder.check(changed)
-            self._options = changed
+            self._params = changed
         elif words:
             raise ConfigError("/set takes a name and a value: /set threshold 0.7")
-        values = [f"{name} {value}" for name, value in self._options.items()]
-        note(", ".join(values) or "every option has its default")
+        given = self._params.given()
+        for name, option in settable_options().items():
+            if not words:
+                note(f"{name:<16} {given.get(name, f'[default: {option.shown_default}]')}")
+            elif name in given:
+                note(f"{name} {given[name]}")
 
     def _stats(self, _: str) -> None:
         note(f"{self._responder.about}; answers: {len(self._replies)}, {costs(self._replies)}")
@@ -252,24 +237,21 @@ def costs(replies: Sequence[ChatReply]) -> str:
     return cost_line(tokens, forwards, sum(reply.seconds for reply in replies))
 
 
-def with_setting(options: Mapping[str, Any], name: str, word: str) -> dict[str, Any]:
-    """Options with one of them changed; "none" leaves it out.
+def settable_options() -> dict[str, Option]:
+    """Decoding options that /set changes, by name."""
+    return {name: option for name, option in SamplingParams.options().items() if "set" in option.surfaces}
+
+
+def with_option(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """Decoding options with one of them changed; "none" gives it its default back.
 
     Raises:
-        ConfigError: no such option, or not a value of its type.
+        RequestError: no such option, or not a value of its type and range.
     """
-    name = name.replace("-", "_")
-    if name not in SETTINGS:
-        raise ConfigError(f"no option {name}; use one of {', '.join(SETTINGS)}")
-    others = {key: value for key, value in options.items() if key != name}
-    if word == "none":
-        return others
-    try:
-        return {**others, name: SETTINGS[name](word)}
-    except ValueError as error:
-        kinds: Mapping[Any, str] = {int: "a whole number", _yes_or_no: "yes or no"}
-        kind = kinds.get(SETTINGS[name], "a number")
-        raise ConfigError(f"{name} is {word!r}; it must be {kind}, or none") from error
+    options, name = settable_options(), name.replace("-", "_")
+    if name not in options:
+        raise RequestError(f"no option {name}; use one of {', '.join(options)}")
+    return params.replace(**{name: options[name].default if text == "none" else options[name].parse(text)})
 
 
 def read_messages(path: Path) -> list[Message]:

@@ -14,19 +14,20 @@ from rich.table import Column, Table
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
 from unmask.cli.console import make_console
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
 
+@options.with_sampling_options("Sampling", "Diffusion", "Speculative")
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model, or the folder of a run of unmask eval.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The model or run to compare with it.")],
+    params: SamplingParams,
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     out: Annotated[Path, typer.Option(help="Folder of the report, and of the runs of models.")] = Path("out/compare"),
-    block_size: options.BlockSize = None,
-    threshold: options.Threshold = None,
     batch: evaluation.Batch = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -45,7 +46,7 @@ def compare(
     from unmask.eval.runner import load_results, load_samples
 
     console = make_console()
-    settings = evaluation.settings_of(split, options.given(block_size=block_size, threshold=threshold), batch)
+    settings = evaluation.settings_of(split, params, batch)
     are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
     folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
     if not all(are_runs):

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from unmask.errors import ConfigError, TrainingError, UnmaskError
+from unmask.engine.sampling_params import SamplingParams
+from unmask.errors import ConfigError, RequestError, TrainingError, UnmaskError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,10 +49,38 @@ class Guarded(TyperGroup):
             fail(TrainingError("out of memory; use a smaller model, --dtype bfloat16, or a lower train.micro_rows"))
 
 
+class PanelCommand(TyperCommand):
+    """A command whose help groups its options under the headings of their panels, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, those without a panel first."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Model": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            panel = parameter.rich_help_panel if isinstance(parameter, TyperOption) else None
+            if record is not None:
+                name = "Arguments" if isinstance(parameter, TyperArgument) else panel or "Options"
+                sections.setdefault(name, []).append(record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
 def fail(error: UnmaskError) -> NoReturn:
     """Print an error as one line on standard error and exit with its code."""
-    typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+    text = with_flags(str(error)) if isinstance(error, RequestError) else str(error)
+    typer.echo(f"error: {' '.join(text.splitlines())}", err=True)
     raise typer.Exit(error.exit_code)
+
+
+def with_flags(message: str) -> str:
+    """An error of the library as the command line spells it: `top_k is 0` becomes `--top-k is 0`."""
+    names = SamplingParams.options()
+    plain = "|".join(names)
+    compound = "|".join(name for name in names if "_" in name)
+    flags = re.sub(rf"^(?:{plain})\b|\b(?:{compound})\b", lambda match: f"--{match[0].replace('_', '-')}", message)
+    return flags.replace("chat=False", "--raw")
 
 
 def make_console(*, stderr: bool = False) -> Console:

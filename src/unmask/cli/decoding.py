@@ -1,74 +1,108 @@
-"""Options that every decoding verb shares: their help texts once, and how files of rules are read.
+"""Options that the decoding commands share: those of the model, and decoding options generated from `SamplingParams`.
 
-Owns the annotated types. Knows no verb.
+Owns how a declared option looks on the command line. Knows no command.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from unmask.engine.sampling_params import Option, Panel, SamplingParams, Surface
 from unmask.errors import RequestError
 
 DIFFUSION_MODEL = "smollm2-135m-diffusion"
 CONVERTED_MODEL = "smollm2-135m-converted"
-"""Converted in full: denoises in any order, and reads both sides of a hole."""
+"""Converted in full: denoises in any order, and fills holes."""
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder, Hugging Face id or embedded model.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens denoised together; left out: the model's.")]
-Threshold = Annotated[
-    float | None, typer.Option(help="Accept every token more probable than this; left out: 0.95, of checked drafts 0.7.")
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder, Hugging Face id or embedded model.", rich_help_panel="Model")
 ]
-Steps = Annotated[int | None, typer.Option(help="Most steps per block; left out: the block size.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; left out: all.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this mass; left out: all.")]
-Seed = Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")]
-Preset = Annotated[
-    str | None,
-    typer.Option(help="speed or quality: LLaDA2.1's settings, for models trained to edit decided tokens."),
-]
-EditThreshold = Annotated[
-    float | None, typer.Option(help="Replace a decided token when another is more probable than this; left out: never.")
-]
-Speculative = Annotated[
-    bool | None,
-    typer.Option(
-        "--speculative/--no-speculative",
-        help="Check what is drafted, so that the text is that of decoding token by token; left out: for shifted models, "
-        "unless a policy or edits are asked for.",
-    ),
-]
-Policy = Annotated[str | None, typer.Option(help="What a step accepts: threshold, entropy or fixed; left out: threshold.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.", rich_help_panel="Model")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel="Model")]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="int8, int4 or auto: decode with quantised weights on the CPU; left out: the weights as they are."),
+    typer.Option(
+        help="int8, int4 or auto: decode with quantised weights on the CPU. [default: the weights as they are]",
+        rich_help_panel="Model",
+    ),
 ]
 QuantizeAuto = Annotated[
     Literal["auto", "none", "int8", "int4"],
-    typer.Option(help="Decode with quantised weights; auto: int8 on a CPU where the model allows it."),
+    typer.Option(help="Decode with quantised weights; auto: int8 on a CPU where the model allows it.", rich_help_panel="Model"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.", rich_help_panel="Output")
+]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: those left out keep the decoder's defaults."""
-    return {name: value for name, value in options.items() if value is not None and value != []}
+def with_sampling_options(
+    *panels: Panel, surface: Surface = "cli", defaults: Mapping[str, Any] | None = None, texts: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: its parameter `params` becomes one command-line option for each declared decoding option.
+
+    Args:
+        panels: groups of options that the command takes; none: all.
+        surface: take only the options that are declared for it.
+        defaults: values of options that are not given, where they differ from the declared ones.
+        texts: what `[default: ...]` shows, where it differs.
+    """
+    values = defaults or {}
+    shown = {**(texts or {}), **{name: str(value) for name, value in values.items()}}
+    chosen = [o for o in SamplingParams.options().values() if surface in o.surfaces and (not panels or o.panel in panels)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for each in inspect.signature(command, eval_str=True).parameters.values():
+            generated = [_parameter(option, shown.get(option.name)) for option in chosen] if each.name == "params" else []
+            parameters += generated or [each.replace(kind=each.KEYWORD_ONLY)]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {o.name: _value(o, arguments.pop(o.name)) for o in chosen}
+            given = {**values, **{name: value for name, value in given.items() if value is not None}}
+            command(**arguments, params=SamplingParams(**given))
+
+        del run.__wrapped__  # typer would read its signature
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate
 
 
-def read_rules(path: Path | None, option: str) -> str | None:
-    """Text of a schema or grammar file.
+def _parameter(option: Option, default_text: str | None) -> inspect.Parameter:
+    kinds: Mapping[type, Any] = {int: int, float: float, bool: bool, tuple: list[str]}
+    kind = Path if option.is_file else kinds.get(option.kind, str)
+    flag = f"--{option.name.replace('_', '-')}"
+    shown = default_text or option.shown_default
+    declared = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag,
+        help=option.help + (f" [default: {shown}]" if shown != "none" else ""),
+        metavar="FILE" if option.is_file else "|".join(option.choices) or None,
+        rich_help_panel=option.panel,
+    )
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
+    )
+
+
+def _value(option: Option, argument: Any) -> Any:
+    """The value of an option: the text of a file where it names one.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: the file cannot be read.
     """
-    if path is None:
-        return None
+    if option.kind is tuple:
+        return tuple(argument) if argument else None
+    if argument is None or not option.is_file:
+        return argument
     try:
-        return path.read_text(encoding="utf-8")
+        return argument.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{option} {path} cannot be read ({error}); name a text file") from error
+        raise RequestError(f"{option.name} {argument} cannot be read ({error}); name a text file") from error

@@ -16,6 +16,7 @@ import typer
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
 from unmask.cli.console import make_console
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,23 +26,20 @@ if TYPE_CHECKING:
     from unmask.eval.suite import Selection
 
 
+@options.with_sampling_options("Sampling", "Diffusion", "Speculative")
 def eval_(
+    params: SamplingParams,
     model: options.Model = options.DIFFUSION_MODEL,
     suite: evaluation.Suite = None,
     tasks: evaluation.Tasks = None,
     needle: Annotated[str | None, typer.Option(help="Context lengths of needle tests, in tokens, with commas.")] = None,
-    yarn: Annotated[float | None, typer.Option(help="Extend the context by this factor (YaRN).")] = None,
+    yarn: Annotated[
+        float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")
+    ] = None,
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: out/eval/MODEL-SUITE]")] = None,
     resume: evaluation.Resume = False,
-    block_size: options.BlockSize = None,
-    threshold: options.Threshold = None,
-    steps: options.Steps = None,
-    preset: options.Preset = None,
-    edit_threshold: options.EditThreshold = None,
-    speculative: options.Speculative = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; left out: 0.")] = None,
     samples: Annotated[int, typer.Option(help="Monte Carlo samples per block of a likelihood bound.")] = 16,
     batch: evaluation.Batch = 1,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Apply the chat template to lm-eval's prompts.")] = False,
@@ -76,9 +74,7 @@ def eval_(
         return
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; it must be at least 1")
-    given = {"block_size": block_size, "threshold": threshold, "steps": steps, "preset": preset}
-    decoding = options.given(**given, edit_threshold=edit_threshold, temperature=temperature, speculative=speculative)
-    settings = evaluation.settings_of(split, decoding, batch)
+    settings = evaluation.settings_of(split, params, batch)
     report = None if suite in (None, evaluation.MINI5) else load_suite(str(suite))
     name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")
     folder = out if out is not None else Path("out/eval") / name
@@ -97,7 +93,7 @@ def eval_(
         count=partial(evaluation.count_for, limit),
         limit=limit,
         settings=settings,
-        harness={"samples": samples, "batch": batch, "decoding": decoding, "chat": chat, "allow_code": allow_code},
+        harness={"samples": samples, "batch": batch, "decoding": params, "chat": chat, "allow_code": allow_code},
         resume=resume,
     )
     with evaluation.showing_tasks(console) as on_progress:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from unmask.cli.console import is_live, pick_device
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _lines(console: Console) -> Callable[[str, int, int], None]:
     return on_progress
 
 
-def settings_of(split: str, decoding: Mapping[str, Any], batch: int) -> EvalSettings:
+def settings_of(split: str, decoding: SamplingParams, batch: int) -> EvalSettings:
     """Settings of our own tasks.
 
     Raises:

@@ -14,23 +14,19 @@ import typer
 
 from unmask.cli import decoding as options
 from unmask.cli.console import pick_device, visible
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
+@options.with_sampling_options("Sampling", "Diffusion", texts={"block_size": "the whole text, so that a hole sees all of it"})
 def infill(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text with one or more holes.")],
+    params: SamplingParams,
     model: options.Model = options.CONVERTED_MODEL,
     hole: Annotated[str, typer.Option(help="How a hole is written.")] = "___",
     tokens: Annotated[str, typer.Option(help="Tokens of a hole, as 8, or as 2-12 to keep the likeliest length.")] = "1-8",
-    block_size: Annotated[
-        int | None, typer.Option(help="Tokens denoised together; left out: the whole text, so that a hole sees all of it.")
-    ] = None,
-    threshold: options.Threshold = None,
-    steps: options.Steps = None,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
@@ -45,14 +41,13 @@ def infill(
 
     All lengths that --tokens names are tried together; the filling whose tokens are likeliest is printed.
     """
-    found = _RANGE.fullmatch(tokens)
-    if found is None:
+    match = _RANGE.fullmatch(tokens)
+    if match is None:
         raise RequestError(f"--tokens is {tokens!r}; write a number, or two as in 2-12")
-    least = int(found[1])
-    wanted = options.given(block_size=block_size, threshold=threshold, steps=steps, temperature=temperature, seed=seed)
+    least = int(match[1])
 
     import unmask
 
     language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
-    filling = language_model.infill(text, hole=hole, tokens=(least, int(found[2] or least)), **wanted)
+    filling = language_model.infill(text, params, hole=hole, tokens=(least, int(match[2] or least)))
     typer.echo(json.dumps(asdict(filling)) if as_json else visible(filling.text))

@@ -14,7 +14,7 @@ import typer
 from unmask import __version__
 from unmask.cli.chat import chat
 from unmask.cli.compare import compare
-from unmask.cli.console import Guarded
+from unmask.cli.console import Guarded, PanelCommand
 from unmask.cli.convert import convert
 from unmask.cli.demo import demo
 from unmask.cli.dpo import dpo
@@ -39,9 +39,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (generate, infill, trace, chat, serve, convert, sft, dpo, info, merge, export, demo):
-    app.command(no_args_is_help=verb not in (chat, serve, demo))(verb)
+    app.command(cls=PanelCommand, no_args_is_help=verb not in (chat, serve, demo))(verb)
 for named, verb in (("eval", eval_), ("compare", compare), ("sweep", sweep)):
-    app.command(named, no_args_is_help=True)(verb)
+    app.command(named, cls=PanelCommand, no_args_is_help=True)(verb)
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
 from unmask.cli.console import make_console
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 
 
@@ -45,7 +46,7 @@ def sweep(
     from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
     values, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
-    selection, settings = evaluation.select_tasks(suite, tasks), evaluation.settings_of(split, {}, batch)
+    selection, settings = evaluation.select_tasks(suite, tasks), evaluation.settings_of(split, SamplingParams(), batch)
     if selection.harness:
         raise ConfigError(f"{selection.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
     console = make_console()
@@ -55,10 +56,9 @@ def sweep(
     points: list[dict[str, Any]] = []
     for size, value in itertools.product(sizes or [language_model.config.block_size or 32], values):
         folder = out / f"block-{size}-threshold-{value:g}"
-        decoding = {"block_size": size, "threshold": value}
-        point_settings = replace(settings, decoding=decoding)
+        point_settings = replace(settings, decoding=SamplingParams(block_size=size, threshold=value))
         results = evaluation.answer(console, language_model, selection.own, folder, limit, point_settings)
-        points.append({**decoding, **_point(results)})
+        points.append({"block_size": size, "threshold": value, **_point(results)})
     rows = [_cells(point) for point in points]
     draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")
     atomic_write_json(

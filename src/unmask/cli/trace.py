@@ -13,6 +13,7 @@ import typer
 
 from unmask.cli import decoding as options
 from unmask.cli.console import make_console, pick_device
+from unmask.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,20 +24,12 @@ if TYPE_CHECKING:
 _MAX_LABELS = 96
 
 
+@options.with_sampling_options(surface="set", defaults={"max_new_tokens": 64})
 def trace(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("trace.png"),
+    params: SamplingParams,
+    out: Annotated[Path, typer.Option(help="The PNG to write.", rich_help_panel="Output")] = Path("trace.png"),
     model: options.Model = options.CONVERTED_MODEL,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
-    block_size: options.BlockSize = None,
-    threshold: options.Threshold = None,
-    steps: options.Steps = None,
-    preset: options.Preset = None,
-    edit_threshold: options.EditThreshold = None,
-    speculative: options.Speculative = None,
-    policy: options.Policy = None,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -51,25 +44,11 @@ def trace(
     Columns are tokens, rows are forwards. The colour is the model's confidence in its candidate token; a dot marks the forward
     that accepted the token, a cross one that edited it.
     """
-    wanted = options.given(
-        block_size=block_size,
-        threshold=threshold,
-        steps=steps,
-        preset=preset,
-        edit_threshold=edit_threshold,
-        speculative=speculative,
-        policy=policy,
-        temperature=temperature,
-        seed=seed,
-    )
-
     import unmask
     from unmask.cli.watch import costs
 
     language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
-    generation = language_model.generate(
-        prompt, max_new_tokens=max_new_tokens, chat=False if raw else None, trace=True, **wanted
-    )
+    generation = language_model.generate(prompt, params, chat=False if raw else None, trace=True)
     assert language_model.tokenizer is not None, "generate() refuses a model without a tokenizer"
     draw_trace(generation, language_model.tokenizer.decode, out)
     console = make_console()

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Request
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
 from unmask.eval.provenance import about_model, environment
@@ -44,7 +45,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         samples: Monte Carlo samples per block of the bound.
         seed: of these samples, and of sampled answers whose task sets none.
         batch: answers decoded together.
-        decoding: options of `LanguageModel.request` for every answer (threshold, block_size, ...).
+        decoding: options for every answer.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         samples: int = 16,
         seed: int = 0,
         batch: int = 16,
-        decoding: Mapping[str, Any] | None = None,
+        decoding: SamplingParams | None = None,
     ) -> None:
         super().__init__()
         if model.tokenizer is None:
             raise ConfigError(f"model {model.name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
         self._model, self._text, self._seed, self._batch = model, model.tokenizer, seed, batch
-        self._decoding = dict(decoding or {})
+        self._decoding = decoding or SamplingParams()
         self._samples = samples
         self._estimator: LikelihoodEstimator | None = None
         self._templated = False
@@ -166,7 +167,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
         if self._estimator is None:
-            size = self._decoding.get("block_size")
+            size = self._decoding.block_size
             self._estimator = LikelihoodEstimator(self._model, samples=self._samples, seed=self._seed, block_size=size)
         return self._estimator.score(context, continuation)
 
@@ -189,7 +190,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             while waiting and len(expected) < self._batch:
                 i = next(iter(waiting))
                 context, continuation = waiting.pop(i)
-                request = self._model.request(context, max_new_tokens=len(continuation), **self._decoding)
+                request = self._model.request(context, self._decoding, max_new_tokens=len(continuation))
                 expected[engine.add(request)] = (i, list(continuation))
             for update in engine.step():
                 i, remaining = expected[update.number]
@@ -215,9 +216,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         sampling |= {name: options[name] for name in ("top_p", "top_k", "seed") if name in options and options.get("do_sample")}
         return self._model.request(
             ids[-room:],
+            self._decoding,
             max_new_tokens=self.max_length - room,
             stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
-            **{**self._decoding, **sampling},
+            **sampling,
         )
 
 

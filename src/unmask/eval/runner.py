@@ -10,13 +10,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 from unmask.eval.provenance import about_model, environment
 from unmask.eval.speed import Cost, speed_of
@@ -56,12 +57,12 @@ class EvalSettings:
 
     Attributes:
         split: of the items.
-        decoding: options of `LanguageModel.request` for every item.
+        decoding: decoding options of every item.
         batch: answers decoded together; speeds are those of a single request only where this is 1.
     """
 
     split: Split = "test"
-    decoding: Mapping[str, Any] | None = None
+    decoding: SamplingParams = field(default_factory=SamplingParams)
     batch: int = 1
 
 
@@ -97,7 +98,7 @@ def run_tasks(
     head = {
         "format": FORMAT,
         "model": about_model(model),
-        "settings": {**asdict(settings), "decoding": dict(settings.decoding or {})},
+        "settings": {**asdict(settings), "decoding": settings.decoding.given()},
         "tasks": {task.name: task.version for task in tasks},
     }
     path = folder / "samples.jsonl"
@@ -176,7 +177,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
     """Answers and scores of items; an item that does not fit the context counts as wrong without being asked."""
     tokenizer, room = model.tokenizer, model.config.max_positions
     assert tokenizer is not None, "request_of has refused a model without one"
-    pairs = [(item, request_of(model, item, settings.decoding or {})) for item in items]
+    pairs = [(item, request_of(model, item, settings.decoding)) for item in items]
     fits = [len(request.ids) + request.params.max_new_tokens <= room for _, request in pairs]
     too_long = [_too_long(task, *pair, room) for pair, fit in zip(pairs, fits, strict=True) if not fit]
     fitting = list(compress(pairs, fits))
@@ -215,7 +216,7 @@ def _too_long(task: Task, item: Item, request: Request, room: int) -> EvalSample
     return EvalSample(task.name, item.id, item.prompt, item.target, "", None, 0.0, detail, TOO_LONG, count, 0, 0, 0.0)
 
 
-def request_of(model: LanguageModel, item: Item, decoding: Mapping[str, Any]) -> Request:
+def request_of(model: LanguageModel, item: Item, decoding: SamplingParams) -> Request:
     """The engine's request for an item.
 
     Raises:
@@ -227,9 +228,7 @@ def request_of(model: LanguageModel, item: Item, decoding: Mapping[str, Any]) ->
         ids = model.encode_chat([{"role": "system", "content": item.system}, {"role": "user", "content": item.prompt}])
     if item.answer_prefix and model.tokenizer is not None:
         ids = [*ids, *model.tokenizer.encode(item.answer_prefix)]
-    return model.request(
-        ids, max_new_tokens=item.max_new_tokens, stop=item.stop, json_schema=item.schema, **{"seed": 0, **decoding}
-    )
+    return model.request(ids, decoding, max_new_tokens=item.max_new_tokens, stop=item.stop, json_schema=item.schema)
 
 
 def _open(path: Path, head: Mapping[str, Any], *, resume: bool) -> list[EvalSample]:
