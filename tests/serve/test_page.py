@@ -215,7 +215,7 @@ def test_stop_keeps_what_has_come_and_ends_the_request(tab: Visit, fake: FakeSer
 def test_escape_closes_a_panel_before_it_stops_an_answer(tab: Visit, fake: FakeServer) -> None:
     fake.script = Script(hold=1)
     tab.ask("Capital?")
-    tab.page.get_by_role("button", name="ServerConfig").click()
+    tab.page.get_by_role("button", name="Settings").click()
     tab.page.keyboard.press("Escape")
     expect(tab.page.locator("#settings")).to_be_hidden()
     expect(tab.page.get_by_role("button", name="Stop")).to_be_visible()
@@ -270,7 +270,7 @@ def test_an_earlier_message_can_be_changed(tab: Visit, fake: FakeServer) -> None
 
 def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     page = tab.page
-    page.get_by_role("button", name="ServerConfig").click()
+    page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Threshold")).to_have_value("0.95")
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Edits").select_option("quality")
@@ -288,7 +288,7 @@ def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert body["diffusion"] == {"watch": True, "threshold": 0.6, "block_size": 16, "preset": "quality"}
     assert (body["temperature"], body["max_completion_tokens"], body["seed"]) == (0.7, 99, 3)
-    page.get_by_role("button", name="ServerConfig").click()
+    page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Reset to defaults").click()
     expect(page.get_by_label("Threshold")).to_have_value("0.95")
     page.keyboard.press("Escape")
@@ -302,7 +302,7 @@ def test_an_autoregressive_model_has_no_diffusion_controls(opened: Open, fake: F
     fake.diffusion = False
     with opened() as tab:
         expect(tab.page.locator("#legend")).to_be_hidden()
-        tab.page.get_by_role("button", name="ServerConfig").click()
+        tab.page.get_by_role("button", name="Settings").click()
         expect(tab.page.get_by_label("Temperature")).to_be_visible()
         expect(tab.page.get_by_label("Threshold")).to_be_hidden()
         tab.page.keyboard.press("Escape")
@@ -452,13 +452,13 @@ def test_the_keyboard_is_enough(tab: Visit, fake: FakeServer) -> None:
         keys.press("Shift+Tab")
         names.append(page.evaluate("(e => e.ariaLabel || e.title || e.textContent)(document.activeElement)"))
     assert names[:6] == ["Try again", "Copy", "Copy", "Edit", "ServerConfig", "Theme: auto"]
-    page.get_by_role("button", name="ServerConfig").focus()
+    page.get_by_role("button", name="Settings").focus()
     keys.press("Enter")
     expect(page.locator("#settings")).to_be_visible()
     keys.press("Tab")
     assert page.evaluate("document.querySelector('#settings').contains(document.activeElement)")
     keys.press("Escape")
-    expect(page.get_by_role("button", name="ServerConfig")).to_be_focused()
+    expect(page.get_by_role("button", name="Settings")).to_be_focused()
 
 
 def test_everything_fits_a_phone(opened: Open, fake: FakeServer) -> None:
@@ -473,7 +473,7 @@ def test_everything_fits_a_phone(opened: Open, fake: FakeServer) -> None:
         fake.released.set()
         tab.answer()
         assert page.evaluate(SIDEWAYS) == []
-        page.get_by_role("button", name="ServerConfig").click()
+        page.get_by_role("button", name="Settings").click()
         expect(page.get_by_label("Threshold")).to_be_in_viewport()
         assert page.evaluate(SIDEWAYS) == []
         page.get_by_role("button", name="Close settings").click()
@@ -510,7 +510,7 @@ def test_nothing_moves_where_motion_is_not_wanted(opened: Open, fake: FakeServer
 def test_a_conversation_is_saved_as_markdown(tab: Visit, tmp_path: Path) -> None:
     tab.ask("Capital?")
     tab.answer()
-    tab.page.get_by_role("button", name="ServerConfig").click()
+    tab.page.get_by_role("button", name="Settings").click()
     with tab.page.expect_download() as waiting:
         tab.page.get_by_role("button", name="Save chat as Markdown").click()
     waiting.value.save_as(tmp_path / "chat.md")
@@ -529,7 +529,7 @@ class TestRealServer:
             tab.expect("401")
             page.get_by_role("button", name="Use key").click()
             expect(page.locator("#model")).to_have_text("tiny")
-            page.get_by_role("button", name="ServerConfig").click()
+            page.get_by_role("button", name="Settings").click()
             page.get_by_label("Max tokens").fill("40")
             page.keyboard.press("Escape")
             seen: set[str] = set()
