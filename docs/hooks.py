@@ -5,7 +5,8 @@ In a page, a comment of its own paragraph is replaced:
 - `help: VERB` by what `unmask VERB --help` prints;
 - `api: DOTTED.NAME` by the signature and docstring of a function, method or class;
 - `recipe: CLASS` by a table of that recipe section's keys; lines `key: text` in the same comment describe the keys
-  whose schema has no description.
+  whose schema has no description;
+- `suite: NAME` by a table of a benchmark suite: what runs each benchmark, and its published scores.
 
 Every `unmask....` name and every `tests/....py` path in backticks must exist. What is wrong is logged as a warning, which
 `mkdocs build --strict` turns into a failure. Owns nothing of the site's look; knows of the package only public names.
@@ -29,7 +30,7 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[1]
 LOG = logging.getLogger("mkdocs.hooks.unmask")
-_PLACE = re.compile(r"^<!-- (help|api|recipe): ?([\w.]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
+_PLACE = re.compile(r"^<!-- (help|api|recipe|suite): ?([\w.-]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
 _CODE_NAME = re.compile(r"`(unmask(?:\.\w+)+)(?:\(\))?`")
 _TEST_PATH = re.compile(r"`(tests/[\w/.]+)`")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source|Departs):", re.MULTILINE)
@@ -39,7 +40,7 @@ _WIDTH = 96
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the places of one page and check the names on it."""
     where = page.file.src_uri
-    makers = {"help": command_help, "api": api, "recipe": recipe_table}
+    makers = {"help": command_help, "api": api, "recipe": recipe_table, "suite": suite_table}
     filled = _PLACE.sub(lambda found: makers[found[1]](found[2], found[3], where), markdown)
     for name in set(_CODE_NAME.findall(markdown)):
         _resolve(name, where)
@@ -126,6 +127,25 @@ def recipe_table(name: str, described: str, where: str) -> str:
     for key in texts:
         LOG.warning("%s: %s has no key %s that needs a description", where, name, key)
     return "\n".join(lines)
+
+
+def suite_table(name: str, _: str, where: str) -> str:
+    """The benchmarks of a suite: metric, questions, what runs them, and the scores of the first two published models."""
+    from unmask.eval.registry import load_suite
+    from unmask.eval.suite import own_tasks
+
+    suite = load_suite(name)
+    head = ["benchmark", "metric", "shots", "questions", "licence", "run with", "notes", *suite.models[:2]]
+    lines = [head, ["---"] * len(head)]
+    for benchmark in suite.benchmarks:
+        tasks = " ".join(f"`{task}`" for task in benchmark.tasks)
+        runner = tasks if not tasks or benchmark.tasks[0] in own_tasks() else f"lm-eval {tasks}"
+        notes = {"differs": benchmark.differs, "also" if tasks else "with": benchmark.elsewhere, "missing": benchmark.missing}
+        facts = [benchmark.shots, benchmark.size, benchmark.licence]
+        cells = [benchmark.name, benchmark.metric, *("" if fact is None else str(fact) for fact in facts), runner or "not run"]
+        cells.append("; ".join(f"{key}: {text}" for key, text in notes.items() if text))
+        lines.append([*cells, *(f"{score:.2f}" for score in benchmark.published[:2])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _kind(schema: dict[str, Any]) -> str:
