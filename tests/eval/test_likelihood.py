@@ -132,9 +132,9 @@ def test_int8_kernels_agree_with_plain_weights() -> None:
 
 def test_what_cannot_be_scored() -> None:
     estimator = LikelihoodEstimator(model_of(None))
-    with pytest.raises(RequestError, match="nothing before it"):
+    with pytest.raises(RequestError, match="context is empty"):
         estimator.score([], [1])
-    with pytest.raises(RequestError, match="nothing to score"):
+    with pytest.raises(RequestError, match="continuation is empty"):
         estimator.score([1], [])
     with pytest.raises(RequestError, match="exceed the context of 128"):
         estimator.score([1] * 120, [1] * 9)
