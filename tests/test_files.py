@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pytest
 
 from unmask.errors import CheckpointError
-from unmask.files import atomic_write, atomic_write_json, bytes_writer, staging_folder
+from unmask.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, staging_folder
 
 
 def full_disk(file: BinaryIO) -> None:
@@ -104,3 +104,8 @@ def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
     atomic_write(path, outer)
     assert path.read_bytes() == b"outer"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_disk_errors_pass_other_errors_through(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
+        raise ZeroDivisionError

@@ -5,8 +5,6 @@ Knows devices, nothing of models.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from unmask.errors import ConfigError
@@ -48,8 +46,5 @@ def has_native_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.startswith("cuda"):
         return True
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

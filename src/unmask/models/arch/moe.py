@@ -1,6 +1,7 @@
 """Mixture of experts with Ling 2.0's router: sigmoid scores, group-limited top-k, shared expert.
 
-Owns routing and the grouped expert products. Knows nothing of balancing policies or of training: an observer may look on.
+Owns routing and the grouped expert products. Knows nothing of balancing policies or of training: those observe it through
+`RouterObserver`.
 
 Legend: N tokens, D hidden, E experts, A active experts per token, F expert feed-forward, P = N * A routed pairs.
 """
@@ -50,10 +51,10 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Te
 
 
 def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows of `x_PD`, sorted by expert, times their own expert's matrix: [P, F].
+    """Grouped matrix product [P, F]: rows of `x_PD`, sorted by expert, times their expert's matrix.
 
-    `ends_E` (int32) is where each expert's rows end. One grouped product; what the kernel lacks (float64, rows that are not
-    a multiple of 16 bytes) goes expert by expert.
+    `ends_E` (int32) is where each expert's rows end. What the grouped kernel does not support (float64, rows that are not a
+    multiple of 16 bytes) runs expert by expert.
     """
     ragged = any(size * weight_EFD.element_size() % 16 for size in weight_EFD.shape[1:])
     if ragged or x_PD.dtype == torch.float64:
@@ -65,13 +66,13 @@ def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class RouterObserver(Protocol):
-    """Sees every routing decision of one layer; what it returns, if anything, is added to the training loss."""
+    """A callback for every routing decision of one layer; a tensor it returns is added to the training loss."""
 
     def __call__(self, logits_NE: Tensor, indices_NA: Tensor) -> Tensor | None: ...
 
 
-class _AlsoMinimise(torch.autograd.Function):
-    """The identity of its first argument; in the backward pass its second, a scalar, counts as part of the loss."""
+class _AuxiliaryLoss(torch.autograd.Function):
+    """Auxiliary loss: the identity of `x`, whose backward pass gives the scalar `loss` a gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class _AlsoMinimise(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared experts, a drop-in for `FeedForward`."""
+    """Routed and shared experts, in place of a `FeedForward`."""
 
     expert_bias: Tensor
 
@@ -113,7 +114,7 @@ class MoE(nn.Module):
         weights_NA, indices_NA = route(logits_NE, self.expert_bias.to(logits_NE.dtype), self.moe)
         extra_loss = None if self.observer is None else self.observer(logits_NE, indices_NA)
         if extra_loss is not None:
-            weights_NA = _AlsoMinimise.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]
+            weights_NA = _AuxiliaryLoss.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]
         experts_P = indices_NA.flatten()
         order_P = experts_P.argsort(stable=True)
         ends_E = torch.bincount(experts_P, minlength=self.moe.num_experts).cumsum(0).to(torch.int32)

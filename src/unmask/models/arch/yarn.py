@@ -1,6 +1,6 @@
-"""A longer context for a model that was trained with a shorter one.
+"""YaRN: a longer context for a model trained with a shorter one.
 
-Owns the replacement of the rotary scaling; weights are shared with the model it is made from.
+Owns the replacement of the rotary scaling; the weights are shared with the original model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def stretch_context(model: Transformer, factor: float) -> Transformer:
         factor: more than 1; 2 doubles the context.
 
     Raises:
-        ConfigError: a factor that does not stretch, or a model whose embeddings are scaled already.
+        ConfigError: a factor of 1 or less, or a model whose embeddings are scaled already.
 
     Source: YaRN (2309.00071); the LLaDA2.0 report runs its long-context tests this way, with a factor of 2.
     """
@@ -30,7 +30,7 @@ def stretch_context(model: Transformer, factor: float) -> Transformer:
     if not 1.0 < factor < float("inf"):
         raise ConfigError(f"YaRN factor is {factor:g}; it must be more than 1")
     if config.rope.kind != "default":
-        raise ConfigError(f"the rotary embeddings are scaled already ({config.rope.kind}); leave the YaRN factor out")
+        raise ConfigError(f"rope.kind is {config.rope.kind!r}; YaRN applies to unscaled rotary embeddings ('default') only")
     rope = replace(config.rope, kind="yarn", factor=factor, original_max_positions=config.max_positions)
     longer = replace(config, rope=rope, max_positions=int(config.max_positions * factor))
     with torch.device("meta"):

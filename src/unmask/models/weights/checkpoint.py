@@ -53,7 +53,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
     """Load the whole model in `folder`, strictly: every tensor of the architecture, none besides. See `loading.load_model`."""
     config = read_model_config(folder)
-    places = stored_tensors(config)
+    stored = stored_tensors(config)
     check_tensors(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
@@ -61,8 +61,8 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | 
         name: torch.empty(tensor.shape, dtype=parameter_dtype(name, dtype), device=device)
         for name, tensor in model.state_dict().items()
     }
-    for name, tensor in iter_tensors(folder, only=places):
-        places[name].view(state).copy_(tensor)
+    for name, tensor in iter_tensors(folder, only=stored):
+        stored[name].view(state).copy_(tensor)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = rope_frequencies(config.rope, config.rotary_dim)[0].to(device)
     return model
@@ -90,7 +90,7 @@ def save_state(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (),
 ) -> None:  # fmt: skip
     """`save_model` for a state dict in our names (one gathered from several ranks)."""
-    tensors = {name: stored.view(state) for name, stored in stored_tensors(config).items()}
+    tensors = {name: tensor.view(state) for name, tensor in stored_tensors(config).items()}
     write_checkpoint(
         folder, write_config(config, dtype=dtype_name(state["embed.weight"].dtype)), specs_of(tensors), tensors.__getitem__,
         max_shard_bytes=max_shard_bytes, extra_files=extra_files,
@@ -103,15 +103,15 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     Raises:
         CheckpointError: tensors are missing, unexpected, misshaped or not floating point; all of them are named.
     """
-    places, skipped = stored_tensors(config), ignored_tensors(config)
+    stored, ignored = stored_tensors(config), ignored_tensors(config)
     with ExitStack() as stack:
         files = TensorFiles(folder, stack)
-        problems = [f"missing: {name}" for name in places if name not in files.names]
-        problems += [f"unexpected: {name}" for name in files.names if name not in places and not skipped.fullmatch(name)]
-        for name in (name for name in files.names if name in places):
+        problems = [f"missing: {name}" for name in stored if name not in files.names]
+        problems += [f"unexpected: {name}" for name in files.names if name not in stored and not ignored.fullmatch(name)]
+        for name in (name for name in files.names if name in stored):
             shape, dtype = files.header(name)
-            if shape != places[name].shape:
-                problems.append(f"wrong shape: {name} is {list(shape)}, must be {list(places[name].shape)}")
+            if shape != stored[name].shape:
+                problems.append(f"wrong shape: {name} is {list(shape)}, must be {list(stored[name].shape)}")
             if not isinstance(dtype, torch.dtype):
                 problems.append(f"wrong dtype: {name} is {dtype}, must be floating point")
     if problems:

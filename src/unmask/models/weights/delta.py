@@ -1,10 +1,10 @@
-"""A fine-tuned model as a small difference to its base: a few levels a weight, entropy-coded.
+"""Delta files: a fine-tuned model as a quantized, entropy-coded difference to its base.
 
 Owns the delta file format. Knows tensors by name only: no model, no folder, no config.
 
-A matrix is stored as integer levels in -m..m with one scale a row; two levels share a byte, because Huffman codes of pairs
-come within 0.03 bits a weight of the entropy where codes of single levels waste a quarter of a bit (measured on Gaussian
-differences). Everything else (norms) is stored as its new float32 values, exactly.
+A matrix is stored as integer levels in -m..m with one scale per row. Two levels share a byte: Huffman codes of pairs come
+within 0.03 bits per weight of the entropy, codes of single levels waste a quarter of a bit (measured on Gaussian differences).
+Everything else (norms) is stored exactly, as its new float32 values.
 
 Format: magic, u32 header length, JSON header, zstd frames of levels, scales and exact values, sha256 of all before it.
 Decoding is elementwise float32 arithmetic in a fixed order: the same bytes give the same bits on every machine.
@@ -49,7 +49,7 @@ class _Matrix(NamedTuple):
 
 
 class Delta:
-    """A parsed delta file. `apply` gives the tuned tensor of a name; check the base with `check_base` first.
+    """A parsed delta file. `apply` computes one tuned tensor; check the base with `check_base` first.
 
     Raises:
         CheckpointError: the bytes are not a delta file, are cut short, or are damaged.
@@ -78,19 +78,19 @@ class Delta:
         return tuple(self._entries[name]["shape"])
 
     def check_base(self, base: Mapping[str, Tensor]) -> None:
-        """Refuse a base other than the one this delta was made from.
+        """Check that `base` is the model this delta was made from.
 
         Raises:
             CheckpointError: the fingerprints differ.
         """
-        found = fingerprint(base)
-        if found != self.base_sha256:
+        sha256 = fingerprint(base)
+        if sha256 != self.base_sha256:
             raise CheckpointError(
-                f"this delta belongs to the base with sha256 {self.base_sha256[:12]}, not {found[:12]}; use that base"
+                f"this delta belongs to the base with sha256 {self.base_sha256[:12]}, not {sha256[:12]}; use that base"
             )
 
     def apply(self, name: str, base: Tensor | None) -> Tensor:
-        """The tuned float32 tensor of `name`, given the base's tensor of that name; None: it has none."""
+        """The tuned float32 tensor of `name`; `base` is the base's tensor of that name (None: it has none)."""
         entry = self._entries[name]
         shape, start = self.shape(name), entry["start"]
         if entry["kind"] == "exact":
@@ -223,8 +223,8 @@ def _assemble(
     start = first_row = 0
     for name, matrix in matrices:
         packed = pack_pairs(matrix.levels_RC, max_level)
-        place = {"kind": "levels", "start": start, "first_row": first_row, "unit": matrix.unit}
-        entries.append({"name": name, "shape": list(matrix.levels_RC.shape), **place})
+        position = {"kind": "levels", "start": start, "first_row": first_row, "unit": matrix.unit}
+        entries.append({"name": name, "shape": list(matrix.levels_RC.shape), **position})
         pairs.append(packed.tobytes())
         scales.append(matrix.scales_R.tobytes())
         start += len(packed)

@@ -37,7 +37,7 @@ _GENERATION = "generation_config.json"
 
 
 class Exported(NamedTuple):
-    """What was written, and what a user of it should know."""
+    """The result of an export: the config and dtype written, and notes for whoever uses the model elsewhere."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -111,15 +111,15 @@ def _open_files(folder: Path, stack: ExitStack) -> _TensorSource:
 
 
 def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> _TensorSource:
-    """The folded model; where no dtype is asked for, in that of the base's embedding."""
-    whole = folder
-    while (base := base_folder(whole)) is not None:
-        whole = base
+    """The model with the adapter folded in; by default in the dtype of the base's embedding."""
+    base_model = folder
+    while (base := base_folder(base_model)) is not None:
+        base_model = base
     if dtype == torch.float16:
-        dtype = torch.float32  # loaded in float16, a value too large would be infinite before anybody looks at it
-    model = load_model(folder, dtype=dtype or next(iter(_open_files(whole, stack).dtypes.values())))
+        dtype = torch.float32  # loaded in float16, a value too large would become infinite unnoticed
+    model = load_model(folder, dtype=dtype or next(iter(_open_files(base_model, stack).dtypes.values())))
     state = model.state_dict()
-    tensors = {name: stored.view(state) for name, stored in stored_tensors(model.config).items()}
+    tensors = {name: tensor.view(state) for name, tensor in stored_tensors(model.config).items()}
     return _TensorSource(model.config, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
@@ -146,7 +146,7 @@ def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str
 
 
 def _tokenizer_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Without what transformers 5 alone reads: the published code of LLaDA2 needs transformers 4."""
+    """`tokenizer_config.json` without the keys of transformers 5: the published code of LLaDA2 needs transformers 4."""
     changed = {key: value for key, value in hf.items() if key not in ("is_local", "local_files_only", "backend")}
     if changed.get("tokenizer_class") == "TokenizersBackend":
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -154,7 +154,7 @@ def _tokenizer_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    """Token ids under their Hugging Face names; the rest under the names of the arguments of LLaDA2's `generate`."""
+    """Token ids under their Hugging Face names, decoding options under the argument names of LLaDA2's `generate`."""
     block_size = config.block_size or _BLOCK_LENGTH
     return {
         "block_length": block_size,
@@ -168,7 +168,7 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _notes(config: ModelConfig) -> tuple[str, ...]:
-    """Where other readers assume what is not so here."""
+    """Where other programs assume what does not hold for this model."""
     if config.gated_lora_rank is not None:
         return ("other programs read its autoregressive parent only: gated LoRA is unmask's",)
     if config.start_id is not None:

@@ -1,7 +1,7 @@
-"""Reading a llama-architecture GGUF file: weights, config and tokenizer in the Hugging Face form.
+"""GGUF files of the llama architecture: weights, config and tokenizer in Hugging Face's format.
 
-Owns llama.cpp's names, its permutation of query and key rows, and its tokenizer metadata. Knows nothing of caches or of our
-parameter names.
+Owns llama.cpp's names, its permutation of query and key rows, and its tokenizer metadata. Knows nothing of where files
+come from or of our parameter names.
 """
 
 from __future__ import annotations

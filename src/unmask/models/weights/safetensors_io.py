@@ -114,10 +114,10 @@ def tensor_index(folder: Path) -> dict[str, Path]:
 
 def iter_tensors(folder: Path, *, only: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Stream (name on disk, CPU tensor) file by file, one tensor in memory at a time; `only` keeps these names."""
-    wanted = None if only is None else set(only)
+    selected = None if only is None else set(only)
     by_file: dict[Path, list[str]] = {}
     for name, path in tensor_index(folder).items():
-        if wanted is None or name in wanted:
+        if selected is None or name in selected:
             by_file.setdefault(path, []).append(name)
     for path, names in by_file.items():
         with _open(path) as file:
@@ -144,8 +144,8 @@ def write_checkpoint(
 ) -> None:  # fmt: skip
     """Write a checkpoint from tensors made on demand, one in memory at a time.
 
-    Everything is written and forced to disk aside before the first old file is touched; then files move in by renames
-    ordered so that whoever opens the folder at any moment reads all old or all new weights.
+    Everything is written to a staging folder and synced before the first old file is touched; then files are renamed into
+    place, in an order in which whoever opens the folder at any moment reads all old or all new weights.
 
     Args:
         folder: new, or an existing checkpoint to replace.

@@ -1,0 +1,20 @@
+"""Saved models against models in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.loading import load_model
+
+
+def same_weights(a: Transformer, b: Transformer) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+
+
+def loads_as(folder: Path, *models: Transformer) -> list[bool]:
+    loaded = load_model(folder, dtype=torch.float32)
+    return [same_weights(loaded, model) for model in models]
