@@ -136,7 +136,7 @@ def test_a_block_is_watched_as_it_forms(tab: Visit, fake: FakeServer) -> None:
     expect(tab.page.locator("#messages .markdown")).to_have_text("The capital░░ France")
     assert states(tab.page) == [
         (" capital", "masked"),
-        ("░░", "masked unguessed"),
+        ("░░", "masked no-candidate"),
         (" France", "provisional"),
     ]
     expect(tab.page.locator("#messages .costs")).to_have_text(
@@ -244,7 +244,7 @@ def test_conversations_are_listed_opened_and_deleted(tab: Visit) -> None:
     chats = tab.page.locator("#chat-list li")
     expect(chats.locator(".open")).to_have_text(["two", "one"])
     chats.nth(1).locator(".open").click()
-    expect(tab.page.locator(".said")).to_have_text("one")
+    expect(tab.page.locator(".user-text")).to_have_text("one")
     chats.nth(1).hover()
     chats.nth(1).locator(".delete").click()
     expect(chats).to_have_count(2)
@@ -252,7 +252,7 @@ def test_conversations_are_listed_opened_and_deleted(tab: Visit) -> None:
     expect(chats).to_have_count(1)
     tab.page.reload()
     expect(chats.locator(".open")).to_have_text(["two"])
-    expect(tab.page.locator(".said")).to_have_text("two")
+    expect(tab.page.locator(".user-text")).to_have_text("two")
 
 
 def test_an_earlier_message_can_be_changed(tab: Visit, fake: FakeServer) -> None:
@@ -264,7 +264,7 @@ def test_an_earlier_message_can_be_changed(tab: Visit, fake: FakeServer) -> None
     expect(tab.page.locator("#input")).to_have_value("Capitol?\n\na draft")
     tab.ask("Capital?")
     tab.answer()
-    expect(tab.page.locator(".said")).to_have_text("Capital?")
+    expect(tab.page.locator(".user-text")).to_have_text("Capital?")
     assert fake.bodies[1]["messages"] == [{"role": "user", "content": "Capital?"}]
 
 
@@ -314,11 +314,11 @@ def test_an_autoregressive_model_has_no_diffusion_controls(opened: Open, fake: F
 def test_a_key_is_asked_for_when_the_server_wants_one(opened: Open, fake: FakeServer) -> None:
     fake.key = "secret"
     with opened() as tab:
-        expect(tab.page.get_by_label("This server asks for an API key")).to_be_focused()
+        expect(tab.page.get_by_label("This server needs an API key")).to_be_focused()
         tab.expect("401")
         tab.page.locator("#input").fill("Capital?")
         tab.page.locator("#input").press("Enter")
-        expect(tab.answer("failed").locator(".problem")).to_have_text("The server wants a valid API key.")
+        expect(tab.answer("failed").locator(".error")).to_have_text("The server needs a valid API key.")
         tab.expect("401")
         tab.page.locator("#key").fill("secret")
         tab.page.get_by_role("button", name="Use key").click()
@@ -330,9 +330,9 @@ def test_a_key_is_asked_for_when_the_server_wants_one(opened: Open, fake: FakeSe
 
 REFUSALS = [
     (429, {"Retry-After": "7"}, "The server is busy. Try again in 7 seconds."),
-    (503, {}, "The server is not ready: it is starting or stopping. Try again in a moment."),
-    (400, {}, "The server did not accept this: the prompt has 9 tokens too many"),
-    (500, {}, "Something went wrong in the server: the prompt has 9 tokens too many"),
+    (503, {}, "The server is starting or shutting down. Try again in a moment."),
+    (400, {}, "The server refused the request: the prompt has 9 tokens too many"),
+    (500, {}, "Server error: the prompt has 9 tokens too many"),
 ]
 
 
@@ -342,27 +342,27 @@ def test_refusals_are_told_in_plain_words_and_can_be_tried_again(
 ) -> None:
     fake.script = Script(status=status, headers=headers, message="the prompt has 9 tokens too many")
     tab.ask("Capital?")
-    expect(tab.answer("failed").locator(".problem")).to_have_text(words)
+    expect(tab.answer("failed").locator(".error")).to_have_text(words)
     expect(tab.page.locator("#announce")).to_contain_text(words)
     tab.expect(str(status))
     fake.script = Script()
     tab.page.get_by_role("button", name="Try again").click()
     expect(tab.answer().locator(".markdown")).to_have_text(ANSWER)
-    expect(tab.page.locator(".said")).to_have_text("Capital?")
+    expect(tab.page.locator(".user-text")).to_have_text("Capital?")
 
 
 @pytest.mark.parametrize(
     ("breaks", "words"),
     [
         ("cut", "The connection was lost before the answer was complete."),
-        ("error", "The server broke the answer off: the engine failed"),
+        ("error", "The server ended the answer with an error: the engine failed"),
     ],
 )
 def test_a_broken_stream_keeps_what_came(tab: Visit, fake: FakeServer, breaks: str, words: str) -> None:
     fake.script = Script(breaks=breaks)
     tab.ask("Capital?")
     answer = tab.answer("failed")
-    expect(answer.locator(".problem")).to_have_text(words)
+    expect(answer.locator(".error")).to_have_text(words)
     expect(answer.locator(".markdown")).to_have_text("The capital of France")
 
 
@@ -370,7 +370,7 @@ def test_a_lost_network_is_told_and_a_failed_turn_leaves_no_gap(tab: Visit, fake
     expect(tab.page.locator("#model")).to_have_text("tiny")
     tab.page.context.set_offline(True)
     tab.ask("one")
-    expect(tab.answer("failed").locator(".problem")).to_have_text("The server cannot be reached. Is it still running?")
+    expect(tab.answer("failed").locator(".error")).to_have_text("The server cannot be reached. Is it still running?")
     tab.page.context.set_offline(False)
     tab.ask("two")
     tab.answer()
@@ -404,7 +404,7 @@ def test_markup_of_the_model_stays_text(tab: Visit, fake: FakeServer) -> None:
     body.locator("a", has_text="click").click()
     assert tab.page.title() == "unmask"
     tab.ask("<b>mine</b>")
-    expect(tab.page.locator(".said").last).to_have_text("<b>mine</b>")
+    expect(tab.page.locator(".user-text").last).to_have_text("<b>mine</b>")
 
 
 def test_markdown_is_shown_and_copied(opened: Open, fake: FakeServer) -> None:
@@ -439,7 +439,7 @@ def test_the_keyboard_is_enough(tab: Visit, fake: FakeServer) -> None:
     keys.type("line two")
     fake.script = Script(hold=1)
     keys.press("Enter")
-    expect(page.locator(".said")).to_have_text("line one\nline two")
+    expect(page.locator(".user-text")).to_have_text("line one\nline two")
     keys.press("Tab")
     stop = page.get_by_role("button", name="Stop")
     expect(stop).to_be_focused()
@@ -451,7 +451,7 @@ def test_the_keyboard_is_enough(tab: Visit, fake: FakeServer) -> None:
     for _ in range(9):
         keys.press("Shift+Tab")
         names.append(page.evaluate("(e => e.ariaLabel || e.title || e.textContent)(document.activeElement)"))
-    assert names[:6] == ["Try again", "Copy", "Copy", "Edit", "ServerConfig", "Theme: auto"]
+    assert names[:6] == ["Try again", "Copy", "Copy", "Edit", "Settings", "Theme: auto"]
     page.get_by_role("button", name="Settings").focus()
     keys.press("Enter")
     expect(page.locator("#settings")).to_be_visible()
@@ -525,7 +525,7 @@ class TestRealServer:
         model = served_model(tmp_path, diffusion=diffusion, seconds=0.03)
         with live(model, ServerConfig(api_keys=("secret",))) as server, visit(browser, server.url) as tab:
             page = tab.page
-            page.get_by_label("This server asks for an API key").fill("secret")
+            page.get_by_label("This server needs an API key").fill("secret")
             tab.expect("401")
             page.get_by_role("button", name="Use key").click()
             expect(page.locator("#model")).to_have_text("tiny")
@@ -551,7 +551,7 @@ class TestRealServer:
             tab.answer("stopped")
             server.wait_idle()
             tab.ask("long " * 300)
-            expect(tab.answer("failed").locator(".problem")).to_contain_text("the context of tiny holds 256")
+            expect(tab.answer("failed").locator(".error")).to_contain_text("the context of tiny holds 256")
             tab.expect("400")
 
 

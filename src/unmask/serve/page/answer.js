@@ -1,23 +1,23 @@
-// One answer as it comes: takes in the stream's chunks, keeps the message they make up. Knows nothing of the page.
+// One streamed answer: builds the message from the stream's chunks. Knows nothing of the page.
 
 import { ApiError, streamChat } from "./api.js";
 
 export const newAnswer = () => ({ role: "assistant", content: "", state: "running", finish: null, error: null, stats: null });
 
 /**
- * Fill `message` from the server.
+ * Stream an answer from the server into `message`.
  *
  * @param show called after each chunk with the block being denoised and the text before it, or null.
- * @param pace milliseconds to wait after each step, for the eye.
- * Ends with message.state "done", "stopped" (by `signal`) or "failed" (message.error says why); throws nothing but an ApiError
- * of status 401.
+ * @param pace milliseconds to wait after each step (slow motion).
+ * Ends with message.state "done", "stopped" (by `signal`) or "failed" (with message.error); throws only an ApiError of
+ * status 401.
  */
 export async function receive(message, { body, key, signal, pace, show }) {
-  const began = performance.now();
-  const seconds = () => (performance.now() - began) / 1000;
+  const started = performance.now();
+  const seconds = () => (performance.now() - started) / 1000;
   try {
     for await (const chunk of streamChat(body, key, signal)) {
-      take(chunk, message, pace() ? null : seconds()); // slowed down, its speed says nothing
+      addChunk(chunk, message, pace() ? null : seconds()); // slow motion has no meaningful speed
       const view = chunk.diffusion?.tokens ? { ...chunk.diffusion, text: message.content } : null;
       show(view);
       if (view && pace()) await pause(pace(), signal);
@@ -26,12 +26,12 @@ export async function receive(message, { body, key, signal, pace, show }) {
     message.state = signal.aborted ? "stopped" : "done";
   } catch (error) {
     message.state = signal.aborted ? "stopped" : "failed";
-    if (!signal.aborted) message.error = error instanceof ApiError ? error.message : `Something went wrong on this page: ${error.message}`;
+    if (!signal.aborted) message.error = error instanceof ApiError ? error.message : `Error on this page: ${error.message}`;
     if (error.status === 401) throw error;
   }
 }
 
-function take({ choices: [choice] = [], diffusion, usage }, message, seconds) {
+function addChunk({ choices: [choice] = [], diffusion, usage }, message, seconds) {
   message.content += choice?.delta?.content ?? "";
   message.finish = choice?.finish_reason ?? message.finish;
   if (diffusion?.tokens) {
@@ -50,7 +50,7 @@ function pause(milliseconds, signal) {
   });
 }
 
-/** What of a conversation the server is told: answers that never came leave no gap between two questions. */
+/** The messages to send to the server; user messages around a missing answer are joined. */
 export function history(messages) {
   const turns = [];
   for (const { role, content } of messages) {

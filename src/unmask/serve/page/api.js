@@ -1,6 +1,6 @@
-// The server this page came from: what it serves, and its answers as they stream. Knows nothing of the page.
+// The API of the server: its model, and streamed chat completions. Knows nothing of the page.
 
-/** What went wrong, in words for the reader. `status` is the HTTP status, or 0 where there was none. */
+/** An error message for the user. `status` is the HTTP status, or 0 without a response. */
 export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -16,7 +16,7 @@ export async function fetchModel(key) {
   return data[0];
 }
 
-/** Chunks of one chat completion, parsed, until the server says that it is done. */
+/** Parsed chunks of one chat completion, up to `[DONE]`. */
 export async function* streamChat(body, key, signal) {
   const headers = { "Content-Type": "application/json", ...authorization(key) };
   const response = await request("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
@@ -24,7 +24,7 @@ export async function* streamChat(body, key, signal) {
     for await (const data of serverEvents(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(`The server broke the answer off: ${chunk.error.message}`);
+      if (chunk.error) throw new ApiError(`The server ended the answer with an error: ${chunk.error.message}`);
       yield chunk;
     }
   } catch (error) {
@@ -42,22 +42,22 @@ async function request(path, options) {
     if (options.signal?.aborted) throw error;
     throw new ApiError("The server cannot be reached. Is it still running?");
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   const { status } = response;
-  const said = await response.json().then((body) => body.error?.message, () => null);
+  const message = await response.json().then((body) => body.error?.message, () => null);
   const wait = Number(response.headers.get("Retry-After"));
   const later = wait > 0 ? `in ${wait} ${wait === 1 ? "second" : "seconds"}` : "in a moment";
   const words = {
-    401: "The server wants a valid API key.",
+    401: "The server needs a valid API key.",
     429: `The server is busy. Try again ${later}.`,
-    503: `The server is not ready: it is starting or stopping. Try again ${later}.`,
+    503: `The server is starting or shutting down. Try again ${later}.`,
   };
-  const generic = status < 500 ? "The server did not accept this" : "Something went wrong in the server";
-  return new ApiError(words[status] ?? `${generic}: ${said ?? `status ${status}`}`, status);
+  const generic = status < 500 ? "The server refused the request" : "Server error";
+  return new ApiError(words[status] ?? `${generic}: ${message ?? `status ${status}`}`, status);
 }
 
 function authorization(key) {
@@ -80,6 +80,6 @@ async function* serverEvents(stream) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // the connection may be gone already
+    reader.cancel().catch(() => {}); // the connection may be closed already
   }
 }

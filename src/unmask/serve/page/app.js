@@ -1,4 +1,4 @@
-// The page: one conversation in view, one answer running at most. Joins the other modules; owns what the reader does.
+// The page: the open conversation, at most one running answer, and all user actions. Connects the other modules.
 
 import { fetchModel } from "./api.js";
 import { history, newAnswer, receive } from "./answer.js";
@@ -25,19 +25,19 @@ const settings = new Settings($("settings-form"));
 let chats = loadChats();
 let chat = chats.find(({ id }) => id === load("current", null)) ?? chats[0] ?? newChat();
 let model = null;
-let running = null; // {controller, chat, turn} of the answer that is coming
-let editing = null; // place of the message that the next one replaces
-let following = true; // whether the reader is at the end of the conversation
+let running = null; // {controller, chat, turn} of the running answer
+let editing = null; // index of the message that the next one replaces
+let following = true; // whether the view is at the end of the conversation
 
 // ---- the model
 
-async function findModel() {
+async function loadModel() {
   try {
     model = await fetchModel(load("key", ""));
     settings.setModel(model);
     $("model").textContent = model.id;
     for (const element of document.querySelectorAll(".diffusion-only")) element.hidden = !model.diffusion;
-    for (const element of document.querySelectorAll(".plain-only")) element.hidden = Boolean(model.diffusion);
+    for (const element of document.querySelectorAll(".autoregressive-only")) element.hidden = Boolean(model.diffusion);
   } catch (error) {
     if (error.status === 401) askForKey();
     $("model").textContent = error.status === 401 ? "needs a key" : "not connected";
@@ -45,10 +45,10 @@ async function findModel() {
   }
 }
 
-async function findModelSoon() {
+async function connect() {
   while (!model) {
-    const error = await findModel().catch((problem) => problem);
-    if (error?.status === 401) return; // the key form goes on from here
+    const error = await loadModel().catch((failure) => failure);
+    if (error?.status === 401) return; // continued by the key form
     if (error) await new Promise((resolve) => setTimeout(resolve, MODEL_RETRY));
   }
 }
@@ -66,11 +66,11 @@ $("key-form").addEventListener("submit", async (event) => {
   $("change-key").hidden = false;
   input.focus();
   model = null;
-  const refused = await findModel().catch((error) => error);
-  if (!refused && chat.messages.at(-1)?.state === "failed") answerAgain();
+  const failure = await loadModel().catch((error) => error);
+  if (!failure && chat.messages.at(-1)?.state === "failed") answerAgain();
 });
 
-// ---- asking and answering
+// ---- messages and answers
 
 async function send() {
   const text = input.value.trim();
@@ -90,30 +90,30 @@ async function ask(text) {
 
 async function answer() {
   const message = newAnswer();
-  const mine = { controller: new AbortController(), chat, turn: addAnswer(message) };
+  const run = { controller: new AbortController(), chat, turn: addAnswer(message) };
   chat.messages.push(message);
-  setRunning(mine);
-  keep(chat);
+  setRunning(run);
+  store(chat);
   showChats();
   toEnd();
   let saved = performance.now();
   const draw = everyFrame(() => {
     if (message.state !== "running") return;
-    atEnd(() => mine.turn.draw());
+    atEnd(() => run.turn.draw());
     if (performance.now() - saved > SAVE_EVERY) {
       saved = performance.now();
-      keep(mine.chat);
+      store(run.chat);
     }
   });
   try {
-    if (!model) await findModel();
+    if (!model) await loadModel();
     await receive(message, {
-      body: settings.request(history(mine.chat.messages)),
+      body: settings.request(history(run.chat.messages)),
       key: load("key", ""),
-      signal: mine.controller.signal,
+      signal: run.controller.signal,
       pace: () => settings.values.pace,
       show: (view) => {
-        if (view) mine.turn.see(view);
+        if (view) run.turn.update(view);
         draw();
       },
     });
@@ -121,8 +121,8 @@ async function answer() {
     Object.assign(message, { state: "failed", error: error.message });
     if (error.status === 401) askForKey();
   }
-  atEnd(() => mine.turn.draw());
-  keep(mine.chat);
+  atEnd(() => run.turn.draw());
+  store(run.chat);
   setRunning(null);
   announce(message);
 }
@@ -139,15 +139,15 @@ function stop() {
   running?.controller.abort();
 }
 
-function setRunning(now) {
-  const hadFocus = document.activeElement?.closest("#composer"); // a hidden button would lose it
-  running = now;
-  $("send").hidden = Boolean(now);
-  $("stop").hidden = !now;
+function setRunning(run) {
+  const hadFocus = document.activeElement?.closest("#composer"); // the button with the focus may be hidden below
+  running = run;
+  $("send").hidden = Boolean(run);
+  $("stop").hidden = !run;
   if (hadFocus) focusInput();
 }
 
-/** Not on a touch screen, where it would bring up the keyboard over the answer. */
+/** Focus the input, except on touch screens, where the keyboard would cover the answer. */
 function focusInput() {
   if (matchMedia("(hover: hover)").matches) input.focus();
 }
@@ -166,12 +166,12 @@ function everyFrame(draw) {
   };
 }
 
-// ---- the conversation in view
+// ---- the open conversation
 
 function showChat() {
   $("messages").replaceChildren();
-  chat.messages.forEach((message, place) => {
-    if (message.role === "user") $("messages").append(userTurn(message, { edit: () => setEditing(place) }));
+  chat.messages.forEach((message, index) => {
+    if (message.role === "user") $("messages").append(userTurn(message, { edit: () => setEditing(index) }));
     else addAnswer(message);
   });
   $("empty").hidden = chat.messages.length > 0;
@@ -204,7 +204,7 @@ function showChats() {
   }));
 }
 
-/** Asks by a second press: what is deleted is gone. */
+/** Deletes at the second press, because a deletion cannot be undone. */
 function deleteButton(one) {
   const remove = button("Delete", () => {
     if (remove.textContent === "Delete") {
@@ -214,26 +214,26 @@ function deleteButton(one) {
     if (one === running?.chat) stop();
     chats = chats.filter((other) => other !== one);
     removeChat(one);
-    one.deleted = true; // an answer that still runs must not bring it back
+    one.deleted = true; // so that a running answer does not store it again
     openChat(one === chat ? chats[0] ?? newChat() : chat);
   }, { className: "delete", onblur: () => { remove.textContent = "Delete"; } });
   return remove;
 }
 
-function keep(changed) {
-  if (changed.deleted) return;
-  changed.changed = Date.now();
-  if (!chats.includes(changed)) chats.push(changed);
-  const kept = saveChat(changed) && save("current", chat.id);
-  $("chats").classList.toggle("full", !kept);
+function store(one) {
+  if (one.deleted) return;
+  one.changed = Date.now();
+  if (!chats.includes(one)) chats.push(one);
+  const isStored = saveChat(one) && save("current", chat.id);
+  $("chats").classList.toggle("full", !isStored);
 }
 
-function setEditing(place) {
-  editing = place;
-  $("editing").hidden = place === null;
-  if (place === null) return;
+function setEditing(index) {
+  editing = index;
+  $("editing").hidden = index === null;
+  if (index === null) return;
   const unsent = input.value.trim();
-  setDraft(chat.messages[place].content + (unsent ? `\n\n${unsent}` : ""));
+  setDraft(chat.messages[index].content + (unsent ? `\n\n${unsent}` : ""));
   input.focus();
 }
 
@@ -242,7 +242,7 @@ function setDraft(text) {
   save("draft", text);
 }
 
-// ---- scrolling: follow the answer only while the reader is at its end
+// ---- scrolling: follow the answer only while the view is at its end
 
 function atEnd(change) {
   const follow = following;
@@ -281,7 +281,7 @@ $("theme").addEventListener("click", () => {
   showTheme();
 });
 
-// ---- what the reader does
+// ---- user actions
 
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("stop").addEventListener("click", stop);
@@ -307,9 +307,9 @@ document.addEventListener("keydown", (event) => {
   if (running) stop();
   else if (editing !== null) $("cancel-edit").click();
 });
-addEventListener("pagehide", () => { // a request that the browser cuts off would count as failed
+addEventListener("pagehide", () => { // otherwise the aborted request would count as failed
   if (!running) return;
-  keep(running.chat);
+  store(running.chat);
   stop();
 });
 
@@ -319,5 +319,5 @@ input.value = load("draft", "");
 showTheme();
 showChat();
 showChats();
-findModelSoon();
+connect();
 input.focus();

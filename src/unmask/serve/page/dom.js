@@ -1,4 +1,4 @@
-// Small tools for making elements.
+// Helpers for creating elements.
 
 /** An element with properties and children. */
 export function make(tag, properties = {}, ...children) {
@@ -11,7 +11,7 @@ export function button(label, onclick, properties = {}) {
   return make("button", { type: "button", onclick, ...properties }, label);
 }
 
-/** A button that copies what `text` returns when it is pressed. */
+/** A button that copies the result of `text()`. */
 export function copyButton(text, label = "Copy") {
   const copy = button(label, async () => {
     copy.textContent = (await copyText(text())) ? "Copied" : "Could not copy";
@@ -29,14 +29,14 @@ async function copyText(text) {
   }
 }
 
-/** Without https, a page that is not on this machine has no clipboard: the old way still works. */
+/** Pages without https from another machine have no clipboard API; the deprecated command still works there. */
 function copyBySelection(text) {
   const area = make("textarea", { value: text, className: "hidden" });
-  const focused = document.activeElement;
+  const previousFocus = document.activeElement;
   document.body.append(area);
   area.select();
   const copied = document.execCommand("copy");
   area.remove();
-  focused?.focus();
+  previousFocus?.focus();
   return copied;
 }

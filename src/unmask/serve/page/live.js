@@ -1,12 +1,12 @@
-// The block that is being denoised: one element per token, its look saying how sure it is. Knows nothing of the server.
+// The block that is being denoised: one element per token, styled by its state and confidence. Knows nothing of the server.
 
 import { make } from "./dom.js";
 
-const UNGUESSED = "░░";
+const NO_CANDIDATE = "░░";
 
 /**
- * A view of a block is {start, committed, tokens: [{text, state, confidence}]}; places count from the answer's first token.
- * What is committed stands in the text before the block, and is not shown again.
+ * A view of a block is {start, committed, tokens: [{text, state, confidence}]}; positions count from the answer's first token.
+ * Committed tokens are part of the text before the block and are not shown again.
  */
 export class LiveBlock {
   element = make("span", { className: "block" });
@@ -14,41 +14,41 @@ export class LiveBlock {
   #edited = new Set();
 
   constructor() {
-    this.element.ariaHidden = "true"; // words that may change are not for reading aloud
+    this.element.ariaHidden = "true"; // text that may change is not read aloud
   }
 
-  /** Take in a view. Several may come between two drawings: what one of them edited is remembered. */
-  see(view) {
+  /** Take in a view. Several may arrive between two redraws, so edits of all of them are remembered. */
+  update(view) {
     if (view.start !== this.#view?.start) this.#edited.clear();
-    view.tokens.forEach(({ state }, place) => { if (state === "edited") this.#edited.add(place); });
+    view.tokens.forEach(({ state }, index) => { if (state === "edited") this.#edited.add(index); });
     this.#view = view;
   }
 
   draw() {
     const view = this.#view;
     const spans = this.element.children;
-    view.tokens.forEach((token, place) => {
-      const span = spans[place] ?? this.element.appendChild(make("span"));
-      draw(span, token, { wasEdited: this.#edited.has(place), isInText: view.start + place < view.committed });
+    view.tokens.forEach((token, index) => {
+      const span = spans[index] ?? this.element.appendChild(make("span"));
+      draw(span, token, { wasEdited: this.#edited.has(index), isInText: view.start + index < view.committed });
     });
     while (spans.length > view.tokens.length) this.element.lastChild.remove();
   }
 }
 
-/** An edit lasts one step, too short to see: the token stays marked while its block forms. */
+/** An edit lasts one step, which is too short to see: the token stays marked while its block is denoised. */
 function draw(span, { text, state, confidence }, { wasEdited, isInText }) {
-  const look = state !== "masked" && wasEdited ? "edited" : state;
-  const shown = isInText ? "" : spell(text, state);
-  const className = `token ${look}${shown === UNGUESSED ? " unguessed" : ""}`;
+  const style = state !== "masked" && wasEdited ? "edited" : state;
+  const label = isInText ? "" : visibleText(text, state);
+  const className = `token ${style}${label === NO_CANDIDATE ? " no-candidate" : ""}`;
   if (span.className !== className) span.className = className;
-  if (span.textContent !== shown) span.textContent = shown;
-  span.hidden = shown === "";
-  span.style.setProperty("--sure", state === "masked" ? confidence ?? 0 : 1);
+  if (span.textContent !== label) span.textContent = label;
+  span.hidden = label === "";
+  span.style.setProperty("--confidence", state === "masked" ? confidence ?? 0 : 1);
 }
 
-function spell(text, state) {
+function visibleText(text, state) {
   const whole = text.replaceAll("\ufffd", "·");
   if (state !== "masked") return whole.replaceAll("\n", "↵\n");
-  const guess = whole.replaceAll("\n", "↵");
-  return guess.trim() ? guess : UNGUESSED;
+  const candidate = whole.replaceAll("\n", "↵");
+  return candidate.trim() ? candidate : NO_CANDIDATE;
 }

@@ -1,4 +1,4 @@
-// A model's text as safe HTML. HTML in it stays text, links open elsewhere, images become links: nothing is loaded.
+// Markdown to safe HTML. HTML in it stays text, links open in a new tab, images become links: nothing is loaded.
 
 import { Marked } from "./vendor/marked.esm.js";
 import { copyButton, make } from "./dom.js";
@@ -35,7 +35,7 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   if (node.className && !/^language-[\w+#.-]+$/.test(node.className)) node.removeAttribute("class");
 });
 
-/** An element that shows a growing text: only what has changed is made anew, so a selection above it survives. */
+/** An element that shows a growing text. Only changed parts are rendered again, so a selection before them survives. */
 export class Markdown {
   #parts = [];
 
@@ -46,9 +46,9 @@ export class Markdown {
   update(text) {
     const tokens = marked.lexer(text);
     const same = tokens.findIndex((token, i) => token.raw !== this.#parts[i]?.raw);
-    const kept = same === -1 ? tokens.length : same;
-    for (const { nodes } of this.#parts.splice(kept)) nodes.forEach((node) => node.remove());
-    for (const token of tokens.slice(kept)) {
+    const numSame = same === -1 ? tokens.length : same;
+    for (const { nodes } of this.#parts.splice(numSame)) nodes.forEach((node) => node.remove());
+    for (const token of tokens.slice(numSame)) {
       const fragment = DOMPurify.sanitize(marked.parser([token]), SANITIZE);
       fragment.querySelectorAll("pre").forEach(addCodeHead);
       fragment.querySelectorAll("table").forEach((table) => wrap(table, "table-scroll"));
@@ -57,11 +57,11 @@ export class Markdown {
     }
   }
 
-  /** Put an element right behind the last word of `text`, the text shown now. */
+  /** Append an element directly after the last word of `text`, the text shown now. */
   appendInline(text, element) {
     const last = this.#parts.at(-1);
     const space = text.match(/\s*$/)[0];
-    if (!last?.nodes.length || startsAnew(last, space)) {
+    if (!last?.nodes.length || startsParagraph(last, space)) {
       const paragraph = make("p", { className: "next" }, element);
       this.element.append(paragraph);
       return;
@@ -73,8 +73,8 @@ export class Markdown {
   }
 }
 
-/** Whether what follows this part begins a new paragraph. */
-function startsAnew({ type, raw }, space) {
+/** Whether text after this part begins a new paragraph. */
+function startsParagraph({ type, raw }, space) {
   if (type === "code") return !raw.startsWith("`") || /\n\s*(`{3,}|~{3,})\s*$/.test(raw);
   if (type === "paragraph" || type === "text" || type === "list" || type === "blockquote") return /\n\s*\n/.test(space);
   return type === "heading" ? space.includes("\n") : true;
@@ -91,7 +91,7 @@ function addCodeHead(pre) {
   const language = code.className.replace("language-", "");
   const frame = wrap(pre, "code");
   frame.prepend(make("div", { className: "code-head" }, make("span", {}, language), copyButton(() => code.textContent, "Copy code")));
-  pre.tabIndex = 0; // it may scroll sideways
+  pre.tabIndex = 0; // makes horizontal scrolling possible by keyboard
 }
 
 function wrap(element, className) {

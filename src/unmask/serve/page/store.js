@@ -1,10 +1,10 @@
-// What this browser keeps: conversations, settings, the key. One entry per conversation, so that two tabs do not overwrite
-// each other's.
+// Local storage of the browser: conversations, settings, the key. One entry per conversation, so that two tabs do not
+// overwrite each other's.
 
 const PREFIX = "unmask.";
 const CHAT = "chat.";
 
-/** The value kept under a name, or `fallback` where there is none that can be read. */
+/** The stored value of a name, or `fallback` where there is none that can be read. */
 export function load(name, fallback) {
   try {
     return JSON.parse(localStorage.getItem(PREFIX + name)) ?? fallback;
@@ -13,7 +13,7 @@ export function load(name, fallback) {
   }
 }
 
-/** Keep a value; false where the browser refuses (full, or storage switched off). */
+/** Store a value; false where the browser refuses (storage full or disabled). */
 export function save(name, value) {
   try {
     localStorage.setItem(PREFIX + name, JSON.stringify(value));
@@ -27,9 +27,9 @@ export function newChat() {
   return { id: `${Date.now().toString(36)}${Math.random().toString(36).slice(2, 6)}`, changed: Date.now(), messages: [] };
 }
 
-/** Every conversation kept, the newest first. An answer that a reload cut off is marked as stopped. */
+/** All stored conversations, newest first. An answer interrupted by a reload is marked as stopped. */
 export function loadChats() {
-  const names = keptNames().filter((name) => name.startsWith(PREFIX + CHAT));
+  const names = storedNames().filter((name) => name.startsWith(PREFIX + CHAT));
   const chats = names.map((name) => load(name.slice(PREFIX.length), null)).filter((chat) => Array.isArray(chat?.messages));
   for (const message of chats.flatMap((chat) => chat.messages)) {
     if (message.state === "running") message.state = "stopped";
@@ -45,7 +45,7 @@ export function removeChat(chat) {
   try {
     localStorage.removeItem(PREFIX + CHAT + chat.id);
   } catch {
-    // nothing is kept where storage is switched off
+    // nothing is stored where storage is disabled
   }
 }
 
@@ -59,7 +59,7 @@ export function chatMarkdown(chat) {
   return chat.messages.map(({ role, content }) => `### ${names[role]}\n\n${content}\n`).join("\n");
 }
 
-function keptNames() {
+function storedNames() {
   try {
     return Object.keys(localStorage);
   } catch {

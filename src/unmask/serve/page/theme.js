@@ -1,4 +1,4 @@
-// Before the first paint: the theme chosen earlier. Not a module, since modules run after it.
+// Applies the stored theme before the first paint; not a module, because modules run after it.
 try {
   document.documentElement.dataset.theme = JSON.parse(localStorage.getItem("unmask.theme")) ?? "auto";
 } catch {

@@ -1,60 +1,60 @@
-// One message of the conversation on the page: its text, the block behind it, what it cost, what can be done with it.
+// One message of the conversation on the page: its text, the block being denoised, its costs and its buttons.
 
 import { button, copyButton, make } from "./dom.js";
 import { LiveBlock } from "./live.js";
 import { Markdown } from "./markdown.js";
 
-const ENDS = {
+const FINISH_REASONS = {
   stop: "finished",
   length: "cut off at max tokens",
-  tool_calls: "asked for a tool",
+  tool_calls: "tool call",
   content_filter: "withheld",
 };
 
 export function userTurn(message, { edit }) {
   const actions = make("div", { className: "actions" }, button("Edit", edit), copyButton(() => message.content));
-  return make("li", { className: "turn user" }, heading("You"), make("div", { className: "said" }, message.content), actions);
+  return make("li", { className: "turn user" }, heading("You"), make("div", { className: "user-text" }, message.content), actions);
 }
 
-/** An answer, drawn again as it grows. */
+/** An answer, redrawn while it grows. */
 export class AnswerTurn {
   #live = new LiveBlock();
   #body = make("div", { className: "markdown" });
   #markdown = new Markdown(this.#body);
   #costs = make("p", { className: "costs" });
-  #problem = make("p", { className: "problem", hidden: true });
+  #error = make("p", { className: "error", hidden: true });
   #actions;
   #view = null;
 
   constructor(message, { retry }) {
     this.message = message;
     this.#actions = make("div", { className: "actions" }, copyButton(() => message.content), button("Try again", retry, { className: "retry" }));
-    this.element = make("li", { className: "turn answer" }, heading("Answer"), this.#body, this.#problem, this.#costs, this.#actions);
+    this.element = make("li", { className: "turn answer" }, heading("Answer"), this.#body, this.#error, this.#costs, this.#actions);
     this.draw();
   }
 
-  /** Take in the block that is being denoised behind `view.text`, to be shown at the next drawing. */
-  see(view) {
+  /** Take in the block that is being denoised after `view.text`; the next `draw` shows it. */
+  update(view) {
     this.#view = view;
-    this.#live.see(view);
+    this.#live.update(view);
   }
 
-  /** Show the message as it is, and the block while there is one. */
+  /** Show the message, and the block while there is one. */
   draw() {
     const { content, state, error } = this.message;
     const running = state === "running";
     (this.#live.element.closest(".next") ?? this.#live.element).remove();
-    const forming = running && this.#view !== null;
-    const text = forming ? this.#view.text : content;
+    const isDenoising = running && this.#view !== null;
+    const text = isDenoising ? this.#view.text : content;
     this.#markdown.update(text);
-    if (forming) {
+    if (isDenoising) {
       this.#live.draw();
       this.#markdown.appendInline(text, this.#live.element);
     }
     this.element.dataset.state = state;
     this.element.ariaBusy = String(running);
-    this.#problem.hidden = !error;
-    this.#problem.textContent = error ?? "";
+    this.#error.hidden = !error;
+    this.#error.textContent = error ?? "";
     this.#costs.textContent = costs(this.message);
     this.#actions.hidden = running;
   }
@@ -73,7 +73,7 @@ function costs({ state, finish, stats }) {
     tokens > 0 && forwards > 0 && `${perForward.toFixed(2)} tokens per forward`,
     tokens > 0 && seconds > 0 && `${rate(stats.perSecond ?? tokens / seconds)} tokens/s`,
     edits > 0 && count(edits, "edit"),
-    state === "running" ? !stats && "waiting for the first tokens" : state === "stopped" ? "stopped" : ENDS[finish] ?? finish,
+    state === "running" ? !stats && "waiting for the first tokens" : state === "stopped" ? "stopped" : FINISH_REASONS[finish] ?? finish,
   ];
   return parts.filter(Boolean).join(" · ");
 }
