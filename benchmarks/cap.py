@@ -41,7 +41,7 @@ def recipe(model: str, tokens: int, *, weight: float, seed: int) -> Recipe:
                 "validation_rows": 8,
                 "sources": [{"kind": "reasoning_gym", "families": FAMILIES}],
             },
-            "objective": {"bandwidth": [0.3, 1.0], "mask_noise_steps": 0, "cap": {"weight": weight}},
+            "objective": {"kind": "denoise", "bandwidth": [0.3, 1.0], "mask_noise_steps": 0, "cap": {"weight": weight}},
             "train": {
                 "tokens": tokens, "batch_rows": 4, "micro_rows": 4, "learning_rate": 1e-4, "warmup_steps": 5,
                 "eval_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1, "seed": seed,

@@ -22,9 +22,11 @@ from floors import machine
 from rich.console import Console
 
 from unmask.cli.progress import showing_progress
-from unmask.train.metrics import Record, read_metrics
+from unmask.train.loop import evaluate
+from unmask.train.metrics import MetricRecord, read_metrics
+from unmask.train.objectives.preference import PreferenceSection
 from unmask.train.recipe import Recipe, parse_recipe
-from unmask.train.run import build_parts, run_recipe
+from unmask.train.run import build_components, run_recipe
 
 
 def spoil(answer: str, rng: random.Random) -> str:
@@ -61,8 +63,7 @@ def recipe(model: str, pairs: Path, tokens: int, samples: int) -> Recipe:
                 "row_length": 128, "overlong": "drop", "validation_share": 0.1, "validation_rows": 8,
                 "sources": [{"kind": "jsonl", "path": str(pairs)}],
             },
-            "objective": {"complementary": False, "mask_noise_steps": 0},
-            "preference": {"samples": samples},
+            "objective": {"kind": "preference", "mask_samples": samples},
             "train": {
                 "tokens": tokens, "batch_rows": 4, "micro_rows": 2, "learning_rate": 2e-5, "schedule": "constant",
                 "warmup_steps": 3, "eval_every": 3, "checkpoint_every": 20, "keep_checkpoints": 1,
@@ -74,20 +75,20 @@ def recipe(model: str, pairs: Path, tokens: int, samples: int) -> Recipe:
 
 def noise_variance(trained: Path, plan: Recipe, seeds: int) -> float:
     """Variance over fresh noise of the mean held-out margin (in nats, not times beta), policy `trained` against the start."""
-    parts = build_parts(plan)
-    assert parts.validation is not None
-    policy = build_parts(plan.model_copy(update={"model": str(trained)})).model
-    parts.model.load_state_dict(policy.state_dict())
+    components = build_components(plan)
+    assert components.validation is not None
+    assert isinstance(plan.objective, PreferenceSection)
+    policy = build_components(plan.model_copy(update={"model": str(trained)})).model
+    components.model.load_state_dict(policy.state_dict())
     estimates = []
     for epoch in range(seeds):
-        rows = replace(parts.validation, epoch_RL=parts.validation.epoch_RL + 1_000 + epoch)
-        margin = parts.objective.evaluate(rows, plan.blocks.phases[0])["margin"]
-        assert plan.preference is not None
-        estimates.append(margin / plan.preference.beta)
+        rows = replace(components.validation, epoch_RL=components.validation.epoch_RL + 1_000 + epoch)
+        margin = evaluate(components.objective, rows, plan.blocks.phases[0])["reward_margin"]
+        estimates.append(margin / plan.objective.beta)
     return float(torch.tensor(estimates).var())
 
 
-def draw(curves: dict[int, list[Record]], path: Path) -> None:
+def draw(curves: dict[int, list[MetricRecord]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,8 +97,8 @@ def draw(curves: dict[int, list[Record]], path: Path) -> None:
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(6, 5), constrained_layout=True)
     for samples, records in curves.items():
         steps = [record["step"] for record in records]
-        top.plot(steps, [record["accuracy"] for record in records], "o-", label=f"n = {samples}")
-        bottom.plot(steps, [record["margin"] for record in records], "o-")
+        top.plot(steps, [record["reward_accuracy"] for record in records], "o-", label=f"n = {samples}")
+        bottom.plot(steps, [record["reward_margin"] for record in records], "o-")
     top.set_ylabel("held-out accuracy")
     top.legend()
     bottom.set_ylabel("held-out margin")
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     pairs = options.out / "pairs.jsonl"
     write_pairs(options.answers, pairs, options.pairs)
-    curves: dict[int, list[Record]] = {}
+    curves: dict[int, list[MetricRecord]] = {}
     summary: dict[int, dict[str, Any]] = {}
     for samples in map(int, options.samples.split(",")):
         plan, out = recipe(options.model, pairs, options.tokens, samples), options.out / f"n{samples}"
@@ -134,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary[samples] = {
             "steps": train[-1]["step"],
             "seconds_per_step": sum(record["seconds"] for record in train) / len(train),
-            "held_out_accuracy": curves[samples][-1]["accuracy"],
-            "held_out_margin": curves[samples][-1]["margin"],
+            "held_out_accuracy": curves[samples][-1]["reward_accuracy"],
+            "held_out_margin": curves[samples][-1]["reward_margin"],
             "held_out_loss": curves[samples][-1]["preference_loss"],
             "variance_of_mean_margin": noise_variance(out, plan, options.noise_seeds),
         }

@@ -40,9 +40,10 @@ from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.models.families.registry import stored_tensors
 from unmask.models.weights.hub import resolve
+from unmask.train.loop import Components, Trainer, accumulate
+from unmask.train.objectives.denoise import DenoiseSection
 from unmask.train.recipe import Recipe, parse_recipe
-from unmask.train.run import Parts, build_parts
-from unmask.train.trainer import Trainer
+from unmask.train.run import build_components
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = ROOT / "scripts" / "embedded" / "answers.jsonl"
@@ -68,7 +69,7 @@ def recipe(batch: str, options: argparse.Namespace, dtype: str) -> Recipe:
                 "sources": [CHAT if batch == "sft" else TEXT],
             },
             "schedule": {"stable": 1.0} if block_size is None else {"decay": [{"block_size": block_size, "share": 1.0}]},
-            "objective": {"complementary": True, "mask_noise_steps": 0, **(sft if batch == "sft" else {})},
+            "objective": {"kind": "denoise", "complementary": True, "mask_noise_steps": 0, **(sft if batch == "sft" else {})},
             "train": {
                 "tokens": 1_000_000,
                 "batch_rows": options.rows,
@@ -85,25 +86,26 @@ def recipe(batch: str, options: argparse.Namespace, dtype: str) -> Recipe:
 class Case:
     """A batch and the model of ours that trains on it."""
 
-    parts: Parts
+    components: Components
     rows: PackedRows
     phase: Phase
 
     @classmethod
     def build(cls, batch: str, options: argparse.Namespace, dtype: str) -> Case:
-        parts = build_parts(recipe(batch, options, dtype))
-        return cls(parts, parts.packer.next_rows(options.rows), parts.recipe.blocks.phases[0])
+        components = build_components(recipe(batch, options, dtype))
+        return cls(components, components.packer.next_rows(options.rows), components.recipe.blocks.phases[0])
 
     def ours(self) -> float:
         """Add our gradient; returns the loss."""
-        return float(self.parts.objective.accumulate(self.rows, self.phase, 0)["loss"])
+        return float(accumulate(self.components.objective, self.rows, self.phase, 0)["loss"])
 
     def plain(self, network: nn.Module, dtype: str, *, clean_copy: bool = True) -> float:
         """Add the plain trainer's gradient; returns the loss."""
-        corruption = self.parts.recipe.objective.corruption(self.parts.mask_id, self.phase.block_size)
+        section, setting = self.components.recipe.objective, self.components.objective.setting
+        assert isinstance(section, DenoiseSection)
+        corruption = section.corruption(setting, self.phase, complementary=section.complementary)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        seed = self.parts.recipe.train.seed
-        return plain_trainer.accumulate(network, self.rows, corruption, seed, precision, clean_copy=clean_copy)
+        return plain_trainer.accumulate(network, self.rows, corruption, setting.train.seed, precision, clean_copy=clean_copy)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Step:
 
 def our_step(case: Case) -> Step:
     """What the trainer does in a step."""
-    optimizer = Trainer(case.parts, Path()).optimizer
+    optimizer = Trainer(case.components, Path()).optimizer
 
     def update() -> None:
         optimizer.clip(1.0)
@@ -144,15 +146,15 @@ def plain_step(case: Case, network: nn.Module, dtype: str) -> Step:
 def gradient_difference(case: Case, network: nn.Module) -> dict[str, float]:
     """Norm of the difference of both float32 gradients, in norms of the plain one; and both losses."""
     loss, plain = case.ours(), case.plain(network, "float32")
-    ours = dict(case.parts.model.named_parameters())
+    ours = dict(case.components.model.named_parameters())
     difference = total = 0.0
-    for name, slot in stored_tensors(case.parts.model.config).items():
+    for name, slot in stored_tensors(case.components.model.config).items():
         mine, theirs = ours[slot.parameter].grad, network.get_parameter(name).grad
         assert mine is not None
         assert theirs is not None
         difference += float((mine[slot.index].view_as(theirs) - theirs).square().sum())
         total += float(theirs.square().sum())
-    for module in (case.parts.model, network):
+    for module in (case.components.model, network):
         module.zero_grad(set_to_none=True)
     return {"loss": loss, "plain_loss": plain, "relative_gradient_difference": (difference / total) ** 0.5}
 

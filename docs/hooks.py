@@ -151,6 +151,8 @@ def suite_table(name: str, _: str, where: str) -> str:
 def _kind(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         return f"section `{schema['$ref'].rpartition('/')[2].removesuffix('Section').lower()}`"
+    if "discriminator" in schema:
+        return f"section with a `{schema['discriminator']['propertyName']}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "anyOf" in schema:

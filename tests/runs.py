@@ -46,17 +46,15 @@ def tiny_preferences(path: Path, count: int = 24) -> Path:
     return path
 
 
-def stage_recipe(model: Path, data: Path, *, objective: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    """Fine-tuning at block size 8; some ten steps. `sections`: `preference`, or keys of `train`."""
+def stage_recipe(model: Path, data: Path, *, objective: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    """Fine-tuning at block size 8; some ten steps. `train`: keys of that section."""
     values = tiny_values(model, data)
     del values["schedule"]
-    preference = sections.pop("preference", None)
     values["data"] |= {"overlong": "truncate", "validation_share": 0.2}
-    values["objective"] = {"mask_noise_steps": 0, **(objective or {})}
-    values["train"] |= {"tokens": 1500, **sections}
-    if preference is not None:
-        values["preference"] = preference
-        values["objective"] |= {"complementary": False}
+    values["objective"] = {"kind": "denoise", **(objective or {})}
+    if values["objective"]["kind"] == "denoise":
+        values["objective"] = {"mask_noise_steps": 0, **values["objective"]}
+    values["train"] |= {"tokens": 1500, **train}
     return parse_recipe(values, "test")
 
 
@@ -81,7 +79,7 @@ def tiny_values(model: Path, data: Path, **train: Any) -> dict[str, Any]:
             "stable": 0.2,
             "decay": [{"block_size": 16, "share": 0.2}, {"block_size": 8, "share": 0.2}],
         },
-        "objective": {"mask_noise_steps": 4},
+        "objective": {"kind": "denoise", "mask_noise_steps": 4},
         "train": {
             "tokens": 3000,
             "batch_rows": 4,

@@ -21,9 +21,10 @@ from typing import Any
 
 from report import mean_score, read, unmask
 
+from unmask.train.loop import evaluate
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe
-from unmask.train.run import build_parts
+from unmask.train.run import build_components
 
 ROOT = Path("out/reproduction/ablations")
 DATA = Path("out/reproduction/data")
@@ -63,7 +64,7 @@ def variants() -> Iterator[Variant]:
     sft = {
         "complementary pairs": (),
         "single masks": ("objective.complementary=false",),
-        "four pairs": ("objective.draws=4",),
+        "four pairs": ("objective.mask_samples=4",),
         "bandwidth 0.3 to 0.8": ("objective.bandwidth=[0.3, 0.8]", "objective.sampling=bernoulli"),
         "no bandwidth, Bernoulli": ("objective.sampling=bernoulli",),
     }
@@ -120,9 +121,9 @@ def make(variant: Variant) -> None:
 def nelbo(model: Path) -> float:
     """Of the rows that the child's second stage held out, at its block size, in nats per token."""
     recipe = load_recipe(Path("recipes/reproduction_sft.yaml")).model_copy(update={"model": str(model)})
-    parts = build_parts(recipe)
-    assert parts.validation is not None
-    value: float = parts.objective.evaluate(parts.validation, recipe.blocks.phases[-1])["nelbo"]
+    components = build_components(recipe)
+    assert components.validation is not None
+    value: float = evaluate(components.objective, components.validation, recipe.blocks.phases[-1])["nelbo"]
     return value
 
 

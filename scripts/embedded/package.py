@@ -72,7 +72,7 @@ def stage(run: Path) -> dict[str, Any]:
     train = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
     sizes = [record["block_size"] for record in train]
     changes = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
-    autoregressive = recipe.get("autoregressive", False)
+    autoregressive = recipe["objective"]["kind"] == "next_token"
     return {
         "recipe": _file_of(recipe) or f"{run} (its recipe is no longer in recipes/)",
         "gated_lora_rank": read_json(checkpoint / "model" / "config.json").get("gated_lora_rank"),
@@ -85,9 +85,9 @@ def stage(run: Path) -> dict[str, Any]:
 
 def _file_of(recipe: dict[str, Any]) -> str | None:
     """The file under recipes/ that says the same."""
-    wanted = parse_recipe(recipe, "of the run")
-    found = (path for path in sorted((ROOT / "recipes").glob("*.yaml")) if load_recipe(path) == wanted)
-    return next((str(path.relative_to(ROOT)) for path in found), None)
+    followed = parse_recipe(recipe, "of the run")
+    paths = (path for path in sorted((ROOT / "recipes").glob("*.yaml")) if load_recipe(path) == followed)
+    return next((str(path.relative_to(ROOT)) for path in paths), None)
 
 
 def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:

@@ -81,7 +81,7 @@ def _check_plain_progress(lines: list[str]) -> None:
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Press Ctrl-C during that step."""
-    from unmask.train.trainer import Trainer
+    from unmask.train.loop import Trainer
 
     inner = Trainer._train_step
 
@@ -113,7 +113,7 @@ def test_interrupt_saves_and_the_printed_command_resumes(run, arguments: list[st
 
 
 def test_second_interrupt_gives_up_at_once(run, arguments: list[str], tmp_path: Path, monkeypatch) -> None:
-    from unmask.train.trainer import Trainer
+    from unmask.train.loop import Trainer
 
     inner = Trainer._train_step
 

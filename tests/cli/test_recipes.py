@@ -14,12 +14,13 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_dry_run(run, recipe: Path, ar_folder: Path, diffusion_folder: Path, answers: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
-    verb, model, sizes = "sft", ar_folder if values.get("autoregressive") else diffusion_folder, [1]
+    kind = values.get("objective", {}).get("kind")
+    verb, model, sizes = "sft", ar_folder if kind == "next_token" else diffusion_folder, [1]
     if schedule := values.get("schedule"):
         verb, model = "convert", ar_folder
         sizes = [phase["block_size"] for phase in schedule.get("warmup", [])]
         sizes += [None] * (schedule.get("stable", 0) > 0) + [phase["block_size"] for phase in schedule.get("decay", [])]
-    elif not values.get("autoregressive"):
+    elif kind != "next_token":
         sizes = [values["decode_block_size"]]
     length, rows = max(64, 2 * max(size for size in sizes if size is not None)), values["train"]["batch_rows"]
     sets = [
@@ -27,7 +28,7 @@ def test_dry_run(run, recipe: Path, ar_folder: Path, diffusion_folder: Path, ans
         f"train.tokens={30 * length * rows}", "train.device=cpu", "train.compute_dtype=float32", "train.learning_rate=1e-4",
         "train.eval_every=100", "train.checkpoint_every=100",
     ]  # fmt: skip
-    if "drafts" in values.get("objective", {}):
+    if kind == "draft":
         sets.append("shift=true")  # what goes on with a shifted model starts from an autoregressive one here
     for number, source in enumerate(values["data"]["sources"]):
         if source["kind"] != "reasoning_gym":

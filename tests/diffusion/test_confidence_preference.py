@@ -41,11 +41,11 @@ def test_scores_are_those_of_the_distribution(temperature: float, chunk: int) ->
     torch.testing.assert_close(scores.nll_N, token_nll(lambda h: h @ weight.T, hidden, target, MASK))
     keep = [i for i in range(VOCAB) if i != MASK]
     logits = (hidden @ weight.T)[:, keep].double()
-    assert scores.right_N.tolist() == [i % 2 == 0 for i in range(len(target))]
+    assert scores.correct_N.tolist() == [i % 2 == 0 for i in range(len(target))]
     torch.testing.assert_close(scores.confidence_N, logits.softmax(-1).amax(-1).float())
     probabilities = (logits / temperature).softmax(-1)
     expected = -(probabilities * probabilities.log()).sum(-1).float()
-    torch.testing.assert_close(scores.entropy_N, torch.where(scores.right_N, expected, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.entropy_N, torch.where(scores.correct_N, expected, 0.0), atol=1e-5, rtol=1e-5)
 
 
 def test_entropy_of_known_distributions() -> None:
@@ -61,13 +61,13 @@ def test_the_gradient_of_confidence_is_that_of_right_predictions_alone() -> None
     weight, hidden, target = setting()
     leaf = hidden.clone().requires_grad_()
     scores = token_scores(lambda h: h @ weight.T, leaf, target, MASK)
-    confidence_loss(scores.entropy_N, int(scores.right_N.sum())).backward()
+    confidence_loss(scores.entropy_N, int(scores.correct_N.sum())).backward()
     assert leaf.grad is not None
     moved = leaf.grad.abs().amax(-1) > 0
-    assert moved.tolist() == scores.right_N.tolist()
+    assert moved.tolist() == scores.correct_N.tolist()
     # A step against the gradient makes right predictions surer.
     surer = token_scores(lambda h: h @ weight.T, hidden - 0.1 * leaf.grad, target, MASK).confidence_N
-    assert (surer[scores.right_N] > scores.confidence_N[scores.right_N]).all()
+    assert (surer[scores.correct_N] > scores.confidence_N[scores.correct_N]).all()
 
 
 def test_confidence_is_zero_with_zero_gradient_where_nothing_is_right() -> None:
@@ -75,7 +75,7 @@ def test_confidence_is_zero_with_zero_gradient_where_nothing_is_right() -> None:
     wrong = target.roll(1)
     leaf = hidden.clone().requires_grad_()
     scores = token_scores(lambda h: h @ weight.T, leaf, wrong, MASK)
-    assert not scores.right_N.any()
+    assert not scores.correct_N.any()
     loss = confidence_loss(scores.entropy_N, 0)
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -105,7 +105,7 @@ def test_gains_are_sums_by_row_and_sample_with_the_right_sign() -> None:
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed_count"])
 def test_draws_differ_and_divide_the_rates_evenly(sampling: str) -> None:
     rows = pack([[text(24, 0)]], 24)
-    config = CorruptionConfig(MASK, 8, sampling=sampling, draws=4)  # type: ignore[arg-type]
+    config = CorruptionConfig(MASK, 8, sampling=sampling, mask_samples=4)  # type: ignore[arg-type]
     copies = noisy_copies(rows, config, seed=1)
     assert len(copies) == config.num_copies == 4
     single = noisy_copies(rows, CorruptionConfig(MASK, 8, sampling=sampling), seed=1)  # type: ignore[arg-type]
@@ -121,5 +121,5 @@ def test_draws_differ_and_divide_the_rates_evenly(sampling: str) -> None:
 
 
 def test_a_block_of_one_token_needs_no_second_draw() -> None:
-    config = CorruptionConfig(MASK, 1, draws=8)
+    config = CorruptionConfig(MASK, 1, mask_samples=8)
     assert config.num_copies == len(noisy_copies(pack([[text(3, 0)]], 4), config, 0)) == 1

@@ -15,11 +15,11 @@ from unmask.diffusion.masks import CLEAN
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.train.step import predicted_hidden
+from unmask.train.forward import predicted_hidden
 
 START = 1
 ROWS = pack([[text(11, 0, prompt=5), text(9, 1)], [text(17, 2, prompt=2), text(3, 3, prompt=3)]], 23)
-CONFIGS = [DraftConfig(MASK, START, size, draws, 0.8) for size, draws in ((2, 1), (4, 3), (8, 2), (8, 8), (32, 1))]
+CONFIGS = [DraftConfig(MASK, START, size, cuts, 0.8) for size, cuts in ((2, 1), (4, 3), (8, 2), (8, 8), (32, 1))]
 
 
 def gated(family: str, rank: int | None = 3) -> Transformer:
@@ -27,11 +27,11 @@ def gated(family: str, rank: int | None = 3) -> Transformer:
     return tiny_model(family, 3, torch.float64, mask_id=MASK, start_id=START, block_size=4, gated_lora_rank=rank)
 
 
-def blocks_of(maskable: list[bool], config: DraftConfig, draw: int) -> list[tuple[int, list[int]]]:
+def blocks_of(maskable: list[bool], config: DraftConfig, cut: int) -> list[tuple[int, list[int]]]:
     """Of every block its first maskable position, and those that are drafted behind it; written with lists."""
     if not any(maskable):
         return []
-    begin, shift = maskable.index(True), draw * config.block_size // config.draws
+    begin, shift = maskable.index(True), cut * config.block_size // config.cuts
     found: dict[int, list[int]] = {}
     for position, learnt in enumerate(maskable):
         if learnt:
@@ -40,12 +40,12 @@ def blocks_of(maskable: list[bool], config: DraftConfig, draw: int) -> list[tupl
 
 
 def expected_places(rows: Rows, config: DraftConfig) -> dict[tuple[int, ...], float]:
-    """(document's epoch and ordinal, draw, position) of every draft, and its weight."""
+    """(document's epoch and ordinal, cut, position) of every draft, and its weight."""
     found = {}
     for identity, at, row in rows.places():
-        for draw in range(config.draws):
-            for first, drafts in blocks_of(rows.maskable_RL[row, at].tolist(), config, draw):
-                found |= {(*identity, draw + 1, p): config.decay ** (p - first - 1) for p in drafts}
+        for cut in range(config.cuts):
+            for first, drafts in blocks_of(rows.maskable_RL[row, at].tolist(), config, cut):
+                found |= {(*identity, cut + 1, p): config.decay ** (p - first - 1) for p in drafts}
     return found
 
 
@@ -55,8 +55,8 @@ def of_single_blocks(model: Transformer, rows: Rows, config: DraftConfig) -> dic
     found: dict[tuple[int, ...], float] = {}
     for identity, at, row in rows.places():
         tokens = rows.tokens_RL[row, at].tolist()
-        for draw in range(config.draws):
-            for first, drafts in blocks_of(rows.maskable_RL[row, at].tolist(), config, draw):
+        for cut in range(config.cuts):
+            for first, drafts in blocks_of(rows.maskable_RL[row, at].tolist(), config, cut):
                 canvas = [START, *tokens[:first], *[MASK] * len(drafts)]
                 positions = torch.tensor([*range(first + 1), *drafts])
                 allowed = torch.ones(len(canvas), len(canvas), dtype=torch.bool)
@@ -64,7 +64,7 @@ def of_single_blocks(model: Transformer, rows: Rows, config: DraftConfig) -> dic
                 open_ = torch.arange(len(canvas)) > first
                 hidden = model(torch.tensor(canvas)[None], positions[None], DenseAttend(allowed[None]), noisy_BT=open_[None])
                 values = nll(model, hidden[0, first + 1 :], torch.tensor([tokens[p] for p in drafts])).tolist()
-                found |= {(*identity, draw + 1, p): value for p, value in zip(drafts, values, strict=True)}
+                found |= {(*identity, cut + 1, p): value for p, value in zip(drafts, values, strict=True)}
     return found
 
 
@@ -86,7 +86,7 @@ def test_what_is_drafted_and_what_it_weighs(rows: Rows, block_size: int, data: s
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.block_size}-{c.draws}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.block_size}-{c.cuts}")
 @pytest.mark.parametrize("rank", [3, None])
 def test_training_drafts_what_decoding_would(family: str, config: DraftConfig, rank: int | None) -> None:
     """With updates the clean rows run ahead, without a graph; without any the stream is one pass."""
@@ -109,7 +109,7 @@ def test_rows_with_nothing_to_draft_predict_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((1, 1), "blocks of 2 tokens or more"), ((4, 0), "0 draws"), ((4, 5), "5 draws of drafts; use 1 to 4")],
+    [((1, 1), "blocks of 2 tokens or more"), ((4, 0), "cuts is 0"), ((4, 5), "cuts is 5; use 1 to 4")],
 )
 def test_layouts_that_make_no_sense_are_refused(values: tuple[int, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

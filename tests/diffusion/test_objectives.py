@@ -17,7 +17,7 @@ from unmask.diffusion.corrupt import CorruptionConfig, MaskSampling, corrupt
 from unmask.diffusion.objectives import ban_mask, exact_block_nelbo, nelbo, token_nll
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.train.step import score_stream
+from unmask.train.forward import score_stream
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5])

@@ -104,9 +104,9 @@ def of_parent(model: Transformer) -> list[float]:
 @pytest.mark.parametrize("block_size", [None, 1, 4])
 def test_guidance_predicts_every_next_token_from_the_clean_copy(family: str, block_size: int | None) -> None:
     """As the parent does; the masked predictions stay what they were."""
-    config = CorruptionConfig(MASK, block_size, complementary=True, draws=2, start_id=START)
+    config = CorruptionConfig(MASK, block_size, complementary=True, mask_samples=2, start_id=START)
     plain, guided = (corrupt(pack([DOCUMENTS], 23), replace(config, ar_loss_weight=by), 0) for by in (0.0, 0.5))
-    assert (plain.num_guided, guided.num_guided) == (0, 15)
+    assert (plain.num_next_token, guided.num_next_token) == (0, 15)
     assert guided.num_masked == plain.num_masked
     found, masked = of_stream(SHIFTED[family], guided), of_stream(SHIFTED[family], plain)
     clean = {where: value for where, value in found.items() if where[2] == CLEAN}

@@ -10,6 +10,7 @@ import yaml
 
 from runs import tiny_values
 from unmask.errors import ConfigError
+from unmask.train.objectives.denoise import DenoiseSection
 from unmask.train.recipe import Recipe, load_recipe, parse_recipe
 
 
@@ -36,6 +37,7 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
     assert recipe.data.sources[0].path == "other.jsonl"
     assert recipe.train.lora is not None
     assert recipe.train.lora.rank == 4
+    assert isinstance(recipe.objective, DenoiseSection)
     assert recipe.objective.bandwidth == (0.3, 0.8)
 
 
@@ -49,8 +51,11 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
         ("train.learning_rate=0", ["train.learning_rate"]),
         ("train.batch_rows=0", ["train.batch_rows"]),
         ("train.compute_dtype=float8", ["train.compute_dtype"]),
+        ("objective.kind=other", ["objective", "'other'", "next_token"]),
+        ("objective={}", ["objective", "'kind'"]),
+        ("objective.cap.weights=1", ["objective.cap.weights"]),
         ("data.row_length=100", ["row length 100", "use 96 or 112"]),
-        ("train.micro_rows=3", ["train.batch_rows 4", "micro_rows 3"]),
+        ("train.micro_rows=3", ["train.batch_rows is 4", "train.micro_rows 3"]),
         ("objective.bandwidth=[0.8, 0.3]", ["bandwidth", "low < high"]),
         ("schedule.decay.0.block_size=4", ["decay", "shrink"]),
         ("data.sources=[]", ["data.sources"]),

@@ -13,8 +13,8 @@ from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
 from unmask.diffusion.objectives import nelbo, token_nll
 from unmask.models.arch.moe import MoE, route
 from unmask.models.arch.transformer import Transformer
+from unmask.train.forward import predicted_hidden
 from unmask.train.router import RouterMonitor, RouterPolicy
-from unmask.train.step import predicted_hidden
 
 EXPERTS, ACTIVE, LAYERS = 8, 2, 2
 

@@ -13,10 +13,12 @@ import unmask
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.gated_lora import is_gated_lora
+from unmask.train.loop import accumulate
 from unmask.train.merge import merge_checkpoints
 from unmask.train.metrics import read_metrics
-from unmask.train.recipe import LoraSection, Recipe, parse_recipe
-from unmask.train.run import ADAPTER, build_parts, run_recipe
+from unmask.train.recipe import Recipe, parse_recipe
+from unmask.train.run import ADAPTER, build_components, run_recipe
+from unmask.train.sections import LoraSection
 from unmask.train.state import list_checkpoints, prune_checkpoints
 
 
@@ -37,17 +39,19 @@ def sft(base: Path, **changes: Any) -> Recipe:
 
 
 def dpo(base: Path, **changes: Any) -> Recipe:
-    return stage_recipe(base / "diffusion", base / "pairs.jsonl", preference={"samples": 3}, **changes)
+    return stage_recipe(
+        base / "diffusion", base / "pairs.jsonl", objective={"kind": "preference", "mask_samples": 3}, **changes
+    )
 
 
 LORA = LoraSection(rank=2, train_embedding=False).model_dump()
 ADAPT_ALL = LoraSection(rank=2).model_dump()
 RUNS = {
     "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
-    "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "draws": 2}),
+    "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "mask_samples": 2}),
     "autoregressive": lambda base: control(base),
     "shifted": lambda base: shifted(base),
-    "drafts": lambda base: drafts(base, masks=0.4),
+    "drafts": lambda base: drafts(base, denoise_share=0.4),
     "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
     "dpo": dpo,
     "dpo-lora": lambda base: dpo(base, lora=LORA),
@@ -63,25 +67,26 @@ def mixture(base: Path, policy: str) -> Recipe:
 
 def shifted(base: Path) -> Recipe:
     values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
-    values["objective"] |= {"ar_loss_weight": 0.5, "draws": 2}
+    values["objective"] |= {"ar_loss_weight": 0.5, "mask_samples": 2}
     return parse_recipe(values | {"shift": True}, "test")
 
 
-def drafts(base: Path, *, masks: float = 0.0, **train: Any) -> Recipe:
-    """Gated updates of an autoregressive model, which draft blocks of 8 for it."""
+def drafts(base: Path, *, denoise_share: float = 0.0, **train: Any) -> Recipe:
+    """A gated LoRA of an autoregressive model, which drafts blocks of 8 for it."""
     values = tiny_recipe(base / "ar", base / "chats.jsonl", gated_lora_rank=4, learning_rate=1e-2, **train).model_dump(
         mode="json"
     )
     values["train"]["compute_dtype"] = "float32"  # in bfloat16 the parent would be rounded to it
-    values["objective"] |= {"drafts": {"draws": 3, "masks": masks}, "mask_noise_steps": 0}
+    values["objective"] = {"kind": "draft", "cuts": 3, "denoise_share": denoise_share, "mask_noise_steps": 0}
     values["schedule"] = {"decay": [{"block_size": 8, "share": 1.0}]}
     return parse_recipe(values | {"shift": True}, "test")
 
 
 def control(base: Path, **changes: Any) -> Recipe:
     """The autoregressive control: the same conversations, next token by next token."""
-    values = stage_recipe(base / "ar", base / "chats.jsonl", **changes).model_dump(mode="json")
-    values |= {"autoregressive": True}
+    values = stage_recipe(base / "ar", base / "chats.jsonl", objective={"kind": "next_token"}, **changes).model_dump(
+        mode="json"
+    )
     values["data"]["sources"][0]["eos_fill"] = None
     return parse_recipe(values, "test")
 
@@ -130,13 +135,18 @@ def test_the_control_learns_and_stays_autoregressive(base: Path, tmp_path: Path)
 
 
 def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
-    with pytest.raises(ConfigError, match="is a diffusion model; autoregressive: true takes"):
-        build_parts(control(base).model_copy(update={"model": str(base / "diffusion")}))
+    with pytest.raises(ConfigError, match=r"is a diffusion model; objective\.kind next_token"):
+        build_components(control(base).model_copy(update={"model": str(base / "diffusion")}))
     values = control(base).model_dump(mode="json")
-    of_diffusion = {"schedule": {"stable": 1.0}, "objective": {"cap": {}}, "preference": {}, "shift": True, "mask_token": "<x>"}
-    for change in ({key: value} for key, value in of_diffusion.items()):
-        with pytest.raises(ConfigError, match="autoregressive"):
-            parse_recipe(values | change, "test")
+    of_diffusion = {
+        "schedule": {"stable": 1.0},
+        "objective": {"kind": "next_token", "cap": {}},
+        "shift": True,
+        "mask_token": "x",
+    }
+    for key, value in of_diffusion.items():
+        with pytest.raises(ConfigError, match=key):
+            parse_recipe(values | {key: value}, "test")
 
 
 def test_fine_tuning_refuses_an_autoregressive_model(base: Path, tmp_path: Path) -> None:
@@ -158,12 +168,12 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
     assert unmask.load(tmp_path / "later" / ADAPTER).config.start_id == start_id
 
 
-def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, tmp_path: Path) -> None:
+def test_a_gated_lora_learns_to_draft_and_leaves_the_parent_as_it_is(base: Path, tmp_path: Path) -> None:
     """But for the mask token's row, behind the others. A later stage goes on with them."""
     run_recipe(drafts(base, tokens=6000), tmp_path / "gated")
     found = [record for record in records(tmp_path / "gated") if record["kind"] == "validation"]
     assert found[-1]["nelbo"] < 0.85 * found[0]["nelbo"]
-    assert found[-1]["held"] > found[0]["held"]
+    assert found[-1]["accepted_length"] > found[0]["accepted_length"]
     parent, child = (unmask.load(folder, dtype="float32") for folder in (base / "ar", tmp_path / "gated"))
     theirs, ours = (model.transformer.state_dict() for model in (parent, child))
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
@@ -177,40 +187,41 @@ def test_gated_updates_learn_to_draft_and_leave_the_parent_as_it_is(base: Path, 
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
 
 
-def test_what_gated_updates_do_not_go_with_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_a_gated_lora_does_not_go_with_is_refused(base: Path, tmp_path: Path) -> None:
     run_recipe(drafts(base, tokens=400), tmp_path / "gated")
     again = drafts(base).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
     other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_lora_rank": 3})})
-    with pytest.raises(ConfigError, match="has gated LoRA of rank 4, which goes on as it is"):
-        build_parts(other_rank)
+    with pytest.raises(ConfigError, match=r"rank 4.*train\.gated_lora_rank"):
+        build_components(other_rank)
     values = drafts(base).model_dump(mode="json")
     with pytest.raises(ConfigError, match="only a dense, shifted diffusion model"):
-        build_parts(parse_recipe(values | {"shift": False}, "test"))
+        build_components(parse_recipe(values | {"shift": False}, "test"))
     values["train"]["gated_lora_rank"] = None
-    with pytest.raises(ConfigError, match=r"objective\.drafts takes a shifted model"):
-        build_parts(parse_recipe(values | {"shift": False}, "test"))
+    with pytest.raises(ConfigError, match=r"objective\.kind draft takes a shifted model"):
+        build_components(parse_recipe(values | {"shift": False}, "test"))
     for section, change, message in (
-        ("train", {"gated_lora_rank": 4, "lora": LORA}, "leaves the rest of the model as it is"),
-        ("objective", {"cap": {}}, "an objective of its own"),
+        ("train", {"gated_lora_rank": 4, "lora": LORA}, r"train\.gated_lora_rank.*train\.lora"),
+        ("objective", {"cap": {}}, r"objective\.cap"),
+        ("objective", {"ar_loss_weight": 0.5}, r"objective\.ar_loss_weight"),
         ("schedule", {"stable": 1.0}, "blocks of 2 tokens or more"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_recipe(values | {section: values[section] | change}, "test")
 
 
-def test_guidance_needs_a_shifted_model(base: Path) -> None:
+def test_the_next_token_loss_needs_a_shifted_model(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.ar_loss_weight is 0\.5.*shift: true"):
-        build_parts(sft(base, objective={"ar_loss_weight": 0.5}))
+        build_components(sft(base, objective={"ar_loss_weight": 0.5}))
 
 
 def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:
     with pytest.raises(ConfigError, match="was converted without shift"):
-        build_parts(sft(base).model_copy(update={"shift": True}))
+        build_components(sft(base).model_copy(update={"shift": True}))
 
 
 def test_another_mask_token_than_the_models_is_refused(base: Path) -> None:
     with pytest.raises(ConfigError, match="the model was trained with"):
-        build_parts(sft(base).model_copy(update={"mask_token": "<|im_start|>"}))
+        build_components(sft(base).model_copy(update={"mask_token": "<|im_start|>"}))
 
 
 @pytest.mark.parametrize(("name", "lora"), [("sft", ADAPT_ALL), ("dpo", LORA)])
@@ -236,34 +247,37 @@ def test_dpo_prefers_the_chosen_answers(base: Path, tmp_path: Path) -> None:
     run_recipe(dpo(base, tokens=4000, learning_rate=1e-3), tmp_path / "run")
     train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert train[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert (train[0]["margin"], train[0]["accuracy"], train[0]["variance"]) == (0.0, 0.5, 0.0)
-    assert train[-1]["accuracy"] > 0.9
-    assert train[-1]["margin"] > 0
+    assert (train[0]["reward_margin"], train[0]["reward_accuracy"], train[0]["margin_variance"]) == (0.0, 0.5, 0.0)
+    assert train[-1]["reward_accuracy"] > 0.9
+    assert train[-1]["reward_margin"] > 0
     held_out = [record for record in records(tmp_path / "run") if record["kind"] == "validation"][-1]
-    assert held_out["accuracy"] > 0.7
+    assert held_out["reward_accuracy"] > 0.7
     assert held_out["preference_loss"] < 0.69
 
 
 def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
     for recipe in (dpo(base), dpo(base, lora=LORA)):
-        parts = build_parts(recipe)
+        parts = build_components(recipe)
         rows = parts.packer.next_rows(4)
         phase = recipe.blocks.phases[0]
-        parts.objective.accumulate(rows, phase, 0)
+        accumulate(parts.objective, rows, phase, 0)
         with torch.no_grad():
             for parameter in parts.model.parameters():
                 if parameter.requires_grad:
                     parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        figures = parts.objective.accumulate(rows, phase, 1)
-        assert figures["margin"] != 0.0
-        assert figures["variance"] > 0.0
+        figures = accumulate(parts.objective, rows, phase, 1)
+        assert figures["reward_margin"] != 0.0
+        assert figures["margin_variance"] > 0.0
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda base: dpo(base, lora=ADAPT_ALL), "train_embedding"),
-        (lambda base: stage_recipe(base / "diffusion", base / "pairs.jsonl", preference={}, micro_rows=1), "even"),
+        (
+            lambda base: stage_recipe(base / "diffusion", base / "pairs.jsonl", objective={"kind": "preference"}, micro_rows=1),
+            "even",
+        ),
     ],
 )
 def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -> None:
@@ -271,24 +285,24 @@ def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -
         make(base)
 
 
-@pytest.mark.parametrize("objective", [{"complementary": True}, {"draws": 2}, {"cap": {}}, {"mask_noise_steps": 1}])
-def test_preferences_draw_samples_of_their_own(base: Path, objective: dict[str, Any]) -> None:
+@pytest.mark.parametrize("key", ["complementary", "cuts", "cap", "mask_noise_steps", "ar_loss_weight"])
+def test_preferences_have_no_keys_of_other_objectives(base: Path, key: str) -> None:
     values = dpo(base).model_dump(mode="json")
-    assert parse_recipe(values, "test").preference is not None
-    with pytest.raises(ConfigError, match=r"draws samples of its own.*objective.draws"):
-        parse_recipe(values | {"objective": values["objective"] | objective}, "test")
+    assert parse_recipe(values, "test").objective.kind == "preference"
+    with pytest.raises(ConfigError, match=rf"objective\.{key}"):
+        parse_recipe(values | {"objective": values["objective"] | {key: 1}}, "test")
 
 
 def test_a_dense_model_has_no_router_to_set(base: Path) -> None:
     with pytest.raises(ConfigError, match="no routed experts"):
-        build_parts(sft(base, router={"policy": "bias"}))
+        build_components(sft(base, router={"policy": "bias"}))
 
 
 def test_adapters_leave_routers_alone(base: Path) -> None:
     recipe = tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}, router={"policy": "bias"})
     with pytest.raises(ConfigError, match="frozen"):
-        build_parts(recipe)
-    allowed = build_parts(tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}))
+        build_components(recipe)
+    allowed = build_components(tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}))
     assert allowed.router is not None
     assert allowed.router.policy == "frozen"
 

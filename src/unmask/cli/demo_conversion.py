@@ -14,13 +14,13 @@ from rich.console import Console
 
 from unmask.cli.progress import showing_progress
 from unmask.cli.training import default_recipe
-from unmask.diffusion.corrupt import corrupt
+from unmask.diffusion.blocks import Phase
 from unmask.engine.llm import LanguageModel
+from unmask.train.loop import accumulate
 from unmask.train.metrics import read_metrics, smoothed
 from unmask.train.recipe import Recipe, load_recipe
-from unmask.train.run import RunResult, build_parts, run_recipe
+from unmask.train.run import RunResult, build_components, run_recipe
 from unmask.train.state import list_checkpoints
-from unmask.train.step import score_stream
 
 ANSWER_TOKENS = 64
 PROMPTS = (
@@ -102,14 +102,12 @@ def terminal_plot(metrics: Path, width: int) -> str:
 
 def _tokens_per_second(recipe: Recipe) -> float:
     """Speed of forward and backward passes, the second of two: the first one warms up."""
-    parts = build_parts(recipe)
-    assert parts.mask_id is not None
-    corruption = recipe.objective.corruption(parts.mask_id, parts.model.config.start_id, recipe.decode_block_size)
+    components = build_components(recipe)
+    phase = Phase("decay", recipe.decode_block_size, recipe.train.tokens)
     rate = 0.0
-    for _ in range(2):
-        rows = parts.packer.next_rows(recipe.train.micro_rows)
+    for step in range(2):
+        rows = components.packer.next_rows(recipe.train.micro_rows)
         started = time.perf_counter()
-        stream = corrupt(rows, corruption, recipe.train.seed)
-        score_stream(parts.model, stream, parts.mask_id, parts.backend).mean().backward()
+        accumulate(components.objective, rows, phase, step)
         rate = rows.num_tokens / (time.perf_counter() - started)
     return rate

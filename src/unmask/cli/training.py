@@ -107,14 +107,14 @@ def _own_block_size(model: str) -> list[str]:
 
 def _check_verb(verb: str, recipe: Recipe) -> Recipe:
     """A recipe belongs to one verb: its sections say which."""
-    theirs = "dpo" if recipe.preference is not None else "sft" if recipe.schedule is None else "convert"
-    if theirs != verb:
+    right_verb = "dpo" if recipe.objective.kind == "preference" else "sft" if recipe.schedule is None else "convert"
+    if right_verb != verb:
         why = {
-            "dpo": "has a preference section",
-            "sft": "has neither a schedule of block sizes nor a preference section",
+            "dpo": "has the objective preference",
+            "sft": "has no schedule of block sizes",
             "convert": "has a schedule of block sizes",
-        }[theirs]
-        raise ConfigError(f"the recipe {why}, which makes it one for unmask {theirs}, not unmask {verb}; use that verb")
+        }[right_verb]
+        raise ConfigError(f"the recipe {why}, which makes it one for unmask {right_verb}, not unmask {verb}; use that verb")
     return recipe
 
 
@@ -135,8 +135,10 @@ def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
     """Carry the recipe out; an interrupted run ends the program, with the command that goes on."""
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import showing_progress
-    from unmask.train.run import run_recipe
+    from unmask.train.run import holds_run, run_recipe
 
+    if not resume and holds_run(out):
+        raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
     try:
         with stop_on_interrupt() as should_stop, showing_progress(make_console(), recipe.train.tokens) as on_record:
             result = run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)

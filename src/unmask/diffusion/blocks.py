@@ -1,6 +1,6 @@
 """Block arithmetic and the Warmup-Stable-Decay schedule of block sizes.
 
-Owns where a block begins and which block size rules at a point of training. Knows integers only.
+Owns block boundaries and the block size at each point of training. Knows integers only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ PhaseName = Literal["warmup", "stable", "decay"]
 
 
 def num_blocks(length: int, block_size: int) -> int:
-    """Blocks that cover `length` tokens, the last one possibly partial."""
+    """Number of blocks that cover `length` tokens, the last one possibly partial."""
     return -(-length // block_size)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training at one block size; `tokens` is its length in clean tokens.
+    """A phase of training at one block size; `tokens` is its length in clean tokens.
 
     `block_size` None is full-sequence diffusion: one block as long as the document, no clean copy.
     """
@@ -62,29 +62,29 @@ class BlockSchedule:
         return [0, *accumulate(phase.tokens for phase in self.phases)][:-1]
 
     def index_at(self, tokens_seen: int) -> int:
-        """Which phase rules after `tokens_seen` tokens; the last one rules for ever after."""
+        """Index of the phase after `tokens_seen` tokens; past the end, the last one."""
         return max(i for i, start in enumerate(self.starts) if start <= tokens_seen)
 
     def check_row_length(self, row_length: int) -> None:
         """Every block size must divide the row.
 
         Raises:
-            ConfigError: naming the sizes that do not, and the nearest row lengths that would do.
+            ConfigError: names the sizes that do not, and the nearest valid row lengths.
         """
         sizes = sorted({phase.block_size for phase in self.phases if phase.block_size is not None})
         wrong = [size for size in sizes if row_length % size]
         if wrong:
             step = sizes[-1] if all(sizes[-1] % size == 0 for size in sizes) else lcm(*sizes)
             below, above = row_length // step * step, (row_length // step + 1) * step
-            good = " or ".join(str(n) for n in (below, above) if n > 0)
+            valid = " or ".join(str(n) for n in (below, above) if n > 0)
             noun = f"block size {wrong[0]}" if len(wrong) == 1 else f"block sizes {', '.join(map(str, wrong))}"
-            raise ConfigError(f"row length {row_length} is not a multiple of {noun}; use {good}")
+            raise ConfigError(f"row length {row_length} is not a multiple of {noun}; use {valid}")
 
 
 def wsd_schedule(
     total_tokens: int, *, warmup: Sequence[tuple[int, float]], stable: float, decay: Sequence[tuple[int, float]]
 ) -> BlockSchedule:
-    """A Warmup-Stable-Decay schedule from shares of the run.
+    """Warmup-Stable-Decay schedule from shares of the run.
 
     Args:
         total_tokens: clean tokens of the whole run.

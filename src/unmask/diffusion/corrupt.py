@@ -1,4 +1,4 @@
-"""x0 -> xt: which tokens are masked, and the stream `[x_t | x_t' | x_0]` a model reads.
+"""Corruption, x0 -> xt: which tokens are masked, and the stream `[x_t | x_t' | x_0]` that a model reads in training.
 
 Owns masking, complementary pairs and the training layout. Knows tensors only. All noise is a function of (seed, epoch,
 document, position): a document is corrupted the same way alone or packed, on one rank or on many.
@@ -43,11 +43,17 @@ class CleanRows(Protocol):
 
 @dataclass(frozen=True)
 class CorruptionConfig:
-    """How rows are corrupted. `block_size` None: full-sequence diffusion, one block per document and no clean copy.
+    """How rows are corrupted.
 
-    `draws` corruptions (or complementary pairs) share one clean copy; their rates divide the bandwidth evenly. `start_id`: the
-    model is shifted (`ModelConfig.start_id`), None: it reads at each position the token that stands there. `ar_loss_weight`:
-    weight of the next-token loss of a shifted model's clean copy, beside the NELBO; 0: none.
+    Attributes:
+        mask_id: token that marks masked positions.
+        block_size: tokens of a block; None: full-sequence diffusion, one block per document and no clean copy.
+        bandwidth: interval of the mask rate.
+        complementary: masks come in pairs, each token masked in one of the two.
+        sampling: masks per block, as of `noisy_copies`.
+        mask_samples: masks (or complementary pairs) that share one clean copy; their rates divide the bandwidth evenly.
+        start_id: the model is shifted and reads this token before a document (`ModelConfig.start_id`); None: not shifted.
+        ar_loss_weight: weight of the next-token loss of a shifted model's clean copy, added to the NELBO; 0: none.
     """
 
     mask_id: int
@@ -55,15 +61,15 @@ class CorruptionConfig:
     bandwidth: Bandwidth = field(default_factory=Bandwidth)
     complementary: bool = False
     sampling: MaskSampling = "bernoulli"
-    draws: int = 1
+    mask_samples: int = 1
     start_id: int | None = None
     ar_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
             raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
-        if self.draws < 1:
-            raise ConfigError(f"{self.draws} draws of the mask; use 1 or more")
+        if self.mask_samples < 1:
+            raise ConfigError(f"mask_samples is {self.mask_samples}; use 1 or more")
         if self.ar_loss_weight and self.start_id is None:
             raise ConfigError(
                 f"ar_loss_weight is {self.ar_loss_weight:g}, but only a shifted model's clean copy predicts the next token"
@@ -71,8 +77,8 @@ class CorruptionConfig:
 
     @property
     def num_copies(self) -> int:
-        """Noisy copies of each row. A block of one token is always masked: no complement, and every draw would be the same."""
-        return 1 if self.block_size == 1 else self.draws * (2 if self.complementary else 1)
+        """Noisy copies of each row. A block of one token is always masked: no complement, and all samples would be the same."""
+        return 1 if self.block_size == 1 else self.mask_samples * (2 if self.complementary else 1)
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,11 @@ class NoisyCopy:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the model reads and must predict.
+    """The input of a training forward and its targets.
 
     `predict` are (row, column) indices of the N masked positions in the stream; `target_N` their clean tokens, `weight_N`
-    the objective's weights (float32), `t_N` their mask rates. The last `num_guided` of them are next-token predictions of the
-    clean copy instead. `num_maskable` counts maskable tokens once per noisy copy: the objective's normaliser. `ordinal_BT`
+    the objective's weights (float32), `t_N` their mask rates. The last `num_next_token` of them are next-token predictions of
+    the clean copy instead. `num_maskable` counts maskable tokens once per noisy copy: the objective's normaliser. `ordinal_BT`
     identifies documents for `embedding_noise`.
     """
 
@@ -104,12 +110,12 @@ class Stream:
     weight_N: Tensor
     t_N: Tensor
     num_maskable: int
-    num_guided: int = 0
+    num_next_token: int = 0
 
     @property
     def num_masked(self) -> int:
         """Predictions of masked positions, which come first."""
-        return len(self.target_N) - self.num_guided
+        return len(self.target_N) - self.num_next_token
 
 
 def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
@@ -122,12 +128,12 @@ def block_groups(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, int]:
     num_rows, length = block_RL.shape
     row_RL = torch.arange(num_rows, device=block_RL.device)[:, None].expand_as(block_RL)
     document_RL = row_RL * (length + 1) + rows.segment_RL
-    found, group_RL = (document_RL * (2 * length + 2) + block_RL).unique(return_inverse=True)
-    return group_RL, len(found)
+    groups, group_RL = (document_RL * (2 * length + 2) + block_RL).unique(return_inverse=True)
+    return group_RL, len(groups)
 
 
 def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
-    """Draw the masks of `config.draws` corruptions, or of as many complementary pairs.
+    """Sample `config.mask_samples` masks, or as many complementary pairs.
 
     Bernoulli: each maskable token of a block is masked with probability t, weight 1/t; the complement has rate 1 - t.
     Fixed count: with m maskable tokens in the block, k of them are masked. Alone, k is uniform on 1..m with weight m/k; in a
@@ -135,23 +141,23 @@ def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[N
     Block size 1: everything is masked with weight 1.
 
     Returns:
-        For every draw one `NoisyCopy`, or two that partition the maskable tokens.
+        For every sample one `NoisyCopy`, or two that partition the maskable tokens.
 
     Source: LLaDA2.0 Eqs 1-3, complementary masking section 4.1. Departs: fixed-count masks are ours, equal in expectation.
     """
     if config.block_size == 1:
         ones = torch.ones_like(rows.maskable_RL, dtype=torch.float32)
         return [NoisyCopy(rows.maskable_RL, ones, ones)]
-    return [copy for draw in range(config.draws) for copy in _draw(rows, config, seed, draw)]
+    return [copy for sample in range(config.mask_samples) for copy in _sample_masks(rows, config, seed, sample)]
 
 
-def _draw(rows: CleanRows, config: CorruptionConfig, seed: int, draw: int) -> list[NoisyCopy]:
-    """One corruption or complementary pair, the `draw`-th of `config.draws`."""
+def _sample_masks(rows: CleanRows, config: CorruptionConfig, seed: int, sample: int) -> list[NoisyCopy]:
+    """One mask or complementary pair, number `sample` (from 0) of `config.mask_samples`."""
     key = NoiseKey(seed, rows.epoch_RL)
     maskable_RL = rows.maskable_RL
     block_RL = block_ids(rows.position_RL, config.block_size)
-    t_RL = stratified_t(key, rows.ordinal_RL, block_RL, config.bandwidth, turn=draw / config.draws)
-    u_RL = key.uniform("mask", rows.ordinal_RL, rows.position_RL, *([draw] if draw else []))
+    t_RL = stratified_t(key, rows.ordinal_RL, block_RL, config.bandwidth, turn=sample / config.mask_samples)
+    u_RL = key.uniform("mask", rows.ordinal_RL, rows.position_RL, *([sample] if sample else []))
     if config.sampling == "bernoulli":
         masked_RL = maskable_RL & (u_RL < t_RL)
         first = NoisyCopy(masked_RL, t_RL, elbo_weight(t_RL))
@@ -169,7 +175,7 @@ def _draw(rows: CleanRows, config: CorruptionConfig, seed: int, draw: int) -> li
 
 
 def _rank_in_block(rows: CleanRows, block_RL: Tensor, u_RL: Tensor) -> tuple[Tensor, Tensor]:
-    """How many maskable tokens a token's block has, and where the token stands among them when ordered by `u_RL`."""
+    """Number of maskable tokens of each token's block, and the token's rank among them by `u_RL`; both float32 [R, L]."""
     group_RL, _ = block_groups(rows, block_RL)
     group = group_RL.flatten()
     maskable = rows.maskable_RL.flatten()
@@ -184,75 +190,77 @@ def _rank_in_block(rows: CleanRows, block_RL: Tensor, u_RL: Tensor) -> tuple[Ten
 
 
 def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionConfig) -> Stream:
-    """Lay noisy and clean tokens side by side, leaving out what no prediction depends on.
+    """Concatenate noisy and clean copies, without the blocks that no prediction depends on.
 
-    Noisy copies hold only blocks with something maskable (a prompt never needs one); the clean copy holds only blocks that
-    some noisy block may look back at, so a document's last block is never there twice. Full-sequence diffusion has no
-    clean copy at all. What is left out cannot change any prediction. With `ar_loss_weight` the clean copy predicts, too: every
-    maskable token, with that weight, and holds what that takes.
+    Noisy copies hold only blocks with a maskable token (so never a prompt); the clean copy holds only blocks that some noisy
+    block may attend to, so never a document's last block. Full-sequence diffusion has no clean copy. With `ar_loss_weight` the
+    clean copy predicts every maskable token as well, with that weight, and holds the blocks this takes.
 
-    A shifted model's clean copy is causal, as its parent is: its blocks are numbered by their first position, and every
+    The clean copy of a shifted model is causal, as its parent is: noisy blocks are numbered by their first position, and every
     clean token is a block of its own.
 
     Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours. The causal clean copy
         and its loss: NBDiff (2512.06776).
     """
     block_RL = block_ids(rows.position_RL, config.block_size)
-    shifted, guided = config.start_id is not None, config.ar_loss_weight > 0
-    noisy_RL, clean_RL = _needed(rows, block_RL, last_clean=guided)
+    shifted, next_token = config.start_id is not None, config.ar_loss_weight > 0
+    noisy_RL, clean_RL = _needed(rows, block_RL, last_clean=next_token)
     order_RL = block_RL * (config.block_size or 0) if shifted else block_RL
     clean_order_RL = rows.position_RL if shifted else block_RL
-    parts: list[tuple[Tensor, Tensor, int]] = []
+    stream_copies: list[CompactCopy] = []
     for number, copy in enumerate(copies, start=1):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
-        parts.append((noisy_RL, read_inputs(rows, xt_RL, block_RL, config.start_id), number))
-    if config.block_size is not None or guided:
-        parts.append((clean_RL, read_inputs(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
-    pieces = [compact(rows, *part) for part in parts]
+        stream_copies.append(compact(rows, noisy_RL, read_inputs(rows, xt_RL, block_RL, config.start_id), number))
+    if config.block_size is not None or next_token:
+        stream_copies.append(compact(rows, clean_RL, read_inputs(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
     predicted = list(copies)
-    if guided:
+    if next_token:
         ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
         predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.ar_loss_weight * len(copies)))
-    picked = [(copy.masked_RL, copy.weight_RL, copy.t_RL) for copy in predicted]
-    orders = [clean_order_RL if piece.copy == CLEAN else order_RL for piece in pieces]
-    stream = assemble(rows, pieces, orders, picked)
-    num_guided = int((stream.index.copy_BT[stream.predict] == CLEAN).sum())
-    return replace(stream, num_maskable=int(rows.maskable_RL.sum()) * len(copies), num_guided=num_guided)
+    targets = [(copy.masked_RL, copy.weight_RL, copy.t_RL) for copy in predicted]
+    orders = [clean_order_RL if copy.number == CLEAN else order_RL for copy in stream_copies]
+    stream = assemble(rows, stream_copies, orders, targets)
+    num_next_token = int((stream.index.copy_BT[stream.predict] == CLEAN).sum())
+    return replace(stream, num_maskable=int(rows.maskable_RL.sum()) * len(copies), num_next_token=num_next_token)
 
 
 def assemble(
-    rows: CleanRows, pieces: Sequence[Piece], orders: Sequence[Tensor], picked: Sequence[tuple[Tensor, Tensor, Tensor]]
+    rows: CleanRows, copies: Sequence[CompactCopy], orders: Sequence[Tensor], targets: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Stream:
-    """The parts of a stream side by side.
+    """Concatenate copies of the rows to a stream.
 
     Args:
-        rows: what they are taken from.
-        pieces: the parts.
-        orders: of each, int64 [R, L] numbers of the blocks, as the mask compares them.
-        picked: of each of the first parts, what it predicts (bool [R, L]; what it does not hold is left out), the weight and
-            the mask rate.
+        rows: what the copies are of.
+        copies: the noisy ones, then the clean one.
+        orders: of each copy, int64 [R, L] block numbers, as the mask compares them.
+        targets: of each of the first copies, the tokens it predicts (bool [R, L]; those it does not hold are ignored), their
+            weights and their mask rates.
 
     Returns:
         The stream; `num_maskable` counts its predictions.
     """
-    found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
-    for (wanted_RL, weight_RL, t_RL), piece in zip(picked, pieces, strict=False):
-        row_N, column_N = torch.nonzero(piece.gather(wanted_RL) & piece.valid, as_tuple=True)
-        at = (row_N, piece.source[row_N, column_N])
-        found.append((row_N, column_N + offset, rows.tokens_RL[at], weight_RL[at], t_RL[at]))
-        offset += piece.valid.shape[1]
-    row_N, column_N, target_N, weight_N, t_N = (torch.cat(columns) for columns in zip(*found, strict=True))
+    for (predicted_RL, weight_RL, t_RL), copy in zip(targets, copies, strict=False):
+        row_N, column_N = torch.nonzero(copy.gather(predicted_RL) & copy.valid, as_tuple=True)
+        at = (row_N, copy.source[row_N, column_N])
+        columns.append((row_N, column_N + offset, rows.tokens_RL[at], weight_RL[at], t_RL[at]))
+        offset += copy.valid.shape[1]
+    row_N, column_N, target_N, weight_N, t_N = (torch.cat(column) for column in zip(*columns, strict=True))
+
+    def gather(values_RL: Tensor) -> Tensor:
+        return torch.cat([copy.gather(values_RL) for copy in copies], dim=1)
+
     return Stream(
-        tokens_BT=torch.cat([piece.tokens for piece in pieces], dim=1),
-        position_BT=torch.cat([piece.gather(rows.position_RL) for piece in pieces], dim=1),
+        tokens_BT=torch.cat([copy.tokens for copy in copies], dim=1),
+        position_BT=gather(rows.position_RL),
         index=StreamIndex(
-            document_BT=torch.cat([piece.gather(rows.segment_RL) for piece in pieces], dim=1),
-            block_BT=torch.cat([piece.gather(order_RL) for piece, order_RL in zip(pieces, orders, strict=True)], dim=1),
-            copy_BT=torch.cat([torch.full_like(piece.tokens, piece.copy) for piece in pieces], dim=1),
+            document_BT=gather(rows.segment_RL),
+            block_BT=torch.cat([copy.gather(order_RL) for copy, order_RL in zip(copies, orders, strict=True)], dim=1),
+            copy_BT=torch.cat([torch.full_like(copy.tokens, copy.number) for copy in copies], dim=1),
         ),
-        epoch_BT=torch.cat([piece.gather(rows.epoch_RL) for piece in pieces], dim=1),
-        ordinal_BT=torch.cat([piece.gather(rows.ordinal_RL) for piece in pieces], dim=1),
+        epoch_BT=gather(rows.epoch_RL),
+        ordinal_BT=gather(rows.ordinal_RL),
         predict=(row_N, column_N),
         target_N=target_N,
         weight_N=weight_N.float(),
@@ -262,9 +270,9 @@ def assemble(
 
 
 def read_inputs(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int | None) -> Tensor:
-    """What the model reads at each position of a copy `xt_RL`: the token there; shifted, the one before.
+    """The model's input at each position of a copy `xt_RL`: the token there; for a shifted model, the token before.
 
-    The token before a block is always clean: blocks that lie before are given. Before a document stands the start token.
+    The token before a block is always clean, since the blocks before are; before a document it is the start token.
 
     Source: DiffuLLaMA (2410.17891), shift operation. Departs: the input is delayed instead of the output, which keeps blocks
         as they are.
@@ -280,21 +288,25 @@ def read_inputs(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int 
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One part of the stream: which row positions it takes (0 where `valid` is False), and what stands there."""
+class CompactCopy:
+    """A copy of the rows in the stream, without the positions it does not need.
+
+    `source` are the row positions it holds (0 where `valid` is False), `tokens` the inputs there, `number` is that of the copy.
+    """
 
     source: Tensor
     valid: Tensor
     tokens: Tensor
-    copy: int
+    number: int
 
     def gather(self, values_RL: Tensor) -> Tensor:
-        taken = values_RL.gather(1, self.source)
-        return torch.where(self.valid, taken, torch.zeros_like(taken))
+        """The values of the positions it holds; zero where there is none."""
+        gathered = values_RL.gather(1, self.source)
+        return torch.where(self.valid, gathered, torch.zeros_like(gathered))
 
 
 def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Tensor, Tensor]:
-    """Row positions that a noisy copy, and the clean copy, must hold; `last_clean`: the latter with the last noisy block."""
+    """Row positions that a noisy copy and the clean copy hold; `last_clean`: the clean one up to the last noisy block."""
     group_RL, num_groups = block_groups(rows, block_RL)
     document_RL, num_documents = block_groups(rows, torch.zeros_like(block_RL))
     noisy_block = torch.zeros(num_groups, dtype=torch.bool, device=block_RL.device)
@@ -307,14 +319,14 @@ def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Ten
     return noisy_RL, clean_RL & (rows.segment_RL > 0)
 
 
-def compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, copy: int) -> Piece:
-    """Move the kept positions of every row to its front; the width is the fullest row's."""
+def compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, number: int) -> CompactCopy:
+    """Copy `number` of the rows: in every row the kept positions, moved to the front; as wide as the fullest row."""
     width = max(1, int(keep_RL.sum(1).max()))
     order = torch.argsort((~keep_RL).to(torch.int8), dim=1, stable=True)[:, :width]
     valid = keep_RL.gather(1, order)
     source = torch.where(valid, order, torch.zeros_like(order))
     tokens = torch.where(valid, tokens_RL.gather(1, source), rows.tokens_RL.gather(1, source))
-    return Piece(source, valid, tokens, copy)
+    return CompactCopy(source, valid, tokens, number)
 
 
 def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:
@@ -323,8 +335,8 @@ def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:
 
 
 def next_token_stream(rows: CleanRows) -> Stream:
-    """The rows as an autoregressive model reads them: clean, causal in each document, every maskable token predicted one
-    position ahead. A document's first token has nobody to predict it and counts for nothing."""
+    """The rows as an autoregressive model reads them: clean, causal in each document, each maskable token predicted from the
+    position before. A document's first token is not predicted and not counted."""
     predicted_RL = torch.zeros_like(rows.maskable_RL)
     predicted_RL[:, :-1] = rows.maskable_RL[:, 1:] & (rows.segment_RL[:, 1:] == rows.segment_RL[:, :-1])
     row_N, column_N = torch.nonzero(predicted_RL, as_tuple=True)

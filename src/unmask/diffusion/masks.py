@@ -1,9 +1,9 @@
-"""Who may attend to whom: one predicate, three views of it.
+"""Attention masks of block diffusion: one predicate, three views of it.
 
-Owns the training and inference attention pattern of block diffusion. Knows tensors only: no model, no cache.
+Owns the attention pattern of training and inference. Knows tensors only: no model, no cache.
 
-A *stream* is what the model reads: clean tokens and noisy copies of them, side by side. `StreamIndex` says of every
-stream position which document it belongs to, which block of that document, and which copy it is in.
+A *stream* is the model's input: clean tokens and noisy copies of them, concatenated. `StreamIndex` holds, for every
+stream position, its document, its block in that document, and its copy.
 
 Legend: B batch, T stream positions, Q queries, K keys.
 """
@@ -22,7 +22,7 @@ CLEAN = 0
 
 @dataclass(frozen=True)
 class StreamIndex:
-    """What the predicate needs to know of each stream position; all int64 [B, T].
+    """Document, block and copy of each stream position, as the predicate compares them; all int64 [B, T].
 
     `document` separates packed documents (padding is a document of its own), `block` counts from the start of the
     document, `copy` is `CLEAN` or the number of the noisy copy.
@@ -57,8 +57,8 @@ def may_attend(query: StreamIndex, key: StreamIndex) -> Tensor:
 
 def dense_mask(stream: StreamIndex, *, queries: StreamIndex | None = None) -> Tensor:
     """The predicate as a bool tensor [B, T, T] (query, key), or [B, Q, T] for these `queries`. For reference and short rows."""
-    asked = stream if queries is None else queries
-    query = StreamIndex(asked.document_BT[:, :, None], asked.block_BT[:, :, None], asked.copy_BT[:, :, None])
+    queries = stream if queries is None else queries
+    query = StreamIndex(queries.document_BT[:, :, None], queries.block_BT[:, :, None], queries.copy_BT[:, :, None])
     key = StreamIndex(stream.document_BT[:, None, :], stream.block_BT[:, None, :], stream.copy_BT[:, None, :])
     return may_attend(query, key)
 
@@ -114,8 +114,8 @@ def _tile(dense_TT: Tensor, start: int, stop: int, key_tile: int) -> Tile:
     padded = torch.nn.functional.pad(mask_QT.any(0), (0, -length % key_tile))
     keep = padded.view(-1, key_tile).any(1).tolist()
     keys: list[tuple[int, int]] = []
-    for index, kept in enumerate(keep):
-        if not kept:
+    for index, visible in enumerate(keep):
+        if not visible:
             continue
         low, high = index * key_tile, min((index + 1) * key_tile, length)
         if keys and keys[-1][1] == low:

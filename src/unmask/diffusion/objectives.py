@@ -1,4 +1,4 @@
-"""What training minimises: the negative evidence lower bound over masked positions, confidence (CAP), preference (DPO).
+"""Loss functions: the negative evidence lower bound (NELBO) over masked positions, confidence (CAP), preference (DPO).
 
 Owns cross-entropy at predicted positions and the losses made of it. Knows tensors only; normalisers come in as arguments
 because only the trainer knows the global batch.
@@ -46,7 +46,7 @@ def token_nll(
         head: hidden states to logits.
         hidden_ND: hidden states at predicted positions.
         target_N: int64 clean tokens, never `mask_id`.
-        mask_id: banned from the prediction; None: an autoregressive model has none.
+        mask_id: token that is never predicted; None: an autoregressive model has none.
         chunk: positions projected at once.
 
     Returns:
@@ -83,29 +83,29 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:
-    """`score` of every `chunk` predictions; with more than one chunk each is recomputed in the backward pass."""
+    """`score` of the predictions, `chunk` at a time; with more than one chunk each is recomputed in the backward pass."""
     if len(target_N) <= chunk:
         return [score(hidden_ND, target_N)]
-    pieces = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
-    return [checkpoint(score, part_ND, part_N, use_reentrant=False) for part_ND, part_N in pieces]
+    chunks = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
+    return [checkpoint(score, part_ND, part_N, use_reentrant=False) for part_ND, part_N in chunks]
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the model says of each of N masked positions.
+    """Scores of the predictions at N masked positions.
 
-    `nll_N` (nats, float32) and `entropy_N` (nats, float32, zero where the argmax is wrong) carry gradients; `right_N` (bool)
-    says where the most probable token is the clean one, `confidence_N` (float32) how probable it is.
+    `nll_N` (nats, float32) and `entropy_N` (nats, float32, zero where the argmax is wrong) carry gradients; `correct_N` (bool):
+    the most probable token is the clean one; `confidence_N` (float32): its probability.
     """
 
     nll_N: Tensor
     entropy_N: Tensor
-    right_N: Tensor
+    correct_N: Tensor
     confidence_N: Tensor
 
     def first(self, count: int) -> TokenScores:
-        """Those of the first `count` predictions."""
-        return TokenScores(self.nll_N[:count], self.entropy_N[:count], self.right_N[:count], self.confidence_N[:count])
+        """The scores of the first `count` predictions."""
+        return TokenScores(self.nll_N[:count], self.entropy_N[:count], self.correct_N[:count], self.confidence_N[:count])
 
 
 def token_scores(
@@ -131,9 +131,9 @@ def token_scores(
         log_z_N = logits_NV.logsumexp(-1)
         nll_N = log_z_N - logits_NV.gather(1, part_N[:, None])[:, 0]
         best = logits_NV.detach().max(-1)
-        right_N = best.indices == part_N
-        entropy_N = torch.zeros_like(nll_N).masked_scatter(right_N, entropy(logits_NV[right_N] / temperature))
-        return nll_N, entropy_N, right_N, (best.values - log_z_N.detach()).exp()
+        correct_N = best.indices == part_N
+        entropy_N = torch.zeros_like(nll_N).masked_scatter(correct_N, entropy(logits_NV[correct_N] / temperature))
+        return nll_N, entropy_N, correct_N, (best.values - log_z_N.detach()).exp()
 
     columns = zip(*_in_chunks(score, hidden_ND, target_N, chunk), strict=True)
     return TokenScores(*(torch.cat(column) for column in columns))
@@ -145,19 +145,19 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return logits_NV.logsumexp(-1) - (logits_NV.softmax(-1) * finite_NV).sum(-1)
 
 
-def confidence_loss(entropy_N: Tensor, num_right: int) -> Tensor:
-    """`L_conf`: mean entropy over the masked positions whose argmax is right already.
+def confidence_loss(entropy_N: Tensor, num_correct: int = 1) -> Tensor:
+    """`L_conf`: mean entropy over the masked positions whose argmax is correct.
 
     Args:
         entropy_N: `TokenScores.entropy_N` (of this micro-batch).
-        num_right: such positions in the *global* batch.
+        num_correct: such positions in the *global* batch; 1 gives the sum.
 
     Returns:
-        Scalar; summed over micro-batches it is the batch's. Zero with zero gradient where nothing is right.
+        Scalar; summed over micro-batches it is the batch's. Zero with zero gradient where nothing is correct.
 
     Source: LLaDA2.0 section 4.2 (confidence-aware parallel training).
     """
-    return entropy_N.sum() / max(num_right, 1)
+    return entropy_N.sum() / max(num_correct, 1)
 
 
 def preference_loss(margin_P: Tensor, beta: float) -> Tensor:
@@ -193,13 +193,14 @@ def elbo_gains(
     return flat.index_add(0, row_N * shape[1] + sample_N, gain_N).view(shape)
 
 
-def nelbo(nll_N: Tensor, weight_N: Tensor, num_maskable: int) -> Tensor:
+def nelbo(nll_N: Tensor, weight_N: Tensor, num_maskable: int = 1) -> Tensor:
     """`(1 / num_maskable) sum_i w_i nll_i`: the NELBO per maskable token, in nats.
 
     Args:
         nll_N: float32 negative log-likelihoods of the masked tokens (of this micro-batch).
         weight_N: their weights, 1/t.
-        num_maskable: maskable tokens of the *global* batch, over all ranks and micro-batches, counted once per noisy copy.
+        num_maskable: maskable tokens of the *global* batch, over all ranks and micro-batches, counted once per noisy copy;
+            1 gives the sum.
 
     Returns:
         Scalar; summed over micro-batches it is the batch's NELBO. Zero, never NaN, where nothing is maskable.

@@ -1,6 +1,6 @@
-"""Mask rates and their weights.
+"""Noise schedule: mask rates and their weights.
 
-Owns the linear noise schedule, the mask-rate bandwidth and the draw of t. Knows tensors only; randomness is an argument.
+Owns the linear schedule, the mask-rate bandwidth and the sampling of t. Knows tensors only; randomness is an argument.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def stratified_t(key: NoiseKey, document: Tensor, block: Tensor, bandwidth: Band
         key: seed and epoch, tensors broadcastable to `document`.
         document: int64 document ids (consecutive in the data order).
         block: int64 block numbers within the document.
-        bandwidth: where rates may lie.
-        turn: share of the interval, in [0, 1), by which every rate is moved round it: j / n for draw j of n covers it evenly.
+        bandwidth: interval of the rates.
+        turn: share of the interval, in [0, 1), by which every rate is rotated: j / n for sample j of n covers it evenly.
 
     Returns:
         float32 rates in (low, high].

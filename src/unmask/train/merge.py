@@ -38,7 +38,7 @@ def top_k(run: Path, k: int) -> list[Path]:
     comparable = sorted(((s.nelbo, path) for s, path in scored if s.block_size == last), key=lambda pair: pair[0])
     if len(comparable) < k:
         raise CheckpointError(
-            f"{run} has {len(comparable)} evaluated checkpoints at its last block size, {k} are wanted; lower --top-k, "
+            f"{run} has {len(comparable)} evaluated checkpoints at its last block size, {k} are wanted; use a smaller k, "
             "or train with more train.keep_checkpoints"
         )
     return [path / "model" for _, path in comparable[:k]]
@@ -126,7 +126,7 @@ def _write(
 ) -> Path:
     """Write what `combine` makes of the folders' tensors, name by name; config, dtypes and files are the first folder's."""
     if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty; choose another --out")
+        raise CheckpointError(f"{out} is not empty; choose another folder")
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).exists()), None)
     if adapter is not None:
         raise CheckpointError(f"{adapter} is an adapter, not a whole model; fold it first (unmask export), then merge")

@@ -1,6 +1,6 @@
-"""What a run writes about itself: JSON lines, TensorBoard, a plot.
+"""Training metrics: JSON lines, TensorBoard, a plot.
 
-Owns the files under the run's folder. Knows nothing of models; a metric is a number with a name.
+Owns these files of a run's folder. Knows nothing of models; a metric is a number with a name.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-Record = dict[str, Any]
+MetricRecord = dict[str, Any]
 
 
 class MetricLog:
     """Appends records to `metrics.jsonl` and to TensorBoard under `folder`.
 
-    On resume, records of steps that the checkpoint does not know are dropped: the file always tells one history.
+    On resume, records of steps after the checkpoint are dropped: every step is in the file once.
     """
 
     def __init__(self, folder: Path, *, from_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] <= from_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        earlier = [record for record in read_metrics(self.path) if record["step"] <= from_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in earlier))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricRecord) -> None:
         """Append one record; it has `step` and `kind` ("train" or "validation")."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -45,11 +45,11 @@ class MetricLog:
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path) -> list[MetricRecord]:
     """Records of a `metrics.jsonl`; a last line cut short by a crash is ignored."""
     if not path.exists():
         return []
-    records: list[Record] = []
+    records: list[MetricRecord] = []
     for line in path.read_text().splitlines():
         try:
             records.append(json.loads(line))
@@ -68,7 +68,7 @@ def smoothed(values: Iterable[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def plot_run(records: list[Record], path: Path) -> Path:
+def plot_run(records: list[MetricRecord], path: Path) -> Path:
     """Draw loss (raw, smoothed, validation) and block size over tokens as a PNG."""
     import matplotlib
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Schedule = Literal["constant", "cosine", "linear"]
+LearningRateSchedule = Literal["constant", "cosine", "linear"]
 
 
 class MasterAdamW:
@@ -102,7 +102,7 @@ class MasterAdamW:
 
 
 def learning_rate(
-    step: int, progress: float, *, peak: float, warmup_steps: int, schedule: Schedule, final_share: float
+    step: int, progress: float, *, peak: float, warmup_steps: int, schedule: LearningRateSchedule, final_share: float
 ) -> float:
     """Rate of step `step` (from 0) at `progress` in [0, 1] of the token budget.
 

@@ -1,12 +1,11 @@
-"""A run from its recipe, whatever its stage: conversion, supervised fine-tuning, preference optimisation.
+"""Training runs: from a recipe to a trained model in a folder, whatever the stage.
 
-Owns how model, mask token, data, objective and trainer come together, and what the run leaves behind. The loop is `trainer`.
+Owns how model, mask token, data, objective and trainer come together, and what a run leaves behind. The loop is `loop`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +26,24 @@ from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
-from unmask.train.drafting import Drafting
-from unmask.train.metrics import Record, plot_run, read_metrics
-from unmask.train.objective import Denoising, MaskedSetting, NextToken, Objective, Preference, Setting
-from unmask.train.recipe import Recipe, TrainSection
+from unmask.train.forward import AttentionBackend
+from unmask.train.loop import Components, Trainer
+from unmask.train.metrics import MetricRecord, plot_run, read_metrics
+from unmask.train.objectives.base import ReferencePolicy, Setting
+from unmask.train.recipe import Recipe
 from unmask.train.router import RouterMonitor
+from unmask.train.sections import TrainSection
 from unmask.train.state import list_checkpoints, save_model
-from unmask.train.step import AttentionBackend
-from unmask.train.trainer import Parts, Trainer
 
 ADAPTER = "adapter"
 """Folder, inside the run's, of the PEFT files that a run with LoRA leaves beside the folded model."""
 
-
-_ANYTHING = [{"role": "user", "content": "x"}]
+_ANY_CHAT = [{"role": "user", "content": "x"}]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind: `folder` is the model's when `finished`, else the run's; `data`: what became of the documents."""
+    """Result of a run: `folder` is the model's when `finished`, else the run's; `data` sums up the packed documents."""
 
     finished: bool
     folder: Path
@@ -60,7 +58,7 @@ def run_recipe(
     out: Path,
     *,
     resume: bool = False,
-    on_record: Callable[[Record], None] = lambda record: None,
+    on_record: Callable[[MetricRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Run a recipe.
@@ -69,8 +67,8 @@ def run_recipe(
         recipe: model, data, schedule, objective, budget.
         out: the run's folder: checkpoints, metrics, plot and, at the end, the model (with LoRA its adapter too).
         resume: continue the run in `out`; without one there, start.
-        on_record: sees every metric record.
-        should_stop: asked after every step; True saves a resumable checkpoint and returns.
+        on_record: called with every metric record.
+        should_stop: called after every step; True saves a resumable checkpoint and returns.
 
     Returns:
         Where the model and the plot are.
@@ -80,35 +78,40 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    if not resume and (list_checkpoints(out) or (out / "config.json").exists()):
-        raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
-    parts = build_parts(recipe)
-    trainer = Trainer(parts, out, on_record=on_record, should_stop=should_stop)
+    if not resume and holds_run(out):
+        raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
+    components = build_components(recipe)
+    trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
     trainer.resume()
     try:
         finished = trainer.fit()
     finally:
         plot = _plot(out)
     if finished:
-        save_model(parts.model, parts.tokenizer, out)
+        save_model(components.model, components.tokenizer, out)
         if recipe.train.lora is not None:
-            save_adapter(parts.model, out / ADAPTER, base=recipe.model)
-            parts.tokenizer.save(out / ADAPTER)
-    return RunResult(finished, out, plot, trainer.step, trainer.tokens, parts.packer.stats.summary)
+            save_adapter(components.model, out / ADAPTER, base=recipe.model)
+            components.tokenizer.save(out / ADAPTER)
+    return RunResult(finished, out, plot, trainer.step, trainer.tokens, components.packer.stats.summary)
 
 
-def build_parts(recipe: Recipe) -> Parts:
-    """Load the model, give it a mask token, open and split the data, choose the objective."""
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in this folder, or has left its model there."""
+    return bool(list_checkpoints(folder)) or (folder / "config.json").exists()
+
+
+def build_components(recipe: Recipe) -> Components:
+    """Load the model, give it a mask token, open and split the data, build the objective."""
     train = recipe.train
     device = ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
-    mask_id = _give_mask_token(model, tokenizer, recipe)
-    reference = None if recipe.preference is None or train.lora is not None else deepcopy(model).requires_grad_(False).eval()
+    mask_id = _set_mask_token(model, tokenizer, recipe)
+    reference = _reference(model, recipe)
     if model.config.start_id is not None:
         tokenizer.set_start_token(model.config.start_id)
-    model = _give_gates(model, train)
+    model = _gated_lora(model, train)
     if train.lora is not None:
         attach_lora(
             model,
@@ -120,34 +123,43 @@ def build_parts(recipe: Recipe) -> Parts:
     model.activation_checkpointing = train.activation_checkpointing
     model.train()
     router = _router(model, train)
-    backend = _backend(recipe, device)
-    return Parts(
+    setting = Setting(model, train, _backend(train, device), router, mask_id, reference)
+    return Components(
         model=model,
-        objective=_objective(Setting(model, recipe, backend, router), mask_id, reference),
+        objective=recipe.objective.build(setting),
         router=router,
         packer=_packer(recipe, tokenizer, held_out=False),
         validation=_validation_rows(recipe, tokenizer),
         recipe=recipe,
-        mask_id=mask_id,
-        backend=backend,
         tokenizer=tokenizer,
     )
 
 
-def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
-    """The id of the mask token: the diffusion model's own, the recipe's, or an unused one; the model grows if it must.
+def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:
+    """The reference of a preference objective: a frozen copy; with LoRA the model itself, without its adapter."""
+    if not recipe.objective.needs_reference:
+        return None
+    if recipe.train.lora is not None:
+        return ReferencePolicy(model, lambda: adapters_off(model))
+    return ReferencePolicy(deepcopy(model).requires_grad_(False).eval())
 
-    None for a model that is to stay autoregressive.
+
+def _set_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
+    """Id of the mask token: the diffusion model's own, the recipe's, or an unused token; the model grows if it must.
+
+    None for a model that stays autoregressive.
     """
-    own = model.config.mask_id
-    if recipe.autoregressive:
+    own, objective = model.config.mask_id, recipe.objective
+    if objective.autoregressive:
         if own is not None:
-            raise ConfigError(f"{recipe.model} is a diffusion model; autoregressive: true takes an autoregressive one")
+            raise ConfigError(
+                f"{recipe.model} is a diffusion model; objective.kind {objective.kind} takes an autoregressive one"
+            )
         return None
     if own is None and recipe.schedule is None:
         raise ConfigError(
             f"{recipe.model} is autoregressive: fine-tuning needs a diffusion model; convert it first (unmask convert), "
-            "give the recipe a schedule of block sizes, or train it as it is (autoregressive: true)"
+            "give the recipe a schedule of block sizes, or train it as it is (objective.kind next_token)"
         )
     if own is not None and recipe.mask_token is None and own in tokenizer.added_tokens:
         token = tokenizer.added_tokens[own]
@@ -164,25 +176,20 @@ def _give_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -
 
 
 def _start_token(config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
-    """What a shifted model reads before a document: the token that its parent's begin with. None: not shifted."""
+    """The token a shifted model reads before a document: what its parent's documents begin with. None: not shifted."""
     if config.shifted:
         return config.start_id
     if recipe.shift:
         if config.mask_id is not None:
             raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
-        chat = tokenizer.chat(_ANYTHING, add_generation_prompt=True) if tokenizer.has_chat_template else []
+        chat = tokenizer.chat(_ANY_CHAT, add_generation_prompt=True) if tokenizer.has_chat_template else []
         candidates = (*chat[:1], *tokenizer.prefix_ids[:1], config.bos_id, *config.eos_ids)
         return next((token for token in candidates if token is not None), 0)
-    if recipe.objective.ar_loss_weight:
-        raise ConfigError(
-            f"objective.ar_loss_weight is {recipe.objective.ar_loss_weight:g}, which takes a shifted model; "
-            "convert with shift: true, or leave it out"
-        )
     return None
 
 
-def _give_gates(model: Transformer, train: TrainSection) -> Transformer:
-    """A model that has gated LoRA, or is to have it, trains it alone."""
+def _gated_lora(model: Transformer, train: TrainSection) -> Transformer:
+    """Freeze all but the gated LoRA of a model that has one, or that the recipe gives one."""
     rank = model.config.gated_lora_rank
     if train.gated_lora_rank is not None and rank is None:
         return add_gated_lora(model, train.gated_lora_rank, seed=train.seed)
@@ -190,13 +197,13 @@ def _give_gates(model: Transformer, train: TrainSection) -> Transformer:
         return model
     if train.gated_lora_rank not in (None, rank) or train.lora is not None:
         raise ConfigError(
-            f"the model has gated LoRA of rank {rank}, which goes on as it is; leave gated_lora_rank and lora out"
+            f"the model has a gated LoRA of rank {rank}, which training continues; leave train.gated_lora_rank and lora out"
         )
     return train_gated_lora(model)
 
 
 def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
-    """What watches the routers of a mixture; None for a dense model."""
+    """The monitor of the routers of a mixture of experts; None for a dense model."""
     policy = train.router.policy
     if model.config.moe is None:
         if policy is not None:
@@ -210,28 +217,14 @@ def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
     return RouterMonitor(model, policy, rate=train.router.rate, aux_weight=train.router.aux_weight)
 
 
-def _objective(setting: Setting, mask_id: int | None, reference: Transformer | None) -> Objective:
-    """Next token (no `mask_id`), denoising, or preference: against a frozen copy (`reference`) or the model without adapter."""
-    if mask_id is None:
-        return NextToken(setting)
-    masked = MaskedSetting(setting.model, setting.recipe, setting.backend, setting.router, mask_id)
-    if setting.recipe.objective.drafts is not None:
-        return Drafting(masked, setting.recipe.objective.drafts)
-    if setting.recipe.preference is None:
-        return Denoising(masked)
-    if reference is not None:
-        return Preference(masked, reference, nullcontext)
-    return Preference(masked, setting.model, lambda: adapters_off(setting.model))
-
-
 def _packer(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> Packer:
     """Rows of one side of the split: the mixture of the recipe's sources, packed, or pair by pair."""
-    data, pairs = recipe.data, recipe.preference is not None
-    fill = 1 if recipe.objective.drafts is not None else recipe.block_size  # behind an answer's end nobody drafts
+    data, pairs = recipe.data, recipe.objective.needs_reference
+    eos_fill = recipe.objective.eos_fill(recipe.block_size)
     share = data.validation_share if data.validation_rows else 0.0
     sources = [
         Split(
-            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=fill),
+            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=eos_fill),
             share,
             held_out=held_out,
         )
@@ -250,9 +243,9 @@ def _validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> PackedRows | None:
     return rows if rows.num_rows else None
 
 
-def _backend(recipe: Recipe, device: str) -> AttentionBackend:
-    if recipe.train.attention != "auto":
-        return recipe.train.attention
+def _backend(train: TrainSection, device: str) -> AttentionBackend:
+    if train.attention != "auto":
+        return train.attention
     return "flex" if device.startswith("cuda") else "blocked"
 
 

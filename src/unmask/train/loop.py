@@ -1,34 +1,35 @@
-"""The only training loop. Stages differ by objective, data and block schedule, all given.
+"""The training loop: optimiser steps over a block-size schedule, evaluations, checkpoints.
 
-Owns the order of a step, when to evaluate and when to save. Knows nothing of what is minimised, of where a model or its data
-come from, nor how progress is shown.
+Owns the order of a step and the normalisation of losses and figures. Stages differ by objective, data and schedule, all given;
+the loop knows nothing of what is minimised, of where a model or its data come from, nor how progress is shown.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unmask.data.packing import PackedRows, Packer
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.errors import ConfigError, TrainingError
 from unmask.models.arch.transformer import Transformer
-from unmask.train.metrics import MetricLog, Record
-from unmask.train.objective import Objective
+from unmask.train.metrics import MetricLog, MetricRecord
+from unmask.train.objectives.base import Figure, Objective
 from unmask.train.optim import MasterAdamW, learning_rate
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
 from unmask.train.state import TrainState, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from unmask.train.step import AttentionBackend
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """Everything a run is made of."""
 
     model: Transformer
@@ -37,37 +38,83 @@ class Parts:
     packer: Packer
     validation: PackedRows | None
     recipe: Recipe
-    mask_id: int | None
-    backend: AttentionBackend
     tokenizer: Tokenizer
 
 
-class Trainer:
-    """Trains a model through its block-size schedule.
+def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) -> MetricRecord:
+    """Add the gradient of a global batch, micro-batch by micro-batch.
 
     Args:
-        parts: model (in its compute dtype, on its device), data, recipe.
-        run: the run's folder: checkpoints, metrics, plot.
-        on_record: sees every metric record as it is written.
-        should_stop: asked after every step; True ends the run in a resumable state.
+        objective: what is minimised.
+        rows: the global batch.
+        phase: where the run stands in its block-size schedule.
+        step: optimiser steps before this one.
+
+    Returns:
+        `loss` (nats) and the objective's figures; none of them, nor the gradient, depends on how the batch is split.
+    """
+    batches = [objective.prepare(part, phase, step) for part in objective.setting.micro_batches(rows)]
+    # A single micro-batch brings the counts of the global batch along; of several they are needed before the first backward.
+    single = batches[0].forward() if len(batches) == 1 else None
+    counts = _add_up(batch.counts() for batch in batches) if single is None else [term.count for term in single.terms]
+    # With several devices, `counts` (and the figures) are what has to be summed over them.
+    loss, figures = 0.0, []
+    for batch in batches:
+        output = single or batch.forward()
+        first, *others = [term.sum / max(count, 1) for term, count in zip(output.terms, counts, strict=True)]
+        partial_loss = sum(others, start=first)
+        partial_loss.backward()
+        loss += float(partial_loss.detach())
+        figures.append(output.figures)
+    return {"loss": loss, **_means(figures)}
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, rows: PackedRows, phase: Phase) -> MetricRecord:
+    """Figures of held-out rows under fixed noise, among them `nelbo` (nats per token)."""
+    return _means(objective.evaluate(part, phase) for part in objective.setting.micro_batches(rows))
+
+
+def _add_up(counts: Iterable[tuple[float, ...]]) -> list[float]:
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
+def _means(parts: Iterable[Mapping[str, Figure]]) -> MetricRecord:
+    """The mean of every figure over the parts of a batch; 0 where nothing was counted."""
+    totals: dict[str, Figure] = {}
+    for part in parts:
+        for name, figure in part.items():
+            total = totals.get(name, Figure(0.0, 0.0))
+            totals[name] = Figure(total.sum + figure.sum, total.count + figure.count)
+    return {name: total.sum / max(total.count, 1) for name, total in totals.items()}
+
+
+class Trainer:
+    """Trainer of one model over its block-size schedule.
+
+    Args:
+        components: model (in its compute dtype, on its device), objective, data, recipe.
+        run: folder of checkpoints, metrics and plot.
+        on_record: called with every metric record as it is written.
+        should_stop: called after every step; True ends the run in a resumable state.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        components: Components,
         run: Path,
         *,
-        on_record: Callable[[Record], None] = lambda record: None,
+        on_record: Callable[[MetricRecord], None] = lambda record: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.parts, self.run_folder = parts, run
-        self.recipe, self.train = parts.recipe, parts.recipe.train
-        self.schedule: BlockSchedule = parts.recipe.blocks
+        self.components, self.run_folder = components, run
+        self.recipe, self.train = components.recipe, components.recipe.train
+        self.schedule: BlockSchedule = components.recipe.blocks
         self.optimizer = MasterAdamW(
-            parts.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
+            components.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
         )
         self.step, self.tokens = 0, 0
-        self._packer_state: dict[str, Any] = parts.packer.state_dict()
+        self._packer_state: dict[str, Any] = components.packer.state_dict()
         self._validation: dict[str, Any] = {}
         self._on_record, self._should_stop = on_record, should_stop
 
@@ -81,17 +128,17 @@ class Trainer:
         if not checkpoints:
             return False
         state, tensors = load_checkpoint(checkpoints[-1])
-        ours, theirs = self.recipe.model_dump(mode="json"), _completed(state.recipe)
-        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
+        recipe, saved = self.recipe.model_dump(mode="json"), _with_defaults(state.recipe)
+        changed = sorted(key for key in recipe if recipe[key] != saved.get(key))
         if changed:
             raise TrainingError(
                 f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
-                "resume with the recipe it was started with, or choose another --out"
+                "resume with the recipe it was started with, or choose another folder"
             )
         self.optimizer.load_state_tensors(tensors)
-        if self.parts.router is not None:
-            self.parts.router.load_state_tensors(tensors)
-        self.parts.packer.load_state_dict(state.packer)
+        if self.components.router is not None:
+            self.components.router.load_state_tensors(tensors)
+        self.components.packer.load_state_dict(state.packer)
         self.step, self.tokens, self._validation = state.step, state.tokens, state.validation
         self._packer_state = state.packer
         return True
@@ -107,13 +154,13 @@ class Trainer:
         return self.tokens >= self.train.tokens
 
     def fit(self) -> bool:
-        """Train until the budget is spent (True) or `should_stop` says so (False); a checkpoint exists either way."""
+        """Train until the budget is spent (True) or `should_stop` returns True (False); a checkpoint exists either way."""
         with MetricLog(self.run_folder, from_step=self.step) as log:
             while not self.finished:
                 before = self.phase_index
                 self._emit(log, self._train_step())
                 phase_ended = self.finished or self.phase_index != before
-                if self.parts.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
+                if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
                 stop = self._should_stop()
                 if phase_ended or stop or self.step % self.train.checkpoint_every == 0:
@@ -131,27 +178,27 @@ class Trainer:
             recipe=self.recipe.model_dump(mode="json"),
             validation=self._validation,
         )
-        routers = {} if self.parts.router is None else self.parts.router.state_tensors()
+        routers = {} if self.components.router is None else self.components.router.state_tensors()
         tensors = {**self.optimizer.state_tensors(), **routers}
-        path = save_checkpoint(self.run_folder, state, tensors, self.parts.model, self.parts.tokenizer)
+        path = save_checkpoint(self.run_folder, state, tensors, self.components.model, self.components.tokenizer)
         prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
         return path
 
-    def _emit(self, log: MetricLog, record: Record) -> None:
+    def _emit(self, log: MetricLog, record: MetricRecord) -> None:
         log.write(record)
         self._on_record(record)
 
-    def _train_step(self) -> Record:
+    def _train_step(self) -> MetricRecord:
         """One optimiser step over the global batch; returns its metrics."""
         started = time.perf_counter()
         phase = self.schedule.phases[self.phase_index]
-        rows = self.parts.packer.next_rows(self.train.batch_rows)
+        rows = self.components.packer.next_rows(self.train.batch_rows)
         if not self.recipe.data.document_mask:
             rows = rows.joined()
-        router = self.parts.router
+        router = self.components.router
         if router is not None:
             router.begin_step(rows.num_tokens)
-        figures = self.parts.objective.accumulate(rows, phase, self.step)
+        figures = accumulate(self.components.objective, rows, phase, self.step)
         loss, norm = figures["loss"], float(self.optimizer.clip(self.train.clip_norm))
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.drop_gradients()
@@ -172,7 +219,7 @@ class Trainer:
         loads = {} if router is None else router.end_step()
         self.step += 1
         self.tokens += rows.num_tokens
-        self._packer_state = self.parts.packer.state_dict()
+        self._packer_state = self.components.packer.state_dict()
         seconds = time.perf_counter() - started
         return {
             "kind": "train",
@@ -189,9 +236,9 @@ class Trainer:
             "tokens_per_second": rows.num_tokens / seconds,
         }
 
-    def _evaluate(self, phase: Phase) -> Record:
-        assert self.parts.validation is not None
-        figures = self.parts.objective.evaluate(self.parts.validation, phase)
+    def _evaluate(self, phase: Phase) -> MetricRecord:
+        assert self.components.validation is not None
+        figures = evaluate(self.components.objective, self.components.validation, phase)
         self._validation = {"nelbo": figures["nelbo"], "step": self.step, "block_size": phase.block_size}
         return {
             "kind": "validation",
@@ -203,8 +250,8 @@ class Trainer:
         }
 
 
-def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe on disk as this version writes it: with the defaults of options that came later; as it is if it has others."""
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe with the defaults of keys that were added since; unchanged if it cannot be read any more."""
     try:
         return parse_recipe(recipe, "of the checkpoint").model_dump(mode="json")
     except ConfigError:

@@ -18,11 +18,12 @@ from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, DataError, TrainingError
+from unmask.train.loop import Trainer, accumulate
 from unmask.train.metrics import read_metrics
-from unmask.train.recipe import LoraSection, Recipe
-from unmask.train.run import build_parts, run_recipe
+from unmask.train.recipe import Recipe
+from unmask.train.run import build_components, run_recipe
+from unmask.train.sections import LoraSection
 from unmask.train.state import list_checkpoints
-from unmask.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ run_recipe(recipe, run, resume=True, on_record=on_record)
 def test_resume_after_sigkill_gives_the_same_losses(
     base: Path, recipe: Recipe, uninterrupted: Path, tmp_path: Path, kill_at: int
 ) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     command = [sys.executable, "-c", KILLED, str(base), str(tmp_path / "run"), str(kill_at)]
     process = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
@@ -128,14 +129,14 @@ def test_a_half_written_checkpoint_is_ignored(recipe: Recipe, tmp_path: Path) ->
 
 def gradients(recipe: Recipe, rows: PackedRows, micro_rows: int, block_size: int | None) -> dict[str, torch.Tensor]:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_rows": micro_rows})})
-    parts = build_parts(changed)
-    parts.objective.accumulate(rows, Phase("decay", block_size, 1), 0)
+    parts = build_components(changed)
+    accumulate(parts.objective, rows, Phase("decay", block_size, 1), 0)
     return {name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("block_size", [1, 8, None])
 def test_gradients_do_not_depend_on_the_micro_batch_split(recipe: Recipe, block_size: int | None) -> None:
-    rows = build_parts(recipe).packer.next_rows(4)
+    rows = build_components(recipe).packer.next_rows(4)
     whole = gradients(recipe, rows, 4, block_size)
     for micro_rows in (1, 2):
         split = gradients(recipe, rows, micro_rows, block_size)
@@ -162,7 +163,7 @@ def test_activation_checkpointing_changes_nothing(recipe: Recipe, uninterrupted:
 def test_lora_trains_few_parameters_and_saves_a_plain_model(base: Path, recipe: Recipe, tmp_path: Path) -> None:
     lora = {"lora": LoraSection(rank=2)}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=lora)})
-    parts = build_parts(changed)
+    parts = build_components(changed)
     trainable = {name for name, p in parts.model.named_parameters() if p.requires_grad}
     assert all(".lora_" in name or name == "embed.weight" for name in trainable)
     assert any(".lora_" in name for name in trainable)
@@ -187,7 +188,7 @@ def test_lora_resumes_exactly(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_stops_with_step_phase_and_state(recipe: Recipe, tmp_path: Path) -> None:
-    parts = build_parts(recipe)
+    parts = build_components(recipe)
     trainer = Trainer(parts, tmp_path / "run")
     calls = 0
 
@@ -207,7 +208,7 @@ def test_a_run_of_before_an_option_existed_resumes_with_its_default(recipe: Reci
     run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
     path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
     state = json.loads(path.read_text())
-    del state["recipe"]["objective"]["draws"]
+    del state["recipe"]["objective"]["mask_samples"]
     path.write_text(json.dumps(state))
     assert run_recipe(recipe, tmp_path / "run", resume=True).finished
 
@@ -217,7 +218,7 @@ def test_resume_with_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
     with pytest.raises(TrainingError, match="train differ"):
         run_recipe(changed, tmp_path / "run", resume=True)
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         run_recipe(recipe, tmp_path / "run")
 
 
@@ -236,10 +237,10 @@ def test_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, mon
 
 
 def test_mask_token_in_the_data_is_refused(base: Path, tmp_path: Path) -> None:
-    parts = build_parts(tiny_recipe(base / "model", base / "data.jsonl"))
+    parts = build_components(tiny_recipe(base / "model", base / "data.jsonl"))
     word = unmask.load(base / "model").tokenizer
     assert word is not None
-    assert parts.mask_id in word.added_tokens
+    assert parts.objective.setting.mask_id in word.added_tokens
     recipe = tiny_recipe(base / "model", base / "data.jsonl")
     with pytest.raises(DataError, match=r"data\.jsonl"):
         run_recipe(recipe.model_copy(update={"mask_token": "<|im_start|>"}), tmp_path / "run")
@@ -257,8 +258,8 @@ def test_appended_mask_token_grows_the_model(base: Path, recipe: Recipe, tmp_pat
 
 
 def test_a_word_of_the_vocabulary_keeps_its_id_as_mask_token(recipe: Recipe) -> None:
-    parts = build_parts(recipe.model_copy(update={"mask_token": "<repo_name>"}))
+    parts = build_components(recipe.model_copy(update={"mask_token": "<repo_name>"}))
     tokenizer = unmask.load(recipe.model).tokenizer
     assert tokenizer is not None
-    assert parts.mask_id == tokenizer.special_tokens["<repo_name>"]
+    assert parts.objective.setting.mask_id == tokenizer.special_tokens["<repo_name>"]
     assert parts.model.config.vocab_size == tokenizer.vocab_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
@@ -18,27 +18,29 @@ from torch import Tensor
 from tiny import MASK, Doc, Rows, pack, text, tiny_model
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.diffusion.corrupt import build_stream, noisy_copies
+from unmask.diffusion.corrupt import CorruptionConfig, build_stream, noisy_copies
 from unmask.diffusion.objectives import nelbo
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.train.objective import Denoising, MaskedSetting, NextToken, Preference, Setting
+from unmask.train.forward import score_stream
+from unmask.train.loop import accumulate, evaluate
+from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.recipe import Recipe, parse_recipe
-from unmask.train.step import score_stream
 
 BLOCK, START = 4, 1
 PHASE = Phase("decay", BLOCK, 1000)
 
 
-def recipe(micro_rows: int = 2, *, batch_rows: int = 4, preference: dict[str, Any] | None = None, **objective: Any) -> Recipe:
+def recipe(micro_rows: int = 2, *, batch_rows: int = 4, kind: str = "denoise", **objective: Any) -> Recipe:
+    if kind == "denoise":
+        objective = {"mask_noise_steps": 0, **objective}
     values = {
         "model": "none",
         "decode_block_size": BLOCK,
         "data": {"row_length": 16, "overlong": "truncate", "sources": [{"kind": "jsonl", "path": "none"}]},
-        "objective": {"mask_noise_steps": 0, **objective},
+        "objective": {"kind": kind, **objective},
         "train": {"tokens": 1000, "batch_rows": batch_rows, "micro_rows": micro_rows},
-        **({} if preference is None else {"preference": preference}),
     }
     return parse_recipe(values, "test")
 
@@ -47,16 +49,18 @@ def packed(rows: Rows) -> PackedRows:
     return PackedRows(**{name: getattr(rows, name) for name in Rows.__dataclass_fields__})
 
 
-def setting(model: Transformer, chosen: Recipe, backend: str = "dense") -> MaskedSetting:
-    return MaskedSetting(model, chosen, backend, None, MASK)  # type: ignore[arg-type]
+def build(model: Transformer, chosen: Recipe, backend: str = "dense", reference: ReferencePolicy | None = None) -> Objective:
+    mask_id = None if chosen.objective.autoregressive else MASK
+    setting = Setting(model, chosen.train, backend, mask_id=mask_id, reference=reference)  # type: ignore[arg-type]
+    return chosen.objective.build(setting)
 
 
 Gradients = dict[str, Tensor]
 
 
-def gradients(model: Transformer, accumulate: Callable[[], Any]) -> Gradients:
+def gradients(model: Transformer, backward: Callable[[], Any]) -> Gradients:
     model.zero_grad()
-    accumulate()
+    backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -108,9 +112,9 @@ def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[f
     many = Rows(*(getattr(one, name).repeat(draws, 1) for name in Rows.__dataclass_fields__))
     many.ordinal_RL.copy_(torch.where(many.segment_RL > 0, torch.arange(draws)[:, None], 0))
     sampling = "bernoulli" if bandwidth == (0.3, 0.8) else "fixed_count"
-    config = recipe(draws // 2, batch_rows=draws, bandwidth=bandwidth, sampling=sampling, draws=per_row)
-    objective = Denoising(setting(model, config))
-    found = gradients(model, lambda: objective.accumulate(packed(many), PHASE, 0))
+    config = recipe(draws // 2, batch_rows=draws, bandwidth=bandwidth, sampling=sampling, mask_samples=per_row)
+    objective = build(model, config)
+    found = gradients(model, lambda: accumulate(objective, packed(many), PHASE, 0))
     difference = math.sqrt(sum(float((found[name] - exact[name]).square().sum()) for name in exact))
     size = math.sqrt(sum(float(gradient.square().sum()) for gradient in exact.values()))
     assert difference < 0.04 * size
@@ -126,14 +130,14 @@ def test_neither_figures_nor_gradient_depend_on_the_split(
     rows = packed(pack(DOCS, 16))
     results = []
     for micro_rows in (4, 1, 2):
-        objective = Denoising(setting(model, recipe(micro_rows, cap=cap, ar_loss_weight=ar_loss_weight), backend))
+        objective = build(model, recipe(micro_rows, cap=cap, ar_loss_weight=ar_loss_weight), backend)
         figures: dict[str, Any] = {}
-        found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))  # noqa: B023
-        results.append((figures | objective.evaluate(rows, PHASE), found))
+        found = gradients(model, lambda: figures.update(accumulate(objective, rows, PHASE, 0)))  # noqa: B023
+        results.append((figures | evaluate(objective, rows, PHASE), found))
     for figures, found in results[1:]:
         assert figures == pytest.approx(results[0][0], rel=1e-5)
         assert_same(found, results[0][1])
-    assert ("right_entropy" in results[0][0]) == (cap is not None)
+    assert ("correct_entropy" in results[0][0]) == (cap is not None)
 
 
 def test_rows_without_the_document_mask_are_one_document_each() -> None:
@@ -141,15 +145,15 @@ def test_rows_without_the_document_mask_are_one_document_each() -> None:
     first, second, alone = text(5, 1), text(6, 2), text(7, 3)
     both = Doc((*first.tokens, *second.tokens), (*first.maskable, *second.maskable), first.ordinal, first.epoch)
     model = tiny_model("llama", 3, torch.float64)
-    objective = Denoising(setting(model, recipe(2, batch_rows=2)))
+    objective = build(model, recipe(2, batch_rows=2))
     apart, whole = (packed(pack(docs, 16)) for docs in ([[first, second], [alone]], [[both], [alone]]))
-    wanted = gradients(model, lambda: objective.accumulate(whole, PHASE, 0))
-    assert_same(gradients(model, lambda: objective.accumulate(apart.joined(), PHASE, 0)), wanted)
-    found = gradients(model, lambda: objective.accumulate(apart, PHASE, 0))
+    wanted = gradients(model, lambda: accumulate(objective, whole, PHASE, 0))
+    assert_same(gradients(model, lambda: accumulate(objective, apart.joined(), PHASE, 0)), wanted)
+    found = gradients(model, lambda: accumulate(objective, apart, PHASE, 0))
     assert any(not torch.allclose(found[name], wanted[name], rtol=1e-3) for name in wanted)
 
 
-def test_guidance_adds_the_parent_s_loss() -> None:
+def test_the_next_token_loss_of_the_clean_copy_is_the_parent_s() -> None:
     """That of the next token behind the start token, by its weight; CAP leaves these predictions alone."""
     model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START)
     rows, docs = packed(pack(DOCS, 16)), [doc for docs in DOCS for doc in docs]
@@ -159,10 +163,10 @@ def test_guidance_adds_the_parent_s_loss() -> None:
     extra = float(one_by_one(model, started).detach())
     losses, shares = [], []
     for ar_loss_weight in (0.0, 0.7):
-        chosen = recipe(4, cap={"weight": 0.3}, ar_loss_weight=ar_loss_weight, draws=2)
-        figures = Denoising(setting(model, chosen)).accumulate(rows, PHASE, 0)
+        chosen = recipe(4, cap={"weight": 0.3}, ar_loss_weight=ar_loss_weight, mask_samples=2)
+        figures = accumulate(build(model, chosen), rows, PHASE, 0)
         losses.append(figures["loss"])
-        shares.append([figures[name] for name in ("right", "confident", "right_entropy")])
+        shares.append([figures[name] for name in ("accuracy", "confident_share", "correct_entropy")])
     assert losses[1] - losses[0] == pytest.approx(0.7 * extra, rel=1e-6)
     assert shares[0] == shares[1]
 
@@ -184,14 +188,13 @@ def test_next_token_training_is_plain_causal_cross_entropy(micro_rows: int, back
     model = tiny_model("llama", 2, torch.float64)
     docs = [text(6, 0, prompt=2), text(5, 1), text(9, 2, prompt=5), text(4, 3), text(1, 4), text(7, 5, prompt=7)]
     rows = packed(pack([[docs[0], docs[1], docs[3]], [docs[2], docs[4]], [docs[5]], []], 16))
-    values = recipe(micro_rows).model_copy(update={"autoregressive": True})
-    objective = NextToken(Setting(model, values, backend, None))  # type: ignore[arg-type]
+    objective = build(model, recipe(micro_rows, kind="next_token"), backend)
     figures: dict[str, Any] = {}
-    found = gradients(model, lambda: figures.update(objective.accumulate(rows, PHASE, 0)))
+    found = gradients(model, lambda: figures.update(accumulate(objective, rows, PHASE, 0)))
     expected = gradients(model, lambda: one_by_one(model, docs).backward())
     assert_same(found, expected)
     assert figures == pytest.approx({"loss": float(one_by_one(model, docs).detach())}, rel=1e-6)
-    assert objective.evaluate(rows, PHASE) == pytest.approx({"nelbo": figures["loss"]}, rel=1e-6)
+    assert evaluate(objective, rows, PHASE) == pytest.approx({"nelbo": figures["loss"]}, rel=1e-6)
 
 
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7}])
@@ -204,8 +207,8 @@ def test_neither_loss_nor_gradient_depends_on_the_packing(cap: dict[str, float] 
         [[doc] for doc in docs],
         [[docs[2], docs[0]], [docs[3], docs[1]], [], []],
     ):
-        objective = Denoising(setting(model, recipe(cap=cap), "blocked"))
-        results.append(gradients(model, lambda: objective.accumulate(packed(pack(layout, 16)), PHASE, 0)))  # noqa: B023
+        objective = build(model, recipe(cap=cap), "blocked")
+        results.append(gradients(model, lambda: accumulate(objective, packed(pack(layout, 16)), PHASE, 0)))  # noqa: B023
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
 
@@ -214,7 +217,7 @@ def test_a_pair_is_the_mean_of_its_halves_and_of_two_rows() -> None:
     """`[x_t | x_t' | x_0]` against `[x_t | x_0]` and `[x_t' | x_0]` apart."""
     model = tiny_model("llama", 2, torch.float64)
     rows, chosen = pack(DOCS, 16), recipe(4)
-    corruption = chosen.objective.corruption(MASK, None, BLOCK)
+    corruption = CorruptionConfig(MASK, BLOCK, complementary=True, sampling="fixed_count")
     copies = noisy_copies(rows, corruption, chosen.train.seed)
     assert len(copies) == 2
 
@@ -225,26 +228,26 @@ def test_a_pair_is_the_mean_of_its_halves_and_of_two_rows() -> None:
     apart = gradients(model, lambda: ((half(copies[0]) + half(copies[1])) / 2).backward())
     expected = float((half(copies[0]) + half(copies[1])).detach() / 2)
     figures: dict[str, Any] = {}
-    together = gradients(model, lambda: figures.update(Denoising(setting(model, chosen)).accumulate(packed(rows), PHASE, 0)))
+    together = gradients(model, lambda: figures.update(accumulate(build(model, chosen), packed(rows), PHASE, 0)))
     assert figures["loss"] == pytest.approx(expected, rel=1e-6)
     assert_same(together, apart)
 
 
 def test_cap_of_weight_zero_trains_as_without() -> None:
     model, rows = tiny_model("llama", 2, torch.float64), packed(pack(DOCS, 16))
-    plain = gradients(model, lambda: Denoising(setting(model, recipe())).accumulate(rows, PHASE, 0))
-    capped = Denoising(setting(model, recipe(cap={"weight": 0.0})))
+    plain = gradients(model, lambda: accumulate(build(model, recipe()), rows, PHASE, 0))
+    capped = build(model, recipe(cap={"weight": 0.0}))
     figures: dict[str, Any] = {}
-    assert_same(gradients(model, lambda: figures.update(capped.accumulate(rows, PHASE, 0))), plain)
-    assert 0 <= figures["right"] <= 1
-    assert 0 <= figures["confident_right"] <= 1
+    assert_same(gradients(model, lambda: figures.update(accumulate(capped, rows, PHASE, 0))), plain)
+    assert 0 <= figures["accuracy"] <= 1
+    assert 0 <= figures["confident_accuracy"] <= 1
 
 
 def test_cap_adds_the_mean_entropy_of_right_predictions() -> None:
     model, rows = tiny_model("llama", 2, torch.float64), packed(pack(DOCS, 16))
-    figures = [Denoising(setting(model, recipe(cap={"weight": weight}))).accumulate(rows, PHASE, 0) for weight in (0.0, 3.0)]
-    assert figures[0]["right"] > 0
-    assert figures[1]["loss"] - figures[0]["loss"] == pytest.approx(3 * figures[0]["right_entropy"], rel=1e-5)
+    figures = [accumulate(build(model, recipe(cap={"weight": weight})), rows, PHASE, 0) for weight in (0.0, 3.0)]
+    assert figures[0]["accuracy"] > 0
+    assert figures[1]["loss"] - figures[0]["loss"] == pytest.approx(3 * figures[0]["correct_entropy"], rel=1e-5)
 
 
 def pairs(count: int = 2) -> PackedRows:
@@ -263,9 +266,8 @@ def swapped(rows: PackedRows) -> PackedRows:
     return PackedRows(**{name: getattr(rows, name)[order] for name in Rows.__dataclass_fields__})
 
 
-def dpo(model: Transformer, reference: Transformer, micro_rows: int = 4, **preference: Any) -> Preference:
-    chosen = recipe(micro_rows, preference=preference, complementary=False, sampling="fixed_count", bandwidth=(0.0, 1.0))
-    return Preference(setting(model, chosen), reference, nullcontext)
+def dpo(model: Transformer, reference: Transformer, micro_rows: int = 4, **preference: Any) -> Objective:
+    return build(model, recipe(micro_rows, kind="preference", **preference), reference=ReferencePolicy(reference))
 
 
 def moved(model: Transformer, seed: int = 9, by: float = 0.02) -> Transformer:
@@ -278,25 +280,25 @@ def moved(model: Transformer, seed: int = 9, by: float = 0.02) -> Transformer:
 
 def test_dpo_at_equal_policy_and_reference_is_exactly_log_2() -> None:
     model = tiny_model("llama", 2, torch.float64)
-    figures = dpo(model, deepcopy(model)).accumulate(pairs(), PHASE, 0)
+    figures = accumulate(dpo(model, deepcopy(model)), pairs(), PHASE, 0)
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert figures["variance"] == figures["margin"] == 0.0
-    assert figures["accuracy"] == 0.5
+    assert figures["margin_variance"] == figures["reward_margin"] == 0.0
+    assert figures["reward_accuracy"] == 0.5
 
 
 def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_response() -> None:
     model = tiny_model("llama", 2, torch.float64)
     reference, rows = deepcopy(model), pairs(1)
-    gradient = gradients(model, lambda: dpo(model, reference).accumulate(rows, PHASE, 0))
+    gradient = gradients(model, lambda: accumulate(dpo(model, reference), rows, PHASE, 0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter -= 0.003 * gradient[name]
     before, after = ([_nelbo(scored, rows, side) for side in range(2)] for scored in (reference, model))
     assert after[0] < before[0], "the chosen response became less likely"
     assert after[1] > before[1], "the rejected response became more likely"
-    figures = dpo(model, reference).accumulate(rows, PHASE, 0)
-    assert figures["accuracy"] == 1.0
-    assert figures["margin"] > 0
+    figures = accumulate(dpo(model, reference), rows, PHASE, 0)
+    assert figures["reward_accuracy"] == 1.0
+    assert figures["reward_margin"] > 0
     assert figures["loss"] < math.log(2)
 
 
@@ -311,11 +313,11 @@ def test_swapping_chosen_and_rejected_flips_the_sign() -> None:
     """At equal policy and reference the gradient is `-beta/2 * d margin`: exactly odd."""
     model = tiny_model("llama", 2, torch.float64)
     reference = deepcopy(model)
-    forward = gradients(model, lambda: dpo(model, reference).accumulate(pairs(), PHASE, 0))
-    backward = gradients(model, lambda: dpo(model, reference).accumulate(swapped(pairs()), PHASE, 0))
+    forward = gradients(model, lambda: accumulate(dpo(model, reference), pairs(), PHASE, 0))
+    backward = gradients(model, lambda: accumulate(dpo(model, reference), swapped(pairs()), PHASE, 0))
     assert_same(forward, {name: -gradient for name, gradient in backward.items()})
     other = moved(model)
-    margins = [dpo(other, model).accumulate(rows, PHASE, 0)["margin"] for rows in (pairs(), swapped(pairs()))]
+    margins = [accumulate(dpo(other, model), rows, PHASE, 0)["reward_margin"] for rows in (pairs(), swapped(pairs()))]
     assert margins[0] == pytest.approx(-margins[1], rel=1e-5)
     assert margins[0] != 0
 
@@ -326,7 +328,7 @@ def test_dpo_does_not_depend_on_the_split() -> None:
     for micro_rows in (4, 2):
         figures: dict[str, Any] = {}
         objective = dpo(policy, model, micro_rows)
-        results.append((gradients(policy, lambda: figures.update(objective.accumulate(pairs(), PHASE, 0))), figures))  # noqa: B023
+        results.append((gradients(policy, lambda: figures.update(accumulate(objective, pairs(), PHASE, 0))), figures))  # noqa: B023
     assert_same(results[1][0], results[0][0])
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
 
@@ -336,13 +338,15 @@ def test_many_samples_estimate_the_exact_margin_with_less_variance() -> None:
     policy, rows = moved(model), pairs(1)
     exact = [_nelbo(model, rows, side) - _nelbo(policy, rows, side) for side in range(2)]
     passes = [replace(rows, epoch_RL=torch.full_like(rows.epoch_RL, epoch)) for epoch in range(256)]
-    objective = dpo(policy, model, samples=16, beta=1.0)
-    estimates = torch.tensor([objective.evaluate(each, PHASE)["margin"] for each in passes])
+    objective = dpo(policy, model, mask_samples=16, beta=1.0)
+    estimates = torch.tensor([evaluate(objective, each, PHASE)["reward_margin"] for each in passes])
     assert float(estimates.std()) / len(passes) ** 0.5 < 0.06
     assert float(estimates.mean()) == pytest.approx(exact[0] - exact[1], rel=0.1)
-    few, many = (dpo(policy, model, samples=samples, beta=1.0).evaluate(rows, PHASE)["variance"] for samples in (2, 128))
+    few, many = (
+        evaluate(dpo(policy, model, mask_samples=samples, beta=1.0), rows, PHASE)["margin_variance"] for samples in (2, 128)
+    )
     assert many < few / 20
-    assert "variance" not in dpo(policy, model, samples=1).evaluate(rows, PHASE)
+    assert "margin_variance" not in evaluate(dpo(policy, model, mask_samples=1), rows, PHASE)
 
 
 def test_the_reference_is_asked_under_its_own_context() -> None:
@@ -353,8 +357,8 @@ def test_the_reference_is_asked_under_its_own_context() -> None:
         entered.append(torch.is_grad_enabled())
         yield
 
-    chosen = recipe(4, preference={"samples": 2}, complementary=False)
-    Preference(setting(model, chosen), model, as_reference).accumulate(pairs(), PHASE, 0)
+    chosen = recipe(4, kind="preference", mask_samples=2)
+    accumulate(build(model, chosen, reference=ReferencePolicy(model, as_reference)), pairs(), PHASE, 0)
     assert entered == [False]
 
 
@@ -368,6 +372,5 @@ def test_the_reference_is_asked_under_its_own_context() -> None:
     ],
 )
 def test_a_preference_recipe_refuses_what_it_would_ignore(changes: dict[str, Any], named: str) -> None:
-    settings = {"micro_rows": 4, "complementary": False, **changes}
     with pytest.raises(ConfigError, match=named):
-        recipe(settings.pop("micro_rows"), preference={"samples": 2}, **settings)
+        recipe(**{"micro_rows": 4, "kind": "preference", **changes})

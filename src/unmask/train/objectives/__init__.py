@@ -1,0 +1,1 @@
+"""Training objectives, one file each: the recipe section, and the loss as sums and counts of micro-batches."""

@@ -1,0 +1,156 @@
+"""Objectives as the loop sees them: micro-batches that give sums and counts, and the setting they run in.
+
+Owns the interface between objectives and loop. Knows nothing of optimisers, checkpoints or the order of data.
+
+An objective never divides by a batch. Each term of its loss, and each figure, is a sum and a count per micro-batch; the loop
+adds them up and divides by the counts of the *global* batch (`loop.accumulate`). So neither loss nor gradient depends on how a
+batch is split, and several devices only have to add up their counts. The counts of the loss are needed before the first
+backward pass: gradients are then right as they accumulate, together with those of router losses, which are normalised already,
+and are never scaled afterwards.
+
+Legend: N predictions, D hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from unmask.data.packing import PackedRows
+from unmask.diffusion.blocks import BlockSchedule, Phase
+from unmask.diffusion.corrupt import Stream
+from unmask.diffusion.objectives import nelbo, token_nll
+from unmask.models.arch.transformer import Transformer
+from unmask.train.forward import AttentionBackend, MaskNoise, predicted_hidden
+from unmask.train.router import RouterMonitor
+from unmask.train.sections import DataSection, Section, TrainSection
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """A micro-batch's part of one term of the loss: a differentiable scalar (nats), and what it counts in the denominator."""
+
+    sum: Tensor
+    count: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A part of a mean to log: numerator and denominator."""
+
+    sum: float
+    count: float
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What the forward pass of a micro-batch gives: the terms of the loss, whose means add up to it, and figures to log."""
+
+    terms: tuple[LossTerm, ...]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+
+class MicroBatch(ABC):
+    """Rows prepared for one forward pass."""
+
+    @abstractmethod
+    def counts(self) -> tuple[float, ...]:
+        """The count of each term that `forward` will give, without its gradient."""
+
+    @abstractmethod
+    def forward(self) -> Output:
+        """Run the model, with gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferencePolicy:
+    """The model that a preference objective compares with: a frozen copy, or (inside `context`) one without its adapter."""
+
+    model: Transformer
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What objectives work with. `router`: None for a dense model; `mask_id`: None for one that stays autoregressive."""
+
+    model: Transformer
+    train: TrainSection
+    backend: AttentionBackend
+    router: RouterMonitor | None = None
+    mask_id: int | None = None
+    reference: ReferencePolicy | None = None
+
+    def micro_batches(self, rows: PackedRows) -> Iterator[PackedRows]:
+        """The rows in parts of `train.micro_rows`, on the model's device."""
+        size = self.train.micro_rows
+        for start in range(0, rows.num_rows, size):
+            yield rows.rows(start, start + size).to(self.model.embed.weight.device)
+
+    def hidden(self, stream: Stream, noise: MaskNoise | None = None, *, watched: bool = True) -> Tensor:
+        """Hidden states [N, D] of the predictions; only `watched` forward passes count in the routers' load."""
+        return predicted_hidden(self.model, stream, self.backend, noise, self.router if watched else None)
+
+    def nll(self, stream: Stream, noise: MaskNoise | None = None, *, watched: bool = True) -> Tensor:
+        """Negative log-likelihood [N] (float32, nats) of the targets, with gradient."""
+        return token_nll(self.model.head, self.hidden(stream, noise, watched=watched), stream.target_N, self.mask_id)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedNll(MicroBatch):
+    """A loss of one term, `sum_i weight_i nll_i / count`, over the predictions of a stream."""
+
+    setting: Setting
+    stream: Stream
+    count: float
+    noise: MaskNoise | None = None
+
+    def counts(self) -> tuple[float, ...]:
+        return (self.count,)
+
+    def forward(self) -> Output:
+        nll_N = self.setting.nll(self.stream, self.noise)
+        return Output((LossTerm(nelbo(nll_N, self.stream.weight_N), self.count),), self._noise_figure())
+
+    def _noise_figure(self) -> dict[str, Figure]:
+        return {} if self.noise is None else {"mask_noise": Figure(self.noise.norm, 1)}
+
+
+class Objective(ABC):
+    """What a training stage minimises."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @abstractmethod
+    def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
+        """Lay the rows of a micro-batch out for optimiser step `step` (from 0); the model does not run yet."""
+
+    @abstractmethod
+    def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
+        """Figures of held-out rows under fixed noise, among them `nelbo` (nats per token); called without gradient."""
+
+
+class ObjectiveSection(Section, ABC):
+    """Base class of the objectives' recipe sections. Each has a `kind` of its own and is listed in `objectives.registry`."""
+
+    autoregressive: ClassVar[bool] = False
+    """The model is trained as the autoregressive one it is: no mask token, no blocks."""
+    needs_reference: ClassVar[bool] = False
+    """Rows are pairs of a chosen and a rejected answer, and a reference policy scores them, too."""
+
+    @abstractmethod
+    def build(self, setting: Setting) -> Objective:
+        """The objective; raises ConfigError when the model does not fit it."""
+
+    def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
+        """Raise ConfigError when the rest of the recipe does not fit the objective."""
+
+    def eos_fill(self, block_size: int) -> int:
+        """To a multiple of how many tokens documents are filled with end-of-text tokens: whole blocks are learnt."""
+        return block_size
