@@ -243,10 +243,10 @@ def test_missing_recipe(fails, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["write_safetensors", "save_file"])
 def test_disk_full_while_saving(fails, arguments: list[str], tmp_path: Path, monkeypatch, place: str) -> None:
     """A checkpoint that does not fit leaves no trace of itself and the earlier ones as they were."""
-    import unmask.models.weights.checkpoint
+    import unmask.models.weights.safetensors_io
     import unmask.train.state
 
-    module = unmask.models.weights.checkpoint if place == "write_safetensors" else unmask.train.state
+    module = unmask.models.weights.safetensors_io if place == "write_safetensors" else unmask.train.state
     inner, calls = getattr(module, place), []
 
     def full(*given: Any, **named: Any) -> Any:
