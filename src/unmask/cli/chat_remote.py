@@ -137,9 +137,7 @@ class RemoteResponder:
                     raise RequestError(_error_of(response))
                 yield response
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise RequestError(
-                f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url"
-            ) from error
+            raise RequestError(f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url") from error
         except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise RequestError(f"the connection to {self._root} is lost ({reason}); /retry sends the message again") from error

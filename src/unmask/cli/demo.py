@@ -165,9 +165,7 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
 def _check_replaceable(out: Path) -> None:
     """Raises: ConfigError: the folder was not made by an earlier demo."""
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"{out} was not made by a demo, so it is not replaced; move it away or choose another --out"
-        )
+        raise ConfigError(f"{out} was not made by a demo, so it is not replaced; move it away or choose another --out")
 
 
 def _replace(out: Path) -> None:

@@ -45,14 +45,15 @@ def to_unit(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Seed and epoch of a batch's noise; `epoch` is int64, broadcastable to whatever is drawn."""
+    """Seed and epoch of a batch's noise; `epoch` (and a seed that is a tensor) is int64, broadcastable to whatever is drawn."""
 
-    seed: int
+    seed: int | Tensor
     epoch: Tensor
 
     def scalar(self, tag: str) -> Tensor:
         """One int64 per epoch entry, different for every purpose `tag`."""
-        seed = mix(self.epoch.new_full((), _wrap(self.seed)))  # mixed, so that (seed 0, epoch 1) is not (seed 1, epoch 0)
+        seed = self.seed if isinstance(self.seed, Tensor) else self.epoch.new_full((), _wrap(self.seed))
+        seed = mix(seed)  # so that (seed 0, epoch 1) is not (seed 1, epoch 0)
         return mix(mix(seed + self.epoch) + _wrap(_TAGS[tag] * GOLDEN))
 
     def uniform(self, tag: str, *counters: Tensor | int) -> Tensor:

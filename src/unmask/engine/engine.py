@@ -19,6 +19,7 @@ from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequences.autoregressive import AutoregressiveSequence
 from unmask.engine.sequences.base import DecodingSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
+from unmask.engine.sequences.constrained import ConstrainedSequence
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.models.arch.transformer import Transformer
@@ -126,10 +127,8 @@ class Engine:
         elif request.params.speculative:
             sequence = SpeculativeSequence(request, number, self.mask_id, self.cache_block_size, self._decode)
         else:
-            shifted = self.config.shifted
-            sequence = BlockDiffusionSequence(
-                request, number, self.mask_id, self.cache_block_size, self._decode, shifted=shifted
-            )
+            kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
+            sequence = kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
         sequence.watched |= watch
         self._next += 1
         self._sequences[number] = sequence
@@ -152,11 +151,11 @@ class Engine:
         # A grammar may leave no choice at all: such a request has ended without a forward.
         updates += [self._update(sequence) for sequence in list(self._sequences.values()) if sequence.completion is not None]
         work = self.scheduler.schedule()
-        answers = self.runner.run(work) if work else []
-        for (sequence, plan), answer in zip(work, answers, strict=True):
+        outputs = self.runner.run([scheduled for _, scheduled in work]) if work else []
+        for (sequence, scheduled), output in zip(work, outputs, strict=True):
             sequence.last_step = None
             try:
-                sequence.apply(plan, answer)
+                sequence.apply(scheduled, output)
             except RequestError as error:
                 self.abort(sequence.number)
                 updates.append(Update(sequence.number, (), None, None, error))

@@ -5,12 +5,15 @@ Owns the plainest statement of LLaDA2.0's and 2.1's decoding. Must not be optimi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from unmask.diffusion.decode import Guess, candidates, decide, entropies
 from unmask.diffusion.masks import block_causal_mask
 from unmask.diffusion.objectives import ban_mask
+from unmask.engine.policies import choose
 from unmask.engine.request import Completion, OnStep, Request, Step, finish
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
@@ -54,7 +57,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             token, confidence = candidates(logits, where, step, params, None, sample=request.sample)
             guess = Guess(asked, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
             decided = {p: canvas[p] for p in asked if not undecided[p]}
-            decision = decide(guess, decided, step, params)
+            decision = decide(guess, decided, partial(choose, step=step, params=params), params.edit_threshold)
             for place, chosen in (*decision.commits.items(), *decision.edits.items()):
                 canvas[place], undecided[place] = chosen, False
             if on_step is not None:

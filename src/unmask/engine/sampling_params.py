@@ -16,12 +16,12 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from unmask.engine.policies import POLICIES
 from unmask.errors import RequestError
 
 if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
-Policy = Literal["threshold", "entropy", "fixed"]
 Preset = Literal["speed", "quality"]
 Panel = Literal["Sampling", "Diffusion", "Speculative", "Structured output", "Output"]
 Surface = Literal["cli", "http", "diffusion", "set", "page"]
@@ -165,13 +165,14 @@ class SamplingParams:
         default_text=f"{THRESHOLD}; {SPECULATIVE_THRESHOLD} when speculative", minimum=0, maximum=1,
     )  # fmt: skip
     steps: int | None = _option("Most denoising steps per block.", "Diffusion", default_text="the block size", minimum=1)
-    policy: Policy = _option(  # noqa: RUF009  (declares a field)
-        "How a step chooses the tokens to accept: by threshold, by entropy, or a fixed number.", "Diffusion", "threshold"
-    )
+    policy: str = _option(
+        "How a step chooses the tokens to accept: by threshold, by entropy, or a fixed number.", "Diffusion", "threshold",
+        choices=tuple(POLICIES),
+    )  # fmt: skip
     entropy_bound: float = _option(
         "Sum of entropies that a step may accept, in nats; for policy entropy.", "Diffusion", 0.1, minimum=0
     )
-    preset: Preset | None = _option(  # noqa: RUF009
+    preset: Preset | None = _option(  # noqa: RUF009  (declares a field)
         "LLaDA2.1's settings with editing, for models trained to replace decided tokens.", "Diffusion", default_text="none"
     )
     edit_threshold: float | None = _option(
@@ -212,9 +213,10 @@ class SamplingParams:
         for each in fields(SamplingParams):
             hint = hints[each.name]
             kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in _UNIONS else [hint]
-            choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
+            option: Option = each.metadata["option"]
+            choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else option.choices
             kind = str if choices else get_origin(kinds[0]) or kinds[0]
-            declared[each.name] = dataclasses.replace(each.metadata["option"], name=each.name, kind=kind, choices=choices)
+            declared[each.name] = dataclasses.replace(option, name=each.name, kind=kind, choices=choices)
         return declared
 
     def __post_init__(self) -> None:
@@ -236,7 +238,7 @@ class SamplingParams:
         editing = self.edit_threshold is not None or self.preset is not None
         if self.window > 1 and not editing:
             raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
-        if self.speculative and (self.policy != "threshold" or editing):
+        if self.speculative and (editing or not POLICIES[self.policy].verifiable):
             raise RequestError("speculative goes with neither a policy nor a preset nor an edit_threshold; leave them out")
         if grammars and editing:
             raise RequestError(f"{grammars[0]} does not go with an edit_threshold or a preset; leave one of them out")
@@ -275,7 +277,7 @@ class SamplingParams:
         given = {**({} if self.preset is None else PRESETS[self.preset]), **self.given(), "preset": None}
         block_size = given.setdefault("block_size", config.block_size or BLOCK_SIZE)
         given.setdefault("steps", block_size)
-        possible = config.shifted and self.policy == "threshold" and "edit_threshold" not in given and not has_holes
+        possible = config.shifted and POLICIES[self.policy].verifiable and "edit_threshold" not in given and not has_holes
         if given.setdefault("speculative", possible):
             given.setdefault("threshold", SPECULATIVE_THRESHOLD)
         return ResolvedParams(**given)

@@ -8,6 +8,8 @@ and keeps everything it has decided.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.sequences.base import DecodingSequence, ScheduledSequence
 
@@ -81,12 +83,12 @@ class Scheduler:
 
     def _serve(self, sequence: DecodingSequence, budget: int, work: list[tuple[DecodingSequence, ScheduledSequence]]) -> int:
         """Put it into the forward if there is room for its tokens and their cache blocks; returns how many tokens."""
-        plan = sequence.plan(budget)
-        if plan is None or not self._provide(sequence, plan.stop, [done for done, _ in work]):
+        scheduled = sequence.plan(budget)
+        if scheduled is None or not self._provide(sequence, scheduled.stop, [served for served, _ in work]):
             return 0
         sequence.last_served = self.clock
-        work.append((sequence, plan))
-        return plan.stop - plan.start
+        work.append((sequence, replace(scheduled, block_table=tuple(sequence.block_table))))
+        return scheduled.stop - scheduled.start
 
     def _provide(self, sequence: DecodingSequence, stop: int, scheduled: list[DecodingSequence]) -> bool:
         """Allocate cache blocks for all positions below `stop`."""

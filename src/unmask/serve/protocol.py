@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from unmask.engine.sampling_params import Policy
+from unmask.engine.policies import POLICIES
 
 _Text = Annotated[str, Field(min_length=1)]
+_Policy = Annotated[str, Field(pattern=f"^({'|'.join(POLICIES)})$")]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -44,7 +45,7 @@ class Diffusion(_StrictModel):
     speculative: bool | None = None
     max_post_steps: Annotated[int, Field(ge=0)] | None = None
     window: Annotated[int, Field(ge=1, le=64)] | None = None
-    policy: Policy | None = None
+    policy: _Policy | None = None
     entropy_bound: Annotated[float, Field(ge=0)] | None = None
     top_k: Count | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None

@@ -20,7 +20,7 @@ from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Request, Step
-from unmask.engine.sequences.constrained import NOTHING_LEFT
+from unmask.engine.sequences.base import NOTHING_LEFT
 from unmask.errors import RequestError
 
 PHONE = r"[0-9]{3}-[0-9]{4}"

@@ -1,23 +1,18 @@
-"""A request that predicts the token behind the last one: the baseline, and the way unconverted models run.
+"""A sequence decoded autoregressively, one token per forward: the baseline, and how unconverted models run.
 
-Owns its state between forwards. Its blocks are single tokens, so that it shares cache, scheduler and runner.
+Owns its state between forwards. Its blocks are single tokens, so that it shares KV cache, scheduler and runner with the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from unmask.data.detokenizer import Decode
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
-from unmask.engine.sequences.constrained import NOTHING_LEFT
+from unmask.engine.sequences.base import NOTHING_LEFT, DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
 
 class AutoregressiveSequence(DecodingSequence):
-    """Next-token prediction: one row a forward, whose hidden state answers for the position behind it."""
+    """Next-token prediction: the hidden state of the last token answers for the position after it."""
 
     block_size = 1
 
@@ -30,7 +25,7 @@ class AutoregressiveSequence(DecodingSequence):
 
     @property
     def num_final(self) -> int:
-        # The last token's row is always computed: its hidden state predicts.
+        # The last token is always computed: its hidden state predicts.
         return len(self.tokens) - 1
 
     @property
@@ -40,29 +35,23 @@ class AutoregressiveSequence(DecodingSequence):
     def plan(self, budget: int) -> ScheduledSequence | None:
         start, stop = self.committed, self.reach
         if stop - start > budget:
-            return ScheduledSequence(start, start + budget) if budget > 0 else None
-        return ScheduledSequence(start, stop, (stop - 1,), (stop,))
+            return self._scheduled(start, start + budget) if budget > 0 else None
+        allowed = {} if self.grammar is None else {0: self.grammar.allowed()}
+        return self._scheduled(start, stop, (stop - 1,), (stop,), allowed=allowed)
 
-    def adjusted(self, logits_NV: Tensor, positions: Sequence[int]) -> Tensor:
-        """Also what the grammar does not allow: the queried position is always its frontier."""
-        logits_NV = super().adjusted(logits_NV, positions)
-        if self.grammar is not None:
-            logits_NV.masked_fill_(~self.grammar.allowed().to(logits_NV.device), float("-inf"))
-        return logits_NV
-
-    def apply(self, plan: ScheduledSequence, answer: ModelOutput | None) -> None:
-        self._count(plan)
-        self.committed = plan.stop
-        if answer is None:
+    def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
+        self._count(scheduled)
+        self.committed = scheduled.stop
+        if output is None:
             return
-        token, confidence = answer.guess.tokens[0], answer.guess.confidences[0]
+        token, confidence = output.guess.tokens[0], output.guess.confidences[0]
         if self.grammar is not None and not self.grammar.accepts(token):
             raise RequestError(NOTHING_LEFT)
-        place = len(self.tokens)
+        position = len(self.tokens)
         self.tokens.append(token)
-        self.note_logprobs([place], answer.logits_NV, {place: 0})
+        self.note_logprobs([position], output.logits_NV, {position: 0})
         if self.watched:
-            self._report(Step(place, (False,), (token,), (token,), (confidence,), (True,), (False,), self.forwards))
+            self._report(Step(position, (False,), (token,), (token,), (confidence,), (True,), (False,), self.forwards))
         if self.grammar is not None and token not in self.request.eos_ids:
             self.grammar.advance(token)
             self._take_forced()
@@ -72,6 +61,7 @@ class AutoregressiveSequence(DecodingSequence):
         self._end(range(len(self.request.ids), len(self.tokens)), over=self.is_whole)
 
     def _take_forced(self) -> None:
+        """Decide what the grammar leaves no choice about."""
         if self.grammar is None:
             return
         for token in self.grammar.forced():

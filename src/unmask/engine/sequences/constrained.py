@@ -1,91 +1,153 @@
-"""Decoding under a grammar: exact at the frontier, provisional to the right of it.
+"""A sequence decoded by block diffusion under a grammar: exact at the frontier, provisional to the right of it.
 
 Owns how a denoised block and a grammar that reads from left to right meet. The grammar itself is `engine.grammar`.
 
 The *frontier* is the first position that the grammar has not checked. Its distribution is known exactly (what stands to its
 left is final), so the candidate there is the likeliest *allowed* token, and its confidence its probability among the
 allowed ones. Tokens accepted further right help the model as context; when the frontier reaches one that the grammar does
-not allow, it is masked again. What lies left of the frontier is always a valid prefix.
+not allow, it is masked again. What is left of the frontier is always a valid prefix.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from unmask.diffusion.decode import Decision, accept, candidates
+from unmask.data.detokenizer import Decode
+from unmask.diffusion.decode import Decision, candidates
+from unmask.engine.grammar import GrammarState
+from unmask.engine.policies import accept
+from unmask.engine.request import Request
+from unmask.engine.sequences.base import NOTHING_LEFT, ModelOutput
+from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.errors import RequestError
 
-NOTHING_LEFT = "logit_bias and min_new_tokens ban all that the grammar allows here; leave one of them out"
 
-if TYPE_CHECKING:
-    from unmask.engine.sequences.base import ModelOutput
-    from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
+class ConstrainedSequence(BlockDiffusionSequence):
+    """Block diffusion whose text is a sentence of a grammar. Blocks that the grammar fills alone need no forward."""
 
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        mask_id: int,
+        cache_block_size: int,
+        decode: Decode | None = None,
+        *,
+        shifted: bool = False,
+    ) -> None:
+        super().__init__(request, number, mask_id, cache_block_size, decode, shifted=shifted)
+        self._frontier = self._to_decide[0]
+        self._forced: set[int] = set()
+        if self._complete_forced() and self.completion is None:
+            self._next_block()
 
-def fill_forced(sequence: BlockDiffusionSequence, end: int) -> list[int]:
-    """Fill in, up to `end`, what the grammar leaves no choice about, over anything provisional; returns the positions."""
-    assert sequence.grammar is not None
-    filled = []
-    while sequence.frontier < end and (tokens := sequence.grammar.forced()[: end - sequence.frontier]):
-        for token in tokens:
-            _settle(sequence, token)
-            filled.append(sequence.frontier - 1)
-    sequence.forced.update(filled)
-    sequence.note_logprobs(filled, None, {})
-    return filled
+    @property
+    def _state(self) -> GrammarState:
+        assert self.grammar is not None
+        return self.grammar
 
+    def note_logprobs(self, positions: Sequence[int], logits_NV: Tensor | None, row_of: Mapping[int, int]) -> None:
+        free = {position: row for position, row in row_of.items() if position not in self._forced}
+        super().note_logprobs(positions, logits_NV, free)
 
-def advance_frontier(sequence: BlockDiffusionSequence, answer: ModelOutput, end: int) -> Decision:
-    """One denoising step of a constrained block that ends at `end`.
+    def _decide(self, output: ModelOutput) -> Decision:
+        """One denoising step.
 
-    At least one token is settled: the frontier is masked when a forward begins, because a step ends by checking what stands
-    there.
-    """
-    params, guess, logits_NV = sequence.request.params, answer.guess, answer.logits_NV
-    assert sequence.grammar is not None
-    assert logits_NV is not None
-    row_of = {position: i for i, position in enumerate(guess.positions)}
-    commits: dict[int, int] = {}
-    while sequence.frontier < end and not sequence.grammar.finished:
-        place = sequence.frontier
-        if not sequence.undecided[place]:
-            if sequence.grammar.accepts(sequence.tokens[place]):
-                if _settle(sequence, sequence.tokens[place]):
-                    break
-                continue
-            sequence.reopen(place)
-        if place not in row_of:
-            break
-        row = sequence.adjusted(logits_NV[row_of[place]][None], [place])
-        row = row.masked_fill(~sequence.grammar.allowed(), float("-inf"))
-        at = torch.tensor([place], device=row.device)
-        token_1, confidence_1 = candidates(row, at, sequence.step, params, None, sample=sequence.request.sample)
-        if commits and not float(confidence_1) > params.threshold:
-            break
-        token = int(token_1)
-        if not sequence.grammar.accepts(token):
-            raise RequestError(NOTHING_LEFT)
-        commits[place] = token
-        if _settle(sequence, token):
-            break
-        commits |= {p: sequence.tokens[p] for p in fill_forced(sequence, end)}
-    right = [i for i, p in enumerate(guess.positions) if p > sequence.frontier and sequence.undecided[p]]
-    for i in accept([guess.confidences[i] for i in right], params.threshold, 0):
-        place = guess.positions[right[i]]
-        sequence.tokens[place], sequence.undecided[place] = guess.tokens[right[i]], False
-        commits[place] = guess.tokens[right[i]]
-    return Decision(commits)
+        At least one token is settled: the frontier is masked when a forward begins, because a step ends by checking what is
+        there.
+        """
+        commits = self._advance(output) | self._fill_right(output)
+        return Decision(commits)
 
+    def _advance(self, output: ModelOutput) -> dict[int, int]:
+        """Settle tokens at the frontier, the first one whatever its confidence."""
+        assert output.processed_NV is not None
+        row_of = {position: i for i, position in enumerate(output.guess.positions)}
+        commits: dict[int, int] = {}
+        while self._frontier < self.reach and not self._state.finished:
+            position = self._frontier
+            if not self.undecided[position]:
+                if self._state.accepts(self.tokens[position]):
+                    if self._settle(self.tokens[position]):
+                        break
+                    continue
+                self._mask_again(position)
+            if position not in row_of:
+                break
+            token, confidence = self._candidate(output.processed_NV[row_of[position]], position)
+            if commits and not confidence > self.request.params.threshold:
+                break
+            if not self._state.accepts(token):
+                raise RequestError(NOTHING_LEFT)
+            commits[position] = token
+            if self._settle(token):
+                break
+            commits |= {p: self.tokens[p] for p in self._fill_forced()}
+        return commits
 
-def _settle(sequence: BlockDiffusionSequence, token: int) -> bool:
-    """`token` stands at the frontier for good; whether it ends the text."""
-    assert sequence.grammar is not None
-    place = sequence.frontier
-    sequence.tokens[place], sequence.undecided[place] = token, False
-    sequence.frontier += 1
-    if token in sequence.request.eos_ids:
-        return True
-    sequence.grammar.advance(token)
-    return False
+    def _candidate(self, processed_V: Tensor, position: int) -> tuple[int, float]:
+        """The token at the frontier and its confidence, among those that the grammar allows."""
+        allowed_1V = processed_V.masked_fill(~self._state.allowed().to(processed_V.device), float("-inf"))[None]
+        position_1 = torch.tensor([position], device=allowed_1V.device)
+        token_1, confidence_1 = candidates(
+            allowed_1V, position_1, self.step, self.request.params, None, sample=self.request.sample
+        )
+        return int(token_1), float(confidence_1)
+
+    def _fill_right(self, output: ModelOutput) -> dict[int, int]:
+        """Provisional tokens to the right of the frontier, those whose confidence is above the threshold."""
+        guess, commits = output.guess, dict[int, int]()
+        right = [i for i, p in enumerate(guess.positions) if p > self._frontier and self.undecided[p]]
+        for i in accept([guess.confidences[i] for i in right], self.request.params.threshold, 0):
+            position = guess.positions[right[i]]
+            self.tokens[position], self.undecided[position] = guess.tokens[right[i]], False
+            commits[position] = guess.tokens[right[i]]
+        return commits
+
+    def _mask_again(self, position: int) -> None:
+        """Mask a provisional token that the grammar does not allow."""
+        assert self.mask_id is not None
+        self.tokens[position], self.undecided[position] = self.mask_id, True
+
+    def _settle(self, token: int) -> bool:
+        """`token` stands at the frontier for good; whether it ends the text."""
+        self.tokens[self._frontier], self.undecided[self._frontier] = token, False
+        self._frontier += 1
+        if token in self.request.eos_ids:
+            return True
+        self._state.advance(token)
+        return False
+
+    def _fill_forced(self) -> list[int]:
+        """Fill in, within the block, what the grammar leaves no choice about, over anything provisional; the positions."""
+        filled = []
+        while self._frontier < self.reach and (tokens := self._state.forced()[: self.reach - self._frontier]):
+            for token in tokens:
+                self._settle(token)
+                filled.append(self._frontier - 1)
+        self._forced.update(filled)
+        self.note_logprobs(filled, None, {})
+        return filled
+
+    def _complete_forced(self) -> bool:
+        """Fill in what the grammar leaves no choice about; whether that completes the block."""
+        self._fill_forced()
+        complete = self._frontier == self.reach or self.is_whole
+        if complete:
+            self._end(self._final_positions(True), over=self.is_whole)
+        return complete
+
+    def _is_done(self, had_masks: bool, decision: Decision) -> bool:
+        return self._frontier >= self.reach and super()._is_done(had_masks, decision)
+
+    def _final_positions(self, done: bool) -> list[int]:
+        return self._to_decide[: bisect_left(self._to_decide, self._frontier)]
+
+    def _next_block(self) -> None:
+        super()._next_block()
+        while self._complete_forced() and self.completion is None:
+            super()._next_block()

@@ -1,7 +1,7 @@
-"""A request whose drafts are checked: the text of autoregressive decoding, several tokens in a forward.
+"""A sequence of self-speculative decoding in one forward: the text of autoregressive decoding, several tokens at a time.
 
-Owns its state between forwards. A shifted model's causal rows predict exactly what its weights would, decoding token by token;
-its masked rows guess what comes behind. What a forward guesses, the next one checks.
+Owns its state between forwards. A shifted model's causal tokens predict exactly what its weights would, decoding token by
+token; its mask tokens draft what comes after. What one forward drafts, the next one verifies.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import Tensor
 from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision
 from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
-from unmask.engine.sequences.constrained import NOTHING_LEFT
+from unmask.engine.sequences.base import NOTHING_LEFT, DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
 _EVERYTHING = 2**40
@@ -23,17 +22,17 @@ _EVERYTHING = 2**40
 
 
 class SpeculativeSequence(DecodingSequence):
-    """Drafts a block in one pass and keeps of it what the next pass, causal, would have said itself.
+    """Drafts a block in one pass and accepts of it what the next, causal pass predicts itself.
 
-    Rows of a forward, with `v` tokens decided and `d` drafted: the causal ones up to position v + d decide one token more than
-    there are drafts that hold; the open ones behind, at most a block with the last causal row, draft on. Drafts after one that
-    does not hold are forgotten, and so is what was guessed behind them. A draft is made only where the guess and all those
-    before it are more probable than the threshold: a wrong one costs the forward's other guesses. Where nothing is, the next
-    forward has half as many open rows, down to one: text that cannot be drafted costs little more than decoding it token by
-    token.
+    Tokens of a forward, with `v` decided and `d` drafted: the verify tokens, causal, up to position v + d, decide the accepted
+    drafts and one more token; the mask tokens after them, a block at most with the last verify token, draft on. Drafts after a
+    rejected one are forgotten, and so is what was drafted after them. A draft is kept only where its probability and those of
+    all before it are above the threshold: a wrong one costs the forward's other drafts. Where none is kept, the next forward
+    has half as many mask tokens, down to one: text that cannot be drafted costs little more than decoding it token by token.
 
-    A drawn token depends on the logits, the seed and the position, so that sampling is checked like the rest: a draft holds if
-    it is what the causal row draws. A grammar rules out what the causal rows may say, and adds what it leaves no choice about.
+    A drawn token depends on the logits, the seed and the position, so that sampling is verified like the rest: a draft is
+    accepted if it is the target token, the one that its verify token draws. A grammar limits the target tokens, and adds what
+    it leaves no choice about.
 
     Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923).
     """
@@ -44,10 +43,10 @@ class SpeculativeSequence(DecodingSequence):
         self, request: Request, number: int, mask_id: int, cache_block_size: int, decode: Decode | None = None
     ) -> None:
         super().__init__(request, number, mask_id, cache_block_size, decode)
-        given = [token for token in request.ids if token is not None]
-        self.tokens = given + [mask_id] * request.params.max_new_tokens
-        self._num_decided, self._num_drafted = len(given), 0
-        self._num_open = request.params.block_size - 1
+        prompt = [token for token in request.ids if token is not None]
+        self.tokens = prompt + [mask_id] * request.params.max_new_tokens
+        self._num_decided, self._num_drafts = len(prompt), 0
+        self._num_masks = request.params.block_size - 1
         if self._take_forced():
             self._finish()
 
@@ -61,70 +60,72 @@ class SpeculativeSequence(DecodingSequence):
 
     @property
     def _causal_end(self) -> int:
-        """Rows below it are causal: one for each draft, and one more."""
-        return min(self._num_decided + self._num_drafted + 1, len(self.tokens))
+        """End of the verify tokens: one for each draft, and one more."""
+        return min(self._num_decided + self._num_drafts + 1, len(self.tokens))
 
     @property
     def reach(self) -> int:
         if self.request.eos_ids.intersection(self.tokens[self._num_decided : self._causal_end]):
             return self._causal_end  # what is drafted ends there
-        return min(self._causal_end + self._num_open, len(self.tokens))
+        return min(self._causal_end + self._num_masks, len(self.tokens))
 
     def plan(self, budget: int) -> ScheduledSequence | None:
         start, causal_end = self.committed, self._causal_end
         if causal_end - start > budget:
             chunk = min(budget, self._num_decided - start)
-            return ScheduledSequence(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
+            return self._scheduled(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
         queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
-        return ScheduledSequence(start, queries[-1] + 1, queries, queries, causal_end)
+        return self._scheduled(start, queries[-1] + 1, queries, queries, causal_end=causal_end, allowed=self._allowed())
 
-    def adjusted(self, logits_NV: Tensor, positions: Sequence[int]) -> Tensor:
-        """Also what the grammar does not allow where the text is decided; guesses are free."""
-        logits_NV = super().adjusted(logits_NV, positions)
-        if self.grammar is None:
-            return logits_NV
-        state = self.grammar.copy()
-        for row, position in enumerate(positions[: self._num_drafted + 1]):
-            logits_NV[row].masked_fill_(~state.allowed().to(logits_NV.device), float("-inf"))
-            token = self.tokens[position]
-            if row == self._num_drafted or token in self.request.eos_ids or not state.accepts(token):
-                break  # a draft that is not allowed does not hold
-            state.advance(token)
-        return logits_NV
-
-    def apply(self, plan: ScheduledSequence, answer: ModelOutput | None) -> None:
-        self._count(plan)
-        if answer is None:
-            self.committed = plan.stop
+    def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
+        self._count(scheduled)
+        if output is None:
+            self.committed = scheduled.stop
             return
-        causal_end, guess = plan.causal_end, answer.guess
-        says = dict(zip(guess.positions, guess.tokens, strict=True))
-        held = len(list(takewhile(lambda p: self.tokens[p] == says[p], range(self._num_decided, causal_end - 1))))
-        known = self._num_decided + held
-        self.committed = known + 1
-        self._edits += self.tokens[known] not in (self.mask_id, says[known])
-        kept = range(causal_end, plan.stop) if known + 1 == causal_end else range(0)
-        sure = dict(zip(guess.positions, guess.confidences, strict=True))
-        drafts = [says[p] for p in takewhile(lambda p: sure[p] > self.request.params.threshold, kept)]
-        if kept:
-            self._num_open = self.request.params.block_size - 1 if drafts else max(1, self._num_open // 2)
-        self._write(known, [says[known], *drafts])
-        self._decide(known + 1)
-        self._tell(plan, answer)
+        causal_end, guess = scheduled.causal_end, output.guess
+        predicted = dict(zip(guess.positions, guess.tokens, strict=True))
+        confidences = dict(zip(guess.positions, guess.confidences, strict=True))
+        drafted = range(self._num_decided, causal_end - 1)
+        accepted_length = len(list(takewhile(lambda p: self.tokens[p] == predicted[p], drafted)))
+        last = self._num_decided + accepted_length
+        target_token = predicted[last]
+        self.committed = last + 1
+        self._edits += self.tokens[last] not in (self.mask_id, target_token)
+        # Mask tokens have read the drafts: what they predict counts only where all of those are accepted.
+        masks = range(causal_end, scheduled.stop) if last + 1 == causal_end else range(0)
+        drafts = [predicted[p] for p in takewhile(lambda p: confidences[p] > self.request.params.threshold, masks)]
+        if masks:
+            self._num_masks = self.request.params.block_size - 1 if drafts else max(1, self._num_masks // 2)
+        self._write(last, [target_token, *drafts])
+        self._decide(last + 1)
+        self._record(scheduled, output)
         self._finish()
 
+    def _allowed(self) -> dict[int, Tensor]:
+        """What the grammar allows at the verify tokens, by query; drafts are free."""
+        allowed: dict[int, Tensor] = {}
+        if self.grammar is None:
+            return allowed
+        state = self.grammar.copy()
+        for index, token in enumerate(self.tokens[self._num_decided : self._causal_end]):
+            allowed[index] = state.allowed()
+            if index == self._num_drafts or token in self.request.eos_ids or not state.accepts(token):
+                break  # a draft that is not allowed is not accepted
+            state.advance(token)
+        return allowed
+
     def _write(self, start: int, tokens: Sequence[int]) -> None:
-        """These tokens from `start` on, and nothing behind them."""
+        """These tokens from `start` on, and masks after them."""
         assert self.mask_id is not None
         room = len(self.tokens) - start
-        known = tokens[:room]
-        self.tokens[start:] = [*known, *[self.mask_id] * (room - len(known))]
-        self._num_drafted = start + len(known) - self._num_decided
+        fitting = tokens[:room]
+        self.tokens[start:] = [*fitting, *[self.mask_id] * (room - len(fitting))]
+        self._num_drafts = start + len(fitting) - self._num_decided
 
     def _decide(self, stop: int) -> None:
-        """Everything below `stop` is decided, and what a grammar adds to it; drafts behind stay as far as they agree."""
+        """Everything below `stop` is decided, and what a grammar adds to it; drafts after it stay as far as they agree."""
         new = self.tokens[self._num_decided : stop]
-        self._num_drafted -= stop - self._num_decided
+        self._num_drafts -= stop - self._num_decided
         self._num_decided = stop
         if self.grammar is None:
             return
@@ -142,27 +143,27 @@ class SpeculativeSequence(DecodingSequence):
         if not forced:
             return False
         assert self.grammar is not None
-        place, drafts = self._num_decided, self.tokens[self._num_decided :][: self._num_drafted]
+        start, drafts = self._num_decided, self.tokens[self._num_decided :][: self._num_drafts]
         agree = drafts[: len(forced)] == forced[: len(drafts)]
-        self._write(place, [*forced, *(drafts[len(forced) :] if agree else [])])
+        self._write(start, [*forced, *(drafts[len(forced) :] if agree else [])])
         self._num_decided += len(forced)
-        self._num_drafted -= len(forced)
+        self._num_drafts -= len(forced)
         for token in forced:
             self.grammar.advance(token)
-        self.note_logprobs(range(place, self._num_decided), None, {})
+        self.note_logprobs(range(start, self._num_decided), None, {})
         return True
 
     def _finish(self) -> None:
         self._end(range(len(self.request.ids), self._num_decided), over=self.is_whole)
 
-    def _tell(self, plan: ScheduledSequence, answer: ModelOutput) -> None:
+    def _record(self, scheduled: ScheduledSequence, output: ModelOutput) -> None:
         """Log-probabilities and the step, where they are asked for; drafts are shown as guesses."""
-        first = plan.queries[0]
-        at = {position: i for i, position in enumerate(plan.queries)}
-        self.note_logprobs(range(first, self.committed), answer.logits_NV, at)
+        first = scheduled.queries[0]
+        row_of = {position: i for i, position in enumerate(scheduled.queries)}
+        self.note_logprobs(range(first, self.committed), output.logits_NV, row_of)
         if self.watched:
-            told = range(first, max(plan.stop, self._num_decided))
-            undecided = [p >= self._num_decided for p in range(told.stop)]
+            positions = range(first, max(scheduled.stop, self._num_decided))
+            undecided = [p >= self._num_decided for p in range(positions.stop)]
             decision = Decision({p: self.tokens[p] for p in range(first, self._num_decided)})
-            fixed = [False] * told.stop
-            self._report(Step.after(told, answer.guess, decision, self.tokens, undecided, fixed, self.forwards))
+            fixed = [False] * positions.stop
+            self._report(Step.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))

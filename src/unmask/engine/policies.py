@@ -1,0 +1,129 @@
+"""Policies: which masked positions a denoising step commits.
+
+Owns the policies and their registry: a new policy is one class here, named in `POLICIES`; `SamplingParams.policy` takes its
+name. Imports no torch: candidates and confidences are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from unmask.diffusion.decode import Guess
+
+
+class PolicyOptions(Protocol):
+    """The decoding options that policies read; `SamplingParams` has them."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def entropy_bound(self) -> float: ...
+
+
+class Policy(Protocol):
+    """A rule that chooses the positions to commit."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether it reads `Guess.entropies`, which take the logits; the others take the most probable token alone."""
+        ...
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether its threshold is also one of draft tokens, so that self-speculative decoding can go with it."""
+        ...
+
+    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
+        """The positions to commit.
+
+        Args:
+            masked: candidates of the masked positions, in ascending order of position.
+            quota: least number of commits (fewer when fewer are masked).
+            params: decoding options.
+
+        Returns:
+            Ascending indices into `masked`.
+        """
+        ...
+
+
+class Threshold:
+    """Every position whose confidence is above `threshold`. Source: LLaDA2.0 section 5 (confidence-aware parallel decoding)."""
+
+    needs_entropy, verifiable = False, True
+
+    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
+        return accept(masked.confidences, params.threshold, quota)
+
+
+class Entropy:
+    """Positions of least entropy while the sum of all but the largest stays within `entropy_bound` nats.
+
+    Source: Ben-Hamu et al. (2505.24857), EB-sampler, Eq. 9 with the entropy as error proxy.
+    """
+
+    needs_entropy, verifiable = True, False
+
+    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
+        assert masked.entropies is not None, "the entropy policy needs the entropies"
+        return accept_within_entropy(masked.entropies, params.entropy_bound, min(quota, len(masked.positions)))
+
+
+class Fixed:
+    """The same number of positions every step, the most confident first."""
+
+    needs_entropy, verifiable = False, False
+
+    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
+        return accept(masked.confidences, 1.0, quota)
+
+
+POLICIES: Mapping[str, Policy] = {"threshold": Threshold(), "entropy": Entropy(), "fixed": Fixed()}
+
+
+def choose(masked: Guess, step: int, params: PolicyOptions) -> list[int]:
+    """What the policy of `params` commits in step `step` of a block: ascending indices into `masked`."""
+    return POLICIES[params.policy].choose(masked, step_quota(step, params.block_size, params.steps), params)
+
+
+def step_quota(step: int, block_size: int, steps: int) -> int:
+    """How many positions step `step` (from 0) commits at least: block size over steps, the remainder in the first steps."""
+    whole, remainder = divmod(block_size, steps)
+    return whole + (1 if step < remainder else 0)
+
+
+def accept(confidences: Sequence[float], threshold: float, quota: int) -> list[int]:
+    """Every index whose confidence is *greater* than the threshold; if those are fewer than `quota`, the most confident.
+
+    Args:
+        confidences: of the masked positions, in ascending order of position; on ties the lowest comes first.
+        threshold: probability; 1.0 accepts nothing by confidence.
+        quota: least number of indices.
+
+    Returns:
+        Ascending indices into `confidences`.
+    """
+    above = [i for i, confidence in enumerate(confidences) if confidence > threshold]
+    if len(above) >= min(quota, len(confidences)):
+        return above
+    return sorted(sorted(range(len(confidences)), key=lambda i: -confidences[i])[:quota])
+
+
+def accept_within_entropy(entropies: Sequence[float], bound: float, quota: int) -> list[int]:
+    """Ascending indices of least entropy while the sum of all but the largest stays within `bound`; at least `quota`."""
+    ranked = sorted(range(len(entropies)), key=lambda i: entropies[i])
+    total, count = 0.0, 0
+    for i in ranked:
+        # In ascending order the largest is the newest: the sum of all others is the sum before it.
+        if total > bound:
+            break
+        total, count = total + entropies[i], count + 1
+    return sorted(ranked[: max(count, quota)])

@@ -1,0 +1,132 @@
+"""The sampler: hidden states in, candidates out, for all scheduled sequences of a forward at once.
+
+Owns the calls of the vocabulary head, and the logits processors: bias, banned tokens, least lengths, grammars. What is made of
+the candidates is the sequences' matter; how one is drawn, `diffusion.decode`'s.
+
+Legend: T tokens of the forward, D hidden, N queried positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion.decode import Guess, candidates, entropies
+from unmask.engine.backends.base import Backend
+from unmask.engine.policies import POLICIES
+from unmask.engine.request import Request
+from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
+
+
+class Sampler:
+    """Samples candidates.
+
+    Args:
+        backend: has the vocabulary head.
+        mask_id: never a candidate; None for an autoregressive model.
+    """
+
+    def __init__(self, backend: Backend, mask_id: int | None) -> None:
+        self.backend, self.mask_id = backend, mask_id
+
+    def sample(self, hidden_TD: Tensor, scheduled: Sequence[ScheduledSequence]) -> list[ModelOutput | None]:
+        """Candidates for every scheduled sequence's queries; None where there are none.
+
+        The head runs twice at most: once for the sequences that only need the most probable token, once for all others.
+        """
+        starts = accumulate((each.stop - each.start for each in scheduled), initial=0)
+        rows = [[start + row - each.start for row in each.rows] for each, start in zip(scheduled, starts, strict=False)]
+        outputs: list[ModelOutput | None] = [None] * len(scheduled)
+        for sampled, with_logits in ((self._greedy, False), (self._drawn, True)):
+            chosen = [i for i, each in enumerate(scheduled) if each.queries and needs_logits(each.request) == with_logits]
+            if chosen:
+                hidden_ND = hidden_TD[torch.tensor([row for i in chosen for row in rows[i]], device=hidden_TD.device)]
+                for i, output in zip(chosen, sampled(hidden_ND, [scheduled[i] for i in chosen]), strict=True):
+                    outputs[i] = output
+        return outputs
+
+    def _greedy(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
+        token_N, confidence_N = self.backend.greedy(hidden_ND, self.mask_id)
+        tokens, confidences = token_N.tolist(), confidence_N.tolist()
+        for each, part in zip(scheduled, _parts(scheduled), strict=True):
+            yield ModelOutput(Guess(each.queries, tokens[part], confidences[part]))
+
+    def _drawn(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
+        logits_NV = self.backend.logits(hidden_ND)
+        processed_NV = process(logits_NV, scheduled, self.mask_id)
+        token_N, confidence_N = draw(processed_NV, scheduled)
+        tokens, confidences = token_N.tolist(), confidence_N.tolist()
+        for each, part in zip(scheduled, _parts(scheduled), strict=True):
+            entropy = (
+                entropies(processed_NV[part], None).tolist() if POLICIES[each.request.params.policy].needs_entropy else None
+            )
+            guess = Guess(each.queries, tokens[part], confidences[part], entropy)
+            yield ModelOutput(guess, logits_NV[part], processed_NV[part])
+
+
+def needs_logits(request: Request) -> bool:
+    """Whether a request needs more than the most probable token and its probability."""
+    params = request.params
+    bans_ends = bool(request.eos_ids) and (params.min_new_tokens > 0 or None in request.ids)
+    processed = bool(params.logit_bias) or request.grammar is not None or bans_ends
+    return processed or params.logprobs is not None or params.temperature > 0 or POLICIES[params.policy].needs_entropy
+
+
+def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None) -> Tensor:
+    """A float32 copy of the logits of all queries, with what the requests favour, ban and allow."""
+    logits_NV = logits_NV.float().clone()
+    biased, banned = list[tuple[int, int, float]](), list[tuple[int, int]]()
+    for each, part in zip(scheduled, _parts(scheduled), strict=True):
+        request = each.request
+        first_end = len(request.ids) + request.params.min_new_tokens
+        for row, position in enumerate(each.queries, start=part.start):
+            biased += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
+            if position < first_end:
+                banned += [(row, token) for token in request.eos_ids]
+    if biased:
+        rows, tokens, biases = zip(*biased, strict=True)
+        logits_NV[list(rows), list(tokens)] += torch.tensor(biases, dtype=torch.float32, device=logits_NV.device)
+    if mask_id is not None:
+        logits_NV[:, mask_id] = float("-inf")
+    if banned:
+        banned_rows, banned_tokens = zip(*banned, strict=True)
+        logits_NV[list(banned_rows), list(banned_tokens)] = float("-inf")
+    for each, part in zip(scheduled, _parts(scheduled), strict=True):
+        for index, allowed_V in each.allowed.items():
+            logits_NV[part.start + index].masked_fill_(~allowed_V.to(logits_NV.device), float("-inf"))
+    return logits_NV
+
+
+def draw(processed_NV: Tensor, scheduled: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [N] and their confidences float32 [N]: one call for all sequences that draw in the same way."""
+    ways = [(each.request.params.temperature, each.request.params.top_k, each.request.params.top_p) for each in scheduled]
+    keys = torch.tensor(
+        [
+            (ways.index(way), position, each.step, each.request.params.seed, each.request.sample)
+            for each, way in zip(scheduled, ways, strict=True)
+            for position in each.queries
+        ],
+        device=processed_NV.device,
+    )
+    way_N, *key = keys.T
+    if len(set(ways)) == 1:
+        position_N, step_N, seed_N, sample_N = key
+        params = scheduled[0].request.params
+        return candidates(processed_NV, position_N, step_N, params, None, sample=sample_N, seed=seed_N)
+    token_N, confidence_N = torch.empty_like(way_N), torch.empty(len(way_N), device=processed_NV.device)
+    for first in {ways.index(way) for way in ways}:
+        row_N = torch.nonzero(way_N == first)[:, 0]
+        position_N, step_N, seed_N, sample_N = (values_N[row_N] for values_N in key)
+        params = scheduled[first].request.params
+        token_N[row_N], confidence_N[row_N] = candidates(
+            processed_NV[row_N], position_N, step_N, params, None, sample=sample_N, seed=seed_N
+        )
+    return token_N, confidence_N
+
+
+def _parts(scheduled: Sequence[ScheduledSequence]) -> list[slice]:
+    """Rows of each sequence's queries among those of all."""
+    return [slice(*bounds) for bounds in pairwise(accumulate((len(each.queries) for each in scheduled), initial=0))]
