@@ -29,7 +29,7 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live(served_model(tmp_path_factory.mktemp("tokenizer")), ServerConfig(default_max_tokens=8, max_body=300_000)) as it:
+    with live(served_model(tmp_path_factory.mktemp("tokenizer")), ServerConfig(max_tokens=8, max_body=300_000)) as it:
         yield it
         it.wait_idle()
 

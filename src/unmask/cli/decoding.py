@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,23 +57,41 @@ def with_sampling_options(
     chosen = [o for o in SamplingParams.options().values() if surface in o.surfaces and (not panels or o.panel in panels)]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters: list[inspect.Parameter] = []
-        for each in inspect.signature(command, eval_str=True).parameters.values():
-            generated = [_parameter(option, shown.get(option.name)) for option in chosen] if each.name == "params" else []
-            parameters += generated or [each.replace(kind=each.KEYWORD_ONLY)]
+        def build(arguments: Mapping[str, Any]) -> SamplingParams:
+            given = {option.name: _value(option, arguments[option.name]) for option in chosen}
+            return SamplingParams(**{**values, **{name: value for name, value in given.items() if value is not None}})
 
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            given = {o.name: _value(o, arguments.pop(o.name)) for o in chosen}
-            given = {**values, **{name: value for name, value in given.items() if value is not None}}
-            command(**arguments, params=SamplingParams(**given))
-
-        del run.__wrapped__  # typer would read its signature
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
-        return run
+        return expand_parameter(command, "params", [_parameter(option, shown.get(option.name)) for option in chosen], build)
 
     return decorate
+
+
+def expand_parameter(
+    command: Callable[..., None],
+    name: str,
+    parameters: Sequence[inspect.Parameter],
+    build: Callable[[Mapping[str, Any]], Any],
+) -> Callable[..., None]:
+    """A command with its parameter `name` replaced by command-line options.
+
+    Args:
+        command: the command.
+        name: of the parameter.
+        parameters: keyword parameters that declare the options.
+        build: makes the parameter's value from theirs.
+    """
+    own = [each.replace(kind=each.KEYWORD_ONLY) for each in inspect.signature(command, eval_str=True).parameters.values()]
+    index = [each.name for each in own].index(name)
+    expanded = [*own[:index], *parameters, *own[index + 1 :]]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**{name: build({each.name: arguments.pop(each.name) for each in parameters})}, **arguments)
+
+    del run.__wrapped__  # typer would read its signature
+    run.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in expanded}
+    return run
 
 
 def _parameter(option: Option, default_text: str | None) -> inspect.Parameter:

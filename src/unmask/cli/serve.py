@@ -1,47 +1,65 @@
 """`unmask serve`: the OpenAI-compatible server and its chat page.
 
-Owns the command line options and the start messages. The server itself is the package `unmask.serve`.
+Owns the start messages, and how `ServerConfig` becomes command-line options. The server itself is the package `unmask.serve`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import socket
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from unmask.cli import decoding as options
 from unmask.cli.console import INTERRUPTED, pick_device
 from unmask.errors import ConfigError
+from unmask.serve.config import ServerConfig
 
 
+def _server_options() -> list[inspect.Parameter]:
+    """One command-line option per field of `ServerConfig`; of a tuple's, one that may be repeated."""
+    parameters = []
+    for name, kind in get_type_hints(ServerConfig).items():
+        setting = ServerConfig.__dataclass_fields__[name]
+        is_tuple = setting.default == ()
+        flag = f"--{name.removesuffix('s') if is_tuple else name}".replace("_", "-")
+        default_text = setting.metadata["default_text"]
+        option = typer.Option(
+            flag,
+            help=setting.metadata["help"] + (f" [default: {default_text}]" if default_text else ""),
+            envvar="UNMASK_API_KEY" if name == "api_keys" else None,
+            rich_help_panel="Server",
+        )
+        annotation = Annotated[list[str] | None if is_tuple else kind, option]  # type: ignore[valid-type]
+        default = None if is_tuple else setting.default
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return parameters
+
+
+def _build_config(arguments: Mapping[str, Any]) -> ServerConfig:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return ServerConfig(**values)
+
+
+@functools.partial(options.expand_parameter, name="config", parameters=_server_options(), build=_build_config)
 def serve(
     model: options.Model = options.DIFFUSION_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(envvar="UNMASK_API_KEY", show_default="no key needed", help="Key for clients; repeatable."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(show_default="MODEL", help="Model name that clients use.")] = None,
-    max_concurrent: Annotated[int, typer.Option(help="Completions decoded together.")] = 16,
-    max_queue: Annotated[int, typer.Option(help="Completions that may wait; more get status 429.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 600.0,
-    shutdown_grace: Annotated[float, typer.Option(help="Seconds to finish running requests at Ctrl-C or SIGTERM.")] = 30.0,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request body.")] = 4 * 2**20,
-    max_tokens: Annotated[int, typer.Option(help="New tokens of a chat completion that sets no limit.")] = 1024,
-    cache_tokens: Annotated[
-        int | None, typer.Option(show_default="what fits 1 GiB", help="Tokens that the KV cache holds.")
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Web origin that may use the server (CORS); repeatable.")
-    ] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Accepted value of the Host header; repeatable.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all interfaces.", rich_help_panel="Server")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.", rich_help_panel="Server")] = 8000,
+    *,
+    config: ServerConfig,
     quantize: options.QuantizeAuto = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    log_format: Annotated[Literal["json", "text"], typer.Option(help="One JSON object per line, or text.")] = "text",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts and answers.")] = False,
+    log_format: Annotated[
+        Literal["json", "text"], typer.Option(help="One JSON object per line, or text.", rich_help_panel="Server")
+    ] = "text",
 ) -> None:
     """Serve a model with the OpenAI API and a chat page.
 
@@ -56,23 +74,6 @@ def serve(
 
     Ctrl-C or SIGTERM finishes running requests and accepts no new ones (exit code 0); a second Ctrl-C ends at once (130).
     """
-    from unmask.serve.config import ServerConfig
-
-    config = ServerConfig(
-        name=name,
-        api_keys=tuple(api_key or ()),
-        max_concurrent=max_concurrent,
-        max_queue=max_queue,
-        timeout=timeout,
-        shutdown_grace=shutdown_grace,
-        max_body=max_body,
-        default_max_tokens=max_tokens,
-        cache_tokens=cache_tokens,
-        allow_origins=tuple(allow_origin or ()),
-        allow_hosts=tuple(allow_host or ()),
-        log_prompts=log_prompts,
-    )
-
     import unmask
     from unmask.serve.logs import configure_logging
     from unmask.serve.server import listen, run, url_of

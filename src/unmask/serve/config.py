@@ -1,53 +1,48 @@
 """`ServerConfig`: limits, keys and names of a server.
 
-Owns their ranges. Knows neither the model nor HTTP.
+Owns their ranges and help; the options of `unmask serve` are generated from the fields. Knows neither the model nor HTTP.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from unmask.errors import ConfigError
 
 
-@dataclass(frozen=True)
+def _setting(default: Any, help: str, default_text: str = "") -> Any:
+    """A field; `default_text` says what an empty default amounts to."""
+    return field(default=default, metadata={"help": help, "default_text": default_text})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Limits, keys and names of a server.
-
-    Attributes:
-        name: model name that clients use; None: the name under which it was loaded.
-        api_keys: accepted API keys; without any, no key is needed.
-        max_concurrent: completions decoded together (`max_num_seqs` of the engine).
-        max_queue: completions that may wait beside those.
-        timeout: seconds that a request may take, waiting included.
-        shutdown_grace: seconds that running requests have to finish when the server stops.
-        max_body: bytes of a request body.
-        default_max_tokens: new tokens of a chat completion that sets no limit.
-        cache_tokens: tokens that the KV cache holds; None: the engine's default.
-        allow_origins: web origins besides the server's own that may use it; "*" is any.
-        allow_hosts: accepted values of the Host header; without any, all are accepted, except that a server without keys
-            on a loopback address accepts loopback names only.
-        log_prompts: write prompts and answers into the log.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    name: str | None = None
-    api_keys: tuple[str, ...] = ()
-    max_concurrent: int = 16
-    max_queue: int = 64
-    timeout: float = 600.0
-    shutdown_grace: float = 30.0
-    max_body: int = 4 * 2**20
-    default_max_tokens: int = 1024
-    cache_tokens: int | None = None
-    allow_origins: tuple[str, ...] = ()
-    allow_hosts: tuple[str, ...] = ()
-    log_prompts: bool = False
+    name: str | None = _setting(None, "Model name that clients use.", "MODEL")
+    api_keys: tuple[str, ...] = _setting((), "API key that clients must send; repeatable.", "no key needed")
+    max_concurrent: int = _setting(16, "Completions decoded together.")
+    max_queue: int = _setting(64, "Completions that may wait beside those; more get status 429.")
+    timeout: float = _setting(600.0, "Seconds that a request may take, waiting included.")
+    shutdown_grace: float = _setting(30.0, "Seconds to finish running requests at Ctrl-C or SIGTERM.")
+    max_body: int = _setting(4 * 2**20, "Bytes of a request body.")
+    max_tokens: int = _setting(1024, "New tokens of a chat completion that sets no limit.")
+    cache_tokens: int | None = _setting(None, "Tokens that the KV cache holds.", "what fits 1 GiB")
+    allow_origins: tuple[str, ...] = _setting(
+        (), 'Web origin that may use the server (CORS), "*" for any; repeatable.', "the server's own"
+    )
+    allow_hosts: tuple[str, ...] = _setting(
+        (), "Accepted value of the Host header; repeatable.", "any; loopback names on a loopback address without keys"
+    )
+    log_prompts: bool = _setting(False, "Log prompts and answers.")
 
     def __post_init__(self) -> None:
-        for name in ("max_concurrent", "max_body", "default_max_tokens", "cache_tokens"):
+        for name in ("max_concurrent", "max_body", "max_tokens", "cache_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_queue", "shutdown_grace"):

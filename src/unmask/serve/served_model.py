@@ -140,7 +140,7 @@ class ServedModel:
                 raise bad_request(str(error), "tools" if match is None else match[0]) from error
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = None if not body.logprobs else body.top_logprobs or 0
-        requests = self._requests(body, [ids], limit, self.config.default_max_tokens, logprobs, grammar)
+        requests = self._requests(body, [ids], limit, self.config.max_tokens, logprobs, grammar)
         return PreparedRequests(requests, len(ids), calling, choice.name is not None)
 
     def completion(self, body: protocol.CompletionRequest) -> PreparedRequests:
