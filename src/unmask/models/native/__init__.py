@@ -1,1 +1,1 @@
-"""Inference of dense transformers on a CPU with 8- or 4-bit weights: C++ kernels, compiled on demand, and what drives them."""
+"""CPU inference of dense transformers with 8- or 4-bit weights: C++ kernels, compiled on demand, and their Python interface."""

@@ -1,4 +1,4 @@
-// Attention of some rows of one sequence to its keys, which lie anywhere in a store; rotary embedding and the per-head norm.
+// Attention of some rows of one sequence to its keys, which lie anywhere in the KV cache; rotary embedding and the per-head norm.
 //
 // The sixteen lanes are sixteen (row, head) pairs that share a kv head, so keys and values are read as they lie, softmax needs
 // no horizontal step, and a lane's result cannot depend on its neighbours. Keys come in tiles aligned to position 0; a key that a
@@ -16,7 +16,7 @@ constexpr int kAttentionTile = 8;  // keys, or dimensions of a value, in registe
 // Rows start..stop of a forward are positions past, past + 1, ... of one sequence; its key at position p lies at slots[p].
 struct Segment {
     int64_t start, stop, past, block_size;
-    int64_t open;  // its rows denoise, and pass gated LoRA
+    int64_t noisy;  // its rows denoise, and gated LoRA applies to them
     const int64_t* slots;
 
     int64_t num_keys() const { return past + stop - start; }
@@ -25,7 +25,7 @@ struct Segment {
 };
 
 // Keys and values of one kv head of one layer: [slot][size].
-struct HeadStore {
+struct HeadCache {
     const float *keys, *values;
 };
 
@@ -148,7 +148,7 @@ INLINE void update(Softmax& state, float* score, float* out, int64_t first_key, 
 }
 
 template <int Q>
-static void attend(const Segment& segment, const HeadStore& head, const Queries& q, const AttentionScratch& s) {
+static void attend(const Segment& segment, const HeadCache& head, const Queries& q, const AttentionScratch& s) {
     const int64_t size = q.size;
     const float scale = 1.0f / std::sqrt(float(size));
     Softmax state[Q];
@@ -179,7 +179,7 @@ static void attend(const Segment& segment, const HeadStore& head, const Queries&
     });
 }
 
-static void attend(const Segment& segment, const HeadStore& head, const Queries& q, const AttentionScratch& s) {
+static void attend(const Segment& segment, const HeadCache& head, const Queries& q, const AttentionScratch& s) {
     const int64_t vectors = (q.to - q.from + kLanes - 1) / kLanes;
     (vectors == 1 ? attend<1> : vectors == 2 ? attend<2> : attend<3>)(segment, head, q, s);
 }

@@ -1,6 +1,7 @@
-"""Compiles the C++ kernels of this package on the user's machine, once, and loads them.
+"""Compilation of the C++ kernels on the user's machine, once, and loading them.
 
-Owns the compiler's command line and where its output is kept. Knows nothing of models: what the functions mean is in `packed`.
+Owns the compiler's command line and the cache of compiled libraries. Knows nothing of models: what the functions mean is in
+`packed`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from unmask.errors import BackendError
 from unmask.models.weights.hub import cache_folder
 
 _SOURCE = Path(__file__).parent / "kernels.cpp"
-# Contraction of a * b + c is the compiler's whim, tile by tile; the kernels promise the same bits in every tile.
+# Whether a * b + c is contracted is up to the compiler, tile by tile; the kernels promise the same bits in every tile.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
-# What tells processors apart for -march=native, so that a cache shared by several never serves an illegal instruction.
+# Part of a library's key, so that a cache shared by several machines never serves an illegal instruction (-march=native).
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
 
@@ -43,7 +44,7 @@ class Build:
         return self.process is not None and self.process.poll() is None
 
     def load(self) -> ctypes.CDLL:
-        """The compiled library, waiting for the compiler if need be.
+        """The compiled library; waits for the compiler where it still runs.
 
         Raises:
             BackendError: the compiler failed, or the library cannot be loaded.
@@ -59,14 +60,14 @@ class Build:
 
 
 def start_build(*, cache: Path | None = None, flags: Sequence[str] = ()) -> Build:
-    """Start compiling in a process of its own, unless this machine has compiled the same source before.
+    """Start the compiler in a separate process, unless the cache holds a library of the same source, flags and processor.
 
     Args:
-        cache: where libraries are kept; None: as of `hub.cache_folder`.
+        cache: folder of compiled libraries; None: as of `hub.cache_folder`.
         flags: further compiler flags, for tests of the portable variants.
 
     Returns:
-        The build; `load` it when it no longer runs.
+        The build; call `load` when it is no longer running.
 
     Raises:
         BackendError: the processor or the system is not one the kernels are written for, or there is no compiler.
@@ -112,7 +113,7 @@ def _compiler() -> list[str]:
 
 
 def _openmp_library() -> str:
-    """The OpenMP runtime that torch has loaded, so that both share one pool of threads; else the compiler's own."""
+    """Path of the OpenMP runtime that torch has loaded, so that both share one thread pool; else the compiler's flag."""
     paths = {f"/{line.partition('/')[2]}" for line in Path("/proc/self/maps").read_text().splitlines()}
     runtimes = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")))
     # Other packages may have brought their own.

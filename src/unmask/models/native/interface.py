@@ -1,4 +1,4 @@
-"""The C interface of the kernels, and memory for them to work in.
+"""ctypes interface of the kernels, and their workspace memory.
 
 Owns the mirror of the structures in the C++ files. Knows nothing of models.
 """
@@ -25,8 +25,8 @@ class Linear(Structure):
     )
 
 
-class Gated(Structure):
-    """`Gated` of kernels.cpp: a matrix and its update, if it has one."""
+class GatedLinear(Structure):
+    """`GatedLinear` of kernels.cpp: a matrix and its gated LoRA, if it has one."""
 
     _fields_ = (("base", Linear), ("input", Linear), ("output", Linear))
 
@@ -35,10 +35,10 @@ class Layer(Structure):
     """`Layer` of kernels.cpp."""
 
     _fields_ = (
-        ("qkv", Gated),
-        ("out", Gated),
-        ("gate_up", Gated),
-        ("down", Gated),
+        ("qkv", GatedLinear),
+        ("out", GatedLinear),
+        ("gate_up", GatedLinear),
+        ("down", GatedLinear),
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
         ("query_norm", c_void_p),
@@ -65,8 +65,8 @@ class Model(Structure):
     )
 
 
-class Step(Structure):
-    """`Step` of kernels.cpp, its KV cache included."""
+class ForwardBatch(Structure):
+    """`ForwardBatch` of kernels.cpp, its KV cache included."""
 
     _fields_ = (
         ("rows", c_int64),
@@ -75,8 +75,8 @@ class Step(Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("hidden", c_void_p),
-        ("store", c_void_p),
-        ("slots", c_int64),
+        ("kv_cache", c_void_p),
+        ("num_slots", c_int64),
     )
 
 
@@ -97,13 +97,13 @@ class Kernels:
 
 
 class Workspace:
-    """Memory that calls use and leave; it grows to the largest one."""
+    """Scratch memory shared by consecutive calls; it grows to the largest one's need."""
 
     def __init__(self) -> None:
-        self._held = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def address(self, size: int) -> int:
         """Address of at least `size` bytes, aligned to a cache line."""
-        if self._held.nbytes < size + 64:
-            self._held = torch.empty(size + 64, dtype=torch.uint8)
-        return -(-self._held.data_ptr() // 64) * 64
+        if self._buffer.nbytes < size + 64:
+            self._buffer = torch.empty(size + 64, dtype=torch.uint8)
+        return -(-self._buffer.data_ptr() // 64) * 64

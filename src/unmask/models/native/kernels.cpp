@@ -9,13 +9,13 @@
 #include "gemm.h"
 #include "head.h"
 
-// A matrix and, unless `in` has no weight, the update of low rank that the rows of open segments pass beside it.
-struct Gated {
+// A matrix and, unless `in` has no weight, the gated LoRA that noisy rows pass beside it.
+struct GatedLinear {
     Linear base, in, out;
 };
 
 struct Layer {
-    Gated qkv, out, gate_up, down;
+    GatedLinear qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm;
     const float *query_norm, *key_norm;  // null without per-head norms
 };
@@ -34,17 +34,17 @@ struct Model {
 };
 
 // Keys and values [layer][key | value][kv head][slot][head_dim].
-struct Store {
+struct KVCache {
     float* data;
     int64_t slots;
 };
 
-struct Step {
+struct ForwardBatch {
     int64_t rows, num_segments;
     const Segment* segments;
     const float *cos, *sin;  // [rows][rotary_dim]
     float* hidden;           // [rows][hidden]: embeddings on entry, hidden states on return
-    Store store;
+    KVCache kv_cache;
 };
 
 // Cuts a buffer into aligned pieces; without a buffer it only measures.
@@ -66,7 +66,7 @@ struct Arena {
 
 struct Workspace {
     float *qkv, *heads, *gate_up;
-    float* low;  // open rows behind the first matrix of an update
+    float* low;  // noisy rows after the first matrix of gated LoRA
     Rows8 normed, attended, gated, low8;
     const int64_t** slots;  // of each row's own key
     float* scratch;         // one piece a thread
@@ -87,7 +87,7 @@ struct Workspace {
         scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
         scratch = arena.take<float>(threads * scratch_floats);
         unpacked_bytes = 0;
-        for (const Gated* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
+        for (const GatedLinear* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
             unpacked_bytes = std::max(unpacked_bytes, w->base.depth * kLanes * kTilePanels);
         unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
     }
@@ -155,7 +155,7 @@ INLINE void mix(float* x, int64_t size, int64_t count) {
 // One thread's part of one forward pass.
 struct Forward {
     const Model& m;
-    const Step& step;
+    const ForwardBatch& step;
     const Workspace& work;
     Worker worker;
     float* scratch = work.scratch + worker.index * work.scratch_floats;
@@ -190,28 +190,28 @@ struct Forward {
             }
     }
 
-    void product(const Gated& w, const Rows8& a, const Target& to) const {
+    void product(const GatedLinear& w, const Rows8& a, const Target& to) const {
         uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
         const Range panels = worker.share_of(w.base.panels());
         gemm(w.base, a, {0, step.rows}, panels, to, unpacked);
         for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
-            if (const Segment& s = step.segments[i]; s.open)
+            if (const Segment& s = step.segments[i]; s.noisy)
                 gemm(w.out, work.low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
         worker.wait();
     }
 
-    // The first product of an update, over those of this thread's quantised rows that are open.
-    void lower(const Gated& w, const Rows8& a, Range rows) const {
+    // The first product of an update, over those of this thread's quantised rows that are noisy.
+    void lower(const GatedLinear& w, const Rows8& a, Range rows) const {
         for (int64_t i = 0; w.in.weight && i < step.num_segments; i++) {
             const Segment& s = step.segments[i];
             const Range own = {std::max(rows.from, s.start), std::min(rows.to, s.stop)};
-            if (!s.open || own.from >= own.to) continue;
+            if (!s.noisy || own.from >= own.to) continue;
             gemm(w.in, a, own, {0, w.in.panels()}, {work.low, m.rank}, nullptr);
             for (int64_t r = own.from; r < own.to; r++) quantize_row(work.low + r * m.rank, m.rank, work.low8, r);
         }
     }
 
-    void normalize(const float* weight, const Gated& next) const {
+    void normalize(const float* weight, const GatedLinear& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) {
             rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
@@ -221,14 +221,14 @@ struct Forward {
         worker.wait();
     }
 
-    void quantize(const float* x, int64_t width, const Rows8& to, const Gated& next) const {
+    void quantize(const float* x, int64_t width, const Rows8& to, const GatedLinear& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
         lower(next, to, rows);
         worker.wait();
     }
 
-    void gate(const Gated& next) const {
+    void gate(const GatedLinear& next) const {
         const Range rows = worker.share_of(step.rows);
         for (int64_t r = rows.from; r < rows.to; r++) {
             swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
@@ -240,7 +240,7 @@ struct Forward {
     }
 
     float* stored(int64_t layer, int64_t value, int64_t head) const {
-        return step.store.data + ((layer * 2 + value) * m.kv_heads + head) * step.store.slots * m.head_dim;
+        return step.kv_cache.data + ((layer * 2 + value) * m.kv_heads + head) * step.kv_cache.slots * m.head_dim;
     }
 
     // Norms and rotates queries and keys, and writes keys and values to their slots.
@@ -307,7 +307,7 @@ int64_t unmask_forward_bytes(const Model* model, int64_t rows, int threads) {
     return arena.used;
 }
 
-void unmask_forward(const Model* model, const Step* step, void* buffer, int threads) {
+void unmask_forward(const Model* model, const ForwardBatch* step, void* buffer, int threads) {
     Arena arena{static_cast<char*>(buffer)};
     const Workspace work(*model, step->rows, threads, arena);
     Barrier barrier;

@@ -1,4 +1,4 @@
-"""One quantised matrix: its product with rows, and greedy choice when it is a vocabulary head.
+"""A quantised linear layer: its product with rows, and greedy decoding when it is a vocabulary head.
 
 Owns the memory its C structure points to. Knows nothing of transformers.
 

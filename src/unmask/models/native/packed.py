@@ -113,7 +113,7 @@ class PackedTransformer:
         # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
         segments = segments_C6.copy()
         segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
-        step = interface.Step(
+        step = interface.ForwardBatch(
             len(hidden_TD), len(segments), segments.ctypes.data, cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr(),
             kv_cache.data_ptr(), kv_cache.shape[3],
         )  # fmt: skip
@@ -159,7 +159,7 @@ class PackedTransformer:
             *(None if norm is None else self._norm(norm.weight) for norm in head_norms),
         )
 
-    def _gated(self, layer: nn.Linear, *, reads: Change = _same, writes: Change = _same) -> interface.Gated:
+    def _gated(self, layer: nn.Linear, *, reads: Change = _same, writes: Change = _same) -> interface.GatedLinear:
         """A layer and its update, if it has one.
 
         Args:
@@ -171,7 +171,7 @@ class PackedTransformer:
         structs = [self._linear(writes(reads(layer.weight)), bias, self.bits)]
         if isinstance(layer, GatedLoraLinear):
             structs += [self._linear(reads(layer.gated_in), None, 8), self._linear(writes(layer.gated_out), None, 8)]
-        return interface.Gated(*structs)
+        return interface.GatedLinear(*structs)
 
     def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> Tensor:
         """A matrix behind a norm, which is left with `_norm_weight`."""

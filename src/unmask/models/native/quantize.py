@@ -1,4 +1,4 @@
-"""Weights as 8- or 4-bit integers, in the layout that `gemm.h` reads.
+"""Weight quantisation to 8 or 4 bits, in the layout that `gemm.h` reads.
 
 Owns rounding and packing of one matrix. Knows neither models nor how the kernels are called.
 

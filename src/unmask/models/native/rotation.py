@@ -1,8 +1,8 @@
-"""An orthogonal change of basis that spreads outliers, so that 8-bit activations lose little.
+"""Rotation of activations (QuaRot): an orthogonal change of basis that spreads outliers, so that 8-bit activations lose little.
 
-The residual stream of a language model has a few channels far larger than the others, and one scale a row must cover them.
+The residual stream of a language model has a few channels far larger than the others, and one scale per row must cover them.
 RMSNorm, with its weights moved into the next matrix, commutes with rotations, so the whole stream can be rotated by changing
-weights only. The input of the down projection lies behind a nonlinearity and is mixed while running.
+weights only. The input of the down projection follows a nonlinearity and is mixed at run time.
 
 Owns both transforms of weights. Knows neither integers nor kernels.
 
@@ -69,11 +69,11 @@ class Rotation:
         return out.reshape(x.shape)
 
     def inputs(self, weight_ND: Tensor, norm_D: Tensor) -> Tensor:
-        """A matrix that reads normed hidden states, for states rotated and normed without weights."""
+        """The weight of a layer that reads the normed residual stream, adapted to a rotated stream normed without weights."""
         return self(weight_ND.float() * norm_D.float())
 
     def outputs(self, weight_DK: Tensor) -> Tensor:
-        """A matrix that writes to the residual stream, for a rotated one."""
+        """The weight of a layer that writes to the residual stream, adapted to a rotated stream."""
         return self(weight_DK.T).T
 
 
