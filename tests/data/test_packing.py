@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streams import PAD, ListStream
 from unmask.data.documents import Document
-from unmask.data.packing import PIECE_STRIDE, Overlong, PackedRows, PackingStats, RowPacker
+from unmask.data.packing import SEGMENT_STRIDE, Overlong, PackedRows, PackingStats, RowPacker
 from unmask.errors import ConfigError, DataError
 
 
@@ -47,7 +47,7 @@ def expected_pieces(
         for number, start in enumerate(range(0, min(stop, len(doc)), length)):
             part = slice(start, start + length)
             if doc.maskable[part].any():
-                identity = (ordinal // 3, ordinal + number * PIECE_STRIDE)
+                identity = (ordinal // 3, ordinal + number * SEGMENT_STRIDE)
                 pieces[identity] = (doc.tokens[part].tolist(), doc.maskable[part].tolist())
     return pieces
 
@@ -173,7 +173,7 @@ def test_views_and_counts():
 def test_piece_without_anything_maskable_is_dropped_and_counted():
     packer = RowPacker(ListStream([document([False] * 4 + [False, True]), document([False] * 3)]), 4, pad_id=PAD)
     rows = packer.next_rows(5)
-    assert rows.ordinal_RL.tolist() == [[PIECE_STRIDE, PIECE_STRIDE, 0, 0]]
+    assert rows.ordinal_RL.tolist() == [[SEGMENT_STRIDE, SEGMENT_STRIDE, 0, 0]]
     assert (packer.stats.dropped_documents, packer.stats.dropped_tokens) == (2, 7)
 
 
@@ -230,7 +230,7 @@ def test_endless_stream_without_anything_to_learn_is_an_error():
         (0, 1, 4, "row length 0 is not positive"),
         (-3, 1, 4, "row length -3"),
         (4, -1, 4, "pad id -1"),
-        (4, 1, 0, "lookahead 0"),
+        (4, 1, 0, "lookahead is 0"),
     ],
 )
 def test_bad_arguments(row_length, pad_id, lookahead, message):
@@ -239,7 +239,7 @@ def test_bad_arguments(row_length, pad_id, lookahead, message):
 
 
 def test_no_rows_asked_for():
-    with pytest.raises(ConfigError, match="0 rows asked for"):
+    with pytest.raises(ConfigError, match="num_rows is 0"):
         RowPacker(ListStream([whole(3)]), 4, pad_id=PAD).next_rows(0)
 
 

@@ -115,7 +115,7 @@ def test_endless_stream_of_equal_sides_is_an_error():
         PairPacker(ListStream([pair(1, [1], [1])] * 20_000), 8, pad_id=PAD).next_rows(2)
 
 
-@pytest.mark.parametrize(("num_rows", "message"), [(0, "0 rows asked for"), (3, "3 rows asked for, which come 2 at a time")])
+@pytest.mark.parametrize(("num_rows", "message"), [(0, "num_rows is 0"), (3, "num_rows is 3; rows come 2 at a time")])
 def test_rows_come_in_twos(num_rows, message):
     with pytest.raises(ConfigError, match=message):
         PairPacker(ListStream([]), 8, pad_id=PAD).next_rows(num_rows)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from unmask.data.shapes import Conversation, Fields, Plain, read_example, read_pair
+from unmask.data.shapes import Conversation, Fields, PlainText, read_example, read_pair
 from unmask.errors import DataError
 
 FIELDS = Fields()
@@ -37,7 +37,7 @@ def test_first_shape_that_is_there_decides():
     assert turns_of(record) == (say("h", "g"), 0)
     record |= {"messages": say("u", "a")}
     assert turns_of(record) == (say("u", "a"), 0)
-    assert read_example(record | {"text": "t"}, FIELDS) == Plain("field text", "", "t")
+    assert read_example(record | {"text": "t"}, FIELDS) == PlainText("field text", "", "t")
     assert turns_of(record | {"text": None}) == (say("u", "a"), 0)
 
 
@@ -68,7 +68,7 @@ def test_prompt_and_answer_are_each_a_text_or_messages(prompt, answer, name):
     example = read_example({"prompt": prompt, name: answer}, FIELDS)
     assert isinstance(example, Conversation)
     assert (example.messages, example.num_given) == (say("p", "r"), 1)
-    as_texts = Plain(f"fields prompt and {name}", "p", "r") if prompt == "p" and answer == "r" else None
+    as_texts = PlainText(f"fields prompt and {name}", "p", "r") if prompt == "p" and answer == "r" else None
     assert example.plain == as_texts
 
 

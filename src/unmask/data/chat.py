@@ -1,10 +1,10 @@
-"""Conversations as text: the chat template applied so that message text cannot pass for the template's control tokens.
+"""Chat templates: conversations as text, in which message text cannot pass for the template's control tokens.
 
-Owns rendering and the cutting of the result into control tokens, answers and plain text. Knows no token ids.
+Owns rendering and the division of the result into control tokens, answers and plain text. Knows no token ids.
 
 Before rendering, every spelling of a control token inside a message or a tool is replaced by a code made of Unicode
 noncharacters, which cannot be in text; so every control token in the rendered text is the template's own. The codes are
-turned back when the text between control tokens is cut out, and that text is encoded as plain text only.
+decoded in the text between control tokens, which is then encoded as plain text only.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "functio
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a rendered conversation.
+    """A span of a rendered conversation.
 
     Attributes:
         text: its text, or the spelling of one control token.
         is_control: it is a control token.
-        is_answer: an assistant writes it: an answer, or the control token that closes one and white space before that.
+        is_answer: an assistant writes it: an answer, or the control token that closes one, with white space before that.
     """
 
     text: str
@@ -50,8 +50,8 @@ def check_message(message: Message) -> None:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"role {role!r} of a message is not one of {', '.join(sorted(_ROLES))}; use one of them")
-    says_more = any(value for key, value in message.items() if key not in ("role", "content", "name"))
-    if not isinstance(content, str) and not (content is None and says_more):
+    has_more = any(value for key, value in message.items() if key not in ("role", "content", "name"))
+    if not isinstance(content, str) and not (content is None and has_more):
         raise DataError(f"content {_short(content)} of the {role} message is not a text; give a string")
     if calls is not None and not (isinstance(calls, (list, tuple)) and all(_is_call(call) for call in calls)):
         raise DataError(f"tool_calls {_short(calls)} of the {role} message is not a list of calls; give each a name")
@@ -61,7 +61,7 @@ class Renderer:
     """One tokenizer's chat template."""
 
     def __init__(self, apply_chat_template: Callable[..., Any], control_tokens: Iterable[str]) -> None:
-        """Remember the template.
+        """Wrap a template.
 
         Args:
             apply_chat_template: the method of the Hugging Face tokenizer.
@@ -69,7 +69,7 @@ class Renderer:
         """
         self._apply = apply_chat_template
         self._control_tokens = sorted(control_tokens, key=lambda token: (-len(token), token))
-        self._places = {token: place for place, token in enumerate(self._control_tokens)}
+        self._codes = {token: code for code, token in enumerate(self._control_tokens)}
         pattern = "|".join(re.escape(token) for token in self._control_tokens)
         self._literals = re.compile(f"({pattern})" if pattern else "(?!)()")
 
@@ -89,34 +89,34 @@ class Renderer:
         coded, tools = self._coded(messages), self._coded_value(tools)
         whole = self._template(coded, tools)
         marked, end = "", 0
-        for place in range(num_given, len(coded)):
-            if coded[place]["role"] == "assistant":
-                start, stop = self._answer(whole, coded, tools, place)
+        for index in range(num_given, len(coded)):
+            if coded[index]["role"] == "assistant":
+                start, stop = self._answer(whole, coded, tools, index)
                 if start < end:
-                    raise _hidden(place)
+                    raise _hidden(index)
                 marked += f"{whole[end:start]}{_ANSWER}{whole[start:stop]}{_ANSWER_END}"
                 end = stop
         if not marked:
             raise DataError("0 assistant turns in a conversation; it needs one to learn from")
         return marked + whole[end:]
 
-    def split(self, text: str) -> Iterator[Span]:
-        """Cut rendered text into control tokens, answers and other text, none of it empty."""
+    def split(self, rendered: str) -> Iterator[Span]:
+        """Divide rendered text into control tokens, answers and other text, none of it empty."""
         in_answer = closes_answer = False
-        parts = self._literals.split(text)
-        for place, part in enumerate(parts):
-            if part in self._places:
-                yield Span(part, is_control=True, is_answer=closes_answer or in_answer)
+        texts = self._literals.split(rendered)
+        for index, text in enumerate(texts):
+            if text in self._codes:
+                yield Span(text, is_control=True, is_answer=closes_answer or in_answer)
                 closes_answer = False
                 continue
-            is_before_control = place + 1 < len(parts)
-            for piece in _MARKS.split(part):
-                if piece in (_ANSWER, _ANSWER_END):
-                    in_answer = piece == _ANSWER
+            is_before_control = index + 1 < len(texts)
+            for plain in _MARKS.split(text):
+                if plain in (_ANSWER, _ANSWER_END):
+                    in_answer = plain == _ANSWER
                     closes_answer = not in_answer
-                elif piece:
-                    closes_answer = closes_answer and piece.isspace() and is_before_control
-                    decoded = _CODES.sub(lambda match: self._control_tokens[int(match[1])], piece)
+                elif plain:
+                    closes_answer = closes_answer and plain.isspace() and is_before_control
+                    decoded = _CODES.sub(lambda match: self._control_tokens[int(match[1])], plain)
                     yield Span(decoded, is_control=False, is_answer=in_answer or closes_answer)
 
     def closing_token(self) -> str | None:
@@ -128,27 +128,27 @@ class Renderer:
             return None
         return next((span.text for span in spans if span.is_control and span.is_answer), None)
 
-    def _answer(self, whole: str, coded: list[dict[str, Any]], tools: Any, place: int) -> tuple[int, int]:
-        """Where in the rendered conversation the answer of message `place` starts and stops, its closing left out.
+    def _answer(self, whole: str, coded: list[dict[str, Any]], tools: Any, index: int) -> tuple[int, int]:
+        """Start and end of the answer of message `index` in the rendered conversation, without its closing.
 
         A turn may be content, tool calls, thoughts or all of them, and only the template knows how it writes these. So the
-        turn is replaced by a mark: what then stands before and after the mark stands before and after the answer. A template
-        that refuses the replacement, for the sake of the tool results after it, is asked for the turns up to this one.
-        What the template writes between its generation prompt and the mark (an empty thought, say) is the answer's too,
+        turn is replaced by a mark: the text before and after the mark is the text before and after the answer. Where a
+        template refuses the replacement, because of tool results after it, only the turns up to this one are rendered.
+        What the template writes between its generation prompt and the mark (an empty thought, say) belongs to the answer,
         since the model is not prompted with it.
         """
-        replaced = [*coded[:place], {"role": "assistant", "content": _ANSWER}, *coded[place + 1 :]]
+        replaced = [*coded[:index], {"role": "assistant", "content": _ANSWER}, *coded[index + 1 :]]
         before, mark, after = self._attempt(replaced, tools).partition(_ANSWER)
-        prompt = self._attempt(coded[:place], tools, add_generation_prompt=True)
+        prompt = self._attempt(coded[:index], tools, add_generation_prompt=True)
         if mark and whole.startswith(before) and whole[len(before) :].endswith(after):
             start, stop = len(before), len(whole) - len(after)
         else:
-            turns = self._without_closing(self._attempt(coded[: place + 1], tools))
+            turns = self._without_closing(self._attempt(coded[: index + 1], tools))
             if not (prompt and turns.startswith(prompt) and whole.startswith(turns)):
-                raise _hidden(place)
+                raise _hidden(index)
             start, stop = len(prompt), len(turns)
         is_longer = prompt and len(prompt) < start and whole.startswith(prompt)
-        if is_longer and prompt != self._attempt(coded[:place], tools):
+        if is_longer and prompt != self._attempt(coded[:index], tools):
             start = len(prompt)
         return start, stop
 
@@ -157,7 +157,7 @@ class Renderer:
         return text.removesuffix(next((token for token in self._control_tokens if text.endswith(token)), ""))
 
     def _attempt(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
-        """The rendered conversation; nothing where there is none or the template refuses it."""
+        """The rendered conversation; empty for no messages or where the template refuses them."""
         try:
             return self._template(messages, tools, add_generation_prompt) if messages else ""
         except DataError:
@@ -178,18 +178,18 @@ class Renderer:
 
     def _coded_message(self, message: Message) -> dict[str, Any]:
         check_message(message)
-        there = {key: value for key, value in message.items() if value is not None}
-        if "tool_calls" in there:
+        fields = {key: value for key, value in message.items() if value is not None}
+        if "tool_calls" in fields:
             # Before coding: an escape in the JSON could spell a control token.
-            there["tool_calls"] = [_with_read_arguments(call) for call in there["tool_calls"]]
-        coded = {key: self._coded_value(value) for key, value in there.items() if key != "role"}
-        return {"role": there["role"], "content": None} | coded
+            fields["tool_calls"] = [_with_parsed_arguments(call) for call in fields["tool_calls"]]
+        coded = {key: self._coded_value(value) for key, value in fields.items() if key != "role"}
+        return {"role": fields["role"], "content": None} | coded
 
     def _coded_value(self, value: Any) -> Any:
         if isinstance(value, str):
             if any(mark in value for mark in (_CODE, _ANSWER, _ANSWER_END)):
                 raise DataError(f"message {_short(value)} holds a Unicode noncharacter U+FDD0-U+FDD2; remove it")
-            return self._literals.sub(lambda match: f"{_CODE}{self._places[match[0]]}{_CODE}", value)
+            return self._literals.sub(lambda match: f"{_CODE}{self._codes[match[0]]}{_CODE}", value)
         if isinstance(value, Mapping):
             return {self._coded_value(key): self._coded_value(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -197,9 +197,9 @@ class Renderer:
         return value
 
 
-def _hidden(place: int) -> DataError:
+def _hidden(index: int) -> DataError:
     return DataError(
-        f"the chat template does not show where message {place + 1}, an assistant's, starts and ends, so what to learn is "
+        f"the chat template does not show where message {index + 1}, an assistant's, starts and ends, so what to learn is "
         "unknown; use supervise: all, or another template"
     )
 
@@ -209,10 +209,10 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
-def _with_read_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with arguments as an object, which templates want, where OpenAI's JSON text of one was given."""
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as an object, as templates expect, where they are OpenAI's JSON text of one."""
     if "function" in call:
-        return {**call, "function": _with_read_arguments(call["function"])}
+        return {**call, "function": _with_parsed_arguments(call["function"])}
     try:
         arguments = json.loads(call["arguments"])
     except (KeyError, TypeError, ValueError):

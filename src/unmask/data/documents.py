@@ -1,4 +1,4 @@
-"""What a document is, and the endless, resumable order in which documents are trained on.
+"""Documents, and the endless, resumable order in which they are trained on.
 
 Owns `Document`, `Sample`, the `Source` protocol and the mixture `DocumentStream`. Knows neither files nor tokenizers nor
 rows: a source hands it finished documents, and the packer takes its samples.
@@ -26,7 +26,7 @@ class Document:
     Attributes:
         tokens: int32 `[length]`.
         maskable: bool `[length]`; False where a token is never masked and never predicted (a prompt).
-        rejected: of a preference, the same prompt with the answer that is liked less; this document is the chosen one.
+        rejected: of a preference, the same prompt with the rejected answer; this document is the chosen one.
     """
 
     tokens: NDArray[np.int32]
@@ -43,12 +43,12 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A document and its identity in the stream, which is what noise is keyed by.
+    """A document and its identity in the stream, which keys its noise.
 
     Attributes:
-        epoch: how many times its source had been read through before, from 0.
-        ordinal: number of the sample in the stream, counted over all epochs and all sources of a mixture, from 0: the
-            pair `(epoch, ordinal)` never comes twice, and the same document gets fresh noise each time it comes.
+        epoch: complete passes over its source before it.
+        ordinal: number of the sample in the stream, from 0, over all epochs and all sources of a mixture: no pair
+            `(epoch, ordinal)` repeats, and a document gets fresh noise in each epoch.
         document: the document.
     """
 
@@ -62,12 +62,12 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call this source."""
+        """Name of the source in messages."""
         ...
 
     @property
     def epoch(self) -> int:
-        """The pass, from 0, which the next document belongs to."""
+        """Epoch of the next document, from 0."""
         ...
 
     def next_document(self) -> Document:
@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
     def state_dict(self) -> State:
-        """Where the source stands, JSON-able."""
+        """Position in the source, JSON-able."""
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -84,14 +84,14 @@ class Source(Protocol):
 
 
 class SampleStream(Protocol):
-    """What a packer reads: samples until `StopIteration`, with a place that can be saved."""
+    """Input of a packer: samples until `StopIteration`, with a position that can be saved."""
 
     def __next__(self) -> Sample:
         """The next sample."""
         ...
 
     def state_dict(self) -> State:
-        """Where the stream stands, JSON-able."""
+        """Position in the stream, JSON-able."""
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -100,10 +100,10 @@ class SampleStream(Protocol):
 
 
 class DocumentStream:
-    """Samples from one source or a weighted mixture, in an order that is a function of the sources' seeds alone.
+    """Weighted mixture of sources, in an order that is a function of the sources' seeds alone.
 
     The n-th sample comes from the source that is furthest behind its share: the one with the smallest
-    `(taken + 1/2) / weight`, the first of equals. So any stretch of the stream holds the sources in the proportion of their
+    `(count + 1/2) / weight`, the first of equals. So any section of the stream holds the sources in the proportion of their
     weights, to within a document or two. Weights are shares of documents, not of tokens.
     """
 
@@ -132,13 +132,13 @@ class DocumentStream:
         self._sources = list(sources)
         self._weights = weights
         self._epochs = epochs
-        self._taken = [0] * len(self._sources)
+        self._counts = [0] * len(self._sources)
         self._ended: set[int] = set()
 
     @property
     def num_samples(self) -> int:
         """How many samples have been handed out; the ordinal of the next one."""
-        return sum(self._taken)
+        return sum(self._counts)
 
     def __iter__(self) -> DocumentStream:
         return self
@@ -146,29 +146,29 @@ class DocumentStream:
     def __next__(self) -> Sample:
         """The next sample; raises StopIteration when `epochs` passes are through, DataError for unreadable data."""
         while True:
-            places = [place for place in range(len(self._sources)) if self._is_open(place)]
-            if not places:
+            remaining = [index for index in range(len(self._sources)) if self._has_more(index)]
+            if not remaining:
                 raise StopIteration
-            place = min(places, key=lambda i: ((self._taken[i] + 0.5) / self._weights[i], i))
-            source = self._sources[place]
+            index = min(remaining, key=lambda i: ((self._counts[i] + 0.5) / self._weights[i], i))
+            source = self._sources[index]
             epoch, ordinal = source.epoch, self.num_samples
             try:
                 document = source.next_document()
             except StopIteration:
-                self._ended.add(place)
+                self._ended.add(index)
                 continue
             break
-        self._taken[place] += 1
+        self._counts[index] += 1
         return Sample(epoch=epoch, ordinal=ordinal, document=document)
 
-    def _is_open(self, place: int) -> bool:
-        return place not in self._ended and (self._epochs is None or self._sources[place].epoch < self._epochs)
+    def _has_more(self, index: int) -> bool:
+        return index not in self._ended and (self._epochs is None or self._sources[index].epoch < self._epochs)
 
     def state_dict(self) -> State:
-        """The place of every source, JSON-able."""
+        """Position in every source, JSON-able."""
         return {
             "names": [source.name for source in self._sources],
-            "taken": list(self._taken),
+            "counts": list(self._counts),
             "sources": [source.state_dict() for source in self._sources],
         }
 
@@ -183,4 +183,4 @@ class DocumentStream:
             raise DataError(f"saved data position is of sources {state['names']}, this job reads {names}; use the same")
         for source, source_state in zip(self._sources, state["sources"], strict=True):
             source.load_state_dict(source_state)
-        self._taken = list(state["taken"])
+        self._counts = list(state["counts"])

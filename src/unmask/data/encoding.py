@@ -1,6 +1,6 @@
-"""Records to documents: what is given, what is learnt, how a document ends.
+"""Encoding of records as documents: which tokens are given, which are learnt, how a document ends.
 
-Owns the tokens and flags of a document. Knows a tokenizer but no file; what a record asks for is `shapes`' matter.
+Owns the tokens and flags of a document. Knows a tokenizer but no file; the formats of records are `shapes`'.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.data.documents import Document
-from unmask.data.shapes import Conversation, Example, Fields, Plain, read_example, read_pair
+from unmask.data.shapes import Conversation, Example, Fields, PlainText, read_example, read_pair
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import DataError
 
@@ -21,7 +21,7 @@ Supervise = Literal["response", "all"]
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Turns one record into one document.
+    """Encoder of records as documents.
 
     Attributes:
         tokenizer: the tokenizer.
@@ -30,7 +30,7 @@ class DocumentEncoder:
             with tools, always are.
         supervise: "response": what an assistant wrote is maskable, and the whole of a plain text; "all": every token is,
             except a begin-of-text token the tokenizer puts in front, which is always given.
-        eos_fill: fill each document with maskable end-of-text tokens to a multiple of so many tokens, so that a model
+        eos_fill: fill each document with maskable end-of-text tokens to a multiple of this many tokens, so that a model
             learns to finish a block.
         pairs: every record is a preference, and becomes a document with a `rejected` one.
     """
@@ -51,7 +51,7 @@ class DocumentEncoder:
 
         Args:
             record: the record.
-            where: the place it comes from, for messages ("data.jsonl line 3").
+            where: its origin, for messages ("data.jsonl line 3").
 
         Returns:
             The document.
@@ -96,10 +96,10 @@ class DocumentEncoder:
             example = example.plain
         return self._plain(example)
 
-    def _plain(self, example: Plain) -> tuple[list[int], list[bool]]:
-        given = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(example.prompt)]
-        learnt = [*self.tokenizer.encode(example.response), self.tokenizer.eos_id]
-        return given + learnt, [False] * len(given) + [True] * len(learnt)
+    def _plain(self, example: PlainText) -> tuple[list[int], list[bool]]:
+        prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(example.prompt)]
+        response = [*self.tokenizer.encode(example.response), self.tokenizer.eos_id]
+        return prompt + response, [False] * len(prompt) + [True] * len(response)
 
     def _conversation(self, example: Conversation) -> tuple[list[int], list[bool]]:
         if self.supervise == "response":

@@ -1,7 +1,7 @@
-"""Seeded choices that never change: integers hashed to 64 bits, and permutations made of such hashes.
+"""Seeded hashes and permutations that never change: integers hashed to 64 bits, and orders sorted by such hashes.
 
-Owns nothing but arithmetic. A library's generators may draw differently in their next release, and a resumed job
-would then see other documents; a hash written down here cannot.
+Owns arithmetic only. A library's generator may give other numbers in its next release, and a resumed run would then see other
+documents; a hash that is written out here cannot change.
 """
 
 from __future__ import annotations

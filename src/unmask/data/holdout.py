@@ -1,7 +1,7 @@
-"""Keeping some documents of any source away from training.
+"""Held-out split: documents of a source that are never trained on.
 
-Owns the split. A document belongs to one side by the hash of its tokens: the same text, wherever it comes from and in whatever
-pass, is always on the same side.
+Owns the split. The hash of its tokens decides a document's side: the same text is always on the same side, whatever its source
+and epoch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Split:
         """Split a source.
 
         Args:
-            source: moved by this object only.
-            share: of the documents held out, in [0, 1).
-            held_out: which side to give.
+            source: read by this object only.
+            share: share of the documents that is held out, in [0, 1).
+            held_out: which side to read.
 
         Raises:
-            ConfigError: `share` outside its range, or 0 where held-out documents are asked for.
+            ConfigError: `share` outside its range, or 0 for the held-out side.
         """
         if not 0 <= share < 1 or (held_out and share == 0):
             raise ConfigError(f"held-out share {share} must lie in {'(0, 1)' if held_out else '[0, 1)'}")
@@ -37,7 +37,7 @@ class Split:
 
     @property
     def epoch(self) -> int:
-        """The source's pass."""
+        """The source's epoch."""
         return self._source.epoch
 
     def next_document(self) -> Document:
@@ -58,7 +58,7 @@ class Split:
                 return document
 
     def state_dict(self) -> State:
-        """Where the source stands."""
+        """Position in the source."""
         return self._source.state_dict()
 
     def load_state_dict(self, state: State) -> None:

@@ -1,6 +1,6 @@
-"""Hugging Face datasets, streamed: nothing is downloaded whole, and a job resumes at the very next record.
+"""Streamed Hugging Face datasets: nothing is downloaded whole, and a run resumes at the next record.
 
-Owns the order of shards and records and the place in them. Knows no tokens; what is in a record is the encoder's matter.
+Owns the order of shards and records and the position in them. Knows no tokens; the contents of a record are the encoder's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from unmask.errors import DataError
 
 
 class HuggingFaceSource:
-    """A streamed dataset, pass after pass.
+    """Source that reads a streamed dataset, epoch after epoch.
 
-    The shards of a pass come in an order that is a function of (seed, epoch). A shard is read in windows of a fixed
-    number of records, and each window is shuffled by itself: unlike a rolling buffer, it can be filled again from the
-    place where it began, so a saved position is small and exact.
+    The shards of an epoch come in an order that is a function of (seed, epoch). A shard is read in windows of a fixed
+    number of records, and each window is shuffled by itself: unlike a rolling buffer, it can be filled again from where it
+    began, so a saved position is small and exact.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class HuggingFaceSource:
         Args:
             name: for messages.
             path: id on the hub (`owner/name`), or a local folder of data files.
-            encoder: makes documents of records.
-            seed: of the orders.
-            split: which split.
-            subset: which configuration, where a dataset has several.
-            window: records shuffled together, and kept in memory.
+            encoder: encodes records as documents.
+            seed: seed of the orders.
+            split: split of the dataset.
+            subset: configuration, where a dataset has several.
+            window: records shuffled together and held in memory.
             shuffle: False keeps the order of the dataset.
 
         Raises:
@@ -58,8 +58,8 @@ class HuggingFaceSource:
         self._dataset = _open(path, subset, split)
         self._num_shards = int(self._dataset.num_shards)
         self.epoch = 0
-        self._shard_place = 0
-        self._window_place = 0
+        self._shard_index = 0
+        self._window_index = 0
         self._window_start: State | None = None
         self._cursor = 0
         self._num_in_epoch = 0
@@ -73,37 +73,37 @@ class HuggingFaceSource:
 
     def next_document(self) -> Document:
         """The next document; raises DataError when it cannot be read or used."""
-        where = f"{self.name} shard {self._shard_number()} window {self._window_place} record {self._order[self._cursor]}"
+        where = f"{self.name} shard {self._shard_number()} window {self._window_index} record {self._order[self._cursor]}"
         document = self._encoder.encode(self._window[self._order[self._cursor]], where)
         self._cursor += 1
         self._num_in_epoch += 1
         if self._cursor == len(self._window):
-            self._window_place += 1
+            self._window_index += 1
             self._window_start = self._shard.state_dict()
             self._read_window()
             self._skip_empty()
         return document
 
     def state_dict(self) -> State:
-        """The pass, the shard, where the window began, and the place in it."""
+        """Epoch, shard, start of the window, and position in it."""
         return {
             "num_shards": self._num_shards,
             "window_size": self._window_size,
             "epoch": self.epoch,
-            "shard_place": self._shard_place,
-            "window_place": self._window_place,
+            "shard_index": self._shard_index,
+            "window_index": self._window_index,
             "window_start": self._window_start,
             "cursor": self._cursor,
             "num_in_epoch": self._num_in_epoch,
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken; raises DataError when the dataset or the window was another."""
+        """Continue where `state` was taken; raises DataError when the dataset or the window differs."""
         for key, now in (("num_shards", self._num_shards), ("window_size", self._window_size)):
             if state[key] != now:
                 raise DataError(f"{self.name} has {key} {now}, {state[key]} when the job was saved; use the same data")
-        self.epoch, self._shard_place = int(state["epoch"]), int(state["shard_place"])
-        self._window_place, self._num_in_epoch = int(state["window_place"]), int(state["num_in_epoch"])
+        self.epoch, self._shard_index = int(state["epoch"]), int(state["shard_index"])
+        self._window_index, self._num_in_epoch = int(state["window_index"]), int(state["num_in_epoch"])
         self._open_shard(state["window_start"])
         self._read_window()
         self._cursor = int(state["cursor"])
@@ -112,8 +112,8 @@ class HuggingFaceSource:
 
     def _shard_number(self) -> int:
         if not self._shuffle:
-            return self._shard_place
-        return int(seeded_permutation(self._num_shards, self._seed, self.epoch)[self._shard_place])
+            return self._shard_index
+        return int(seeded_permutation(self._num_shards, self._seed, self.epoch)[self._shard_index])
 
     def _open_shard(self, start: State | None) -> None:
         self._shard = self._dataset.shard(num_shards=self._num_shards, index=self._shard_number())
@@ -123,14 +123,14 @@ class HuggingFaceSource:
         self._window_start = start
 
     def _skip_empty(self) -> None:
-        """From a shard that is at its end go on to the next that is not, and to the next pass."""
+        """Go on to the next shard that is not at its end, and to the next epoch after the last shard."""
         while not self._window:
-            self._shard_place += 1
-            if self._shard_place == self._num_shards:
+            self._shard_index += 1
+            if self._shard_index == self._num_shards:
                 if self._num_in_epoch == 0:
                     raise DataError(f"{self.name} holds 0 records; give data with at least one")
-                self.epoch, self._shard_place, self._num_in_epoch = self.epoch + 1, 0, 0
-            self._window_place = 0
+                self.epoch, self._shard_index, self._num_in_epoch = self.epoch + 1, 0, 0
+            self._window_index = 0
             self._open_shard(None)
             self._read_window()
 
@@ -143,7 +143,7 @@ class HuggingFaceSource:
             reason = " ".join(str(error).split())
             raise DataError(f"{self.name} cannot be read ({reason}); check the data and the connection") from error
         self._cursor = 0
-        keys = (self._seed, self.epoch, self._shard_place, self._window_place)
+        keys = (self._seed, self.epoch, self._shard_index, self._window_index)
         length = len(self._window)
         self._order = seeded_permutation(length, *keys).tolist() if self._shuffle else list(range(length))
 

@@ -1,6 +1,6 @@
-"""A source that goes through a fixed number of records, pass after pass, each pass in an order of its own.
+"""Source over a fixed number of records: epoch after epoch, each in an order of its own.
 
-Owns order, place and cache. Knows neither the files behind the records nor what is in them.
+Owns order, position and cache. Knows neither the files behind the records nor their contents.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from unmask.data.records import Records
 from unmask.errors import DataError
 
 _CACHED_TOKENS = 1 << 26
-"""Tokens kept encoded, about 5 bytes each: small sets are tokenized once, large ones as they are read."""
+"""Capacity of the cache of encoded documents in tokens, about 5 bytes each: small datasets are tokenized once."""
 
 
 class IndexedSource:
-    """Documents of finite records; the order of a pass is a function of (seed, epoch)."""
+    """Source over records that can be read in any order; the order of an epoch is a function of (seed, epoch)."""
 
     def __init__(self, name: str, records: Records, encoder: DocumentEncoder, *, seed: int, shuffle: bool = True) -> None:
-        """Go through records.
+        """Open records.
 
         Args:
             name: for messages.
             records: at least one.
-            encoder: makes documents of them.
-            seed: of the orders.
-            shuffle: a new order each pass; False: the records' own, always.
+            encoder: encodes records as documents.
+            seed: seed of the orders.
+            shuffle: a new order in each epoch; False: the order of the records.
         """
         self.name = name
         self._records = records
@@ -40,7 +40,7 @@ class IndexedSource:
         self._room = _CACHED_TOKENS
 
     def __len__(self) -> int:
-        """Documents in one pass."""
+        """Documents in one epoch."""
         return len(self._records)
 
     def next_document(self) -> Document:
@@ -54,11 +54,11 @@ class IndexedSource:
         return document
 
     def state_dict(self) -> State:
-        """The pass and the place in it."""
+        """Epoch and position in it."""
         return {"records": len(self._records), "epoch": self.epoch, "cursor": self._cursor}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken; raises DataError when there were more or fewer records then."""
+        """Continue where `state` was taken; raises DataError when the number of records differs."""
         if state["records"] != len(self._records):
             raise DataError(
                 f"{self.name} holds {len(self._records)} records, {state['records']} when the job was saved; "

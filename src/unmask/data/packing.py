@@ -1,7 +1,7 @@
-"""Documents laid end to end in rows of one length, with little padding, deterministically and resumably.
+"""Sequence packing: documents concatenated into rows of one length, with little padding, deterministic and resumable.
 
-Owns the layout of a row: tokens, segments, positions, identities; and what becomes of documents that are too long. Knows
-neither where samples come from nor what noise is put on them; a row never says anything about its neighbours.
+Owns the layout of a row (tokens, segments, positions, identities) and the treatment of documents that are too long. Knows
+neither where samples come from nor what noise is applied; a row is independent of its neighbours.
 
 Shapes: R rows, L tokens of a row.
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 from unmask.data.documents import Document, Sample, SampleStream, State
 from unmask.errors import ConfigError, DataError
 
-PIECE_STRIDE = 1 << 40
-"""Ordinals in a row are `sample.ordinal + piece * PIECE_STRIDE`; `piece` is 0 for a document that was not split.
+SEGMENT_STRIDE = 1 << 40
+"""Ordinals in a row are `sample.ordinal + segment * SEGMENT_STRIDE`; `segment` is 0 for a document that was not split.
 
 So ordinals of whole documents are consecutive, which is what a low-discrepancy sequence over them needs.
 """
 
-_MAX_PIECES = 1 << 22
+_MAX_SEGMENTS = 1 << 22
 
 _MAX_DROPPED_IN_A_ROW = 10_000
 
@@ -45,7 +45,7 @@ class PackedRows:
         position_RL: int64; counted from the start of the document; 0 on padding.
         maskable_RL: bool; False where a token is never masked and never predicted, and on padding.
         epoch_RL: int64; epoch of the document; 0 on padding.
-        ordinal_RL: int64; identity of the document or piece within the stream: `ordinal + piece * PIECE_STRIDE` of its
+        ordinal_RL: int64; identity of the document or segment within the stream: `ordinal + segment * SEGMENT_STRIDE` of its
             sample; 0 on padding.
     """
 
@@ -65,14 +65,14 @@ class PackedRows:
         return self._each(lambda tensor: tensor.to(device))
 
     def joined(self) -> PackedRows:
-        """The same rows, each as one document: what is packed together sees each other, with positions and blocks of the row.
+        """The same rows without the document mask: each is one document, with positions and blocks of the row.
 
         Its noise is that of the row's first document.
         """
         real_RL = self.segment_RL > 0
         first = {name: getattr(self, name)[:, :1] * real_RL for name in ("epoch_RL", "ordinal_RL")}
-        place_L = torch.arange(self.tokens_RL.shape[1], device=real_RL.device)
-        return replace(self, segment_RL=real_RL.long(), position_RL=place_L * real_RL, **first)
+        position_L = torch.arange(self.tokens_RL.shape[1], device=real_RL.device)
+        return replace(self, segment_RL=real_RL.long(), position_RL=position_L * real_RL, **first)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
         return PackedRows(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
@@ -89,20 +89,20 @@ class PackedRows:
 
     @property
     def num_maskable(self) -> int:
-        """Tokens that may be masked: what a loss is divided by."""
+        """Tokens that may be masked."""
         return int(self.maskable_RL.sum())
 
 
 @dataclass(frozen=True)
 class PackingStats:
-    """What became of the samples so far; nothing is lost that is not counted here.
+    """Counts of the samples so far: packed, split, truncated, dropped.
 
     Attributes:
         documents: documents read from the stream.
-        split_documents: those longer than a row, cut into pieces.
+        split_documents: those longer than a row, cut into segments.
         truncated_documents: those longer than a row, of which the first row is kept.
-        dropped_documents: documents, or pieces of split ones, left out: nothing in them (or in what is left of them) is
-            maskable, or they are longer than a row and such are to be dropped, or they are half of a pair that has to go.
+        dropped_documents: documents, or segments of split ones: nothing maskable (left), longer than a row under `drop`, or
+            half of a dropped pair.
         dropped_tokens: their tokens, and those cut off truncated ones.
         rows: rows handed out.
         packed_tokens: document tokens in those rows.
@@ -120,21 +120,21 @@ class PackingStats:
 
     @property
     def summary(self) -> str:
-        """What is worth telling a person, in a line; what did not occur is not in it."""
+        """The counts that are not zero, in a line."""
         counts = {
             "read": self.documents,
             "split over rows": self.split_documents,
             "cut at the row's end": self.truncated_documents,
             "left out": self.dropped_documents,
         }
-        told = [f"{count:,} {what}" for what, count in counts.items() if count]
+        nonzero = [f"{count:,} {what}" for what, count in counts.items() if count]
         lost = f" ({self.dropped_tokens:,} tokens not used)" if self.dropped_tokens else ""
-        return f"documents: {', '.join(told) or 'none'}{lost}"
+        return f"documents: {', '.join(nonzero) or 'none'}{lost}"
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """A document, or one row-long part of it, waiting for a row."""
+class Segment:
+    """A document, or a part of a split one, as it goes into a row."""
 
     epoch: int
     ordinal: int
@@ -153,18 +153,18 @@ class Piece:
         }
 
     @staticmethod
-    def from_state_dict(state: State) -> Piece:
+    def from_state_dict(state: State) -> Segment:
         tokens = np.frombuffer(base64.b64decode(state["tokens"]), dtype="<i4").astype(np.int32)
         bits = np.frombuffer(base64.b64decode(state["maskable"]), dtype=np.uint8)
         maskable = np.unpackbits(bits, count=len(tokens)).astype(np.bool_)
-        return Piece(epoch=state["epoch"], ordinal=state["ordinal"], tokens=tokens, maskable=maskable)
+        return Segment(epoch=state["epoch"], ordinal=state["ordinal"], tokens=tokens, maskable=maskable)
 
 
 class Packer(ABC):
-    """Fills rows from a stream; what a trainer reads."""
+    """Base class of packers, which fill rows from a stream of samples."""
 
-    rows_together = 1
-    """Rows that only come together: a number of rows asked for is a multiple of it."""
+    group_size = 1
+    """Rows that belong together: rows are given in multiples of it."""
 
     def __init__(self, stream: SampleStream, row_length: int, *, pad_id: int, overlong: Overlong) -> None:
         """Pack a stream; raises ConfigError for a length or an id that cannot be."""
@@ -176,7 +176,7 @@ class Packer(ABC):
         self._row_length = row_length
         self._pad_id = pad_id
         self._overlong = overlong
-        self._waiting: list[Piece] = []
+        self._waiting: list[Segment] = []
         self._ended = False
         self.stats = PackingStats()
 
@@ -184,7 +184,7 @@ class Packer(ABC):
         """The next rows.
 
         Args:
-            num_rows: how many, a multiple of `rows_together`.
+            num_rows: how many, a multiple of `group_size`.
 
         Returns:
             `num_rows` rows; fewer, down to none, only when the stream has ended.
@@ -194,21 +194,20 @@ class Packer(ABC):
             DataError: the stream could not be read, or holds nothing maskable.
         """
         if num_rows < 1:
-            raise ConfigError(f"{num_rows} rows asked for; ask for 1 or more")
-        if num_rows % self.rows_together:
-            together = self.rows_together
-            raise ConfigError(f"{num_rows} rows asked for, which come {together} at a time; ask for a multiple of {together}")
-        rows: list[list[Piece]] = []
+            raise ConfigError(f"num_rows is {num_rows}; use 1 or more")
+        if num_rows % self.group_size:
+            raise ConfigError(f"num_rows is {num_rows}; rows come {self.group_size} at a time: use a multiple of it")
+        rows: list[list[Segment]] = []
         while len(rows) < num_rows and (group := self._next_group()):
             rows += group
         return self._lay_out(rows)
 
     def state_dict(self) -> State:
-        """The stream's place, the waiting documents and the counts, JSON-able."""
+        """The position in the stream, the waiting segments and the counts, JSON-able."""
         return {
             "row_length": self._row_length,
             "stream": self._stream.state_dict(),
-            "waiting": [piece.state_dict() for piece in self._waiting],
+            "waiting": [segment.state_dict() for segment in self._waiting],
             "ended": self._ended,
             "stats": asdict(self.stats),
         }
@@ -225,20 +224,20 @@ class Packer(ABC):
                 "use the same row length"
             )
         self._stream.load_state_dict(state["stream"])
-        self._waiting = [Piece.from_state_dict(piece) for piece in state["waiting"]]
+        self._waiting = [Segment.from_state_dict(segment) for segment in state["waiting"]]
         self._ended = bool(state["ended"])
         self.stats = PackingStats(**state["stats"])
 
     @abstractmethod
-    def _next_group(self) -> list[list[Piece]]:
-        """The next `rows_together` rows; none at the end."""
+    def _next_group(self) -> list[list[Segment]]:
+        """The next `group_size` rows; none at the end."""
 
     @abstractmethod
-    def _pieces(self, sample: Sample) -> list[Piece]:
-        """What of a sample goes into rows; the rest is counted."""
+    def _segments(self, sample: Sample) -> list[Segment]:
+        """The segments of a sample that go into rows; what is dropped is counted."""
 
     def _read(self) -> bool:
-        """Put the pieces of the next sample that has any into the waiting list; False at the stream's end."""
+        """Append the segments of the next sample that has any to the waiting ones; False at the end of the stream."""
         for _ in range(_MAX_DROPPED_IN_A_ROW):
             try:
                 sample = None if self._ended else next(self._stream)
@@ -247,57 +246,57 @@ class Packer(ABC):
             if sample is None:
                 self._ended = True
                 return False
-            pieces = self._pieces(sample)
-            self._waiting += pieces
-            if pieces:
+            segments = self._segments(sample)
+            self._waiting += segments
+            if segments:
                 return True
         raise DataError(
             f"{_MAX_DROPPED_IN_A_ROW} documents one after another have no token to learn in a row of {self._row_length}; "
             "use longer rows, or check the field names and the supervise option"
         )
 
-    def _fitted(self, sample: Sample, document: Document) -> Piece | None:
-        """What of a document fits into one row; None if it is too long and such are dropped, or has nothing maskable then."""
+    def _fitted(self, sample: Sample, document: Document) -> Segment | None:
+        """The part of a document that fits into a row; None if it is dropped, as too long or with nothing maskable left."""
         if len(document) > self._row_length and self._overlong == "drop":
             return None
         part = slice(0, self._row_length)
-        piece = Piece(sample.epoch, sample.ordinal, document.tokens[part], document.maskable[part])
-        return piece if piece.maskable.any() else None
+        segment = Segment(sample.epoch, sample.ordinal, document.tokens[part], document.maskable[part])
+        return segment if segment.maskable.any() else None
 
-    def _counted(self, documents: list[Document], fitted: list[Piece | None]) -> list[Piece]:
-        """The pieces of documents that stay or go together: all of them, or none if one is None; counted."""
-        pieces = [piece for piece in fitted if piece is not None]
-        if len(pieces) < len(documents):
-            pieces = []
+    def _counted(self, documents: list[Document], fitted: list[Segment | None]) -> list[Segment]:
+        """The segments of documents that are kept or dropped together: all, or none if one is None; counted."""
+        segments = [segment for segment in fitted if segment is not None]
+        if len(segments) < len(documents):
+            segments = []
         self._count(
             documents=len(documents),
-            truncated_documents=sum(len(document) > self._row_length for document in documents) if pieces else 0,
-            dropped_documents=0 if pieces else len(documents),
-            dropped_tokens=sum(map(len, documents)) - sum(map(len, pieces)),
+            truncated_documents=sum(len(document) > self._row_length for document in documents) if segments else 0,
+            dropped_documents=0 if segments else len(documents),
+            dropped_tokens=sum(map(len, documents)) - sum(map(len, segments)),
         )
-        return pieces
+        return segments
 
     def _count(self, **counts: int) -> None:
         before: dict[str, Any] = asdict(self.stats)
         self.stats = replace(self.stats, **{name: before[name] + count for name, count in counts.items()})
 
-    def _lay_out(self, rows: list[list[Piece]]) -> PackedRows:
+    def _lay_out(self, rows: list[list[Segment]]) -> PackedRows:
         shape = (len(rows), self._row_length)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        segment, position, epoch, ordinal = (np.zeros(shape, dtype=np.int64) for _ in range(4))
+        segment_ids, position, epoch, ordinal = (np.zeros(shape, dtype=np.int64) for _ in range(4))
         maskable = np.zeros(shape, dtype=np.bool_)
         for number, row in enumerate(rows):
             start = 0
-            for place, piece in enumerate(row):
-                at = (number, slice(start, start + len(piece)))
-                tokens[at], maskable[at] = piece.tokens, piece.maskable
-                segment[at], position[at] = place + 1, np.arange(len(piece))
-                epoch[at], ordinal[at] = piece.epoch, piece.ordinal
-                start += len(piece)
+            for segment_id, segment in enumerate(row, start=1):
+                at = (number, slice(start, start + len(segment)))
+                tokens[at], maskable[at] = segment.tokens, segment.maskable
+                segment_ids[at], position[at] = segment_id, np.arange(len(segment))
+                epoch[at], ordinal[at] = segment.epoch, segment.ordinal
+                start += len(segment)
             self._count(rows=1, packed_tokens=start, padded_tokens=self._row_length - start)
         return PackedRows(
             tokens_RL=torch.from_numpy(tokens),
-            segment_RL=torch.from_numpy(segment),
+            segment_RL=torch.from_numpy(segment_ids),
             position_RL=torch.from_numpy(position),
             maskable_RL=torch.from_numpy(maskable),
             epoch_RL=torch.from_numpy(epoch),
@@ -306,10 +305,10 @@ class Packer(ABC):
 
 
 class RowPacker(Packer):
-    """Fills each row from a buffer of waiting documents.
+    """Best-fit packer with a buffer of waiting documents.
 
-    A row starts with the document that has waited longest, so none waits for ever; then the longest one that still
-    fits follows (the one that has waited longest among equals), until none fits.
+    A row starts with the document that has waited longest, so none waits for ever; then follows the longest one that still
+    fits (of equals the one that has waited longest), until none fits.
     """
 
     def __init__(
@@ -321,55 +320,54 @@ class RowPacker(Packer):
             stream: where samples come from; the packer moves it.
             row_length: tokens of a row, a multiple of the block size.
             pad_id: token id to fill rows with.
-            lookahead: how many documents wait at most; more pack tighter and make a larger saved state.
-            overlong: what becomes of a document longer than a row. "split": it is cut into pieces of a row's length, each from
-                then on a document of its own: positions restart and attention does not cross. "truncate": what does not fit
-                is cut off, at the edge of a block since a row ends at one; a document whose prompt fills the row is then left
-                out. "drop": it is left out.
+            lookahead: size of the buffer in documents; more pack tighter and make a larger saved state.
+            overlong: treatment of a document longer than a row. "split": into segments of a row's length, each a document of
+                its own: positions restart and attention does not cross. "truncate": what does not fit is cut off, at the
+                edge of a block since a row ends at one; a document whose prompt fills the row is dropped. "drop": dropped.
 
         Raises:
             ConfigError: a length or an id that breaks these rules.
         """
         if lookahead < 1:
-            raise ConfigError(f"lookahead {lookahead} is not positive; use 1 for documents in order, 64 for tight rows")
+            raise ConfigError(f"lookahead is {lookahead}, not positive; use 1 for documents in order, 64 for tight rows")
         super().__init__(stream, row_length, pad_id=pad_id, overlong=overlong)
         self._lookahead = lookahead
 
-    def _next_group(self) -> list[list[Piece]]:
-        row: list[Piece] = []
+    def _next_group(self) -> list[list[Segment]]:
+        row: list[Segment] = []
         free = self._row_length
         while free > 0:
             while len(self._waiting) < self._lookahead and self._read():
                 pass
-            place = self._best_fit(free) if row else (0 if self._waiting else None)
-            if place is None:
+            index = self._best_fit(free) if row else (0 if self._waiting else None)
+            if index is None:
                 break
-            row.append(self._waiting.pop(place))
+            row.append(self._waiting.pop(index))
             free -= len(row[-1])
         return [row] if row else []
 
     def _best_fit(self, free: int) -> int | None:
-        fitting = [place for place, piece in enumerate(self._waiting) if len(piece) <= free]
-        return max(fitting, key=lambda place: (len(self._waiting[place]), -place), default=None)
+        fitting = [index for index, segment in enumerate(self._waiting) if len(segment) <= free]
+        return max(fitting, key=lambda index: (len(self._waiting[index]), -index), default=None)
 
-    def _pieces(self, sample: Sample) -> list[Piece]:
+    def _segments(self, sample: Sample) -> list[Segment]:
         document = sample.document
         if self._overlong != "split":
             return self._counted([document], [self._fitted(sample, document)])
-        num_pieces = max(1, -(-len(document) // self._row_length))
-        if num_pieces > _MAX_PIECES:
+        num_segments = max(1, -(-len(document) // self._row_length))
+        if num_segments > _MAX_SEGMENTS:
             raise DataError(
-                f"document {sample.ordinal} makes {num_pieces} rows of {self._row_length} tokens, more than "
-                f"{_MAX_PIECES}; split it or use longer rows"
+                f"document {sample.ordinal} makes {num_segments} rows of {self._row_length} tokens, more than "
+                f"{_MAX_SEGMENTS}; split it or use longer rows"
             )
-        self._count(documents=1, split_documents=int(num_pieces > 1))
-        pieces = []
-        for number in range(num_pieces):
+        self._count(documents=1, split_documents=int(num_segments > 1))
+        segments = []
+        for number in range(num_segments):
             part = slice(number * self._row_length, (number + 1) * self._row_length)
-            ordinal = sample.ordinal + number * PIECE_STRIDE
-            piece = Piece(sample.epoch, ordinal, document.tokens[part], document.maskable[part])
-            if piece.maskable.any():
-                pieces.append(piece)
+            ordinal = sample.ordinal + number * SEGMENT_STRIDE
+            segment = Segment(sample.epoch, ordinal, document.tokens[part], document.maskable[part])
+            if segment.maskable.any():
+                segments.append(segment)
             else:
-                self._count(dropped_documents=1, dropped_tokens=len(piece))
-        return pieces
+                self._count(dropped_documents=1, dropped_tokens=len(segment))
+        return segments

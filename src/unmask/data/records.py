@@ -1,6 +1,6 @@
-"""Records in files: text, JSON lines and Parquet, counted and read by number.
+"""Records in files: text, JSON lines and Parquet, read by number.
 
-Owns finding and reading files and saying where a bad one is. Knows neither tokenizer nor order.
+Owns finding and reading files, and the location of errors. Knows neither tokenizer nor order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Records(Protocol):
     """Records that can be read in any order."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of records."""
         ...
 
     def read(self, number: int) -> Record:
@@ -29,32 +29,33 @@ class Records(Protocol):
         ...
 
     def where(self, number: int) -> str:
-        """Where it is, for messages."""
+        """Its location, for messages."""
         ...
 
 
 def find_files(path: str, suffix: str) -> list[Path]:
-    """The files a path stands for, sorted: itself, all with a suffix below a folder, or all that match a pattern.
+    """The files of a path, sorted: the file itself, all with a suffix below a folder, or all that match a pattern.
 
     Raises:
-        DataError: there is none.
+        DataError: no such file.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
-        if not found:
-            raise DataError(f"folder {path} holds no {suffix} file; name the files or another folder")
-        return found
-    found = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
-    if not found:
-        raise DataError(f"{path} is no file, folder or pattern that matches a file; check the path")
-    return found
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        matches = list(root.rglob(f"*{suffix}"))
+        error = f"folder {path} holds no {suffix} file; name the files or another folder"
+    else:
+        matches = [Path(match) for match in glob.iglob(str(root), recursive=True)]
+        error = f"{path} is no file, folder or pattern that matches a file; check the path"
+    files = sorted(file for file in matches if file.is_file())
+    if not files:
+        raise DataError(error)
+    return files
 
 
 class TextRecords:
-    """Text files, each one record; empty ones are left out."""
+    """Text files, one record each; empty ones are skipped."""
 
     def __init__(self, path: str, text_field: str) -> None:
         """Find the files; raises DataError when there is none with text in it."""
@@ -79,10 +80,10 @@ class TextRecords:
 
 
 class JsonLinesRecords:
-    """Files with one JSON object a line, blank lines left out.
+    """Files with one JSON object a line; blank lines are skipped.
 
-    Every line is looked at when the files are opened, so that a bad one stops a job before it starts; after that only
-    the lines' places are kept in memory.
+    Every line is checked when the files are opened, so that a bad one stops a run before it starts; only the offsets of the
+    lines stay in memory.
     """
 
     def __init__(self, path: str, check: Callable[[Record], None]) -> None:
@@ -90,10 +91,10 @@ class JsonLinesRecords:
 
         Args:
             path: a file, folder or pattern.
-            check: raises DataError, without saying where, for a record that cannot be used.
+            check: raises DataError, without a location, for a record that cannot be used.
 
         Raises:
-            DataError: nothing there, or a line that is not a JSON object or does not pass `check`.
+            DataError: no record, or a line that is not a JSON object or does not pass `check`.
         """
         self._files = find_files(path, ".jsonl")
         self._file_of, self._line_of, self._offset_of = array("q"), array("q"), array("q")
@@ -142,9 +143,9 @@ class JsonLinesRecords:
 
 
 class ParquetRecords:
-    """Parquet files, the wanted columns of which are kept in memory as Arrow tables.
+    """Parquet files, whose selected columns are held in memory as Arrow tables.
 
-    For files that do not fit into memory there is the streaming `huggingface` source.
+    Files that do not fit into memory can be read with the streaming `huggingface` source.
     """
 
     def __init__(self, path: str, columns: Sequence[str], check: Callable[[Record], None]) -> None:
@@ -152,11 +153,11 @@ class ParquetRecords:
 
         Args:
             path: a file, folder or pattern.
-            columns: names worth reading; those a file does not have are left out.
-            check: raises DataError, without saying where, for a record with the wrong fields; called once per file.
+            columns: names of the columns to read, of which a file needs at least one.
+            check: raises DataError, without a location, for a record with the wrong fields; called once per file.
 
         Raises:
-            DataError: nothing there, no Parquet, or none of the columns.
+            DataError: no record, no Parquet, or none of the columns.
         """
         self._files: list[Path] = []
         self._tables: list[Any] = []
@@ -181,17 +182,17 @@ class ParquetRecords:
 
     def read(self, number: int) -> Record:
         """One row."""
-        table, row = self._place(number)
+        table, row = self._locate(number)
         record: Record = self._tables[table].slice(row, 1).to_pylist()[0]
         return record
 
     def where(self, number: int) -> str:
         """The file and the row, from 1."""
-        table, row = self._place(number)
+        table, row = self._locate(number)
         return f"{self._files[table]} row {row + 1}"
 
-    def _place(self, number: int) -> tuple[int, int]:
-        table = max(place for place, start in enumerate(self._starts) if start <= number)
+    def _locate(self, number: int) -> tuple[int, int]:
+        table = max(index for index, start in enumerate(self._starts) if start <= number)
         return table, number - self._starts[table]
 
 
@@ -200,11 +201,11 @@ def _read_table(file: Path, columns: Sequence[str]) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        there = pq.read_schema(file).names
-        wanted = [name for name in columns if name in there]
-        if not wanted:
-            raise DataError(f"{file}: no column {', '.join(columns)}; the columns there are: {', '.join(there)}")
-        return pq.read_table(file, columns=wanted)
+        names = pq.read_schema(file).names
+        selected = [name for name in columns if name in names]
+        if not selected:
+            raise DataError(f"{file}: no column {', '.join(columns)}; the columns there are: {', '.join(names)}")
+        return pq.read_table(file, columns=selected)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{file}: cannot be read as Parquet ({reason}); check the file") from error

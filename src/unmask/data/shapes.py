@@ -1,6 +1,6 @@
-"""What a record asks to be learnt: a text, a conversation, a prompt with its response, or a preference.
+"""Record formats: a text, a conversation, a prompt with its response, or a preference.
 
-Owns the names of the fields, the dialects they are written in (OpenAI, ShareGPT, TRL) and what makes a record unusable.
+Owns the names of the fields, their dialects (OpenAI, ShareGPT, TRL) and the checks of a record.
 Knows neither tokens nor files.
 """
 
@@ -63,12 +63,12 @@ class Fields:
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainText:
     """A text without turns.
 
     Attributes:
-        label: where in the record it is, for messages.
-        prompt: its beginning, which is given.
+        label: its fields, for messages.
+        prompt: its beginning, which is not learnt.
         response: the rest, which is learnt; may be empty.
     """
 
@@ -82,47 +82,46 @@ class Conversation:
     """Turns, at least one of them an assistant's from `num_given` on.
 
     Attributes:
-        label: where in the record it is, for messages.
+        label: its fields, for messages.
         messages: the turns, in OpenAI's dialect.
-        num_given: so many turns at the start are context only.
+        num_given: number of turns at the start that are context only.
         tools: definitions of functions.
-        plain: the same where there is no template, if it is a mere prompt and response.
+        plain: the same without a template, where it is a prompt and a response.
     """
 
     label: str
     messages: list[Message]
     num_given: int = 0
     tools: list[Tool] | None = None
-    plain: Plain | None = None
+    plain: PlainText | None = None
 
     def __post_init__(self) -> None:
         if not any(message["role"] == "assistant" for message in self.messages[self.num_given :]):
             raise DataError(f"{self.label}: 0 assistant turns to learn from; a conversation needs one")
 
 
-Example = Plain | Conversation
+Example = PlainText | Conversation
 
 
 def read_example(record: Mapping[str, Any], fields: Fields) -> Example:
-    """What one document is made of; the first of text, conversation, preference and prompt that a record has decides.
+    """The example of a record: of its text, conversation, preference and prompt the first that it has.
 
-    A preference counts as a prompt with its chosen answer. A response may be the empty text: it asks to answer nothing, which
-    is an end-of-text token alone, and a model has to learn that from something. An empty list of messages is an error: it
-    does not say who answers.
+    A preference counts as a prompt with its chosen answer. A response may be the empty text, an answer that is an end-of-text
+    token alone. An empty list of messages is an error: it does not say who answers.
 
     Raises:
         DataError: a field is missing or malformed.
     """
-    there = {name for name, value in record.items() if value is not None}
-    if fields.text in there:
-        return Plain(f"field {fields.text}", "", _text(record, fields.text))
+    present = {name for name, value in record.items() if value is not None}
+    if fields.text in present:
+        return PlainText(f"field {fields.text}", "", _text(record, fields.text))
     for name in (fields.messages, fields.conversations):
-        if name in there:
+        if name in present:
             return Conversation(f"field {name}", _messages(record, name), tools=_tools(record, fields.tools))
-    if fields.chosen in there:
+    if fields.chosen in present:
         return _answer(record, fields, fields.chosen)
-    if fields.prompt in there:
-        response = next((name for name in fields.response if name in there), None)
+    if fields.prompt in present:
+        response = next((name for name in fields.response if name in present), None)
         if response is None:
             raise _missing(record, " or ".join(fields.response))
         return _answer(record, fields, response)
@@ -130,7 +129,7 @@ def read_example(record: Mapping[str, Any], fields: Fields) -> Example:
 
 
 def read_pair(record: Mapping[str, Any], fields: Fields) -> tuple[Example, Example]:
-    """The chosen and the rejected side of a preference; all they share at their start is given, the rest is learnt.
+    """The chosen and the rejected side of a preference; their common beginning is given, the rest is learnt.
 
     Raises:
         DataError: it is no preference, a field is malformed, or the sides are equal or answer different prompts.
@@ -140,7 +139,7 @@ def read_pair(record: Mapping[str, Any], fields: Fields) -> tuple[Example, Examp
             raise _missing(record, f"{name}, which a preference has")
     chosen, rejected = _answer(record, fields, fields.chosen), _answer(record, fields, fields.rejected)
     both = f"fields {fields.chosen} and {fields.rejected}"
-    if isinstance(chosen, Plain) and isinstance(rejected, Plain):
+    if isinstance(chosen, PlainText) and isinstance(rejected, PlainText):
         shared = chosen.response[: _num_shared(chosen.response, rejected.response)]
         if chosen.response == rejected.response:
             raise DataError(f"{both} are equal; give two different answers or remove the record")
@@ -151,7 +150,7 @@ def read_pair(record: Mapping[str, Any], fields: Fields) -> tuple[Example, Examp
             replace(chosen, prompt=shared[:start], response=chosen.response[start:]),
             replace(rejected, prompt=shared[:start], response=rejected.response[start:]),
         )
-    if isinstance(chosen, Plain) or isinstance(rejected, Plain):
+    if isinstance(chosen, PlainText) or isinstance(rejected, PlainText):
         raise DataError(f"{both} are a text and a list of messages; without {fields.prompt} give both alike")
     if chosen.messages == rejected.messages:
         raise DataError(f"{both} are equal; give two different answers or remove the record")
@@ -163,27 +162,27 @@ def read_pair(record: Mapping[str, Any], fields: Fields) -> tuple[Example, Examp
 
 
 def _num_shared(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many items at the start are the same."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def _answer(record: Mapping[str, Any], fields: Fields, name: str) -> Example:
     """The answer in field `name` to the prompt, or to what the answer itself begins with."""
     prompt, answer = record.get(fields.prompt), record[name]
     if prompt is None and isinstance(answer, str):
-        return Plain(f"field {name}", "", answer)
+        return PlainText(f"field {name}", "", answer)
     label = f"field {name}" if prompt is None else f"fields {fields.prompt} and {name}"
-    asked = [] if prompt is None else _turns(record, fields.prompt, "user")
-    answered = _turns(record, name, "assistant")
-    num_given = len(asked)
-    if asked and answered[0]["role"] in ("system", "developer", "user"):
-        if asked[-1] not in answered:
-            role = answered[0]["role"]
+    context = [] if prompt is None else _turns(record, fields.prompt, "user")
+    turns = _turns(record, name, "assistant")
+    num_given = len(context)
+    if context and turns[0]["role"] in ("system", "developer", "user"):
+        if context[-1] not in turns:
+            role = turns[0]["role"]
             raise DataError(f"field {name} starts with a {role} turn but does not hold {fields.prompt}; drop one of them")
-        num_given, asked = answered.index(asked[-1]) + 1, []
-    plain = Plain(label, prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
-    return Conversation(label, asked + answered, num_given, _tools(record, fields.tools), plain)
+        num_given, context = turns.index(context[-1]) + 1, []
+    plain = PlainText(label, prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
+    return Conversation(label, context + turns, num_given, _tools(record, fields.tools), plain)
 
 
 def _turns(record: Mapping[str, Any], name: str, role: str) -> list[Message]:
@@ -192,10 +191,10 @@ def _turns(record: Mapping[str, Any], name: str, role: str) -> list[Message]:
     return _messages(record, name, "a text or a list of messages")
 
 
-def _messages(record: Mapping[str, Any], name: str, wanted: str = "a list of messages") -> list[Message]:
+def _messages(record: Mapping[str, Any], name: str, expected: str = "a list of messages") -> list[Message]:
     value = record[name]
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise DataError(f"field {name} is not {wanted}; give it messages of role and content")
+        raise DataError(f"field {name} is not {expected}; give it messages of role and content")
     if not value:
         raise DataError(f"field {name} holds 0 messages; give it at least one or remove the record")
     messages = []
@@ -243,9 +242,9 @@ def _json(text: Any, label: str) -> Any:
         raise DataError(f"{label} is not JSON ({error}); correct it") from error
 
 
-def _missing(record: Mapping[str, Any], wanted: str) -> DataError:
-    found = ", ".join(name if value is not None else f"{name} (null)" for name, value in record.items()) or "none"
-    return DataError(f"no field {wanted}; the fields there are: {found}")
+def _missing(record: Mapping[str, Any], expected: str) -> DataError:
+    names = ", ".join(name if value is not None else f"{name} (null)" for name, value in record.items()) or "none"
+    return DataError(f"no field {expected}; the fields there are: {names}")
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:

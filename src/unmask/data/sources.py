@@ -1,6 +1,6 @@
-"""Where documents come from: one section of a recipe, and the source it opens.
+"""Data sources: a section of a recipe, and the source that it opens.
 
-Owns `SourceConfig` and the choice of reader. Knows the readers, not what is trained on them.
+Owns `SourceConfig` and the choice of reader. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SourceConfig(BaseModel):
 
     @property
     def name(self) -> str:
-        """What messages call the source: its path, id or kind."""
+        """Name of the source in messages: its path, id or kind."""
         return self.path or self.id or self.kind
 
     @property
@@ -98,20 +98,19 @@ def open_source(
     """Open a source.
 
     Args:
-        config: describes it.
-        tokenizer: makes tokens of its texts; its mask token, if set, must not occur in them.
-        seed: of the order of documents, or of the documents themselves where they are generated.
+        config: section of the recipe.
+        tokenizer: encodes its texts; its mask token, if set, must not occur in them.
+        seed: seed of the order of documents, or of the documents themselves where they are generated.
         pairs: every record is a preference and gives a document with a `rejected` one; otherwise a preference gives its
             chosen side.
-        eos_fill: used where the source has none of its own.
+        eos_fill: default of `config.eos_fill`.
 
     Returns:
         The source, at its beginning.
 
     Raises:
-        DataError: there is no such data, it is empty, or a record of it cannot be used.
-        ConfigError: a family of problems is unknown or refuses its configuration, or pairs are wanted of a kind of source
-            that has none.
+        DataError: the data do not exist, are empty, or have a record that cannot be used.
+        ConfigError: a family of problems is unknown or refuses its configuration, or a kind of source has no pairs.
     """
     if pairs and config.kind in ("text", "reasoning_gym"):
         raise ConfigError(f"a {config.kind} source holds no preferences; use jsonl, parquet or huggingface")

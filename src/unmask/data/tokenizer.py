@@ -1,7 +1,7 @@
-"""Text to token ids and back, with user text kept from ever becoming a control token; and the choice of a mask token.
+"""Tokenizer: text to token ids and back, without user text ever becoming a control token; and the choice of a mask token.
 
 Owns the wrapper around the Hugging Face tokenizer in a folder. Knows no documents, no model and no network. "Control
-tokens" are the tokenizer's special tokens: the ones whose literal spelling in a text would be read as one id.
+tokens" are the tokenizer's special tokens, whose literal spelling in a text would be read as one id.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Tokenizer:
         self._read_backend()
 
     def _read_backend(self) -> None:
-        """Two backends instead of one that is switched to and fro: encoding is then safe in threads."""
+        """Two backends, with and without control tokens, instead of one that is switched: encoding is safe in threads."""
         serialised = self._inner.backend_tokenizer.to_str()
         self._plain, self._control = Backend.from_str(serialised), Backend.from_str(serialised)
         for backend in (self._plain, self._control):
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """What this tokenizer's model expects in front of a plain text: the begin-of-text token, or nothing."""
+        """Ids before a plain text: the begin-of-text token, or nothing."""
         return () if self._prefix_ids == (self._start_id,) else self._prefix_ids
 
     @property
@@ -124,7 +124,7 @@ class Tokenizer:
 
     @property
     def reserved_tokens(self) -> frozenset[str]:
-        """Spellings with a role of their own: bos, eos, pad, unk, sep and cls."""
+        """Spellings of the bos, eos, pad, unk, sep and cls tokens."""
         named = (self._inner.special_tokens_map or {}).items()
         return frozenset(str(token) for role, token in named if isinstance(token, str) and role != "mask_token")
 
@@ -145,7 +145,7 @@ class Tokenizer:
 
     @property
     def serialised(self) -> str:
-        """The backend as the text of a tokenizer.json, for a library that brings its own reader of them."""
+        """The backend as the text of a tokenizer.json, for libraries with a reader of their own."""
         return str(self._plain.to_str())
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -202,17 +202,17 @@ class Tokenizer:
     def chat_document(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0
     ) -> tuple[list[int], list[bool]]:
-        """A conversation to learn from: its ids, and which of them an assistant wrote.
+        """A training conversation: its ids, and which of them an assistant wrote.
 
         An answer (text, tool calls, or both) and the control token that closes it are the assistant's; headers and all
-        other turns are not. Whatever the template puts after the last answer's closing token is cut off; where it closes an
-        answer with no token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that what stands
-        before one is exactly what the model will be prompted with.
+        other turns are not. What the template writes after the last answer's closing token is cut off; where it closes an
+        answer with no token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that the ids
+        before one are exactly those the model will be prompted with.
 
         Args:
             messages: as for `chat`, at least one of them an assistant's.
             tools: as for `chat`.
-            num_given: so many messages at the start are context only, an assistant's as well.
+            num_given: number of messages at the start that are context only, an assistant's as well.
 
         Returns:
             The ids, and a flag for each.
@@ -223,18 +223,18 @@ class Tokenizer:
         self._require_template()
         spans = self._renderer.split(self._renderer.render_answers(messages, tools=tools, num_given=num_given))
         ids: list[int] = []
-        answered: list[bool] = []
+        is_answer: list[bool] = []
         for span in spans:
-            piece = self._encode_span(span)
-            ids += piece
-            answered += [span.is_answer] * len(piece)
-        end = max((place + 1 for place, flag in enumerate(answered) if flag), default=0)
-        ids, answered = ids[:end], answered[:end]
+            span_ids = self._encode_span(span)
+            ids += span_ids
+            is_answer += [span.is_answer] * len(span_ids)
+        end = max((index + 1 for index, flag in enumerate(is_answer) if flag), default=0)
+        ids, is_answer = ids[:end], is_answer[:end]
         if ids and ids[-1] not in self.eos_ids:
             ids.append(self.eos_id)
-            answered.append(True)
+            is_answer.append(True)
         started = self._num_started(ids)
-        return ids[started:], answered[started:]
+        return ids[started:], is_answer[started:]
 
     def set_mask_token(self, token: str) -> int:
         """Make a token the mask token, appending it if it is new, and return its id."""
@@ -244,11 +244,11 @@ class Tokenizer:
         return self.mask_id
 
     def set_start_token(self, id_: int) -> None:
-        """Conversations and prefixes leave out this token at their start: a shifted model reads it of its own accord."""
+        """Leave this token out at the start of conversations and prefixes: a shifted model reads it by itself."""
         self._start_id = id_
 
     def _num_started(self, ids: Sequence[int]) -> int:
-        """How many of these ids the model reads of its own accord."""
+        """Number of ids at the start that the model reads by itself."""
         return int(self._start_id is not None and list(ids[:1]) == [self._start_id])
 
     def save(self, folder: Path) -> None:
@@ -289,12 +289,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class MaskChoice:
-    """Which token stands for `[M]`.
+    """The token that serves as `[MASK]`.
 
     Attributes:
         token: its spelling.
         id: its id.
-        appended: it is new to the tokenizer; the model must grow if `id` is not below its number of rows.
+        appended: it is new to the tokenizer; the model must grow if `id` is not below its vocabulary size.
     """
 
     token: str
