@@ -13,16 +13,18 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from unmask.errors import CheckpointError
 
+Writer = Callable[[BinaryIO], None]
+"""Writes the content of a file to it, open in binary mode."""
 _MARK = ".unmask-tmp-"
 
 
-def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, writer: Writer) -> None:
     """Write a file completely or not at all.
 
     The bytes go to a temporary file beside `path`, are forced to disk, and replace `path` in one rename. When anything
@@ -50,7 +52,7 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], None]) -> None:
 
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, completely or not at all (see `atomic_write`)."""
-    atomic_write(path, bytes_writer(json_bytes(value)))
+    atomic_write(path, json_writer(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,12 +74,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def json_bytes(value: Any) -> bytes:
-    """`value` as indented JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def json_writer(value: Any) -> Writer:
+    """A writer of `value` as indented JSON with a final newline."""
+    return bytes_writer((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def bytes_writer(content: bytes) -> Callable[[BinaryIO], None]:
+def bytes_writer(content: bytes) -> Writer:
     """A writer, as `atomic_write` takes it, of these bytes."""
 
     def write(file: BinaryIO) -> None:
@@ -86,12 +88,40 @@ def bytes_writer(content: bytes) -> Callable[[BinaryIO], None]:
     return write
 
 
-def write_synced(path: Path, writer: Callable[[BinaryIO], None]) -> None:
+def write_synced(path: Path, writer: Writer) -> None:
     """Write a file and force it to disk. For files in a staging folder; elsewhere use `atomic_write`."""
     with path.open("wb") as file:
         writer(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_folder(folder: Path, writers: Mapping[str, Writer], *, exchange: Callable[[Path], None] | None = None) -> None:
+    """Write the files of a folder, all or none.
+
+    They are written to a staging folder and synced before anything in `folder` is touched. A new folder then appears by one
+    rename; in an existing one every file is replaced by a rename, other files stay.
+
+    Args:
+        folder: new, or one whose files of these names are replaced.
+        writers: of each file by name, called in this order.
+        exchange: moves the files out of the staging folder it is given; None: one by one, in the order of `writers`.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; nothing is left behind.
+    """
+    with staging_folder(folder) as stage, disk_errors(folder):
+        for name, writer in writers.items():
+            write_synced(stage / name, writer)
+        sync_folder(stage)
+        if stage.parent != folder:
+            os.rename(stage, folder)
+        elif exchange is not None:
+            exchange(stage)
+        else:
+            for name in writers:
+                os.replace(stage / name, folder / name)
+        sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from models.weights.saved import loads_as
 from tiny import tiny_model
+from unmask import files
 from unmask.errors import CheckpointError
 from unmask.files import read_json
 from unmask.models.weights import safetensors_io
@@ -139,7 +140,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
     before = snapshot(folder)
     save_model(new, tmp_path / "new", max_shard_bytes=new_bytes)
     num_files = len(list((tmp_path / "new").iterdir()))
-    real = safetensors_io.write_synced
+    real = files.write_synced
     left = 0
 
     def failing(path: Path, writer: Callable[..., None]) -> None:
@@ -149,7 +150,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         left -= 1
 
-    monkeypatch.setattr(safetensors_io, "write_synced", failing)
+    monkeypatch.setattr(files, "write_synced", failing)
     for number in range(num_files):
         left = number
         with pytest.raises(CheckpointError, match=f"^no space left while writing {folder};"):

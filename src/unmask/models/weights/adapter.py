@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.errors import CheckpointError, ConfigError
-from unmask.files import bytes_writer, disk_errors, json_bytes, read_json, staging_folder, sync_folder, write_synced
+from unmask.files import Writer, json_writer, read_json, write_folder
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
@@ -179,21 +178,13 @@ def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     modules = [name.removesuffix(".weight") for name in stored_tensors(model.config)]
     specs = specs_of(tensors)
-    jsons = {
-        ADAPTED_CONFIG: write_config(model.config, dtype=dtype_name(model.embed.weight.dtype)),
-        ADAPTER_CONFIG: write_settings(loras, modules, base=base, modules_to_save=modules_to_save),
+    settings = write_settings(loras, modules, base=base, modules_to_save=modules_to_save)
+    writers: dict[str, Writer] = {
+        ADAPTER_WEIGHTS: partial(write_safetensors, specs=specs, names=specs, read=tensors.__getitem__),
+        ADAPTED_CONFIG: json_writer(write_config(model.config, dtype=dtype_name(model.embed.weight.dtype))),
+        ADAPTER_CONFIG: json_writer(settings),
     }
-    with staging_folder(folder) as stage, disk_errors(folder):
-        write_synced(stage / ADAPTER_WEIGHTS, partial(write_safetensors, specs=specs, names=specs, read=tensors.__getitem__))
-        for name, value in jsons.items():
-            write_synced(stage / name, bytes_writer(json_bytes(value)))
-        sync_folder(stage)
-        if stage.parent == folder:
-            for name in (ADAPTER_WEIGHTS, *jsons):
-                os.replace(stage / name, folder / name)
-        else:
-            os.rename(stage, folder)
-        sync_folder(folder.parent)
+    write_folder(folder, writers)
 
 
 def load_adapter(model: Transformer, folder: Path) -> Transformer:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unmask.errors import CheckpointError
-from unmask.files import bytes_writer, disk_errors, json_bytes, read_json, staging_folder, sync_folder, write_synced
+from unmask.files import Writer, bytes_writer, json_writer, read_json, sync_folder, write_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -160,31 +160,27 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
     """
-    extra = {path.name: _read_extra(path) for path in extra_files}
-    with staging_folder(folder) as stage, disk_errors(folder):
-        split = split_state_dict_into_shards_factory(
-            dict(specs),
-            get_storage_size=lambda spec: spec.num_bytes,
-            filename_pattern="{suffix}",
-            max_shard_size=max_shard_bytes,
-        )
-        shards = list(split.filename_to_tensors.values())
-        indexed = always_index or len(shards) > 1
-        names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
-        for name, shard in zip(names, shards, strict=True):
-            write_synced(stage / name, partial(write_safetensors, specs=specs, names=shard, read=read))
-        jsons = {**(extra_jsons or {}), CONFIG_NAME: dict(hf_config)}
-        if indexed:
-            file_of = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            jsons[INDEX_NAME] = {"metadata": split.metadata, "weight_map": dict(sorted(file_of.items()))}
-        for name, content in {**extra, **{name: json_bytes(value) for name, value in jsons.items()}}.items():
-            write_synced(stage / name, bytes_writer(content))
-        sync_folder(stage)
-        if stage.parent == folder:
-            _replace(folder, stage, set(names))
-        else:
-            os.rename(stage, folder)
-        sync_folder(folder.parent)
+    extra = {path.name: bytes_writer(_read_extra(path)) for path in extra_files}
+    split = split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern="{suffix}",
+        max_shard_size=max_shard_bytes,
+    )
+    shards = list(split.filename_to_tensors.values())
+    indexed = always_index or len(shards) > 1
+    names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
+    weights = dict(zip(names, shards, strict=True))
+    jsons = {**(extra_jsons or {}), CONFIG_NAME: dict(hf_config)}
+    if indexed:
+        file_of = {tensor: name for name, shard in weights.items() for tensor in shard}
+        jsons[INDEX_NAME] = {"metadata": split.metadata, "weight_map": dict(sorted(file_of.items()))}
+    writers: dict[str, Writer] = {
+        **{name: partial(write_safetensors, specs=specs, names=shard, read=read) for name, shard in weights.items()},
+        **extra,
+        **{name: json_writer(value) for name, value in jsons.items()},
+    }
+    write_folder(folder, writers, exchange=lambda stage: _replace(folder, stage, set(names)))
 
 
 def write_safetensors(
