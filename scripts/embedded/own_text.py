@@ -1,0 +1,270 @@
+"""The autoregressive model's own text, to train drafts for it: chat answers and continuations, greedy and sampled.
+
+    python scripts/embedded/own_text.py --out out/own_text --texts out/free_texts/texts.jsonl --tokens 3_000_000
+
+Writes OUT/SPLIT/chat-NNNNN.jsonl, conversations whose every assistant turn is the model's
+(`{"messages": [...]}`), and OUT/SPLIT/text-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}`; a source with
+`chat: false`); each record also has id, kind, temperature, tokens (written by the model) and whether the model ended it. Half
+of the prompts are answered greedily, half at temperature 0.8, chosen by their hash. An answer cut off at the budget is kept, and
+ends its conversation; one that loops is dropped. Killed at any moment, it goes on where it was: a torn last line is cut off, and
+prompts that are there or were dropped are skipped.
+
+Owns the order of the work, the files and the progress; prompts are `prompts`' concern, free texts `free_texts`'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from prompts import SPLITS, Prompt, prompts
+
+import unmask
+from unmask.engine.llm import LanguageModel
+from unmask.engine.request import Completion, Request
+
+HINTS = (" Answer briefly.", " Answer in one or two sentences.")
+HINT_SHARE = 15
+"""Percentage of the single-turn prompts that ask to be brief."""
+SAMPLED_TEMPERATURE = 0.8
+MIN_TURN_TOKENS = 96
+TOKENS_PER_JOB = 80
+"""Fewer than are written on average, so that the prompts suffice."""
+MAX_ASKED_CHARACTERS = 900
+"""Of a paragraph that a prompt asks about: prompt and answer fit a training row."""
+SHARD_RECORDS = 1_000
+PROGRESS_SECONDS = 30.0
+
+
+@dataclass
+class Job:
+    """A conversation or a continuation that the model writes.
+
+    Attributes:
+        id: of the prompt.
+        kind: of the prompt, or `continuation`.
+        split: `train`, `validation` or `test`.
+        temperature: of all of its answers.
+        turns: the user's turns that are still to be answered, or the one text to continue.
+        messages: the conversation so far; empty for a continuation.
+        tokens: written by the model so far.
+    """
+
+    id: str
+    kind: str
+    split: str
+    temperature: float
+    turns: list[str]
+    messages: list[dict[str, str]] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation."""
+        return self.kind != "continuation"
+
+    def record(self, response: str, finished: bool) -> dict[str, Any]:
+        """What is written to the shard; `response` is of a continuation."""
+        content = {"messages": self.messages} if self.is_chat else {"prompt": self.turns[0], "response": response}
+        about = {"id": self.id, "kind": self.kind, "temperature": self.temperature}
+        return {**about, "tokens": self.tokens, "finished": finished, **content}
+
+
+class Shards:
+    """The files of a run: what is done, and where the next record goes."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.done: set[str] = set()
+        self.tokens = 0
+        self._counts: dict[tuple[str, str], int] = {}
+        self._dropped = out / "dropped.txt"
+        for split in ("train", *SPLITS):
+            (out / split).mkdir(parents=True, exist_ok=True)
+            for path in sorted((out / split).glob("*-*.jsonl")):
+                form = path.name.split("-")[0]
+                for line in cut_torn_line(path):
+                    record = json.loads(line)
+                    self.done.add(record["id"])
+                    self.tokens += record["tokens"]
+                    self._counts[split, form] = self._counts.get((split, form), 0) + 1
+        self.dropped = set(cut_torn_line(self._dropped)) if self._dropped.exists() else set()
+        self.done |= self.dropped
+
+    def write(self, split: str, record: dict[str, Any]) -> None:
+        """Append a record to the last shard of its kind."""
+        form = "chat" if "messages" in record else "text"
+        count = self._counts.get((split, form), 0)
+        path = self._out / split / f"{form}-{count // SHARD_RECORDS:05}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._counts[split, form] = count + 1
+        self.done.add(record["id"])
+        self.tokens += record["tokens"]
+
+    def drop(self, id_: str) -> None:
+        """Remember that a prompt's answer is not wanted."""
+        with self._dropped.open("a") as file:
+            file.write(id_ + "\n")
+        self.done.add(id_)
+        self.dropped.add(id_)
+
+
+def cut_torn_line(path: Path) -> list[str]:
+    """The whole lines of a file; what a killed writer left behind the last of them is cut off."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return content[:whole].decode("utf-8").splitlines()
+
+
+def loops(text: str) -> bool:
+    """Whether a text repeats itself so much that it compresses to under a third."""
+    raw = text.encode()
+    return len(raw) > 60 and len(zlib.compress(raw, 9)) < 0.34 * len(raw)
+
+
+def chat_job(prompt: Prompt) -> Job:
+    """The job of a prompt; temperature and hint follow from its id."""
+    number = int(prompt.id, 16)
+    turns = list(prompt.turns)
+    if len(turns) == 1 and number // 2 % 100 < HINT_SHARE:
+        turns[0] += HINTS[number // 200 % len(HINTS)]
+    messages = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    return Job(prompt.id, prompt.kind, prompt.split, _temperature(prompt.id), turns, messages)
+
+
+def text_job(record: dict[str, str]) -> Job:
+    """The job of a free text's beginning."""
+    id_ = Prompt("continuation", (record["prefix"],)).id
+    return Job(id_, "continuation", record["split"], _temperature(id_), [record["prefix"]])
+
+
+def make_jobs(count: int, seed: int, texts: Sequence[dict[str, str]], continuation_share: float) -> list[Job]:
+    """About `count` jobs in a mixed order, `continuation_share` of them continuations as far as there are texts."""
+    num_texts = min(len(texts), round(count * continuation_share))
+    rng = random.Random(seed)
+    continued = rng.sample(list(texts), num_texts)
+    # Texts that are continued are not asked about as well.
+    prefixes = {record["prefix"] for record in continued}
+    asked = [each["text"] for each in texts if each["prefix"] not in prefixes and len(each["text"]) <= MAX_ASKED_CHARACTERS]
+    jobs = [*map(text_job, continued), *map(chat_job, prompts(count - num_texts, seed, asked))]
+    rng.shuffle(jobs)
+    return jobs
+
+
+class Writer:
+    """Runs jobs through one engine, many at a time, and writes what comes of them."""
+
+    def __init__(self, model: LanguageModel, shards: Shards, *, max_num_seqs: int, max_new_tokens: int) -> None:
+        self._model, self._shards = model, shards
+        self._max_num_seqs, self._max_new_tokens = max_num_seqs, max_new_tokens
+        self._engine = model.engine(max_num_seqs=max_num_seqs)
+
+    def run(self, jobs: Iterable[Job], target_tokens: int) -> Iterator[None]:
+        """Run jobs until there are none or the shards hold enough tokens; yields after every forward."""
+        waiting = (job for job in jobs if job.id not in self._shards.done)
+        running: dict[int, Job] = {}
+        while True:
+            while len(running) < self._max_num_seqs and self._shards.tokens < target_tokens:
+                job = next(waiting, None)
+                if job is None:
+                    break
+                running[self._engine.add(self._request(job))] = job
+            if not running:
+                return
+            for update in self._engine.step():
+                assert update.error is None
+                if update.completion is not None:
+                    job = running.pop(update.number)
+                    if self._goes_on(job, update.completion):
+                        running[self._engine.add(self._request(job))] = job
+            yield
+
+    def _request(self, job: Job) -> Request:
+        if job.is_chat:
+            job.messages.append({"role": "user", "content": job.turns.pop(0)})
+            ids = self._model.encode_chat(job.messages)
+        else:
+            ids = self._model.encode_prompt(job.turns[0], chat=False)
+        num_turns = len(job.turns) + 1 if job.is_chat else 1
+        budget = max(MIN_TURN_TOKENS, self._max_new_tokens // num_turns)
+        seed = int(job.id, 16) % 2**31
+        budget = min(budget, self._max_new_tokens)
+        return self._model.request(tuple(ids), max_new_tokens=budget, temperature=job.temperature, seed=seed)
+
+    def _goes_on(self, job: Job, completion: Completion) -> bool:
+        """Take in an answer; whether the conversation has another turn. One that is over is written or dropped."""
+        assert self._model.tokenizer is not None
+        text = self._model.tokenizer.decode(completion.ids)
+        job.tokens += len(completion.ids)
+        finished = completion.finish_reason == "stop"
+        if not text.strip() or loops(text):
+            self._shards.drop(job.id)
+            return False
+        if job.is_chat:
+            job.messages.append({"role": "assistant", "content": text})
+            if finished and job.turns:
+                return True
+        self._shards.write(job.split, job.record(text, finished))
+        return False
+
+
+def progress(shards: Shards, start_tokens: int, target: int, seconds: float) -> str:
+    """One line: tokens, rate, time left."""
+    rate = (shards.tokens - start_tokens) / seconds
+    left = f"{(target - shards.tokens) / rate / 3600:.1f} h left" if rate > 0 else "no rate yet"
+    share = f"{shards.tokens:,} of {target:,} tokens ({shards.tokens / target:.1%})"
+    return f"{share}, {rate:.0f} tokens/s, {left}; {len(shards.done):,} prompts, {len(shards.dropped):,} of them dropped"
+
+
+def _temperature(id_: str) -> float:
+    return SAMPLED_TEMPERATURE if int(id_, 16) % 2 else 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="an autoregressive model with a chat template")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, help="written by free_texts.py [default: no continuations]")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="written by the model, after which it stops")
+    parser.add_argument("--seconds", type=float, help="stop after so long [default: no limit]")
+    parser.add_argument("--continuations", type=float, default=0.35, help="share of continuations among the prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of all answers of a conversation together")
+    parser.add_argument("--max-num-seqs", type=int, default=48, help="answered at the same time")
+    parser.add_argument("--quantize", default="int8", help="int8, auto, or none")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    os.nice(19)
+    torch.set_num_threads(options.threads)
+    texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
+    shards = Shards(options.out)
+    jobs = make_jobs(max(100, options.tokens // TOKENS_PER_JOB), options.seed, texts, options.continuations)
+    model = unmask.load(options.model, quantize=None if options.quantize == "none" else options.quantize)
+    model.backend(wait=True)
+    writer = Writer(model, shards, max_num_seqs=options.max_num_seqs, max_new_tokens=options.max_new_tokens)
+    started = shown = time.perf_counter()
+    start_tokens = shards.tokens
+    for _ in writer.run(jobs, options.tokens):
+        now = time.perf_counter()
+        if now - shown >= PROGRESS_SECONDS:
+            print(progress(shards, start_tokens, options.tokens, now - started), flush=True)
+            shown = now
+        if options.seconds is not None and now - started >= options.seconds:
+            break
+    print(progress(shards, start_tokens, options.tokens, time.perf_counter() - started), flush=True)
+
+
+if __name__ == "__main__":
+    main()
