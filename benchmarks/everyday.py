@@ -4,9 +4,9 @@
 
 `everyday_prompts.jsonl` holds 100 prompts of ten kinds, written by hand, that nobody trains on. For each prompt both sides
 answer one after the other (A B, then B A), one request at a time, nothing cached, the time for the prompt included. A
-prompt's ratio is of the tokens/s over its rounds. Printed for each kind and overall: the median ratio, tokens per forward (every
-forward counted), the accepted length (draft tokens accepted per verifying forward), and how many texts are identical; and the
-deciles of the ratio over all prompts.
+prompt's ratio is of the tokens/s over its rounds. Printed for each kind and overall: the median ratio, tokens per forward
+(every forward counted), the accepted length (draft tokens accepted per verifying forward), and how many texts are identical;
+and the deciles of the ratio over all prompts.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def answer(model: LanguageModel, ids: Sequence[int], max_new_tokens: int) -> Tim
     return Timing(completion.ids, completion.forwards, len(verified), sum(verified) - len(verified), seconds)
 
 
-def compare(
-    speculative: LanguageModel, prompts: Sequence[Prompt], *, rounds: int, max_new_tokens: int
-) -> Iterator[Pair]:
+def compare(speculative: LanguageModel, prompts: Sequence[Prompt], *, rounds: int, max_new_tokens: int) -> Iterator[Pair]:
     """Both sides' answers to every prompt, by turns; before the first, each answers once unseen."""
     parent = autoregressive_parent(speculative.transformer)
     autoregressive = LanguageModel(parent, None, name="autoregressive", quantize="auto")

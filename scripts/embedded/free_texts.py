@@ -46,11 +46,11 @@ MIN_PREFIX, MAX_PREFIX = 30, 120
 MAX_PER_PACKAGE = 5_000
 GLOSSES = 5
 """Neighbouring entries of WordNet in one paragraph: a single one is too short."""
-_BLOCKS = frozenset(
-    "address article aside blockquote body dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr info item li list main "
-    "note ol p page section steps subtitle table tbody td terms th title tr ul".split()
-)
-_SKIPPED = frozenset("code-block dt h1 h2 h3 h4 h5 h6 head info nav pre screen script style subtitle table title".split())
+_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6", "subtitle", "title", "dt"}
+_SKIPPED = _HEADINGS | {"head", "info", "nav", "pre", "screen", "script", "style", "table"}
+_BLOCKS = {"article", "aside", "blockquote", "body", "dd", "div", "dl", "footer", "header", "item", "li", "list", "main"} | {
+    *("note", "ol", "p", "page", "section", "steps", "td", "terms", "th", "tr", "ul")
+}
 _POD_CODE = re.compile(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)", re.DOTALL)
 _POD_ESCAPES = {"lt": "<", "gt": ">", "verbar": "|", "sol": "/"}
 

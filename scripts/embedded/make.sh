@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
 # Makes smollm2-135m-converted again, from the autoregressive model: about six hours on two CPU cores.
-# Interrupted, it goes on where it was. SAMPLE=1 first lets the model answer the prompts anew. PACK= leaves the shipped files alone.
+# Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 source scripts/embedded/stage.sh
 
-if [[ -n "${SAMPLE:-}" ]]; then
-    .venv/bin/python scripts/embedded/sample_answers.py --out scripts/embedded/answers.jsonl
-fi
 if [[ ! -e out/reproduction/data/mini5.jsonl ]]; then
     .venv/bin/python benchmarks/reproduction/data.py --count 12000
 fi

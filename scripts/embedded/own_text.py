@@ -2,12 +2,12 @@
 
     python scripts/embedded/own_text.py --out out/own_text --texts out/free_texts/texts.jsonl --tokens 3_000_000
 
-Writes OUT/SPLIT/chat-NNNNN.jsonl, conversations whose every assistant turn is the model's
-(`{"messages": [...]}`), and OUT/SPLIT/text-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}`; a source with
-`chat: false`); each record also has id, kind, temperature, tokens (written by the model) and whether the model ended it. Half
-of the prompts are answered greedily, half at temperature 0.8, chosen by their hash. An answer cut off at the budget is kept, and
-ends its conversation; one that loops is dropped. Killed at any moment, it goes on where it was: a torn last line is cut off, and
-prompts that are there or were dropped are skipped.
+Writes OUT/SPLIT/chat-NNNNN.jsonl, conversations whose every assistant turn is the model's (`{"messages": [...]}`), and
+OUT/SPLIT/text-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}`, for a source with `chat: false`). Each record
+also has id, kind, temperature, tokens (written by the model) and whether the model ended it. Half of the prompts are answered
+greedily, half at temperature 0.8, chosen by their hash. An answer cut off at the budget is kept and ends its conversation; one
+that loops is dropped. Killed at any moment, it goes on where it was: a torn last line is cut off, and prompts that are there or
+were dropped are skipped.
 
 Owns the order of the work, the files and the progress; prompts are `prompts`' concern, free texts `free_texts`'.
 """
@@ -170,6 +170,7 @@ class Writer:
         self._model, self._shards = model, shards
         self._max_num_seqs, self._max_new_tokens = max_num_seqs, max_new_tokens
         self._engine = model.engine(max_num_seqs=max_num_seqs)
+        self.num_decoded = 0
 
     def run(self, jobs: Iterable[Job], target_tokens: int) -> Iterator[None]:
         """Run jobs until there are none or the shards hold enough tokens; yields after every forward."""
@@ -185,6 +186,7 @@ class Writer:
                 return
             for update in self._engine.step():
                 assert update.error is None
+                self.num_decoded += len(update.new_ids)
                 if update.completion is not None:
                     job = running.pop(update.number)
                     if self._goes_on(job, update.completion):
@@ -198,10 +200,13 @@ class Writer:
         else:
             ids = self._model.encode_prompt(job.turns[0], chat=False)
         num_turns = len(job.turns) + 1 if job.is_chat else 1
-        budget = max(MIN_TURN_TOKENS, self._max_new_tokens // num_turns)
-        seed = int(job.id, 16) % 2**31
-        budget = min(budget, self._max_new_tokens)
-        return self._model.request(tuple(ids), max_new_tokens=budget, temperature=job.temperature, seed=seed)
+        share = max(MIN_TURN_TOKENS, (self._max_new_tokens - job.tokens) // num_turns)
+        return self._model.request(
+            tuple(ids),
+            max_new_tokens=min(share, self._max_new_tokens),
+            temperature=job.temperature,
+            seed=int(job.id, 16) % 2**31,
+        )
 
     def _goes_on(self, job: Job, completion: Completion) -> bool:
         """Take in an answer; whether the conversation has another turn. One that is over is written or dropped."""
@@ -220,12 +225,13 @@ class Writer:
         return False
 
 
-def progress(shards: Shards, start_tokens: int, target: int, seconds: float) -> str:
-    """One line: tokens, rate, time left."""
-    rate = (shards.tokens - start_tokens) / seconds
+def progress(shards: Shards, num_decoded: int, target: int, seconds: float, cpu_seconds: float) -> str:
+    """One line: tokens written, the rate at which they are decoded, time left."""
+    rate = num_decoded / seconds
     left = f"{(target - shards.tokens) / rate / 3600:.1f} h left" if rate > 0 else "no rate yet"
     share = f"{shards.tokens:,} of {target:,} tokens ({shards.tokens / target:.1%})"
-    return f"{share}, {rate:.0f} tokens/s, {left}; {len(shards.done):,} prompts, {len(shards.dropped):,} of them dropped"
+    rates = f"{rate:.0f} tokens/s, {num_decoded / cpu_seconds:.0f} per CPU second"
+    return f"{share}, {rates}, {left}; {len(shards.done):,} prompts, {len(shards.dropped):,} of them dropped"
 
 
 def _temperature(id_: str) -> float:
@@ -244,9 +250,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=48, help="answered at the same time")
     parser.add_argument("--quantize", default="int8", help="int8, auto, or none")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    os.nice(19)
+    os.nice(options.nice)
     torch.set_num_threads(options.threads)
     texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
     shards = Shards(options.out)
@@ -254,16 +261,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = unmask.load(options.model, quantize=None if options.quantize == "none" else options.quantize)
     model.backend(wait=True)
     writer = Writer(model, shards, max_num_seqs=options.max_num_seqs, max_new_tokens=options.max_new_tokens)
-    started = shown = time.perf_counter()
-    start_tokens = shards.tokens
+    started, cpu_started = time.perf_counter(), time.process_time()
+
+    def show() -> None:
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        print(progress(shards, writer.num_decoded, options.tokens, seconds, cpu_seconds), flush=True)
+
+    shown = started
     for _ in writer.run(jobs, options.tokens):
         now = time.perf_counter()
         if now - shown >= PROGRESS_SECONDS:
-            print(progress(shards, start_tokens, options.tokens, now - started), flush=True)
+            show()
             shown = now
         if options.seconds is not None and now - started >= options.seconds:
             break
-    print(progress(shards, start_tokens, options.tokens, time.perf_counter() - started), flush=True)
+    show()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python scripts/embedded/prompts.py 20 [--seed 0] [--kind code] [--texts out/free_texts/texts.jsonl]
 
 Every kind is a grammar (`grammar/KIND.txt`, format: `prompts_grammar`) over word lists (`grammar/words_*.txt`), all written
-for this project. With `--texts`, paragraphs of free texts (`free_texts.py`) are asked about too. A prompt shares no six words in
-a row with the held-out prompts in benchmarks/everyday_prompts.jsonl, and belongs to one split by the hash of its longest
+for this project. With `--texts`, paragraphs of free texts (`free_texts.py`) are asked about too. A prompt shares no six words
+in a row with the held-out prompts in benchmarks/everyday_prompts.jsonl, and belongs to one split by the hash of its longest
 paragraph, so that requests about one text are in the same split. Owns kinds, shares and splits; the model is not its concern.
 """
 

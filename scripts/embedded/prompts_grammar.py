@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_REFERENCE = re.compile(r"\{(?P<capital>\^)?(?P<article>a )?(?:(?P<low>\d+)-(?P<high>\d+)|(?P<name>[a-z_]+)(?::(?P<label>\w+))?)\}")
+_REFERENCE = re.compile(
+    r"\{(?P<capital>\^)?(?P<article>a )?(?:(?P<low>\d+)-(?P<high>\d+)|(?P<name>[a-z_]+)(?::(?P<label>\w+))?)\}"
+)
 _HEADER = re.compile(r"\[(\w+)\]")
 _WEIGHT = re.compile(r"%(\d+) ")
 _ATTEMPTS = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_decode(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFi
     assert set(figures) == {"D2", "D3", "D4", "D5", "D6"}
     assert all(figure["value"] >= 0 for figure in figures.values())
     assert list(tmp_path.glob("decode_quick_*.json"))
+
+
+def test_everyday(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape: dict[str, Any] = {"mask_id": 3, "block_size": 4, "start_id": 0, "gated_lora_rank": 2, "max_positions": 1024}
+    model = tiny_folder(tmp_path / "model", **shape)
+    smoke("everyday", tmp_path, "--model", str(model), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert sum(name.startswith("median_ratio_") for name in figures) == 10
+    assert figures["identical"] == {"value": 1.0, "target": 1.0, "met": True}
+    assert figures["tokens_per_forward"]["value"] > 0
+    (result,) = tmp_path.glob("everyday_*.json")
+    assert len(json.loads(result.read_text())["prompts"]) == 10
 
 
 def test_gemm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
