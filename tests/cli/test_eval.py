@@ -78,7 +78,7 @@ def test_the_47_offline_are_filled_in_where_they_can(
     ("options", "words"),
     [
         ((), "--tasks"),
-        (("--suite", "no-such-suite"), "no-such-suite"),
+        (("--suite", "no-such-suite"), "--suite is 'no-such-suite'; use mini-5, llada2-47"),
         (("--tasks", "mini-5/math", "--limit", 0), "at least 1"),
         (("--tasks", "mini-5/math", "--split", "dev"), "test, validation, train"),
         (("--tasks", "mini-5/math", "--model", "/no/such/folder"), "/no/such/folder"),
@@ -86,6 +86,11 @@ def test_the_47_offline_are_filled_in_where_they_can(
 )
 def test_what_cannot_be_run(fails, options: tuple[object, ...], words: str, tmp_path: Path) -> None:
     assert words in fails("eval", *options, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("verb", ["eval", "sweep"])
+def test_without_options_the_missing_one_is_named(fails, verb: str) -> None:
+    assert "--suite" in fails(verb)
 
 
 def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> None:

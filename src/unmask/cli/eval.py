@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def eval_(
     params: SamplingParams,
     model: options.Model = options.DIFFUSION_MODEL,
-    suite: evaluation.Suite = None,
-    tasks: evaluation.Tasks = None,
+    suite: evaluation.SuiteName = None,
+    tasks: evaluation.TaskNames = None,
     needle: Annotated[str | None, typer.Option(help="Context lengths of needle tests, in tokens, with commas.")] = None,
     yarn: Annotated[
         float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")
@@ -64,26 +64,18 @@ def eval_(
 
     --resume continues a killed run. Likelihoods of a diffusion model are lower bounds; the results say so.
     """
-    from unmask.eval.registry import load_suite
-    from unmask.eval.suite import EvalRun, own_tasks
+    from unmask.eval.suite import EvalRun
 
     console = make_console(stderr=as_json)
     if show:
-        typer.echo(f"suites: {evaluation.MINI5}, {evaluation.LLADA2}\n")
-        typer.echo(evaluation.own_names(list(own_tasks().values())))
+        evaluation.list_tasks()
         return
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}; it must be at least 1")
-    settings = evaluation.settings_of(split, params, batch)
-    report = None if suite in (None, evaluation.MINI5) else load_suite(str(suite))
-    name = f"{Path(model).name}-{Path(suite or tasks or f'needle-{needle}').name}".replace(",", "+").replace("/", "-")
-    folder = out if out is not None else Path("out/eval") / name
+    report = evaluation.open_suite(suite)
     selection = evaluation.select_tasks(None if report else suite, tasks, required=report is None and needle is None)
     if dry_run:
         _show_plan(console, selection, report, limit, as_json=as_json)
         return
-    if not resume and any((folder / file).exists() for file in ("samples.jsonl", "suite.json")):
-        raise ConfigError(f"{folder} holds a run already; add --resume to continue it, or use another --out")
+    folder = _folder(out, model, suite or tasks or f"needle-{needle}", resume=resume)
     language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize, yarn=yarn)
     if needle is not None:
         selection = replace(selection, own=(*selection.own, *evaluation.needles(needle, language_model)))
@@ -92,7 +84,7 @@ def eval_(
         folder=folder,
         count=partial(evaluation.count_for, limit),
         limit=limit,
-        settings=settings,
+        settings=evaluation.settings_of(split, params, batch),
         harness={"samples": samples, "batch": batch, "decoding": params, "chat": chat, "allow_code": allow_code},
         resume=resume,
     )
@@ -100,11 +92,22 @@ def eval_(
         results = run.suite(report, on_progress) if report else run.tasks(selection, on_progress)
     if as_json:
         typer.echo(json.dumps(results))
-    elif report is None:
-        evaluation.print_results(console, results)
     else:
-        _print_suite(console, results)
+        (_print_suite if report else evaluation.print_results)(console, results)
     console.print(f"results  {folder}", soft_wrap=True)
+
+
+def _folder(out: Path | None, model: str, tasks: str, *, resume: bool) -> Path:
+    """The folder of a run, named after the model and the tasks unless `out` is given.
+
+    Raises:
+        ConfigError: it holds a run, which is not to be resumed.
+    """
+    name = f"{Path(model).name}-{Path(tasks).name}".replace(",", "+").replace("/", "-")
+    folder = out if out is not None else Path("out/eval") / name
+    if not resume and any((folder / file).exists() for file in ("samples.jsonl", "suite.json")):
+        raise ConfigError(f"{folder} holds a run already; add --resume to continue it, or use another --out")
+    return folder
 
 
 def _show_plan(console: Console, selection: Selection, report: Suite | None, limit: int | None, *, as_json: bool) -> None:

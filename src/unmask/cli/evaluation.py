@@ -22,6 +22,7 @@ from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     from unmask.engine.llm import LanguageModel
+    from unmask.eval.registry import Suite
     from unmask.eval.runner import EvalSettings
     from unmask.eval.suite import BenchmarkResult, Selection
     from unmask.eval.task import Task
@@ -31,12 +32,40 @@ _SPLITS = ("test", "validation", "train")
 DEFAULT_COUNT = 50
 """Items of a task that can make any number."""
 
-Suite = Annotated[str | None, typer.Option(help=f"{MINI5} (no download), {LLADA2} (the report's 47), or a file of a suite.")]
-Tasks = Annotated[str | None, typer.Option(help="Names, separated by commas: our own (see `unmask eval --list`) or lm-eval's.")]
-Limit = Annotated[int | None, typer.Option(help="Items per task. [default: all; 50 of a generated task]")]
+
+def _at_least_one(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ConfigError(f"--limit is {value}; it must be at least 1")
+    return value
+
+
+SuiteName = Annotated[
+    str | None, typer.Option(help=f"{MINI5} (no download), {LLADA2} (the report's 47), or a file of a suite.")
+]
+TaskNames = Annotated[
+    str | None, typer.Option(help="Names, separated by commas: our own (see `unmask eval --list`) or lm-eval's.")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Items per task. [default: all; 50 of a generated task]", callback=_at_least_one)
+]
 SplitName = Annotated[str, typer.Option("--split", help="test, validation or train; only our own tasks have the last two.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Batch = Annotated[int, typer.Option(help="Answers decoded together; with 1, tokens/s are those of a single stream.")]
+
+
+def open_suite(name: str | None) -> Suite | None:
+    """The suite of a report, by its name or from a file; None for mini-5 and where no suite is given.
+
+    Raises:
+        ConfigError: there is no such suite, or its file breaks a rule.
+    """
+    from unmask.eval.registry import load_suite
+
+    if name in (None, MINI5):
+        return None
+    if name != LLADA2 and not Path(str(name)).exists():
+        raise ConfigError(f"--suite is {name!r}; use {MINI5}, {LLADA2} or a YAML file")
+    return load_suite(str(name))
 
 
 def select_tasks(suite: str | None, names: str | None, *, required: bool = True) -> Selection:
@@ -196,6 +225,10 @@ def print_benchmarks(console: Console, results: Sequence[BenchmarkResult]) -> No
     console.print(table)
 
 
-def own_names(tasks: Sequence[Task]) -> str:
-    """Our own tasks, a line for each."""
-    return "\n".join(f"{task.name:24} {task.dimension:10} {task.metric}; {task.licence}" for task in tasks)
+def list_tasks() -> None:
+    """Print the suites and our own tasks, a line for each."""
+    from unmask.eval.suite import own_tasks
+
+    typer.echo(f"suites: {MINI5}, {LLADA2}\n")
+    for task in own_tasks().values():
+        typer.echo(f"{task.name:24} {task.dimension:10} {task.metric}; {task.licence}")

@@ -41,7 +41,7 @@ app = typer.Typer(
 for verb in (generate, infill, trace, chat, serve, convert, sft, dpo, info, merge, export, demo):
     app.command(cls=PanelCommand, no_args_is_help=verb not in (chat, serve, demo))(verb)
 for named, verb in (("eval", eval_), ("compare", compare), ("sweep", sweep)):
-    app.command(named, cls=PanelCommand, no_args_is_help=True)(verb)
+    app.command(named, cls=PanelCommand, no_args_is_help=verb is compare)(verb)
 
 
 def _print_version(wanted: bool) -> None:

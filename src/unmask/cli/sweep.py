@@ -22,8 +22,8 @@ from unmask.errors import ConfigError, RequestError
 
 def sweep(
     model: options.Model = options.DIFFUSION_MODEL,
-    suite: evaluation.Suite = None,
-    tasks: evaluation.Tasks = None,
+    suite: evaluation.SuiteName = None,
+    tasks: evaluation.TaskNames = None,
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     thresholds: Annotated[str, typer.Option(help="Separated by commas.")] = "0.5,0.7,0.9,0.95",

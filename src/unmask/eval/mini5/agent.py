@@ -20,13 +20,8 @@ _DISHES = ("pizza", "soup", "salad", "pasta", "rice", "curry", "toast", "pie", "
 _EVENTS = ("lunch", "dentist", "meeting", "training", "concert", "test", "haircut", "party", "workshop", "lecture")
 _LANGUAGES = ("French", "German", "Spanish", "Italian", "Polish", "Danish", "Turkish", "Greek")
 _NOTES = (
-    "call me back",
-    "dinner is ready",
-    "see you soon",
-    "happy birthday",
-    "the train is late",
-    "good luck",
-    "bring an umbrella",
+    *("call me back", "dinner is ready", "see you soon", "happy birthday"),
+    *("the train is late", "good luck", "bring an umbrella"),
 )
 _CURRENCIES = ("EUR", "USD", "GBP", "JPY", "CHF", "SEK")
 
@@ -68,15 +63,13 @@ class Tool:
 
     def described(self) -> str:
         """A line of JSON for the prompt."""
-        return json.dumps(
-            {"name": self.name, "parameters": {key: of_type.described() for key, of_type in self.arguments.items()}}
-        )
+        return json.dumps({"name": self.name, "parameters": {key: kind.described() for key, kind in self.arguments.items()}})
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of a call."""
         arguments = {
             "type": "object",
-            "properties": {key: dict(of_type.schema) for key, of_type in self.arguments.items()},
+            "properties": {key: dict(kind.schema) for key, kind in self.arguments.items()},
             "required": list(self.arguments),
             "additionalProperties": False,
         }
@@ -112,7 +105,7 @@ TOOLS = (
 
 def _call(tool: Tool, rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A request and the right call for it."""
-    arguments = {key: of_type.draw(rng) for key, of_type in tool.arguments.items()}
+    arguments = {key: kind.draw(rng) for key, kind in tool.arguments.items()}
     return tool.request.format(**arguments), {"name": tool.name, "arguments": arguments}
 
 
