@@ -115,7 +115,7 @@ def clean(it: Live) -> Iterator[None]:
     soon(lambda: tasks(it) <= IDLE, f"tasks are left: {tasks(it)}")
     soon(lambda: not it.server.server_state.connections, "connections are left")
     assert not it.worker._numbers
-    assert not it.worker._jobs
+    assert not it.worker.num_requests
 
 
 def completes(it: Live) -> None:

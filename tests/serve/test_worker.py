@@ -21,7 +21,7 @@ from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.serve.errors import ApiError
 from unmask.serve.metrics import Metrics
-from unmask.serve.worker import AbortedError, EngineFailedError, Job, Worker
+from unmask.serve.worker import AbortedError, EngineFailedError, Submission, Worker
 
 DONE = Completion((1,), "stop", 1)
 ORDINARY = Request((1, 2), ResolvedParams(max_new_tokens=8))
@@ -140,7 +140,7 @@ async def scene(
             engine.go.release(1000)
         await made.worker.close(0.0)
         assert not made.worker._thread.is_alive()
-        assert not made.worker._jobs
+        assert not made.worker.num_requests
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -156,22 +156,22 @@ def seen(tokens: tuple[int | None, ...]) -> Step:
     return Step(0, (False,), tokens, tokens, (0.5,), (True,), (False,), 1)
 
 
-async def everything(job: Job) -> list[tuple[int, Update]]:
-    return [entry async for updates in job.updates() for entry in updates]
+async def everything(submission: Submission) -> list[tuple[int, Update]]:
+    return [entry async for updates in submission.updates() for entry in updates]
 
 
 def test_a_slow_reader_gets_several_steps_as_one_in_order() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([ORDINARY, ORDINARY])
+            submission = s.worker.submit([ORDINARY, ORDINARY])
             early, late = seen((1,)), seen((2,))
             engine.say(said(0, 1, 2, step=early), said(1, 9))
-            await until(lambda: job.first_token_seconds is not None)
+            await until(lambda: submission.first_token_seconds is not None)
             engine.say(said(0, 3, step=late))
             engine.say(said(0, 4), said(1, 8, completion=DONE))
-            await until(lambda: job.open == {0})
-            batches = job.updates()
+            await until(lambda: submission.unfinished == {0})
+            batches = submission.updates()
             first = dict(await anext(batches))
             assert first[0].new_ids == (1, 2, 3, 4)
             assert [each.token for each in first[0].new_logprobs] == [1, 2, 3, 4]
@@ -214,8 +214,8 @@ def test_a_job_aborted_before_its_add_ran_leaves_nothing_behind() -> None:
         async with scene(engine) as s:
             first = s.worker.submit([ORDINARY])
             await engine.serves(1)
-            job = s.worker.submit([ORDINARY, ORDINARY])
-            job.abort("disconnect")
+            submission = s.worker.submit([ORDINARY, ORDINARY])
+            submission.abort("disconnect")
             engine.say(said(0, 1, completion=DONE))
             assert len(await everything(first)) == 1
             await until(lambda: "abort 2" in engine.log)
@@ -230,25 +230,25 @@ def test_news_of_an_aborted_job_is_not_delivered() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([ORDINARY])
+            submission = s.worker.submit([ORDINARY])
             await engine.serves(1)
             engine.say(said(0, 1, completion=DONE))
             while s.worker._numbers:
                 time.sleep(0.002)  # The loop must not run: what the step gave is on its way to it.
-            job.abort("disconnect")
+            submission.abort("disconnect")
             with pytest.raises(AbortedError):
-                await everything(job)
+                await everything(submission)
             await asyncio.sleep(0.01)
             assert s.metrics._ended.labels("stop")._value.get() == 0
 
     run(test)
 
 
-def test_the_bound_counts_completions_not_jobs() -> None:
+def test_the_bound_counts_completions_not_submissions() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine, max_requests=3) as s:
-            job = s.worker.submit([ORDINARY] * 2)
+            submission = s.worker.submit([ORDINARY] * 2)
             with pytest.raises(ApiError) as refused:
                 s.worker.submit([ORDINARY] * 2)
             assert refused.value.status == 429
@@ -259,7 +259,7 @@ def test_the_bound_counts_completions_not_jobs() -> None:
             with pytest.raises(ApiError) as full:
                 s.worker.check_room()
             assert full.value.status == 429
-            job.abort("disconnect")
+            submission.abort("disconnect")
             s.worker.check_room(2)
             last.abort("disconnect")
 
@@ -288,10 +288,10 @@ def test_one_that_cannot_be_added_fails_alone(size: int, status: int | None) -> 
         async with scene(engine) as s:
             other = s.worker.submit([ORDINARY])
             await engine.serves(1)
-            job = s.worker.submit([ORDINARY, Request((1,), ResolvedParams(max_new_tokens=size))])
+            submission = s.worker.submit([ORDINARY, Request((1,), ResolvedParams(max_new_tokens=size))])
             engine.say()
             with pytest.raises(EngineFailedError if status is None else ApiError) as failed:
-                await everything(job)
+                await everything(submission)
             assert getattr(failed.value, "status", None) == status
             await until(lambda: engine.active == [0] or engine.say())
             engine.say(said(0, 1, completion=DONE))
@@ -304,11 +304,11 @@ def test_a_request_that_cannot_go_on_fails_its_job_alone() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job, other = s.worker.submit([ORDINARY] * 2), s.worker.submit([ORDINARY])
+            submission, other = s.worker.submit([ORDINARY] * 2), s.worker.submit([ORDINARY])
             await engine.serves(3)
             engine.say(said(1, 4), Update(0, (), None, None, RequestError("a dead end")))
             with pytest.raises(ApiError, match="a dead end") as failed:
-                await everything(job)
+                await everything(submission)
             assert failed.value.status == 400
             engine.say(said(2, 1, completion=DONE))
             assert len(await everything(other)) == 1
@@ -320,9 +320,9 @@ def test_a_deadline_ends_a_job_with_504() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine, timeout=0.05) as s:
-            job = s.worker.submit([ORDINARY])
+            submission = s.worker.submit([ORDINARY])
             with pytest.raises(ApiError, match=r"timeout of 0\.05 s") as late:
-                await everything(job)
+                await everything(submission)
             assert (late.value.status, late.value.headers["x-should-retry"]) == (504, "false")
             assert s.worker.num_requests == 0
             engine.say()
@@ -338,12 +338,12 @@ def test_a_crash_fails_those_served_and_the_next_engine_serves_those_still_to_be
         broken, fresh = Scripted(), Scripted()
         broken.error = error
         async with scene(broken, fresh) as s:
-            job = s.worker.submit([ORDINARY, ORDINARY])
+            submission = s.worker.submit([ORDINARY, ORDINARY])
             await broken.serves(2)
             waiting = s.worker.submit([ORDINARY])
             broken.go.release()
             with pytest.raises(EngineFailedError):
-                await everything(job)
+                await everything(submission)
             fresh.say(said(0, 7, completion=DONE))
             assert [update.new_ids for _, update in await everything(waiting)] == [(7,)]
             assert s.worker.state == "ready"
@@ -386,16 +386,16 @@ def test_the_broken_engine_is_gone_before_the_next_is_made(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("error", [ValueError("no memory"), Panic("a panic")])
-def test_an_engine_that_cannot_be_made_ends_all_jobs(error: BaseException) -> None:
+def test_an_engine_that_cannot_be_made_ends_all_submissions(error: BaseException) -> None:
     async def test() -> None:
         broken = Scripted()
         broken.error = ValueError("a bug")
         async with scene(broken, error) as s:
-            job = s.worker.submit([ORDINARY])
+            submission = s.worker.submit([ORDINARY])
             await broken.serves(1)
             waiting = s.worker.submit([ORDINARY])
             broken.go.release()
-            for each in (job, waiting):
+            for each in (submission, waiting):
                 with pytest.raises(EngineFailedError):
                     await everything(each)
             assert s.failures == [error]
@@ -438,11 +438,11 @@ def test_closing_lets_what_runs_finish_within_the_grace() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([ORDINARY])
+            submission = s.worker.submit([ORDINARY])
             closing = asyncio.create_task(s.worker.close(20.0))
             await until(lambda: s.worker.state == "stopping")
             engine.say(said(0, 3, completion=DONE))
-            assert [update.new_ids for _, update in await everything(job)] == [(3,)]
+            assert [update.new_ids for _, update in await everything(submission)] == [(3,)]
             await closing
             assert not s.worker._thread.is_alive()
 
@@ -453,13 +453,13 @@ def test_closing_again_cuts_the_grace_short() -> None:
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([ORDINARY])
+            submission = s.worker.submit([ORDINARY])
             closing = asyncio.create_task(s.worker.close(1000.0))
             await until(lambda: s.worker.state == "stopping")
             engine.go.release()
             await s.worker.close(0.0)
             with pytest.raises(ApiError, match="shutting down") as failed:
-                await everything(job)
+                await everything(submission)
             assert failed.value.status == 503
             await closing
             assert s.aborts("shutdown") == 1
@@ -468,15 +468,15 @@ def test_closing_again_cuts_the_grace_short() -> None:
 
 
 def test_more_than_run_together_make_room_for_others() -> None:
-    """The third and later of one job wait as if they had come when those before them must have ended."""
+    """The third and later of one submission wait as if they had come when those before them must have ended."""
 
     async def test() -> None:
         engine = Scripted()
         async with scene(engine) as s:
-            job = s.worker.submit([Request((1,), ResolvedParams(max_new_tokens=70))] * 5)
+            submission = s.worker.submit([Request((1,), ResolvedParams(max_new_tokens=70))] * 5)
             await engine.serves(1)
             assert [engine.added[i].priority for i in range(5)] == [0, 0, 2, 2, 4]
-            job.abort("disconnect")
+            submission.abort("disconnect")
             engine.say()
 
     run(test)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from unmask.cli.chat_session import ChatReply, EndReason, Message, Write
+from unmask.cli.chat_session import ChatReply, EndReason, Write
 from unmask.cli.interrupt import stop_on_interrupt
 from unmask.cli.watch import show
+from unmask.data.chat import Message
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.llm import Generation, LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
@@ -108,19 +109,16 @@ class _Progress:
 
     def __init__(self, model: LanguageModel, prompt_tokens: int) -> None:
         assert model.tokenizer is not None, "a LocalResponder refuses models without one"
-        self._stream, self._prompt_tokens, self._started = (
-            IncrementalDetokenizer(model.tokenizer),
-            prompt_tokens,
-            time.perf_counter(),
-        )
+        self._detokenizer = IncrementalDetokenizer(model.tokenizer)
+        self._prompt_tokens, self._started = prompt_tokens, time.perf_counter()
         self._completion, self._is_over, self._text = Completion((), "length", 0), False, ""
 
     def take(self, new_ids: Sequence[int], completion: Completion | None) -> str:
         """Take in an update of the engine; the text that becomes final with it."""
-        text = self._stream.push(new_ids)
+        text = self._detokenizer.push(new_ids)
         if completion is not None:
             self._completion, self._is_over = completion, True
-            text += self._stream.finish(completion.ids)
+            text += self._detokenizer.finish(completion.ids)
         else:
             so_far = self._completion
             self._completion = Completion(so_far.ids + tuple(new_ids), "length", so_far.forwards + 1)

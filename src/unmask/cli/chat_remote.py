@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx2
 
-from unmask.cli.chat_session import ChatReply, EndReason, Message, Write
+from unmask.cli.chat_session import ChatReply, EndReason, Write
+from unmask.data.chat import Message
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 

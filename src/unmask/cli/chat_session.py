@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import typer
 
@@ -19,11 +19,11 @@ from unmask.cli.console import cost_line, make_console, visible
 from unmask.engine.sampling_params import Option, SamplingParams
 from unmask.errors import ConfigError, DataError, RequestError, UnmaskError
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from unmask.data.chat import Message
+
 Write = Callable[[str], None]
 EndReason = Literal["stop", "length", "context", "interrupted", "lost"]
-
-
 _ROLES = ("system", "user", "assistant")
 _NOTES: Mapping[EndReason, str] = {
     "length": "cut: max_new_tokens is reached; /set max_new_tokens allows more",

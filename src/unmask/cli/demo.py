@@ -34,7 +34,7 @@ MARK = "MADE-BY-UNMASK-DEMO.txt"
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class _AnswerPair:
     """One question and the answers of both models."""
 
     question: str
@@ -91,7 +91,7 @@ def _load_diffusion(console: Console) -> LanguageModel | None:
         return None
 
 
-def _answer(console: Console, autoregressive: LanguageModel, diffusion: LanguageModel | None) -> list[_Comparison]:
+def _answer(console: Console, autoregressive: LanguageModel, diffusion: LanguageModel | None) -> list[_AnswerPair]:
     """Show the diffusion answers while they are denoised, then generate the autoregressive ones for comparison."""
     for model in (autoregressive, diffusion):
         if model is not None:
@@ -101,10 +101,10 @@ def _answer(console: Console, autoregressive: LanguageModel, diffusion: Language
     shown = autoregressive if diffusion is None else diffusion
     live = [_watch(console, shown, question) for question in QUESTIONS]
     if diffusion is None:
-        return [_Comparison(question, answer, None) for question, answer in zip(QUESTIONS, live, strict=True)]
+        return [_AnswerPair(question, answer, None) for question, answer in zip(QUESTIONS, live, strict=True)]
     _say(console, f"The same questions to {AUTOREGRESSIVE_MODEL}, one token per forward, not shown live ...")
     baseline = [autoregressive.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
-    return [_Comparison(*row) for row in zip(QUESTIONS, baseline, live, strict=True)]
+    return [_AnswerPair(*row) for row in zip(QUESTIONS, baseline, live, strict=True)]
 
 
 def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
@@ -117,7 +117,7 @@ def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
     return show(console, model, ANSWER_TOKENS, generate)
 
 
-def _print_table(console: Console, comparisons: Sequence[_Comparison]) -> None:
+def _print_table(console: Console, comparisons: Sequence[_AnswerPair]) -> None:
     """Both models' answers and speeds in neighbouring columns."""
     from rich.table import Table
     from rich.text import Text

@@ -344,7 +344,7 @@ class LanguageModel:
         return None if params.grammar is None else self.grammars.lark(params.grammar)
 
     def _as_generation(self, prompt_tokens: int, completion: Completion, seconds: float) -> Generation:
-        text = self._need_tokenizer().decode(completion.ids) if completion.text is None else completion.text
+        text = completion.decoded(self._need_tokenizer().decode)
         return Generation.from_completion(completion, text, prompt_tokens, seconds)
 
     def _need_tokenizer(self) -> Tokenizer:

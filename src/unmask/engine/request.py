@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from unmask.data.detokenizer import Decode
 from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, Guess
 from unmask.engine.grammar import Grammar
@@ -183,6 +184,10 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
     costs: Costs = field(default_factory=Costs, compare=False)
     trace: tuple[Step, ...] = field(default=(), compare=False)
+
+    def decoded(self, decode: Decode) -> str:
+        """The text: up to the stop string if there is one."""
+        return decode(self.ids) if self.text is None else self.text
 
 
 def finish(generated: Sequence[int], request: Request, forwards: int) -> Completion:

@@ -144,7 +144,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             completions = self._engine().run(engine_requests, on_completion=lambda _: progress.update(1))
             for request, completion in zip(requests, completions, strict=True):
                 self.completions.append(completion)
-                texts.append(self._text.decode(completion.ids) if completion.text is None else completion.text)
+                texts.append(completion.decoded(self._text.decode))
                 self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 

@@ -184,10 +184,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
     items, requests = [item for item, _ in fitting], [request for _, request in fitting]
     # A single stream prefills every prompt in full, so that its tokens/s do not depend on what prompts have in common.
     completions = model.engine(max_num_seqs=settings.batch, prefix_cache=settings.batch > 1).run(requests)
-    answers = [
-        item.answer_prefix + (tokenizer.decode(each.ids) if each.text is None else each.text)
-        for item, each in zip(items, completions, strict=True)
-    ]
+    answers = [item.answer_prefix + each.decoded(tokenizer.decode) for item, each in zip(items, completions, strict=True)]
     return too_long + [
         EvalSample(
             task=task.name,

@@ -84,10 +84,10 @@ async def _state(request: Request) -> AppState:
     return state
 
 
-State = Annotated[AppState, Depends(_state)]
+CurrentState = Annotated[AppState, Depends(_state)]
 
 
-async def _state_with_room(state: State) -> AppState:
+async def _state_with_room(state: CurrentState) -> AppState:
     """Refuses a request before its body is parsed where the queue is full: overload costs nothing."""
     state.worker.check_room()
     return state
@@ -115,7 +115,7 @@ async def post_infill(http: Request, body: protocol.InfillRequest, state: StateW
 
 
 @router.post("/v1/tokenize", responses=_ERRORS)
-async def post_tokenize(body: protocol.TokenizeRequest, state: State) -> dict[str, Any]:
+async def post_tokenize(body: protocol.TokenizeRequest, state: CurrentState) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the model would see it."""
     model = state.model
     if body.model is not None:
@@ -126,13 +126,13 @@ async def post_tokenize(body: protocol.TokenizeRequest, state: State) -> dict[st
 
 
 @router.get("/v1/models", responses=_COMMON_ERRORS)
-async def get_models(state: State) -> dict[str, Any]:
+async def get_models(state: CurrentState) -> dict[str, Any]:
     """The served model."""
     return {"object": "list", "data": [state.model.describe()]}
 
 
 @router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: _ERRORS[404]})
-async def get_model(name: str, state: State) -> dict[str, Any]:
+async def get_model(name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
     state.model.check_name(name)
     return state.model.describe()
@@ -145,14 +145,14 @@ async def get_health() -> dict[str, str]:
 
 
 @router.get("/ready", responses={403: _ERRORS[403], 503: {"description": "Not yet or no longer"}})
-async def get_ready(state: State) -> JSONResponse:
+async def get_ready(state: CurrentState) -> JSONResponse:
     """The model is loaded and requests are served."""
     status = state.worker.state
     return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
 
 @router.get("/metrics", responses=_COMMON_ERRORS, response_class=Response)
-async def get_metrics(state: State) -> Response:
+async def get_metrics(state: CurrentState) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

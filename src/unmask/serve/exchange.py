@@ -19,7 +19,7 @@ from unmask.serve.choice import costs as costs_of
 from unmask.serve.errors import internal
 from unmask.serve.served_model import PreparedRequests
 from unmask.serve.state import AppState
-from unmask.serve.worker import EngineFailedError, Job
+from unmask.serve.worker import EngineFailedError, Submission
 
 
 class Exchange:
@@ -29,8 +29,8 @@ class Exchange:
         choices: the completions.
     """
 
-    def __init__(self, state: AppState, http: HttpRequest, prepared: PreparedRequests, job: Job) -> None:
-        self._model, self._metrics, self._http, self._job = state.model, state.metrics, http, job
+    def __init__(self, state: AppState, http: HttpRequest, prepared: PreparedRequests, submission: Submission) -> None:
+        self._model, self._metrics, self._http, self._submission = state.model, state.metrics, http, submission
         self._prompt_tokens, self._logs_text = prepared.prompt_tokens, state.config.log_prompts
         self.choices = [Choice(i, request, prepared, state.model) for i, request in enumerate(prepared.requests)]
         self._note(prompt_tokens=prepared.prompt_tokens)
@@ -39,7 +39,7 @@ class Exchange:
     @property
     def seconds(self) -> float:
         """Since the request was submitted."""
-        return time.perf_counter() - self._job.started
+        return time.perf_counter() - self._submission.started
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Exchange:
             AbortedError: the client has disconnected.
         """
         try:
-            async for updates in self._job.updates():
+            async for updates in self._submission.updates():
                 yield [(self.choices[i], self.choices[i].take(update), update) for i, update in updates]
         except EngineFailedError as error:
             raise internal(self._http.scope["unmask.id"]) from error
@@ -71,7 +71,7 @@ class Exchange:
 
     def close(self) -> None:
         """Report costs to metrics and log, however the request ended."""
-        first = self._job.first_token_seconds
+        first = self._submission.first_token_seconds
         if first is not None:
             self._metrics.first_token.observe(first)
             self._note(first_token_seconds=round(first, 4))
@@ -100,20 +100,20 @@ async def open_exchange(
     state: AppState, http: HttpRequest, prepared: PreparedRequests, *, watch: bool = False
 ) -> AsyncIterator[Exchange]:
     """Submit requests; when the client disconnects or the block is left early, they end and their cache blocks are free."""
-    job = state.worker.submit(prepared.requests, watch=watch)
-    watcher = asyncio.create_task(_abort_on_disconnect(http, job))
+    submission = state.worker.submit(prepared.requests, watch=watch)
+    watcher = asyncio.create_task(_abort_on_disconnect(http, submission))
     try:
-        exchange = Exchange(state, http, prepared, job)
+        exchange = Exchange(state, http, prepared, submission)
         try:
             yield exchange
         finally:
             exchange.close()
     finally:
-        job.abort("disconnect")
+        submission.abort("disconnect")
         watcher.cancel()
 
 
-async def _abort_on_disconnect(http: HttpRequest, job: Job) -> None:
+async def _abort_on_disconnect(http: HttpRequest, submission: Submission) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    job.abort("disconnect")
+    submission.abort("disconnect")

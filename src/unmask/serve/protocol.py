@@ -149,7 +149,7 @@ class ToolCall(_HistoryModel):
     function: CalledFunction
 
 
-class Message(_HistoryModel):
+class ChatMessage(_HistoryModel):
     """A message. Fields of answers (refusal, annotations, audio) are accepted when a client sends an answer back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -159,7 +159,7 @@ class Message(_HistoryModel):
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Message:
+    def _says_something(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"content of the {self.role} message is missing; give a text")
         if self.role == "tool" and self.tool_call_id is None:
@@ -221,7 +221,7 @@ class ResponseFormat(_StrictModel):
 class ChatRequest(_Generating):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -275,7 +275,7 @@ class TokenizeRequest(_StrictModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:

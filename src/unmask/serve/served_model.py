@@ -100,7 +100,7 @@ class ServedModel:
         table = self._token_bytes
         return table[token] if table is not None else self.tokenizer.decode([token]).encode()
 
-    def chat_ids(self, messages: Sequence[protocol.Message], body: protocol.ChatRequest | None = None) -> list[int]:
+    def chat_ids(self, messages: Sequence[protocol.ChatMessage], body: protocol.ChatRequest | None = None) -> list[int]:
         """Token ids of a conversation and the header of its answer.
 
         Raises:
@@ -246,7 +246,7 @@ class ServedModel:
         except RequestError as error:
             raise bad_request(str(error), "response_format.json_schema.schema") from error
 
-    def _template_message(self, message: protocol.Message) -> dict[str, Any]:
+    def _template_message(self, message: protocol.ChatMessage) -> dict[str, Any]:
         """A message as chat templates read it: content as one text, a role they know."""
         fields: dict[str, Any] = {"content": None} | message.model_dump(exclude_none=True)
         if isinstance(message.content, list):

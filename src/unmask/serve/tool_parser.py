@@ -65,7 +65,7 @@ class CallParser:
         """
         self._marked = marked
         self._state = self._text if marked else self._head
-        self._held = ""
+        self._pending = ""
         self._events: list[Event] = []
         self._calls = 0
         self._just_called = False
@@ -78,21 +78,21 @@ class CallParser:
 
     def push(self, text: str) -> list[Event]:
         """Take more text of the answer; the events that are certain now."""
-        self._held += text
+        self._pending += text
         while self._state():
             pass
         return self._take()
 
     def finish(self) -> list[Event]:
         """The remaining events; the answer may have ended within a call."""
-        held = self._held
+        pending = self._pending
         if self._state == self._after:
-            rest = held[self._ending_of(held) :]
+            rest = pending[self._ending_of(pending) :]
             dropped = (END_MARKER if self._marked else "").startswith(rest)
         else:
-            dropped = self._just_called and held.isspace()
-        self._emit_content(0 if dropped else len(held))
-        self._held = ""
+            dropped = self._just_called and pending.isspace()
+        self._emit_content(0 if dropped else len(pending))
+        self._pending = ""
         return self._take()
 
     def _take(self) -> list[Event]:
@@ -100,36 +100,36 @@ class CallParser:
         return events
 
     def _emit_content(self, end: int) -> None:
-        """Emit the first `end` held characters as content."""
+        """Emit the first `end` pending characters as content."""
         if end:
-            self._events.append(Content(self._held[:end]))
-            self._held = self._held[end:]
+            self._events.append(Content(self._pending[:end]))
+            self._pending = self._pending[end:]
             self._just_called = False
 
     def _text(self) -> bool:
-        """State: before, between and after calls. Each state returns whether to process the held text further."""
-        start = self._held.find(MARKER) if self._marked else -1
+        """State: before, between and after calls. Each state returns whether to process the pending text further."""
+        start = self._pending.find(MARKER) if self._marked else -1
         if start >= 0:
             self._state = self._head
         else:
-            start = len(self._held) - held_back(self._held, (MARKER,) if self._marked else ())
-        self._emit_content(len(self._held[:start].rstrip()) if self._marked else start)
+            start = len(self._pending) - held_back(self._pending, (MARKER,) if self._marked else ())
+        self._emit_content(len(self._pending[:start].rstrip()) if self._marked else start)
         return self._state == self._head
 
     def _head(self) -> bool:
         """State: up to the arguments; white space and the marker are held as well, and are content if this is no call."""
-        if head := (_FIRST if self._marked else _BARE_FIRST).match(self._held):
+        if head := (_FIRST if self._marked else _BARE_FIRST).match(self._pending):
             self._begin(head)
             return True
         if not self._marked:
-            if not (_BARE_START.startswith(self._held) or self._held.startswith(_BARE_START)):
+            if not (_BARE_START.startswith(self._pending) or self._pending.startswith(_BARE_START)):
                 self._state = self._text
             return self._state == self._text
-        tag = _TAG.search(self._held, self._held.index(MARKER) + 1)
+        tag = _TAG.search(self._pending, self._pending.index(MARKER) + 1)
         if tag is None:
             return False
-        if _NO_CALLS.match(self._held):
-            self._held = self._held[tag.end() :]
+        if _NO_CALLS.match(self._pending):
+            self._pending = self._pending[tag.end() :]
             self._just_called = True
         else:
             self._leave(tag)
@@ -137,7 +137,7 @@ class CallParser:
         return True
 
     def _begin(self, head: re.Match[str]) -> None:
-        self._held = self._held[head.end() :]
+        self._pending = self._pending[head.end() :]
         self._events.append(CallStart(self._calls, head[1]))
         self._calls += 1
         self._depth = 0
@@ -145,8 +145,8 @@ class CallParser:
 
     def _arguments(self) -> bool:
         """State: within the arguments, up to the bracket that closes the first one."""
-        end = len(self._held)
-        for position, char in enumerate(self._held):
+        end = len(self._pending)
+        for position, char in enumerate(self._pending):
             if self._in_string:
                 self._in_string = self._escaped or char != '"'
                 self._escaped = char == "\\" and not self._escaped
@@ -161,29 +161,29 @@ class CallParser:
                     self._state = self._after
                     break
         if end:
-            self._events.append(CallArguments(self._calls - 1, self._held[:end]))
-            self._held = self._held[end:]
+            self._events.append(CallArguments(self._calls - 1, self._pending[:end]))
+            self._pending = self._pending[end:]
         return self._state == self._after
 
     def _after(self) -> bool:
         """State: after the arguments: the end of the call, and either another call or the end of all calls."""
-        if head := _NEXT.match(self._held):
+        if head := _NEXT.match(self._pending):
             self._begin(head)
             return True
-        tag = _TAG.search(self._held) if self._marked else None
+        tag = _TAG.search(self._pending) if self._marked else None
         if tag is None:
             return False
         self._just_called = True
-        if self._ending_of(self._held) == tag.start():
-            self._held = self._held[tag.end() if tag[0] == END_MARKER else tag.start() :]
+        if self._ending_of(self._pending) == tag.start():
+            self._pending = self._pending[tag.end() if tag[0] == END_MARKER else tag.start() :]
         else:
             self._leave(tag)
         self._state = self._text
         return True
 
     def _leave(self, tag: re.Match[str]) -> None:
-        """The held text is no call: it is content up to its end tag, or to the start of the next call."""
-        self._emit_content(tag.end() if tag[0] == END_MARKER else len(self._held[: tag.start()].rstrip()))
+        """The pending text is no call: it is content up to its end tag, or to the start of the next call."""
+        self._emit_content(tag.end() if tag[0] == END_MARKER else len(self._pending[: tag.start()].rstrip()))
 
     @staticmethod
     def _ending_of(text: str) -> int:

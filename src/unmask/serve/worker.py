@@ -35,17 +35,17 @@ class EngineFailedError(Exception):
     """A bug ended this request."""
 
 
-class Job:
+class Submission:
     """The engine requests of one client, and their updates since the client last read them.
 
-    Updates of several steps are merged for a client that reads more slowly than the engine decodes, so a job holds at most
+    Updates of several steps are merged for a client that reads more slowly than the engine decodes, so that there is at most
     one update per request.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool) -> None:
         self.requests, self.watch = list(requests), watch
         self.started = time.perf_counter()
-        self.open = set(range(len(self.requests)))
+        self.unfinished = set(range(len(self.requests)))
         self.first_token_seconds: float | None = None
         self._worker = worker
         self._new: dict[int, Update] = {}
@@ -56,7 +56,7 @@ class Job:
         """Updates with the index of their request, until all requests have ended.
 
         Raises:
-            ApiError: the job cannot be finished.
+            ApiError: the submission cannot be finished.
         """
         num_open = len(self.requests)
         while num_open:
@@ -70,7 +70,7 @@ class Job:
                 raise self._error
 
     def abort(self, reason: str) -> None:
-        """End the job without a result and free its cache blocks before the next step; no effect on one that has ended."""
+        """End without a result and free the cache blocks before the next step; no effect after the end."""
         self._worker.abort(self, reason)
 
     def take(self, index: int, update: Update) -> None:
@@ -78,7 +78,7 @@ class Job:
         if update.new_ids and self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.started
         if update.completion is not None:
-            self.open.discard(index)
+            self.unfinished.discard(index)
         unread = self._new.get(index)
         if unread is not None:
             ids, logprobs = unread.new_ids + update.new_ids, unread.new_logprobs + update.new_logprobs
@@ -87,21 +87,21 @@ class Job:
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
-        """End the job with an error (on the event loop)."""
-        self.open.clear()
+        """End the submission with an error (on the event loop)."""
+        self.unfinished.clear()
         self._error = error
         self._wake.set()
 
 
 class Worker:
-    """Runs the engine and passes its updates to jobs.
+    """Runs the engine and passes its updates to submissions.
 
     Every method is called on the event loop's thread; only the worker's own thread uses the engine.
 
     Args:
         make_engine: called in the thread, and again after the engine has failed.
         max_requests: queued and running requests together; more are refused.
-        timeout: seconds of a job, waiting included.
+        timeout: seconds of a submission, waiting included.
         metrics: where completions and aborts are counted.
         on_failure: called when no engine can be made; the worker accepts nothing from then on.
     """
@@ -118,8 +118,8 @@ class Worker:
         self._make_engine, self._max_requests, self._timeout = make_engine, max_requests, timeout
         self._metrics, self._on_failure = metrics, on_failure
         self._loop = asyncio.get_running_loop()
-        self._jobs: dict[Job, asyncio.TimerHandle] = {}
-        self._numbers: dict[int, tuple[Job, int]] = {}
+        self._submissions: dict[Submission, asyncio.TimerHandle] = {}
+        self._numbers: dict[int, tuple[Submission, int]] = {}
         self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._stop = False
@@ -153,7 +153,7 @@ class Worker:
     @property
     def num_requests(self) -> int:
         """Queued and running requests."""
-        return sum(len(job.open) for job in self._jobs)
+        return sum(len(submission.unfinished) for submission in self._submissions)
 
     def check_room(self, count: int = 1) -> None:
         """Check that so many more requests can be accepted.
@@ -168,7 +168,7 @@ class Worker:
         if self.num_requests + count > self._max_requests:
             raise self._full()
 
-    def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Job:
+    def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Submission:
         """Queue requests of one client.
 
         Raises:
@@ -182,70 +182,70 @@ class Worker:
         if len(requests) > self._max_requests:
             raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
         self.check_room(len(requests))
-        job = Job(self, requests, watch=watch)
-        self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
-        self._send(lambda engine: self._add(engine, job))
-        return job
+        submission = Submission(self, requests, watch=watch)
+        self._submissions[submission] = self._loop.call_later(self._timeout, self._expire, submission)
+        self._send(lambda engine: self._add(engine, submission))
+        return submission
 
-    def abort(self, job: Job, reason: str) -> None:
-        """End a running job and free its cache blocks."""
-        if job in self._jobs:
-            self._end(job, AbortedError(reason), reason)
+    def abort(self, submission: Submission, reason: str) -> None:
+        """End a running submission and free its cache blocks."""
+        if submission in self._submissions:
+            self._end(submission, AbortedError(reason), reason)
 
     def drain(self) -> None:
         """Accept no new requests."""
         self._draining = True
 
     async def close(self, grace: float) -> None:
-        """Wait up to `grace` seconds for running jobs, fail the rest and end the thread; a second call can shorten the wait."""
+        """Wait up to `grace` seconds for what runs, fail the rest and end the thread; a second call can shorten the wait."""
         self.drain()
         deadline = time.perf_counter() + grace
-        while self._jobs and time.perf_counter() < deadline:
+        while self._submissions and time.perf_counter() < deadline:
             await asyncio.sleep(0.02)
-        for job in list(self._jobs):
-            self._end(job, stopping(), "shutdown")
+        for submission in list(self._submissions):
+            self._end(submission, stopping(), "shutdown")
         with self._wake:
             self._stop = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def _full(self) -> ApiError:
-        wait = max(1, round(self._mean_seconds / max(1, len(self._jobs))))
+        wait = max(1, round(self._mean_seconds / max(1, len(self._submissions))))
         message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
         return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
 
-    def _expire(self, job: Job) -> None:
-        self._end(job, timed_out(self._timeout), "timeout")
+    def _expire(self, submission: Submission) -> None:
+        self._end(submission, timed_out(self._timeout), "timeout")
 
-    def _end(self, job: Job, error: Exception, reason: str) -> None:
-        self._metrics.aborts.labels(reason).inc(len(job.open))
-        self._jobs.pop(job).cancel()
-        job.fail(error)
-        self._send(lambda engine: self._remove(engine, job))
+    def _end(self, submission: Submission, error: Exception, reason: str) -> None:
+        self._metrics.aborts.labels(reason).inc(len(submission.unfinished))
+        self._submissions.pop(submission).cancel()
+        submission.fail(error)
+        self._send(lambda engine: self._remove(engine, submission))
 
-    def _deliver(self, updates: Sequence[tuple[Job, int, Update]]) -> None:
-        """Pass the updates of a step to their jobs (on the event loop)."""
-        for job, index, update in updates:
-            if job not in self._jobs:
+    def _deliver(self, updates: Sequence[tuple[Submission, int, Update]]) -> None:
+        """Pass the updates of a step to their submissions (on the event loop)."""
+        for submission, index, update in updates:
+            if submission not in self._submissions:
                 continue
             if update.error is not None:
-                self._end(job, bad_request(str(update.error)), "error")
+                self._end(submission, bad_request(str(update.error)), "error")
                 continue
-            job.take(index, update)
+            submission.take(index, update)
             if update.completion is not None:
                 self._metrics.completed(update.completion)
-            if not job.open:
-                self._jobs.pop(job).cancel()
-                self._mean_seconds += 0.1 * (time.perf_counter() - job.started - self._mean_seconds)
+            if not submission.unfinished:
+                self._submissions.pop(submission).cancel()
+                self._mean_seconds += 0.1 * (time.perf_counter() - submission.started - self._mean_seconds)
 
-    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
-        for job in jobs:
-            if job in self._jobs:
-                self._end(job, error, "error")
+    def _fail(self, submissions: Iterable[Submission], error: Exception) -> None:
+        for submission in submissions:
+            if submission in self._submissions:
+                self._end(submission, error, "error")
 
     def _give_up(self, error: BaseException) -> None:
         self.drain()
-        self._fail(list(self._jobs), EngineFailedError())
+        self._fail(list(self._submissions), EngineFailedError())
         self._on_failure(error)
 
     def _send(self, command: _Command) -> None:
@@ -271,7 +271,7 @@ class Worker:
                 # Free its memory before the next engine allocates as much.
                 self._engine = None
                 del engine
-                running = {job for job, _ in self._numbers.values()}
+                running = {submission for submission, _ in self._numbers.values()}
                 self._numbers.clear()
                 self._call(self._fail, running, EngineFailedError())
 
@@ -291,24 +291,24 @@ class Worker:
                 self._call(self._deliver, visible)
         return not self._stop
 
-    def _add(self, engine: Engine, job: Job) -> None:
-        for index, request in enumerate(job.requests):
+    def _add(self, engine: Engine, submission: Submission) -> None:
+        for index, request in enumerate(submission.requests):
             # Requests beyond what can run together queue as if they arrived when those before them end, so that another
             # client's requests need not wait for all of them.
             wave = index // engine.scheduler.max_num_seqs
             priority = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
             try:
-                self._numbers[engine.add(replace(request, priority=priority), watch=job.watch)] = (job, index)
+                self._numbers[engine.add(replace(request, priority=priority), watch=submission.watch)] = (submission, index)
             except RequestError as error:
-                self._call(self._deliver, [(job, index, Update(0, (), None, None, error))])
+                self._call(self._deliver, [(submission, index, Update(0, (), None, None, error))])
                 return
             except Exception:
                 _log.exception("a request could not be added")
-                self._call(self._fail, [job], EngineFailedError())
+                self._call(self._fail, [submission], EngineFailedError())
                 return
 
-    def _remove(self, engine: Engine, job: Job) -> None:
-        for number in [number for number, (owner, _) in self._numbers.items() if owner is job]:
+    def _remove(self, engine: Engine, submission: Submission) -> None:
+        for number in [number for number, (owner, _) in self._numbers.items() if owner is submission]:
             engine.abort(number)
             del self._numbers[number]
 
