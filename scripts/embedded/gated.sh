@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes smollm2-135m-diffusion again: the autoregressive model fine-tuned on the reproduction's examples, then a diffusion model inside it
-# that drafts for it; about four hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
+# Makes smollm2-135m-diffusion again: the autoregressive model fine-tuned on the reproduction's examples, then a gated LoRA that drafts
+# for it; about four hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoring import score_stream
 from tiny import MASK, VOCAB, Rows, pack, text, tiny_model
 from unmask.diffusion.corrupt import CorruptionConfig, MaskSampling, corrupt
 from unmask.diffusion.objectives import ban_mask, exact_block_nelbo, nelbo, token_nll
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.train.forward import score_stream
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5])

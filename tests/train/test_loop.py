@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, DataError, TrainingError
-from unmask.train.loop import Trainer, accumulate
+from unmask.train.loop import Trainer, accumulate, evaluate
 from unmask.train.metrics import read_metrics
+from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
 from unmask.train.recipe import Recipe
 from unmask.train.run import build_components, run_recipe
 from unmask.train.sections import LoraSection
@@ -91,6 +93,7 @@ def test_resume_in_any_phase_gives_the_same_losses(
 
 KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from runs import tiny_recipe
 from unmask.train.run import run_recipe
@@ -132,6 +135,44 @@ def gradients(recipe: Recipe, rows: PackedRows, micro_rows: int, block_size: int
     parts = build_components(changed)
     accumulate(parts.objective, rows, Phase("decay", block_size, 1), 0)
     return {name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None}
+
+
+class LengthBatch(MicroBatch):
+    """Loss: the sum of a weight over the rows, per token; `counts` are refused where one forward pass tells them."""
+
+    def __init__(self, weight: torch.nn.Parameter, rows: PackedRows, is_single: bool) -> None:
+        self._weight, self._rows, self._is_single = weight, rows, is_single
+
+    def counts(self) -> tuple[float, ...]:
+        assert not self._is_single
+        return (self._rows.num_tokens, 0)
+
+    def forward(self) -> Output:
+        terms = LossTerm(self._weight * self._rows.num_rows, self._rows.num_tokens), LossTerm(self._weight * 0, 0)
+        return Output(terms, {"length": Figure(self._rows.num_tokens, self._rows.num_rows)})
+
+
+class LengthObjective(Objective):
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.weight = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
+        return LengthBatch(self.weight, rows, self.setting.train.micro_rows == 4)
+
+    def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
+        return {"nelbo": Figure(rows.num_tokens, rows.num_rows)}
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 4])
+def test_losses_and_figures_are_divided_once_by_the_counts_of_the_global_batch(recipe: Recipe, micro_rows: int) -> None:
+    components = build_components(recipe)
+    rows, train = components.packer.next_rows(4), recipe.train.model_copy(update={"micro_rows": micro_rows})
+    objective = LengthObjective(replace(components.objective.setting, train=train))
+    figures = accumulate(objective, rows, Phase("decay", 8, 1), 0)
+    assert figures == pytest.approx({"loss": 8 / rows.num_tokens, "length": rows.num_tokens / 4})
+    assert float(objective.weight.grad) == pytest.approx(4 / rows.num_tokens)  # type: ignore[arg-type]
+    assert evaluate(objective, rows, Phase("decay", 8, 1)) == {"nelbo": rows.num_tokens / 4}
 
 
 @pytest.mark.parametrize("block_size", [1, 8, None])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoring import score_stream
 from tiny import MASK, Doc, Rows, pack, text, tiny_model
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
@@ -23,7 +24,6 @@ from unmask.diffusion.objectives import nelbo
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.train.forward import score_stream
 from unmask.train.loop import accumulate, evaluate
 from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.recipe import Recipe, parse_recipe

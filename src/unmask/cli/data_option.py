@@ -1,6 +1,6 @@
-"""What `--data` means: one word from a user to one source of a recipe.
+"""The option `--data`: one word to one source of a recipe.
 
-Owns the guess at a source's kind. Whether the source is any good is `data.sources`' business.
+Owns the choice of a source's kind. Whether the source can be read is checked by `data.sources`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def source_of(data: str) -> dict[str, object]:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    found = [kind for suffix, kind in _KINDS.items() if any(folder.rglob(f"*{suffix}"))]
-    if len(found) != 1:
-        what = f"files of {len(found)} kinds ({', '.join(found)})" if found else "no data files"
+    kinds = [kind for suffix, kind in _KINDS.items() if any(folder.rglob(f"*{suffix}"))]
+    if len(kinds) != 1:
+        what = f"files of {len(kinds)} kinds ({', '.join(kinds)})" if kinds else "no data files"
         raise ConfigError(f"--data {folder}: the folder holds {what}; {_WAYS}")
-    return found[0]
+    return kinds[0]

@@ -49,7 +49,7 @@ PROMPTS = (
     "Describe a cat in one sentence.",
     "Say something kind to a friend.",
 )
-# Of the measured speed of bare steps, what is left beside the optimiser, loading and saving.
+# Share of the measured speed that is left with the optimiser, loading and saving.
 _USABLE_SHARE = 0.6
 
 
@@ -63,7 +63,7 @@ def write_answers(model: LanguageModel, path: Path) -> int:
 
 
 def plan_conversion(model: str, answers: Path, seconds: float) -> Recipe:
-    """The demo's recipe with as many tokens as this machine should manage in `seconds`, found by timing two bare steps."""
+    """The demo's recipe with as many tokens as this machine trains in `seconds`, by the time of two steps without optimiser."""
     path = default_recipe("demo")
     overrides = [f"model={json.dumps(model)}", f"data.sources.0.path={json.dumps(str(answers))}"]
     recipe = load_recipe(path, overrides)
@@ -74,7 +74,7 @@ def plan_conversion(model: str, answers: Path, seconds: float) -> Recipe:
 
 
 def run_conversion(console: Console, recipe: Recipe, out: Path, seconds: float) -> RunResult:
-    """Convert, stopping after `seconds` whatever was planned; the folder in the result is a model's in either case."""
+    """Convert, for at most `seconds`; the folder in the result is a model's in either case."""
     deadline = time.monotonic() + seconds
     with showing_progress(console, recipe.train.tokens) as on_record:
         result = run_recipe(recipe, out, on_record=on_record, should_stop=lambda: time.monotonic() > deadline)

@@ -1,6 +1,6 @@
-"""Progress of a long job: a bar in a terminal, and of a training run a line now and then elsewhere.
+"""Progress of long jobs: a bar in a terminal; elsewhere, for training runs, a line from time to time.
 
-Owns what is shown of metric records. Knows their keys and nothing of training.
+Owns how metric records are shown. Knows their keys and nothing of training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from unmask.cli.console import is_live
 
-Record = dict[str, Any]
+MetricRecord = dict[str, Any]
 PLAIN_INTERVAL = 10.0
 _WINDOW = 20
 
@@ -29,7 +29,7 @@ class Pace:
         self._total, self._clock = total, clock
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
 
-    def update(self, record: Record) -> tuple[float, float]:
+    def update(self, record: MetricRecord) -> tuple[float, float]:
         """Take in a training record; returns (tokens per second, seconds left)."""
         # The clock starts before the first step: what it took is in its record.
         if not self._seen:
@@ -44,8 +44,8 @@ class Pace:
 @contextmanager
 def showing_progress(
     console: Console, total: int, *, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[Record], None]]:
-    """Something to call with every metric record of a run of `total` tokens."""
+) -> Iterator[Callable[[MetricRecord], None]]:
+    """A function to call with every metric record of a run of `total` tokens."""
     if not is_live(console):
         yield _plain(console, total, clock)
         return
@@ -58,18 +58,18 @@ def showing_progress(
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Something to call with (done, total) while a job called `what` goes on; a bar, in a terminal only."""
+    """A function to call with (done, total) of a job called `what`: a bar, in a terminal only."""
     with Progress(console=console, disable=not is_live(console)) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def describe_validation(record: Record) -> str:
+def describe_validation(record: MetricRecord) -> str:
     """A validation record as one line."""
     return f"step {record['step']}: validation NELBO {record['nelbo']:.3f} nats per token at {describe_phase(record)}"
 
 
-def describe_phase(record: Record) -> str:
+def describe_phase(record: MetricRecord) -> str:
     """Phase and block size in words."""
     size = record["block_size"]
     return f"{record['phase']}, {'whole sequence' if size is None else f'block {size}'}"
@@ -82,11 +82,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _live(progress: Progress, total: int, clock: Callable[[], float]) -> Callable[[Record], None]:
+def _live(progress: Progress, total: int, clock: Callable[[], float]) -> Callable[[MetricRecord], None]:
     pace = Pace(total, clock)
     task = progress.add_task("loading model and data", total=None, figures="")
 
-    def on_record(record: Record) -> None:
+    def on_record(record: MetricRecord) -> None:
         if record["kind"] == "validation":
             progress.console.print(Text(describe_validation(record), style="dim"))
             return
@@ -98,11 +98,11 @@ def _live(progress: Progress, total: int, clock: Callable[[], float]) -> Callabl
     return on_record
 
 
-def _plain(console: Console, total: int, clock: Callable[[], float]) -> Callable[[Record], None]:
+def _plain(console: Console, total: int, clock: Callable[[], float]) -> Callable[[MetricRecord], None]:
     pace = Pace(total, clock)
     printed: float | None = None
 
-    def on_record(record: Record) -> None:
+    def on_record(record: MetricRecord) -> None:
         nonlocal printed
         if record["kind"] == "validation":
             console.print(describe_validation(record), soft_wrap=True)

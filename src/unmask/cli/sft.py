@@ -9,7 +9,7 @@ from unmask.cli.training import training_verb
 
 sft = training_verb(
     "sft",
-    """Fine-tune a diffusion model on conversations: only what the assistant says is learnt.
+    """Fine-tune a diffusion model on conversations: only what the assistant writes is learnt.
 
 \b
 unmask sft --model out/mine --data chats.jsonl --out out/chat

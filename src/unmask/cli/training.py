@@ -1,6 +1,6 @@
-"""What the training verbs share: options, how they become a recipe, and what is printed about the run.
+"""Training commands: their options, the recipe that these make, and the report of a run.
 
-Owns everything but each verb's help text and default recipe. The run itself is `train.run`'s.
+Owns everything but the help text and the default recipe of each command. The run itself is `train.run`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _NO_DATA = "no data: name a file or dataset with --data, or a recipe that has sources with --recipe"
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run: checkpoints, metrics, plot and the model.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; left out: a short run for a laptop.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file [default: a short run for a laptop].")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Model to start from, instead of the recipe's.")]
 Data = Annotated[
     str | None, typer.Option(help="File, folder, dataset id or reasoning_gym:FAMILY, instead of the recipe's sources.")
@@ -42,7 +42,7 @@ def default_recipe(verb: str) -> Path:
 
 
 def training_verb(name: str, help_text: str) -> Callable[..., None]:
-    """The command `unmask NAME`: make the recipe that the options ask for, carry it out and say what came of it."""
+    """The command `unmask NAME`: make a recipe of the options, run it and report the result."""
 
     def command(
         out: Out,
@@ -61,7 +61,7 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
 
 
 def _report(plan: Recipe, result: RunResult) -> None:
-    """Say what a run left behind."""
+    """Print the result of a run."""
     console = make_console()
     console.print(f"trained  {result.tokens:,} tokens in {result.steps:,} steps", soft_wrap=True)
     console.print(result.data, soft_wrap=True)
@@ -78,11 +78,11 @@ def _report(plan: Recipe, result: RunResult) -> None:
 def _plan(
     verb: str, recipe: Path | None, model: str | None, data: str | None, overrides: list[str], run: Path | None
 ) -> Recipe:
-    """The recipe that the options ask for; of a run that goes on, its own unless they ask for something."""
+    """The recipe of the options; without any, that of the run to resume."""
     from unmask.train.recipe import load_recipe, parse_recipe
 
-    asked = recipe is not None or model is not None or data is not None or bool(overrides)
-    if run is not None and not asked:
+    has_options = recipe is not None or model is not None or data is not None or bool(overrides)
+    if run is not None and not has_options:
         return _check_verb(verb, parse_recipe(_recipe_of(run), str(run)))
     if recipe is None and data is None and not any(override.startswith("data.sources") for override in overrides):
         raise ConfigError(_NO_DATA)
@@ -97,7 +97,7 @@ def _plan(
 
 
 def _own_block_size(model: str) -> list[str]:
-    """Fine-tuning keeps the block size that the model decodes with, unless a recipe or --set says otherwise."""
+    """The override with which fine-tuning keeps the model's own block size, unless a recipe or --set has another."""
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import resolve
 
@@ -106,7 +106,7 @@ def _own_block_size(model: str) -> list[str]:
 
 
 def _check_verb(verb: str, recipe: Recipe) -> Recipe:
-    """A recipe belongs to one verb: its sections say which."""
+    """Raise ConfigError for a recipe of another command: objective and schedule decide which it is for."""
     right_verb = "dpo" if recipe.objective.kind == "preference" else "sft" if recipe.schedule is None else "convert"
     if right_verb != verb:
         why = {
@@ -132,7 +132,7 @@ def _recipe_of(run: Path) -> dict[str, Any]:
 
 
 def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
-    """Carry the recipe out; an interrupted run ends the program, with the command that goes on."""
+    """Run the recipe; an interrupted run ends the program and prints the command that resumes it."""
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import showing_progress
     from unmask.train.run import holds_run, run_recipe

@@ -57,7 +57,19 @@ class Sample:
     document: Document
 
 
-class Source(Protocol):
+class Resumable(Protocol):
+    """Something with a position that can be saved."""
+
+    def state_dict(self) -> State:
+        """The position, JSON-able."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue where `state` was taken; raises DataError when it belongs to other data."""
+        ...
+
+
+class Source(Resumable, Protocol):
     """An endless, deterministic series of documents: pass after pass over a file, or generated ones."""
 
     @property
@@ -74,28 +86,12 @@ class Source(Protocol):
         """The next document; raises StopIteration after the last of a source that ends, DataError for unreadable data."""
         ...
 
-    def state_dict(self) -> State:
-        """Position in the source, JSON-able."""
-        ...
 
-    def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken; raises DataError when it belongs to other data."""
-        ...
-
-
-class SampleStream(Protocol):
-    """Input of a packer: samples until `StopIteration`, with a position that can be saved."""
+class SampleStream(Resumable, Protocol):
+    """Input of a packer: samples until `StopIteration`."""
 
     def __next__(self) -> Sample:
         """The next sample."""
-        ...
-
-    def state_dict(self) -> State:
-        """Position in the stream, JSON-able."""
-        ...
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The training forward: hidden states and losses at the predicted positions of a stream.
+"""The training forward: hidden states at the predicted positions of a stream.
 
 Owns the choice of attention backend, and the split forward of models with gated LoRA. Knows nothing of optimisers, files or the
 loop.
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from unmask.diffusion.corrupt import Stream, embedding_noise
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
-from unmask.diffusion.objectives import token_nll
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.arch.transformer import Transformer
 from unmask.train.router import RouterMonitor
@@ -113,10 +112,3 @@ class _AppendKV:
             k, v = self._recorded[layer]
             k_BGTS, v_BGTS = torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2)
         return self._inner(layer, q_BHTS, k_BGTS, v_BGTS)
-
-
-def score_stream(
-    model: Transformer, stream: Stream, mask_id: int | None, backend: AttentionBackend, noise: MaskNoise | None = None
-) -> Tensor:
-    """Negative log-likelihood [N] (float32, nats) of the targets of a stream, with gradient."""
-    return token_nll(model.head, predicted_hidden(model, stream, backend, noise), stream.target_N, mask_id)

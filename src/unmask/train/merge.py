@@ -1,6 +1,6 @@
-"""Models from models, without training: the mean of a run's best checkpoints, and one model's fine-tuning added to another.
+"""Weight merging: the mean of a run's best checkpoints, and task arithmetic between models.
 
-Owns the choice of checkpoints and the streaming arithmetic. Never holds more than one tensor of each checkpoint.
+Owns the choice of checkpoints and the streamed arithmetic. Never holds more than one tensor of each checkpoint.
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ def add_difference(
     scale: float = 1.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """`model + scale * (tuned - base)`, parameter by parameter in float32: what a fine-tuning of the base changed, for `model`.
+    """Task arithmetic: `model + scale * (tuned - base)`, parameter by parameter in float32.
 
     `tuned` may be a fine-tuning of the autoregressive model that `model` was converted from. Rows of the vocabulary that the
     other two do not both have stay as they are.
 
     Args:
         model: Hugging Face folder of a model that descends from `base`.
-        tuned: another one.
-        base: what both descend from.
+        tuned: Hugging Face folder of a fine-tuned `base`.
+        base: Hugging Face folder of the common ancestor.
         out: folder of the result; config and tokenizer come from `model`.
-        scale: how much of the difference.
+        scale: weight of the difference.
         on_progress: (tensors done, tensors in all).
 
     Returns:
@@ -124,7 +124,7 @@ def _write(
     check: Callable[[Specs, Specs, Path, Path], None],
     on_progress: Callable[[int, int], None],
 ) -> Path:
-    """Write what `combine` makes of the folders' tensors, name by name; config, dtypes and files are the first folder's."""
+    """Write `combine` of the folders' tensors, name by name; config, dtypes and further files are the first folder's."""
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).exists()), None)
@@ -158,7 +158,7 @@ def _check_same(first: Specs, other: Specs, folder: Path, other_folder: Path) ->
 
 
 def _check_rows(first: Specs, other: Specs, folder: Path, other_folder: Path) -> None:
-    """Every tensor must agree in shape, but for rows that only the first one has."""
+    """Every tensor must agree in shape, except for rows that only the first one has."""
     if first.keys() != other.keys():
         name = min(first.keys() ^ other.keys())
         raise CheckpointError(f"only one of {folder} and {other_folder} has {name}; all three must be of one architecture")
@@ -169,7 +169,7 @@ def _check_rows(first: Specs, other: Specs, folder: Path, other_folder: Path) ->
 
 
 def _is_written(path: Path) -> bool:
-    """Whether `write_checkpoint` makes the file itself, or it tells of a run, which a merge is not."""
+    """Whether the file is one that `write_checkpoint` writes, or belongs to a run, which a merge is not."""
     return (
         path.name in ("config.json", "metrics.jsonl", "loss.png")
         or path.suffix == ".safetensors"

@@ -61,7 +61,7 @@ class MasterAdamW:
         return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def drop_gradients(self) -> None:
-        """Forget what was accumulated."""
+        """Discard the accumulated gradients."""
         self._adamw.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> None:
@@ -76,7 +76,7 @@ class MasterAdamW:
                     parameter.copy_(master)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by name: `master.*`, `moment1.*`, `moment2.*`, `step.*`."""
+        """State for a resumed run, by name: `master.*`, `moment1.*`, `moment2.*`, `step.*`."""
         tensors: dict[str, Tensor] = {}
         for name, (_, master) in self._pairs.items():
             state = self._adamw.state.get(master)
@@ -87,7 +87,7 @@ class MasterAdamW:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave; the model's weights follow the masters."""
+        """Restore the state of `state_tensors`; the model's weights are copied from the masters."""
         with torch.no_grad():
             for name, (parameter, master) in self._pairs.items():
                 master.copy_(tensors[f"master.{name}"])

@@ -1,7 +1,7 @@
-"""What becomes of a mixture's routers while the model is converted: frozen, balanced by bias, or by an auxiliary loss.
+"""Router balancing of mixtures of experts in training: frozen, by selection bias, or by an auxiliary loss.
 
-Owns the balancing policies and the count of tokens each expert was sent, masked and visible apart: identical [M] embeddings
-can collapse early routing, and only separate counts show it. Knows nothing of objectives or of the loop.
+Owns the balancing policies and the load of each expert, counted separately for masked and visible tokens: identical mask
+embeddings can collapse early routing, and only separate counts show it. Knows nothing of objectives or of the loop.
 
 Legend: K kinds of token (masked, visible), L routed layers, E experts, N tokens, A active experts.
 """
@@ -24,11 +24,11 @@ MASKED, VISIBLE, PADDING = 0, 1, 2
 
 
 class RouterMonitor:
-    """Watches every router of a model and applies one policy.
+    """Monitor of all routers of a model, which counts loads and applies one balancing policy.
 
     - `frozen`: neither router weights nor selection bias change.
     - `bias`: the selection bias moves by `rate` against the sign of the load error after each step, never by gradient.
-    - `aux`: a loss `aux_weight * E * sum_e f_e P_e` per layer pulls on the router weights, P the mean normalised score of the
+    - `aux`: a loss `aux_weight * E * sum_e f_e P_e` per layer trains the router weights, P the mean normalised score of the
       step's tokens, f the share of tokens each expert received in the step *before*.
 
     Source: DeepSeek-V3 (2412.19437) Eq. 16 (`bias`); Switch Transformer (2101.03961) Eq. 4 (`aux`). Departs: f is a step old,
@@ -53,13 +53,13 @@ class RouterMonitor:
             moe.observer = self._observer(number)
 
     def begin_step(self, num_tokens: int) -> None:
-        """Start counting anew; `num_tokens` is the size of the *global* batch, which the auxiliary loss is a mean over."""
+        """Reset the counts; `num_tokens` is the size of the *global* batch, the denominator of the auxiliary loss."""
         self._num_tokens = max(num_tokens, 1)
         self._load_KLE.zero_()
 
     @contextmanager
     def watching(self, stream: Stream) -> Iterator[None]:
-        """Count what the forward pass of `stream` inside the block does."""
+        """Count the loads of the forward pass of `stream` inside the `with` block."""
         kind_BT = torch.full_like(stream.tokens_BT, VISIBLE)
         kind_BT[stream.tokens_BT == self._mask_id] = MASKED
         kind_BT[stream.index.document_BT == 0] = PADDING
@@ -70,10 +70,10 @@ class RouterMonitor:
             self._counting = False
 
     def end_step(self) -> dict[str, float]:
-        """Move the biases if the policy says so; returns the step's loads.
+        """Update the selection biases (policy `bias`) and return the loads of the step.
 
-        `load_masked`, `load_visible`: the busiest expert's tokens over the mean, in the worst layer (1: balanced).
-        `idle_masked`, `idle_visible`: share of experts that received none.
+        `load_masked`, `load_visible`: tokens of the busiest expert over the mean, in the worst layer (1: balanced).
+        `idle_masked`, `idle_visible`: share of experts that received no token.
         """
         load_LE = self._load_KLE[:PADDING].sum(0)
         mean_L1 = load_LE.double().mean(1, keepdim=True)
@@ -90,12 +90,12 @@ class RouterMonitor:
         return metrics
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs: the biases and the last step's shares."""
+        """State for a resumed run: the biases and the shares of the last step."""
         biases_LE = torch.stack([moe.expert_bias for moe in self._layers])
         return {"router.bias": biases_LE, "router.share": self._share_LE}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave."""
+        """Restore the state of `state_tensors`."""
         for moe, bias_E in zip(self._layers, tensors["router.bias"], strict=True):
             moe.expert_bias.copy_(bias_E)
         self._share_LE.copy_(tensors["router.share"])

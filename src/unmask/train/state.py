@@ -1,4 +1,4 @@
-"""Training checkpoints: everything a killed run needs to go on as if nothing had happened.
+"""Training checkpoints: everything that an interrupted run needs to resume exactly.
 
 Owns the layout of `checkpoints/step-N/`: `model/` (a Hugging Face folder), `optimizer.safetensors`, `state.json`. A checkpoint
 appears under its name only when it is complete.
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after `step` optimiser steps. `packer` is the data position; noise needs no state."""
+    """State of a run after `step` optimiser steps. `packer` is the data position; noise needs no state."""
 
     step: int
     tokens: int
@@ -60,7 +60,7 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
         run: the run's folder.
         state: step, tokens, data position, recipe.
         tensors: optimiser state.
-        model, tokenizer: what `model/` is to hold.
+        model, tokenizer: contents of `model/`.
 
     Returns:
         The checkpoint's folder.
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but `keep` checkpoints: the newest stays, to resume from, and of the others the best.
+    """Remove all but `keep` checkpoints: keep the newest, to resume from, and the best of the others.
 
     The best have the lowest validation NELBO at the newest one's block size; checkpoints that do not compare come last, the
     newer before the older.
@@ -119,17 +119,17 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 @dataclass(frozen=True)
-class Score:
+class ValidationScore:
     """Validation NELBO (nats per token) of a checkpoint, and the block size it was measured at (None: whole sequence)."""
 
     nelbo: float
     block_size: int | None
 
 
-def validation_score(folder: Path) -> Score | None:
-    """How a checkpoint scored; None if it was not evaluated at the step it was saved."""
+def validation_score(folder: Path) -> ValidationScore | None:
+    """Validation score of a checkpoint; None if it was not evaluated at the step it was saved."""
     values = json.loads((folder / "state.json").read_text())
     score = values["validation"]
     if not score or score["step"] != values["step"]:
         return None
-    return Score(score["nelbo"], score["block_size"])
+    return ValidationScore(score["nelbo"], score["block_size"])
