@@ -148,11 +148,11 @@ def gradient_difference(case: Case, network: nn.Module) -> dict[str, float]:
     loss, plain = case.ours(), case.plain(network, "float32")
     ours = dict(case.components.model.named_parameters())
     difference = total = 0.0
-    for name, slot in stored_tensors(case.components.model.config).items():
-        mine, theirs = ours[slot.parameter].grad, network.get_parameter(name).grad
+    for name, stored in stored_tensors(case.components.model.config).items():
+        mine, theirs = ours[stored.parameter].grad, network.get_parameter(name).grad
         assert mine is not None
         assert theirs is not None
-        difference += float((mine[slot.index].view_as(theirs) - theirs).square().sum())
+        difference += float((mine[stored.index].view_as(theirs) - theirs).square().sum())
         total += float(theirs.square().sum())
     for module in (case.components.model, network):
         module.zero_grad(set_to_none=True)

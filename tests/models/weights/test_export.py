@@ -286,5 +286,7 @@ def test_places_that_do_not_serve(tmp_path: Path) -> None:
 def test_published_layout() -> None:
     """A published LLaDA2 mini: 14813 tensors of 32,511,296,512 bytes, bfloat16 but for the selection bias in float32."""
     places = stored_tensors(read_config(preset("llada2-mini")))
-    sizes = {name: torch.Size(slot.shape).numel() * (4 if name.endswith("expert_bias") else 2) for name, slot in places.items()}
+    sizes = {
+        name: torch.Size(tensor.shape).numel() * (4 if name.endswith("expert_bias") else 2) for name, tensor in places.items()
+    }
     assert (len(sizes), sum(sizes.values())) == (14_813, 32_511_296_512)

@@ -34,7 +34,7 @@ def test_tensors_are_dequantized_in_hugging_face_order(tiny_gguf: TinyGGUF) -> N
 def test_config_describes_exactly_these_tensors(tiny_gguf: TinyGGUF) -> None:
     path, expected = tiny_gguf
     config = read_config(GGUFFile(path).hf_config())
-    assert {name: slot.shape for name, slot in stored_tensors(config).items()} == {n: a.shape for n, a in expected.items()}
+    assert {name: stored.shape for name, stored in stored_tensors(config).items()} == {n: a.shape for n, a in expected.items()}
     assert (config.tied_head, config.norm_eps, config.rope.theta, config.max_positions) == (True, 1e-5, 100_000.0, 256)
     assert (config.bos_id, config.eos_ids, config.pad_id) == (1, (2,), 2)
 

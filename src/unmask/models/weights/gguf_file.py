@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -44,6 +42,9 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
+        # Imported where it is used: only the first unpacking of the embedded model needs it, and it costs every start.
+        from gguf import GGUFReader
+
         self.path = path
         try:
             reader = GGUFReader(path)
@@ -65,6 +66,8 @@ class GGUFFile:
 
     def tensor(self, name: str) -> Tensor:
         """The float32 tensor of a Hugging Face name, dequantized, with Hugging Face's order of query and key rows."""
+        from gguf.quants import dequantize
+
         stored = self._tensors[name]
         values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).reshape(self.shape(name))
         if name.endswith("q_proj.weight"):
