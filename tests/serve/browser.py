@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from playwright.sync_api import Browser, Locator, Page
 
 import unmask.serve.app as real
+from unmask.engine.sampling_params import ResolvedParams, SamplingParams
 from unmask.serve.server import listen, url_of
 
 CHROMIUM_FLAGS = (
@@ -131,8 +132,17 @@ class FakeServer:
 
         @app.get("/v1/models")
         async def models() -> dict[str, Any]:
-            diffusion = {"block_size": 8, "threshold": 0.95} if self.diffusion else None
-            return {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 512, "diffusion": diffusion}]}
+            defaults = ResolvedParams(block_size=8, threshold=0.95, speculative=True)
+            declared = [option for option in SamplingParams.options().values() if "page" in option.surfaces]
+            options = [option for option in declared if self.diffusion or option.panel in ("Sampling", "Output")]
+            model = {
+                "id": "tiny",
+                "object": "model",
+                "max_model_len": 512,
+                "diffusion": {"block_size": 8, "threshold": 0.95} if self.diffusion else None,
+                "options": [option.to_json(getattr(defaults, option.name)) for option in options],
+            }
+            return {"object": "list", "data": [model]}
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:

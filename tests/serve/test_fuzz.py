@@ -20,7 +20,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
 from wire import Wire, chat_body, request_bytes
 
-from unmask.serve import guard
+from unmask.serve import guard, protocol
 from unmask.serve.config import ServerConfig
 
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill")
@@ -116,7 +116,7 @@ FIELDS = {
     "/v1/infill": ("text", "hole", "tokens", "seed", "diffusion"),
     "/v1/tokenize": ("prompt", "messages", "model"),
 }  # fmt: skip
-RULES = ("watch", "threshold", "block_size", "steps", "preset", "edit_threshold", "policy", "top_k", "window", "min_new_tokens")
+RULES = ("watch", *protocol.Diffusion.model_fields)
 WELL = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 4},

@@ -11,6 +11,7 @@ from live import CONTEXT, Live
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from unmask.engine.llm import LanguageModel
+from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
 PROMPT = "The quick brown fox"
@@ -173,7 +174,12 @@ def test_models(site: Live, client: OpenAI) -> None:
     told = client.models.retrieve("tiny")
     assert listed == told
     assert (told.id, told.object, told.owned_by) == ("tiny", "model", "unmask")
+    assert told.model_extra is not None
+    options = {option["name"]: option for option in told.model_extra.pop("options")}
     assert told.model_extra == {"max_model_len": CONTEXT, "diffusion": {"block_size": 8, "threshold": 0.95}}
+    for name, option in SamplingParams.options().items():
+        assert (name in options) == ("page" in option.surfaces and name != "speculative"), "no speculation without shift"
+    assert (options["threshold"]["default"], options["steps"]["default"], options["seed"]["default"]) == (0.95, 8, None)
     with pytest.raises(NotFoundError) as caught:
         client.models.retrieve("gpt/other")
     assert caught.value.code == "model_not_found"

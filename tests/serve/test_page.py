@@ -17,6 +17,7 @@ from browser import CHROMIUM_FLAGS, FakeServer, Script, Visit, running, visit
 from live import live, served_model
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from unmask.engine.sampling_params import SamplingParams
 from unmask.serve.config import ServerConfig
 
 CHROMIUM = shutil.which("chromium")
@@ -116,7 +117,6 @@ def test_a_question_is_answered(tab: Visit, fake: FakeServer) -> None:
         ],
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": 0,
         "diffusion": {"watch": True},
     }
 
@@ -268,29 +268,47 @@ def test_an_earlier_message_can_be_changed(tab: Visit, fake: FakeServer) -> None
     assert fake.bodies[1]["messages"] == [{"role": "user", "content": "Capital?"}]
 
 
+def test_every_declared_option_has_a_control(tab: Visit) -> None:
+    for option in SamplingParams.options().values():
+        control = tab.page.locator(f"#settings [name={option.name}]")
+        expect(control).to_have_count(int("page" in option.surfaces))
+        if option.choices:
+            assert control.locator("option").evaluate_all("all => all.map(each => each.value)") == ["", *option.choices]
+        elif option.kind in (int, float) and "page" in option.surfaces:
+            limits = option.to_json(None)
+            given = [control.get_attribute("min"), control.get_attribute("max")]
+            assert [limit and float(limit) for limit in given] == [
+                "" if limits[name] is None else float(limits[name]) for name in ("minimum", "maximum")
+            ]
+
+
 def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     page = tab.page
     page.get_by_role("button", name="Settings").click()
-    expect(page.get_by_label("Threshold")).to_have_value("0.95")
+    threshold = page.get_by_label("Threshold", exact=True)
+    expect(threshold).to_have_attribute("placeholder", "0.95")
     page.get_by_label("System prompt").fill("Be brief.")
-    page.get_by_label("Edits").select_option("quality")
-    expect(page.locator("output[for=threshold]")).to_have_text("as for the edits")
-    page.get_by_label("Threshold").fill("0.6")
-    expect(page.locator("output[for=threshold]")).to_have_text("0.6")
-    page.get_by_label("Block size").select_option("16")
+    page.get_by_label("Preset").select_option("quality")
+    threshold.fill("0.6")
+    page.get_by_label("Block size").fill("16")
     page.get_by_label("Temperature").fill("0.7")
-    page.get_by_label("Max tokens").fill("99")
+    page.get_by_label("Max new tokens").fill("99")
+    page.get_by_label("Speculative").uncheck()
     page.get_by_label("Seed").fill("3")
     page.reload()
+    page.get_by_role("button", name="Settings").click()
+    expect(threshold).to_have_value("0.6")
+    page.keyboard.press("Escape")
     tab.ask("hello")
     tab.answer()
     body = fake.bodies[0]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert body["diffusion"] == {"watch": True, "threshold": 0.6, "block_size": 16, "preset": "quality"}
+    assert body["diffusion"] == {"watch": True, "threshold": 0.6, "block_size": 16, "preset": "quality", "speculative": False}
     assert (body["temperature"], body["max_completion_tokens"], body["seed"]) == (0.7, 99, 3)
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Reset to defaults").click()
-    expect(page.get_by_label("Threshold")).to_have_value("0.95")
+    expect(threshold).to_have_value("")
+    expect(page.get_by_label("Speculative")).to_be_checked()
     page.keyboard.press("Escape")
     tab.ask("again")
     tab.answer()
@@ -304,7 +322,7 @@ def test_an_autoregressive_model_has_no_diffusion_controls(opened: Open, fake: F
         expect(tab.page.locator("#legend")).to_be_hidden()
         tab.page.get_by_role("button", name="Settings").click()
         expect(tab.page.get_by_label("Temperature")).to_be_visible()
-        expect(tab.page.get_by_label("Threshold")).to_be_hidden()
+        expect(tab.page.get_by_label("Threshold", exact=True)).to_be_hidden()
         tab.page.keyboard.press("Escape")
         tab.ask("Capital?")
         expect(tab.answer().locator(".markdown")).to_have_text(ANSWER)
@@ -474,7 +492,7 @@ def test_everything_fits_a_phone(opened: Open, fake: FakeServer) -> None:
         tab.answer()
         assert page.evaluate(SIDEWAYS) == []
         page.get_by_role("button", name="Settings").click()
-        expect(page.get_by_label("Threshold")).to_be_in_viewport()
+        expect(page.get_by_label("Temperature")).to_be_in_viewport()
         assert page.evaluate(SIDEWAYS) == []
         page.get_by_role("button", name="Close settings").click()
         page.get_by_role("button", name="Conversations", exact=True).click()
@@ -530,7 +548,7 @@ class TestRealServer:
             page.get_by_role("button", name="Use key").click()
             expect(page.locator("#model")).to_have_text("tiny")
             page.get_by_role("button", name="Settings").click()
-            page.get_by_label("Max tokens").fill("40")
+            page.get_by_label("Max new tokens").fill("40")
             page.keyboard.press("Escape")
             seen: set[str] = set()
             page.expose_function("saw", lambda looks: seen.update(looks))

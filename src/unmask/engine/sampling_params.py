@@ -113,6 +113,22 @@ class Option:
         except (KeyError, ValueError) as error:
             raise RequestError(f"{self.name} is {text!r}; it must be {_KINDS[self.kind]}, or none") from error
 
+    def to_json(self, default: Any) -> dict[str, Any]:
+        """The declaration for clients of a server, with its default for the served model."""
+        kinds = {int: "integer", float: "number", bool: "boolean"}
+        return {
+            "name": self.name,
+            "type": kinds.get(self.kind, "string"),
+            "default": default,
+            "default_text": self.shown_default,
+            "minimum": self.minimum,
+            "maximum": self.maximum if self.http_maximum is None else self.http_maximum,
+            "choices": list(self.choices),
+            "help": self.help,
+            "panel": self.panel,
+            "section": "diffusion" if "diffusion" in self.surfaces else None,
+        }
+
 
 _EVERYWHERE: frozenset[Surface] = frozenset(("cli", "diffusion", "set", "page"))
 _STANDARD: frozenset[Surface] = frozenset(("cli", "http", "set", "page"))

@@ -6,19 +6,21 @@ anyway: those fields are in `_Ignored`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from unmask.engine.policies import POLICIES
+from unmask.engine.sampling_params import Option, SamplingParams, Surface
 
 _Text = Annotated[str, Field(min_length=1)]
-_Policy = Annotated[str, Field(pattern=f"^({'|'.join(POLICIES)})$")]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _MANY = Field(min_length=1, max_length=128)
+_Model = TypeVar("_Model", bound=BaseModel)
+SCALARS = {name: o for name, o in SamplingParams.options().items() if o.choices or o.kind in (bool, int, float)}
+"""Decoding options whose fields are generated; the others (`stop`, `logit_bias`) have OpenAI's own shapes."""
 
 
 def _conflict(param: str, message: str) -> PydanticCustomError:
@@ -30,25 +32,34 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def _with_options(surface: Surface) -> Callable[[type[_Model]], type[_Model]]:
+    """Decorator of a body: adds a field for each scalar decoding option that is declared for `surface`."""
+    fields: dict[str, Any] = {o.name: (_field_type(o) | None, None) for o in SCALARS.values() if surface in o.surfaces}
+
+    def extend(body: type[_Model]) -> type[_Model]:
+        return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields)
+
+    return extend
+
+
+def _field_type(option: Option) -> Any:
+    if option.choices:
+        return Literal[option.choices]
+    if option.kind not in (int, float):
+        return option.kind
+    # An excluded minimum is accepted, as OpenAI accepts top_p 0.
+    maximum = option.maximum if option.http_maximum is None else option.http_maximum
+    return Annotated[option.kind, Field(ge=option.minimum, le=maximum)]
+
+
+@_with_options("diffusion")
 class Diffusion(_StrictModel):
     """How to denoise: ours, in every body that generates.
 
-    `watch`: with `stream`, also send what every forward saw (see docs/serving.md); the rest as of `unmask generate`.
+    `watch`: with `stream`, also send what every forward saw (see docs/serving.md); the others are decoding options.
     """
 
     watch: bool = False
-    threshold: Share | None = None
-    block_size: Annotated[int, Field(ge=1, le=512)] | None = None
-    steps: Count | None = None
-    preset: Literal["speed", "quality"] | None = None
-    edit_threshold: Share | None = None
-    speculative: bool | None = None
-    max_post_steps: Annotated[int, Field(ge=0)] | None = None
-    window: Annotated[int, Field(ge=1, le=64)] | None = None
-    policy: _Policy | None = None
-    entropy_bound: Annotated[float, Field(ge=0)] | None = None
-    top_k: Count | None = None
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Ignored(_StrictModel):
@@ -66,14 +77,11 @@ class _Ignored(_StrictModel):
     reasoning_effort: str | None = None
 
 
+@_with_options("http")
 class _Sampling(_Ignored):
     """Fields of every body that generates text."""
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Share | None = None
-    top_k: Count | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     diffusion: Diffusion = Field(default_factory=Diffusion)
 

@@ -77,9 +77,15 @@ class ServedModel:
         return self.language_model.config.max_positions
 
     def describe(self) -> dict[str, Any]:
-        """OpenAI's model object, with the context length and a diffusion model's decoding defaults."""
-        defaults = SamplingParams().resolve(self.language_model.config)
+        """OpenAI's model object, with the context length, decoding defaults of a diffusion model, and decoding options."""
+        config = self.language_model.config
+        defaults = SamplingParams(max_new_tokens=self.config.default_max_tokens).resolve(config)
         diffusion = {"block_size": defaults.block_size, "threshold": defaults.threshold}
+        panels = {"Sampling", "Output", *(["Diffusion"] if self.language_model.is_diffusion else [])}
+        panels |= {"Speculative"} if config.shifted else set()
+        options = [
+            option for option in SamplingParams.options().values() if option.panel in panels and "page" in option.surfaces
+        ]
         return {
             "id": self.name,
             "object": "model",
@@ -87,6 +93,9 @@ class ServedModel:
             "owned_by": "unmask",
             "max_model_len": self.context,
             "diffusion": diffusion if self.language_model.is_diffusion else None,
+            "options": [
+                option.to_json(None if option.name == "seed" else getattr(defaults, option.name)) for option in options
+            ],
         }
 
     def check_name(self, name: str) -> None:
@@ -169,9 +178,9 @@ class ServedModel:
         tokens = body.tokens if isinstance(body.tokens, int) else (body.tokens[0], body.tokens[1])
         try:
             parts = split_holes(body.text, body.hole)
-            template = self.language_model.request((None,), self._params(body))  # a hole: not speculative
-            whole = body.diffusion.block_size is None
-            requests = filling_requests(template, parts, tokens, self.tokenizer, whole=whole)
+            params = self._params(body)
+            template = self.language_model.request((None,), params)  # a hole: not speculative
+            requests = filling_requests(template, parts, tokens, self.tokenizer, whole=params.block_size is None)
             requests[-1].check(self.language_model.config)
         except UnmaskError as error:
             raise _refused(error, body, "text") from error
@@ -231,12 +240,10 @@ class ServedModel:
     def _params(self, body: protocol._Sampling, **options: Any) -> SamplingParams:
         """The decoding options of a body. Without a seed, samples differ from call to call."""
         given = body.diffusion.model_dump(exclude_none=True, exclude={"watch"}) | options
-        for name in ("temperature", "top_p", "top_k"):
-            if getattr(body, name) is not None:
-                given[name] = getattr(body, name)
-        if body.top_p is not None:
-            given["top_p"] = max(body.top_p, _MIN_TOP_P)
-        given["seed"] = secrets.randbits(62) if body.seed is None else body.seed
+        given |= body.model_dump(exclude_none=True, include=set(protocol.SCALARS))
+        if "top_p" in given:
+            given["top_p"] = max(given["top_p"], _MIN_TOP_P)
+        given.setdefault("seed", secrets.randbits(62))
         given["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         return SamplingParams(**given)
 
