@@ -54,6 +54,7 @@ PLAIN = tiny_config("llama")
         ({"min_new_tokens": 4, "max_new_tokens": 3}, "4", "at most max_new_tokens, 3"),
         ({"logprobs": 21}, "21", "[0, 20]"),
         ({"logprobs": -1}, "-1", "[0, 20]"),
+        ({"logprobs": True}, "True", "a whole number"),
         ({"seed": 2**63}, str(2**63), str(2**63 - 1)),
     ],
 )

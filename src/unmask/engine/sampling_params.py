@@ -94,7 +94,7 @@ class Option:
             raise RequestError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}")
         if self.kind not in (int, float):
             return
-        if not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
         low, high = self.minimum, self.maximum
         number: Any = value

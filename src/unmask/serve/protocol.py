@@ -19,8 +19,6 @@ _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 _MANY = Field(min_length=1, max_length=128)
 _Model = TypeVar("_Model", bound=BaseModel)
-SCALARS = {name: o for name, o in SamplingParams.options().items() if o.choices or o.kind in (bool, int, float)}
-"""Decoding options whose fields are generated; the others (`stop`, `logit_bias`) have OpenAI's own shapes."""
 
 
 def _conflict(param: str, message: str) -> PydanticCustomError:
@@ -32,9 +30,16 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def names_of(surface: Surface) -> set[str]:
+    """The decoding options of a section whose fields are generated; the others (`stop`, `logit_bias`) have OpenAI's shapes."""
+    options = SamplingParams.options().values()
+    return {o.name for o in options if surface in o.surfaces and (o.choices or o.kind in (bool, int, float))}
+
+
 def _with_options(surface: Surface) -> Callable[[type[_Model]], type[_Model]]:
     """Decorator of a body: adds a field for each scalar decoding option that is declared for `surface`."""
-    fields: dict[str, Any] = {o.name: (_field_type(o) | None, None) for o in SCALARS.values() if surface in o.surfaces}
+    declared = SamplingParams.options()
+    fields: dict[str, Any] = {name: (_field_type(declared[name]) | None, None) for name in names_of(surface)}
 
     def extend(body: type[_Model]) -> type[_Model]:
         return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields)

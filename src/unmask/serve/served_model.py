@@ -79,7 +79,7 @@ class ServedModel:
     def describe(self) -> dict[str, Any]:
         """OpenAI's model object, with the context length, decoding defaults of a diffusion model, and decoding options."""
         config = self.language_model.config
-        defaults = SamplingParams(max_new_tokens=self.config.default_max_tokens).resolve(config)
+        defaults = SamplingParams(max_new_tokens=self.config.max_tokens).resolve(config)
         diffusion = {"block_size": defaults.block_size, "threshold": defaults.threshold}
         panels = {"Sampling", "Output", *(["Diffusion"] if self.language_model.is_diffusion else [])}
         panels |= {"Speculative"} if config.shifted else set()
@@ -240,7 +240,7 @@ class ServedModel:
     def _params(self, body: protocol._Sampling, **options: Any) -> SamplingParams:
         """The decoding options of a body. Without a seed, samples differ from call to call."""
         given = body.diffusion.model_dump(exclude_none=True, exclude={"watch"}) | options
-        given |= body.model_dump(exclude_none=True, include=set(protocol.SCALARS))
+        given |= body.model_dump(exclude_none=True, include=protocol.names_of("http"))
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], _MIN_TOP_P)
         given.setdefault("seed", secrets.randbits(62))
