@@ -71,6 +71,7 @@ def test_the_47_offline_are_filled_in_where_they_can(
     assert ran == {"HumanEval", "IFEval-strict-prompt"}, "all others need a download or another harness"
     assert all(each["reason"] for each in results["benchmarks"] if each["score"] is None), "no silent zero"
     assert results["mean"]["run"] == 2
+    assert "LLaDA2.0-mini" in told.stdout
     assert "over the 2 of 47" in " ".join(told.stdout.split())
 
 

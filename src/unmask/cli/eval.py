@@ -6,7 +6,8 @@ Owns the options and their order. Tasks, runner and harness are `unmask.eval`'s.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,24 +119,19 @@ def _show_plan(console: Console, selection: Selection, report: Suite | None, lim
         own = [f"{task.name}: {evaluation.count_for(limit, task)} items" for task in selection.own]
         typer.echo("\n".join([*own, *(f"{name}: lm-eval" for name in selection.harness)]))
         return
-    plan = plan_suite(report)
-    runnable = sum(result.reason is None for result in plan)
+    plan = [asdict(result) for result in plan_suite(report)]
+    runnable = sum(each["reason"] is None for each in plan)
     if as_json:
         counts = {"total": len(plan), "run": runnable, "not_run": len(plan) - runnable}
-        typer.echo(json.dumps({**counts, "benchmarks": [asdict(result) for result in plan]}))
+        typer.echo(json.dumps({**counts, "benchmarks": plan}))
         return
     evaluation.print_benchmarks(console, plan)
     console.print(f"{runnable} of {len(plan)} run here, {len(plan) - runnable} do not.", soft_wrap=True)
 
 
-def _print_suite(console: Console, results: dict[str, Any]) -> None:
+def _print_suite(console: Console, results: Mapping[str, Any]) -> None:
     """Print the benchmarks of a suite, and the mean beside the published means over the same benchmarks."""
-    from unmask.eval.suite import BenchmarkResult
-
-    names = [field.name for field in fields(BenchmarkResult)]
-    evaluation.print_benchmarks(
-        console, [BenchmarkResult(**{name: each[name] for name in names}) for each in results["benchmarks"]]
-    )
+    evaluation.print_benchmarks(console, results["benchmarks"])
     mean = results["mean"]
     if mean["mean"] is None:
         console.print("No benchmark of the suite was run.")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unmask.engine.llm import LanguageModel
     from unmask.eval.registry import Suite
     from unmask.eval.runner import EvalSettings
-    from unmask.eval.suite import BenchmarkResult, Selection
+    from unmask.eval.suite import Selection
     from unmask.eval.task import Task
 
 MINI5, LLADA2 = "mini-5", "llada2-47"
@@ -213,15 +213,21 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def print_benchmarks(console: Console, results: Sequence[BenchmarkResult]) -> None:
-    """Print what becomes of every benchmark of a suite: its score, the tasks that would run it, or why it is not run."""
-    table = Table("benchmark", "score", "items", "tasks, or the reason for not running it")
-    for result in results:
-        score = "not run" if result.reason else "" if result.score is None else f"{result.score:.2f}"
-        notes = [" ".join(result.tasks), result.metric, result.differs and f"differs: {result.differs}"]
-        about = result.reason or "; ".join(note for note in notes if note)
-        cells = (result.benchmark, score, str(result.items or ""), about)
-        table.add_row(*(Text(cell, style="dim" if result.reason else "") for cell in cells))
+def print_benchmarks(console: Console, benchmarks: Sequence[Mapping[str, Any]]) -> None:
+    """Print what becomes of every benchmark of a suite: its score, the tasks that would run it, or why it is not run.
+
+    Args:
+        console: where.
+        benchmarks: fields of `BenchmarkResult`.
+    """
+    model = next(iter(benchmarks[0]["published"]))
+    table = Table("benchmark", "score", "items", model, "tasks, or the reason for not running it")
+    for each in benchmarks:
+        score = "not run" if each["reason"] else "" if each["score"] is None else f"{each['score']:.2f}"
+        notes = [" ".join(each["tasks"]), each["metric"], each["differs"] and f"differs: {each['differs']}"]
+        about = each["reason"] or "; ".join(note for note in notes if note)
+        cells = (each["benchmark"], score, str(each["items"] or ""), f"{each['published'][model]:.2f}", about)
+        table.add_row(*(Text(cell, style="dim" if each["reason"] else "") for cell in cells))
     console.print(table)
 
 

@@ -51,6 +51,7 @@ class BenchmarkResult:
         dimension: where it counts.
         tasks: what runs it.
         differs: how those depart from what the report scored.
+        published: model -> published score in percent.
         reason: why it is not run; None where it is.
         score: in percent; None before and without a run.
         items: number of questions that were answered.
@@ -61,6 +62,7 @@ class BenchmarkResult:
     dimension: Dimension
     tasks: tuple[str, ...]
     differs: str | None
+    published: dict[str, float]
     reason: str | None
     score: float | None = None
     items: int = 0
@@ -69,7 +71,17 @@ class BenchmarkResult:
 
 def plan_suite(suite: Suite) -> list[BenchmarkResult]:
     """Every benchmark of a suite with the tasks that would run it on this machine, or the reason why none can."""
-    return [BenchmarkResult(each.name, each.dimension, each.tasks, each.differs, _obstacle(each)) for each in suite.benchmarks]
+    return [
+        BenchmarkResult(
+            benchmark=each.name,
+            dimension=each.dimension,
+            tasks=each.tasks,
+            differs=each.differs,
+            published=dict(zip(suite.models, each.published, strict=True)),
+            reason=_obstacle(each),
+        )
+        for each in suite.benchmarks
+    ]
 
 
 def _obstacle(benchmark: Benchmark) -> str | None:
@@ -125,20 +137,18 @@ class EvalRun:
 
     def suite(self, suite: Suite, on_progress: OnProgress) -> dict[str, Any]:
         """Run what can be run of a suite; the content of `suite.json`: scores, reasons, and means beside the published ones."""
-        by_name = {benchmark.name: benchmark for benchmark in suite.benchmarks}
         results = []
-        for planned in plan_suite(suite):
+        for planned, benchmark in zip(plan_suite(suite), suite.benchmarks, strict=True):
             result = planned
             if planned.reason is None:
                 try:
-                    result = self._benchmark(planned, by_name[planned.benchmark], on_progress)
+                    result = self._benchmark(planned, benchmark, on_progress)
                 except (UnmaskError, ImportError) as error:
                     result = replace(planned, reason=str(error))
             results.append(result)
         scores = {result.benchmark: result.score for result in results if result.score is not None}
-        published = {name: dict(zip(suite.models, each.published, strict=True)) for name, each in by_name.items()}
         content = {
-            "benchmarks": [{**asdict(result), "published": published[result.benchmark]} for result in results],
+            "benchmarks": [asdict(result) for result in results],
             "mean": asdict(mean_scores(scores, suite)),
             "dimensions": {name: asdict(mean_scores(scores, suite, name)) for name in get_args(Dimension)},
             "limit": self.limit,
