@@ -40,17 +40,17 @@ def test_requests_are_checked_before_any_forward(request_: Request, message: str
         (
             {"max_num_batched_tokens": 7},
             Request((1,), ResolvedParams(block_size=8, max_new_tokens=4)),
-            "1 blocks of 8 tokens do not fit a forward of 7 rows; use a",
+            "1 blocks of 8 tokens do not fit a forward of 7 tokens; lower block_size",
         ),
         (
             {"max_num_batched_tokens": 7},
             Request((1,), ResolvedParams(block_size=4, edit_threshold=0.5, window=2, max_new_tokens=4)),
-            "2 blocks of 4 tokens do not fit a forward of 7 rows; use a smaller block size or window",
+            "2 blocks of 4 tokens do not fit a forward of 7 tokens; lower block_size or window",
         ),
         (
             {"num_tokens": 16},
             Request((1,) * 9, SMALL.replace(max_new_tokens=8)),
-            "20 tokens in whole blocks do not fit a cache of 16; shorten",
+            "20 tokens in whole blocks do not fit a KV cache of 16; shorten",
         ),
         ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), "stop strings need a tokenizer; use eos_ids"),
     ],

@@ -1,6 +1,6 @@
 """The batch: tokens of several sequences in one forward, and the metadata that every paged attention kernel takes.
 
-Owns the layout of a forward's rows and where their keys and values lie in the KV cache. Knows neither requests nor the cache's
+Owns the layout of a forward and where their keys and values lie in the KV cache. Knows neither requests nor the cache's
 memory: a slot is a number, `cache_block * cache_block_size + offset`, and what it addresses is the backend's matter.
 
 Legend: T tokens of the forward, N sequences, M cache blocks of a sequence, C segments.

@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, many at a time.
 
-Owns the loop and the public calls `add`, `step`, `stream`, `run`, `abort`. Everything it decides is in `scheduler` (who), in
-`sequence` (what) and in `runner` (how).
+Owns the loop and the public calls `add`, `step`, `stream`, `run`, `abort`. What it decides is in `scheduler` (which
+sequences), in `sequences` (which tokens) and in `runner` (how they are computed).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Update:
 
 
 class Engine:
-    """Serves many requests through one cache. Not thread-safe: one caller at a time.
+    """Serves many requests through one KV cache. Not thread-safe: one caller at a time.
 
     A request's tokens do not depend on what else is served, on what is cached, or on whether it was interrupted: float
-    rounding aside (a matrix product may round differently at another number of rows), its steps are those of a request
+    rounding aside (a matrix product may round differently in another batch), its steps are those of a request
     served alone.
 
     Args:
@@ -59,7 +59,7 @@ class Engine:
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
             `max_num_seqs` of them. Memory is taken as it is used.
         max_num_seqs: most requests denoised together.
-        max_num_batched_tokens: most rows of a forward: longer prompts are prefilled in parts.
+        max_num_batched_tokens: most tokens of a forward: longer prompts are prefilled in parts.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
     """
 
@@ -236,13 +236,14 @@ class Engine:
         elif request.params.window * request.params.block_size > self.scheduler.max_num_batched_tokens:
             raise RequestError(
                 f"{request.params.window} blocks of {request.params.block_size} tokens do not fit a forward of "
-                f"{self.scheduler.max_num_batched_tokens} rows; use a smaller block size or window, or an engine with more rows"
+                f"{self.scheduler.max_num_batched_tokens} tokens; lower block_size or window, or raise max_num_batched_tokens"
             )
         length = len(request.ids) + request.params.max_new_tokens if self.mask_id is None else request.canvas_length
-        if length > self.pool.num_cache_blocks * self.cache_block_size:
+        capacity = self.pool.num_cache_blocks * self.cache_block_size
+        if length > capacity:
             raise RequestError(
-                f"{length} tokens in whole blocks do not fit a cache of {self.pool.num_cache_blocks * self.cache_block_size}; "
-                "shorten the prompt, ask for fewer new tokens, or use a larger cache"
+                f"{length} tokens in whole blocks do not fit a KV cache of {capacity}; "
+                "shorten the prompt, lower max_new_tokens, or raise num_tokens"
             )
         if request.params.stop and self._decode is None:
             raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")

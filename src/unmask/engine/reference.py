@@ -39,9 +39,9 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
     rest = request.canvas_length - len(request.ids)
     canvas = [mask_id if token is None else token for token in request.ids] + [mask_id] * rest
     undecided = [token is None for token in request.ids] + [True] * rest
-    fixed = [not open_ for open_ in undecided]
-    wanted = [place for place, open_ in enumerate(undecided) if open_]
-    first = wanted[0] // size * size
+    fixed = [not masked for masked in undecided]
+    to_decide = [position for position, masked in enumerate(undecided) if masked]
+    first = to_decide[0] // size * size
     forwards = 0
     for front in range(first, len(canvas), size):
         if not any(undecided[front : front + size]):
@@ -50,16 +50,16 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
         window = max(first, front - (params.window - 1) * size) if params.editing else front
         while not done:
             had_masks = any(undecided[front:end])
-            asked = [p for p in wanted if window <= p < end and (params.editing or undecided[p])]
-            logits = _logits(model, canvas[:end], asked, window, request, mask_id)
+            queries = [p for p in to_decide if window <= p < end and (params.editing or undecided[p])]
+            logits = _logits(model, canvas[:end], queries, window, request, mask_id)
             forwards += 1
-            where = torch.tensor(asked)
-            token, confidence = candidates(logits, where, step, params, None, sample=request.sample)
-            guess = Guess(asked, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
-            decided = {p: canvas[p] for p in asked if not undecided[p]}
+            query_positions = torch.tensor(queries)
+            token, confidence = candidates(logits, query_positions, step, params, None, sample=request.sample)
+            guess = Guess(queries, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
+            decided = {p: canvas[p] for p in queries if not undecided[p]}
             decision = decide(guess, decided, partial(choose, step=step, params=params), params.edit_threshold)
-            for place, chosen in (*decision.commits.items(), *decision.edits.items()):
-                canvas[place], undecided[place] = chosen, False
+            for position, chosen in (*decision.commits.items(), *decision.edits.items()):
+                canvas[position], undecided[position] = chosen, False
             if on_step is not None:
                 on_step(Step.after(range(window, end), guess, decision, canvas, undecided, fixed, forwards))
             step += 1
@@ -69,22 +69,22 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             if params.editing:
                 done = filled and (post_steps >= params.max_post_steps or (not had_masks and not decision.edits))
             if done or not params.editing:
-                stable = next((p for p in wanted if undecided[p]), len(canvas))
-                text = [canvas[p] for p in wanted if p < stable]
+                stable = next((p for p in to_decide if undecided[p]), len(canvas))
+                text = [canvas[p] for p in to_decide if p < stable]
                 if request.eos_ids.intersection(text) or len(text) >= request.num_wanted:
                     return finish(text, request, forwards)
-    raise AssertionError("a canvas holds all that is wanted")
+    raise AssertionError("a canvas holds all that is to be decided")
 
 
-def _logits(model: Transformer, canvas: list[int], asked: list[int], final: int, request: Request, mask_id: int) -> Tensor:
-    """Logits at the positions `asked`, with what the request bans or favours; tokens below `final` do not change any more."""
+def _logits(model: Transformer, canvas: list[int], queries: list[int], final: int, request: Request, mask_id: int) -> Tensor:
+    """Logits at the positions `queries`, with what the request bans or favours; tokens below `final` do not change any more."""
     end = len(canvas)
     context = final if model.config.shifted else 0
     mask = DenseAttend(block_causal_mask(end, end, request.params.block_size, context=context)[None])
     read = torch.tensor(model.config.inputs(canvas, 0, end))[None]
     positions = torch.arange(end)[None]
-    logits = ban_mask(model.head(model(read, positions, mask, noisy_BT=positions >= context))[0, asked], mask_id)
-    for row, position in enumerate(asked):
+    logits = ban_mask(model.head(model(read, positions, mask, noisy_BT=positions >= context))[0, queries], mask_id)
+    for row, position in enumerate(queries):
         for token, bias in request.params.logit_bias.items():
             logits[row, token] += bias
         if position < len(request.ids) + request.params.min_new_tokens:

@@ -88,7 +88,7 @@ def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prom
 
 @dataclass(frozen=True)
 class Step:
-    """One forward, as seen from outside: the tokens of the block (or window of blocks) after it, by place in it.
+    """One forward, as seen from outside: the tokens of the block (or window of blocks) after it, by index.
 
     Attributes:
         start: absolute position of the first.
@@ -113,7 +113,7 @@ class Step:
     @classmethod
     def after(
         cls,
-        places: range,
+        positions: range,
         guess: Guess,
         decision: Decision,
         canvas: Sequence[int],
@@ -121,16 +121,16 @@ class Step:
         fixed: Sequence[bool],
         forwards: int,
     ) -> Step:
-        """The record of `places` when `decision` has been carried out on the canvas."""
-        said = dict(zip(guess.positions, zip(guess.tokens, guess.confidences, strict=True), strict=True))
+        """The record of `positions` when `decision` has been carried out on the canvas."""
+        candidates = dict(zip(guess.positions, zip(guess.tokens, guess.confidences, strict=True), strict=True))
         return cls(
-            places.start,
-            tuple(fixed[p] for p in places),
-            tuple(None if undecided[p] else canvas[p] for p in places),
-            tuple(said[p][0] if p in said else None for p in places),
-            tuple(said[p][1] if p in said else 0.0 for p in places),
-            tuple(p in decision.commits for p in places),
-            tuple(p in decision.edits for p in places),
+            positions.start,
+            tuple(fixed[p] for p in positions),
+            tuple(None if undecided[p] else canvas[p] for p in positions),
+            tuple(candidates[p][0] if p in candidates else None for p in positions),
+            tuple(candidates[p][1] if p in candidates else 0.0 for p in positions),
+            tuple(p in decision.commits for p in positions),
+            tuple(p in decision.edits for p in positions),
             forwards,
         )
 
@@ -173,7 +173,7 @@ class Costs:
 class Completion:
     """Decided ids in order of position, up to and including the end-of-sequence token, and what they cost.
 
-    `forwards` counts every forward that had rows of this request, prefill and commit included. `text` is set when stop
+    `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set when stop
     strings were asked for: the text before the stop string.
     """
 
@@ -192,8 +192,6 @@ class Completion:
 
 def finish(generated: Sequence[int], request: Request, forwards: int) -> Completion:
     """Cut decided tokens at the first end-of-sequence token or at the budget."""
-    kept = list(generated[: request.num_wanted])
-    ends = [i for i, token in enumerate(kept) if token in request.eos_ids]
-    if ends:
-        return Completion(tuple(kept[: ends[0] + 1]), "stop", forwards)
-    return Completion(tuple(kept), "length", forwards)
+    ids = tuple(generated[: request.num_wanted])
+    ends = [i for i, token in enumerate(ids) if token in request.eos_ids]
+    return Completion(ids[: ends[0] + 1], "stop", forwards) if ends else Completion(ids, "length", forwards)

@@ -2,7 +2,7 @@
 
 Owns admission, order, preemption and the block tables. Knows no tensors: a scheduled sequence is a range of positions.
 
-States: waiting -> running (prefill, denoise, commit: all are rows of one forward) -> ended; a preempted sequence waits again
+States: waiting -> running (prefill, denoise, commit: all in one forward) -> ended; a preempted sequence waits again
 and keeps everything it has decided.
 """
 
