@@ -3,6 +3,8 @@
 In a page, a comment of its own paragraph is replaced:
 
 - `help: VERB` by what `unmask VERB --help` prints;
+- `options: SURFACE` by a table of the decoding options declared for the command line (`cli`), the section `diffusion` of HTTP
+  bodies, or (without SURFACE) anywhere;
 - `api: DOTTED.NAME` by the signature and docstring of a function, method or class;
 - `recipe: CLASS` by a table of that recipe section's keys; lines `key: text` in the same comment describe the keys
   whose schema has no description;
@@ -24,13 +26,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from unmask.engine.sampling_params import Option, SamplingParams, Surface
+
 ROOT = Path(__file__).parents[1]
 LOG = logging.getLogger("mkdocs.hooks.unmask")
-_PLACE = re.compile(r"^<!-- (help|api|recipe|suite): ?([\w.-]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
+_PLACE = re.compile(r"^<!-- (help|api|options|recipe|suite): ?([\w.-]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
 _CODE_NAME = re.compile(r"`(unmask(?:\.\w+)+)(?:\(\))?`")
 _TEST_PATH = re.compile(r"`(tests/[\w/.]+)`")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source|Departs):", re.MULTILINE)
@@ -40,7 +44,7 @@ _WIDTH = 96
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the places of one page and check the names on it."""
     where = page.file.src_uri
-    makers = {"help": command_help, "api": api, "recipe": recipe_table, "suite": suite_table}
+    makers = {"help": command_help, "api": api, "options": options_table, "recipe": recipe_table, "suite": suite_table}
     filled = _PLACE.sub(lambda found: makers[found[1]](found[2], found[3], where), markdown)
     for name in set(_CODE_NAME.findall(markdown)):
         _resolve(name, where)
@@ -107,6 +111,34 @@ def _docstring(text: str) -> str:
         items = "\n".join(lines) if title == "Returns" else re.sub(r"(?m)^(\w+(?:, \w+)*): ", r"- `\1`: ", "\n".join(lines))
         parts.append(f"**{title}**\n\n{items}")
     return "\n\n".join(parts)
+
+
+def options_table(surface: str, _: str, where: str) -> str:
+    """The decoding options: type and range, default, meaning."""
+    if surface not in ("", *get_args(Surface)):
+        LOG.warning("%s: decoding options have no surface %s", where, surface)
+    lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
+    for option in SamplingParams.options().values():
+        if surface in ("", *option.surfaces):
+            name = f"--{option.name.replace('_', '-')}" if surface == "cli" else option.name
+            lines.append(f"| `{name}` | {_value(option, surface)} | {option.shown_default} | {option.help} |")
+    return "\n".join(lines)
+
+
+def _value(option: Option, surface: str) -> str:
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    kinds = {int: "integer", float: "number", bool: "true or false", str: "text", tuple: "texts"}
+    if surface == "cli" and option.is_file:
+        return "file"
+    if option.kind not in (int, float):
+        return kinds.get(option.kind, "object")
+    maximum = option.http_maximum if surface in ("http", "diffusion") and option.http_maximum else option.maximum
+    low = (
+        "" if option.minimum is None or abs(option.minimum) > 2**53 else f" {'>' if option.exclusive else '≥'} {option.minimum}"
+    )
+    high = "" if maximum is None or maximum > 2**53 else f", ≤ {maximum}"
+    return kinds[option.kind] + low + high
 
 
 def recipe_table(name: str, described: str, where: str) -> str:

@@ -1,0 +1,83 @@
+"""A decoding option is declared in one file and appears in five places: command line, HTTP, /set, page, documentation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.engine import sampling_params
+from unmask.engine.sampling_params import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+PLACES = """
+import json, runpy, sys
+from types import SimpleNamespace
+from typer.testing import CliRunner
+from unmask.cli.chat_session import settable_options
+from unmask.cli.main import app
+from unmask.models.arch.config import ModelConfig
+from unmask.serve import protocol
+from unmask.serve.config import ServerConfig
+from unmask.serve.served_model import ServedModel
+
+config = SimpleNamespace(block_size=8, shifted=True)
+model = SimpleNamespace(config=config, is_diffusion=True)
+served = SimpleNamespace(language_model=model, config=ServerConfig(), name="m", created=0, context=9)
+hooks = runpy.run_path(sys.argv[-1])
+print(json.dumps({
+    "cli": CliRunner().invoke(app, ["generate", "--help"]).stdout,
+    "http": list(protocol.ChatRequest.model_fields),
+    "diffusion": list(protocol.Diffusion.model_fields),
+    "set": list(settable_options()),
+    "page": [option["name"] for option in ServedModel.describe(served)["options"]],
+    "docs": hooks["options_table"]("", "", "test"),
+}))
+"""
+NEW = '    novelty: int | None = _option("Something new.", "Diffusion", default_text="7 of them", minimum=1)\n'
+
+
+def places(prelude: str = "") -> dict[str, Any]:
+    """What each place says, in a process of its own."""
+    code = [sys.executable, "-c", prelude + PLACES, str(ROOT / "docs" / "hooks.py")]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def names(found: dict[str, Any], option: str) -> set[str]:
+    """The places that have an option."""
+    flag = f"--{option.replace('_', '-')} "
+    lists = {place for place in ("http", "diffusion", "set", "page") if option in found[place]}
+    return lists | ({"cli"} if flag in found["cli"] else set()) | ({"docs"} if f"| `{option}` |" in found["docs"] else set())
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return places()
+
+
+@pytest.mark.parametrize("option", SamplingParams.options().values(), ids=lambda option: option.name)
+def test_every_option_is_where_it_is_declared_to_be(found: dict[str, Any], option: sampling_params.Option) -> None:
+    elsewhere = {"logprobs": {"http"}}  # OpenAI's own field of this name is another one
+    assert names(found, option.name) == {*option.surfaces, "docs"} | elsewhere.get(option.name, set())
+
+
+def test_a_new_option_is_one_line_in_one_file() -> None:
+    source = Path(sampling_params.__file__).read_text()
+    place = "    policy: str = _option("
+    assert source.count(place) == 1
+    prelude = (
+        "import sys, types\n"
+        "module = types.ModuleType('unmask.engine.sampling_params')\n"
+        "sys.modules[module.__name__] = module\n"
+        f"exec({source.replace(place, NEW + place)!r}, vars(module))\n"
+    )
+    found = places(prelude)
+    assert names(found, "novelty") == {"cli", "diffusion", "set", "page", "docs"}
+    assert "Something new. [default: 7 of them]" in " ".join(found["cli"].split())
