@@ -32,7 +32,7 @@ from unmask.models.arch.gated_lora import autoregressive_parent
 
 PROMPTS = Path(__file__).with_name("everyday_prompts.jsonl")
 TARGET_MEDIAN, TARGET_KIND, TARGET_DECILE = 1.5, 1.0, 0.97
-LOG = Console(stderr=True)
+LOG = Console(stderr=True, width=120)
 
 
 @dataclass(frozen=True)

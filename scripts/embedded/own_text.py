@@ -7,7 +7,10 @@ OUT/SPLIT/text-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}
 also has id, kind, temperature, tokens (written by the model) and whether the model ended it. Half of the prompts are answered
 greedily, half at temperature 0.8, chosen by their hash. An answer cut off at the budget is kept and ends its conversation; one
 that loops is dropped. Killed at any moment, it goes on where it was: a torn last line is cut off, and prompts that are there or
-were dropped are skipped.
+were dropped are skipped. A recipe reads it as two sources:
+
+    - {kind: jsonl, path: out/own_text/train/chat-*.jsonl, weight: 0.65}
+    - {kind: jsonl, path: out/own_text/train/text-*.jsonl, weight: 0.35, chat: false}
 
 Owns the order of the work, the files and the progress; prompts are `prompts`' concern, free texts `free_texts`'.
 """

@@ -15,6 +15,7 @@ from prompts import Prompt
 import unmask
 from runs import tiny_folder
 from unmask.data.encoding import DocumentEncoder
+from unmask.data.sources import SourceConfig, open_source
 from unmask.engine.llm import LanguageModel
 
 BUDGET = 6
@@ -175,3 +176,12 @@ def test_some_prompts_ask_to_be_brief() -> None:
     asked = [chat_job(Prompt("talk", (f"say {number}",))).turns[0] for number in range(400)]
     share = sum(turn.endswith(own_text.HINTS) for turn in asked) / len(asked)
     assert 0.05 < share < 0.25
+
+
+def test_a_recipe_reads_the_files_as_two_sources(model: LanguageModel, tmp_path: Path) -> None:
+    write(model, tmp_path, jobs())
+    assert model.tokenizer is not None
+    for form, split, chat in (("chat", "train", True), ("text", "test", False)):
+        path = str(tmp_path / split / f"{form}-*.jsonl")
+        source = open_source(SourceConfig(kind="jsonl", path=path, chat=chat), model.tokenizer, seed=0)
+        assert len(source.next_document().tokens) > BUDGET
