@@ -34,9 +34,7 @@ def eval_(
     suite: evaluation.SuiteName = None,
     tasks: evaluation.TaskNames = None,
     needle: Annotated[str | None, typer.Option(help="Context lengths of needle tests, in tokens, with commas.")] = None,
-    yarn: Annotated[
-        float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")
-    ] = None,
+    yarn: evaluation.Yarn = None,
     limit: evaluation.Limit = None,
     split: evaluation.SplitName = "test",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: out/eval/MODEL-SUITE]")] = None,
@@ -44,9 +42,7 @@ def eval_(
     samples: Annotated[int, typer.Option(help="Monte Carlo samples per block of a likelihood bound.")] = 16,
     batch: evaluation.Batch = 1,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Apply the chat template to lm-eval's prompts.")] = False,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let lm-eval's tasks execute model-written code without a sandbox.")
-    ] = False,
+    allow_code: evaluation.AllowCode = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.QuantizeAuto = "auto",
@@ -78,8 +74,7 @@ def eval_(
         return
     folder = _folder(out, model, suite or tasks or f"needle-{needle}", resume=resume)
     language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize, yarn=yarn)
-    if needle is not None:
-        selection = replace(selection, own=(*selection.own, *evaluation.needles(needle, language_model)))
+    selection = replace(selection, own=(*selection.own, *evaluation.needles(needle, language_model)))
     run = EvalRun(
         model=language_model,
         folder=folder,
@@ -91,10 +86,14 @@ def eval_(
     )
     with evaluation.showing_tasks(console) as on_progress:
         results = run.suite(report, on_progress) if report else run.tasks(selection, on_progress)
+    _print(console, results, folder, is_suite=report is not None, as_json=as_json)
+
+
+def _print(console: Console, results: Mapping[str, Any], folder: Path, *, is_suite: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(results))
     else:
-        (_print_suite if report else evaluation.print_results)(console, results)
+        (_print_suite if is_suite else evaluation.print_results)(console, results)
     console.print(f"results  {folder}", soft_wrap=True)
 
 

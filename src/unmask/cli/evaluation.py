@@ -49,6 +49,8 @@ Limit = Annotated[
     int | None, typer.Option(help="Items per task. [default: all; 50 of a generated task]", callback=_at_least_one)
 ]
 SplitName = Annotated[str, typer.Option("--split", help="test, validation or train; only our own tasks have the last two.")]
+Yarn = Annotated[float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let lm-eval's tasks run model-written code without a sandbox.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Batch = Annotated[int, typer.Option(help="Answers decoded together; with 1, tokens/s are those of a single stream.")]
 
@@ -112,12 +114,14 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
     return model
 
 
-def needles(lengths: str, model: LanguageModel) -> tuple[Task, ...]:
-    """Needle tasks for context lengths separated by commas.
+def needles(lengths: str | None, model: LanguageModel) -> tuple[Task, ...]:
+    """Needle tasks for context lengths separated by commas; none for None.
 
     Raises:
         ConfigError: they are not numbers, or a length exceeds the model's context.
     """
+    if lengths is None:
+        return ()
     from unmask.eval.needle import needle_tasks
 
     try:
