@@ -11,7 +11,7 @@ as full-sequence diffusion. For each it prints
 - T3: peak memory of two steps, in a process of its own, over what the loaded model takes.
 
 The plain trainer reads `[x_t | x_0]` in every phase; in `stable` no query ever looks at the clean half, so there is a second
-one that leaves it out. Writes benchmarks/results/train_step.json.
+one that leaves it out. Writes benchmarks/results/train_step_DATE.json.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import plain_trainer
 import torch
+from common import arguments, results_path, write_results
 from decode import machine
 from rich.console import Console
 from torch import nn
@@ -53,6 +53,8 @@ RATE = 1e-6
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::mkldnn_linear")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BATCHES = ("cpt", "sft", "stable")
+MEASURED = ("model", "rows", "row_length", "repeats", "dtype", "threads", "batches")
+"""Options that a measurement depends on."""
 
 
 def recipe(batch: str, options: argparse.Namespace, dtype: str) -> Recipe:
@@ -219,7 +221,7 @@ def resident(which: str) -> float:
 
 def memory_of(way: str, batch: str, options: argparse.Namespace) -> dict[str, float]:
     """`peak_memory` in a process of its own."""
-    values = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "memory"]
+    values = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name in MEASURED]
     command = [sys.executable, __file__, *values, f"--memory={way}:{batch}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -279,8 +281,8 @@ def report(console: Console, batch: str, figures: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--row-length", type=int, default=384)
@@ -289,7 +291,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batches", default=",".join(BATCHES))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.row_length, options.repeats = 64, 1
     torch.set_num_threads(options.threads)
     if options.memory:
         peak_memory(*options.memory.split(":"), options)
@@ -300,10 +304,9 @@ def main() -> None:
     for batch in options.batches.split(","):
         results[batch] = measure(batch, options, console)
         report(console, batch, results[batch])
-    settings = {name: value for name, value in vars(options).items() if name != "memory"}
-    written = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "options": settings, "results": results}
-    path = Path(__file__).parent / "results" / "train_step.json"
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    settings = {name: value for name, value in vars(options).items() if name in MEASURED}
+    path = results_path(options.results, "train_step")
+    write_results(path, {"machine": machine(), "options": settings, "results": results})
     console.print(f"written to {path}")
 
 

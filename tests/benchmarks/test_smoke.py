@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runs import tiny_folder
 
@@ -71,6 +72,14 @@ def test_training_benchmarks(script: str, models: dict[str, str], tmp_path: Path
     (result,) = tmp_path.glob(f"{script}_*.json")
     assert json.loads(result.read_text())
     assert result.with_suffix(".png").stat().st_size > 0
+
+
+def test_train_step(models: dict[str, str], tmp_path: Path) -> None:
+    smoke("train_step", tmp_path, "--model", models["diffusion"], "--batches", "sft", "--threads", str(torch.get_num_threads()))
+    (result,) = tmp_path.glob("train_step_*.json")
+    figures = json.loads(result.read_text())["results"]["sft"]
+    assert figures["check"]["relative_gradient_difference"] < 1e-3
+    assert figures["memory"]["ours"]["step_mib"] >= 0
 
 
 @pytest.mark.slow
