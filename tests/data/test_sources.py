@@ -346,7 +346,7 @@ def test_state_of_other_data_is_refused(tmp_path, tokenizer):
     config = SourceConfig(kind="jsonl", path=str(tmp_path))
     state = open_source(config, tokenizer, 0).state_dict()
     write_jsonl(tmp_path / "a.jsonl", records(0, 4))
-    with pytest.raises(DataError, match="holds 4 records, 3 when the job was saved"):
+    with pytest.raises(DataError, match="has 4 documents an epoch, 3 when"):
         open_source(config, tokenizer, 0).load_state_dict(state)
     hub = hub_jsonl_folder(tmp_path / "hub")
     state = open_source(hub, tokenizer, 0).state_dict()

@@ -1,4 +1,4 @@
-"""Drafts in training are the drafts of a verified forward: the same rows, the same view, in the same places."""
+"""Drafts in training are those of self-speculative decoding: the same tokens, attention and positions."""
 
 from __future__ import annotations
 

@@ -102,21 +102,21 @@ def of_parent(model: Transformer) -> list[float]:
 
 @pytest.mark.parametrize("family", SHIFTED)
 @pytest.mark.parametrize("block_size", [None, 1, 4])
-def test_guidance_predicts_every_next_token_from_the_clean_copy(family: str, block_size: int | None) -> None:
+def test_the_clean_copy_predicts_every_next_token(family: str, block_size: int | None) -> None:
     """As the parent does; the masked predictions stay what they were."""
     config = CorruptionConfig(MASK, block_size, complementary=True, mask_samples=2, start_id=START)
-    plain, guided = (corrupt(pack([DOCUMENTS], 23), replace(config, ar_loss_weight=by), 0) for by in (0.0, 0.5))
-    assert (plain.num_next_token, guided.num_next_token) == (0, 15)
-    assert guided.num_masked == plain.num_masked
-    found, masked = of_stream(SHIFTED[family], guided), of_stream(SHIFTED[family], plain)
+    plain, with_ar_loss = (corrupt(pack([DOCUMENTS], 23), replace(config, ar_loss_weight=by), 0) for by in (0.0, 0.5))
+    assert (plain.num_next_token, with_ar_loss.num_next_token) == (0, 15)
+    assert with_ar_loss.num_masked == plain.num_masked
+    found, masked = of_stream(SHIFTED[family], with_ar_loss), of_stream(SHIFTED[family], plain)
     clean = {where: value for where, value in found.items() if where[2] == CLEAN}
     assert list(clean.values()) == pytest.approx(of_parent(SHIFTED[family]), abs=1e-9)
     assert {where: value for where, value in found.items() if where[2] != CLEAN} == pytest.approx(masked, abs=1e-9)
-    # Divided by the predictions of all copies, as the masked ones are, the weight is the one that was asked for.
-    assert float(guided.weight_N[-15:].sum()) / guided.num_maskable == pytest.approx(0.5)
-    assert guided.num_maskable == plain.num_maskable
+    # Divided by the predictions of all copies, as the masked ones are, the weight is the configured one.
+    assert float(with_ar_loss.weight_N[-15:].sum()) / with_ar_loss.num_maskable == pytest.approx(0.5)
+    assert with_ar_loss.num_maskable == plain.num_maskable
 
 
-def test_guidance_needs_a_shifted_model() -> None:
+def test_next_token_loss_needs_a_shifted_model() -> None:
     with pytest.raises(ConfigError, match="only a shifted model's clean copy predicts the next token"):
         CorruptionConfig(MASK, 4, ar_loss_weight=0.5)

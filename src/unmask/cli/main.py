@@ -15,9 +15,7 @@ from unmask import __version__
 from unmask.cli.chat import chat
 from unmask.cli.compare import compare
 from unmask.cli.console import Guarded, PanelCommand
-from unmask.cli.convert import convert
 from unmask.cli.demo import demo
-from unmask.cli.dpo import dpo
 from unmask.cli.eval import eval_
 from unmask.cli.export import export
 from unmask.cli.generate import generate
@@ -25,9 +23,9 @@ from unmask.cli.infill import infill
 from unmask.cli.info import info
 from unmask.cli.merge import merge
 from unmask.cli.serve import serve
-from unmask.cli.sft import sft
 from unmask.cli.sweep import sweep
 from unmask.cli.trace import trace
+from unmask.cli.training import convert, dpo, sft
 from unmask.errors import UnmaskWarning
 
 app = typer.Typer(

@@ -1,6 +1,6 @@
-"""Training commands: their options, the recipe that these make, and the report of a run.
+"""`unmask convert`, `sft` and `dpo`: their options, the recipe that these make, and the report of a run.
 
-Owns everything but the help text and the default recipe of each command. The run itself is `train.run`'s.
+Their default recipes are the files beside this one. The run itself is `train.run`'s.
 """
 
 from __future__ import annotations
@@ -157,3 +157,47 @@ def _leave(verb: str, out: Path) -> None:
     if list_checkpoints(out):
         typer.echo(f"resume with: {shlex.join(['unmask', verb, '--out', str(out), '--resume'])}", err=True)
     raise typer.Exit(INTERRUPTED)
+
+
+convert = training_verb(
+    "convert",
+    """Convert an autoregressive model to block diffusion.
+
+\b
+unmask convert --model smollm2-135m --data answers.jsonl --out out/mine
+unmask convert --data reasoning_gym:chain_sum --out out/sums --set train.tokens=20000
+unmask convert --recipe recipes/smollm2-135m_convert_cpu.yaml --out out/cpu
+unmask convert --out out/mine --resume
+
+A jsonl or parquet record holds "text", "messages", or "prompt" and "response". Ctrl-C saves a checkpoint and stops.
+""",
+)
+
+sft = training_verb(
+    "sft",
+    """Fine-tune a diffusion model on conversations: only what the assistant writes is learnt.
+
+\b
+unmask sft --model out/mine --data chats.jsonl --out out/chat
+unmask sft --data reasoning_gym:chain_sum --out out/sums --set objective.cap.weight=2
+unmask sft --data chats.jsonl --out out/lora --set train.lora.rank=16
+unmask sft --out out/chat --resume
+
+A record holds "messages" (OpenAI), "conversations" (ShareGPT), or "prompt" and "response"; "tools" go to the chat template.
+objective.cap adds confidence-aware training (CAP): more tokens per forward, at some cost in quality.
+""",
+)
+
+dpo = training_verb(
+    "dpo",
+    """Make a diffusion model prefer one answer over another (DPO over the ELBO).
+
+\b
+unmask dpo --model out/chat --data preferences.jsonl --out out/aligned
+unmask dpo --data preferences.jsonl --out out/lora --set train.lora='{rank: 16, train_embedding: false}'
+unmask dpo --out out/aligned --resume
+
+A record holds "chosen" and "rejected", with or without "prompt": texts or lists of messages. The reference is a frozen copy
+of the model, or, with LoRA, the model without its adapter.
+""",
+)

@@ -1,9 +1,11 @@
-"""Source over a fixed number of records: epoch after epoch, each in an order of its own.
+"""Sources with a fixed number of documents an epoch, among them files whose records can be read in any order.
 
 Owns order, position and cache. Knows neither the files behind the records nor their contents.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 from unmask.data.documents import Document, State
 from unmask.data.encoding import DocumentEncoder
@@ -15,7 +17,51 @@ _CACHED_TOKENS = 1 << 26
 """Capacity of the cache of encoded documents in tokens, about 5 bytes each: small datasets are tokenized once."""
 
 
-class IndexedSource:
+class EpochSource(ABC):
+    """Base class of sources with a fixed number of documents an epoch, which are a function of the epoch's number."""
+
+    def __init__(self, name: str, num_documents: int) -> None:
+        self.name, self.epoch = name, 0
+        self._num_documents, self._cursor = num_documents, 0
+        self._open_epoch()
+
+    def __len__(self) -> int:
+        """Documents in one epoch."""
+        return self._num_documents
+
+    @abstractmethod
+    def _open_epoch(self) -> None:
+        """Prepare the documents of `self.epoch`."""
+
+    @abstractmethod
+    def _document(self, index: int) -> Document:
+        """Document `index` of the epoch."""
+
+    def next_document(self) -> Document:
+        """The next document; raises DataError when it cannot be read or used."""
+        document = self._document(self._cursor)
+        self._cursor += 1
+        if self._cursor == self._num_documents:
+            self.epoch, self._cursor = self.epoch + 1, 0
+            self._open_epoch()
+        return document
+
+    def state_dict(self) -> State:
+        """Epoch and position in it."""
+        return {"num_documents": self._num_documents, "epoch": self.epoch, "cursor": self._cursor}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue where `state` was taken; raises DataError when an epoch had another number of documents."""
+        if state["num_documents"] != self._num_documents:
+            raise DataError(
+                f"{self.name} has {self._num_documents} documents an epoch, {state['num_documents']} when the run was saved; "
+                "use the same data or start anew"
+            )
+        self.epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
+        self._open_epoch()
+
+
+class IndexedSource(EpochSource):
     """Source over records that can be read in any order; the order of an epoch is a function of (seed, epoch)."""
 
     def __init__(self, name: str, records: Records, encoder: DocumentEncoder, *, seed: int, shuffle: bool = True) -> None:
@@ -28,50 +74,18 @@ class IndexedSource:
             seed: seed of the orders.
             shuffle: a new order in each epoch; False: the order of the records.
         """
-        self.name = name
-        self._records = records
-        self._encoder = encoder
-        self._seed = seed
-        self._shuffle = shuffle
-        self.epoch = 0
-        self._cursor = 0
-        self._order = self._order_of(0)
+        self._records, self._encoder = records, encoder
+        self._seed, self._shuffle = seed, shuffle
         self._cache: dict[int, Document] = {}
         self._room = _CACHED_TOKENS
+        super().__init__(name, len(records))
 
-    def __len__(self) -> int:
-        """Documents in one epoch."""
-        return len(self._records)
-
-    def next_document(self) -> Document:
-        """The next document; raises DataError when it cannot be read or used."""
-        number = self._order[self._cursor]
-        document = self._document(int(number))
-        self._cursor += 1
-        if self._cursor == len(self._records):
-            self.epoch, self._cursor = self.epoch + 1, 0
-            self._order = self._order_of(self.epoch)
-        return document
-
-    def state_dict(self) -> State:
-        """Epoch and position in it."""
-        return {"records": len(self._records), "epoch": self.epoch, "cursor": self._cursor}
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken; raises DataError when the number of records differs."""
-        if state["records"] != len(self._records):
-            raise DataError(
-                f"{self.name} holds {len(self._records)} records, {state['records']} when the job was saved; "
-                "put the same data back or start anew"
-            )
-        self.epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._order = self._order_of(self.epoch)
-
-    def _order_of(self, epoch: int) -> list[int] | range:
+    def _open_epoch(self) -> None:
         length = len(self._records)
-        return seeded_permutation(length, self._seed, epoch).tolist() if self._shuffle else range(length)
+        self._order = seeded_permutation(length, self._seed, self.epoch).tolist() if self._shuffle else range(length)
 
-    def _document(self, number: int) -> Document:
+    def _document(self, index: int) -> Document:
+        number = int(self._order[index])
         if number in self._cache:
             return self._cache[number]
         document = self._encoder.encode(self._records.read(number), self._records.where(number))

@@ -8,10 +8,8 @@ Legend: N predictions, D hidden, V vocabulary, P preference pairs, S noise sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 from typing import Any, TypeVar
 
 import torch
@@ -208,25 +206,3 @@ def nelbo(nll_N: Tensor, weight_N: Tensor, num_maskable: int = 1) -> Tensor:
     Source: LLaDA2.0 Eqs 1, 5. Departs: sign (see `elbo_weight`) and global instead of per-micro-batch normalisation.
     """
     return (nll_N * weight_N).sum() / max(num_maskable, 1)
-
-
-def exact_block_nelbo(nll_of: Callable[[Sequence[int]], Tensor], maskable: Sequence[int]) -> Tensor:
-    """The NELBO of one block by enumeration of its 2^m - 1 masks (m maskable positions): exact, for small blocks.
-
-    `sum_{S nonempty} 1 / (m C(m, |S|)) (m / |S|) sum_{i in S} nll_i(S)`.
-
-    Args:
-        nll_of: gives the negative log-likelihoods of the tokens at the masked positions S, summed or as a vector.
-        maskable: positions that may be masked.
-
-    Returns:
-        Scalar in nats, *not* divided by the number of tokens.
-
-    Source: LLaDA2.0 Eq. 1 integrated over t: a rate drawn uniformly makes every mask size 1..m equally likely.
-    """
-    m = len(maskable)
-    total = torch.zeros((), dtype=torch.float64)
-    for size in range(1, m + 1):
-        for masked in combinations(maskable, size):
-            total = total + nll_of(masked).double().sum() / (m * comb(m, size)) * (m / size)
-    return total

@@ -24,7 +24,6 @@ class NextTokenSection(ObjectiveSection):
             raise ConfigError("train.gated_lora_rank has no effect on objective.kind next_token; leave it out")
 
     def build(self, setting: Setting) -> NextTokenObjective:
-        """The objective."""
         return NextTokenObjective(setting)
 
 

@@ -45,7 +45,6 @@ class PreferenceSection(MaskingSection):
             )
 
     def build(self, setting: Setting) -> PreferenceObjective:
-        """The objective."""
         return PreferenceObjective(setting, self)
 
 
