@@ -354,7 +354,7 @@ def test_state_of_other_data_is_refused(tmp_path, tokenizer):
         open_source(hub.model_copy(update={"shuffle_window": 4}), tokenizer, 0).load_state_dict(state)
     state = open_source(problems(tmp_path), tokenizer, 0).state_dict()
     other = problems(tmp_path).model_copy(update={"items_per_epoch": 4})
-    with pytest.raises(DataError, match="makes 4 items an epoch, 11"):
+    with pytest.raises(DataError, match="has 4 documents an epoch, 11"):
         open_source(other, tokenizer, 0).load_state_dict(state)
 
 
