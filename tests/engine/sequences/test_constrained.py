@@ -18,6 +18,7 @@ from helpers import SPECIAL_TOKENS, make_tokenizer
 from tiny import tiny_model, with_params
 from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
+from unmask.engine.grammar import GrammarState
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, Request, Step
 from unmask.engine.sequences.base import NOTHING_LEFT
@@ -282,6 +283,31 @@ def test_a_request_without_a_way_on_fails_alone(kit: Kit, kind: str) -> None:
     assert completion.ids == kit.run(kind, alive)[0].ids
     assert engine.pool.num_used == 0
     engine.pool.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grammar_that_cannot_go_on_fails_alone(kit: Kit, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, alive = kit.request(kind, regex=r"[a-z]{9}"), kit.request(kind, max_new_tokens=12)
+    expected = kit.run(kind, alive)[0].ids
+    compute, calls = GrammarState._compute_allowed, list[None]()
+
+    def limited(state: GrammarState) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) >= 3:
+            raise RequestError("the grammar cannot go on")
+        return compute(state)
+
+    monkeypatch.setattr(GrammarState, "_compute_allowed", limited)
+    engine = kit.model(kind).engine(num_tokens=512)
+    numbers = [engine.add(dead), engine.add(alive)]
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert [str(update.error) for update in updates if update.error is not None] == ["the grammar cannot go on"]
+    (completion,) = (update.completion for update in updates if update.completion is not None)
+    assert completion.ids == expected
+    assert next(update.number for update in updates if update.error is not None) == numbers[0]
+    assert engine.pool.num_used == 0
 
 
 def logprobs_of(model: LanguageModel, canvas: Sequence[int], place: int, mask_id: int | None, block_size: int) -> torch.Tensor:

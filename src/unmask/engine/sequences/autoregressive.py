@@ -56,6 +56,7 @@ class AutoregressiveSequence(DecodingSequence):
             self.grammar.advance(token)
             self._take_forced()
         self._finish()
+        self._check_grammar()
 
     def _finish(self) -> None:
         self._end(range(len(self.request.ids), len(self.tokens)), over=self.is_whole)

@@ -160,6 +160,11 @@ class DecodingSequence(ABC):
         """Whether there is a grammar, and nothing may follow."""
         return self.grammar is not None and self.grammar.finished
 
+    def _check_grammar(self) -> None:
+        """Raise in `apply`, where it ends this request alone, what the next `plan` would: that the grammar cannot go on."""
+        if self.grammar is not None and self.completion is None:
+            self.grammar.allowed()
+
     def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
         """Ids that have become final since the last call, and their log-probabilities if those were asked for."""
         new = slice(self._num_taken, len(self._final_ids))

@@ -100,6 +100,7 @@ class SpeculativeSequence(DecodingSequence):
         self._decide(last + 1)
         self._record(scheduled, output)
         self._finish()
+        self._check_grammar()
 
     def _allowed(self) -> dict[int, Tensor]:
         """What the grammar allows at the verify tokens, by query; drafts are free."""
@@ -111,7 +112,11 @@ class SpeculativeSequence(DecodingSequence):
             allowed[index] = state.allowed()
             if index == self._num_drafts or token in self.request.eos_ids or not state.accepts(token):
                 break  # a draft that is not allowed is not accepted
-            state.advance(token)
+            try:
+                state.advance(token)
+                state.allowed()
+            except RequestError:
+                break  # raised for this request where the draft is accepted
         return allowed
 
     def _write(self, start: int, tokens: Sequence[int]) -> None:
