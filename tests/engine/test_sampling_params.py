@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import unmask
 from tiny import tiny_config
 from unmask.engine.sampling_params import (
     BLOCK_SIZE,
@@ -94,6 +95,11 @@ def test_the_bounds_themselves_are_valid() -> None:
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RequestError, match=r"unknown option heat; use one of block_size, .*, window$"):
         SamplingParams().replace(heat=1)
+
+
+def test_it_is_public() -> None:
+    assert unmask.SamplingParams is SamplingParams
+    assert set(unmask.__all__) <= set(dir(unmask))
 
 
 def test_stop_strings_may_be_one_or_many() -> None:

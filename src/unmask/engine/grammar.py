@@ -126,9 +126,9 @@ class GrammarCompiler:
         try:
             return self._compile(LLMatcher.grammar_from_json_schema(text))
         except _RefusedError as error:
-            place = _locate(parsed, str(error))
+            pointer = _locate(parsed, str(error))
             raise RequestError(
-                f"JSON schema at {place}: {error}; change it, or leave it out and check the value afterwards"
+                f"JSON schema at {pointer}: {error}; change it, or leave it out and check the value afterwards"
             ) from error
 
     def json_object(self) -> Grammar:
@@ -168,9 +168,9 @@ class GrammarCompiler:
         """
         _check_size("Lark grammar", grammar)
         bare = _QUOTED.sub('""', grammar)
-        for kind, found in (("token", _TOKEN_RULE.search(bare)), ("option", _TOKEN_OPTION.search(bare))):
-            if found is not None:
-                raise RequestError(f"Lark grammar: {kind} {found[0].rstrip(' =')} is not supported; write rules over text only")
+        for kind, match in (("token", _TOKEN_RULE.search(bare)), ("option", _TOKEN_OPTION.search(bare))):
+            if match is not None:
+                raise RequestError(f"Lark grammar: {kind} {match[0].rstrip(' =')} is not supported; write rules over text only")
         try:
             return self._compile(json.dumps({"grammars": [{"lark_grammar": grammar}]}))
         except _RefusedError as error:
@@ -333,8 +333,8 @@ class _RefusedError(Exception):
 
 def _explain(message: str) -> str:
     """The library's message in one line, without the source it quotes; `at 3(7):` is spelled out."""
-    kept = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith((" ", "<"))]
-    text = _PLACE.sub(r"line \1, column \2: ", " ".join(kept))
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith((" ", "<"))]
+    text = _PLACE.sub(r"line \1, column \2: ", " ".join(lines))
     return _short_line(text.replace("regex parse error: error: ", ""), 300)
 
 
@@ -372,16 +372,16 @@ def _read_schema(schema: object) -> tuple[Mapping[str, Any], str]:
 def _locate(schema: Mapping[str, Any], reason: str) -> str:
     """JSON pointer of the innermost part of a schema that is refused for the same reason on its own."""
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    place, budget = "#", _MAX_LOCATED_CHARACTERS
+    innermost, budget = "#", _MAX_LOCATED_CHARACTERS
     for pointer, part in _parts(schema):
         text = json.dumps({**part, **shared})
         budget -= len(text)
         if budget < 0:
             break
         refused = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text), limits=_limits())
-        if pointer.startswith(f"{place}/") and _explain(refused) == reason:
-            place = pointer
-    return place
+        if pointer.startswith(f"{innermost}/") and _explain(refused) == reason:
+            innermost = pointer
+    return innermost
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -393,5 +393,5 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield pointer, node
             children = [(str(key).replace("~", "~0").replace("/", "~1"), child) for key, child in node.items()]
         else:
-            children = [(str(place), child) for place, child in enumerate(node)] if isinstance(node, list | tuple) else []
+            children = [(str(index), child) for index, child in enumerate(node)] if isinstance(node, list | tuple) else []
         left += [(f"{pointer}/{key}", child) for key, child in reversed(children)]

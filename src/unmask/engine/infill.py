@@ -1,6 +1,6 @@
-"""Filling holes in a text with both sides in view: what a model that reads from left to right cannot do.
+"""Infilling: text with holes becomes requests that see both sides of each hole.
 
-Owns how a text with holes becomes requests, one per length tried, and which of the fillings is kept.
+Owns the requests, one per length of the holes, and the choice among their completions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Infilling:
     Attributes:
         text: all of it.
         fills: what went into each hole.
-        tokens_per_hole: the length that was kept.
+        tokens_per_hole: the length of the chosen filling.
         score: mean log-probability of the filled tokens, in nats, each at the step that decided it.
         forwards: of all lengths tried.
     """
@@ -88,11 +88,11 @@ def best_filling(
     request, filled = requests[best], iter(completions[best].ids)
     ids = [next(filled) if token is None else token for token in request.ids]
     holes: list[list[int]] = []
-    for place, token in enumerate(request.ids):
+    for position, token in enumerate(request.ids):
         if token is None:
-            if place == 0 or request.ids[place - 1] is not None:
+            if position == 0 or request.ids[position - 1] is not None:
                 holes.append([])
-            holes[-1].append(ids[place])
+            holes[-1].append(ids[position])
     num_prefix = len(tokenizer.prefix_ids)
     return Infilling(
         text=tokenizer.decode(ids[num_prefix:]),

@@ -282,7 +282,7 @@ class LanguageModel:
             params: decoding options.
             eos_id: token or tokens that end the completion; default: the model's.
             compiled: a grammar made by `grammars`, instead of a schema, regular expression or grammar among the options.
-            sample: which of several completions of one prompt; each draws differently.
+            sample: which of several completions of one prompt; each has its own random numbers.
             priority: of a request among those that wait; see `Request`.
             trace: keep every step.
             options: decoding options by name, in place of those in `params`.

@@ -1,6 +1,6 @@
-"""What a decoder is asked, what it reports while it works, and what it returns.
+"""`Request`, `Step` and `Completion`: what every decoder takes, reports and returns.
 
-Owns the request's limits and the records shared by every decoder. Knows no model and no text.
+Owns these records and the checks of a request against a model's config. Knows no weights and no text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to complete, and how.
+    """A request: token ids to complete, and the options to decode by.
 
     Attributes:
         ids: the prompt; None is a hole to fill (diffusion models). A mask or end-of-sequence token inside it is an ordinary
@@ -31,7 +31,7 @@ class Request:
         params: decoding options.
         eos_ids: tokens that end the completion. Holes are never filled with one.
         grammar: compiled; the completion is a sentence of it.
-        sample: which of several completions of one prompt: part of the key of every draw.
+        sample: number of the completion among several of one prompt; part of the key of all random numbers.
         priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
         trace: keep every step.
     """
@@ -56,7 +56,7 @@ class Request:
         return num_blocks(len(self.ids) + self.params.max_new_tokens, size) * size
 
     def samples(self, count: int) -> list[Request]:
-        """So many requests that differ in what they draw; they share the cache of their prompt."""
+        """`count` requests that differ in their random numbers; they share the prompt's cache blocks."""
         return [replace(self, sample=self.sample + i) for i in range(count)]
 
     def check(self, config: ModelConfig) -> None:
@@ -94,7 +94,7 @@ class Step:
         start: absolute position of the first.
         fixed: True where the request gave the token.
         tokens: None where undecided.
-        guess: the model's candidate where it was asked for one.
+        guess: the model's candidate where the forward computed one.
         confidence: of the candidate; 0 where there is none.
         accepted: True where this step decided the token.
         edited: True where this step replaced a decided token.
@@ -140,7 +140,7 @@ OnStep = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log-probabilities under the model's own distribution (mask token left out), at the step that decided."""
+    """Natural log-probabilities under the model's own distribution (without the mask token), at the step that decided."""
 
     token: int
     logprob: float
@@ -165,7 +165,7 @@ class Costs:
 
     @property
     def busy_seconds(self) -> float:
-        """From its first forward to its end: waiting left out."""
+        """Seconds from its first forward to its end, without waiting."""
         return self.prefill_seconds + self.denoise_seconds
 
 
@@ -173,8 +173,8 @@ class Costs:
 class Completion:
     """Decided ids in order of position, up to and including the end-of-sequence token, and what they cost.
 
-    `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set when stop
-    strings were asked for: the text before the stop string.
+    `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set for requests
+    with stop strings: the text before the stop string.
     """
 
     ids: tuple[int, ...]

@@ -154,20 +154,20 @@ class SamplingParams:
     """
 
     temperature: float | None = _option(
-        "0 takes the most probable token; higher values draw, and are more varied.", "Sampling", surfaces=_STANDARD,
+        "0 takes the most probable token; higher values sample, and are more varied.", "Sampling", surfaces=_STANDARD,
         default_text="0", minimum=0, http_maximum=2,
     )  # fmt: skip
     top_p: float | None = _option(
-        "Draw from the most probable tokens that together have this probability.", "Sampling", surfaces=_STANDARD,
+        "Sample from the most probable tokens that together have this probability.", "Sampling", surfaces=_STANDARD,
         default_text="all", minimum=0, exclusive=True, maximum=1,
     )  # fmt: skip
     top_k: int | None = _option(
-        "Draw from this many of the most probable tokens.", "Sampling", surfaces=_EVERYWHERE | _STANDARD,
+        "Sample from this many of the most probable tokens.", "Sampling", surfaces=_EVERYWHERE | _STANDARD,
         default_text="all", minimum=1,
     )  # fmt: skip
     seed: int | None = _option(
-        "Random seed of the draws at a temperature above 0.", "Sampling", surfaces=_STANDARD,
-        default_text="0; a server draws one", minimum=-(2**63), maximum=2**63 - 1,
+        "Random seed of sampling at a temperature above 0.", "Sampling", surfaces=_STANDARD,
+        default_text="0; random on a server", minimum=-(2**63), maximum=2**63 - 1,
     )  # fmt: skip
     logit_bias: Mapping[int, float] = _option(
         "Added to the logits of these token ids, in nats; -inf bans a token.", "Sampling", {}, frozenset(("http",)),
@@ -199,7 +199,7 @@ class SamplingParams:
     window: int = _option("Newest blocks that stay open to edits.", "Diffusion", 1, minimum=1, http_maximum=64)
     speculative: bool | None = _option(
         "Self-speculative decoding: drafts are verified, so that the text is that of decoding token by token.", "Speculative",
-        default_text="on for shifted models, unless a policy or editing is asked for",
+        default_text="on for shifted models, unless a policy or editing is given",
     )  # fmt: skip
     json_schema: Mapping[str, Any] | str | bool | None = _option(
         "The answer is JSON that this schema accepts.", "Structured output", None, frozenset(("cli",)), is_file=True
