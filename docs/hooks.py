@@ -34,7 +34,7 @@ from unmask.engine.sampling_params import Option, SamplingParams, Surface
 
 ROOT = Path(__file__).parents[1]
 LOG = logging.getLogger("mkdocs.hooks.unmask")
-_PLACE = re.compile(r"^<!-- (help|api|options|recipe|suite): ?([\w.-]*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
+_PLACE = re.compile(r"^<!-- (help|api|options|recipe|suite): ?([\w.]*(?:-[\w.]+)*)\n?(.*?)-->$", re.DOTALL | re.MULTILINE)
 _CODE_NAME = re.compile(r"`(unmask(?:\.\w+)+)(?:\(\))?`")
 _TEST_PATH = re.compile(r"`(tests/[\w/.]+)`")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source|Departs):", re.MULTILINE)
