@@ -89,17 +89,19 @@ class PaddedAttend:
         self.batch, self.kv_cache = batch, kv_cache
         members = _groups(batch, views=kv_cache.device.type == "cpu")
         self._calls = [_call(batch, members_N, kv_cache.device) for members_N in members]
-        self._order_T: Tensor | None = None
-        if len(members) > 1 or bool((batch.num_queries_N < batch.max_seqlen_q).any()):
-            self._order_T = torch.from_numpy(_order(batch, members)).to(kv_cache.device)
+        # Where each token's output is among those of all calls; of a token repeated as padding, any will do.
+        tokens = np.concatenate([call.tokens for call in self._calls])
+        order_T = np.empty(len(batch.tokens_T), dtype=np.int64)
+        order_T[tokens] = np.arange(len(tokens))
+        in_order = np.array_equal(tokens, np.arange(len(order_T)))
+        self._order_T = None if in_order else torch.from_numpy(order_T).to(kv_cache.device)
 
     def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
         """Attention output [1, H, T, S]."""
         keys, values = write_kv(self.kv_cache, layer, self.batch, k_BGTS, v_BGTS)
         outputs = [call(q_BHTS, keys, values) for call in self._calls]
-        if self._order_T is None:
-            return outputs[0]
-        return torch.cat(outputs, dim=2).index_select(2, self._order_T)
+        out_BHTS = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return out_BHTS if self._order_T is None else out_BHTS.index_select(2, self._order_T)
 
 
 class _Alone:
@@ -108,6 +110,7 @@ class _Alone:
     def __init__(self, batch: Batch, sequence: int, slots: slice) -> None:
         stop = int(batch.num_queries_N[: sequence + 1].sum())
         self._tokens, self._slots = slice(stop - int(batch.num_queries_N[sequence]), stop), slots
+        self.tokens = np.arange(self._tokens.start, stop)
         self._mask_QK: Tensor | None = None
         if not batch.sees_all_N[sequence]:
             visible_Q = batch.num_visible_keys_T[self._tokens]
@@ -131,7 +134,7 @@ class _Padded:
         self._slots = slots_L
         first_N = (np.cumsum(batch.num_queries_N) - batch.num_queries_N)[members_N]
         token_NQ = first_N[:, None] + np.minimum(np.arange(self._shape[1]), num_queries_N[:, None] - 1)
-        self._token_NQ = torch.from_numpy(token_NQ).to(slots_L.device)
+        self.tokens, self._token_NQ = token_NQ.reshape(-1), torch.from_numpy(token_NQ).to(slots_L.device)
         self._mask_N1QK: Tensor | None = None
         if not batch.sees_all_N[members_N].all() or bool((num_keys_N < self._shape[2]).any()):
             visible_NQ1 = batch.num_visible_keys_T[self._token_NQ][..., None]
@@ -163,20 +166,6 @@ def _groups(batch: Batch, *, views: bool) -> list[Ints]:
         key_N3[alone_N] = np.arange(1, len(keys_N) + 1)[alone_N, None]
     _, group_N = np.unique(key_N3, axis=0, return_inverse=True)
     return [np.flatnonzero(group_N == group) for group in range(group_N.max() + 1)]
-
-
-def _order(batch: Batch, groups: list[Ints]) -> Ints:
-    """Where each token's output stands among those of all groups, padding included; int64 [T]."""
-    order_T, offset = np.empty(len(batch.tokens_T), dtype=np.int64), 0
-    first_N = np.cumsum(batch.num_queries_N) - batch.num_queries_N
-    for members_N in groups:
-        num_queries_N = batch.num_queries_N[members_N]
-        length = int(num_queries_N.max())
-        inside_NQ = np.arange(length) < num_queries_N[:, None]
-        token_NQ = first_N[members_N][:, None] + np.arange(length)
-        order_T[token_NQ[inside_NQ]] = offset + np.flatnonzero(inside_NQ)
-        offset += inside_NQ.size
-    return order_T
 
 
 def _call(batch: Batch, members_N: Ints, device: torch.device) -> _Alone | _Padded:
