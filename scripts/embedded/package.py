@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from delta_encoder import decode_delta, encode_delta
 
 import unmask
 from unmask.errors import UnmaskError
 from unmask.files import read_json
-from unmask.models.weights.delta import decode_delta, encode_delta
 from unmask.models.weights.hub import ASSET_FORMAT, DELTA, METADATA, resolve
 from unmask.models.weights.safetensors_io import iter_tensors
 from unmask.train.metrics import read_metrics

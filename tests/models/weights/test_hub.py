@@ -15,11 +15,11 @@ import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
+from delta_encoder import encode_delta
 
 from unmask.errors import CheckpointError
 from unmask.models.weights import hub
 from unmask.models.weights.checkpoint import read_model_config
-from unmask.models.weights.delta import encode_delta
 from unmask.models.weights.hub import cache_folder, resolve
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.safetensors_io import iter_tensors
