@@ -205,8 +205,7 @@ def measure_python(model: LanguageModel) -> float:
 
         return inner
 
-    engine = Engine(backend)
-    engine._runner.backend = Timed(backend, timed)
+    engine = Engine(Timed(backend, timed))
     request = model.request(model.encode_prompt("List five fruits."), max_new_tokens=64, eos_id=())
     engine.add(request)
     started, steps = time.perf_counter(), 0
@@ -221,6 +220,7 @@ class Timed:
 
     def __init__(self, backend: Backend, timed: Callable[..., Any]) -> None:
         self.config, self.device, self.dtype = backend.config, backend.device, backend.dtype
+        self.new_kv_cache = backend.new_kv_cache
         self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import plain_trainer
 import torch
 from common import arguments, results_path, write_results
-from decode import machine
+from floors import machine
 from rich.console import Console
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -296,7 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.row_length, options.repeats = 64, 1
     torch.set_num_threads(options.threads)
     if options.memory:
-        peak_memory(*options.memory.split(":"), options)
+        way, batch = options.memory.split(":")
+        peak_memory(way, batch, options)
         return
     console = Console(width=160)
     console.print(json.dumps(machine()), f"dtype {options.dtype}", highlight=False)
