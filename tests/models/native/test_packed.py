@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -315,3 +316,20 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
     assert F.cosine_similarity(logits, expected).mean() > cosine
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() > agreement
     assert F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean") < divergence
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_calls_from_several_threads_do_not_disturb_each_other(kernels: Kernels, bits: int) -> None:
+    """Of growing sizes, so that a shared workspace would be replaced while others compute in it."""
+    packed = NativeBackend(model_of("llama"), bits, kernels)
+    batches = [batch_of((random_tokens(count, count), 0, 1, range(count))) for count in (1, 3, 8, 20, 60, 150) * 3]
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden_TD = packed.forward(batch, new_store(packed.config))
+        return hidden_TD, packed.greedy(hidden_TD, None)[0]
+
+    expected = [run(batch) for batch in batches]
+    with ThreadPoolExecutor(6) as pool:
+        for (hidden_TD, token_T), (alone_TD, alone_T) in zip(pool.map(run, batches), expected, strict=True):
+            assert torch.equal(hidden_TD, alone_TD)
+            assert torch.equal(token_T, alone_T)

@@ -6,6 +6,7 @@ Owns the mirror of the structures in the C++ files. Knows nothing of models.
 from __future__ import annotations
 
 import ctypes
+import threading
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -96,8 +97,8 @@ class Kernels:
         self.greedy.argtypes, self.greedy.restype = (*rows, c_int64, c_void_p, c_void_p, c_void_p, c_int), None
 
 
-class Workspace:
-    """Scratch memory shared by consecutive calls; it grows to the largest one's need."""
+class Workspace(threading.local):
+    """Scratch memory shared by a thread's consecutive calls; it grows to the largest one's need."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)

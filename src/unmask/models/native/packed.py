@@ -43,7 +43,8 @@ class PackedTransformer:
 
     Weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per row and
     product; sums are exact integers, everything else is float32. Gated LoRA always has 8 bits. A row's result is the same
-    bits whatever the other rows and the number of threads. Not reentrant: calls share one workspace.
+    bits whatever the other rows and the number of threads. Calls from several threads
+    may overlap: each thread has a workspace of its own.
 
     Args:
         model: on the CPU, any floating dtype. It can be dropped afterwards.
