@@ -1,16 +1,20 @@
-"""Small things the tests of several layers make: a tokenizer of a few hundred tokens with a ChatML template."""
+"""What tests of several layers need: a tokenizer of a few hundred tokens with a ChatML template, and `refused`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.sampling_params import Option
+from unmask.errors import UnmaskError
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -72,3 +76,17 @@ def example_of(option: Option) -> tuple[str, object]:
     """A valid value of an option that is not its default, as text and read."""
     text = "yes" if option.kind is bool else "1" if option.maximum == 1 else option.choices[-1] if option.choices else "3"
     return text, (text,) if option.kind is tuple else text if option.kind is Mapping else option.parse(text)
+
+
+@contextmanager
+def refused(error: type[UnmaskError], *names: object) -> Iterator[None]:
+    """A block that must raise `error`, in one line that names these fields and values as whole words.
+
+    The wording is not compared: `test_errors.py` does that, once for every class.
+    """
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert re.search(rf"(?<!\w){re.escape(str(name))}(?!\w)", message), f"{name!r} is not named: {message}"

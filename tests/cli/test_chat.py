@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 
 import unmask
-from helpers import example_of
+from helpers import example_of, refused
 from unmask.cli import chat as verb
 from unmask.cli import chat_session
 from unmask.cli.chat_local import LocalResponder
@@ -203,7 +203,7 @@ def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
     changed = chat_session.with_option(SamplingParams(seed=1), "speculative", word)
     assert changed == SamplingParams(seed=1, speculative=value)
     assert chat_session.with_option(changed, "speculative", "none") == SamplingParams(seed=1)
-    with pytest.raises(unmask.UnmaskError, match="speculative is '0'; it must be yes or no, or none"):
+    with refused(unmask.UnmaskError, "speculative", "'0'"):
         chat_session.with_option(SamplingParams(), "speculative", "0")
 
 

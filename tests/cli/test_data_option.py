@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import refused
 from unmask.cli.data_option import source_of
 from unmask.data.sources import SourceConfig
 from unmask.errors import ConfigError
@@ -40,22 +41,22 @@ def test_a_folder_is_what_its_files_are(tmp_path: Path, suffix: str, kind: str) 
 def test_a_folder_that_decides_nothing(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match="the folder holds"):
+    with refused(ConfigError, "folder"):
         source_of(str(tmp_path))
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
-    with pytest.raises(ConfigError, match=r"'\.csv' files cannot be read"):
+    with refused(ConfigError, "'.csv'"):
         source_of(str(tmp_path / "a.csv"))
 
 
 def test_empty() -> None:
-    with pytest.raises(ConfigError, match="--data is empty"):
+    with refused(ConfigError, "--data"):
         source_of("")
 
 
 @pytest.mark.parametrize("data", ["./data", "/data/x", "a/b/c", "../up", "~/x", "a b"])
 def test_nothing_of_the_sort(data: str) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with refused(ConfigError, "file"):
         source_of(data)

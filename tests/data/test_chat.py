@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import SPECIAL_TOKENS, make_tokenizer
+from helpers import SPECIAL_TOKENS, make_tokenizer, refused
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import DataError
 
@@ -190,7 +190,7 @@ def test_closing_that_is_like_the_header_is_not_taken_twice(tmp_path):
     ],
 )
 def test_template_that_hides_where_a_turn_is(tmp_path, template, turns):
-    with pytest.raises(DataError, match=r"does not show where message \d, an assistant's, starts and ends"):
+    with refused(DataError, "assistant's"):
         make_tokenizer(tmp_path, chat_template=template).chat_document(turns)
 
 
@@ -205,7 +205,7 @@ def test_exactly_the_assistants_turns_are_learnt(tokenizer, turns, num_given):
         if message["role"] == "assistant"
     ]
     if not spellings:
-        with pytest.raises(DataError, match="0 assistant turns"):
+        with refused(DataError, "assistant turns", 0):
             tokenizer.chat_document(turns, num_given=num_given)
         return
     assert learnt(tokenizer, turns, num_given=num_given) == spellings
@@ -215,15 +215,15 @@ def test_exactly_the_assistants_turns_are_learnt(tokenizer, turns, num_given):
 
 
 @pytest.mark.parametrize(
-    ("message", "error"),
+    ("message", "names"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": []}, "content null of the assistant message is not a text"),
-        ({"role": "assistant", "content": None, "name": "x"}, "content null"),
-        ({"role": "assistant", "tool_calls": {"name": "f"}}, "tool_calls .* is not a list of calls; give each a name"),
-        ({"role": "assistant", "tool_calls": ["f"]}, "tool_calls"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, ("content", "null", "assistant")),
+        ({"role": "assistant", "content": None, "name": "x"}, ("content", "null")),
+        ({"role": "assistant", "tool_calls": {"name": "f"}}, ("tool_calls", "name")),
+        ({"role": "assistant", "tool_calls": ["f"]}, ("tool_calls",)),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, ("tool_calls",)),
     ],
 )
-def test_bad_turns(tokenizer, message, error):
-    with pytest.raises(DataError, match=error):
+def test_bad_turns(tokenizer, message, names):
+    with refused(DataError, *names):
         tokenizer.chat_document([ASKED, message])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from unmask.data.documents import Document
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.shapes import Fields
@@ -200,29 +200,29 @@ def test_texts_of_a_preference_are_cut_where_they_part(encoder, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "names"),
     [
         (
             {"body": "x", "id": None},
-            r"^here: no field text, messages, conversations, chosen or prompt; the fields there are: body, id \(null\)$",
+            ("here", "text", "messages", "conversations", "chosen", "prompt", "body", "id"),
         ),
-        ({}, "the fields there are: none"),
-        ({"prompt": "x"}, "no field response or completion; the fields there are: prompt"),
-        ({"text": 3}, "field text holds int, not a text"),
-        ({"prompt": "x", "response": ["y"]}, "^here: field response is not a text or a list of messages"),
-        ({"prompt": "x", "response": 3}, "^here: field response is not a text or a list of messages"),
-        ({"messages": "hi"}, "field messages is not a list"),
-        ({"messages": [["hi"]]}, "field messages is not a list"),
-        ({"messages": []}, "^here: field messages holds 0 messages"),
-        ({"text": "\ud800"}, r"^here: field text: a text holds U\+D800"),
+        ({}, ("fields", "none")),
+        ({"prompt": "x"}, ("response", "completion", "prompt")),
+        ({"text": 3}, ("field text", "int")),
+        ({"prompt": "x", "response": ["y"]}, ("here", "field response")),
+        ({"prompt": "x", "response": 3}, ("here", "field response")),
+        ({"messages": "hi"}, ("field messages", "list")),
+        ({"messages": [["hi"]]}, ("field messages", "list")),
+        ({"messages": []}, ("here", "field messages", 0)),
+        ({"text": "\ud800"}, ("here", "field text", "U+D800")),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
-            "^here: field messages: the chat template refuses",
+            ("here", "field messages", "chat template"),
         ),
     ],
 )
-def test_bad_records(encoder, record, message):
-    with pytest.raises(DataError, match=message):
+def test_bad_records(encoder, record, names):
+    with refused(DataError, *names):
         encoder.encode(record, "here")
 
 
@@ -231,9 +231,7 @@ def test_mask_token_in_the_data_is_an_error(tmp_path):
     tokenizer = make_tokenizer(tmp_path, mask_token="<file_sep>")
     template = "{{ '<file_sep>' }}{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
     tokenizer._inner.chat_template = template
-    with pytest.raises(
-        DataError, match=r"^here: field messages: token 0 is the mask token <file_sep> \(id 4\), which must not be"
-    ):
+    with refused(DataError, "here", "field messages", "<file_sep>", 4):
         DocumentEncoder(tokenizer).encode({"messages": MESSAGES}, "here")
     document = DocumentEncoder(tokenizer).encode({"text": "a literal <file_sep>"}, "here")
     assert tokenizer.mask_id not in document.tokens

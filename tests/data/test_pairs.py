@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import refused
 from streams import PAD, ListStream
 from unmask.data.documents import Document
 from unmask.data.packing import Overlong, PackedRows
@@ -111,24 +112,24 @@ def test_pairs_of_one_text_with_other_flags_are_not_equal():
 
 
 def test_endless_stream_of_equal_sides_is_an_error():
-    with pytest.raises(DataError, match="10000 documents one after another"):
+    with refused(DataError, 10000):
         PairPacker(ListStream([pair(1, [1], [1])] * 20_000), 8, pad_id=PAD).next_rows(2)
 
 
-@pytest.mark.parametrize(("num_rows", "message"), [(0, "num_rows is 0"), (3, "num_rows is 3; rows come 2 at a time")])
-def test_rows_come_in_twos(num_rows, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_rows_come_in_twos(num_rows):
+    with refused(ConfigError, "num_rows", num_rows):
         PairPacker(ListStream([]), 8, pad_id=PAD).next_rows(num_rows)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ({"overlong": "split"}, "a preference cannot be split over rows; use truncate or drop"),
-        ({"row_length": 0}, "row length 0 is not positive"),
-        ({"pad_id": -1}, "pad id -1"),
+        ({"overlong": "split"}, ("split", "truncate", "drop")),
+        ({"row_length": 0}, ("row length", 0)),
+        ({"pad_id": -1}, ("pad id", -1)),
     ],
 )
-def test_bad_arguments(options, message):
-    with pytest.raises(ConfigError, match=message):
+def test_bad_arguments(options, names):
+    with refused(ConfigError, *names):
         PairPacker(ListStream([]), **{"row_length": 8, "pad_id": PAD} | options)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from helpers import refused
 from unmask.data.shapes import Conversation, Fields, PlainText, read_example, read_pair
 from unmask.errors import DataError
 
@@ -79,7 +80,7 @@ def test_answers_in_a_prompt_are_given():
 def test_whole_conversation_as_an_answer_holds_the_prompt_once():
     system = [{"role": "system", "content": "s"}]
     assert turns_of({"prompt": "p", "chosen": [*system, *say("p", "r")]}) == ([*system, *say("p", "r")], 2)
-    with pytest.raises(DataError, match="field chosen starts with a user turn but does not hold prompt; drop one of them"):
+    with refused(DataError, "field chosen", "prompt"):
         read_example({"prompt": "p", "chosen": say("q", "r")}, FIELDS)
     result = {"role": "tool", "content": "1"}
     called = [{"role": "assistant", "tool_calls": [CALL]}]
@@ -100,65 +101,67 @@ def test_tools_are_a_list_or_its_json(shape, value):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "names"),
     [
-        ({"messages": []}, "^field messages holds 0 messages"),
-        ({"conversations": "x"}, "^field conversations is not a list of messages"),
-        ({"messages": say("q")}, "^field messages: 0 assistant turns to learn from"),
-        ({"messages": [*say("q"), {"role": "robot", "content": "x"}]}, "^field messages: message 2: role 'robot' of a message"),
-        ({"messages": [*say("q", "a"), {"content": "x"}]}, "^field messages: message 3: role None"),
-        ({"messages": [{"role": "user", "content": 3}]}, "^field messages: message 1: content 3 of the user message"),
-        ({"messages": [*say("q"), {"role": "assistant"}]}, "^field messages: message 2: content null"),
-        ({"conversations": shared_gpt(("robot", "x"))}, "^field conversations: message 1: from 'robot' is not one of human, "),
-        ({"conversations": shared_gpt(("gpt", None))}, "^field conversations: message 1: content null"),
-        ({"conversations": shared_gpt(("function_call", "{"))}, "message 1: value of a function_call is not JSON"),
-        ({"conversations": shared_gpt(("function_call", None))}, "message 1: value of a function_call is not JSON"),
-        ({"conversations": shared_gpt(("function_call", "{}"))}, "message 1: tool_calls .* is not a list of calls"),
-        ({"conversations": shared_gpt(("function_call", "[]"))}, "message 1: content null"),
-        ({"prompt": [], "response": "r"}, "^field prompt holds 0 messages"),
-        ({"prompt": "p", "response": []}, "^field response holds 0 messages"),
-        ({"prompt": "p", "response": 3}, "^field response is not a text or a list of messages"),
-        ({"prompt": 3, "response": "r"}, "^field prompt is not a text or a list of messages"),
-        ({"prompt": "p", "response": say("p")}, "^fields prompt and response: 0 assistant turns to learn from"),
-        ({"prompt": say("p", "r"), "response": [{"role": "tool", "content": "1"}]}, "^fields prompt and response: 0 assistant"),
-        ({"messages": say("q", "a"), "tools": "{"}, "^field tools is not JSON"),
-        ({"messages": say("q", "a"), "tools": {"name": "f"}}, "^field tools is not a list of tools"),
-        ({"messages": say("q", "a"), "tools": "{}"}, "^field tools is not a list of tools"),
-        ({"messages": say("q", "a"), "tools": ["f"]}, "^field tools is not a list of tools"),
-        ({"messages": say("q", "a"), "tools": 0}, "^field tools is not a list of tools"),
+        ({"messages": []}, ("field messages", 0)),
+        ({"conversations": "x"}, ("field conversations", "list")),
+        ({"messages": say("q")}, ("field messages", "assistant turns", 0)),
+        ({"messages": [*say("q"), {"role": "robot", "content": "x"}]}, ("field messages", "message 2", "role", "'robot'")),
+        ({"messages": [*say("q", "a"), {"content": "x"}]}, ("field messages", "message 3", "role", None)),
+        ({"messages": [{"role": "user", "content": 3}]}, ("field messages", "message 1", "content", 3)),
+        ({"messages": [*say("q"), {"role": "assistant"}]}, ("field messages", "message 2", "content", "null")),
+        ({"conversations": shared_gpt(("robot", "x"))}, ("field conversations", "message 1", "from", "'robot'")),
+        ({"conversations": shared_gpt(("gpt", None))}, ("field conversations", "message 1", "content", "null")),
+        ({"conversations": shared_gpt(("function_call", "{"))}, ("message 1", "function_call", "JSON")),
+        ({"conversations": shared_gpt(("function_call", None))}, ("message 1", "function_call", "JSON")),
+        ({"conversations": shared_gpt(("function_call", "{}"))}, ("message 1", "tool_calls", "list")),
+        ({"conversations": shared_gpt(("function_call", "[]"))}, ("message 1", "content", "null")),
+        ({"prompt": [], "response": "r"}, ("field prompt", 0)),
+        ({"prompt": "p", "response": []}, ("field response", 0)),
+        ({"prompt": "p", "response": 3}, ("field response",)),
+        ({"prompt": 3, "response": "r"}, ("field prompt",)),
+        ({"prompt": "p", "response": say("p")}, ("prompt and response", "assistant turns", 0)),
+        (
+            {"prompt": say("p", "r"), "response": [{"role": "tool", "content": "1"}]},
+            ("prompt and response", "assistant turns", 0),
+        ),
+        ({"messages": say("q", "a"), "tools": "{"}, ("field tools", "JSON")),
+        ({"messages": say("q", "a"), "tools": {"name": "f"}}, ("field tools", "list")),
+        ({"messages": say("q", "a"), "tools": "{}"}, ("field tools", "list")),
+        ({"messages": say("q", "a"), "tools": ["f"]}, ("field tools", "list")),
+        ({"messages": say("q", "a"), "tools": 0}, ("field tools", "list")),
     ],
 )
-def test_bad_records_name_field_and_message(record, message):
-    with pytest.raises(DataError, match=message) as error:
+def test_bad_records_name_field_and_message(record, names):
+    with refused(DataError, *names):
         read_example(record, FIELDS)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "names"),
     [
-        ({"messages": say("q", "a")}, "^no field chosen, which a preference has; the fields there are: messages$"),
+        ({"messages": say("q", "a")}, ("chosen", "messages")),
         (
             {"chosen": "a", "rejected": None},
-            "^no field rejected, which a preference has; the fields there are: chosen, rejected",
+            ("rejected", "chosen"),
         ),
-        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "^fields chosen and rejected are equal"),
-        ({"chosen": "a b", "rejected": "a b"}, "^fields chosen and rejected are equal"),
-        ({"chosen": say("q", "a"), "rejected": say("q", "a")}, "^fields chosen and rejected are equal"),
-        ({"prompt": "p", "chosen": "a", "rejected": say("p", "a")}, "^fields chosen and rejected are equal"),
-        ({"chosen": "a", "rejected": say("q", "a")}, "are a text and a list of messages; without prompt give both alike"),
-        ({"chosen": say("q", "a"), "rejected": say("x", "b")}, "first differ at message 1, no answer of both"),
-        ({"chosen": say("q", "a", "r", "b"), "rejected": say("q", "a", "x", "b")}, "first differ at message 3, no answer"),
-        ({"chosen": say("q", "a"), "rejected": say("q", "a", "x", "b")}, "first differ at message 3, no answer"),
-        ({"chosen": say("q", "a"), "rejected": [*say("q", "a"), *say("", "b")[1:]]}, "first differ at message 3, no answer"),
-        ({"chosen": say("q", "a"), "rejected": [*say("q"), *say("x", "b")]}, "first differ at message 2, no answer"),
-        ({"prompt": "p", "chosen": "a", "rejected": []}, "^field rejected holds 0 messages"),
-        ({"prompt": "p", "chosen": 1, "rejected": "a"}, "^field chosen is not a text or a list"),
-        ({"chosen": say("q", "a"), "rejected": say("q")}, "^field rejected: 0 assistant turns"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, ("chosen and rejected", "equal")),
+        ({"chosen": "a b", "rejected": "a b"}, ("chosen and rejected", "equal")),
+        ({"chosen": say("q", "a"), "rejected": say("q", "a")}, ("chosen and rejected", "equal")),
+        ({"prompt": "p", "chosen": "a", "rejected": say("p", "a")}, ("chosen and rejected", "equal")),
+        ({"chosen": "a", "rejected": say("q", "a")}, ("text", "list", "prompt")),
+        ({"chosen": say("q", "a"), "rejected": say("x", "b")}, ("message 1",)),
+        ({"chosen": say("q", "a", "r", "b"), "rejected": say("q", "a", "x", "b")}, ("message 3",)),
+        ({"chosen": say("q", "a"), "rejected": say("q", "a", "x", "b")}, ("message 3",)),
+        ({"chosen": say("q", "a"), "rejected": [*say("q", "a"), *say("", "b")[1:]]}, ("message 3",)),
+        ({"chosen": say("q", "a"), "rejected": [*say("q"), *say("x", "b")]}, ("message 2",)),
+        ({"prompt": "p", "chosen": "a", "rejected": []}, ("field rejected", 0)),
+        ({"prompt": "p", "chosen": 1, "rejected": "a"}, ("field chosen",)),
+        ({"chosen": say("q", "a"), "rejected": say("q")}, ("field rejected", "assistant turns", 0)),
     ],
 )
-def test_bad_preferences(record, message):
-    with pytest.raises(DataError, match=message):
+def test_bad_preferences(record, names):
+    with refused(DataError, *names):
         read_pair(record, FIELDS)
 
 
@@ -174,5 +177,5 @@ def test_every_field_that_is_read_is_among_the_names():
     """Parquet readers load these columns and no others."""
     assert len(set(FIELDS.names)) == 9
     record = dict.fromkeys(FIELDS.names)
-    with pytest.raises(DataError, match="no field text"):
+    with refused(DataError, "field text"):
         read_example(record, FIELDS)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from unmask.data.documents import DocumentStream, Source
 from unmask.data.packing import RowPacker
 from unmask.data.pairs import PairPacker
@@ -230,16 +230,14 @@ def test_conversations_with_tools_from_every_kind_of_file(tmp_path, tokenizer, k
 def test_record_that_is_no_preference_is_found_when_pairs_are_opened(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {"prompt": "q", "response": "r"}])
     config = SourceConfig(kind="jsonl", path=str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"a\.jsonl line 2: no field chosen, which a preference has; the fields there are: prompt"
-    ):
+    with refused(DataError, "a.jsonl line 2", "chosen", "prompt"):
         open_source(config, tokenizer, 0, pairs=True)
     write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {"prompt": "q", "chosen": "a", "rejected": "a"}])
-    with pytest.raises(DataError, match=r"a\.jsonl line 2: fields chosen and rejected are equal"):
+    with refused(DataError, "a.jsonl line 2", "chosen", "rejected"):
         open_source(config, tokenizer, 0, pairs=True)
     open_source(config, tokenizer, 0)
     for other in (problems(tmp_path), SourceConfig(kind="text", path=str(tmp_path))):
-        with pytest.raises(ConfigError, match=f"a {other.kind} source holds no preferences; use jsonl, parquet or hugg"):
+        with refused(ConfigError, other.kind, "preferences", "jsonl", "parquet", "huggingface"):
             open_source(other, tokenizer, 0, pairs=True)
 
 
@@ -263,81 +261,81 @@ def test_options_reach_the_documents(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "names"),
     [
-        (b'{"text": "a"}\n\n{"text": \n', r"data\.jsonl line 3: not a JSON value"),
-        (b'{"text": "a"}\n[1]\n', r"data\.jsonl line 2: list instead of a JSON object"),
-        (b'{"text": "a"}\n{"body": "b"}\n', r"data\.jsonl line 2: no field text, .*; the fields there are: body$"),
+        (b'{"text": "a"}\n\n{"text": \n', ("data.jsonl line 3", "JSON")),
+        (b'{"text": "a"}\n[1]\n', ("data.jsonl line 2", "list")),
+        (b'{"text": "a"}\n{"body": "b"}\n', ("data.jsonl line 2", "text", "body")),
         (
             b'{"text": "a"}\n{"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}\n',
-            r"data\.jsonl line 2: field messages: message 2: role 'bot' of a message",
+            ("data.jsonl line 2", "field messages", "message 2", "role", "'bot'"),
         ),
-        (b'{"text": "\xff"}\n', r"data\.jsonl line 1: not a JSON value"),
-        (b"\n\n", r"data\.jsonl holds 0 records"),
+        (b'{"text": "\xff"}\n', ("data.jsonl line 1", "JSON")),
+        (b"\n\n", ("data.jsonl", "records", 0)),
     ],
 )
-def test_bad_lines_are_found_when_the_source_is_opened(tmp_path, tokenizer, content, message):
+def test_bad_lines_are_found_when_the_source_is_opened(tmp_path, tokenizer, content, names):
     file = tmp_path / "data.jsonl"
     file.write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, *names):
         open_source(SourceConfig(kind="jsonl", path=str(file)), tokenizer, 0)
 
 
 def test_bad_parquet(tmp_path, tokenizer):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"))
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet"):
+    with refused(DataError, "a.parquet"):
         open_source(config, tokenizer, 0)
     write_parquet(tmp_path / "a.parquet", [{"body": "x", "id": 1}])
-    with pytest.raises(DataError, match=r"no column text, messages, .*; the columns there are: body, id"):
+    with refused(DataError, "text", "messages", "body", "id"):
         open_source(config, tokenizer, 0)
     write_parquet(tmp_path / "a.parquet", [{"text": "x"}, {"text": None}])
     source = open_source(config.model_copy(update={"shuffle": False}), tokenizer, 0)
     source.next_document()
-    with pytest.raises(DataError, match=r"a\.parquet row 2: no field text"):
+    with refused(DataError, "a.parquet row 2", "text"):
         source.next_document()
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
 def test_data_that_is_not_there(tmp_path, tokenizer, kind):
-    with pytest.raises(DataError, match="is no file, folder or pattern that matches a file"):
+    with refused(DataError, tmp_path / "none*"):
         open_source(SourceConfig(kind=kind, path=str(tmp_path / "none*")), tokenizer, 0)
-    with pytest.raises(DataError, match=r"holds no \.\w+ file"):
+    with refused(DataError, tmp_path, "file"):
         open_source(SourceConfig(kind=kind, path=str(tmp_path)), tokenizer, 0)
 
 
 def test_text_that_is_empty_or_not_utf8(tmp_path, tokenizer):
     file = tmp_path / "a.txt"
     file.write_text("")
-    with pytest.raises(DataError, match="holds 0 records"):
+    with refused(DataError, "records", 0):
         open_source(SourceConfig(kind="text", path=str(file)), tokenizer, 0)
     file.write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match=r"a\.txt: cannot be read as UTF-8"):
+    with refused(DataError, "a.txt", "UTF-8"):
         open_source(SourceConfig(kind="text", path=str(file)), tokenizer, 0).next_document()
 
 
 def test_bad_hub_datasets(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="cannot be opened"):
+    with refused(DataError, tmp_path / "none"):
         open_source(SourceConfig(kind="huggingface", path=str(tmp_path / "none")), tokenizer, 0)
     write_jsonl(tmp_path / "data" / "a.jsonl", [{"body": "x"}])
     config = SourceConfig(kind="huggingface", path=str(tmp_path / "data"))
-    with pytest.raises(DataError, match="nowhere"):
+    with refused(DataError, "nowhere"):
         open_source(config.model_copy(update={"split": "nowhere"}), tokenizer, 0)
-    with pytest.raises(DataError, match=r"shard 0 window 0 record 0: no field text, .*: body$"):
+    with refused(DataError, "shard 0 window 0 record 0", "text", "body"):
         open_source(config, tokenizer, 0).next_document()
 
 
 @pytest.mark.parametrize(
-    ("families", "message"),
+    ("families", "names"),
     [
-        ({"chain_summ": {}}, "chain_summ is no family of reasoning-gym; use one of .*chain_sum"),
-        ({"chain_sum": {"terms": 3}}, "family chain_sum is refused"),
-        ({"chain_sum": {"min_terms": 5, "max_terms": 2}}, "family chain_sum is refused"),
-        ({"chain_sum": {"seed": 3}}, "seed of family chain_sum is set by the source"),
+        ({"chain_summ": {}}, ("chain_summ", "chain_sum")),
+        ({"chain_sum": {"terms": 3}}, ("chain_sum",)),
+        ({"chain_sum": {"min_terms": 5, "max_terms": 2}}, ("chain_sum",)),
+        ({"chain_sum": {"seed": 3}}, ("seed", "chain_sum")),
     ],
 )
-def test_bad_families(tokenizer, families, message):
-    with pytest.raises(ConfigError, match=message):
+def test_bad_families(tokenizer, families, names):
+    with refused(ConfigError, *names):
         open_source(SourceConfig(kind="reasoning_gym", families=families), tokenizer, 0)
 
 
@@ -346,39 +344,39 @@ def test_state_of_other_data_is_refused(tmp_path, tokenizer):
     config = SourceConfig(kind="jsonl", path=str(tmp_path))
     state = open_source(config, tokenizer, 0).state_dict()
     write_jsonl(tmp_path / "a.jsonl", records(0, 4))
-    with pytest.raises(DataError, match="has 4 documents an epoch, 3 when"):
+    with refused(DataError, "documents", 4, 3):
         open_source(config, tokenizer, 0).load_state_dict(state)
     hub = hub_jsonl_folder(tmp_path / "hub")
     state = open_source(hub, tokenizer, 0).state_dict()
-    with pytest.raises(DataError, match="window_size 4, 3 when the job was saved"):
+    with refused(DataError, "window_size", 4, 3):
         open_source(hub.model_copy(update={"shuffle_window": 4}), tokenizer, 0).load_state_dict(state)
     state = open_source(problems(tmp_path), tokenizer, 0).state_dict()
     other = problems(tmp_path).model_copy(update={"items_per_epoch": 4})
-    with pytest.raises(DataError, match="has 4 documents an epoch, 11"):
+    with refused(DataError, "documents", 4, 11):
         open_source(other, tokenizer, 0).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "name"),
     [
         ({"kind": "csv", "path": "x"}, "kind"),
-        ({"kind": "jsonl"}, "a jsonl source has no path"),
-        ({"kind": "jsonl", "path": "x", "split": "test"}, "split has no effect on a jsonl source"),
-        ({"kind": "text", "path": "x", "chat": False}, "chat has no effect on a text source"),
+        ({"kind": "jsonl"}, "path"),
+        ({"kind": "jsonl", "path": "x", "split": "test"}, "split"),
+        ({"kind": "text", "path": "x", "chat": False}, "chat"),
         ({"kind": "jsonl", "path": "x", "unknown": 1}, "unknown"),
         ({"kind": "jsonl", "path": "x", "weight": 0}, "weight"),
         ({"kind": "jsonl", "path": "x", "weight": float("inf")}, "weight"),
         ({"kind": "jsonl", "path": "x", "eos_fill": 0}, "eos_fill"),
         ({"kind": "jsonl", "path": "x", "supervise": "none"}, "supervise"),
-        ({"kind": "huggingface"}, "both or neither of id and path"),
-        ({"kind": "huggingface", "id": "a/b", "path": "x"}, "both or neither of id and path"),
-        ({"kind": "reasoning_gym"}, "has no families"),
-        ({"kind": "reasoning_gym", "families": {}}, "has no families"),
-        ({"kind": "reasoning_gym", "families": {"chain_sum": {}}, "path": "x"}, "path has no effect"),
+        ({"kind": "huggingface"}, "id and path"),
+        ({"kind": "huggingface", "id": "a/b", "path": "x"}, "id and path"),
+        ({"kind": "reasoning_gym"}, "families"),
+        ({"kind": "reasoning_gym", "families": {}}, "families"),
+        ({"kind": "reasoning_gym", "families": {"chain_sum": {}}, "path": "x"}, "path"),
     ],
 )
-def test_bad_configs(config, message):
-    with pytest.raises(ValidationError, match=message):
+def test_bad_configs(config, name):
+    with pytest.raises(ValidationError, match=name):
         SourceConfig(**config)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer
+from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer, refused
 from unmask.data.tokenizer import MaskChoice, Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import CheckpointError, DataError
 
@@ -73,7 +73,7 @@ def test_control_tokens_where_allowed(tokenizer):
 
 
 def test_half_a_surrogate_pair_is_named(tokenizer):
-    with pytest.raises(DataError, match=r"holds U\+D83D, half a surrogate pair"):
+    with refused(DataError, "U+D83D"):
         tokenizer.encode("a \ud83d b")
 
 
@@ -163,39 +163,39 @@ def test_other_templates(tmp_path, template, expected):
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "message"),
+    ("template", "messages", "names"),
     [
-        (DROPPING, say("q", "b", "q", "c"), "does not show where message 2, an assistant's, starts and ends"),
-        (None, say("q", "b"), "has no chat template"),
-        ("{{ raise_exception('no system') }}", say("q", "b"), r"refuses turns user, assistant \(no system\)"),
-        (CHATML, say("q"), "0 assistant turns"),
-        (CHATML, [], "0 messages"),
-        (CHATML, [{"role": "<|im_end|>", "content": "x"}], "role '<|im_end|>' of a message is not one of"),
-        (CHATML, [{"content": "x"}], "role None"),
-        (CHATML, [{"role": "user", "content": 3}], "content 3 of the user message is not a text"),
-        (CHATML, [{"role": "user"}], "content null of the user message"),
-        (CHATML, say("\ufdd0"), "noncharacter"),
+        (DROPPING, say("q", "b", "q", "c"), ("message 2",)),
+        (None, say("q", "b"), ("chat template",)),
+        ("{{ raise_exception('no system') }}", say("q", "b"), ("user, assistant", "no system")),
+        (CHATML, say("q"), ("assistant turns", 0)),
+        (CHATML, [], ("messages", 0)),
+        (CHATML, [{"role": "<|im_end|>", "content": "x"}], ("role", "'<|im_end|>'")),
+        (CHATML, [{"content": "x"}], ("role", None)),
+        (CHATML, [{"role": "user", "content": 3}], ("content", 3, "user")),
+        (CHATML, [{"role": "user"}], ("content", "null", "user")),
+        (CHATML, say("\ufdd0"), ("noncharacter",)),
     ],
 )
-def test_conversations_that_cannot_be_learnt(tmp_path, template, messages, message):
-    with pytest.raises(DataError, match=message):
+def test_conversations_that_cannot_be_learnt(tmp_path, template, messages, names):
+    with refused(DataError, *names):
         make_tokenizer(tmp_path, chat_template=template).chat_document(messages)
 
 
 def test_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+    with refused(CheckpointError, "tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
 def test_tokenizer_that_is_broken(tmp_path):
     make_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with refused(CheckpointError, tmp_path):
         load_tokenizer(tmp_path)
 
 
 def test_tokenizer_without_end_of_text(tmp_path):
-    with pytest.raises(CheckpointError, match="has no eos_token"):
+    with refused(CheckpointError, "eos_token"):
         make_tokenizer(tmp_path, eos_token=None)
 
 
@@ -228,7 +228,7 @@ def test_mask_token_is_taken_from_the_unused(tmp_path, special, plain, expected)
 def test_own_mask_token_comes_first(tmp_path):
     tokenizer = make_tokenizer(tmp_path, special_tokens=(*OTHERS, "[MASK]", "<x>"), mask_token="<x>")
     assert choose_mask_token(tokenizer, 1000) == MaskChoice("<x>", tokenizer.special_tokens["<x>"], appended=False)
-    with pytest.raises(CheckpointError, match="mask token <x> has id 5, the model has 5 rows"):
+    with refused(CheckpointError, "<x>", 5):
         choose_mask_token(tokenizer, 5)
 
 

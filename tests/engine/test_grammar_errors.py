@@ -1,4 +1,4 @@
-"""Structured output: what is refused, in which words, and what a pathological grammar may cost."""
+"""Structured output: what is refused, what the error names, and what a pathological grammar may cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import MAX_GRAMMAR_CHARACTERS, GrammarCompiler, GrammarState
 from unmask.errors import CheckpointError, RequestError
@@ -29,85 +29,82 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 def test_tokenizer_without_bytes_is_refused(tmp_path):
     backend = Backend(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match="structured output needs a byte-level or byte-fallback tokenizer"):
+    with refused(RequestError, "tokenizer", "byte-level"):
         GrammarCompiler(load_tokenizer(tmp_path), [0], 2)
 
 
 def test_ids_must_fit_the_model(tokenizer):
-    with pytest.raises(CheckpointError, match=f"the tokenizer has {tokenizer.next_free_id} tokens, the model 100 rows"):
+    with refused(CheckpointError, tokenizer.next_free_id, 100):
         GrammarCompiler(tokenizer, [0], 100)
     for ends in ([], [-1], [10**6]):
-        with pytest.raises(RequestError, match=r"end-of-sequence ids are \["):
+        with refused(RequestError, "end-of-sequence", ends):
             GrammarCompiler(tokenizer, ends, 1000)
 
 
 @pytest.mark.parametrize(
-    ("schema", "message"),
+    ("schema", "names"),
     [
         (
             {"properties": {"a/b": {"items": {"type": "array", "uniqueItems": True}}}},
-            r"at #/properties/a~1b/items: Unimplemented keys",
+            ("#/properties/a~1b/items", "uniqueItems"),
         ),
         (
             {"properties": {"q": {"$ref": "#/$defs/d"}}, "$defs": {"d": {"type": "text"}}},
-            "at #/properties/q: Invalid type: text",
+            ("#/properties/q", "text"),
         ),
-        ({"anyOf": [{"type": "null"}, {"type": "string", "format": "foo"}]}, "at #/anyOf/1: Unknown format: foo"),
-        ({"type": "string", "pattern": "a(?=b)"}, "at #: look-around"),
-        ({"type": "integer", "minimum": 3, "maximum": 2}, r"at #: Unsatisfiable schema: minimum \(3\)"),
-        ({"$ref": "#/nope"}, "Pointer '/nope' does not exist"),
-        ({"x-guidance": {"foo": 1}}, "unknown field `foo`"),
-        ({"x-guidance": 3}, "x-guidance of the JSON schema is 3; it must be an object"),
-        ({"const": {1, 2}}, "not JSON: Object of type set"),
-        ({"const": float("nan")}, "not JSON: Out of range float"),
-        ('{"type": ', "not JSON: Expecting value: line 1 column 10"),
-        ("[1]", r"is \[1\]; it must be an object, true or false"),
-        (False, "schema is false"),
-        ({"enum": ["x" * MAX_GRAMMAR_CHARACTERS]}, "at most 1000000 are compiled"),
+        ({"anyOf": [{"type": "null"}, {"type": "string", "format": "foo"}]}, ("#/anyOf/1", "foo")),
+        ({"type": "string", "pattern": "a(?=b)"}, ("#", "look-around")),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, ("#", "minimum", 3)),
+        ({"$ref": "#/nope"}, ("'/nope'",)),
+        ({"x-guidance": {"foo": 1}}, ("foo",)),
+        ({"x-guidance": 3}, ("x-guidance", 3)),
+        ({"const": {1, 2}}, ("JSON schema", "set")),
+        ({"const": float("nan")}, ("JSON schema", "float")),
+        ('{"type": ', ("JSON schema", "line 1 column 10")),
+        ("[1]", ("JSON schema", "[1]")),
+        (False, ("schema", "false")),
+        ({"enum": ["x" * MAX_GRAMMAR_CHARACTERS]}, (MAX_GRAMMAR_CHARACTERS,)),
     ],
 )
-def test_bad_schemas(compiler, schema, message):
-    with pytest.raises(RequestError, match=message) as caught:
+def test_bad_schemas(compiler, schema, names):
+    with refused(RequestError, *names):
         compiler.json_schema(schema)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "message"),
+    ("kind", "source", "names"),
     [
-        ("regex", "ab(", r"^regex 'ab\(': unclosed group; use only"),
-        ("regex", r"(a)\1", "backreferences are not supported"),
-        ("regex", r"\bfoo", "lookarounds not supported"),
-        ("regex", "a\\", "ends in a lone backslash; double it"),
-        ("regex", r"[^\x00-\x{10FFFF}]", "nothing matches it"),
-        ("regex", "a" * (MAX_GRAMMAR_CHARACTERS + 1), "has 1000001 characters"),
-        ("lark", 'start: "a" b\nb: c', 'line 2, column 4: unknown name: "c"'),
-        ("lark", 'rule: "a"', "no start rule found"),
-        ("lark", "start: start", "nothing matches it"),
-        ("lark", 'start: %json {"type": "text"}', "line 1, column 8: failed to compile JSON schema: Invalid type: text"),
-        ("lark", 'start: "a\\"" <|im_end|>', r"token <\|im_end\|> is not supported"),
-        ("lark", "start: /a\\/b/ <[3]>", r"token <\[3\]> is not supported"),
-        ("lark", 'start[stop="x"]: /.*/', "option stop is not supported"),
-        ("lark", '{"grammars": [{"lark_grammar": "start: <[3]>"}]}', "line 1, column 1"),
-        ("lark", "start: " + "(" * 10_000 + '"a"' + ")" * 10_000, "too deeply nested"),
+        ("regex", "ab(", ("regex", "'ab('")),
+        ("regex", r"(a)\1", ("regex", "backreferences")),
+        ("regex", r"\bfoo", ("regex", "lookarounds")),
+        ("regex", "a\\", ("regex", "backslash")),
+        ("regex", r"[^\x00-\x{10FFFF}]", ("regex", "nothing")),
+        ("regex", "a" * (MAX_GRAMMAR_CHARACTERS + 1), ("regex", MAX_GRAMMAR_CHARACTERS + 1, MAX_GRAMMAR_CHARACTERS)),
+        ("lark", 'start: "a" b\nb: c', ("line 2, column 4", '"c"')),
+        ("lark", 'rule: "a"', ("Lark grammar", "start")),
+        ("lark", "start: start", ("Lark grammar", "nothing")),
+        ("lark", 'start: %json {"type": "text"}', ("line 1, column 8", "text")),
+        ("lark", 'start: "a\\"" <|im_end|>', ("token", "<|im_end|>")),
+        ("lark", "start: /a\\/b/ <[3]>", ("token", "<[3]>")),
+        ("lark", 'start[stop="x"]: /.*/', ("option", "stop")),
+        ("lark", '{"grammars": [{"lark_grammar": "start: <[3]>"}]}', ("line 1, column 1",)),
+        ("lark", "start: " + "(" * 10_000 + '"a"' + ")" * 10_000, ("Lark grammar", "nested")),
     ],
 )
-def test_bad_regexes_and_grammars(compiler, kind, source, message):
-    with pytest.raises(RequestError, match=message) as caught:
+def test_bad_regexes_and_grammars(compiler, kind, source, names):
+    with refused(RequestError, *names):
         {"regex": compiler.regex, "lark": compiler.lark}[kind](source)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
 
 
 def test_a_rule_over_tokens_that_the_check_did_not_see_still_gives_no_control_token(tokenizer, compiler):
     control = tokenizer.special_tokens["<repo_name>"]
 
     def start(source: str) -> GrammarState:
-        return GrammarState(LLMatcher(compiler._inner, source, log_level=0), compiler._vocabulary)
+        return GrammarState(LLMatcher(compiler.llguidance_tokenizer, source, log_level=0), compiler.vocabulary)
 
     assert start(f'start: <[{control}]> | "b"').allowed().nonzero()[:, 0].tolist() == tokenizer.encode("b")
     assert not start(f'start: <[{control}]> | "b"').accepts(control)
-    with pytest.raises(RequestError, match="asks for a control token"):
+    with refused(RequestError, "control token"):
         start(f'start: <[{control}]> "b"').forced()
 
 
@@ -117,7 +114,7 @@ def test_a_dead_end_is_an_error_not_a_wrong_answer(tokenizer, compiler):
     assert state.finished
     state = compiler.lark('start: "a" x | "b"\nx: x "c"').start()
     state.advance(tokenizer.encode("a")[0])
-    with pytest.raises(RequestError, match="led into a dead end"):
+    with refused(RequestError, "dead end"):
         state.allowed()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import refused
 from tiny import FAMILIES, MASK, VOCAB, tiny_model
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
@@ -153,55 +154,46 @@ def test_the_whole_context_can_be_used(make: Callable[..., LanguageModel]) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "name"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
-        ({"max_new_tokens": 122}, "prompt of 7 tokens plus 122 new ones exceeds the context of 128; "),
-        ({"mask_id": VOCAB}, f"mask token {VOCAB} is outside the vocabulary (0..{VOCAB - 1})"),
-        ({"mask_id": -1}, f"mask token -1 is outside the vocabulary (0..{VOCAB - 1})"),
-        ({"threshold": 1.2}, "threshold is 1.2; "),
-        ({"threshold": -1.0}, "threshold is -1.0; "),
-        ({"block_size": 0}, "block_size is 0; "),
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"temperature": -0.5}, "temperature is -0.5; "),
-        ({"top_k": 0}, "top_k is 0; "),
-        ({"top_p": 0.0}, "top_p is 0.0; "),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 122}, "context"),
+        ({"mask_id": VOCAB}, "mask token"),
+        ({"mask_id": -1}, "mask token"),
+        ({"threshold": 1.2}, "threshold"),
+        ({"threshold": -1.0}, "threshold"),
+        ({"block_size": 0}, "block_size"),
+        ({"steps": 0}, "steps"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
     ],
 )
 @pytest.mark.parametrize("make", [diffusion, autoregressive])
-def test_options_out_of_range_are_refused(make: Callable[[], LanguageModel], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError) as error:
+def test_options_out_of_range_are_refused(make: Callable[[], LanguageModel], options: dict[str, Any], name: str) -> None:
+    with refused(RequestError, name, *options.values()):
         make().generate_ids(IDS, **({"max_new_tokens": 4} | options))
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1])
 def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
-    message = f"prompt token {token} is outside the vocabulary (0..{VOCAB - 1})"
     for call in (lambda: diffusion().generate_ids([3, token]), lambda: diffusion().logits([3, token])):
-        with pytest.raises(RequestError) as error:
+        with refused(RequestError, "prompt token", token):
             call()
-        assert str(error.value) == message
 
 
 def test_what_cannot_be_done_is_refused_in_one_line() -> None:
     model = diffusion()
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("model tiny has no tokenizer; use generate_ids, ", lambda: model.generate("hello")),
-        ("model tiny has no tokenizer; use generate_ids, ", lambda: model.encode_prompt("hello")),
-        ("0 tokens given; logits need 1 to ", lambda: model.logits([])),
-        ("block_size is 0; it must be at least 1", lambda: model.logits(IDS, block_size=0)),
-        (
-            "autoregressive decoding needs at least one prompt token",
-            lambda: autoregressive().generate_ids([], max_new_tokens=4),
-        ),
+    calls: list[tuple[tuple[object, ...], Callable[[], object]]] = [
+        (("tokenizer", "generate_ids"), lambda: model.generate("hello")),
+        (("tokenizer", "generate_ids"), lambda: model.encode_prompt("hello")),
+        (("logits", 0), lambda: model.logits([])),
+        (("block_size", 0), lambda: model.logits(IDS, block_size=0)),
+        (("autoregressive", "prompt token"), lambda: autoregressive().generate_ids([], max_new_tokens=4)),
     ]
-    for message, call in calls:
-        with pytest.raises(RequestError) as error:
+    for names, call in calls:
+        with refused(RequestError, *names):
             call()
-        assert str(error.value).startswith(message)
-        assert "\n" not in str(error.value)
 
 
 def test_an_empty_prompt_is_enough_for_diffusion() -> None:
@@ -264,17 +256,16 @@ def test_several_requests_share_an_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        ({"heat": 1.0}, "unknown option heat; use one of block_size, edit_threshold, "),
-        ({"preset": "fast"}, "preset is 'fast'; use one of speed, quality"),
-        ({"window": 2}, "window is 2 without an edit_threshold; only edits reach back into older blocks"),
-        ({"policy": "best"}, "policy is 'best'; use one of threshold, entropy, fixed"),
-        ({"regex": "a", "json_schema": {}}, "json_schema and regex are both given; a completion follows one of them"),
-        ({"stop": "x"}, "stop strings need a tokenizer; use eos_ids, or give the engine a decode function"),
+        ({"heat": 1.0}, ["heat", "block_size", "edit_threshold"]),
+        ({"preset": "fast"}, ["preset", "'fast'", "speed", "quality"]),
+        ({"window": 2}, ["window", 2, "edit_threshold"]),
+        ({"policy": "best"}, ["policy", "'best'", "threshold", "entropy", "fixed"]),
+        ({"regex": "a", "json_schema": {}}, ["json_schema", "regex"]),
+        ({"stop": "x"}, ["stop", "tokenizer"]),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError) as error:
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], names: list[object]) -> None:
+    with refused(RequestError, *names):
         diffusion().generate_ids(IDS, max_new_tokens=4, **options)
-    assert str(error.value).startswith(message)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import refused
 from unmask.diffusion import decode
 from unmask.diffusion.decode import Decision, Guess
 from unmask.engine.policies import POLICIES, accept, accept_within_entropy, choose, step_quota
@@ -26,7 +27,7 @@ def test_policies_are_chosen_by_name() -> None:
     for name in POLICIES:
         assert SamplingParams(policy=name).policy == name
     assert SamplingParams.options()["policy"].choices == tuple(POLICIES)
-    with pytest.raises(RequestError, match="policy is 'luck'; use one of threshold"):
+    with refused(RequestError, "policy", "'luck'", *POLICIES):
         SamplingParams(policy="luck")
 
 
@@ -39,10 +40,10 @@ def test_quotas_fill_the_block_with_the_remainder_first(block_size: int, steps: 
 
 
 def accept_by_hand(confidence: list[float], undecided: list[bool], threshold: float, quota: int) -> list[bool]:
-    open_places = [i for i, yes in enumerate(undecided) if yes]
-    chosen = [i for i in open_places if confidence[i] > threshold]
+    undecided_positions = [i for i, yes in enumerate(undecided) if yes]
+    chosen = [i for i in undecided_positions if confidence[i] > threshold]
     if len(chosen) < quota:
-        chosen = sorted(open_places, key=lambda i: (-confidence[i], i))[:quota]
+        chosen = sorted(undecided_positions, key=lambda i: (-confidence[i], i))[:quota]
     return [i in chosen for i in range(len(confidence))]
 
 
@@ -50,12 +51,12 @@ def accept_by_hand(confidence: list[float], undecided: list[bool], threshold: fl
 def test_accept_equals_its_definition(confidence: list[float], data: st.DataObject, threshold: float, quota: int) -> None:
     """The confidences repeat and hit the threshold exactly: ties and `>` against `>=` both matter."""
     undecided = data.draw(st.lists(st.booleans(), min_size=len(confidence), max_size=len(confidence)))
-    places = [i for i, yes in enumerate(undecided) if yes]
-    found = accept([confidence[i] for i in places], threshold, quota)
-    assert [i in {places[j] for j in found} for i in range(len(confidence))] == accept_by_hand(
+    positions = [i for i, yes in enumerate(undecided) if yes]
+    accepted = accept([confidence[i] for i in positions], threshold, quota)
+    assert [i in {positions[j] for j in accepted} for i in range(len(confidence))] == accept_by_hand(
         confidence, undecided, threshold, quota
     )
-    assert found == sorted(set(found))
+    assert accepted == sorted(set(accepted))
 
 
 def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
@@ -96,9 +97,9 @@ def test_no_larger_set_is_within_the_entropy_bound(of_positions: list[float], bo
     assert len(accept_within_entropy(of_positions, bound, 0)) == most
 
 
-def guess_of(*said: tuple[int, int, float], entropy: list[float] | None = None) -> Guess:
+def guess_of(*guesses: tuple[int, int, float], entropy: list[float] | None = None) -> Guess:
     """(position, candidate, confidence) of every queried position."""
-    positions, tokens, confidences = zip(*said, strict=True)
+    positions, tokens, confidences = zip(*guesses, strict=True)
     return Guess(positions, tokens, confidences, entropy)
 
 
@@ -137,18 +138,18 @@ def test_the_entropy_policy_ranks_by_entropy() -> None:
     st.sampled_from(["threshold", "fixed"]),
 )
 def test_edits_equal_their_definition(
-    said: list[tuple[int, float]], holds: list[int | None], edit_threshold: float | None, policy: str
+    guesses: list[tuple[int, float]], tokens: list[int | None], edit_threshold: float | None, policy: str
 ) -> None:
-    """Confidences hit the threshold exactly, candidates equal the token held: `>` and `!=` both matter."""
+    """Confidences hit the threshold exactly, candidates equal the decided token: `>` and `!=` both matter."""
     rules = ResolvedParams(block_size=6, steps=6, threshold=0.5, edit_threshold=edit_threshold, policy=policy)
-    positions = [10 + i for i in range(len(said))]
-    guess = Guess(positions, [token for token, _ in said], [confidence for _, confidence in said])
-    decided = {p: token for p, token in zip(positions, holds, strict=False) if token is not None}
+    positions = [10 + i for i in range(len(guesses))]
+    guess = Guess(positions, [token for token, _ in guesses], [confidence for _, confidence in guesses])
+    decided = {p: token for p, token in zip(positions, tokens, strict=False) if token is not None}
     decision = decide(guess, decided, 0, rules)
     expected = {}
-    for position, (token, confidence) in zip(positions, said, strict=True):
-        held = decided.get(position)
-        if held is not None and held != token and edit_threshold is not None and confidence > edit_threshold:
+    for position, (token, confidence) in zip(positions, guesses, strict=True):
+        before = decided.get(position)
+        if before is not None and before != token and edit_threshold is not None and confidence > edit_threshold:
             expected[position] = token
     assert decision.edits == expected
     assert not decided.keys() & decision.commits.keys()

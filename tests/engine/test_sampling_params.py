@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import unmask
+from helpers import refused
 from tiny import tiny_config
 from unmask.engine.sampling_params import (
     BLOCK_SIZE,
@@ -61,10 +62,8 @@ PLAIN = tiny_config("llama")
 )
 def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], value: str, rule: str) -> None:
     for kind in (SamplingParams, ResolvedParams):
-        with pytest.raises(RequestError) as error:
+        with refused(RequestError, next(iter(arguments)), value, rule):
             kind(**arguments)
-        assert str(error.value).startswith(f"{next(iter(arguments))} is {value}")
-        assert rule in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +80,8 @@ def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], valu
     ],
 )
 def test_options_that_exclude_each_other_are_refused(arguments: dict[str, Any], names: list[str]) -> None:
-    with pytest.raises(RequestError) as error:
+    with refused(RequestError, *names):
         SamplingParams(**arguments)
-    assert str(error.value).startswith(names[0])
-    assert all(name in str(error.value) for name in names)
 
 
 def test_the_bounds_themselves_are_valid() -> None:
@@ -93,7 +90,7 @@ def test_the_bounds_themselves_are_valid() -> None:
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RequestError, match=r"unknown option heat; use one of block_size, .*, window$"):
+    with refused(RequestError, "heat", *SamplingParams.options()):
         SamplingParams().replace(heat=1)
 
 
@@ -158,7 +155,7 @@ def test_a_value_is_read_by_its_type(name: str, text: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "text"), [("top_k", "5.5"), ("threshold", "high"), ("speculative", "perhaps")])
 def test_a_text_of_another_type_is_refused_by_name(name: str, text: str) -> None:
-    with pytest.raises(RequestError, match=f"^{name} is '{text}'; it must be"):
+    with refused(RequestError, name, repr(text)):
         OPTIONS[name].parse(text)
 
 

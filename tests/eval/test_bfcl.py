@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from scripted import ScriptedModel
 
+from helpers import refused
 from unmask.errors import BackendError, ConfigError
 from unmask.eval import bfcl
 from unmask.eval.bfcl import GROUPS, bfcl_tasks, interpreter
@@ -78,7 +79,7 @@ def test_items_hold_what_is_needed(stub: Path) -> None:
     assert not item.raw
     prompts = [item.prompt for item in TASKS["live_irrelevance"].items("test", 2)]
     assert prompts == ["user: question 0\n\nassistant: Yes?", "question 1\n\nmore"]
-    with pytest.raises(ConfigError, match="bfcl-offline/irrelevance has no train split; use test"):
+    with refused(ConfigError, "bfcl-offline/irrelevance", "train", "test"):
         TASKS["irrelevance"].items("train", 1)
 
 
@@ -91,29 +92,27 @@ def test_verdicts_are_scores(stub: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "names"),
     [
-        ("crash", r"failed \(exit code 1: ValueError: no such question\); remove .*venv and run: python -m venv"),
-        ("babble", r"failed \(Expecting value"),
+        ("crash", ("exit code 1", "ValueError", "python -m venv")),
+        ("babble", ("Expecting value",)),
     ],
 )
-def test_a_broken_checker_is_an_error(stub: Path, answer: str, told: str) -> None:
+def test_a_broken_checker_is_an_error(stub: Path, answer: str, names: tuple[str, ...]) -> None:
     items = TASKS["irrelevance"].items("test", 1)
-    with pytest.raises(BackendError, match=told):
+    with refused(BackendError, *names):
         TASKS["irrelevance"].score(items, [answer])
 
 
 def test_absent_package_is_named(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = r"bfcl-eval 2026\.3\.23 in .*, where it is not installed; run: python -m venv .* --no-deps bfcl-eval==2026\.3\.23"
     monkeypatch.setattr(bfcl, "RELEASE", "2026.3.24")
-    with pytest.raises(ConfigError, match=r"needs bfcl-eval 2026\.3\.24 in"):
+    with refused(ConfigError, "bfcl-eval 2026.3.24"):
         TASKS["irrelevance"].items("test", 1)
     monkeypatch.undo()
     monkeypatch.setattr(bfcl, "VENV", stub / "nowhere")
     for ask in (lambda: TASKS["irrelevance"].items("test", 1), lambda: TASKS["irrelevance"].score([], [])):
-        with pytest.raises(ConfigError, match=told) as caught:
+        with refused(ConfigError, "python -m venv", "--no-deps bfcl-eval==2026.3.23"):
             ask()
-        assert "\n" not in str(caught.value)
 
 
 def test_arithmetic_is_all_that_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from helpers import refused
 from unmask.errors import ConfigError
 from unmask.eval.compare import compare_samples, mcnemar
 from unmask.eval.runner import EvalSample
@@ -85,7 +86,7 @@ def test_only_what_both_have_answered_counts() -> None:
 
 
 def test_runs_that_do_not_belong_together() -> None:
-    with pytest.raises(ConfigError, match="no item in common"):
+    with refused(ConfigError, "item"):
         compare_samples(run([1]), run([1], task="other"))
-    with pytest.raises(ConfigError, match="differs between the two runs"):
+    with refused(ConfigError, "runs"):
         compare_samples(run([1]), [replace(sample(0, 1), prompt="another question")])

@@ -11,7 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from tiny import tiny_model
 from unmask.engine.llm import LanguageModel
 from unmask.engine.sampling_params import SamplingParams
@@ -152,12 +152,12 @@ def test_contexts_that_do_not_fit_lose_their_beginning(model: LanguageModel) -> 
     assert lm.truncated == 1
     lm._loglikelihood_tokens([(("", ""), [5] * 300, [6, 7])], disable_tqdm=True)
     assert lm.truncated == 2
-    with pytest.raises(RequestError, match="300 tokens does not fit"):
+    with refused(RequestError, 300):
         lm._loglikelihood_tokens([(("", ""), [5], [6] * 300)], disable_tqdm=True)
 
 
 def test_what_a_task_asks_for_and_we_do_not_know_is_an_error(model: LanguageModel) -> None:
-    with pytest.raises(ConfigError, match="generation option num_beams"):
+    with refused(ConfigError, "num_beams"):
         HarnessLM(model).generate_until([Instance("generate_until", {}, ("a", {"num_beams": 4}), 0)], disable_tqdm=True)
 
 
@@ -178,5 +178,5 @@ def test_a_run_writes_what_it_found(model: LanguageModel, data: str, tmp_path: P
 
 
 def test_an_unknown_task_is_told(model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lm-eval cannot run no_such_task"):
+    with refused(ConfigError, "no_such_task"):
         run_harness(model, ["no_such_task"], tmp_path, limit=1, chat=False, manager=NONE)

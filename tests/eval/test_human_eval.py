@@ -10,6 +10,7 @@ import pytest
 import yaml
 from lm_eval.utils import apply_template
 
+from helpers import refused
 from unmask.errors import ConfigError
 from unmask.eval.human_eval import HUMANEVAL, HUMANEVAL_BASE, STOPS, code_of, problems, program, solution
 from unmask.eval.task import ItemScore
@@ -99,7 +100,7 @@ def test_items_are_a_stable_prefix(some: list[int]) -> None:
     assert f"```python\n{problems()[0]['prompt']}\n```\n" in items[0].prompt
     assert json.loads(json.dumps(items[3].target)) == items[3].target
     assert not any(problem["canonical_solution"] in item.prompt for problem, item in zip(problems(), items, strict=True))
-    with pytest.raises(ConfigError, match="humaneval-offline has no train split; use test"):
+    with refused(ConfigError, "humaneval-offline", "train", "test"):
         HUMANEVAL.items("train", 1)
 
 

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from helpers import refused
 from tiny import MASK, tiny_model
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError, RequestError
@@ -132,11 +133,11 @@ def test_int8_kernels_agree_with_plain_weights() -> None:
 
 def test_what_cannot_be_scored() -> None:
     estimator = LikelihoodEstimator(model_of(None))
-    with pytest.raises(RequestError, match="context is empty"):
+    with refused(RequestError, "context"):
         estimator.score([], [1])
-    with pytest.raises(RequestError, match="continuation is empty"):
+    with refused(RequestError, "continuation"):
         estimator.score([1], [])
-    with pytest.raises(RequestError, match="exceed the context of 128"):
+    with refused(RequestError, "context", 128):
         estimator.score([1] * 120, [1] * 9)
-    with pytest.raises(ConfigError, match="at least 2"):
+    with refused(ConfigError, 2):
         LikelihoodEstimator(model_of(8), samples=1)

@@ -237,7 +237,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "words"),
+    ("fields", "param", "name"),
     [
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "add, ring"),
@@ -251,8 +251,8 @@ BAD = {
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
     ],
 )
-def test_what_is_wrong_is_named(desk: OpenAI, fields: dict[str, Any], param: str, words: str) -> None:
-    with pytest.raises(BadRequestError, match=words) as caught:
+def test_what_is_wrong_is_named(desk: OpenAI, fields: dict[str, Any], param: str, name: str) -> None:
+    with pytest.raises(BadRequestError, match=name) as caught:
         desk.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4, **fields)
     assert caught.value.param == param
 

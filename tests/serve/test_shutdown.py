@@ -16,6 +16,7 @@ import pytest
 from live import SlowModel, live, served_model
 from wire import Wire, chat_body, request_bytes
 
+from helpers import refused
 from unmask.engine.backends.base import Backend
 from unmask.errors import ConfigError
 from unmask.serve import server as serving
@@ -164,7 +165,7 @@ def test_while_the_model_is_prepared_it_says_so(loading: Loading) -> None:
         assert httpx2.get(f"{url}/metrics").status_code == 200
         assert httpx2.get(f"{url}/v1/models").status_code == 200
         loading.gate.set()
-        with pytest.raises(ConfigError, match="cannot be served"):
+        with refused(ConfigError, "served"):
             task.result(30)
 
 
@@ -186,7 +187,7 @@ def test_a_taken_port_is_one_line_at_once() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port} "):
+        with refused(ConfigError, f"127.0.0.1:{port}"):
             listen("127.0.0.1", port)
-    with pytest.raises(ConfigError, match=r"cannot listen at no\.such\.host\.invalid:1"):
+    with refused(ConfigError, "no.such.host.invalid:1"):
         listen("no.such.host.invalid", 1)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer
+from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer, refused
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
@@ -200,7 +200,7 @@ def test_arguments_that_would_exhaust_the_stack(make, template):
     assert "{}" * 200 in asked(json.dumps({"a": "{}" * 200 + "[" * 200}))
     assert "[" * 99 in asked('{"a": ' + "[" * 99 + "]" * 99 + "}")
     for text in ("[" * 100_000, '{"a": ' + "[" * 100 + "]" * 100 + "}"):
-        with pytest.raises(RequestError, match="arguments of a call of 'get' nest deeper than 100"):
+        with refused(RequestError, "'get'", 100):
             asked(text)
 
 
@@ -266,9 +266,9 @@ def test_a_template_that_writes_calls_but_no_results(make):
 
 
 def test_templates_that_cannot_be_used(make):
-    with pytest.raises(RequestError, match="tools need a chat template"):
+    with refused(RequestError, "chat template"):
         tool_format(make(None))
-    with pytest.raises(RequestError, match="asks for tool calls in a format that is not supported"):
+    with refused(RequestError, "format"):
         tool_format(make(SHOWN + CHATML))
 
 
@@ -289,32 +289,32 @@ def test_a_marker_that_is_a_control_token(tmp_path, compiler):
 
 @pytest.mark.parametrize("name", ["", "a b", "é", "x" * 65, "a.b", "get\n"])
 def test_bad_names_are_refused(formats, name):
-    with pytest.raises(RequestError, match=re.escape("tools[1].function.name is ")):
+    with refused(RequestError, "tools[1].function.name"):
         formats["list"].grammar([TIME, ToolFunction(name)], AUTO, parallel=True)
 
 
 def test_functions_and_choice_are_checked(formats, compiler):
-    with pytest.raises(RequestError, match=re.escape("tools[1].function.name 'get' is given twice")):
+    with refused(RequestError, "tools[1].function.name", "'get'"):
         formats["list"].grammar([TIME, TIME], NONE, parallel=True)
-    with pytest.raises(RequestError, match="tool_choice names 'other', which is not among tools"):
+    with refused(RequestError, "tool_choice", "'other'"):
         formats["list"].compile(compiler, FUNCTIONS, ToolChoice("required", "other"), parallel=True)
-    with pytest.raises(RequestError, match="tool_choice is required and there are no tools"):
+    with refused(RequestError, "tool_choice", "required"):
         formats["list"].grammar([], REQUIRED, parallel=True)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "reason"),
+    ("parameters", "names"),
     [
-        ({"type": "string"}, "type is 'string'; it must be object"),
-        ({"type": "object", "properties": {"a": {"uniqueItems": True}}}, "JSON schema at #/properties/a: "),
-        ({"properties": {"a": {"enum": []}}, "required": ["a"]}, "JSON schema at #: Unsatisfiable"),
-        ({"properties": 5}, "JSON schema at #: properties must be an object"),
-        ({"properties": {"a": {"minimum": float("nan")}}}, "JSON schema is not JSON"),
+        ({"type": "string"}, ("type", "'string'", "object")),
+        ({"type": "object", "properties": {"a": {"uniqueItems": True}}}, ("#/properties/a",)),
+        ({"properties": {"a": {"enum": []}}, "required": ["a"]}, ("#",)),
+        ({"properties": 5}, ("#", "properties", "object")),
+        ({"properties": {"a": {"minimum": float("nan")}}}, ("JSON",)),
     ],
 )
-def test_a_schema_that_is_refused_is_named(formats, compiler, parameters, reason):
+def test_a_schema_that_is_refused_is_named(formats, compiler, parameters, names):
     functions = [TIME, ToolFunction("bad_one", None, parameters)]
-    with pytest.raises(RequestError, match=re.escape(f"tools[1].function.parameters of 'bad_one': {reason}")):
+    with refused(RequestError, "tools[1].function.parameters", "'bad_one'", *names):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
 
@@ -324,7 +324,7 @@ def test_functions_too_complex_together(formats, compiler):
         "properties": {f"p{place}": {"enum": ["x" * 50 + str(n) for n in range(99)]} for place in range(99)},
     }
     functions = [ToolFunction(f"f{place}", None, schema) for place in range(3)]
-    with pytest.raises(RequestError, match="tools: 3 functions exceed one grammar"):
+    with refused(RequestError, "tools", 3):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import refused
 from runs import tiny_folder
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.config import RopeConfig
@@ -56,17 +57,17 @@ def test_bfloat16_is_averaged_in_float32(tmp_path: Path, base: Path) -> None:
 
 def test_mismatches_are_refused(base: Path, tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", rope=RopeConfig(theta=7.0))
-    with pytest.raises(CheckpointError, match="another model"):
+    with refused(CheckpointError, "model"):
         merge_checkpoints([base, other], tmp_path / "out")
     smaller = variant(base, tmp_path / "smaller", 0.0)
     tensors = load_file(smaller / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, smaller / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+    with refused(CheckpointError, "model.norm.weight"):
         merge_checkpoints([base, smaller], tmp_path / "out")
-    with pytest.raises(ConfigError, match="nothing to merge"):
+    with refused(ConfigError, "merge"):
         merge_checkpoints([], tmp_path / "out")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with refused(CheckpointError, "empty"):
         merge_checkpoints([base, base], base)
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +97,7 @@ def test_rows_that_only_the_model_has_stay(base: Path, tmp_path: Path) -> None:
     result = load_file(tmp_path / "twice" / "model.safetensors")[name]
     assert torch.allclose(result[:-3], grown[name][:-3] + 1.0, atol=1e-6)
     assert (result[-3:] == 7.0).all()
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is .* they share no base"):
+    with refused(CheckpointError, "model.embed_tokens.weight", "base"):
         add_difference(base, model, base, tmp_path / "more")
 
 
@@ -105,9 +106,9 @@ def test_differences_of_other_models_are_refused(base: Path, tmp_path: Path) -> 
     tensors = load_file(smaller / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, smaller / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight; all three"):
+    with refused(CheckpointError, "model.norm.weight"):
         add_difference(base, smaller, base, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with refused(CheckpointError, "empty"):
         add_difference(base, base, base, base)
     assert not (tmp_path / "out").exists()
 
@@ -126,7 +127,7 @@ def test_top_k_takes_the_best_at_the_last_block_size(tmp_path: Path) -> None:
     checkpoint(tmp_path, 4, 1.0, 32, scored_at=3)  # not scored where it was saved
     checkpoint(tmp_path, 5, 2.5, 32)
     assert [path.parent.name for path in top_k(tmp_path, 2)] == ["step-0000003", "step-0000005"]
-    with pytest.raises(CheckpointError, match="3 evaluated checkpoints"):
+    with refused(CheckpointError, 3, "checkpoints"):
         top_k(tmp_path, 4)
     with pytest.raises(ConfigError):
         top_k(tmp_path, 0)

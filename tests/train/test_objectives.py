@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import refused
 from scoring import score_stream
 from tiny import MASK, Doc, Rows, pack, text, tiny_model
 from unmask.data.packing import PackedRows
@@ -363,7 +364,7 @@ def test_the_reference_is_asked_under_its_own_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "name"),
     [
         ({"micro_rows": 1}, "even"),
         ({"complementary": True}, "complementary"),
@@ -371,6 +372,6 @@ def test_the_reference_is_asked_under_its_own_context() -> None:
         ({"mask_noise_steps": 5}, "mask_noise_steps"),
     ],
 )
-def test_a_preference_recipe_refuses_what_it_would_ignore(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+def test_a_preference_recipe_refuses_what_it_would_ignore(changes: dict[str, Any], name: str) -> None:
+    with refused(ConfigError, name):
         recipe(**{"micro_rows": 4, "kind": "preference", **changes})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import refused
 from runs import tiny_values
 from unmask.errors import ConfigError
 from unmask.train.objectives.denoise import DenoiseSection
@@ -42,11 +43,11 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "names"),
     [
-        ("train.tokenz=5", ["train.tokenz", "Extra inputs"]),
+        ("train.tokenz=5", ["train.tokenz"]),
         ("nonsense=1", ["nonsense"]),
-        ("train.tokens=-5", ["train.tokens", "greater than 0"]),
+        ("train.tokens=-5", ["train.tokens", 0]),
         ("train.tokens=0", ["train.tokens"]),
         ("train.learning_rate=0", ["train.learning_rate"]),
         ("train.batch_rows=0", ["train.batch_rows"]),
@@ -54,9 +55,9 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
         ("objective.kind=other", ["objective", "'other'", "next_token"]),
         ("objective={}", ["objective", "'kind'"]),
         ("objective.cap.weights=1", ["objective.cap.weights"]),
-        ("data.row_length=100", ["row length 100", "use 96 or 112"]),
-        ("train.micro_rows=3", ["train.batch_rows is 4", "train.micro_rows 3"]),
-        ("objective.bandwidth=[0.8, 0.3]", ["bandwidth", "low < high"]),
+        ("data.row_length=100", ["row length", 100, 96, 112]),
+        ("train.micro_rows=3", ["train.batch_rows", 4, "train.micro_rows", 3]),
+        ("objective.bandwidth=[0.8, 0.3]", ["objective.bandwidth"]),
         ("schedule.decay.0.block_size=4", ["decay", "shrink"]),
         ("data.sources=[]", ["data.sources"]),
         ("train.tokens", ["section.key=value"]),
@@ -64,23 +65,19 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
         ("model.x=1", ["'model'", "not a section"]),
     ],
 )
-def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], override: str, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], override: str, names: list[object]) -> None:
+    with refused(ConfigError, *names):
         load_recipe(written(tmp_path, values), [override])
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with refused(ConfigError, "absent.yaml"):
         load_recipe(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1, 2")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with refused(ConfigError, "broken.yaml", "YAML"):
         load_recipe(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="no mapping"):
+    with refused(ConfigError, "list.yaml", "mapping"):
         load_recipe(tmp_path / "list.yaml")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import unmask
+from helpers import refused
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.gated_lora import is_gated_lora
@@ -135,7 +136,7 @@ def test_the_control_learns_and_stays_autoregressive(base: Path, tmp_path: Path)
 
 
 def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a diffusion model; objective\.kind next_token"):
+    with refused(ConfigError, "objective.kind", "next_token"):
         build_components(control(base).model_copy(update={"model": str(base / "diffusion")}))
     values = control(base).model_dump(mode="json")
     of_diffusion = {
@@ -145,12 +146,12 @@ def test_the_control_refuses_what_is_not_autoregressive(base: Path) -> None:
         "mask_token": "x",
     }
     for key, value in of_diffusion.items():
-        with pytest.raises(ConfigError, match=key):
+        with refused(ConfigError, key):
             parse_recipe(values | {key: value}, "test")
 
 
 def test_fine_tuning_refuses_an_autoregressive_model(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"autoregressive.*convert it first"):
+    with refused(ConfigError, "autoregressive"):
         run_recipe(stage_recipe(base / "ar", base / "chats.jsonl"), tmp_path / "run")
 
 
@@ -191,36 +192,36 @@ def test_what_a_gated_lora_does_not_go_with_is_refused(base: Path, tmp_path: Pat
     run_recipe(drafts(base, tokens=400), tmp_path / "gated")
     again = drafts(base).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
     other_rank = again.model_copy(update={"train": again.train.model_copy(update={"gated_lora_rank": 3})})
-    with pytest.raises(ConfigError, match=r"rank 4.*train\.gated_lora_rank"):
+    with refused(ConfigError, "rank", 4, "train.gated_lora_rank"):
         build_components(other_rank)
     values = drafts(base).model_dump(mode="json")
-    with pytest.raises(ConfigError, match="only a dense, shifted diffusion model"):
+    with refused(ConfigError, "dense", "shifted"):
         build_components(parse_recipe(values | {"shift": False}, "test"))
     values["train"]["gated_lora_rank"] = None
-    with pytest.raises(ConfigError, match=r"objective\.kind draft takes a shifted model"):
+    with refused(ConfigError, "objective.kind", "draft", "shifted"):
         build_components(parse_recipe(values | {"shift": False}, "test"))
-    for section, change, message in (
-        ("train", {"gated_lora_rank": 4, "lora": LORA}, r"train\.gated_lora_rank.*train\.lora"),
-        ("objective", {"cap": {}}, r"objective\.cap"),
-        ("objective", {"ar_loss_weight": 0.5}, r"objective\.ar_loss_weight"),
-        ("schedule", {"stable": 1.0}, "blocks of 2 tokens or more"),
+    for section, change, names in (
+        ("train", {"gated_lora_rank": 4, "lora": LORA}, ("train.gated_lora_rank", "train.lora")),
+        ("objective", {"cap": {}}, ("objective.cap",)),
+        ("objective", {"ar_loss_weight": 0.5}, ("objective.ar_loss_weight",)),
+        ("schedule", {"stable": 1.0}, ("blocks", 2)),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with refused(ConfigError, *names):
             parse_recipe(values | {section: values[section] | change}, "test")
 
 
 def test_the_next_token_loss_needs_a_shifted_model(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective\.ar_loss_weight is 0\.5.*shift: true"):
+    with refused(ConfigError, "objective.ar_loss_weight", 0.5, "shift: true"):
         build_components(sft(base, objective={"ar_loss_weight": 0.5}))
 
 
 def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:
-    with pytest.raises(ConfigError, match="was converted without shift"):
+    with refused(ConfigError, "shift"):
         build_components(sft(base).model_copy(update={"shift": True}))
 
 
 def test_another_mask_token_than_the_models_is_refused(base: Path) -> None:
-    with pytest.raises(ConfigError, match="the model was trained with"):
+    with refused(ConfigError, "mask_token"):
         build_components(sft(base).model_copy(update={"mask_token": "<|im_start|>"}))
 
 
@@ -239,7 +240,7 @@ def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Pat
     assert adapted.tokenizer.mask_id == adapted.config.mask_id
     # An adapter is a model like any other: training goes on from it, merging says what to do.
     assert run_recipe(sft(base).model_copy(update={"model": str(tmp_path / "run" / ADAPTER)}), tmp_path / "on").finished
-    with pytest.raises(CheckpointError, match="is an adapter"):
+    with refused(CheckpointError, "adapter"):
         merge_checkpoints([tmp_path / "run" / ADAPTER], tmp_path / "merged")
 
 
@@ -271,7 +272,7 @@ def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
+    ("make", "name"),
     [
         (lambda base: dpo(base, lora=ADAPT_ALL), "train_embedding"),
         (
@@ -280,8 +281,8 @@ def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
         ),
     ],
 )
-def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+def test_recipes_that_contradict_themselves(base: Path, make: Any, name: str) -> None:
+    with refused(ConfigError, name):
         make(base)
 
 
@@ -289,18 +290,18 @@ def test_recipes_that_contradict_themselves(base: Path, make: Any, named: str) -
 def test_preferences_have_no_keys_of_other_objectives(base: Path, key: str) -> None:
     values = dpo(base).model_dump(mode="json")
     assert parse_recipe(values, "test").objective.kind == "preference"
-    with pytest.raises(ConfigError, match=rf"objective\.{key}"):
+    with refused(ConfigError, f"objective.{key}"):
         parse_recipe(values | {"objective": values["objective"] | {key: 1}}, "test")
 
 
 def test_a_dense_model_has_no_router_to_set(base: Path) -> None:
-    with pytest.raises(ConfigError, match="no routed experts"):
+    with refused(ConfigError, "routed experts"):
         build_components(sft(base, router={"policy": "bias"}))
 
 
 def test_adapters_leave_routers_alone(base: Path) -> None:
     recipe = tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}, router={"policy": "bias"})
-    with pytest.raises(ConfigError, match="frozen"):
+    with refused(ConfigError, "frozen"):
         build_components(recipe)
     allowed = build_components(tiny_recipe(base / "mixture", base / "chats.jsonl", lora={"rank": 2}))
     assert allowed.router is not None

@@ -73,6 +73,7 @@ class GrammarCompiler:
 
     Attributes:
         token_bytes: what each id stands for; empty for control tokens.
+        llguidance_tokenizer, vocabulary: what an llguidance matcher and a `GrammarState` of it need.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int) -> None:
@@ -108,8 +109,8 @@ class GrammarCompiler:
             for id_ in range(vocab_size)
         )
         self.token_bytes = tokens
-        self._inner = LLTokenizer(TokenizerWrapper(_Spelling(tokenizer, plain, tokens, ends[0])), eos_token=ends)
-        self._vocabulary = _Vocabulary(vocab_size, torch.tensor([bool(token) for token in tokens]), tuple(ends))
+        self.llguidance_tokenizer = LLTokenizer(TokenizerWrapper(_Spelling(tokenizer, plain, tokens, ends[0])), eos_token=ends)
+        self.vocabulary = _Vocabulary(vocab_size, torch.tensor([bool(token) for token in tokens]), tuple(ends))
 
     def json_schema(self, schema: Mapping[str, Any] | str | bool) -> Grammar:
         """Grammar of the JSON texts that a schema (draft 2020-12) accepts, on one line, as `json.dumps` writes them.
@@ -178,10 +179,10 @@ class GrammarCompiler:
 
     def _compile(self, grammar: str) -> Grammar:
         """Raises: _RefusedError: with the library's reason in one line."""
-        matcher = LLMatcher(self._inner, grammar, log_level=0, limits=_limits())
+        matcher = LLMatcher(self.llguidance_tokenizer, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
             raise _RefusedError(_explain(matcher.get_error()))
-        first = GrammarState(matcher, self._vocabulary)
+        first = GrammarState(matcher, self.vocabulary)
         try:
             first.allowed()
         except RequestError as error:

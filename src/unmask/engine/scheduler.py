@@ -100,7 +100,7 @@ class Scheduler:
             newer = [s for s in self.running if s.order > sequence.order and s not in scheduled]
             if not newer:
                 return False
-            self._preempt(max(newer, key=lambda s: s.order))
+            self.preempt(max(newer, key=lambda s: s.order))
         return True
 
     def _admit(self, sequence: DecodingSequence, budget: int) -> bool:
@@ -130,7 +130,7 @@ class Scheduler:
             cache_blocks.pop()  # the rest of the diffusion block would be written into a shared cache block
         return cache_blocks
 
-    def _preempt(self, sequence: DecodingSequence) -> None:
+    def preempt(self, sequence: DecodingSequence) -> None:
         self.running.remove(sequence)
         self.pool.free(sequence.preempt())
         sequence.preemptions += 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import refused
 from tiny import FAMILIES, VOCAB, tiny_model, with_params
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
@@ -127,7 +128,7 @@ def test_a_batch_equals_its_sequences_one_by_one(family: str, rules: ResolvedPar
     ],
     ids=["preempted, in chunks", "prefix-cached", "one row at a time"],
 )
-def test_pages_chunks_and_preemption_change_no_token(options: dict[str, Any]) -> None:
+def test_cache_blocks_chunks_and_preemption_change_no_token(options: dict[str, Any]) -> None:
     model = MODELS["llama"]
     prompts = [*mixed_prompts(model), *mixed_prompts(model, SAMPLED)]
     found = generate_batch(model, prompts, **options)
@@ -207,23 +208,22 @@ def test_every_token_is_reported_once_in_order(others: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("request_", "names"),
     [
-        (Request((), ResolvedParams(max_new_tokens=3)), "at least one prompt token"),
-        (Request((1,), ResolvedParams(max_new_tokens=0)), "max_new_tokens is 0"),
-        (Request((VOCAB,), ResolvedParams(max_new_tokens=3)), f"prompt token {VOCAB} is outside the vocabulary"),
+        (Request((), ResolvedParams(max_new_tokens=3)), ("prompt token",)),
+        (Request((1,), ResolvedParams(max_new_tokens=0)), ("max_new_tokens", 0)),
+        (Request((VOCAB,), ResolvedParams(max_new_tokens=3)), ("prompt token", VOCAB)),
         (
             Request((1, None, 2), ResolvedParams(max_new_tokens=3)),
-            "an autoregressive model cannot fill holes; use a diffusion model",
+            ("autoregressive", "holes"),
         ),
-        (prompt_of(100, 29), "exceeds the context of 128"),
+        (prompt_of(100, 29), ("context", 128)),
     ],
 )
-def test_impossible_requests_are_refused(request_: Request, message: str) -> None:
+def test_impossible_requests_are_refused(request_: Request, names: tuple[object, ...]) -> None:
     engine = Engine(MODELS["llama"])
-    with pytest.raises(RequestError, match=message) as error:
+    with refused(RequestError, *names):
         engine.add(request_)
-    assert "\n" not in str(error.value)
     assert not engine.has_work
     assert engine.run([]) == []
 

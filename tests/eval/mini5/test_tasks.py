@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mini5_items import generator_names, items_of, value
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from unmask.data.generated import GeneratedSource
 from unmask.engine.grammar import GrammarCompiler
 from unmask.errors import ConfigError
@@ -311,7 +311,7 @@ def test_training_records_are_items_with_their_answers() -> None:
         assert value(by_prompt[user["content"]].target, assistant["content"]) == 1.0
         assert assistant["content"] == canonical(by_prompt[user["content"]].target)
     assert {by_prompt[each["messages"][0]["content"]].id.split("/")[0] for each in records} == {t.dimension for t in TASKS}
-    with pytest.raises(ConfigError, match="no training may see"):
+    with refused(ConfigError, "test"):
         training_records("test", 3)  # type: ignore[arg-type]
 
 

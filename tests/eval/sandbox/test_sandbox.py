@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from attacks import ATTACKS
+from helpers import refused
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.eval.sandbox import isolation as levels
 from unmask.eval.sandbox import process
@@ -298,11 +299,11 @@ def test_stuck_launcher_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPatch
 
 def test_broken_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(process, "LAUNCHER", tmp_path / "absent.py")
-    with pytest.raises(BackendError, match="cannot run an empty program: killed"):
+    with refused(BackendError, "killed"):
         probe("limits")
     monkeypatch.undo()
     monkeypatch.setattr(process, "asdict", lambda _: {})
-    with pytest.raises(BackendError, match="could not be set up: KeyError: 'cpu_seconds'"):
+    with refused(BackendError, "'cpu_seconds'"):
         run_program("", level="limits")
 
 
@@ -316,14 +317,12 @@ def test_isolation_falls_back_and_warns(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(levels, "probe", denied)
     isolation.cache_clear()
-    with pytest.warns(
-        UnmaskWarning, match=r"\(landlock\), a program could: use the network, TCP excepted; kill your processes"
-    ):
+    with pytest.warns(UnmaskWarning, match=r"landlock.*network.*processes"):
         assert isolation() == weak
     assert isolation() == weak
     isolation.cache_clear()
 
 
 def test_limits_are_checked() -> None:
-    with pytest.raises(ConfigError, match="processes is 0"):
+    with refused(ConfigError, "processes", 0):
         Limits(processes=0)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import refused
 from tiny import MASK, tiny_config, tiny_model
 from unmask.diffusion.masks import block_causal_mask
 from unmask.errors import CheckpointError, ConfigError
@@ -131,7 +132,7 @@ def test_the_autoregressive_parent_is_got_back(family: str) -> None:
     assert torch.equal(logits(parent), expected)
     weights = child.state_dict()
     assert all(weight.data_ptr() == weights[name].data_ptr() for name, weight in parent.state_dict().items())
-    with pytest.raises(ConfigError, match="no gated LoRA"):
+    with refused(ConfigError, "gated LoRA"):
         autoregressive_parent(parent)
 
 
@@ -207,34 +208,34 @@ def test_round_trip_is_bit_identical(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gated.mask_vector", "gated.blocks.1.attention.qkv.in", "gated.blocks.0.mlp.down.out"])
-def test_a_missing_or_misshaped_update_is_named(name: str, tmp_path: Path) -> None:
+def test_a_missing_or_misshaped_tensor_is_named(name: str, tmp_path: Path) -> None:
     save_model(gated(), tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {name: tensors[name][..., 1:].contiguous()}, path)
-    with pytest.raises(CheckpointError, match=f"wrong shape: {name} is"):
+    with refused(CheckpointError, "shape", name):
         load_model(tmp_path, dtype=torch.float32)
     del tensors[name]
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=f"missing: {name}$"):
+    with refused(CheckpointError, "missing", name):
         load_model(tmp_path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("attempt", "message"),
+    ("attempt", "names"),
     [
-        (lambda: tiny_config("llada2", **SHIFTED, gated_lora_rank=2), "dense, shifted"),
-        (lambda: tiny_config("llama", mask_id=MASK, block_size=4, gated_lora_rank=2), "dense, shifted"),
-        (lambda: tiny_config("llama", gated_lora_rank=2), "dense, shifted"),
-        (lambda: tiny_config("llama", **SHIFTED, gated_lora_rank=0), "gated_lora_rank is 0"),
-        (lambda: add_gated_lora(shifted("llada2"), 2, seed=0), "dense, shifted"),
-        (lambda: add_gated_lora(tiny_model("llama"), 2, seed=0), "dense, shifted"),
-        (lambda: add_gated_lora(shifted("llama"), 0, seed=0), "gated_lora_rank is 0"),
-        (lambda: add_gated_lora(gated(), 2, seed=0), "of rank 3 already"),
-        (lambda: read_config(write_config(gated().config) | {"gated_lora_rank": "3"}), "gated_lora_rank is '3'"),
-        (lambda: replace(gated().config, start_id=None), "dense, shifted"),
+        (lambda: tiny_config("llada2", **SHIFTED, gated_lora_rank=2), ("dense", "shifted")),
+        (lambda: tiny_config("llama", mask_id=MASK, block_size=4, gated_lora_rank=2), ("dense", "shifted")),
+        (lambda: tiny_config("llama", gated_lora_rank=2), ("dense", "shifted")),
+        (lambda: tiny_config("llama", **SHIFTED, gated_lora_rank=0), ("gated_lora_rank", 0)),
+        (lambda: add_gated_lora(shifted("llada2"), 2, seed=0), ("dense", "shifted")),
+        (lambda: add_gated_lora(tiny_model("llama"), 2, seed=0), ("dense", "shifted")),
+        (lambda: add_gated_lora(shifted("llama"), 0, seed=0), ("gated_lora_rank", 0)),
+        (lambda: add_gated_lora(gated(), 2, seed=0), ("rank", 3)),
+        (lambda: read_config(write_config(gated().config) | {"gated_lora_rank": "3"}), ("gated_lora_rank", "'3'")),
+        (lambda: replace(gated().config, start_id=None), ("dense", "shifted")),
     ],
 )  # fmt: skip
-def test_what_cannot_have_updates_is_refused(attempt: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_cannot_have_a_gated_lora_is_refused(attempt: Callable[[], object], names: tuple[object, ...]) -> None:
+    with refused(ConfigError, *names):
         attempt()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import refused
 from models.weights.saved import loads_as
 from tiny import tiny_model
 from unmask.errors import ConfigError
@@ -33,5 +34,5 @@ def test_new_tokens_start_as_the_mean(family: str, tmp_path: Path) -> None:
     assert loads_as(tmp_path, model) == [True]
     hidden = model(torch.tensor([[size + 1]]), torch.zeros(1, 1, dtype=torch.int64), DenseAttend(None))
     assert model.head(hidden).shape == (1, 1, size + 2)
-    with pytest.raises(ConfigError, match=f"vocabulary size {size} is below the model's {size + 2}"):
+    with refused(ConfigError, "vocabulary size", size, size + 2):
         resize_vocabulary(model, size)

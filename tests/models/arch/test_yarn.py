@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from helpers import refused
 from tiny import tiny_config, tiny_model
 from unmask.diffusion.masks import block_causal_mask
 from unmask.errors import ConfigError
@@ -38,7 +39,7 @@ def test_positions_beyond_the_old_context_work() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, math.inf, math.nan])
 def test_factors_that_do_not_stretch(factor: float) -> None:
-    with pytest.raises(ConfigError, match="more than 1"):
+    with refused(ConfigError, factor, 1):
         stretch_context(tiny_model("llama"), factor)
 
 
@@ -46,5 +47,5 @@ def test_a_scaled_model_is_not_scaled_again() -> None:
     longer = stretch_context(tiny_model("llama"), 2)
     assert longer.config.rope.kind == "yarn"
     assert tiny_config("llama").rope.kind == "default"
-    with pytest.raises(ConfigError, match=r"rope\.kind is"):
+    with refused(ConfigError, "rope.kind"):
         stretch_context(longer, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import refused
 from tiny import tiny_config
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
@@ -81,14 +82,14 @@ def test_presets_have_the_published_sizes(name: str) -> None:
 
 
 def test_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="llada2-mini, llada2-flash"):
+    with refused(ConfigError, "llada2-mini", "llada2-flash"):
         preset("llada3")
 
 
 def test_published_llada2_config_names_no_mask_token() -> None:
     hf = {key: value for key, value in preset("llada2-mini").items() if key not in ("mask_token_id", "block_size")}
     assert (read_config(hf).mask_id, read_config(hf).block_size) == (156_895, 32)
-    with pytest.raises(ConfigError, match="vocab_size 64 names no mask_token_id"):
+    with refused(ConfigError, "vocab_size", 64, "mask_token_id"):
         read_config({**hf, "vocab_size": 64})
 
 
@@ -136,29 +137,29 @@ def test_harmless_keys_are_kept_and_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported families: llama, qwen2"),
-        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"hidden_size": None}, "lacks 'hidden_size'"),
-        ({"hidden_size": "32"}, "hidden_size is '32'; it must be an integer"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; it must be a number"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
-        ({"rope_interleaved": True}, "rope_interleaved is True"),
-        ({"sliding_window": 4096}, "sliding_window is 4096 and in use"),
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window is 16"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; family 'llama'"),
-        ({"block_size": "32"}, "block_size is '32'"),
-        ({"mask_token_id": 64}, "mask token id 64 is outside the embedding"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id is '</s>'"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 attention heads are not a multiple of 2"),
+        ({"model_type": "gpt2"}, ("model_type", "'gpt2'", "llama", "qwen2")),
+        ({"model_type": ["llama"]}, ("model_type", ["llama"])),
+        ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "'silu'")),
+        ({"hidden_size": None}, ("'hidden_size'",)),
+        ({"hidden_size": "32"}, ("hidden_size", "'32'")),
+        ({"rms_norm_eps": "small"}, ("rms_norm_eps", "'small'")),
+        ({"tie_word_embeddings": "no"}, ("tie_word_embeddings", "'no'")),
+        ({"quantization_config": {"quant_method": "fp8"}}, ("quantization_config",)),
+        ({"rope_interleaved": True}, ("rope_interleaved", True)),
+        ({"sliding_window": 4096}, ("sliding_window", 4096)),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, ("sliding_window", 16)),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "'sliding_attention'")),
+        ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor", 0.5, "'llama'")),
+        ({"block_size": "32"}, ("block_size", "'32'")),
+        ({"mask_token_id": 64}, ("mask token id", 64)),
+        ({"eos_token_id": ["</s>"]}, ("eos_token_id", "'</s>'")),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, ("attention heads", 3, 2)),
     ],
 )
-def test_unsupported_values_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_unsupported_values_are_named(change: dict[str, Any], names: tuple[object, ...]) -> None:
+    with refused(ConfigError, *names):
         read_config({**LLAMA, **change})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import refused
 from unmask.errors import BackendError
 from unmask.models.native import build
 from unmask.models.native.build import start_build
@@ -41,7 +42,7 @@ def test_compiles_once_and_leaves_nothing_else(tmp_path: Path) -> None:
 def test_a_failed_compilation_gives_its_reason_and_can_be_tried_again(tmp_path: Path) -> None:
     started = start_build(cache=tmp_path, flags=("-DINLINE_", "-include", "nowhere.h"))
     for _ in range(2):
-        with pytest.raises(BackendError, match=r"nowhere\.h"):
+        with refused(BackendError, "nowhere.h"):
             started.load()
     assert not started.library.exists()
     assert {path.suffix for path in (tmp_path / "native").iterdir()} == {".log"}
@@ -61,22 +62,22 @@ def test_the_key_tells_processors_flags_and_sources_apart(tmp_path: Path, monkey
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BackendError, match="CXX=no-such-compiler is not there"):
+    with refused(BackendError, "CXX=no-such-compiler"):
         start_build(cache=tmp_path)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BackendError, match="install a C\\+\\+ compiler"):
+    with refused(BackendError, "compiler"):
         start_build(cache=tmp_path)
 
 
 def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(BackendError, match="aarch64"):
+    with refused(BackendError, "aarch64"):
         start_build()
 
 
 def test_a_damaged_library_is_named(tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
     library.write_bytes(b"not a library")
-    with pytest.raises(BackendError, match=f"delete {library}"):
+    with refused(BackendError, library):
         build.Build(library, tmp_path / "kernels.log", None).load()

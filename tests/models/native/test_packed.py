@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unmask
+from helpers import refused
 from tiny import tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.backends.sequential import SequentialAttend
@@ -288,12 +289,12 @@ def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
 
 
 def test_unsupported_models_are_named(kernels: Kernels) -> None:
-    with pytest.raises(ConfigError, match="dense models"):
+    with refused(ConfigError, "dense"):
         NativeBackend(tiny_model("llada2"), 8, kernels)
-    with pytest.raises(ConfigError, match="3-bit"):
+    with refused(ConfigError, "3-bit"):
         NativeBackend(tiny_model("llama"), 3, kernels)
     model = tiny_model("llama").requires_grad_(False)
-    with pytest.raises(ConfigError, match="float32"):
+    with refused(ConfigError, "float32"):
         NativeBackend(model, 8, kernels).forward(batch_of(([1], 0, 1, [0])), new_store(model.config).double())
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from helpers import make_tokenizer
+from helpers import make_tokenizer, refused
 from tiny import FAMILIES, tiny_model
 from unmask.engine.llm import load
 from unmask.errors import CheckpointError, ConfigError
@@ -97,10 +97,10 @@ def test_base_weights_keep_their_names() -> None:
 
 
 def test_impossible_attachments() -> None:
-    with pytest.raises(ConfigError, match="rank is 0"):
+    with refused(ConfigError, "rank", 0):
         attach_lora(tiny_model("llama"), rank=0, alpha=1.0, seed=0, train_embedding=True)
     model = attach_lora(tiny_model("llama"), rank=1, alpha=1.0, seed=0, train_embedding=True)
-    with pytest.raises(ConfigError, match="adapter already"):
+    with refused(ConfigError, "adapter"):
         attach_lora(model, rank=1, alpha=1.0, seed=0, train_embedding=True)
 
 
@@ -118,7 +118,7 @@ def test_off_is_the_base_until_it_is_left(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), adapters_off(model):
         _ = 1 / 0
     assert torch.equal(logits(model), adapted)
-    with pytest.raises(ConfigError, match="no adapter"), adapters_off(tiny_model("llama")):
+    with refused(ConfigError, "adapter"), adapters_off(tiny_model("llama")):
         pass
 
 
@@ -173,10 +173,10 @@ def test_misfits_are_all_named_and_leave_the_model_alone(tmp_path: Path) -> None
     assert torch.equal(logits(model), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+    with refused(CheckpointError, "safetensors"):
         load_adapter(model, tmp_path / "adapter")
     path.unlink()
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with refused(CheckpointError, "adapter_config.json"):
         load_adapter(model, tmp_path / "adapter")
 
 
@@ -187,16 +187,16 @@ def test_an_embedding_untied_from_its_head_does_not_fit_a_tied_model(tmp_path: P
     tensors, model = load_file(path), load_model(base, dtype=torch.float32)
     head = tensors["base_model.model.lm_head.weight"]
     save_file({**tensors, "base_model.model.lm_head.weight": head + 1}, path)
-    with pytest.raises(CheckpointError, match="lm_head differs"):
+    with refused(CheckpointError, "lm_head"):
         load_adapter(model, tmp_path / "adapter")
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not head}, path)
     settings_path = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(settings_path.read_text())
     settings_path.write_text(json.dumps(settings | {"modules_to_save": ["embed_tokens"]}))
-    with pytest.raises(CheckpointError, match="embed_tokens was trained apart"):
+    with refused(CheckpointError, "embed_tokens"):
         load_adapter(model, tmp_path / "adapter")
     settings_path.write_text(json.dumps(settings | {"modules_to_save": ["embed_tokens", "norm"]}))
-    with pytest.raises(CheckpointError, match="modules_to_save names norm"):
+    with refused(CheckpointError, "modules_to_save", "norm"):
         load_adapter(model, tmp_path / "adapter")
 
 
@@ -212,13 +212,13 @@ def test_a_full_disk_leaves_the_older_adapter(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(adapter_module, "write_safetensors", full)
         for folder in ("adapter", "new"):
-            with pytest.raises(CheckpointError, match="no space left"):
+            with refused(CheckpointError, "space"):
                 save_adapter(perturb(model), tmp_path / folder, base=str(base))
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     save_adapter(perturb(model), tmp_path / "adapter", base=str(base))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
-    with pytest.raises(ConfigError, match="no adapter to save"):
+    with refused(ConfigError, "adapter"):
         save_adapter(tiny_model("llama"), tmp_path / "none", base="base")
 
 
@@ -276,16 +276,16 @@ def test_bases_that_do_not_serve(tmp_path: Path) -> None:
     save_adapter(trained(base), folder, base=str(base))
     settings = json.loads((folder / "adapter_config.json").read_text())
 
-    def refused(name: object, match: str) -> None:
+    for name, part in (
+        (None, "base_model_name_or_path"),
+        (str(tmp_path / "gone"), "base model"),
+        (str(folder), "itself"),
+        (str(saved_base("llama", tmp_path / "other", norm_eps=1e-3)), "architecture"),
+        (str(saved_base("llama", tmp_path / "larger", ffn_size=56)), "architecture"),
+    ):
         (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": name}))
-        with pytest.raises(CheckpointError, match=match):
+        with refused(CheckpointError, part):
             load_model(folder, dtype=torch.float32)
-
-    refused(None, "names no base_model_name_or_path")
-    refused(str(tmp_path / "gone"), "base model of the adapter in .* is not there")
-    refused(str(folder), "names itself")
-    refused(str(saved_base("llama", tmp_path / "other", norm_eps=1e-3)), "another architecture")
-    refused(str(saved_base("llama", tmp_path / "larger", ffn_size=56)), "another architecture")
 
 
 def test_frozen_weights_get_no_gradient_and_adapters_do(tmp_path: Path) -> None:

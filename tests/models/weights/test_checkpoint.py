@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import refused
 from models.weights.saved import loads_as, same_weights
 from tiny import FAMILIES, tiny_model
 from unmask.errors import CheckpointError
@@ -78,19 +79,16 @@ def test_every_problem_is_named_in_one_error(tmp_path: Path) -> None:
         tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(32, dtype=torch.int8)
 
     edit(tmp_path, spoil)
-    with pytest.raises(CheckpointError) as caught:
-        load_model(tmp_path, dtype=torch.float32)
-    message = str(caught.value)
-    for part in (
+    problems = (
         "missing: model.layers.0.self_attn.k_proj.weight",
         "missing: model.norm.weight",
         "unexpected: model.layers.9.mlp.up_proj.weight",
         "unexpected: model.layers.1.self_attn.q_proj.bias",
         "wrong shape: model.layers.1.mlp.down_proj.weight is [48, 32], must be [32, 48]",
         "wrong dtype: model.layers.0.input_layernorm.weight is I8",
-    ):
-        assert part in message
-    assert "\n" not in message
+    )
+    with refused(CheckpointError, *problems):
+        load_model(tmp_path, dtype=torch.float32)
 
 
 def test_rotary_tables_and_a_tied_head_are_skipped(tmp_path: Path) -> None:
@@ -109,25 +107,25 @@ def test_rotary_tables_and_a_tied_head_are_skipped(tmp_path: Path) -> None:
 def test_an_untied_head_is_required(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     edit(tmp_path, lambda tensors: tensors.__delitem__("lm_head.weight"))
-    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+    with refused(CheckpointError, "missing", "lm_head.weight"):
         load_model(tmp_path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "names"),
     [
-        (b"{", "is not valid JSON"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
-        (b"[]", "holds a list"),
-        (b"{}", "config.json: model_type is None"),
-        (b'{"model_type": "llama"}', "config.json: config.json lacks 'hidden_size'"),
-        (None, "config.json does not exist"),
+        (b"{", ("config.json", "JSON")),
+        (b"\xff\xfe\x00", ("config.json", "JSON")),
+        (b"[]", ("config.json", "list")),
+        (b"{}", ("config.json", "model_type", None)),
+        (b'{"model_type": "llama"}', ("config.json", "'hidden_size'")),
+        (None, ("config.json",)),
     ],
 )
-def test_a_garbage_config_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_garbage_config_is_named(content: bytes | None, names: tuple[object, ...], tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     (tmp_path / "config.json").unlink()
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with refused(CheckpointError, *names):
         load_model(tmp_path, dtype=torch.float32)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from helpers import CHATML, make_tokenizer
+from helpers import CHATML, make_tokenizer, refused
 from tiny import FAMILIES, tiny_model
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import CheckpointError
@@ -137,7 +137,7 @@ def test_nothing_to_note_where_sglang_s_assumptions_hold(tmp_path: Path) -> None
 @pytest.mark.parametrize(("changes", "key"), [({"qk_norm": False}, "use_qk_norm"), ({"out_bias": True}, "use_bias")])
 def test_what_llada2_cannot_compute_is_refused(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
     source = saved("bailing_moe_v2", tmp_path / "source", **DIFFUSION, **changes)
-    with pytest.raises(CheckpointError, match=f"{key} is not what the code of llada2_moe"):
+    with refused(CheckpointError, key, "llada2_moe"):
         export_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -145,7 +145,7 @@ def test_what_llada2_cannot_compute_is_refused(changes: dict[str, Any], key: str
 def test_only_unmask_runs_shifted_mixtures(tmp_path: Path) -> None:
     for family in ("bailing_moe_v2", "llada2_moe"):
         source = saved(family, tmp_path / family, **DIFFUSION, start_id=1)
-        with pytest.raises(CheckpointError, match="llada2_moe does not run shifted models"):
+        with refused(CheckpointError, "llada2_moe", "shifted"):
             export_model(source, tmp_path / "out")
     dense = saved("qwen3", tmp_path / "dense", **DIFFUSION, start_id=1)
     assert "position 0 reads token 1" in export_model(dense, tmp_path / "exported").notes[0]
@@ -205,12 +205,12 @@ def test_a_value_that_does_not_fit_is_named(tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds values beyond float16's range \(65504\)"):
+    with refused(CheckpointError, "model.layers.1.mlp.up_proj.weight", "float16"):
         export_model(source, tmp_path / "out", dtype=torch.float16)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     adapted = attach_lora(load_model(source, dtype=torch.float32), rank=1, alpha=1.0, seed=0, train_embedding=False)
     save_adapter(adapted, tmp_path / "adapter", base=str(source))
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds values beyond float16's range"):
+    with refused(CheckpointError, "up_proj.weight", "float16"):
         export_model(tmp_path / "adapter", tmp_path / "out", dtype=torch.float16)
     export_model(source, tmp_path / "out", dtype=torch.bfloat16)
     assert tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"][3, 4] > 9e4
@@ -270,7 +270,7 @@ def test_places_that_do_not_serve(tmp_path: Path) -> None:
     before = contents(source)
     (tmp_path / "file").write_text("")
     for out in (source, tmp_path / "file"):
-        with pytest.raises(CheckpointError, match="is not empty"):
+        with refused(CheckpointError, "empty"):
             export_model(source, out)
     assert contents(source) == before
     (tmp_path / "empty").mkdir()
@@ -278,7 +278,7 @@ def test_places_that_do_not_serve(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "empty").model_type == "llama"
     weights = load_file(source / "model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.mlp\.gate_proj\.weight; missing: .*up_proj"):
+    with refused(CheckpointError, "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         export_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from helpers import refused
 from unmask.errors import CheckpointError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.families.registry import read_config, stored_tensors
@@ -57,7 +58,7 @@ def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(tiny_gguf: TinyG
 def test_a_cut_file_is_named(keep: int, tiny_gguf: TinyGGUF) -> None:
     path, _ = tiny_gguf
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a complete GGUF file"):
+    with refused(CheckpointError, "tiny.gguf", "GGUF"):
         GGUFFile(path)
 
 
@@ -72,11 +73,11 @@ def small_file(path: Path, architecture: str, tensor: str) -> Path:
 
 
 def test_other_architectures_and_tensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds architecture 'qwen2'"):
+    with refused(CheckpointError, "'qwen2'"):
         GGUFFile(small_file(tmp_path / "a.gguf", "qwen2", "output_norm.weight"))
-    with pytest.raises(CheckpointError, match=r"unknown tensor 'blk\.0\.ffn_gate_exps\.weight'"):
+    with refused(CheckpointError, "'blk.0.ffn_gate_exps.weight'"):
         GGUFFile(small_file(tmp_path / "b.gguf", "llama", "blk.0.ffn_gate_exps.weight"))
-    with pytest.raises(CheckpointError, match=r"lacks the metadata key 'llama\.attention\.head_count'"):
+    with refused(CheckpointError, "'llama.attention.head_count'"):
         GGUFFile(small_file(tmp_path / "c.gguf", "llama", "output_norm.weight")).hf_config()
 
 

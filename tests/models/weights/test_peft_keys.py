@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers import refused
 from tiny import tiny_model
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
@@ -160,28 +161,28 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], tmp_p
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     key = next(iter(changes))
-    with pytest.raises(CheckpointError, match=rf"adapter_config.json: {key} is .* not supported; fold the adapter with peft"):
+    with refused(CheckpointError, "adapter_config.json", key, "peft"):
         load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("changes", "names"),
     [
-        ({"target_modules": ["query"]}, "match no layer"),
-        ({"target_modules": None}, "must be a list"),
-        ({"r": 0}, "must be a positive integer"),
-        ({"r": 2.5}, "must be a positive integer"),
-        ({"lora_alpha": "8"}, "must be a number"),
+        ({"target_modules": ["query"]}, ("query",)),
+        ({"target_modules": None}, ("target_modules", "list")),
+        ({"r": 0}, ("r", 0)),
+        ({"r": 2.5}, ("r", 2.5)),
+        ({"lora_alpha": "8"}, ("lora_alpha", "'8'")),
     ],
 )
-def test_values_of_the_wrong_kind(changes: dict[str, Any], match: str) -> None:
+def test_values_of_the_wrong_kind(changes: dict[str, Any], names: tuple[object, ...]) -> None:
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
-    with pytest.raises(ConfigError, match=match):
+    with refused(ConfigError, *names):
         read_settings(settings, MODULES)
 
 
 def test_an_unnamed_kind_of_adapter_is_refused() -> None:
-    with pytest.raises(ConfigError, match="peft_type is None"):
+    with refused(ConfigError, "peft_type", None):
         read_settings({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, MODULES)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers import refused
 from models.weights.saved import loads_as
 from tiny import tiny_model
 from unmask import files
@@ -61,7 +62,7 @@ def test_extra_files_are_copied_but_never_replace_the_config(tmp_path: Path) -> 
     save_model(tiny_model("llama"), tmp_path / "m", extra_files=[tmp_path / "tokenizer.json", tmp_path / "config.json"])
     assert (tmp_path / "m" / "tokenizer.json").read_text() == "tokens"
     assert read_model_config(tmp_path / "m").family == "llama"
-    with pytest.raises(CheckpointError, match=r"cannot read .*absent.json to copy it"):
+    with refused(CheckpointError, "absent.json"):
         save_model(tiny_model("llama"), tmp_path / "n", extra_files=[tmp_path / "absent.json"])
 
 
@@ -79,7 +80,7 @@ def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path, max_shard_bytes=SMALL)
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{victim.name} is not a complete safetensors file"):
+    with refused(CheckpointError, victim.name):
         load_model(tmp_path, dtype=torch.float32)
 
 
@@ -87,37 +88,37 @@ def test_a_garbage_header_is_named(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     path = tmp_path / SINGLE
     path.write_bytes(path.read_bytes()[:8] + b"\xff" * (path.stat().st_size - 8))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
+    with refused(CheckpointError, "model.safetensors"):
         tensor_index(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
-        (lambda i: {"weight_map": {**i["weight_map"], "x": "gone.safetensors"}}, "names gone.safetensors, which does not"),
-        (lambda i: {"weight_map": {**i["weight_map"], "x": i["weight_map"]["lm_head.weight"]}}, "lacks: x"),
-        (lambda i: {"weight_map": {"x": "../model.safetensors"}}, "must lie in the same folder"),
-        (lambda i: {"weight_map": ["x"]}, "no valid 'weight_map'"),
-        (lambda i: [], "holds a list, not a JSON object"),
+        (lambda i: {"weight_map": {**i["weight_map"], "x": "gone.safetensors"}}, ("gone.safetensors",)),
+        (lambda i: {"weight_map": {**i["weight_map"], "x": i["weight_map"]["lm_head.weight"]}}, ("x",)),
+        (lambda i: {"weight_map": {"x": "../model.safetensors"}}, ("folder",)),
+        (lambda i: {"weight_map": ["x"]}, ("'weight_map'",)),
+        (lambda i: [], ("list",)),
     ],
     ids=["absent shard", "absent tensor", "outside", "no map", "no object"],
 )
-def test_a_wrong_index_is_named(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_index_is_named(change: Callable[[dict[str, Any]], Any], names: tuple[object, ...], tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path, max_shard_bytes=SMALL)
     (tmp_path / INDEX).write_text(json.dumps(change(read_json(tmp_path / INDEX))))
-    with pytest.raises(CheckpointError, match=message):
+    with refused(CheckpointError, *names):
         load_model(tmp_path, dtype=torch.float32)
 
 
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     (tmp_path / SINGLE).unlink()
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors and no"):
+    with refused(CheckpointError, "model.safetensors"):
         load_model(tmp_path, dtype=torch.float32)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"holds pytorch_model\.bin but no safetensors"):
+    with refused(CheckpointError, "pytorch_model.bin"):
         load_model(tmp_path, dtype=torch.float32)
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with refused(CheckpointError, "nowhere"):
         tensor_index(tmp_path / "nowhere")
 
 
@@ -153,7 +154,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
     monkeypatch.setattr(files, "write_synced", failing)
     for number in range(num_files):
         left = number
-        with pytest.raises(CheckpointError, match=f"^no space left while writing {folder};"):
+        with refused(CheckpointError, folder, "space"):
             save_model(new, folder, max_shard_bytes=new_bytes)
         assert snapshot(folder) == before
     left = num_files
@@ -217,6 +218,6 @@ def test_a_failed_save_of_a_new_folder_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="no space left"):
+    with refused(CheckpointError, "space"):
         save_model(tiny_model("llama"), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
