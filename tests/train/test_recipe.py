@@ -57,7 +57,7 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
         ("objective.cap.weights=1", ["objective.cap.weights"]),
         ("data.row_length=100", ["row length", 100, 96, 112]),
         ("train.micro_rows=3", ["train.batch_rows", 4, "train.micro_rows", 3]),
-        ("objective.bandwidth=[0.8, 0.3]", ["objective.bandwidth"]),
+        ("objective.bandwidth=[0.8, 0.3]", ["bandwidth", "[0.8, 0.3]"]),
         ("schedule.decay.0.block_size=4", ["decay", "shrink"]),
         ("data.sources=[]", ["data.sources"]),
         ("train.tokens", ["section.key=value"]),

@@ -39,7 +39,7 @@ def test_positions_beyond_the_old_context_work() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, math.inf, math.nan])
 def test_factors_that_do_not_stretch(factor: float) -> None:
-    with refused(ConfigError, factor, 1):
+    with refused(ConfigError, "factor", f"{factor:g}"):
         stretch_context(tiny_model("llama"), factor)
 
 

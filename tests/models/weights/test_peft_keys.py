@@ -170,8 +170,8 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], tmp_p
     [
         ({"target_modules": ["query"]}, ("query",)),
         ({"target_modules": None}, ("target_modules", "list")),
-        ({"r": 0}, ("r", 0)),
-        ({"r": 2.5}, ("r", 2.5)),
+        ({"r": 0}, ("rank", 0)),
+        ({"r": 2.5}, ("rank", 2.5)),
         ({"lora_alpha": "8"}, ("lora_alpha", "'8'")),
     ],
 )
