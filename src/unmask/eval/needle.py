@@ -47,17 +47,13 @@ class Needles:
     in_order: bool = False
 
 
-def _key(rng: random.Random) -> str:
-    return f"{rng.choice(COLOURS)}-{rng.choice(JOBS)}-{rng.choice(THINGS)}"
-
-
 def _keys(rng: random.Random, count: int) -> list[str]:
-    return distinct(lambda: _key(rng), count)
+    return distinct(lambda: f"{rng.choice(COLOURS)}-{rng.choice(JOBS)}-{rng.choice(THINGS)}", count)
 
 
 def _numbers(rng: random.Random, split: Split, count: int) -> list[str]:
     """Different numbers of six digits; their remainder modulo 3 is that of the split, so that no two splits share a number."""
-    return [str(3 * half + SPLITS.index(split)) for half in rng.sample(range(33_334, 333_333), count)]
+    return [str(3 * third + SPLITS.index(split)) for third in rng.sample(range(33_334, 333_333), count)]
 
 
 def _fact(key: str, number: str) -> str:

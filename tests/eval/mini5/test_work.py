@@ -206,22 +206,20 @@ def test_programs_print_what_python_prints_and_traces_end_there() -> None:
 
 
 def test_a_trace_has_a_line_for_every_statement_that_ran() -> None:
-    name, number, items = program.Variable, program.Constant, program.Variable("items")
-    double = program.Binary(name("k"), "*", number(2))
-    test = program.If(
-        program.Binary(name("n"), ">", number(9)),
-        program.Assign("m", number("stone")),
-        program.Assign("m", number("cloud")),
-    )
-    statements = (
-        program.Assign("n", number(1)),
-        program.Loop("k", (3, 5), program.Assign("n", double, "+")),
-        test,
-        program.Assign("items", number([4, 5])),
-        program.Append("items", name("n")),
-        program.Assign("items", program.Subscript(items, 1, 3)),
-    )
-    output, trace = program.Program(statements, program.BuiltinCall("max", items)).run()
+    source = """
+n = 1
+for k in range(3, 5):
+    n += k * 2
+if n > 9:
+    m = 'stone'
+else:
+    m = 'cloud'
+items = [4, 5]
+items.append(n)
+items = items[1:3]
+print(max(items))
+"""
+    output, trace = program.run(source)
     assert output == "15"
     assert trace.splitlines() == [
         "n = 1",

@@ -19,11 +19,7 @@ JOBS = ("baker", "pilot", "nurse", "farmer", "painter", "teacher", "lawyer", "si
 PETS = ("cat", "dog", "parrot", "rabbit", "hamster", "turtle", "goat", "pony", "snake", "duck", "ferret", "canary")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purple", "brown", "pink", "grey", "gold")
 THINGS = ("lamp", "coin", "letter", "drum", "mirror", "basket", "ring", "kettle", "flute", "carpet", "clock", "vase")
-_ONSETS, _VOWELS, _ENDS = (
-    ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "t", "v", "z"),
-    "aeiou",
-    ("ton", "by", "ford", "mar", "ville"),
-)
+_ONSETS, _VOWELS, _ENDS = "bdfgklmnprtvz", "aeiou", ("ton", "by", "ford", "mar", "ville")
 _FORM = "Quote what says so, then end with 'Answer: <word>'."
 
 
@@ -63,13 +59,10 @@ def _note(rng: random.Random) -> Question:
     ]
     row = rng.randrange(3)
     question, column = rng.choice(
-        [
-            (f"What is {people[row]}'s job?", jobs),
-            (f"Which pet does {people[row]} have?", pets),
-            (f"Which town is {people[row]} from?", towns),
-        ]
+        [("What is {}'s job?", jobs), ("Which pet does {} have?", pets), ("Which town is {} from?", towns)]
     )
-    return Question(f"{' '.join(facts)}\n\n{question} {_FORM}", word(column[row], column), work=facts[row])
+    prompt = f"{' '.join(facts)}\n\n{question.format(people[row])} {_FORM}"
+    return Question(prompt, word(column[row], column), work=facts[row])
 
 
 def _reverse(rng: random.Random) -> Question:

@@ -21,40 +21,22 @@ _GOODS = (
     *("apples", "books", "pencils", "stickers", "marbles", "cookies", "stamps", "shells", "coins", "buttons", "cards", "beads"),
     *("flowers", "eggs", "balloons", "tickets", "candles", "photos", "pears", "badges", "ribbons", "postcards", "keys", "toys"),
 )
-# Templates of questions, and of the expression that answers each.
-_ONE_STEP = (
-    ("{who} has {a} {goods} and buys {b} more. How many {goods} does {who} have now?", "{a} + {b}"),
-    ("{who} has {a} {goods}. {other} has {b} {goods}. How many {goods} do they have together?", "{a} + {b}"),
-    ("{who} had {sum} {goods} and gave {b} of them to {other}. How many {goods} does {who} have left?", "{sum} - {b}"),
-    ("{other} has {sum} {goods} and {who} has {b}. How many more {goods} does {other} have than {who}?", "{sum} - {b}"),
-    ("{who} has {a} boxes with {b} {goods} in each. How many {goods} is that in total?", "{a} * {b}"),
-    (
-        "{who} puts {product} {goods} into {b} bags, the same number in each. How many {goods} are in one bag?",
-        "{product} / {b}",
-    ),
-)
-_TWO_STEPS = (
-    (
-        "{who} has {a} boxes with {b} {goods} in each and {c} loose {goods}. How many {goods} is that in total?",
-        "{a} * {b} + {c}",
-    ),
-    (
-        "{who} buys {a} {goods} for {b} dollars each and a bag for {c} dollars. How many dollars is that in total?",
-        "{a} * {b} + {c}",
-    ),
-    (
-        "{who} had {a} {goods}, found {b} more and then got {c} from {other}. How many {goods} does {who} have now?",
-        "{a} + {b} + {c}",
-    ),
-    (
-        "{who} had {total} {goods}. {who} gave {b} to {other} and lost {c}. How many {goods} are left?",
-        "{total} - {b} - {c}",
-    ),
-    (
-        "{who} and {other} each have {a} {goods}. {who} buys {b} more. How many {goods} do they have together?",
-        "{a} + {a} + {b}",
-    ),
-)
+# Templates: a line for each, a question = the expression that answers it.
+_ONE_STEP = """\
+{who} has {a} {goods} and buys {b} more. How many {goods} does {who} have now? = {a} + {b}
+{who} has {a} {goods}. {other} has {b} {goods}. How many {goods} do they have together? = {a} + {b}
+{who} had {sum} {goods} and gave {b} of them to {other}. How many {goods} does {who} have left? = {sum} - {b}
+{other} has {sum} {goods} and {who} has {b}. How many more {goods} does {other} have than {who}? = {sum} - {b}
+{who} has {a} boxes with {b} {goods} in each. How many {goods} is that in total? = {a} * {b}
+{who} puts {product} {goods} into {b} bags, the same number in each. How many {goods} are in one bag? = {product} / {b}
+""".splitlines()
+_TWO_STEPS = """\
+{who} has {a} boxes with {b} {goods} in each and {c} loose {goods}. How many {goods} is that in total? = {a} * {b} + {c}
+{who} buys {a} {goods} for {b} dollars each and a bag for {c} dollars. How many dollars is that in total? = {a} * {b} + {c}
+{who} had {a} {goods}, found {b} more and then got {c} from {other}. How many {goods} does {who} have now? = {a} + {b} + {c}
+{who} had {total} {goods}. {who} gave {b} to {other} and lost {c}. How many {goods} are left? = {total} - {b} - {c}
+{who} and {other} each have {a} {goods}. {who} buys {b} more. How many {goods} do they have together? = {a} + {a} + {b}
+""".splitlines()
 _SIGNS: Mapping[type[ast.operator], tuple[str, Callable[[int, int], int]]] = {
     ast.Add: ("+", operator.add),
     ast.Sub: ("-", operator.sub),
@@ -114,18 +96,23 @@ def _gsm_symbolic(seed: int) -> Question | None:
     return number(question.replace(" Give the result as your final answer. Do not include units.", ""), answer)
 
 
+def _problem(text: str) -> Question:
+    question, expression = text.split(" = ")
+    return number(question, *worked(expression))
+
+
 def _one_step(rng: random.Random) -> Question:
-    (who, other), goods, (question, expression) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
+    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
     a, b = rng.randint(2, 12), rng.randint(2, 9)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
-    return number(question.format(**values), *worked(expression.format(**values)))
+    return _problem(template.format(**values))
 
 
 def _two_steps(rng: random.Random) -> Question:
-    (who, other), goods, (question, expression) = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
+    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
     a, b, c = rng.randint(2, 10), rng.randint(2, 6), rng.randint(2, 6)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
-    return number(question.format(**values), *worked(expression.format(**values)))
+    return _problem(template.format(**values))
 
 
 GENERATORS = (

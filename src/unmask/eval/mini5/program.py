@@ -1,210 +1,106 @@
-"""A small subset of Python: expressions and statements, with their source text and an interpreter of their own.
+"""Interpreter of a small subset of Python: the output of a program, and a trace, which is the work of an answer.
 
-Owns the syntax tree and what it prints; no program is ever executed as text. Values are integers, strings and lists of
-integers. Running a program also gives a trace, which is the work of an answer.
+Owns what the subset means; no program is ever executed as text. Values are integers, strings and lists of integers.
 """
 
 from __future__ import annotations
 
+import ast
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
-_BINARY: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    ">": operator.gt,
-    "<": operator.lt,
-    "==": operator.eq,
+_OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
+    **{ast.Gt: operator.gt, ast.Lt: operator.lt},
 }
-FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {"len": len, "sum": sum, "max": max, "min": min, "sorted": sorted}
-_METHODS: Mapping[str, Callable[[str], str]] = {"upper": str.upper, "lower": str.lower, "title": str.title}
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    **{"len": len, "sum": sum, "max": max, "min": min, "sorted": sorted, "range": range},
+    **{"upper": str.upper, "title": str.title},
+}
 Values = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A number, string or list."""
-
-    content: Any
-
-    def text(self, values: Values | None = None) -> str:
-        return repr(self.content)
-
-    def value(self, values: Values) -> Any:
-        return list(self.content) if isinstance(self.content, list) else self.content
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A variable; a trace shows its value instead, unless that is a list."""
-
-    name: str
-
-    def text(self, values: Values | None = None) -> str:
-        return self.name if values is None or isinstance(values[self.name], list) else repr(values[self.name])
-
-    def value(self, values: Values) -> Any:
-        return values[self.name]
+def run(source: str) -> tuple[str, str]:
+    """The output of a program whose last line prints a value, and a trace: a line for each statement, values for names."""
+    values: Values = {}
+    *statements, last = ast.parse(source).body
+    trace = _run(statements, values)
+    assert isinstance(last, ast.Expr)
+    assert isinstance(last.value, ast.Call)
+    (printed,) = last.value.args
+    output = _value(printed, values)
+    if not isinstance(printed, ast.Name):
+        trace.append(_equal(_text(printed, values), repr(output)))
+    return str(output), "\n".join(trace)
 
 
-@dataclass(frozen=True)
-class Binary:
-    """A binary operation; an operand that is one itself stands in brackets."""
-
-    left: Expression
-    sign: str
-    right: Expression
-
-    def text(self, values: Values | None = None) -> str:
-        texts = ((each, each.text(values)) for each in (self.left, self.right))
-        return f" {self.sign} ".join(f"({text})" if isinstance(each, Binary) else text for each, text in texts)
-
-    def value(self, values: Values) -> Any:
-        return _BINARY[self.sign](self.left.value(values), self.right.value(values))
-
-
-@dataclass(frozen=True)
-class BuiltinCall:
-    """A call of a built-in function with one argument, or of a string's method with none."""
-
-    name: str
-    operand: Expression
-
-    def text(self, values: Values | None = None) -> str:
-        return (
-            f"{self.operand.text(values)}.{self.name}()"
-            if self.name in _METHODS
-            else f"{self.name}({self.operand.text(values)})"
-        )
-
-    def value(self, values: Values) -> Any:
-        return (_METHODS if self.name in _METHODS else FUNCTIONS)[self.name](self.operand.value(values))
+def _run(statements: Sequence[ast.stmt], values: Values) -> list[str]:
+    """Run statements on `values`; their trace."""
+    trace: list[str] = []
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=expression):
+                trace.append(_assign(name, expression, values))
+            case ast.AugAssign(target=ast.Name(id=name) as target, op=sign, value=expression):
+                trace.append(_assign(name, ast.BinOp(target, sign, ast.Constant(_value(expression, values))), values))
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[appended])):
+                values[name] = [*values[name], _value(appended, values)]
+                trace.append(_equal(name, repr(values[name])))
+            case ast.If(test=test, body=then, orelse=otherwise):
+                holds = _value(test, values)
+                trace += [f"{_text(test, values)} is {holds}", *_run(then if holds else otherwise, values)]
+            case ast.For(target=ast.Name(id=name), iter=over, body=body):
+                for each in _value(over, values):
+                    values[name] = each
+                    trace += [f"{name} = {each!r}: {line}" for line in _run(body, values)]
+            case _:
+                raise NotImplementedError(ast.unparse(statement))
+    return trace
 
 
-@dataclass(frozen=True)
-class Subscript:
-    """An element (`last` and `step` are None) or a slice."""
-
-    operand: Expression
-    first: int | None
-    last: int | None = None
-    step: int | None = None
-
-    def text(self, values: Values | None = None) -> str:
-        if self.last is None and self.step is None:
-            return f"{self.operand.text(values)}[{self.first}]"
-        first, last = ("" if each is None else each for each in (self.first, self.last))
-        return f"{self.operand.text(values)}[{first}:{last}{'' if self.step is None else f':{self.step}'}]"
-
-    def value(self, values: Values) -> Any:
-        whole = self.operand.value(values)
-        is_one = self.last is None and self.step is None
-        return whole[self.first] if is_one else whole[slice(self.first, self.last, self.step)]
+def _assign(name: str, expression: ast.expr, values: Values) -> str:
+    computation = _text(expression, values)
+    values[name] = _value(expression, values)
+    return _equal(name, computation, repr(values[name]))
 
 
-Expression = Constant | Variable | Binary | BuiltinCall | Subscript
+def _value(node: ast.expr | None, values: Values) -> Any:
+    match node:
+        case None:
+            return None
+        case ast.Constant(value=constant):
+            return constant
+        case ast.Name(id=name):
+            return values[name]
+        case ast.List(elts=elements):
+            return [_value(each, values) for each in elements]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, values)
+        case ast.BinOp(left=left, op=sign, right=right) | ast.Compare(left=left, ops=[sign], comparators=[right]):
+            return _OPERATORS[type(sign)](_value(left, values), _value(right, values))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return _FUNCTIONS[name](*(_value(each, values) for each in arguments))
+        case ast.Call(func=ast.Attribute(value=operand, attr=name)):
+            return _FUNCTIONS[name](_value(operand, values))
+        case ast.Subscript(value=operand, slice=ast.Slice(lower=first, upper=last)):
+            return _value(operand, values)[_value(first, values) : _value(last, values)]
+        case ast.Subscript(value=operand, slice=index):
+            return _value(operand, values)[_value(index, values)]
+    raise NotImplementedError(ast.unparse(node))
 
 
-@dataclass(frozen=True)
-class Assign:
-    """`name = value`, or `name += value` where `sign` is "+"."""
+def _text(expression: ast.expr, values: Values) -> str:
+    """Source text with the values of variables in place of their names, unless they are lists."""
 
-    name: str
-    to: Expression
-    sign: str = ""
+    class Substitution(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            value = values.get(node.id, [])  # the name of a function stays
+            return node if isinstance(value, list) else ast.Constant(value)
 
-    def lines(self) -> list[str]:
-        return [f"{self.name} {self.sign}= {self.to.text()}"]
-
-    def run(self, values: Values) -> list[str]:
-        new, computation = self.to.value(values), self.to.text(values)
-        if self.sign:
-            computation = f"{values[self.name]!r} {self.sign} {new!r}"
-            new = _BINARY[self.sign](values[self.name], new)
-        values[self.name] = new
-        return [_equal(self.name, computation, repr(new))]
-
-
-@dataclass(frozen=True)
-class Append:
-    """`name.append(value)`."""
-
-    name: str
-    what: Expression
-
-    def lines(self) -> list[str]:
-        return [f"{self.name}.append({self.what.text()})"]
-
-    def run(self, values: Values) -> list[str]:
-        values[self.name] = [*values[self.name], self.what.value(values)]
-        return [_equal(self.name, repr(values[self.name]))]
-
-
-@dataclass(frozen=True)
-class If:
-    """Two branches of one assignment each."""
-
-    condition: Expression
-    then: Assign
-    otherwise: Assign
-
-    def lines(self) -> list[str]:
-        then, otherwise = (f"    {each.lines()[0]}" for each in (self.then, self.otherwise))
-        return [f"if {self.condition.text()}:", then, "else:", otherwise]
-
-    def run(self, values: Values) -> list[str]:
-        holds = self.condition.value(values)
-        return [f"{self.condition.text(values)} is {holds}", *(self.then if holds else self.otherwise).run(values)]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """`for name in over:` with one statement; `over` is a list, or the bounds of a range."""
-
-    name: str
-    over: tuple[int, int] | Expression
-    body: Assign
-
-    def lines(self) -> list[str]:
-        over = f"range({self.over[0]}, {self.over[1]})" if isinstance(self.over, tuple) else self.over.text()
-        return [f"for {self.name} in {over}:", f"    {self.body.lines()[0]}"]
-
-    def run(self, values: Values) -> list[str]:
-        trace = []
-        for each in range(*self.over) if isinstance(self.over, tuple) else self.over.value(values):
-            values[self.name] = each
-            trace += [f"{self.name} = {each!r}: {line}" for line in self.body.run(values)]
-        return trace
+    return ast.unparse(Substitution().visit(deepcopy(expression)))
 
 
 def _equal(*sides: str) -> str:
     return " = ".join(dict.fromkeys(sides))
-
-
-Statement = Assign | Append | If | Loop
-
-
-@dataclass(frozen=True)
-class Program:
-    """Statements, then `print` of one value."""
-
-    statements: tuple[Statement, ...]
-    printed: Expression
-
-    def text(self) -> str:
-        """Its source."""
-        return "\n".join([*(line for each in self.statements for line in each.lines()), f"print({self.printed.text()})"])
-
-    def run(self) -> tuple[str, str]:
-        """Its output, and a trace: a line for each statement, with values in place of names."""
-        values: Values = {}
-        trace = [line for each in self.statements for line in each.run(values)]
-        printed = self.printed.value(values)
-        if not isinstance(self.printed, Variable):
-            trace.append(_equal(self.printed.text(values), repr(printed)))
-        return str(printed), "\n".join(trace)
