@@ -42,7 +42,7 @@ def compare(
     Answers that a folder under --out already holds are reused. The report is written there as Markdown, HTML and JSON.
     """
     from unmask.eval.compare import compare_samples
-    from unmask.eval.report import HEAD, comparison_row, write_comparison
+    from unmask.eval.report import comparison_row, write_comparison
     from unmask.eval.runner import load_results, load_samples
 
     console = make_console()
@@ -59,8 +59,9 @@ def compare(
                 evaluation.answer(console, model, selection.own, folder, limit, settings)
     comparisons = compare_samples(*(load_samples(folder) for folder in folders))
     files = write_comparison(out, comparisons, *(load_results(folder) for folder in folders))
-    table = Table(Column(HEAD[0], no_wrap=True), *HEAD[1:], title=f"A is {a}, B is {b}")
-    for task, each in comparisons.items():
-        table.add_row(*comparison_row(task, each))
+    rows = [comparison_row(task, each) for task, each in comparisons.items()]
+    table = Table(Column("task", no_wrap=True), *list(rows[0])[1:], title=f"A is {a}, B is {b}")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
     console.print(f"report   {files['report.md']}, {files['report.html']}", soft_wrap=True)

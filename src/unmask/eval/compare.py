@@ -65,14 +65,14 @@ def compare_samples(a: Sequence[EvalSample], b: Sequence[EvalSample], *, seed: i
     shared = sorted(by_key_a.keys() & by_key_b.keys())
     if not shared:
         raise ConfigError("the two runs have no item in common; run the same tasks on both")
-    for key in shared:
-        if (by_key_a[key].prompt, by_key_a[key].target) != (by_key_b[key].prompt, by_key_b[key].target):
-            raise ConfigError(
-                f"item {key[1]} of {key[0]} differs between the two runs; run the same version of the task on both"
-            )
     by_task: dict[str, list[tuple[EvalSample, EvalSample]]] = {}
     for key in shared:
-        by_task.setdefault(key[0], []).append((by_key_a[key], by_key_b[key]))
+        one, other = by_key_a[key], by_key_b[key]
+        if (one.prompt, one.target) != (other.prompt, other.target):
+            raise ConfigError(
+                f"item {one.id} of {one.task} differs between the two runs; run the same version of the task on both"
+            )
+        by_task.setdefault(one.task, []).append((one, other))
     comparisons = {task: _compare([pairs], seed) for task, pairs in by_task.items()}
     return {**comparisons, "all": _compare(list(by_task.values()), seed)}
 
@@ -87,50 +87,44 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def _compare(groups: Sequence[Sequence[tuple[EvalSample, EvalSample]]], seed: int) -> Comparison:
     """Groups are tasks: each has the same weight in the scores, whatever its size; speeds are sums over all items."""
     rng = np.random.default_rng(seed)
-    tables = [np.array([_row(a, b) for a, b in pairs], dtype=np.float64) for pairs in groups]
+    # Of each task [items, side, measure]; measures are score, tokens, forwards and seconds.
+    tables = [
+        np.array(
+            [[(each.score, each.tokens, each.forwards, each.seconds) for each in pair] for pair in pairs], dtype=np.float64
+        )
+        for pairs in groups
+    ]
     # Every resample draws items within each task; the answers of both runs to one item stay together.
     resampled = [_sums(table, rng.integers(len(table), size=(RESAMPLES, len(table)))) for table in tables]
-    scores = np.mean([sums[:, :2] / len(table) for sums, table in zip(resampled, tables, strict=True)], axis=0)
-    costs = np.sum([sums[:, 2:] for sums in resampled], axis=0)
-    total = np.sum([table[:, 2:].sum(axis=0) for table in tables], axis=0)
-    a, b = (float(np.mean([table[:, side].mean() for table in tables])) for side in (0, 1))
-    flat = [pair for pairs in groups for pair in pairs]
-    only_a, only_b = (
-        sum(first.score >= 1 > second.score for first, second in ordered)
-        for ordered in (flat, [(second, first) for first, second in flat])
-    )
+    scores = np.mean([sums[..., 0] / len(table) for sums, table in zip(resampled, tables, strict=True)], axis=0)
+    a, b = np.mean([table[..., 0].mean(axis=0) for table in tables], axis=0)
+    total, totals = np.sum([table.sum(axis=0) for table in tables], axis=0), np.sum(resampled, axis=0)
+    right_a, right_b = np.concatenate([table[..., 0] >= 1 for table in tables]).T
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return Comparison(
-        items=len(flat),
-        a=a,
-        b=b,
+        items=len(right_a),
+        a=float(a),
+        b=float(b),
         difference=_interval(b - a, scores[:, 1] - scores[:, 0]),
         only_a=only_a,
         only_b=only_b,
         p_value=mcnemar(only_a, only_b),
-        speed=_ratio(total, costs, tokens=(0, 3), over=(2, 5)),
-        forwards=_ratio(total, costs, tokens=(0, 3), over=(1, 4)),
+        speed=_interval(_ratio(total, over=3), _ratio(totals, over=3)),
+        forwards=_interval(_ratio(total, over=2), _ratio(totals, over=2)),
     )
 
 
-def _row(a: EvalSample, b: EvalSample) -> list[float]:
-    """Scores of both, then tokens, forwards and seconds of each."""
-    return [a.score, b.score, a.tokens, a.forwards, a.seconds, b.tokens, b.forwards, b.seconds]
-
-
 def _sums(table: Floats, indices: NDArray[np.int64]) -> Floats:
-    return np.stack([table[:, column][indices].sum(axis=1) for column in range(table.shape[1])], axis=1)
+    """Sums of a table [items, side, measure] over the items of each resample: [resamples, side, measure]."""
+    return np.stack([column[indices].sum(axis=1) for column in table.reshape(len(table), -1).T], axis=1).reshape(-1, 2, 4)
 
 
-def _ratio(total: Floats, costs: Floats, *, tokens: tuple[int, int], over: tuple[int, int]) -> Interval:
-    """Rate of b over rate of a."""
-
-    def rate(table: Floats, side: int) -> Floats:
-        return np.asarray(table[..., tokens[side]] / np.maximum(table[..., over[side]], 1e-9))
-
-    value = float(rate(total, 1) / np.maximum(rate(total, 0), 1e-9))
-    return _interval(value, rate(costs, 1) / np.maximum(rate(costs, 0), 1e-9))
+def _ratio(sums: Floats, *, over: int) -> Floats:
+    """Tokens over another measure: the rate of b over that of a."""
+    rate = sums[..., 1] / np.maximum(sums[..., over], 1e-9)
+    return np.asarray(rate[..., 1] / np.maximum(rate[..., 0], 1e-9))
 
 
-def _interval(value: float, resampled: Floats) -> Interval:
+def _interval(value: float | Floats, resampled: Floats) -> Interval:
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    return Interval(float(value), float(low), float(high))

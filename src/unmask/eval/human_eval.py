@@ -14,8 +14,7 @@ from functools import cache
 
 from unmask.errors import ConfigError
 from unmask.eval.packaged import read_packaged
-from unmask.eval.sandbox.limits import Limits
-from unmask.eval.sandbox.process import Outcome
+from unmask.eval.sandbox.process import Limits, Outcome
 from unmask.eval.sandbox.programs import run_many
 from unmask.eval.task import Item, ItemScore, Split, Task
 

@@ -6,31 +6,30 @@ Owns their format. Every number comes from `compare` and `runner`.
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from unmask.eval.compare import Comparison, Interval
 from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
-    "table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
-HEAD = (
-    "task",
-    "items",
-    "score of A",
-    "score of B",
-    "B - A (95%)",
-    "only A right",
-    "only B right",
-    "McNemar p",
-    "tokens/s, B / A (95%)",
-    "tokens per forward, B / A",
+_PAGE = """\
+<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}
+</style><h1>{{ title }}</h1>{% for note in notes %}<p>{{ note }}</p>{% endfor %}
+<table><tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<img alt="Scores and speed" src="data:image/png;base64,{{ image }}"><p>{{ legend }}</p></html>
+"""
+_LEGEND = (
+    "Intervals are paired bootstrap over items, 10,000 resamples. In the row `all` every task has the same weight. McNemar's "
+    "test compares the items that only one side has right."
 )
 
 
@@ -48,27 +47,18 @@ def write_comparison(
         File name -> path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [comparison_row(task, each) for task, each in comparisons.items()]
+    cells = [comparison_row(task, each) for task, each in comparisons.items()]
+    head, rows = list(cells[0]), [list(row.values()) for row in cells]
     plot = folder / "comparison.png"
     draw_comparison(comparisons, plot, a["model"]["name"], b["model"]["name"])
+    title = f"{b['model']['name']} against {a['model']['name']}"
     notes = [_about("A", a), _about("B", b), _limits(a, b)]
-    text = "\n\n".join(
-        [
-            f"# {b['model']['name']} against {a['model']['name']}",
-            *notes,
-            markdown_table(HEAD, rows),
-            f"![Scores and speed]({plot.name})",
-            _LEGEND,
-        ]
-    )
+    text = [f"# {title}", *notes, markdown_table(head, rows), f"![Scores and speed]({plot.name})", _LEGEND]
     image = base64.b64encode(plot.read_bytes()).decode()
-    body = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(b['model']['name'])} against {html.escape(a['model']['name'])}</h1>{body}{_html_table(HEAD, rows)}"
-        f'<img alt="Scores and speed" src="data:image/png;base64,{image}"><p>{html.escape(_LEGEND)}</p></html>\n'
+    page = jinja2.Template(_PAGE, autoescape=True).render(
+        title=title, notes=notes, head=head, rows=rows, image=image, legend=_LEGEND
     )
-    atomic_write(folder / "report.md", bytes_writer((text + "\n").encode()))
+    atomic_write(folder / "report.md", bytes_writer(("\n\n".join(text) + "\n").encode()))
     atomic_write(folder / "report.html", bytes_writer(page.encode()))
     atomic_write_json(
         folder / "comparison.json",
@@ -77,20 +67,20 @@ def write_comparison(
     return {name: folder / name for name in ("report.md", "report.html", "comparison.json", plot.name)}
 
 
-def comparison_row(task: str, each: Comparison) -> tuple[str, ...]:
-    """Cells under `HEAD`."""
-    return (
-        task,
-        str(each.items),
-        f"{100 * each.a:.1f}",
-        f"{100 * each.b:.1f}",
-        _interval(each.difference, 100, "+.1f"),
-        str(each.only_a),
-        str(each.only_b),
-        "< 0.001" if each.p_value < 0.001 else f"{each.p_value:.3f}",
-        _interval(each.speed, 1, ".2f"),
-        f"{each.forwards.value:.2f}",
-    )
+def comparison_row(task: str, each: Comparison) -> dict[str, str]:
+    """Column -> cell of a task's row in the table."""
+    return {
+        "task": task,
+        "items": str(each.items),
+        "score of A": f"{100 * each.a:.1f}",
+        "score of B": f"{100 * each.b:.1f}",
+        "B - A (95%)": _interval(each.difference, 100, "+.1f"),
+        "only A right": str(each.only_a),
+        "only B right": str(each.only_b),
+        "McNemar p": "< 0.001" if each.p_value < 0.001 else f"{each.p_value:.3f}",
+        "tokens/s, B / A (95%)": _interval(each.speed, 1, ".2f"),
+        "tokens per forward, B / A": f"{each.forwards.value:.2f}",
+    }
 
 
 def draw_comparison(comparisons: Mapping[str, Comparison], path: Path, name_a: str, name_b: str) -> None:
@@ -132,12 +122,6 @@ def draw_frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str) -
     figure.savefig(path, dpi=130)
 
 
-_LEGEND = (
-    "Intervals are paired bootstrap over items, 10,000 resamples. In the row `all` every task has the same weight. McNemar's "
-    "test compares the items that only one side has right."
-)
-
-
 def _about(side: str, results: Mapping[str, Any]) -> str:
     model, settings, where = results["model"], results["settings"], results["environment"]
     kind = "diffusion" if model["diffusion"] else "autoregressive"
@@ -150,12 +134,10 @@ def _about(side: str, results: Mapping[str, Any]) -> str:
 
 
 def _limits(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    limited = sorted(
-        {name for results in (a, b) for name, task in results["tasks"].items() if task["limited"] and task["size"]}
-    )
-    if not limited:
-        return "Every item of these tasks was answered, or as many as asked for where there is no end of them."
-    return f"Not every item was answered of: {', '.join(limited)}."
+    limited = {name for results in (a, b) for name, task in results["tasks"].items() if task["limited"] and task["size"]}
+    if limited:
+        return f"Not every item was answered of: {', '.join(sorted(limited))}."
+    return "Every item of these tasks was answered, or as many as asked for where there is no end of them."
 
 
 def _interval(value: Interval, scale: float, layout: str) -> str:
@@ -166,10 +148,3 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

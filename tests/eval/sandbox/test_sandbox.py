@@ -23,7 +23,7 @@ from unmask.eval.sandbox import isolation as levels
 from unmask.eval.sandbox import process
 from unmask.eval.sandbox.isolation import Isolation, isolation, probe
 from unmask.eval.sandbox.launcher import children_of
-from unmask.eval.sandbox.limits import Limits
+from unmask.eval.sandbox.process import Limits
 from unmask.eval.sandbox.programs import run_many, run_program
 
 pytestmark = pytest.mark.filterwarnings("default::unmask.errors.UnmaskWarning")
@@ -116,7 +116,7 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 from unmask.errors import BackendError
 from unmask.eval.sandbox.isolation import probe
-from unmask.eval.sandbox.limits import Limits
+from unmask.eval.sandbox.process import Limits
 from unmask.eval.sandbox.programs import run_program
 attacks, given = json.load(sys.stdin)
 for level in ("namespaces", "landlock", "limits"):

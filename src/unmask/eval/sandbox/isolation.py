@@ -19,13 +19,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
-from unmask.eval.sandbox.limits import Limits
-from unmask.eval.sandbox.process import Level, run
+from unmask.eval.sandbox.process import Level, Limits, run
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,17 @@ def isolation() -> Isolation:
     """
     if sys.platform != "linux":
         raise ConfigError(f"programs run in a sandbox on Linux only, not on {sys.platform}; use a Linux container")
-    problems = []
-    for level in ("namespaces", "landlock", "limits"):
-        try:
-            result = probe(level)
-        except BackendError as error:
-            problems.append(str(error))
-            continue
-        if result.missing:
-            risks = "; ".join(result.missing)
-            warnings.warn(
-                f"the sandbox for programs is weak here ({level}), a program could: {risks}; allow user namespaces",
-                UnmaskWarning,
-                stacklevel=2,
-            )
-        return result
-    raise BackendError(problems[-1])
+    for level in ("namespaces", "landlock"):
+        with suppress(BackendError):
+            best = probe(level)
+            break
+    else:
+        best = probe("limits")
+    if best.missing:
+        risks = "; ".join(best.missing)
+        text = f"the sandbox for programs is weak here ({best.level}), a program could: {risks}; allow user namespaces"
+        warnings.warn(text, UnmaskWarning, stacklevel=2)
+    return best
 
 
 def probe(level: Level) -> Isolation:

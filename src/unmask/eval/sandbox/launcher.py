@@ -22,7 +22,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 RDONLY, NOSUID, NODEV, BIND, REC, PRIVATE, DETACH = 1, 2, 4, 0x1000, 0x4000, 0x40000, 2
 PDEATHSIG, DUMPABLE, SUBREAPER, NO_NEW_PRIVS = 1, 4, 36, 38
-SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # the same on every architecture
+RECURSIVE, SYS_MOUNT_SETATTR, SYS_LANDLOCK = 0x8000, 442, 444  # calls: the same on every architecture
 READ, WRITE_FILE, READ_FILE = 0b1101, 0b10, 0b100  # Landlock: execute, read files, list folders
 FILE_RIGHTS = 0b111 | 1 << 14 | 1 << 15  # those that make sense for something that is not a folder
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
@@ -79,10 +79,10 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
     call("mount", source.encode(), target.encode(), kind and kind.encode(), ctypes.c_ulong(flags), data.encode())
 
 
-def set_read_only(path: str) -> None:
-    """Make a mount and all mounts below it read-only."""
+def set_read_only(path: str, flags: int) -> None:
+    """Make a mount read-only, with `RECURSIVE` also all mounts below it."""
     attributes = struct.pack("=QQQQ", RDONLY | NOSUID, 0, 0, 0)
-    call("syscall", SYS_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, ctypes.c_size_t(len(attributes)))
+    call("syscall", SYS_MOUNT_SETATTR, -100, path.encode(), flags, attributes, ctypes.c_size_t(len(attributes)))
 
 
 def private_root(job: Job, user: int | None) -> None:
@@ -103,7 +103,7 @@ def private_root(job: Job, user: int | None) -> None:
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
         mount(path, target, None, BIND | REC)
-        set_read_only(target)
+        set_read_only(target, RECURSIVE)
     os.makedirs(root + HOME)
     owner = 1000 if user is None else user
     size = f"size={limits['folder_bytes']},nr_inodes={limits['files']}"
@@ -112,8 +112,7 @@ def private_root(job: Job, user: int | None) -> None:
     call("pivot_root", b".", b".")
     call("umount2", b".", DETACH)
     os.chdir("/")
-    attributes = struct.pack("=QQQQ", RDONLY, 0, 0, 0)  # of the root alone: /tmp stays writable
-    call("syscall", SYS_MOUNT_SETATTR, -100, b"/", 0, attributes, ctypes.c_size_t(len(attributes)))
+    set_read_only("/", 0)  # /tmp stays writable
 
 
 def landlock_version() -> int:
@@ -148,11 +147,9 @@ def process_count() -> int:
     """Number of this user's threads on the machine, which RLIMIT_NPROC counts when the program shares its user."""
     count = 0
     for entry in os.scandir("/proc"):
-        try:
+        with contextlib.suppress(OSError):
             if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
                 count += len(os.listdir(f"/proc/{entry.name}/task"))
-        except OSError:
-            continue
     return count
 
 
@@ -241,11 +238,8 @@ def children_of(root: int) -> list[int]:
     """All descendants of a process, by /proc."""
     parents = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat") as handle:
-                parents[int(name)] = int(handle.read().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as handle:
+            parents[int(name)] = int(handle.read().rpartition(")")[2].split()[1])
     family = {root}
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
@@ -258,10 +252,8 @@ def sweep(user: int | None) -> bool:
     while time.monotonic() < deadline:
         if user is None:
             for child in children_of(os.getpid()):
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
         elif not (killer := os.fork()):
             try:
                 os.setresuid(user, user, user)

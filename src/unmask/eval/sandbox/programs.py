@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from unmask.eval.sandbox.isolation import isolation
-from unmask.eval.sandbox.limits import Limits
-from unmask.eval.sandbox.process import Level, Outcome, run
+from unmask.eval.sandbox.process import Level, Limits, Outcome, run
 
 
 def run_program(source: str, *, stdin: str = "", limits: Limits = Limits(), level: Level | None = None) -> Outcome:
