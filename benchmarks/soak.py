@@ -52,7 +52,10 @@ def make_model(seed: int) -> Transformer:
         max_positions=512, qk_norm=True, mask_id=MASK, block_size=8, eos_ids=(EOS,),
     )  # fmt: skip
     model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(seed), 0.7)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # norms stay at one
+            torch.nn.init.normal_(parameter, std=0.7, generator=generator)
     return model.double().eval()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.engine.request import Request
 from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
@@ -58,7 +58,9 @@ def tiny_model(
     """A `tiny_config` model with weights N(0, std^2), large enough that predictions are decisive and varied."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(tiny_config(family, **changes))
-    model.init_weights(generator, std)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("norm.weight"):
+            nn.init.normal_(parameter, std=std, generator=generator)
     for module in model.modules():
         if isinstance(module, MoE):
             module.expert_bias.normal_(std=0.1, generator=generator)

@@ -19,9 +19,8 @@ from typing import Any, BinaryIO
 
 from unmask.errors import CheckpointError
 
-Writer = Callable[[BinaryIO], None]
+Writer = Callable[[BinaryIO], object]
 """Writes the content of a file to it, open in binary mode."""
-_MARK = ".unmask-tmp-"
 
 
 def atomic_write(path: Path, writer: Writer) -> None:
@@ -81,11 +80,7 @@ def json_writer(value: Any) -> Writer:
 
 def bytes_writer(content: bytes) -> Writer:
     """A writer, as `atomic_write` takes it, of these bytes."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    return write
+    return lambda file: file.write(content)
 
 
 def write_synced(path: Path, writer: Writer) -> None:
@@ -172,7 +167,7 @@ def _temporary_name(path: Path) -> str:
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name}{_MARK}{socket.gethostname()}-"
+    return f".{path.name}.unmask-tmp-{socket.gethostname()}-"
 
 
 def _remove_abandoned(parent: Path, target: Path) -> None:
@@ -181,19 +176,12 @@ def _remove_abandoned(parent: Path, target: Path) -> None:
         if not entry.name.startswith(_prefix(target)):
             continue
         pid = entry.name.removeprefix(_prefix(target)).split("-")[0]
-        if not pid.isdigit() or _is_running(int(pid)):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            pass  # not a name of ours, or another user's running process

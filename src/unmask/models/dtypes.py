@@ -9,12 +9,7 @@ import torch
 
 from unmask.errors import ConfigError
 
-_NAMES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def parse_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
@@ -27,7 +22,9 @@ def parse_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
         ConfigError: not a floating-point dtype this package computes in.
     """
     if dtype == "auto":
-        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+        capabilities = torch.cpu.get_capabilities()
+        native = device.startswith("cuda") or capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        return torch.bfloat16 if native else torch.float32
     if isinstance(dtype, str):
         if dtype not in _NAMES:
             raise ConfigError(f"dtype '{dtype}' is unknown; use auto, {', '.join(_NAMES)}")
@@ -40,11 +37,3 @@ def parse_dtype(dtype: str | torch.dtype, device: str = "cpu") -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype as Hugging Face spells it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def has_native_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.startswith("cuda"):
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

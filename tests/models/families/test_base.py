@@ -28,7 +28,6 @@ class Toy(ModelFamily):
 
     name = "toy"
     architecture = "ToyForCausalLM"
-    own_keys = frozenset({"projection_bias"})
     rotary_fraction = 0.25
     embedding = "model.tokens"
     attention = "attn"

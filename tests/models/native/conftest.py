@@ -6,7 +6,7 @@ import pytest
 
 from unmask.errors import BackendError
 from unmask.models.native.build import start_build
-from unmask.models.native.packed import Kernels
+from unmask.models.native.interface import Kernels
 
 VARIANTS = {"native": (), "avx2": ("-mno-avx512f",), "portable": ("-DUNMASK_PORTABLE",)}
 

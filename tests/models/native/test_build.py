@@ -12,7 +12,7 @@ from helpers import refused
 from unmask.errors import BackendError
 from unmask.models.native import build
 from unmask.models.native.build import start_build
-from unmask.models.native.packed import Kernels
+from unmask.models.native.interface import Kernels
 
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"

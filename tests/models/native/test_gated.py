@@ -16,7 +16,7 @@ from unmask.engine.batch import Batch, SequenceSlice
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
-from unmask.models.native.packed import Kernels
+from unmask.models.native.interface import Kernels
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 

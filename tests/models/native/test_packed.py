@@ -22,7 +22,7 @@ from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, RopeConfig
 from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
-from unmask.models.native.packed import Kernels
+from unmask.models.native.interface import Kernels
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 

@@ -20,7 +20,8 @@ from unmask.engine.batch import Batch
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.build import Build, start_build
-from unmask.models.native.packed import Kernels, PackedTransformer, check_packable
+from unmask.models.native.interface import Kernels
+from unmask.models.native.packed import PackedTransformer, check_packable
 
 BITS = {"int8": 8, "int4": 4}
 

@@ -82,10 +82,8 @@ class BlockedAttend:
         rows = []
         for row, tiles in enumerate(self.mask.rows):
             q, k, v = q_BHTS[row : row + 1], k_BGTS[row : row + 1], v_BGTS[row : row + 1]
-            parts = []
-            for tile in tiles:
-                parts.append(sdpa(q[:, :, tile.start : tile.stop], _visible(k, tile), _visible(v, tile), tile.mask))
-            rows.append(torch.cat(parts, dim=2))
+            outs = [sdpa(q[:, :, t.start : t.stop], _visible(k, t), _visible(v, t), t.mask) for t in tiles]
+            rows.append(torch.cat(outs, dim=2))
         return torch.cat(rows, dim=0)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, reconfigured
 
 
 def add_gated_lora(model: Transformer, rank: int, *, seed: int) -> Transformer:
@@ -31,7 +31,7 @@ def add_gated_lora(model: Transformer, rank: int, *, seed: int) -> Transformer:
     """
     if model.config.gated_lora_rank is not None:
         raise ConfigError(f"the model has gated LoRA of rank {model.config.gated_lora_rank} already; leave gated_lora_rank out")
-    gated = _same_weights(model, replace(model.config, gated_lora_rank=rank))
+    gated = reconfigured(model, replace(model.config, gated_lora_rank=rank))
     generator = torch.Generator().manual_seed(seed)
     state = gated.state_dict()
     for name in filter(is_gated_lora, state):
@@ -72,18 +72,9 @@ def autoregressive_parent(model: Transformer) -> Transformer:
     Raises:
         ConfigError: as of `parent_config`.
     """
-    return _same_weights(model, parent_config(model.config))
+    return reconfigured(model, parent_config(model.config))
 
 
 def is_gated_lora(name: str) -> bool:
     """Whether the parameter of this name in our state dict belongs to gated LoRA: an update, or the mask vector."""
     return name.rpartition(".")[2] in ("gated_in", "gated_out", "mask_vector")
-
-
-def _same_weights(model: Transformer, config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        copy = Transformer(config)
-    state, empty_state = model.state_dict(), copy.state_dict()
-    copy.load_state_dict({name: state.get(name, empty) for name, empty in empty_state.items()}, strict=True, assign=True)
-    copy.inv_freq = model.inv_freq
-    return copy

@@ -123,20 +123,19 @@ class _Gate(torch.autograd.Function):
         return out
 
 
-def rope_frequencies(rope: RopeConfig, rotary_dim: int, *, device: torch.device | None = None) -> tuple[Tensor, float]:
+def rope_frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies and the factor on cos and sin.
 
     Args:
         rope: the scaling rule.
         rotary_dim: even number of rotating dimensions R.
-        device: where to make them.
 
     Returns:
         Float32 [R / 2] frequencies in radians per position, and YaRN's attention factor (1.0 otherwise).
 
     Source: RoFormer Eq. 34; YaRN (2309.00071) Eqs 18-22; Llama 3.1's frequency-dependent scaling.
     """
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float() / rotary_dim
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     inv_freq = 1.0 / (rope.theta**exponent)
     if rope.kind == "default":
         return inv_freq, 1.0
@@ -163,11 +162,8 @@ def _yarn_frequencies(inv_freq: Tensor, rope: RopeConfig, original: int, rotary_
 
     low = max(math.floor(dimension_of(rope.beta_fast)), 0)
     high = min(math.ceil(dimension_of(rope.beta_slow)), rotary_dim - 1)
-    if low == high:
-        high += 0.001  # type: ignore[assignment]
-    index = torch.arange(rotary_dim // 2, dtype=torch.float32, device=inv_freq.device)
-    ramp = ((index - low) / (high - low)).clamp(0, 1)
-    extrapolate = 1 - ramp
+    index = torch.arange(rotary_dim // 2, dtype=torch.float32)
+    extrapolate = 1 - ((index - low) / (high - low or 0.001)).clamp(0, 1)
     scaled = inv_freq / rope.factor * (1 - extrapolate) + inv_freq * extrapolate
     attention = rope.attention_factor
     if attention is None:

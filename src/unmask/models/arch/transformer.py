@@ -112,14 +112,6 @@ class Transformer(nn.Module):
         """Logits [..., V] of hidden states [..., D], in their dtype."""
         return F.linear(hidden, self.head_weight)
 
-    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
-        """Fill every matrix with N(0, std^2) and every norm with ones: tiny random models for tests and dry runs."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=std, generator=generator)
-
     def num_parameters(self) -> int:
         """Parameters, each counted once (a tied head is free)."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -132,6 +124,20 @@ class Transformer(nn.Module):
                 per_expert = (block.mlp.gate_up.numel() + block.mlp.down.numel()) // block.mlp.moe.num_experts
                 idle += per_expert * (block.mlp.moe.num_experts - block.mlp.moe.num_active)
         return self.num_parameters() - idle
+
+
+def reconfigured(model: Transformer, config: ModelConfig) -> Transformer:
+    """The model of another config that shares the weights of `model`; those that `model` lacks are on the meta device.
+
+    The rotary frequencies are those of `model`.
+    """
+    with torch.device("meta"):
+        other = Transformer(config)
+    state = model.state_dict()
+    shared = {name: state.get(name, empty) for name, empty in other.state_dict().items()}
+    other.load_state_dict(shared, strict=True, assign=True)
+    other.inv_freq = model.inv_freq
+    return other
 
 
 def resize_vocabulary(model: Transformer, new_size: int) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from unmask.errors import ConfigError
 from unmask.models.arch.layers import rope_frequencies
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, reconfigured
 
 
 def stretch_context(model: Transformer, factor: float) -> Transformer:
@@ -33,8 +31,6 @@ def stretch_context(model: Transformer, factor: float) -> Transformer:
         raise ConfigError(f"rope.kind is {config.rope.kind!r}; YaRN applies to unscaled rotary embeddings ('default') only")
     rope = replace(config.rope, kind="yarn", factor=factor, original_max_positions=config.max_positions)
     longer = replace(config, rope=rope, max_positions=int(config.max_positions * factor))
-    with torch.device("meta"):
-        stretched = Transformer(longer)
-    stretched.load_state_dict(model.state_dict(), strict=True, assign=True)
+    stretched = reconfigured(model, longer)
     stretched.inv_freq = rope_frequencies(rope, longer.rotary_dim)[0].to(model.inv_freq.device)
     return stretched.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from unmask.errors import ConfigError
@@ -16,11 +17,10 @@ from unmask.models.families.hf_values import eos, flag, integer, number, optiona
 from unmask.models.families.rope_keys import ROPE_KEYS, read_rope, write_rope
 from unmask.models.families.tensors import StoredTensor, attention_tensors, feed_forward_tensors, gated_lora_tensors
 
-_SHARED_KEYS = ROPE_KEYS | {
-    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "block_size",
-    "shift_start_token_id", "gated_lora_rank", "torch_dtype", "dtype", "hidden_act", "num_nextn_predict_layers",
+# Keys that are read, but not written for every model.
+_OPTIONAL_KEYS = ROPE_KEYS | {
+    "mask_token_id", "block_size", "shift_start_token_id", "gated_lora_rank", "torch_dtype", "dtype",
+    "num_nextn_predict_layers",
 }  # fmt: skip
 # Keys that change the computation, and the only values for which they do not.
 _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -43,16 +43,15 @@ _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
 class ModelFamily:
     """A family of models as published on Hugging Face; instances hold no state.
 
-    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs, `own_keys` the
-    keys of config.json beyond those that all families share. `head_dim` and `rotary_fraction` (the share of the head that
-    rotates) are defaults for absent keys. `embedding` and `attention` are names of modules on disk, `attention_names` those of
-    the layers inside (see `tensors.attention_tensors`). `presets` are published sizes: the Hugging Face config of each by name.
-    `index_required`: programs that read exported models look tensors up in the index, so a single file needs one too.
+    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs. `head_dim`
+    and `rotary_fraction` (the share of the head that rotates) are defaults for absent keys. `embedding` and `attention` are
+    names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`). `presets` are
+    published sizes: the Hugging Face config of each by name. `index_required`: programs that read exported models look tensors
+    up in the index, so a single file needs one too.
     """
 
     name: ClassVar[str]
     architecture: ClassVar[str]
-    own_keys: ClassVar[frozenset[str]] = frozenset()
     head_dim: ClassVar[int | None] = None
     rotary_fraction: ClassVar[float] = 1.0
     embedding: ClassVar[str] = "model.embed_tokens"
@@ -68,7 +67,7 @@ class ModelFamily:
         return {}
 
     def write_own_keys(self, config: ModelConfig) -> dict[str, Any]:
-        """The family's own keys of config.json."""
+        """The family's own keys of config.json, all that `read_own_keys` reads."""
         return {}
 
     def for_export(self, config: ModelConfig) -> ModelConfig:
@@ -88,7 +87,6 @@ class ModelFamily:
         _reject_unsupported(hf)
         hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         max_positions = integer(hf, "max_position_embeddings")
-        known_keys = _SHARED_KEYS | self.own_keys
         fields: dict[str, Any] = {
             "vocab_size": integer(hf, "vocab_size"),
             "hidden_size": hidden_size,
@@ -108,14 +106,14 @@ class ModelFamily:
             "block_size": optional_integer(hf, "block_size"),
             "start_id": token(hf, "shift_start_token_id"),
             "gated_lora_rank": optional_integer(hf, "gated_lora_rank"),
-            "hf_extras": {key: value for key, value in hf.items() if key not in known_keys},
         }
         config = ModelConfig(family=self.name, **(fields | self.read_own_keys(hf)))
         if self.rotary_fraction == 1.0 and config.rope.fraction != 1.0:
             raise ConfigError(
                 f"partial_rotary_factor is {config.rope.fraction}; family '{self.name}' rotates the whole head (1.0)"
             )
-        return config
+        known_keys = _OPTIONAL_KEYS | self.write_config(config, None).keys()
+        return replace(config, hf_extras={key: value for key, value in hf.items() if key not in known_keys})
 
     def write_config(self, config: ModelConfig, dtype: str | None) -> dict[str, Any]:
         """See `registry.write_config`."""
@@ -171,7 +169,7 @@ class ModelFamily:
         return feed_forward_tensors(config.hidden_size, config.ffn_size, disk, ours, bias=config.mlp_bias)
 
     def ignored_tensors(self, config: ModelConfig) -> re.Pattern[str]:
-        """See `registry.ignored_tensors`."""
+        """Names that may lie in a checkpoint and are skipped: rotary tables, a tied head, layers for next-token prediction."""
         names = [r"(.*\.)?rotary_emb\.inv_freq"]
         if config.tied_head:
             names.append(r"lm_head\.weight")

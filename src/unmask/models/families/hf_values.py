@@ -13,19 +13,20 @@ from unmask.errors import ConfigError
 
 def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A whole number; without a default the key must be there."""
-    value = hf.get(key)
+    value = optional_integer(hf, key)
     if value is None:
-        if default is None:
-            raise ConfigError(f"config.json lacks '{key}'; it is required for family '{hf.get('model_type')}'")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{key} is {value!r}; it must be an integer")
+        value = default
+    if value is None:
+        raise ConfigError(f"config.json lacks '{key}'; it is required for family '{hf.get('model_type')}'")
     return value
 
 
 def optional_integer(hf: Mapping[str, Any], key: str) -> int | None:
     """A whole number, or None where the key is absent."""
-    return None if hf.get(key) is None else integer(hf, key)
+    value = hf.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"{key} is {value!r}; it must be an integer")
+    return value
 
 
 def number(hf: Mapping[str, Any], key: str, default: float) -> float:

@@ -35,10 +35,6 @@ FLASH: Mapping[str, Any] = _COMMON | {
 class LingMoE(ModelFamily):
     """The architecture of Ling 2.0; the families differ in name, diffusion defaults and export."""
 
-    own_keys = frozenset({
-        "use_qkv_bias", "use_bias", "use_qk_norm", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-        "num_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace",
-    })  # fmt: skip
     rotary_fraction = 0.5
     embedding = "model.word_embeddings"
     attention = "attention"

@@ -15,7 +15,6 @@ class Llama(ModelFamily):
 
     name = "llama"
     architecture = "LlamaForCausalLM"
-    own_keys = frozenset({"attention_bias", "mlp_bias"})
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         attention = flag(hf, "attention_bias", False)

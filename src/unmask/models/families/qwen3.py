@@ -15,7 +15,6 @@ class Qwen3(ModelFamily):
 
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    own_keys = frozenset({"attention_bias"})
     head_dim = 128
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ family's name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,11 +61,6 @@ def write_config(config: ModelConfig, *, dtype: str | None = None) -> dict[str, 
 def stored_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
     """Every tensor a checkpoint of `config` holds: its name on disk and its place in our state dict."""
     return family_of(config).tensors(config)
-
-
-def ignored_tensors(config: ModelConfig) -> re.Pattern[str]:
-    """Names that may lie in a checkpoint and are skipped: rotary tables, a tied head's copy, next-token-prediction layers."""
-    return family_of(config).ignored_tensors(config)
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -42,17 +42,12 @@ def attention_tensors(config: ModelConfig, disk: str, ours: str, names: Mapping[
         "k": (q_rows, q_rows + kv_rows),
         "v": (q_rows + kv_rows, config.qkv_size),
     }
-    tensors = {}
-    for part, (start, stop) in rows_of.items():
-        if part not in names:
-            continue
-        rows = (slice(start, stop),)
-        tensors[f"{disk}.{names[part]}.weight"] = StoredTensor(f"{ours}.qkv.weight", rows, (stop - start, config.hidden_size))
-        if config.qkv_bias:
-            tensors[f"{disk}.{names[part]}.bias"] = StoredTensor(f"{ours}.qkv.bias", rows, (stop - start,))
-    tensors[f"{disk}.{names['out']}.weight"] = StoredTensor(f"{ours}.out.weight", (), (config.hidden_size, q_rows))
-    if config.out_bias:
-        tensors[f"{disk}.{names['out']}.bias"] = StoredTensor(f"{ours}.out.bias", (), (config.hidden_size,))
+    hidden = config.hidden_size
+    tensors: dict[str, StoredTensor] = {}
+    for part, rows in rows_of.items():
+        if part in names:
+            tensors |= _linear_tensors(f"{disk}.{names[part]}", f"{ours}.qkv", rows, hidden, bias=config.qkv_bias)
+    tensors |= _linear_tensors(f"{disk}.{names['out']}", f"{ours}.out", (0, hidden), q_rows, bias=config.out_bias)
     if config.qk_norm:
         for norm in ("query_norm", "key_norm"):
             tensors[f"{disk}.{names[norm]}.weight"] = StoredTensor(f"{ours}.{norm}.weight", (), (config.head_dim,))
@@ -61,16 +56,19 @@ def attention_tensors(config: ModelConfig, disk: str, ours: str, names: Mapping[
 
 def feed_forward_tensors(hidden: int, ffn: int, disk: str, ours: str, *, bias: bool = False) -> dict[str, StoredTensor]:
     """Gate, up and down projections of one dense feed-forward layer."""
-    gate, up = (slice(0, ffn),), (slice(ffn, 2 * ffn),)
-    tensors = {
-        f"{disk}.gate_proj.weight": StoredTensor(f"{ours}.gate_up.weight", gate, (ffn, hidden)),
-        f"{disk}.up_proj.weight": StoredTensor(f"{ours}.gate_up.weight", up, (ffn, hidden)),
-        f"{disk}.down_proj.weight": StoredTensor(f"{ours}.down.weight", (), (hidden, ffn)),
+    return {
+        **_linear_tensors(f"{disk}.gate_proj", f"{ours}.gate_up", (0, ffn), hidden, bias=bias),
+        **_linear_tensors(f"{disk}.up_proj", f"{ours}.gate_up", (ffn, 2 * ffn), hidden, bias=bias),
+        **_linear_tensors(f"{disk}.down_proj", f"{ours}.down", (0, hidden), ffn, bias=bias),
     }
+
+
+def _linear_tensors(disk: str, ours: str, rows: tuple[int, int], columns: int, *, bias: bool) -> dict[str, StoredTensor]:
+    """Weight and bias of a linear layer on disk, which is rows `rows[0]..rows[1]` of ours."""
+    index, count = (slice(*rows),), rows[1] - rows[0]
+    tensors = {f"{disk}.weight": StoredTensor(f"{ours}.weight", index, (count, columns))}
     if bias:
-        tensors[f"{disk}.gate_proj.bias"] = StoredTensor(f"{ours}.gate_up.bias", gate, (ffn,))
-        tensors[f"{disk}.up_proj.bias"] = StoredTensor(f"{ours}.gate_up.bias", up, (ffn,))
-        tensors[f"{disk}.down_proj.bias"] = StoredTensor(f"{ours}.down.bias", (), (hidden,))
+        tensors[f"{disk}.bias"] = StoredTensor(f"{ours}.bias", index, (count,))
     return tensors
 
 

@@ -8,42 +8,34 @@ from __future__ import annotations
 import ctypes
 import threading
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
+
+
+def _fields(kind: type, *names: str) -> tuple[tuple[str, Any], ...]:
+    """Fields of one type, as C declares them."""
+    return tuple((name, kind) for name in names)
 
 
 class Linear(Structure):
     """A quantised matrix; `Linear` of gemm.h."""
 
-    _fields_ = (
-        ("weight", c_void_p),
-        ("group_scale", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("depth", c_int64),
-        ("outputs", c_int64),
-        ("bits", c_int64),
-    )
+    _fields_ = (*_fields(c_void_p, "weight", "group_scale", "scale", "bias"), *_fields(c_int64, "depth", "outputs", "bits"))
 
 
 class GatedLinear(Structure):
     """`GatedLinear` of kernels.cpp: a matrix and its gated LoRA, if it has one."""
 
-    _fields_ = (("base", Linear), ("input", Linear), ("output", Linear))
+    _fields_ = _fields(Linear, "base", "input", "output")
 
 
 class Layer(Structure):
     """`Layer` of kernels.cpp."""
 
     _fields_ = (
-        ("qkv", GatedLinear),
-        ("out", GatedLinear),
-        ("gate_up", GatedLinear),
-        ("down", GatedLinear),
-        ("attention_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
+        *_fields(GatedLinear, "qkv", "out", "gate_up", "down"),
+        *_fields(c_void_p, "attention_norm", "mlp_norm", "query_norm", "key_norm"),
     )
 
 
@@ -51,17 +43,8 @@ class Model(Structure):
     """`Model` of kernels.cpp."""
 
     _fields_ = (
-        ("layers", c_void_p),
-        ("final_norm", c_void_p),
-        ("num_layers", c_int64),
-        ("hidden", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("rotary_dim", c_int64),
-        ("ffn", c_int64),
-        ("mixed", c_int64),
-        ("rank", c_int64),
+        *_fields(c_void_p, "layers", "final_norm"),
+        *_fields(c_int64, "num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim", "ffn", "mixed", "rank"),
         ("eps", c_float),
     )
 
@@ -70,13 +53,8 @@ class ForwardBatch(Structure):
     """`ForwardBatch` of kernels.cpp, its KV cache included."""
 
     _fields_ = (
-        ("rows", c_int64),
-        ("num_segments", c_int64),
-        ("segments", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("hidden", c_void_p),
-        ("kv_cache", c_void_p),
+        *_fields(c_int64, "rows", "num_segments"),
+        *_fields(c_void_p, "segments", "cos", "sin", "hidden", "kv_cache"),
         ("num_slots", c_int64),
     )
 

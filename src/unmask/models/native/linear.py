@@ -7,6 +7,7 @@ Legend: N rows, K inputs, V outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import byref
 
 import torch
@@ -29,40 +30,24 @@ class PackedLinear:
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self.struct = interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed weights."""
-        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
-
     @torch.no_grad()
     def __call__(self, x_NK: Tensor) -> Tensor:
         """float32 [N, V] products of float rows."""
-        x_NK, threads = self._checked(x_NK), torch.get_num_threads()
         out_NV = torch.empty(len(x_NK), self._outputs)
-        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), len(x_NK), threads))
-        self._kernels.linear(byref(self.struct), x_NK.data_ptr(), *x_NK.shape, out_NV.data_ptr(), buffer, threads)
+        self._run(self._kernels.linear, x_NK, out_NV.data_ptr())
         return out_NV
 
     @torch.no_grad()
     def greedy(self, x_NK: Tensor, banned_id: int | None) -> tuple[Tensor, Tensor]:
         """The largest output of each row and its softmax probability, without writing the others; see `PackedTransformer`."""
-        x_NK, threads, count = self._checked(x_NK), torch.get_num_threads(), len(x_NK)
-        tokens_N, probability_N = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        tokens_N, probability_N = torch.empty(len(x_NK), dtype=torch.int64), torch.empty(len(x_NK))
         banned = self._outputs if banned_id is None else banned_id
-        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), count, threads))
-        self._kernels.greedy(
-            byref(self.struct),
-            x_NK.data_ptr(),
-            *x_NK.shape,
-            banned,
-            tokens_N.data_ptr(),
-            probability_N.data_ptr(),
-            buffer,
-            threads,
-        )
+        self._run(self._kernels.greedy, x_NK, banned, tokens_N.data_ptr(), probability_N.data_ptr())
         return tokens_N, probability_N
 
-    def _checked(self, x_NK: Tensor) -> Tensor:
+    def _run(self, kernel: Callable[..., None], x_NK: Tensor, *arguments: int) -> None:
         assert x_NK.ndim == 2
         assert x_NK.shape[1] == self._inputs
-        return x_NK.float().contiguous()
+        x_NK, threads = x_NK.float().contiguous(), torch.get_num_threads()
+        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), len(x_NK), threads))
+        kernel(byref(self.struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)

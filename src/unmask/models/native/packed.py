@@ -24,18 +24,11 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, GatedLoraLinear, RMSNorm, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native import interface
-from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
 
-__all__ = ["Kernels", "PackedTransformer"]
-
 Change = Callable[[Tensor], Tensor]
 Ints = NDArray[np.int64]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 class PackedTransformer:
@@ -58,7 +51,7 @@ class PackedTransformer:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, bits: int, kernels: Kernels, *, rotate: bool | None = None) -> None:
+    def __init__(self, model: Transformer, bits: int, kernels: interface.Kernels, *, rotate: bool | None = None) -> None:
         check_packable(model, bits)
         rotates = bits == 8 if rotate is None else rotate
         self.config: ModelConfig = model.config
@@ -139,12 +132,6 @@ class PackedTransformer:
         """
         return self._head.greedy(hidden_ND, banned_id)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights, embedding included."""
-        matrices = sum(linear.nbytes for linear in (*self._linears, self._head))
-        return self._embed_VD.nbytes + matrices + sum(norm.nbytes for norm in self._norms)
-
     def _layer(self, block: nn.Module) -> interface.Layer:
         assert isinstance(block, Block)
         assert isinstance(block.mlp, FeedForward)
@@ -160,7 +147,7 @@ class PackedTransformer:
             *(None if norm is None else self._norm(norm.weight) for norm in head_norms),
         )
 
-    def _gated(self, layer: nn.Linear, *, reads: Change = _same, writes: Change = _same) -> interface.GatedLinear:
+    def _gated(self, layer: nn.Linear, *, reads: Change = lambda x: x, writes: Change = lambda x: x) -> interface.GatedLinear:
         """A layer and its update, if it has one.
 
         Args:

@@ -19,7 +19,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
-from unmask.models.families.registry import ignored_tensors, read_config, stored_tensors, write_config
+from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
@@ -103,7 +103,7 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     Raises:
         CheckpointError: tensors are missing, unexpected, misshaped or not floating point; all of them are named.
     """
-    stored, ignored = stored_tensors(config), ignored_tensors(config)
+    stored, ignored = stored_tensors(config), family_of(config).ignored_tensors(config)
     with ExitStack() as stack:
         files = TensorFiles(folder, stack)
         problems = [f"missing: {name}" for name in stored if name not in files.names]
