@@ -121,9 +121,8 @@ def _questions(python: Path) -> Mapping[str, tuple[Item, ...]]:
 
 def _one_message(messages: Sequence[Mapping[str, str]]) -> str:
     """The user's messages as one; the few conversations with turns of an assistant become one message that quotes them."""
-    if all(message["role"] == "user" for message in messages):
-        return "\n\n".join(message["content"] for message in messages)
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    is_quoted = any(message["role"] != "user" for message in messages)
+    return "\n\n".join(f"{each['role']}: {each['content']}" if is_quoted else each["content"] for each in messages)
 
 
 def _items(name: str, categories: Sequence[str], split: Split, count: int) -> list[Item]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self._model, self._text, self._seed, self._batch = model, model.tokenizer, seed, batch
         self._decoding = decoding or SamplingParams()
         self._samples = samples
-        self._estimator: LikelihoodEstimator | None = None
         self._templated = False
         self.scored: list[Likelihood] = []
         self.completions: list[Completion] = []
@@ -114,12 +114,10 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         fitted = [self._fitted(context, continuation) for _, context, continuation in requests]
         # Sorted, neighbours share their contexts.
         order = sorted(range(len(fitted)), key=lambda i: fitted[i])
-        likelihoods: dict[int, Likelihood] = {}
-        for i in tqdm(order, desc="likelihoods", disable=disable_tqdm):
-            likelihoods[i] = self._score(*fitted[i])
-        greedy = self._are_greedy(fitted)
-        answers = [(likelihoods[i].value, greedy[i]) for i in range(len(fitted))]
-        self.scored += [likelihoods[i] for i in range(len(fitted))]
+        scored = {i: self._estimator.score(*fitted[i]) for i in tqdm(order, desc="likelihoods", disable=disable_tqdm)}
+        likelihoods = [scored[i] for i in range(len(fitted))]
+        self.scored += likelihoods
+        answers = [(each.value, greedy) for each, greedy in zip(likelihoods, self._are_greedy(fitted), strict=True)]
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -130,7 +128,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         for request in tqdm(requests, desc="texts", disable=disable_tqdm):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
-            parts = [self._score(*make_disjoint_window(window)) for window in windows]
+            parts = [self._estimator.score(*make_disjoint_window(window)) for window in windows]
             self.scored += parts
             answers.append(sum(part.value for part in parts))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
@@ -165,11 +163,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _engine(self) -> Engine:
         return self._model.engine(max_num_seqs=self._batch)
 
-    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
-        if self._estimator is None:
-            size = self._decoding.block_size
-            self._estimator = LikelihoodEstimator(self._model, samples=self._samples, seed=self._seed, block_size=size)
-        return self._estimator.score(context, continuation)
+    @cached_property
+    def _estimator(self) -> LikelihoodEstimator:
+        """Made when it is needed: it has a KV cache of the whole context."""
+        size = self._decoding.block_size
+        return LikelihoodEstimator(self._model, samples=self._samples, seed=self._seed, block_size=size)
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """The continuation, and as much of the context's end as fits before it."""
@@ -212,8 +210,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         room = self.max_length - min(most, self.max_length - 1)
         self.truncated += len(ids) > room
         stop = options.get("until", ())
-        sampling = {"temperature": options.get("temperature", 1.0), "seed": self._seed} if options.get("do_sample") else {}
-        sampling |= {name: options[name] for name in ("top_p", "top_k", "seed") if name in options and options.get("do_sample")}
+        sampled = {name: options[name] for name in ("temperature", "top_p", "top_k", "seed") if name in options}
+        sampling = {"temperature": 1.0, "seed": self._seed} | sampled if options.get("do_sample") else {}
         return self._model.request(
             ids[-room:],
             self._decoding,
@@ -268,7 +266,9 @@ def run_harness(
         reason = " ".join(str(error).split())[:300]
         remedy = "see `lm-eval ls tasks`, and go online where data is missing"
         raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}; {remedy}") from error
-    _write_samples(folder / "harness_samples.jsonl", evaluated.pop("samples", {}))
+    samples = [{"task": task, **each} for task, rows in evaluated.pop("samples", {}).items() for each in rows]
+    lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+    atomic_write(folder / "harness_samples.jsonl", bytes_writer(lines.encode()))
     kept = ("results", "groups", "n-samples", "versions", "higher_is_better")
     content = {
         **{name: evaluated[name] for name in kept if name in evaluated},
@@ -284,9 +284,3 @@ def run_harness(
     results: dict[str, Any] = json.loads(json.dumps(content, default=str))
     atomic_write_json(folder / "harness.json", results)
     return results
-
-
-def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """A line for every sample of every task."""
-    lines = (json.dumps({"task": task, **each}, default=str) for task, rows in samples.items() for each in rows)
-    atomic_write(path, bytes_writer("".join(line + "\n" for line in lines).encode()))

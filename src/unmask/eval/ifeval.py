@@ -66,23 +66,17 @@ def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
     utils, note = _rules()
     scores = []
     for item, answer in zip(items, answers, strict=True):
-        metrics = _metrics(utils, {**item.target, "prompt": item.prompt}, answer)
+        before = random.getstate()
+        random.seed(0)  # where a prompt counts # or !, lm-eval's rules count a random letter
+        try:
+            metrics = utils.process_results({**item.target, "prompt": item.prompt}, [answer])
+        finally:
+            random.setstate(before)
         strict = metrics.pop("prompt_level_strict_acc")
         if note and not SPLITTING.isdisjoint(item.target["instruction_id_list"]):
             metrics["note"] = note
         scores.append(ItemScore(float(strict), detail=json.dumps(metrics)))
     return scores
-
-
-def _metrics(rules: Any, doc: dict[str, Any], answer: str) -> dict[str, Any]:
-    """lm-eval's metrics of an answer, made deterministic: where a prompt counts # or !, its rules count a random letter."""
-    before = random.getstate()
-    random.seed(0)
-    try:
-        metrics: dict[str, Any] = rules.process_results(doc, [answer])
-    finally:
-        random.setstate(before)
-    return metrics
 
 
 IFEVAL = Task(

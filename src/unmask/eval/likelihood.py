@@ -112,7 +112,9 @@ class LikelihoodEstimator:
             return Likelihood(self._causal(ids, len(context)), 0.0, True, len(continuation))
         blocks = list(self._blocks(ids, len(context)))
         self._extend_clean(ids, (len(ids) - 1) // self._block_size * self._block_size)
-        losses = iter(self._losses(ids, [sample for samples, _ in blocks for sample in samples]))
+        flat, fitting = [sample for samples, _ in blocks for sample in samples], self._max_tokens // self._block_size
+        # As many samples to a forward as fit.
+        losses = iter([loss for i in range(0, len(flat), fitting) for loss in self._losses(ids, flat[i : i + fitting])])
         total = variance = 0.0
         for samples, exact in blocks:
             values = [next(losses) for _ in samples]
@@ -136,13 +138,8 @@ class LikelihoodEstimator:
             sizes = [1 + int(m * (j + rng.random()) / count) for j in range(count)]
             yield [_MaskSample(start, stop, tuple(rng.sample(positions, k)), m / k / count) for k in sizes], False
 
-    def _losses(self, ids: Sequence[int], samples: Sequence[_MaskSample]) -> Iterator[float]:
-        """Weighted -log p of every sample's masked positions, as many samples to a forward as fit."""
-        fitting = self._max_tokens // self._block_size
-        for start in range(0, len(samples), fitting):
-            yield from self._losses_of(ids, samples[start : start + fitting])
-
-    def _losses_of(self, ids: Sequence[int], samples: Sequence[_MaskSample]) -> list[float]:
+    def _losses(self, ids: Sequence[int], samples: Sequence[_MaskSample]) -> list[float]:
+        """Weighted -log p of the masked positions of each sample, in one forward."""
         assert self._mask_id is not None
         slices, rows, targets, offset = list[SequenceSlice](), [], [], 0
         for sample in samples:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -72,7 +72,7 @@ def run_tasks(
     folder: Path,
     *,
     count: Callable[[Task], int],
-    settings: EvalSettings | None = None,
+    settings: EvalSettings = EvalSettings(),
     resume: bool = False,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> dict[str, Any]:
@@ -94,7 +94,6 @@ def run_tasks(
         ConfigError: the folder holds a run and `resume` is not set, or the run was made with other settings.
         RequestError: the model cannot be asked an item.
     """
-    settings = settings if settings is not None else EvalSettings()
     head = {
         "format": FORMAT,
         "model": about_model(model),
@@ -110,9 +109,10 @@ def run_tasks(
             pending = [item for item in items if (task.name, item.id) not in known]
             done = len(items) - len(pending)
             on_progress(task.name, done, len(items))
-            for chunk in _chunks(pending, max(SCORED_TOGETHER, settings.batch)):
-                new = _answer(model, task, chunk, settings)
-                file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in new)
+            size = max(SCORED_TOGETHER, settings.batch)
+            for start in range(0, len(pending), size):
+                new = _answer(model, task, pending[start : start + size], settings)
+                file.writelines(map(_line, new))
                 file.flush()
                 samples += new
                 done += len(new)
@@ -143,10 +143,7 @@ def load_samples(folder: Path) -> list[EvalSample]:
     Raises:
         ConfigError: the folder holds no run.
     """
-    path = folder / "samples.jsonl"
-    if not path.exists():
-        raise ConfigError(f"{folder} holds no run: there is no samples.jsonl; give the folder of an evaluation")
-    return _read(path)[1]
+    return _read(folder / "samples.jsonl")[1]
 
 
 def summarise(tasks: Sequence[Task], samples: Sequence[EvalSample]) -> dict[str, dict[str, Any]]:
@@ -243,19 +240,22 @@ def _open(path: Path, head: Mapping[str, Any], *, resume: bool) -> list[EvalSamp
         new = {key: new_head[name].get(key, value) for key, value in old.items()} if name == "tasks" else new_head.get(name)
         if new != old:
             raise ConfigError(f"{path.parent} was begun with {name} {old}, now it is {new}; use another folder")
-    lines = [json.dumps({"run": new_head})] + [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"run": new_head}) + "\n" + "".join(map(_line, samples)), encoding="utf-8")
     return samples
+
+
+def _line(sample: EvalSample) -> str:
+    return json.dumps(asdict(sample), ensure_ascii=False) + "\n"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[EvalSample]]:
     """Head and samples of a run; a last line that was cut off is dropped.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is absent or damaged.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         head = json.loads(lines[0])["run"]
         parsed = []
         for number, line in enumerate(lines[1:], start=2):
@@ -264,10 +264,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[EvalSample]]:
             except ValueError:
                 if number < len(lines):
                     raise
+    except OSError as error:
+        raise ConfigError(f"{path.parent} holds no run ({error}); give the folder of an evaluation") from error
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path} is damaged ({error}); use another folder") from error
     return head, parsed
-
-
-def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

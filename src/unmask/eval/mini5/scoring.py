@@ -181,9 +181,6 @@ def same(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, str) and isinstance(right, str):
         return left.strip().casefold() == right.strip().casefold()
-    numbers = (int, float)
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
-    if isinstance(left, numbers) and isinstance(right, numbers):
-        return left == right
-    return left is None and right is None
+    return bool(left == right)
