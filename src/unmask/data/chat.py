@@ -143,7 +143,8 @@ class Renderer:
         if mark and whole.startswith(before) and whole[len(before) :].endswith(after):
             start, stop = len(before), len(whole) - len(after)
         else:
-            turns = self._without_closing(self._attempt(coded[: index + 1], tools))
+            turns = self._attempt(coded[: index + 1], tools).rstrip()
+            turns = turns.removesuffix(next((token for token in self._control_tokens if turns.endswith(token)), ""))
             if not (prompt and turns.startswith(prompt) and whole.startswith(turns)):
                 raise _hidden(index)
             start, stop = len(prompt), len(turns)
@@ -151,10 +152,6 @@ class Renderer:
         if is_longer and prompt != self._attempt(coded[:index], tools):
             start = len(prompt)
         return start, stop
-
-    def _without_closing(self, text: str) -> str:
-        text = text.rstrip()
-        return text.removesuffix(next((token for token in self._control_tokens if text.endswith(token)), ""))
 
     def _attempt(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
         """The rendered conversation; empty for no messages or where the template refuses them."""

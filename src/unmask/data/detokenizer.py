@@ -55,9 +55,8 @@ class IncrementalDetokenizer:
     def _push(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
-        if len(text) <= len(self._window_text) or text.endswith(_REPLACEMENT):
-            return ""
-        if not self._decode([*self._window, *self._broken_byte]).startswith(text):
+        is_complete = len(text) > len(self._window_text) and not text.endswith(_REPLACEMENT)
+        if not is_complete or not self._decode([*self._window, *self._broken_byte]).startswith(text):
             return ""
         pending = self._pending + text[len(self._window_text) :]
         del self._window[: self._num_read]

@@ -62,11 +62,9 @@ class Resumable(Protocol):
 
     def state_dict(self) -> State:
         """The position, JSON-able."""
-        ...
 
     def load_state_dict(self, state: State) -> None:
         """Continue where `state` was taken; raises DataError when it belongs to other data."""
-        ...
 
 
 class Source(Resumable, Protocol):
@@ -75,16 +73,13 @@ class Source(Resumable, Protocol):
     @property
     def name(self) -> str:
         """Name of the source in messages."""
-        ...
 
     @property
     def epoch(self) -> int:
         """Epoch of the next document, from 0."""
-        ...
 
     def next_document(self) -> Document:
         """The next document; raises StopIteration after the last of a source that ends, DataError for unreadable data."""
-        ...
 
 
 class SampleStream(Resumable, Protocol):
@@ -92,7 +87,6 @@ class SampleStream(Resumable, Protocol):
 
     def __next__(self) -> Sample:
         """The next sample."""
-        ...
 
 
 class DocumentStream:
@@ -125,9 +119,7 @@ class DocumentStream:
                 raise ConfigError(f"weight {weight} of source {source.name} is not positive; remove the source instead")
         if epochs is not None and epochs < 1:
             raise ConfigError(f"{epochs} epochs is not positive; use 1 or more, or none for an endless stream")
-        self._sources = list(sources)
-        self._weights = weights
-        self._epochs = epochs
+        self._sources, self._weights, self._epochs = list(sources), weights, epochs
         self._counts = [0] * len(self._sources)
         self._ended: set[int] = set()
 
@@ -141,10 +133,7 @@ class DocumentStream:
 
     def __next__(self) -> Sample:
         """The next sample; raises StopIteration when `epochs` passes are through, DataError for unreadable data."""
-        while True:
-            remaining = [index for index in range(len(self._sources)) if self._has_more(index)]
-            if not remaining:
-                raise StopIteration
+        while remaining := [index for index in range(len(self._sources)) if self._has_more(index)]:
             index = min(remaining, key=lambda i: ((self._counts[i] + 0.5) / self._weights[i], i))
             source = self._sources[index]
             epoch, ordinal = source.epoch, self.num_samples
@@ -153,9 +142,9 @@ class DocumentStream:
             except StopIteration:
                 self._ended.add(index)
                 continue
-            break
-        self._counts[index] += 1
-        return Sample(epoch=epoch, ordinal=ordinal, document=document)
+            self._counts[index] += 1
+            return Sample(epoch=epoch, ordinal=ordinal, document=document)
+        raise StopIteration
 
     def _has_more(self, index: int) -> bool:
         return index not in self._ended and (self._epochs is None or self._sources[index].epoch < self._epochs)

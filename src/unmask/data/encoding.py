@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.data.documents import Document
-from unmask.data.shapes import Conversation, Example, Fields, PlainText, read_example, read_pair
+from unmask.data.shapes import Conversation, Example, Fields, read_example, read_pair
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import DataError
 
@@ -53,9 +53,6 @@ class DocumentEncoder:
             record: the record.
             where: its origin, for messages ("data.jsonl line 3").
 
-        Returns:
-            The document.
-
         Raises:
             DataError: a field is missing or malformed, the template refuses it, or the mask token is in the text.
         """
@@ -92,16 +89,13 @@ class DocumentEncoder:
     def _encode(self, example: Example) -> tuple[list[int], list[bool]]:
         if isinstance(example, Conversation):
             if example.plain is None or example.tools or (self.chat and self.tokenizer.has_chat_template):
-                return self._conversation(example)
+                return self._encode_conversation(example)
             example = example.plain
-        return self._plain(example)
-
-    def _plain(self, example: PlainText) -> tuple[list[int], list[bool]]:
         prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(example.prompt)]
         response = [*self.tokenizer.encode(example.response), self.tokenizer.eos_id]
         return prompt + response, [False] * len(prompt) + [True] * len(response)
 
-    def _conversation(self, example: Conversation) -> tuple[list[int], list[bool]]:
+    def _encode_conversation(self, example: Conversation) -> tuple[list[int], list[bool]]:
         if self.supervise == "response":
             return self.tokenizer.chat_document(example.messages, tools=example.tools, num_given=example.num_given)
         ids = self.tokenizer.chat(example.messages, add_generation_prompt=False, tools=example.tools)

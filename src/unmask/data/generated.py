@@ -25,18 +25,14 @@ class GeneratedSource(EpochSource):
 
         Args:
             name: for messages.
-            families: name of a reasoning-gym dataset -> its configuration, without seed and size.
+            families: name of a reasoning-gym dataset -> its configuration, without seed and size; at least one.
             encoder: encodes records with its fields `prompt` and first `response`.
             seed: of the problems.
             items_per_epoch: documents of one epoch; each epoch has new ones.
 
         Raises:
-            ConfigError: no family, an unknown one, or a configuration it does not accept.
+            ConfigError: an unknown family, or a configuration it does not accept.
         """
-        if not families:
-            raise ConfigError("0 families of problems given; name at least one, such as chain_sum: {}")
-        if items_per_epoch < 1:
-            raise ConfigError(f"{items_per_epoch} items an epoch is not positive; use 1 or more")
         self._families, self._encoder, self._seed = dict(families), encoder, seed
         super().__init__(name, items_per_epoch)
 

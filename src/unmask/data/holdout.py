@@ -32,12 +32,10 @@ class Split:
 
     @property
     def name(self) -> str:
-        """The source's name."""
         return self._source.name
 
     @property
     def epoch(self) -> int:
-        """The source's epoch."""
         return self._source.epoch
 
     def next_document(self) -> Document:
@@ -58,11 +56,9 @@ class Split:
                 return document
 
     def state_dict(self) -> State:
-        """Position in the source."""
         return self._source.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken."""
         self._source.load_state_dict(state)
 
 

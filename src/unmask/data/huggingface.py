@@ -6,6 +6,8 @@ Owns the order of shards and records and the position in them. Knows no tokens; 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from unmask.data.documents import Document, State
@@ -50,12 +52,12 @@ class HuggingFaceSource:
         Raises:
             DataError: it cannot be opened.
         """
-        self.name = name
-        self._encoder = encoder
-        self._seed = seed
-        self._window_size = window
-        self._shuffle = shuffle
-        self._dataset = _open(path, subset, split)
+        from datasets import load_dataset
+
+        self.name, self._encoder = name, encoder
+        self._seed, self._window_size, self._shuffle = seed, window, shuffle
+        with _reading(f"dataset {path} cannot be opened", "check its id, subset and split"):
+            self._dataset = load_dataset(path, name=subset, split=split, streaming=True)
         self._num_shards = int(self._dataset.num_shards)
         self.epoch = 0
         self._shard_index = 0
@@ -68,7 +70,6 @@ class HuggingFaceSource:
         self._window: list[Record] = []
         self._order: list[int] = []
         self._open_shard(None)
-        self._read_window()
         self._skip_empty()
 
     def next_document(self) -> Document:
@@ -105,7 +106,6 @@ class HuggingFaceSource:
         self.epoch, self._shard_index = int(state["epoch"]), int(state["shard_index"])
         self._window_index, self._num_in_epoch = int(state["window_index"]), int(state["num_in_epoch"])
         self._open_shard(state["window_start"])
-        self._read_window()
         self._cursor = int(state["cursor"])
         if self._cursor >= len(self._window):
             raise DataError(f"{self.name} is shorter than when the job was saved; put the same data back or start anew")
@@ -121,6 +121,7 @@ class HuggingFaceSource:
             self._shard.load_state_dict(start)
         self._records = iter(self._shard)
         self._window_start = start
+        self._read_window()
 
     def _skip_empty(self) -> None:
         """Go on to the next shard that is not at its end, and to the next epoch after the last shard."""
@@ -132,28 +133,22 @@ class HuggingFaceSource:
                 self.epoch, self._shard_index, self._num_in_epoch = self.epoch + 1, 0, 0
             self._window_index = 0
             self._open_shard(None)
-            self._read_window()
 
     def _read_window(self) -> None:
-        from datasets.exceptions import DatasetsError
-
-        try:
-            self._window = [record for _, record in zip(range(self._window_size), self._records, strict=False)]
-        except (OSError, ValueError, DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{self.name} cannot be read ({reason}); check the data and the connection") from error
+        with _reading(f"{self.name} cannot be read", "check the data and the connection"):
+            self._window = list(islice(self._records, self._window_size))
         self._cursor = 0
         keys = (self._seed, self.epoch, self._shard_index, self._window_index)
         length = len(self._window)
         self._order = seeded_permutation(length, *keys).tolist() if self._shuffle else list(range(length))
 
 
-def _open(path: str, subset: str | None, split: str) -> Any:
-    from datasets import load_dataset
+@contextmanager
+def _reading(failure: str, remedy: str) -> Iterator[None]:
+    """Turn the errors of the library into a DataError."""
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(path, name=subset, split=split, streaming=True)
+        yield
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"dataset {path} cannot be opened ({reason}); check its id, subset and split") from error
+        raise DataError(f"{failure} ({' '.join(str(error).split())}); {remedy}") from error

@@ -172,10 +172,8 @@ class Packer(ABC):
             raise ConfigError(f"row length {row_length} is not positive; use a multiple of the block size, such as 1024")
         if pad_id < 0:
             raise ConfigError(f"pad id {pad_id} is negative; use the tokenizer's padding or end-of-text id")
-        self._stream = stream
-        self._row_length = row_length
-        self._pad_id = pad_id
-        self._overlong = overlong
+        self._stream, self._overlong = stream, overlong
+        self._row_length, self._pad_id = row_length, pad_id
         self._waiting: list[Segment] = []
         self._ended = False
         self.stats = PackingStats()
@@ -282,26 +280,18 @@ class Packer(ABC):
 
     def _lay_out(self, rows: list[list[Segment]]) -> PackedRows:
         shape = (len(rows), self._row_length)
-        tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        segment_ids, position, epoch, ordinal = (np.zeros(shape, dtype=np.int64) for _ in range(4))
-        maskable = np.zeros(shape, dtype=np.bool_)
+        arrays: dict[str, NDArray[Any]] = {field.name: np.zeros(shape, dtype=np.int64) for field in fields(PackedRows)}
+        arrays |= {"tokens_RL": np.full(shape, self._pad_id, dtype=np.int64), "maskable_RL": np.zeros(shape, dtype=np.bool_)}
         for number, row in enumerate(rows):
             start = 0
             for segment_id, segment in enumerate(row, start=1):
-                at = (number, slice(start, start + len(segment)))
-                tokens[at], maskable[at] = segment.tokens, segment.maskable
-                segment_ids[at], position[at] = segment_id, np.arange(len(segment))
-                epoch[at], ordinal[at] = segment.epoch, segment.ordinal
+                identity = {"segment_RL": segment_id, "epoch_RL": segment.epoch, "ordinal_RL": segment.ordinal}
+                content = {"tokens_RL": segment.tokens, "maskable_RL": segment.maskable, "position_RL": np.arange(len(segment))}
+                for name, value in (*identity.items(), *content.items()):
+                    arrays[name][number, start : start + len(segment)] = value
                 start += len(segment)
             self._count(rows=1, packed_tokens=start, padded_tokens=self._row_length - start)
-        return PackedRows(
-            tokens_RL=torch.from_numpy(tokens),
-            segment_RL=torch.from_numpy(segment_ids),
-            position_RL=torch.from_numpy(position),
-            maskable_RL=torch.from_numpy(maskable),
-            epoch_RL=torch.from_numpy(epoch),
-            ordinal_RL=torch.from_numpy(ordinal),
-        )
+        return PackedRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 class RowPacker(Packer):
@@ -339,16 +329,14 @@ class RowPacker(Packer):
         while free > 0:
             while len(self._waiting) < self._lookahead and self._read():
                 pass
-            index = self._best_fit(free) if row else (0 if self._waiting else None)
+            fitting = [index for index, segment in enumerate(self._waiting) if len(segment) <= free]
+            longest = max(fitting, key=lambda index: (len(self._waiting[index]), -index), default=None)
+            index = longest if row or longest is None else 0
             if index is None:
                 break
             row.append(self._waiting.pop(index))
             free -= len(row[-1])
         return [row] if row else []
-
-    def _best_fit(self, free: int) -> int | None:
-        fitting = [index for index, segment in enumerate(self._waiting) if len(segment) <= free]
-        return max(fitting, key=lambda index: (len(self._waiting[index]), -index), default=None)
 
     def _segments(self, sample: Sample) -> list[Segment]:
         document = sample.document

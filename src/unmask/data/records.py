@@ -22,15 +22,12 @@ class Records(Protocol):
 
     def __len__(self) -> int:
         """Number of records."""
-        ...
 
     def read(self, number: int) -> Record:
         """Record `number`, from 0."""
-        ...
 
     def where(self, number: int) -> str:
         """Its location, for messages."""
-        ...
 
 
 def find_files(path: str, suffix: str) -> list[Path]:

@@ -16,17 +16,10 @@ from unmask.data.chat import Message, Tool, check_message
 from unmask.errors import DataError
 
 _SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
 }
 """ShareGPT's `from` -> role."""
 
@@ -114,7 +107,10 @@ def read_example(record: Mapping[str, Any], fields: Fields) -> Example:
     """
     present = {name for name, value in record.items() if value is not None}
     if fields.text in present:
-        return PlainText(f"field {fields.text}", "", _text(record, fields.text))
+        text = record[fields.text]
+        if not isinstance(text, str):
+            raise DataError(f"field {fields.text} holds {type(text).__name__}, not a text; give a string")
+        return PlainText(f"field {fields.text}", "", text)
     for name in (fields.messages, fields.conversations):
         if name in present:
             return Conversation(f"field {name}", _messages(record, name), tools=_tools(record, fields.tools))
@@ -215,13 +211,10 @@ def _message(message: Mapping[str, Any]) -> Message:
     if speaker not in _SPEAKERS:
         raise DataError(f"from {speaker!r} is not one of {', '.join(_SPEAKERS)}; use one of them")
     if speaker == "function_call":
-        return {"role": "assistant", "tool_calls": _calls(value)}
+        calls = _json(value, "value of a function_call")
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     return {"role": _SPEAKERS[speaker], "content": value}
-
-
-def _calls(value: Any) -> list[dict[str, Any]]:
-    calls = _json(value, "value of a function_call")
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def _tools(record: Mapping[str, Any], name: str) -> list[Tool] | None:
@@ -245,10 +238,3 @@ def _json(text: Any, label: str) -> Any:
 def _missing(record: Mapping[str, Any], expected: str) -> DataError:
     names = ", ".join(name if value is not None else f"{name} (null)" for name, value in record.items()) or "none"
     return DataError(f"no field {expected}; the fields there are: {names}")
-
-
-def _text(record: Mapping[str, Any], name: str) -> str:
-    value = record[name]
-    if not isinstance(value, str):
-        raise DataError(f"field {name} holds {type(value).__name__}, not a text; give a string")
-    return value

@@ -22,20 +22,13 @@ from unmask.errors import ConfigError
 Kind = Literal["text", "jsonl", "parquet", "huggingface", "reasoning_gym"]
 
 _FILE_KINDS = ("text", "jsonl", "parquet")
+_RECORD_KINDS = ("jsonl", "parquet", "huggingface")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "path": (*_FILE_KINDS, "huggingface"),
-    "id": ("huggingface",),
-    "subset": ("huggingface",),
-    "split": ("huggingface",),
-    "shuffle_window": ("huggingface",),
-    "shuffle": (*_FILE_KINDS, "huggingface"),
-    "families": ("reasoning_gym",),
-    "items_per_epoch": ("reasoning_gym",),
-    "text_field": (*_FILE_KINDS[1:], "huggingface"),
-    "messages_field": (*_FILE_KINDS[1:], "huggingface"),
-    "prompt_field": (*_FILE_KINDS[1:], "huggingface"),
-    "response_field": (*_FILE_KINDS[1:], "huggingface"),
-    "chat": (*_FILE_KINDS[1:], "huggingface", "reasoning_gym"),
+    **dict.fromkeys(("path", "shuffle"), (*_FILE_KINDS, "huggingface")),
+    **dict.fromkeys(("id", "subset", "split", "shuffle_window"), ("huggingface",)),
+    **dict.fromkeys(("families", "items_per_epoch"), ("reasoning_gym",)),
+    **dict.fromkeys(("text_field", "messages_field", "prompt_field", "response_field"), _RECORD_KINDS),
+    "chat": (*_RECORD_KINDS, "reasoning_gym"),
 }
 
 

@@ -152,11 +152,8 @@ class Tokenizer:
         """Token ids of a text, without anything put before or after it.
 
         Args:
-            text: the text.
+            text: any text.
             allow_special: read literal control tokens in `text` as such; for text we wrote ourselves, never a user's.
-
-        Returns:
-            The ids.
 
         Raises:
             DataError: the text is not valid Unicode.
@@ -264,13 +261,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder; nothing is fetched.
-
-    Args:
-        folder: holds tokenizer.json and its companions.
-
-    Returns:
-        The tokenizer.
+    """Load the tokenizer of a checkpoint folder, which holds tokenizer.json and its companions; nothing is fetched.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -314,11 +305,8 @@ def choose_mask_token(tokenizer: Tokenizer, vocab_rows: int) -> MaskChoice:
     5. a new `<|mask|>`, in the next free row.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: with its added tokens and chat template.
         vocab_rows: rows of the model's embedding; a token without a row is not chosen in 2-4.
-
-    Returns:
-        The choice.
 
     Raises:
         CheckpointError: the tokenizer's own mask token has no row in the model.
