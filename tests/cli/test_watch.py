@@ -13,7 +13,7 @@ import unmask
 from unmask.cli.console import is_live
 from unmask.cli.watch import MASKED_GLYPH, TextRun, Transcript, show
 from unmask.engine.llm import Generation
-from unmask.engine.request import Step
+from unmask.engine.request import DecodingStep
 
 EOS = 0
 
@@ -26,7 +26,7 @@ def spell(ids: Sequence[int]) -> str:
 
 def step(
     tokens: str, guess: str = "", accepted: str = "", edited: str = "", *, start: int = 0, fixed: int = 0, forwards: int = 1
-) -> Step:
+) -> DecodingStep:
     """A step from letters: "." is undecided, "$" end of text; `accepted` and `edited` hold "x" where something was; the
     first `fixed` tokens are the prompt's."""
 
@@ -35,7 +35,7 @@ def step(
 
     taken, replaced = (tuple(char == "x" for char in marks.ljust(len(tokens))) for marks in (accepted, edited))
     given = tuple(i < fixed for i in range(len(tokens)))
-    return Step(start, given, ids(tokens), ids(guess), (0.5,) * len(tokens), taken, replaced, forwards)
+    return DecodingStep(start, given, ids(tokens), ids(guess), (0.5,) * len(tokens), taken, replaced, forwards)
 
 
 def transcript(budget: int = 100) -> Transcript:

@@ -18,7 +18,7 @@ from unmask.engine.backends.sequential import SequentialBackend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.weights.loading import load_model
 
@@ -51,7 +51,7 @@ def from_json(values: Mapping[str, Any]) -> Request:
     return Request(tuple(values["ids"]), params, frozenset(values["eos_ids"]), sample=values["sample"])
 
 
-def trajectory(completion: Completion, steps: list[Step]) -> dict[str, Any]:
+def trajectory(completion: Completion, steps: list[DecodingStep]) -> dict[str, Any]:
     """A result in the suite's format."""
     return {
         "ids": list(completion.ids),
@@ -86,7 +86,7 @@ def reference(dtype: torch.dtype = torch.float64) -> Implementation:
     """The oracle."""
 
     def generate(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-        steps: list[Step] = []
+        steps: list[DecodingStep] = []
         model = _load(folder, dtype=dtype)
         return trajectory(generate_reference(model, from_json(values), values["mask_id"], steps.append), steps)
 

@@ -18,7 +18,7 @@ from conformance.adapter import as_json, trajectory
 from conformance.models import KINDS, checksum, golden_model
 from tiny import MASK, with_params
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import PRESETS, ResolvedParams
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,7 +30,7 @@ def prompt(length: int, max_new_tokens: int, **rules: Any) -> Request:
 
 
 def cases(family: str) -> Iterator[tuple[str, Request]]:
-    """Name and request; ends and biases are taken from what the model says without them."""
+    """Name and request; ends and biases are taken from what the model generates without them."""
     yield "threshold 0.9", prompt(5, 13, threshold=0.9)
     yield "threshold 0.3, a prompt of one token", prompt(1, 9, threshold=0.3, block_size=4, steps=4)
     yield "threshold 0, a prompt of whole blocks", prompt(8, 8, threshold=0.0, block_size=4)
@@ -49,23 +49,23 @@ def cases(family: str) -> Iterator[tuple[str, Request]]:
     yield "holes", replace(prompt(13, 0, threshold=0.5), ids=holes)
     yield "holes and new tokens, edited", replace(prompt(13, 3, **edited), ids=holes)
     plain = prompt(5, 13, threshold=0.5)
-    said = run(family, plain)[0].ids
-    yield "an end inside", replace(plain, eos_ids=frozenset([late_token(said)]))
-    yield "no end before 9 new tokens", replace(with_params(plain, min_new_tokens=9), eos_ids=frozenset(said[:7]))
+    generated = run(family, plain)[0].ids
+    yield "an end inside", replace(plain, eos_ids=frozenset([late_token(generated)]))
+    yield "no end before 9 new tokens", replace(with_params(plain, min_new_tokens=9), eos_ids=frozenset(generated[:7]))
     revised = prompt(5, 13, **edited)
     yield "an end in an edited block", replace(revised, eos_ids=frozenset([late_token(run(family, revised)[0].ids)]))
     odd = (*PROMPT[:2], MASK, 11, *PROMPT[4:6], MASK)
     yield "the mask token and an end in the prompt", replace(plain, ids=odd, eos_ids=frozenset([11]))
-    yield "logit bias", with_params(plain, logit_bias={said[0]: float("-inf"), said[5]: -2.5, 30: 3.0})
+    yield "logit bias", with_params(plain, logit_bias={generated[0]: float("-inf"), generated[5]: -2.5, 30: 3.0})
 
 
-def late_token(said: tuple[int, ...]) -> int:
+def late_token(generated: tuple[int, ...]) -> int:
     """One that appears for the first time in the middle or later."""
-    return next(token for i, token in enumerate(said) if i >= len(said) // 3 and token not in said[:i])
+    return next(token for i, token in enumerate(generated) if i >= len(generated) // 3 and token not in generated[:i])
 
 
-def run(family: str, request: Request, dtype: torch.dtype = torch.float64) -> tuple[Completion, list[Step]]:
-    steps: list[Step] = []
+def run(family: str, request: Request, dtype: torch.dtype = torch.float64) -> tuple[Completion, list[DecodingStep]]:
+    steps: list[DecodingStep] = []
     return generate_reference(golden_model(family, dtype), request, MASK, steps.append), steps
 
 

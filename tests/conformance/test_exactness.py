@@ -23,7 +23,7 @@ from tiny import MASK, tiny_model
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
@@ -81,12 +81,12 @@ def requests(draw: st.DrawFn) -> Request:
 Batch = st.lists(requests(), min_size=1, max_size=4)
 
 
-def oracle(model: Transformer, request: Request) -> tuple[Completion, list[Step]]:
-    steps: list[Step] = []
+def oracle(model: Transformer, request: Request) -> tuple[Completion, list[DecodingStep]]:
+    steps: list[DecodingStep] = []
     return generate_reference(model, request, MASK, steps.append), steps
 
 
-def decisions(steps: Sequence[Step]) -> list[object]:
+def decisions(steps: Sequence[DecodingStep]) -> list[object]:
     return [(step.start, step.fixed, step.tokens, step.guess, step.accepted, step.edited) for step in steps]
 
 

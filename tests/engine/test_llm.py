@@ -13,7 +13,7 @@ from tiny import FAMILIES, MASK, VOCAB, tiny_model
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import BLOCK_SIZE, PRESETS, ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -87,7 +87,7 @@ def test_an_autoregressive_model_denoises_when_given_a_mask() -> None:
     model = autoregressive()
     expected = oracle(model, 8, ResolvedParams(block_size=4, steps=4), mask=50)
     assert model.generate_ids(IDS, max_new_tokens=8, mask_id=50, block_size=4) == expected
-    steps: list[Step] = []
+    steps: list[DecodingStep] = []
     model.complete(IDS, max_new_tokens=8, mask_id=50, on_step=steps.append)
     assert {len(step.tokens) for step in steps} == {BLOCK_SIZE}
 
@@ -108,7 +108,7 @@ def test_ends_come_from_the_call_or_the_config() -> None:
 
 @pytest.mark.parametrize("make", [diffusion, autoregressive])
 def test_completions_report_their_steps(make: Callable[[], LanguageModel]) -> None:
-    model, steps = make(), list[Step]()
+    model, steps = make(), list[DecodingStep]()
     completion = model.complete(IDS, max_new_tokens=6, on_step=steps.append)
     assert isinstance(completion, Completion)
     assert steps[-1].forwards == completion.forwards
@@ -240,7 +240,7 @@ def test_request_options_reach_the_engine() -> None:
     assert (request.params.min_new_tokens, request.sample, request.priority) == (3, 2, -1)
     assert free[0] not in model.generate_ids(IDS, max_new_tokens=8, logit_bias={free[0]: float("-inf")})
     traced = model.complete(IDS, max_new_tokens=8, trace=True, logprobs=1)
-    seen: list[Step] = []
+    seen: list[DecodingStep] = []
     model.complete(IDS, max_new_tokens=8, on_step=seen.append)
     assert list(traced.trace) == seen
     assert traced.logprobs is not None

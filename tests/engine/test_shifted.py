@@ -15,7 +15,7 @@ from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel, load
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, ResolvedParams
 from unmask.engine.sequences.base import Guess, ModelOutput
 from unmask.engine.sequences.speculative import SpeculativeSequence
@@ -160,7 +160,7 @@ def test_a_forward_verifies_the_drafts_of_the_one_before() -> None:
 
     def forward(tokens: list[int], confidence: list[float]) -> list[int]:
         """The new tokens and drafts after a forward."""
-        scheduled = sequence.plan(64)
+        scheduled = sequence.schedule(64)
         assert scheduled is not None
         sequence.apply(scheduled, ModelOutput(Guess(scheduled.queries, tokens, confidence), None))
         return [token for token in sequence.tokens[5:] if token != MASK]
@@ -185,7 +185,7 @@ def test_the_number_of_draft_tokens_is_halved_while_nothing_is_drafted() -> None
 
     def forward(targets: list[int], confidence: float) -> int:
         """A forward with these target tokens, and drafts 20 of this confidence; its number of draft tokens."""
-        scheduled = sequence.plan(64)
+        scheduled = sequence.schedule(64)
         assert scheduled is not None
         count = scheduled.stop - scheduled.causal_end
         tokens, confidences = [*targets, *[20] * count], [1.0] * len(targets) + [confidence] * count
@@ -260,7 +260,7 @@ def test_a_sampled_draft_is_accepted_if_the_parent_samples_it() -> None:
 
 def test_watched_steps_give_the_completion() -> None:
     """Every step begins after the tokens decided so far; unverified drafts are shown as guesses."""
-    model, steps = LanguageModel(shifted("llama"), None, name="tiny"), list[Step]()
+    model, steps = LanguageModel(shifted("llama"), None, name="tiny"), list[DecodingStep]()
     completion = model.complete(PROMPT, max_new_tokens=15, threshold=0.0, on_step=steps.append)
     ids: list[int] = []
     for number, step in enumerate(steps, start=1):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from unmask.engine.engine import Update
-from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.serve.errors import ApiError
@@ -147,13 +147,13 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
-def said(number: int, *ids: int, completion: Completion | None = None, step: Step | None = None) -> Update:
+def said(number: int, *ids: int, completion: Completion | None = None, step: DecodingStep | None = None) -> Update:
     logprobs = tuple(TokenLogprob(token, -1.0) for token in ids)
     return Update(number, ids, step, completion, None, logprobs)
 
 
-def seen(tokens: tuple[int | None, ...]) -> Step:
-    return Step(0, (False,), tokens, tokens, (0.5,), (True,), (False,), 1)
+def seen(tokens: tuple[int | None, ...]) -> DecodingStep:
+    return DecodingStep(0, (False,), tokens, tokens, (0.5,), (True,), (False,), 1)
 
 
 async def everything(submission: Submission) -> list[tuple[int, Update]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from unmask.engine.llm import Generation
-    from unmask.engine.request import Step
+    from unmask.engine.request import DecodingStep
 
 _MAX_LABELS = 96
 
@@ -89,7 +89,7 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
     pyplot.close(figure)
 
 
-def _draw_confidence(axes: Axes, steps: Sequence[Step], first: int, count: int) -> None:
+def _draw_confidence(axes: Axes, steps: Sequence[DecodingStep], first: int, count: int) -> None:
     """Draw the confidence in every candidate as an image."""
     import numpy as np
 
@@ -104,7 +104,9 @@ def _draw_confidence(axes: Axes, steps: Sequence[Step], first: int, count: int) 
     axes.figure.colorbar(drawn, ax=axes, label="confidence in the candidate")
 
 
-def token_marks(steps: Sequence[Step], flags: Sequence[Sequence[bool]], first: int, count: int) -> list[tuple[int, int]]:
+def token_marks(
+    steps: Sequence[DecodingStep], flags: Sequence[Sequence[bool]], first: int, count: int
+) -> list[tuple[int, int]]:
     """(column, row) of every flagged token of the answer."""
     marks = []
     for row, (step, step_flags) in enumerate(zip(steps, flags, strict=True)):

@@ -17,7 +17,7 @@ from rich.text import Text
 from unmask.cli.console import cost_line, is_live, visible
 from unmask.data.detokenizer import Decode, decode_whole_characters
 from unmask.engine.llm import Generation, LanguageModel
-from unmask.engine.request import OnStep, Step
+from unmask.engine.request import DecodingStep, OnStep
 
 TokenState = Literal["committed", "accepted", "edited", "candidate", "masked"]
 """`accepted` and `edited`: by the last forward; `candidate`: undecided, the model's likeliest token is shown."""
@@ -51,9 +51,9 @@ class Transcript:
     def __init__(self, decode: Decode, eos_ids: Sequence[int], max_tokens: int) -> None:
         self._decode, self._eos_ids, self._max_tokens = decode, frozenset(eos_ids), max_tokens
         self._finished_ids: list[int] = []
-        self._step: Step | None = None
+        self._step: DecodingStep | None = None
 
-    def observe(self, step: Step) -> None:
+    def observe(self, step: DecodingStep) -> None:
         """Take in the next step; positions before its first one are finished."""
         if self._step is not None:
             self._finished_ids += self._decided()[: self._num_generated(range(self._step.start, step.start))]
@@ -171,7 +171,7 @@ def _show_live(console: Console, transcript: Transcript, generate: Callable[[OnS
     # Without the refresh thread of rich, which would draw half-updated states and take time from decoding.
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
 
-        def on_step(step: Step) -> None:
+        def on_step(step: DecodingStep) -> None:
             transcript.observe(step)
             live.update(_frame(console, transcript), refresh=True)
 
@@ -192,7 +192,7 @@ def _frame(console: Console, transcript: Transcript) -> Group:
 def _show_blocks(console: Console, transcript: Transcript, generate: Callable[[OnStep], Generation]) -> Generation:
     printed = ""
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DecodingStep) -> None:
         nonlocal printed
         transcript.observe(step)
         text = transcript.finished_text()

@@ -13,7 +13,7 @@ from unmask.data.detokenizer import Decode
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.kv_cache import BlockPool
-from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
 from unmask.engine.runner import Runner
 from unmask.engine.scheduler import Scheduler
 from unmask.engine.sequences.autoregressive import AutoregressiveSequence
@@ -38,7 +38,7 @@ class Update:
 
     number: int
     new_ids: tuple[int, ...]
-    step: Step | None
+    step: DecodingStep | None
     completion: Completion | None
     error: RequestError | None = None
     new_logprobs: tuple[TokenLogprob, ...] = ()
@@ -121,14 +121,14 @@ class Engine:
         """
         self.check(request)
         number = self._next
-        sequence: DecodingSequence
+        kind: type[DecodingSequence]
         if self.mask_id is None:
-            sequence = AutoregressiveSequence(request, number, self.cache_block_size, self._decode)
+            kind = AutoregressiveSequence
         elif request.params.speculative:
-            sequence = SpeculativeSequence(request, number, self.mask_id, self.cache_block_size, self._decode)
+            kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
-            sequence = kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
+        sequence = kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
         sequence.watched |= watch
         self._next += 1
         self._sequences[number] = sequence

@@ -24,7 +24,7 @@ from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
-from unmask.engine.request import Completion, Costs, FinishReason, OnStep, Request, Step, TokenLogprob, check_vocabulary
+from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, OnStep, Request, TokenLogprob, check_vocabulary
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -50,7 +50,7 @@ class Generation:
     tokens_per_second: float
     costs: Costs
     logprobs: tuple[TokenLogprob, ...] | None = None
-    trace: tuple[Step, ...] = ()
+    trace: tuple[DecodingStep, ...] = ()
 
     @classmethod
     def from_completion(cls, completion: Completion, text: str, prompt_tokens: int, seconds: float) -> Generation:

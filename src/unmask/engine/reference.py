@@ -14,7 +14,7 @@ from unmask.diffusion.decode import Guess, candidates, decide, entropies
 from unmask.diffusion.masks import block_causal_mask
 from unmask.diffusion.objectives import ban_mask
 from unmask.engine.policies import choose
-from unmask.engine.request import Completion, OnStep, Request, Step, finish
+from unmask.engine.request import Completion, DecodingStep, OnStep, Request, finish
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 
@@ -61,7 +61,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             for position, chosen in (*decision.commits.items(), *decision.edits.items()):
                 canvas[position], undecided[position] = chosen, False
             if on_step is not None:
-                on_step(Step.after(range(window, end), guess, decision, canvas, undecided, fixed, forwards))
+                on_step(DecodingStep.after(range(window, end), guess, decision, canvas, undecided, fixed, forwards))
             step += 1
             post_steps += not had_masks
             filled = not any(undecided[front:end])

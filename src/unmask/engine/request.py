@@ -1,4 +1,4 @@
-"""`Request`, `Step` and `Completion`: what every decoder takes, reports and returns.
+"""`Request`, `DecodingStep` and `Completion`: what every decoder takes, reports and returns.
 
 Owns these records and the checks of a request against a model's config. Knows no weights and no text.
 """
@@ -87,7 +87,7 @@ def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prom
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodingStep:
     """One forward, as seen from outside: the tokens of the block (or window of blocks) after it, by index.
 
     Attributes:
@@ -120,7 +120,7 @@ class Step:
         undecided: Sequence[bool],
         fixed: Sequence[bool],
         forwards: int,
-    ) -> Step:
+    ) -> DecodingStep:
         """The record of `positions` when `decision` has been carried out on the canvas."""
         candidates = dict(zip(guess.positions, zip(guess.tokens, guess.confidences, strict=True), strict=True))
         return cls(
@@ -135,7 +135,7 @@ class Step:
         )
 
 
-OnStep = Callable[[Step], None]
+OnStep = Callable[[DecodingStep], None]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Completion:
     text: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
     costs: Costs = field(default_factory=Costs, compare=False)
-    trace: tuple[Step, ...] = field(default=(), compare=False)
+    trace: tuple[DecodingStep, ...] = field(default=(), compare=False)
 
     def decoded(self, decode: Decode) -> str:
         """The text: up to the stop string if there is one."""

@@ -38,7 +38,10 @@ class Sampler:
         The head runs twice at most: once for the sequences that only need the most probable token, once for all others.
         """
         starts = accumulate((each.stop - each.start for each in scheduled), initial=0)
-        rows = [[start + row - each.start for row in each.rows] for each, start in zip(scheduled, starts, strict=False)]
+        rows = [
+            [start + position - each.start for position in each.logits_positions]
+            for each, start in zip(scheduled, starts, strict=False)
+        ]
         outputs: list[ModelOutput | None] = [None] * len(scheduled)
         for sampled, with_logits in ((self._greedy, False), (self._drawn, True)):
             chosen = [i for i, each in enumerate(scheduled) if each.queries and needs_logits(each.request) == with_logits]

@@ -83,7 +83,7 @@ class Scheduler:
 
     def _serve(self, sequence: DecodingSequence, budget: int, work: list[tuple[DecodingSequence, ScheduledSequence]]) -> int:
         """Put it into the forward if there is room for its tokens and their cache blocks; returns how many tokens."""
-        scheduled = sequence.plan(budget)
+        scheduled = sequence.schedule(budget)
         if scheduled is None or not self._provide(sequence, scheduled.stop, [served for served, _ in work]):
             return 0
         sequence.last_served = self.clock
@@ -109,7 +109,7 @@ class Scheduler:
         self.pool.touch(cache_blocks)
         sequence.committed = len(cache_blocks) * self.cache_block_size
         needed = -(-sequence.reach // self.cache_block_size) - len(cache_blocks)
-        if needed > self.pool.num_available or sequence.plan(budget) is None:
+        if needed > self.pool.num_available or sequence.schedule(budget) is None:
             self.pool.free(cache_blocks)
             sequence.committed = 0
             return False

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.engine import Update
-from unmask.engine.request import Completion, Request, Step, TokenLogprob
+from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
 from unmask.serve.protocol import CalledFunction, ToolCall
 from unmask.serve.served_model import PreparedRequests, ServedModel
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
@@ -82,7 +82,7 @@ class Choice:
             return "tool_calls"
         return self.completion.finish_reason
 
-    def watch_event(self, step: Step) -> dict[str, Any]:
+    def watch_event(self, step: DecodingStep) -> dict[str, Any]:
         """The state of the completion's tokens after a forward, from `start` (a position in the completion) to its end."""
         begin = self._begin
         first = max(begin - step.start, 0)
@@ -106,7 +106,7 @@ class Choice:
             "tokens": tokens,
         }
 
-    def _state(self, step: Step, i: int, position: int) -> WatchState:
+    def _state(self, step: DecodingStep, i: int, position: int) -> WatchState:
         if step.tokens[i] is None:
             return "masked"
         if step.edited[i]:

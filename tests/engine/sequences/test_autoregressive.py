@@ -13,7 +13,7 @@ from helpers import refused
 from tiny import FAMILIES, VOCAB, tiny_model, with_params
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -204,7 +204,7 @@ def test_every_token_is_reported_once_in_order(others: list[int]) -> None:
         mask = DenseAttend(torch.ones(1, 5, 5, dtype=torch.bool).tril())
         shares = model.head(model(text, torch.arange(5)[None], mask))[0, -1].softmax(-1)
     assert steps[0].confidence[0] == pytest.approx(float(shares.max()), rel=1e-6)
-    assert isinstance(steps[0], Step)
+    assert isinstance(steps[0], DecodingStep)
 
 
 @pytest.mark.parametrize(

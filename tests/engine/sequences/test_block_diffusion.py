@@ -15,7 +15,7 @@ import torch
 from tiny import FAMILIES, MASK, tiny_model, with_params
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.models.arch.transformer import Transformer
 
@@ -29,7 +29,7 @@ def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams
     return Request(tuple(ids), rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
-def decode(model: Transformer, request: Request) -> tuple[Completion, list[Step]]:
+def decode(model: Transformer, request: Request) -> tuple[Completion, list[DecodingStep]]:
     """Cached decoding, with what it reported; the model's calls are counted from outside."""
     calls: list[int] = []
     counter = model.register_forward_hook(lambda *_: calls.append(1))
@@ -47,7 +47,7 @@ def decode(model: Transformer, request: Request) -> tuple[Completion, list[Step]
     return completion, steps
 
 
-def check_steps(request: Request, completion: Completion, steps: list[Step], calls: int) -> None:
+def check_steps(request: Request, completion: Completion, steps: list[DecodingStep], calls: int) -> None:
     """The events, replayed, give the completion; every forward is a denoising step, the first one prefills as well."""
     size, length = request.params.block_size, len(request.ids)
     assert [step.forwards for step in steps] == list(range(1, len(steps) + 1))
@@ -325,7 +325,7 @@ def test_holes_are_filled_in_place(ids: tuple[int | None, ...], max_new_tokens: 
         assert given == tuple(t for t in ids[step.start : step.start + 4] if t is not None)
 
 
-def completion_and_steps(model: Transformer, request: Request) -> tuple[Completion, list[Step]]:
+def completion_and_steps(model: Transformer, request: Request) -> tuple[Completion, list[DecodingStep]]:
     updates = list(Engine(model, mask_id=MASK, prefix_cache=False).stream(request, watch=True))
     completion = updates[-1].completion
     assert completion is not None

@@ -20,7 +20,7 @@ from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import GrammarState
 from unmask.engine.llm import LanguageModel
-from unmask.engine.request import Completion, Request, Step
+from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sequences.base import NOTHING_LEFT
 from unmask.errors import RequestError
 
@@ -320,7 +320,7 @@ def logprobs_of(model: LanguageModel, canvas: Sequence[int], place: int, mask_id
     return logits_V.log_softmax(-1)
 
 
-def canvases(request: Request, steps: Sequence[Step], mask_id: int) -> list[list[int]]:
+def canvases(request: Request, steps: Sequence[DecodingStep], mask_id: int) -> list[list[int]]:
     """The canvas before every step."""
     canvas = [mask_id if token is None else token for token in request.ids]
     canvas += [mask_id] * (request.canvas_length - len(canvas))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -19,7 +19,8 @@ from unmask.data.detokenizer import Decode, find_stop
 from unmask.diffusion.decode import Guess
 from unmask.diffusion.objectives import ban_mask
 from unmask.engine.kv_cache import PrefixHashes
-from unmask.engine.request import Completion, Costs, FinishReason, Request, Step, TokenLogprob, finish
+from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, Request, TokenLogprob, finish
+from unmask.errors import RequestError
 
 NOTHING_LEFT = "logit_bias and min_new_tokens ban all that the grammar allows here; leave one of them out"
 
@@ -33,7 +34,7 @@ class ScheduledSequence:
         tokens: the sequence's tokens by position, at least up to `stop`.
         start: first position.
         stop: end of the positions.
-        rows: positions whose hidden states answer for `queries`.
+        logits_positions: positions whose hidden states give the logits of `queries`.
         queries: positions that candidates are wanted for.
         causal_end: positions below it attend causally, as the context of a shifted model does, those from it on block-causally.
         mask_block_size: block size of the attention mask from `causal_end` on.
@@ -46,7 +47,7 @@ class ScheduledSequence:
     tokens: Sequence[int]
     start: int
     stop: int
-    rows: tuple[int, ...]
+    logits_positions: tuple[int, ...]
     queries: tuple[int, ...]
     causal_end: int
     mask_block_size: int
@@ -73,6 +74,14 @@ class ModelOutput:
 class DecodingSequence(ABC):
     """A request while it is decoded: the state common to all ways of decoding.
 
+    Args:
+        request: what to decode.
+        number: of the request.
+        mask_id: the mask token; None for an autoregressive model.
+        cache_block_size: tokens in a cache block.
+        decode: text of ids, for stop strings.
+        shifted: the model's context attends causally (`ModelConfig.shifted`).
+
     Attributes:
         tokens: the canvas by position; a mask where undecided.
         committed: positions whose keys and values are in the KV cache, computed from final tokens.
@@ -80,17 +89,17 @@ class DecodingSequence(ABC):
         completion: set when it has ended.
     """
 
-    block_size: int
-
-    @property
-    def mask_block_size(self) -> int:
-        """Block size of the attention mask from `ScheduledSequence.causal_end` on."""
-        return self.block_size
-
     def __init__(
-        self, request: Request, number: int, mask_id: int | None, cache_block_size: int, decode: Decode | None
+        self,
+        request: Request,
+        number: int,
+        mask_id: int | None,
+        cache_block_size: int,
+        decode: Decode | None = None,
+        *,
+        shifted: bool = False,
     ) -> None:
-        self.request, self.number, self.mask_id, self._decode = request, number, mask_id, decode
+        self.request, self.number, self.mask_id, self._decode, self._shifted = request, number, mask_id, decode, shifted
         self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size)
         self.committed = 0
         self.block_table: list[int] = []
@@ -100,17 +109,33 @@ class DecodingSequence(ABC):
         self._final_at: Sequence[int] = ()
         self._num_taken = 0
         self.step = 0
-        self.last_step: Step | None = None
+        self.last_step: DecodingStep | None = None
         self.last_served = 0
         self.forwards = self._prefills = self._edits = self.cached_tokens = self.preemptions = 0
         self.completion: Completion | None = None
         self._logprobs: dict[int, TokenLogprob] = {}
-        self._trace: list[Step] = []
+        self._forced: set[int] = set()
+        self._trace: list[DecodingStep] = []
         self._times = [time.perf_counter()]
         self.watched = request.trace
         self.grammar = None if request.grammar is None else request.grammar.start()
+        self._begin()
 
     tokens: list[int]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that are committed together; 1 where they are decided from left to right."""
+        return 1
+
+    @property
+    def mask_block_size(self) -> int:
+        """Block size of the attention mask from `ScheduledSequence.causal_end` on."""
+        return self.block_size
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Lay out the canvas, and decide what a grammar leaves no choice about."""
 
     @property
     @abstractmethod
@@ -123,7 +148,7 @@ class DecodingSequence(ABC):
         """Positions that the next forward covers when all it lacks fits."""
 
     @abstractmethod
-    def plan(self, budget: int) -> ScheduledSequence | None:
+    def schedule(self, budget: int) -> ScheduledSequence | None:
         """Its part of the next forward, at most `budget` tokens; None when not even the least part fits."""
 
     @abstractmethod
@@ -145,14 +170,23 @@ class DecodingSequence(ABC):
         self,
         start: int,
         stop: int,
-        rows: tuple[int, ...] = (),
         queries: tuple[int, ...] = (),
         *,
+        logits_positions: tuple[int, ...] | None = None,
         causal_end: int = 0,
         allowed: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> ScheduledSequence:
         return ScheduledSequence(
-            self.request, self.tokens, start, stop, rows, queries, causal_end, self.mask_block_size, self.step, allowed
+            request=self.request,
+            tokens=self.tokens,
+            start=start,
+            stop=stop,
+            logits_positions=queries if logits_positions is None else logits_positions,
+            queries=queries,
+            causal_end=causal_end,
+            mask_block_size=self.mask_block_size,
+            step=self.step,
+            allowed=allowed,
         )
 
     @property
@@ -161,7 +195,7 @@ class DecodingSequence(ABC):
         return self.grammar is not None and self.grammar.finished
 
     def _check_grammar(self) -> None:
-        """Raise in `apply`, where it ends this request alone, what the next `plan` would: that the grammar cannot go on."""
+        """Raise in `apply`, where it ends this request alone, what the next `schedule` would: that the grammar cannot go on."""
         if self.grammar is not None and self.completion is None:
             self.grammar.allowed()
 
@@ -179,38 +213,53 @@ class DecodingSequence(ABC):
         elif len(self._times) == 2:
             self._times.append(time.perf_counter())
 
-    def note_logprobs(self, positions: Sequence[int], logits_NV: Tensor | None, row_of: Mapping[int, int]) -> None:
-        """Log-probabilities of tokens just decided, if they are asked for; 0 for one that the grammar left no choice about.
+    def _follow(self, token: int) -> None:
+        """Advance the grammar, if there is one, over a token just decided.
+
+        Raises:
+            RequestError: the grammar does not allow it: the request's options ban all that it does.
+        """
+        if self.grammar is not None:
+            if not self.grammar.accepts(token):
+                raise RequestError(NOTHING_LEFT)
+            self.grammar.advance(token)
+
+    def _take_forced(self, start: int, most: int | None = None) -> list[int]:
+        """Tokens that the grammar leaves no choice about, of log-probability 0; the grammar advances over them.
 
         Args:
-            positions: of the tokens.
-            logits_NV: as the model gave them; None: there were none.
-            row_of: their row, by position.
+            start: position of the first.
+            most: how many at most.
         """
+        forced = [] if self.grammar is None else self.grammar.forced()[:most]
+        for position, token in enumerate(forced, start):
+            self._follow(token)
+            self._forced.add(position)
+            self._logprobs[position] = TokenLogprob(token, 0.0)
+        return forced
+
+    def _note_logprobs(self, positions: Container[int], output: ModelOutput) -> None:
+        """Log-probabilities of the tokens just decided at queried positions, if they are asked for."""
         count = self.request.params.logprobs
         if count is None:
             return
-        logprobs_NV = None if logits_NV is None else ban_mask(logits_NV.float(), self.mask_id).log_softmax(-1)
-        for position in positions:
-            token = self.tokens[position]
-            if logprobs_NV is None or position not in row_of:
-                self._logprobs[position] = TokenLogprob(token, 0.0)
-                continue
-            row = logprobs_NV[row_of[position]]
-            best = row.topk(count) if count else None
-            others = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            self._logprobs[position] = TokenLogprob(token, float(row[token]), others)
+        assert output.logits_NV is not None, "the sampler gives the logits to a request for log-probabilities"
+        logprobs_NV = ban_mask(output.logits_NV.float(), self.mask_id).log_softmax(-1)
+        for position, logprobs_V in zip(output.guess.positions, logprobs_NV, strict=True):
+            if position in positions and position not in self._forced:
+                token, best = self.tokens[position], logprobs_V.topk(count)
+                alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                self._logprobs[position] = TokenLogprob(token, float(logprobs_V[token]), alternatives)
 
-    def _end(self, positions: Sequence[int], *, over: bool) -> None:
+    def _end(self, positions: Sequence[int]) -> None:
         """Hand out what is final, and end here if it holds an end, a stop string or all that was asked for.
 
         Args:
             positions: of the completion so far, in order.
-            over: nothing more may follow.
         """
         completion = finish([self.tokens[position] for position in positions], self.request, self.forwards)
         # What a grammar completes beyond the budget is cut, and so is no sentence.
-        stopped = completion.finish_reason == "stop" or (over and len(positions) <= self.request.num_wanted)
+        stopped = completion.finish_reason == "stop" or (self.is_whole and len(positions) <= self.request.num_wanted)
         if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
             cut = find_stop(self._decode, completion.ids, len(self._final_ids), self.request.params.stop)
@@ -231,7 +280,7 @@ class DecodingSequence(ABC):
         queue, prefill, denoise = (late - early for early, late in itertools.pairwise(times))
         return Costs(self._prefills, self._edits, self.cached_tokens, self.preemptions, queue, prefill, denoise)
 
-    def _report(self, step: Step) -> None:
+    def _report(self, step: DecodingStep) -> None:
         self.last_step = step
         if self.request.trace:
             self._trace.append(step)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import partial
 
-from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision, decide
 from unmask.engine.policies import choose
-from unmask.engine.request import Request, Step
+from unmask.engine.request import DecodingStep
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 
 
@@ -21,28 +20,11 @@ class BlockDiffusionSequence(DecodingSequence):
     A block commits in the forward in which all its tokens are final and none of them changes: with a threshold that is the
     pass after its last one, fused with the first pass of the next block; with editing it is the pass that edits nothing.
     A shifted model's block commits in the pass after its last one always: only there does it attend causally.
-
-    Args:
-        request: what to decode.
-        number: of the request.
-        mask_id: the mask token.
-        cache_block_size: tokens in a cache block.
-        decode: text of ids, for stop strings.
-        shifted: the model's context attends causally (`ModelConfig.shifted`).
     """
 
-    def __init__(
-        self,
-        request: Request,
-        number: int,
-        mask_id: int,
-        cache_block_size: int,
-        decode: Decode | None = None,
-        *,
-        shifted: bool = False,
-    ) -> None:
-        self.block_size, self._shifted = request.params.block_size, shifted
-        super().__init__(request, number, mask_id, cache_block_size, decode)
+    def _begin(self) -> None:
+        request, mask_id = self.request, self.mask_id
+        assert mask_id is not None, "diffusion models have a mask token"
         num_new = request.canvas_length - len(request.ids)
         self.tokens = [mask_id if token is None else token for token in request.ids] + [mask_id] * num_new
         self.undecided = [token is None for token in request.ids] + [True] * num_new
@@ -52,6 +34,10 @@ class BlockDiffusionSequence(DecodingSequence):
         self._post_steps = self._num_stable = 0
 
     @property
+    def block_size(self) -> int:
+        return self.request.params.block_size
+
+    @property
     def num_final(self) -> int:
         return self._settled
 
@@ -59,7 +45,7 @@ class BlockDiffusionSequence(DecodingSequence):
     def reach(self) -> int:
         return self._front + self.block_size
 
-    def plan(self, budget: int) -> ScheduledSequence | None:
+    def schedule(self, budget: int) -> ScheduledSequence | None:
         start, stop, causal_end = self.committed, self.reach, self._settled if self._shifted else 0
         if stop - start > budget:
             chunk = min(budget // self.block_size * self.block_size, self._settled - start)
@@ -68,7 +54,7 @@ class BlockDiffusionSequence(DecodingSequence):
             queries = tuple(p for p in range(self._settled, stop) if not self._fixed[p])
         else:
             queries = tuple(p for p in range(self._front, stop) if self.undecided[p])
-        return self._scheduled(start, stop, queries, queries, causal_end=causal_end)
+        return self._scheduled(start, stop, queries, causal_end=causal_end)
 
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
         self._count(scheduled)
@@ -78,16 +64,15 @@ class BlockDiffusionSequence(DecodingSequence):
         start, before = self._settled, self.tokens[self._settled : scheduled.stop]
         had_masks = any(self.undecided[p] for p in scheduled.queries)
         decision = self._decide(output)
-        row_of = {position: i for i, position in enumerate(scheduled.queries)}
-        self.note_logprobs([*decision.commits, *decision.edits], output.logits_NV, row_of)
+        self._note_logprobs(decision.commits.keys() | decision.edits.keys(), output)
         self._edits += len(decision.edits)
         self.step += 1
         if self.watched:
             positions = range(start if self.request.params.editing else self._front, scheduled.stop)
             state = (self.tokens, self.undecided, self._fixed)
-            self._report(Step.after(positions, output.guess, decision, *state, self.forwards))
+            self._report(DecodingStep.after(positions, output.guess, decision, *state, self.forwards))
         done = self._is_done(had_masks, decision)
-        self._end(self._final_positions(done), over=self.is_whole)
+        self._end(self._final_positions(done))
         if done and self.completion is None:
             self._next_block()
         changed = [start + i for i, token in enumerate(before) if token != self.tokens[start + i]]

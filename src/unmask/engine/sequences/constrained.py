@@ -11,48 +11,28 @@ not allow, it is masked again. What is left of the frontier is always a valid pr
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision, candidates
 from unmask.engine.grammar import GrammarState
 from unmask.engine.policies import accept
-from unmask.engine.request import Request
-from unmask.engine.sequences.base import NOTHING_LEFT, ModelOutput
+from unmask.engine.sequences.base import ModelOutput
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
-from unmask.errors import RequestError
 
 
 class ConstrainedSequence(BlockDiffusionSequence):
     """Block diffusion whose text is a sentence of a grammar. Blocks that the grammar fills alone need no forward."""
 
-    def __init__(
-        self,
-        request: Request,
-        number: int,
-        mask_id: int,
-        cache_block_size: int,
-        decode: Decode | None = None,
-        *,
-        shifted: bool = False,
-    ) -> None:
-        super().__init__(request, number, mask_id, cache_block_size, decode, shifted=shifted)
+    grammar: GrammarState
+
+    def _begin(self) -> None:
+        super()._begin()
         self._frontier = self._to_decide[0]
-        self._forced: set[int] = set()
         if self._complete_forced() and self.completion is None:
             self._next_block()
-
-    @property
-    def _state(self) -> GrammarState:
-        assert self.grammar is not None
-        return self.grammar
-
-    def note_logprobs(self, positions: Sequence[int], logits_NV: Tensor | None, row_of: Mapping[int, int]) -> None:
-        free = {position: row for position, row in row_of.items() if position not in self._forced}
-        super().note_logprobs(positions, logits_NV, free)
 
     def _decide(self, output: ModelOutput) -> Decision:
         """One denoising step.
@@ -60,38 +40,34 @@ class ConstrainedSequence(BlockDiffusionSequence):
         At least one token is settled: the frontier is masked when a forward begins, because a step ends by checking what is
         there.
         """
-        commits = self._advance(output) | self._fill_right(output)
-        return Decision(commits)
+        return Decision(self._advance(output) | self._fill_right(output))
 
     def _advance(self, output: ModelOutput) -> dict[int, int]:
         """Settle tokens at the frontier, the first one whatever its confidence."""
         assert output.processed_NV is not None
         row_of = {position: i for i, position in enumerate(output.guess.positions)}
         commits: dict[int, int] = {}
-        while self._frontier < self.reach and not self._state.finished:
+        while self._frontier < self.reach and not self.grammar.finished:
             position = self._frontier
             if not self.undecided[position]:
-                if self._state.accepts(self.tokens[position]):
-                    if self._settle(self.tokens[position]):
-                        break
+                if self.grammar.accepts(self.tokens[position]):
+                    self._settle(self.tokens[position])
                     continue
-                self._mask_again(position)
+                assert self.mask_id is not None
+                self.tokens[position], self.undecided[position] = self.mask_id, True
             if position not in row_of:
                 break
             token, confidence = self._candidate(output.processed_NV[row_of[position]], position)
             if commits and not confidence > self.request.params.threshold:
                 break
-            if not self._state.accepts(token):
-                raise RequestError(NOTHING_LEFT)
-            commits[position] = token
-            if self._settle(token):
-                break
-            commits |= {p: self.tokens[p] for p in self._fill_forced()}
+            self._settle(token)
+            self._fill_forced()
+            commits |= {p: self.tokens[p] for p in range(position, self._frontier)}
         return commits
 
     def _candidate(self, processed_V: Tensor, position: int) -> tuple[int, float]:
         """The token at the frontier and its confidence, among those that the grammar allows."""
-        allowed_1V = processed_V.masked_fill(~self._state.allowed().to(processed_V.device), float("-inf"))[None]
+        allowed_1V = processed_V.masked_fill(~self.grammar.allowed().to(processed_V.device), float("-inf"))[None]
         position_1 = torch.tensor([position], device=allowed_1V.device)
         token_1, confidence_1 = candidates(
             allowed_1V, position_1, self.step, self.request.params, None, sample=self.request.sample
@@ -108,37 +84,28 @@ class ConstrainedSequence(BlockDiffusionSequence):
             commits[position] = guess.tokens[right[i]]
         return commits
 
-    def _mask_again(self, position: int) -> None:
-        """Mask a provisional token that the grammar does not allow."""
-        assert self.mask_id is not None
-        self.tokens[position], self.undecided[position] = self.mask_id, True
+    def _settle(self, token: int) -> None:
+        """`token` stands at the frontier for good."""
+        self._follow(token)
+        self._place([token])
 
-    def _settle(self, token: int) -> bool:
-        """`token` stands at the frontier for good; whether it ends the text."""
-        self.tokens[self._frontier], self.undecided[self._frontier] = token, False
-        self._frontier += 1
-        if token in self.request.eos_ids:
-            return True
-        self._state.advance(token)
-        return False
+    def _place(self, tokens: Sequence[int]) -> None:
+        """Put tokens that the grammar has checked at the frontier, over anything provisional, and move it behind them."""
+        start, self._frontier = self._frontier, self._frontier + len(tokens)
+        self.tokens[start : self._frontier] = tokens
+        self.undecided[start : self._frontier] = [False] * len(tokens)
 
-    def _fill_forced(self) -> list[int]:
-        """Fill in, within the block, what the grammar leaves no choice about, over anything provisional; the positions."""
-        filled = []
-        while self._frontier < self.reach and (tokens := self._state.forced()[: self.reach - self._frontier]):
-            for token in tokens:
-                self._settle(token)
-                filled.append(self._frontier - 1)
-        self._forced.update(filled)
-        self.note_logprobs(filled, None, {})
-        return filled
+    def _fill_forced(self) -> None:
+        """Fill in, within the block, what the grammar leaves no choice about."""
+        while self._frontier < self.reach and (forced := self._take_forced(self._frontier, self.reach - self._frontier)):
+            self._place(forced)
 
     def _complete_forced(self) -> bool:
         """Fill in what the grammar leaves no choice about; whether that completes the block."""
         self._fill_forced()
         complete = self._frontier == self.reach or self.is_whole
         if complete:
-            self._end(self._final_positions(True), over=self.is_whole)
+            self._end(self._final_positions(True))
         return complete
 
     def _is_done(self, had_masks: bool, decision: Decision) -> bool:

@@ -11,10 +11,9 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from unmask.data.detokenizer import Decode
 from unmask.diffusion.decode import Decision
-from unmask.engine.request import Request, Step
-from unmask.engine.sequences.base import NOTHING_LEFT, DecodingSequence, ModelOutput, ScheduledSequence
+from unmask.engine.request import DecodingStep
+from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
 _EVERYTHING = 2**40
@@ -37,17 +36,12 @@ class SpeculativeSequence(DecodingSequence):
     Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923).
     """
 
-    block_size = 1
-
-    def __init__(
-        self, request: Request, number: int, mask_id: int, cache_block_size: int, decode: Decode | None = None
-    ) -> None:
-        super().__init__(request, number, mask_id, cache_block_size, decode)
-        prompt = [token for token in request.ids if token is not None]
-        self.tokens = prompt + [mask_id] * request.params.max_new_tokens
-        self._num_decided, self._num_drafts = len(prompt), 0
-        self._num_masks = request.params.block_size - 1
-        if self._take_forced():
+    def _begin(self) -> None:
+        prompt, params = [token for token in self.request.ids if token is not None], self.request.params
+        self._num_decided, self._num_drafts, self._num_masks = len(prompt), 0, params.block_size - 1
+        self.tokens = prompt + [0] * params.max_new_tokens
+        self._write(len(prompt), [])
+        if self._add_forced():
             self._finish()
 
     @property
@@ -69,13 +63,13 @@ class SpeculativeSequence(DecodingSequence):
             return self._causal_end  # what is drafted ends there
         return min(self._causal_end + self._num_masks, len(self.tokens))
 
-    def plan(self, budget: int) -> ScheduledSequence | None:
+    def schedule(self, budget: int) -> ScheduledSequence | None:
         start, causal_end = self.committed, self._causal_end
         if causal_end - start > budget:
             chunk = min(budget, self._num_decided - start)
             return self._scheduled(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
         queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
-        return self._scheduled(start, queries[-1] + 1, queries, queries, causal_end=causal_end, allowed=self._allowed())
+        return self._scheduled(start, queries[-1] + 1, queries, causal_end=causal_end, allowed=self._allowed())
 
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
         self._count(scheduled)
@@ -132,43 +126,33 @@ class SpeculativeSequence(DecodingSequence):
         new = self.tokens[self._num_decided : stop]
         self._num_drafts -= stop - self._num_decided
         self._num_decided = stop
-        if self.grammar is None:
-            return
         for token in new:
-            if not self.grammar.accepts(token):
-                raise RequestError(NOTHING_LEFT)
+            self._follow(token)
             if token in self.request.eos_ids:
-                return
-            self.grammar.advance(token)
-        self._take_forced()
+                break
+        self._add_forced()
 
-    def _take_forced(self) -> bool:
+    def _add_forced(self) -> bool:
         """Decide what the grammar leaves no choice about; whether there was anything."""
-        forced = [] if self.grammar is None else self.grammar.forced()[: len(self.tokens) - self._num_decided]
-        if not forced:
-            return False
-        assert self.grammar is not None
         start, drafts = self._num_decided, self.tokens[self._num_decided :][: self._num_drafts]
-        agree = drafts[: len(forced)] == forced[: len(drafts)]
-        self._write(start, [*forced, *(drafts[len(forced) :] if agree else [])])
-        self._num_decided += len(forced)
-        self._num_drafts -= len(forced)
-        for token in forced:
-            self.grammar.advance(token)
-        self.note_logprobs(range(start, self._num_decided), None, {})
-        return True
+        forced = self._take_forced(start, len(self.tokens) - start)
+        if forced:
+            agree = drafts[: len(forced)] == forced[: len(drafts)]
+            self._write(start, [*forced, *(drafts[len(forced) :] if agree else [])])
+            self._num_decided += len(forced)
+            self._num_drafts -= len(forced)
+        return bool(forced)
 
     def _finish(self) -> None:
-        self._end(range(len(self.request.ids), self._num_decided), over=self.is_whole)
+        self._end(range(len(self.request.ids), self._num_decided))
 
     def _record(self, scheduled: ScheduledSequence, output: ModelOutput) -> None:
         """Log-probabilities and the step, where they are asked for; drafts are shown as guesses."""
         first = scheduled.queries[0]
-        row_of = {position: i for i, position in enumerate(scheduled.queries)}
-        self.note_logprobs(range(first, self.committed), output.logits_NV, row_of)
+        self._note_logprobs(range(first, self.committed), output)
         if self.watched:
             positions = range(first, max(scheduled.stop, self._num_decided))
             undecided = [p >= self._num_decided for p in range(positions.stop)]
             decision = Decision({p: self.tokens[p] for p in range(first, self._num_decided)})
             fixed = [False] * positions.stop
-            self._report(Step.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))
+            self._report(DecodingStep.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))
