@@ -259,7 +259,7 @@ def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
             if update.completion is not None:
                 return update.completion.ids
         for sequence in list(engine.scheduler.running):
-            engine.scheduler._preempt(sequence)
+            engine.scheduler.preempt(sequence)
 
 
 def measure_d5(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
