@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli.info import BYTES_PER_PARAMETER, describe
-from unmask.models.families.registry import PRESETS, preset, read_config
+from unmask.models.families.registry import PUBLISHED, published_config, read_config
 from unmask.models.weights.loading import load_model
 
 
@@ -73,9 +73,9 @@ def test_presets_are_the_size_they_are_called(run, name: str, total: float, acti
     assert "active for a token" in run("info", name).stdout
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_is_described(name: str) -> None:
-    facts = describe(read_config(preset(name)))
+    facts = describe(read_config(published_config(name)))
     assert facts["memory_bytes"].keys() == BYTES_PER_PARAMETER.keys()
 
 

@@ -1,4 +1,4 @@
-"""Record the golden trajectories anew: `PYTHONPATH=tests python tests/conformance/record.py`.
+"""Record the golden trajectories anew: `PYTHONPATH=tests python tests/conformance/record.py [KIND ...]`.
 
 They come from the oracle (`engine/reference.py`) in float64. A case is kept only if float32 decides every step alike, so that
 none hangs on rounding.
@@ -7,6 +7,7 @@ none hangs on rounding.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,5 +98,8 @@ def _line(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    for each in KINDS:
+    unknown = sorted(set(sys.argv[1:]) - set(KINDS))
+    if unknown:
+        sys.exit(f"error: no kind {unknown[0]}; choose among {', '.join(KINDS)}")
+    for each in sys.argv[1:] or KINDS:
         write(each)

@@ -32,7 +32,7 @@ class _Weights:
 
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, Hugging Face id, embedded model, or preset (llada2-mini).")
+        str, typer.Argument(metavar="MODEL", help="Folder, Hugging Face id, embedded model, or published model (llada2-mini).")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -101,18 +101,18 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 def _find(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
-    from unmask.models.families.registry import PRESETS, preset, read_config
+    from unmask.models.families.registry import PUBLISHED, published_config, read_config
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, is_hub_id, resolve, unknown_model
 
     if model in EMBEDDED_MODELS or Path(model).expanduser().is_dir():
         folder = resolve(model)
         return read_model_config(folder), folder
-    if model in PRESETS:
-        return read_config(preset(model)), None
+    if model in PUBLISHED:
+        return read_config(published_config(model)), None
     if is_hub_id(model):
         return read_model_config(fetch_config(model)), None
-    raise unknown_model(model, (*EMBEDDED_MODELS, *PRESETS))
+    raise unknown_model(model, (*EMBEDDED_MODELS, *PUBLISHED))
 
 
 def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
@@ -149,7 +149,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
         *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),
         ("context", f"{config.max_positions:,} tokens"),
-        ("ignored keys", ", ".join(facts["ignored_config_keys"]) or "none"),
+        ("other keys (kept)", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]
     if weights is not None:
         lack = f", {weights.missing} missing" if weights.missing else ""

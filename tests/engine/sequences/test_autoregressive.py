@@ -103,7 +103,7 @@ def mixed_prompts(model: Transformer, rules: ResolvedParams = GREEDY) -> list[Re
 
 
 @pytest.mark.parametrize(
-    ("family", "rules"), [("llama", GREEDY), ("qwen2", SAMPLED), ("qwen3", GREEDY), ("llada2", SAMPLED)], ids=FAMILIES
+    ("family", "rules"), [("llama", GREEDY), ("qwen2", SAMPLED), ("qwen3", GREEDY), ("llada2", SAMPLED)], ids=str
 )
 def test_a_batch_equals_its_sequences_one_by_one(family: str, rules: ResolvedParams) -> None:
     model = MODELS[family]

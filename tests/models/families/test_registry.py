@@ -15,9 +15,9 @@ from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import (
     FAMILIES,
-    PRESETS,
+    PUBLISHED,
     family_of,
-    preset,
+    published_config,
     read_config,
     stored_tensors,
     write_config,
@@ -68,9 +68,9 @@ def test_stored_tensors_tile_every_parameter_exactly_once(name: str) -> None:
     assert all((count == 1).all() for count in written.values())
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_sizes(name: str) -> None:
-    config = read_config(preset(name))
+    config = read_config(published_config(name))
     with torch.device("meta"):
         model = Transformer(config)
     total, active = (16.26, 1.43) if "mini" in name else (102.9, 6.15)
@@ -83,21 +83,21 @@ def test_presets_have_the_published_sizes(name: str) -> None:
 
 def test_unknown_preset_lists_the_known() -> None:
     with refused(ConfigError, "llada2-mini", "llada2-flash"):
-        preset("llada3")
+        published_config("llada3")
 
 
 def test_published_llada2_config_names_no_mask_token() -> None:
-    hf = {key: value for key, value in preset("llada2-mini").items() if key not in ("mask_token_id", "block_size")}
+    hf = {key: value for key, value in published_config("llada2-mini").items() if key not in ("mask_token_id", "block_size")}
     assert (read_config(hf).mask_id, read_config(hf).block_size) == (156_895, 32)
     with refused(ConfigError, "vocab_size", 64, "mask_token_id"):
         read_config({**hf, "vocab_size": 64})
 
 
 def test_llada2_ends_with_its_pad_token() -> None:
-    hf = preset("llada2-mini")
+    hf = published_config("llada2-mini")
     del hf["eos_token_id"]
     assert read_config(hf).eos_ids == (156_892,)
-    assert read_config({**preset("ling-mini-2.0"), "eos_token_id": None}).eos_ids == ()
+    assert read_config({**published_config("ling-mini-2.0"), "eos_token_id": None}).eos_ids == ()
 
 
 def test_published_tensor_names_of_ling() -> None:

@@ -21,7 +21,7 @@ from unmask.errors import CheckpointError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.llada2_moe import CODE_REPOSITORY, MASK_ID
-from unmask.models.families.registry import preset, read_config, stored_tensors
+from unmask.models.families.registry import published_config, read_config, stored_tensors
 from unmask.models.weights import export as export_module
 from unmask.models.weights.adapter import attach_lora, save_adapter
 from unmask.models.weights.checkpoint import read_model_config, save_model
@@ -285,7 +285,7 @@ def test_places_that_do_not_serve(tmp_path: Path) -> None:
 
 def test_published_layout() -> None:
     """A published LLaDA2 mini: 14813 tensors of 32,511,296,512 bytes, bfloat16 but for the selection bias in float32."""
-    places = stored_tensors(read_config(preset("llada2-mini")))
+    places = stored_tensors(read_config(published_config("llada2-mini")))
     sizes = {
         name: torch.Size(tensor.shape).numel() * (4 if name.endswith("expert_bias") else 2) for name, tensor in places.items()
     }

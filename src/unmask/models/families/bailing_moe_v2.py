@@ -16,7 +16,7 @@ class BailingMoEV2(LingMoE):
 
     name = "bailing_moe_v2"
     architecture = "BailingMoeV2ForCausalLM"
-    presets: ClassVar = {"ling-mini-2.0": MINI, "ling-flash-2.0": FLASH}
+    published: ClassVar = {"ling-mini-2.0": MINI, "ling-flash-2.0": FLASH}
 
     def for_export(self, config: ModelConfig) -> ModelConfig:
         if config.mask_id is None:

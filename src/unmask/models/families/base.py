@@ -45,7 +45,7 @@ class ModelFamily:
 
     Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs. `head_dim`
     and `rotary_fraction` (the share of the head that rotates) are defaults for absent keys. `embedding` and `attention` are
-    names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`). `presets` are
+    names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`). `published` are
     published sizes: the Hugging Face config of each by name. `index_required`: programs that read exported models look tensors
     up in the index, so a single file needs one too.
     """
@@ -59,11 +59,12 @@ class ModelFamily:
     attention_names: ClassVar[Mapping[str, str]] = {
         "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "query_norm": "q_norm", "key_norm": "k_norm",
     }  # fmt: skip
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     index_required: ClassVar[bool] = False
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """`ModelConfig` fields that this family reads in its own way; they go before the shared ones."""
+        """`ModelConfig` fields that this family reads in its own way; they override the shared ones. A key that would
+        change the computation is refused here, by name; mind what transformers takes for an absent key."""
         return {}
 
     def write_own_keys(self, config: ModelConfig) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class ModelFamily:
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """See `registry.read_config`."""
-        _reject_unsupported(hf)
+        _refuse_unsupported(hf)
         hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         max_positions = integer(hf, "max_position_embeddings")
         fields: dict[str, Any] = {
@@ -179,7 +180,8 @@ class ModelFamily:
         return re.compile("|".join(names))
 
 
-def _reject_unsupported(hf: Mapping[str, Any]) -> None:
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    """Raises: ConfigError: a key, of whichever family, whose value changes the computation."""
     for key, allowed in _REQUIRED_VALUES.items():
         if hf.get(key, allowed[0]) not in allowed:
             raise ConfigError(f"{key} is {hf[key]!r}; only {' or '.join(repr(value) for value in allowed)} is supported")

@@ -34,7 +34,7 @@ class LLaDA2MoE(LingMoE):
 
     name = "llada2_moe"
     architecture = "LLaDA2MoeModelLM"
-    presets: ClassVar = {"llada2-mini": {**MINI, **_DIFFUSION}, "llada2-flash": {**FLASH, **_DIFFUSION}}
+    published: ClassVar = {"llada2-mini": {**MINI, **_DIFFUSION}, "llada2-flash": {**FLASH, **_DIFFUSION}}
     index_required = True  # by dInfer
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:

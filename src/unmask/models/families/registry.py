@@ -22,7 +22,7 @@ from unmask.models.families.tensors import StoredTensor
 FAMILIES: Mapping[str, ModelFamily] = {
     family.name: family for family in (Llama(), Qwen2(), Qwen3(), BailingMoEV2(), LLaDA2MoE())
 }
-PRESETS: Mapping[str, ModelFamily] = {preset: family for family in FAMILIES.values() for preset in family.presets}
+PUBLISHED: Mapping[str, ModelFamily] = {name: family for family in FAMILIES.values() for name in family.published}
 """Names of published models, and the family of each."""
 
 
@@ -63,13 +63,13 @@ def stored_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
     return family_of(config).tensors(config)
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The Hugging Face config of a published model, as a fresh dict; see `PRESETS` for names.
+def published_config(name: str) -> dict[str, Any]:
+    """The Hugging Face config of a published model, as a fresh dict; see `PUBLISHED` for names.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: no such model.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"{name!r} is not a preset; choose one of {', '.join(PRESETS)}")
-    family = PRESETS[name]
-    return {"architectures": [family.architecture], "model_type": family.name, **family.presets[name]}
+    if name not in PUBLISHED:
+        raise ConfigError(f"{name!r} is no published model that is known; choose one of {', '.join(PUBLISHED)}")
+    family = PUBLISHED[name]
+    return {"architectures": [family.architecture], "model_type": family.name, **family.published[name]}
