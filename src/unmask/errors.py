@@ -1,10 +1,13 @@
 """Everything a user can do wrong, as exceptions whose message is one line: value, rule, remedy.
 
-Owns the exception types only; knows no other module of the package. The CLI prints the message and exits with
-`exit_code`; anything that is *not* an `UnmaskError` is our bug and keeps its traceback.
+Owns the exception types, and the locations in their messages; knows no other module of the package. The CLI prints the message
+and exits with `exit_code`; anything that is *not* an `UnmaskError` is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UnmaskError(Exception):
@@ -41,3 +44,12 @@ class BackendError(UnmaskError):
 
 class UnmaskWarning(UserWarning):
     """Something works, but not in the way that was asked for."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a location, such as a file and a line, before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error

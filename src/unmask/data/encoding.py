@@ -14,7 +14,7 @@ import numpy as np
 from unmask.data.documents import Document
 from unmask.data.shapes import Conversation, Example, Fields, read_example, read_pair
 from unmask.data.tokenizer import Tokenizer
-from unmask.errors import DataError
+from unmask.errors import DataError, located
 
 Supervise = Literal["response", "all"]
 
@@ -56,20 +56,16 @@ class DocumentEncoder:
         Raises:
             DataError: a field is missing or malformed, the template refuses it, or the mask token is in the text.
         """
-        try:
+        with located(where):
             chosen, *rejected = (self._document(example) for example in self._examples(record))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
         return replace(chosen, rejected=rejected[0]) if rejected else chosen
 
     def _examples(self, record: Mapping[str, Any]) -> tuple[Example, ...]:
         return read_pair(record, self.fields) if self.pairs else (read_example(record, self.fields),)
 
     def _document(self, example: Example) -> Document:
-        try:
+        with located(example.label):
             ids, maskable = self._encode(example)
-        except DataError as error:
-            raise DataError(f"{example.label}: {error}") from error
         mask_id = self.tokenizer.mask_id
         if mask_id is not None and mask_id in ids:
             raise DataError(

@@ -28,20 +28,18 @@ class HuggingFaceSource:
     def __init__(
         self,
         name: str,
-        path: str,
         encoder: DocumentEncoder,
         *,
         seed: int,
-        split: str = "train",
-        subset: str | None = None,
-        window: int = 10_000,
-        shuffle: bool = True,
+        split: str,
+        subset: str | None,
+        window: int,
+        shuffle: bool,
     ) -> None:
         """Open a dataset.
 
         Args:
-            name: for messages.
-            path: id on the hub (`owner/name`), or a local folder of data files.
+            name: id on the hub (`owner/name`), or a local folder of data files.
             encoder: encodes records as documents.
             seed: seed of the orders.
             split: split of the dataset.
@@ -56,8 +54,8 @@ class HuggingFaceSource:
 
         self.name, self._encoder = name, encoder
         self._seed, self._window_size, self._shuffle = seed, window, shuffle
-        with _reading(f"dataset {path} cannot be opened", "check its id, subset and split"):
-            self._dataset = load_dataset(path, name=subset, split=split, streaming=True)
+        with _reading(f"dataset {name} cannot be opened", "check its id, subset and split"):
+            self._dataset = load_dataset(name, name=subset, split=split, streaming=True)
         self._num_shards = int(self._dataset.num_shards)
         self.epoch = 0
         self._shard_index = 0

@@ -191,10 +191,8 @@ class Packer(ABC):
             ConfigError: `num_rows` is not positive, or no such multiple.
             DataError: the stream could not be read, or holds nothing maskable.
         """
-        if num_rows < 1:
-            raise ConfigError(f"num_rows is {num_rows}; use 1 or more")
-        if num_rows % self.group_size:
-            raise ConfigError(f"num_rows is {num_rows}; rows come {self.group_size} at a time: use a multiple of it")
+        if num_rows < 1 or num_rows % self.group_size:
+            raise ConfigError(f"num_rows is {num_rows}; it must be a positive multiple of {self.group_size}")
         rows: list[list[Segment]] = []
         while len(rows) < num_rows and (group := self._next_group()):
             rows += group

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from unmask.errors import DataError
+from unmask.errors import DataError, located
 
 Record = Mapping[str, Any]
 
@@ -104,13 +104,13 @@ class JsonLinesRecords:
 
     def read(self, number: int) -> Record:
         """One line; raises DataError when the file has changed and it can no longer be read."""
-        where = self.where(number)
-        try:
-            with self._files[self._file_of[number]].open("rb") as stream:
-                stream.seek(self._offset_of[number])
-                return _json_object(stream.readline(), where)
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error}); put the file back") from error
+        with located(self.where(number)):
+            try:
+                with self._files[self._file_of[number]].open("rb") as stream:
+                    stream.seek(self._offset_of[number])
+                    return _json_object(stream.readline())
+            except OSError as error:
+                raise DataError(f"cannot be read ({error}); put the file back") from error
 
     def where(self, number: int) -> str:
         """The file and the line, from 1."""
@@ -122,21 +122,14 @@ class JsonLinesRecords:
             with file.open("rb") as stream:
                 for line_number, line in enumerate(stream, start=1):
                     if line.strip():
-                        self._check_line(line, f"{file} line {line_number}", check)
+                        with located(f"{file} line {line_number}"):
+                            check(_json_object(line))
                         self._file_of.append(file_number)
                         self._line_of.append(line_number)
                         self._offset_of.append(offset)
                     offset += len(line)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error}); check its permissions") from error
-
-    @staticmethod
-    def _check_line(line: bytes, where: str, check: Callable[[Record], None]) -> None:
-        record = _json_object(line, where)
-        try:
-            check(record)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
 
 
 class ParquetRecords:
@@ -156,22 +149,16 @@ class ParquetRecords:
         Raises:
             DataError: no record, no Parquet, or none of the columns.
         """
-        self._files: list[Path] = []
-        self._tables: list[Any] = []
-        self._starts: list[int] = []
+        self._tables: list[tuple[int, Path, Any]] = []  # number of the first record, file, Arrow table
         self._length = 0
         for file in find_files(path, ".parquet"):
             table = _read_table(file, columns)
             if table.num_rows == 0:
                 continue
-            self._files.append(file)
-            self._tables.append(table)
-            self._starts.append(self._length)
+            self._tables.append((self._length, file, table))
             self._length += table.num_rows
-            try:
-                check(self.read(self._starts[-1]))
-            except DataError as error:
-                raise DataError(f"{file}: {error}") from error
+            with located(str(file)):
+                check(self.read(self._tables[-1][0]))
         _require_some(self._length, path)
 
     def __len__(self) -> int:
@@ -179,18 +166,18 @@ class ParquetRecords:
 
     def read(self, number: int) -> Record:
         """One row."""
-        table, row = self._locate(number)
-        record: Record = self._tables[table].slice(row, 1).to_pylist()[0]
+        _, table, row = self._locate(number)
+        record: Record = table.slice(row, 1).to_pylist()[0]
         return record
 
     def where(self, number: int) -> str:
         """The file and the row, from 1."""
-        table, row = self._locate(number)
-        return f"{self._files[table]} row {row + 1}"
+        file, _, row = self._locate(number)
+        return f"{file} row {row + 1}"
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        table = max(index for index, start in enumerate(self._starts) if start <= number)
-        return table, number - self._starts[table]
+    def _locate(self, number: int) -> tuple[Path, Any, int]:
+        start, file, table = next(entry for entry in reversed(self._tables) if entry[0] <= number)
+        return file, table, number - start
 
 
 def _read_table(file: Path, columns: Sequence[str]) -> Any:
@@ -208,13 +195,13 @@ def _read_table(file: Path, columns: Sequence[str]) -> Any:
         raise DataError(f"{file}: cannot be read as Parquet ({reason}); check the file") from error
 
 
-def _json_object(line: bytes, where: str) -> Record:
+def _json_object(line: bytes) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON value ({error}); write one JSON object a line") from error
+        raise DataError(f"not a JSON value ({error}); write one JSON object a line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {type(record).__name__} instead of a JSON object; write one object a line")
+        raise DataError(f"{type(record).__name__} instead of a JSON object; write one object a line")
     return record
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unmask.data.chat import Message, Tool, check_message
-from unmask.errors import DataError
+from unmask.errors import DataError, located
 
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -195,11 +195,9 @@ def _messages(record: Mapping[str, Any], name: str, expected: str = "a list of m
         raise DataError(f"field {name} holds 0 messages; give it at least one or remove the record")
     messages = []
     for number, message in enumerate(value, start=1):
-        try:
+        with located(f"field {name}: message {number}"):
             messages.append(_message(message))
             check_message(messages[-1])
-        except DataError as error:
-            raise DataError(f"field {name}: message {number}: {error}") from error
     return messages
 
 

@@ -121,7 +121,6 @@ def open_source(
     if config.kind == "huggingface":
         return HuggingFaceSource(
             config.name,
-            config.name,
             encoder,
             seed=seed,
             split=config.split,
