@@ -143,7 +143,25 @@ class Engine:
             RequestError: an impossible request.
         """
         request.check(self.config)
-        self._check_room(request)
+        if self.mask_id is None:
+            if None in request.ids:
+                raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
+            if not request.ids:
+                raise RequestError("autoregressive decoding needs at least one prompt token")
+        elif request.params.window * request.params.block_size > self.scheduler.max_num_batched_tokens:
+            raise RequestError(
+                f"{request.params.window} blocks of {request.params.block_size} tokens do not fit a forward of "
+                f"{self.scheduler.max_num_batched_tokens} tokens; lower block_size or window, or raise max_num_batched_tokens"
+            )
+        length = len(request.ids) + request.params.max_new_tokens if self.mask_id is None else request.canvas_length
+        capacity = self.pool.num_cache_blocks * self.cache_block_size
+        if length > capacity:
+            raise RequestError(
+                f"{length} tokens in whole blocks do not fit a KV cache of {capacity}; "
+                "shorten the prompt, lower max_new_tokens, or raise num_tokens"
+            )
+        if request.params.stop and self._decode is None:
+            raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
 
     def step(self) -> list[Update]:
         """One forward for everyone who takes part in it; nothing if there is no work."""
@@ -226,27 +244,6 @@ class Engine:
             self.abort(sequence.number)
         new_ids, new_logprobs = sequence.take_new()
         return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs)
-
-    def _check_room(self, request: Request) -> None:
-        if self.mask_id is None:
-            if None in request.ids:
-                raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
-            if not request.ids:
-                raise RequestError("autoregressive decoding needs at least one prompt token")
-        elif request.params.window * request.params.block_size > self.scheduler.max_num_batched_tokens:
-            raise RequestError(
-                f"{request.params.window} blocks of {request.params.block_size} tokens do not fit a forward of "
-                f"{self.scheduler.max_num_batched_tokens} tokens; lower block_size or window, or raise max_num_batched_tokens"
-            )
-        length = len(request.ids) + request.params.max_new_tokens if self.mask_id is None else request.canvas_length
-        capacity = self.pool.num_cache_blocks * self.cache_block_size
-        if length > capacity:
-            raise RequestError(
-                f"{length} tokens in whole blocks do not fit a KV cache of {capacity}; "
-                "shorten the prompt, lower max_new_tokens, or raise num_tokens"
-            )
-        if request.params.stop and self._decode is None:
-            raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
 
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
         config = self.config

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class GrammarCompiler:
         )
         self.token_bytes = tokens
         self.llguidance_tokenizer = LLTokenizer(TokenizerWrapper(_Spelling(tokenizer, plain, tokens, ends[0])), eos_token=ends)
-        self.vocabulary = _Vocabulary(vocab_size, torch.tensor([bool(token) for token in tokens]), tuple(ends))
+        self.vocabulary = _Vocabulary(torch.tensor([bool(token) for token in tokens]), tuple(ends))
 
     def json_schema(self, schema: Mapping[str, Any] | str | bool) -> Grammar:
         """Grammar of the JSON texts that a schema (draft 2020-12) accepts, on one line, as `json.dumps` writes them.
@@ -124,13 +124,12 @@ class GrammarCompiler:
             RequestError: not a schema, a keyword or format that is not supported, or one that nothing satisfies.
         """
         parsed, text = _read_schema(schema)
-        try:
-            return self._compile(LLMatcher.grammar_from_json_schema(text))
-        except _RefusedError as error:
-            pointer = _locate(parsed, str(error))
-            raise RequestError(
-                f"JSON schema at {pointer}: {error}; change it, or leave it out and check the value afterwards"
-            ) from error
+
+        def describe(reason: str) -> str:
+            where = f"JSON schema at {_locate(parsed, reason)}"
+            return f"{where}: {reason}; change it, or leave it out and check the value afterwards"
+
+        return self._compile(LLMatcher.grammar_from_json_schema(text), describe)
 
     def json_object(self) -> Grammar:
         """Grammar of any JSON object."""
@@ -149,13 +148,12 @@ class GrammarCompiler:
         _check_size("regex", pattern)
         if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
             raise RequestError(f"regex {_short(pattern)} ends in a lone backslash; double it")
-        try:
-            return self._compile(LLMatcher.grammar_from_regex(pattern))
-        except _RefusedError as error:
-            reason = re.sub(r"^line .*?\(in regex\): ", "", str(error))
-            raise RequestError(
-                f"regex {_short(pattern)}: {reason}; use only what Rust's regex has: no look-around, no back-references"
-            ) from error
+
+        def describe(reason: str) -> str:
+            reason = re.sub(r"^line .*?\(in regex\): ", "", reason)
+            return f"regex {_short(pattern)}: {reason}; use only what Rust's regex has: no look-around, no back-references"
+
+        return self._compile(LLMatcher.grammar_from_regex(pattern), describe)
 
     def lark(self, grammar: str) -> Grammar:
         """Grammar in llguidance's variant of Lark; it may hold JSON schemas (`%json {...}`) and regular expressions.
@@ -172,22 +170,24 @@ class GrammarCompiler:
         for kind, match in (("token", _TOKEN_RULE.search(bare)), ("option", _TOKEN_OPTION.search(bare))):
             if match is not None:
                 raise RequestError(f"Lark grammar: {kind} {match[0].rstrip(' =')} is not supported; write rules over text only")
-        try:
-            return self._compile(json.dumps({"grammars": [{"lark_grammar": grammar}]}))
-        except _RefusedError as error:
-            raise RequestError(f"Lark grammar: {error}; correct that rule") from error
+        source = json.dumps({"grammars": [{"lark_grammar": grammar}]})
+        return self._compile(source, lambda reason: f"Lark grammar: {reason}; correct that rule")
 
-    def _compile(self, grammar: str) -> Grammar:
-        """Raises: _RefusedError: with the library's reason in one line."""
+    def _compile(self, grammar: str, describe: Callable[[str], str]) -> Grammar:
+        """Compile a grammar; `describe` makes the library's reason, in one line, a message.
+
+        Raises:
+            RequestError: the library does not take it, or nothing matches it.
+        """
         matcher = LLMatcher(self.llguidance_tokenizer, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
-            raise _RefusedError(_explain(matcher.get_error()))
+            raise RequestError(describe(_explain(matcher.get_error())))
         first = GrammarState(matcher, self.vocabulary)
         try:
             first.allowed()
         except RequestError as error:
-            stuck = str(error) == _DEAD_END
-            raise _RefusedError("nothing matches it" if stuck else str(error)) from error
+            reason = "nothing matches it" if str(error) == _DEAD_END else str(error)
+            raise RequestError(describe(reason)) from error
         return Grammar(first)
 
 
@@ -206,7 +206,6 @@ class Grammar:
 class _Vocabulary:
     """Which of the V ids are text, and which end an answer."""
 
-    size: int
     is_text_V: Tensor
     eos_ids: tuple[int, ...]
 
@@ -246,15 +245,29 @@ class GrammarState:
         Raises:
             RequestError: the grammar is too complex here, or it has led into a dead end.
         """
-        if self._allowed_V is None:
-            self._allowed_V = self._compute_allowed()
-        return self._allowed_V
+        if self._allowed_V is not None:
+            return self._allowed_V
+        forced = self.forced()
+        if forced or self.finished:
+            allowed_V = torch.zeros_like(self._vocabulary.is_text_V)
+            allowed_V[forced[:1]] = True
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            self._check()
+            bits_V = np.unpackbits(bits, count=len(self._vocabulary.is_text_V), bitorder="little")
+            allowed_V = torch.from_numpy(bits_V.view(np.bool_)) & self._vocabulary.is_text_V
+        if self.may_end:
+            allowed_V[list(self._vocabulary.eos_ids)] = True
+        if not allowed_V.any():
+            raise RequestError(_DEAD_END)
+        self._allowed_V = allowed_V
+        return allowed_V
 
     def accepts(self, token: int) -> bool:
         """Whether a token may come now: `allowed()[token]`, without computing the rest."""
         if token in self._vocabulary.eos_ids:
             return self.may_end
-        if self.finished or not 0 <= token < self._vocabulary.size or not self._vocabulary.is_text_V[token]:
+        if self.finished or not 0 <= token < len(self._vocabulary.is_text_V) or not self._vocabulary.is_text_V[token]:
             return False
         forced = self.forced()
         return token == forced[0] if forced else self._matcher.validate_tokens([token]) == 1
@@ -305,31 +318,11 @@ class GrammarState:
         twin._allowed_V = self._allowed_V
         return twin
 
-    def _compute_allowed(self) -> Tensor:
-        size, forced = self._vocabulary.size, self.forced()
-        if forced or self.finished:
-            allowed_V = torch.zeros(size, dtype=torch.bool)
-            allowed_V[forced[:1]] = True
-        else:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            self._check()
-            allowed_V = torch.from_numpy(np.unpackbits(bits, count=size, bitorder="little").view(np.bool_))
-            allowed_V &= self._vocabulary.is_text_V
-        if self.may_end:
-            allowed_V[list(self._vocabulary.eos_ids)] = True
-        if not allowed_V.any():
-            raise RequestError(_DEAD_END)
-        return allowed_V
-
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = _explain(self._matcher.get_error())
             stuck = reason == "NoExtensionBias"
             raise RequestError(_DEAD_END if stuck else f"the grammar cannot go on: {reason}; simplify it")
-
-
-class _RefusedError(Exception):
-    """The library does not take a grammar; the message is its reason in one line."""
 
 
 def _explain(message: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.request import Completion, Request
@@ -87,12 +88,8 @@ def best_filling(
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     request, filled = requests[best], iter(completions[best].ids)
     ids = [next(filled) if token is None else token for token in request.ids]
-    holes: list[list[int]] = []
-    for position, token in enumerate(request.ids):
-        if token is None:
-            if position == 0 or request.ids[position - 1] is not None:
-                holes.append([])
-            holes[-1].append(ids[position])
+    by_origin = groupby(zip(request.ids, ids, strict=True), key=lambda pair: pair[0] is None)
+    holes = [[token for _, token in pairs] for is_hole, pairs in by_origin if is_hole]
     num_prefix = len(tokenizer.prefix_ids)
     return Infilling(
         text=tokenizer.decode(ids[num_prefix:]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 import numpy as np
 
@@ -72,13 +73,7 @@ class BlockPool:
 
     def find_cached(self, prefix_hashes: Sequence[bytes]) -> list[int]:
         """Published cache blocks of the longest known prefix of `prefix_hashes`; no reference is taken."""
-        cache_blocks = []
-        for prefix_hash in prefix_hashes:
-            cache_block = self._block_of.get(prefix_hash)
-            if cache_block is None:
-                break
-            cache_blocks.append(cache_block)
-        return cache_blocks
+        return [self._block_of[prefix_hash] for prefix_hash in takewhile(self._block_of.__contains__, prefix_hashes)]
 
     def touch(self, cache_blocks: Sequence[int]) -> None:
         """One more reference to each of these published cache blocks."""
@@ -93,10 +88,15 @@ class BlockPool:
         Returns:
             The cache block; None when every one is used.
         """
-        cache_block = self._pick(after)
-        if cache_block is None:
+        if after is not None and after + 1 in self._free:
+            cache_block = after + 1
+        elif self._free:
+            cache_block = _middle_of_largest_gap(self._free)
+        elif self._cached:
+            cache_block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._hash_of.pop(cache_block)]
+        else:
             return None
-        self._evict(cache_block)
         self._free.discard(cache_block)
         self._ref_counts[cache_block] = 1
         return cache_block
@@ -136,28 +136,10 @@ class BlockPool:
         assert {block: name for name, block in self._block_of.items()} == self._hash_of, "the tables of hashes differ"
         assert set(self._cached) <= set(self._hash_of), "a cached block has no hash"
 
-    def _pick(self, after: int | None) -> int | None:
-        if after is not None and after + 1 in self._free:
-            return after + 1
-        if self._free:
-            return _middle_of_largest_gap(self._free)
-        return next(iter(self._cached), None)
-
-    def _evict(self, cache_block: int) -> None:
-        if cache_block in self._cached:
-            del self._cached[cache_block]
-            del self._block_of[self._hash_of.pop(cache_block)]
-
 
 def _middle_of_largest_gap(free: set[int]) -> int:
     """A free cache block with many free ones after it: the middle of the longest run, or its start when that is 0 or the run is
     short."""
-    best_start, best_length, start = 0, 0, None
-    ordered = sorted(free)
-    for i, cache_block in enumerate(ordered):
-        if i == 0 or cache_block != ordered[i - 1] + 1:
-            start = cache_block
-        assert start is not None
-        if cache_block - start + 1 > best_length:
-            best_start, best_length = start, cache_block - start + 1
-    return best_start if best_start == 0 or best_length < 3 else best_start + best_length // 2
+    ordered = np.array(sorted(free))
+    longest = max(np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1), key=len)
+    return int(longest[0 if longest[0] == 0 or len(longest) < 3 else len(longest) // 2])

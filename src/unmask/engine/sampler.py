@@ -115,17 +115,14 @@ def draw(processed_NV: Tensor, scheduled: Sequence[ScheduledSequence]) -> tuple[
         device=processed_NV.device,
     )
     way_N, *key = keys.T
-    if len(set(ways)) == 1:
-        position_N, step_N, seed_N, sample_N = key
-        params = scheduled[0].request.params
-        return candidates(processed_NV, position_N, step_N, params, None, sample=sample_N, seed=seed_N)
     token_N, confidence_N = torch.empty_like(way_N), torch.empty(len(way_N), device=processed_NV.device)
+    one_way = len(set(ways)) == 1
     for first in {ways.index(way) for way in ways}:
-        row_N = torch.nonzero(way_N == first)[:, 0]
-        position_N, step_N, seed_N, sample_N = (values_N[row_N] for values_N in key)
+        rows = slice(None) if one_way else torch.nonzero(way_N == first)[:, 0]  # a slice copies no logits
+        position_N, step_N, seed_N, sample_N = (values_N[rows] for values_N in key)
         params = scheduled[first].request.params
-        token_N[row_N], confidence_N[row_N] = candidates(
-            processed_NV[row_N], position_N, step_N, params, None, sample=sample_N, seed=seed_N
+        token_N[rows], confidence_N[rows] = candidates(
+            processed_NV[rows], position_N, step_N, params, None, sample=sample_N, seed=seed_N
         )
     return token_N, confidence_N
 
