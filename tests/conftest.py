@@ -1,4 +1,4 @@
-"""What holds for every test: the same examples of Hypothesis each time, and a Ctrl-C that interrupts.
+"""What holds for every test: the same examples of Hypothesis each time, a Ctrl-C that interrupts, and one plain tokenizer.
 
 No example has a deadline, which a busy machine would miss.
 """
@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 from hypothesis import settings
+
+from helpers import make_tokenizer
+from unmask.data.tokenizer import Tokenizer
 
 settings.register_profile("unmask", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("unmask")
 
 # Shells start jobs in the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """With a ChatML template and no mask token; not to be changed."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -13,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
-from unmask.engine.sampling_params import Option
+from unmask.engine.sampling_params import Option, SamplingParams
 from unmask.errors import UnmaskError
 
 CHATML = (
@@ -72,6 +77,54 @@ def make_tokenizer(
     return load_tokenizer(folder)
 
 
+def say(*contents: str) -> list[dict[str, Any]]:
+    """A conversation: user and assistant in turn."""
+    return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+
+
+def flagged_texts(tokenizer: Tokenizer, ids: Iterable[int], flags: Iterable[bool]) -> list[str]:
+    """The text of each stretch of flagged tokens."""
+    stretches = groupby(zip(ids, flags, strict=True), key=lambda token: token[1])
+    return [tokenizer.decode([id_ for id_, _ in stretch], skip_special=False) for flag, stretch in stretches if flag]
+
+
+def learnt(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> list[str]:
+    """The texts of a conversation that training learns."""
+    return flagged_texts(tokenizer, *tokenizer.chat_document(messages, **options))
+
+
+class TtyStream(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def disk_full(*_: object, **__: object) -> None:
+    """Stands in for a function that writes."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def soon(condition: Callable[[], object], what: str = "it did not happen") -> None:
+    """Wait until it holds, half a minute at most."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+def params_of_calls(monkeypatch: pytest.MonkeyPatch, method: str) -> list[SamplingParams]:
+    """The decoding options of the calls of a method of LanguageModel from now on, each of which fails."""
+    seen: list[SamplingParams] = []
+
+    def record(self: object, prompt: object, params: SamplingParams, **_: object) -> None:
+        seen.append(params)
+        raise UnmaskError("enough")
+
+    monkeypatch.setattr(f"unmask.engine.llm.LanguageModel.{method}", record)
+    return seen
+
+
 def example_of(option: Option) -> tuple[str, object]:
     """A valid value of an option that is not its default, as text and read."""
     text = "yes" if option.kind is bool else "1" if option.maximum == 1 else option.choices[-1] if option.choices else "3"
@@ -86,7 +139,11 @@ def refused(error: type[UnmaskError], *names: object) -> Iterator[None]:
     """
     with pytest.raises(error) as caught:
         yield
-    message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in str(caught.value)
+    assert_names(str(caught.value), *names)
+
+
+def assert_names(message: str, *names: object) -> None:
+    """These fields and values stand in the message as whole words."""
     for name in names:
         assert re.search(rf"(?<!\w){re.escape(str(name))}(?!\w)", message), f"{name!r} is not named: {message}"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.engine.request import Request
+from unmask.engine.sampling_params import ResolvedParams
+from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
 from unmask.models.arch.moe import MoE
 from unmask.models.arch.transformer import Transformer
@@ -65,6 +67,43 @@ def tiny_model(
         if isinstance(module, MoE):
             module.expert_bias.normal_(std=0.1, generator=generator)
     return model.to(dtype).eval()
+
+
+def perturb(model: Transformer) -> Transformer:
+    """Change every trainable tensor as training could have done, by N(0, 0.3^2)."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty_like(parameter).normal_(std=0.3, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def causal_logits(model: Transformer, length: int = 24) -> Tensor:
+    """Next-token logits [1, T, V] of tokens 0 .. length - 1."""
+    positions = torch.arange(length)[None]
+    causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+    return model.head(model(positions, positions, DenseAttend(causal)))
+
+
+def row_errors(found: Tensor, expected: Tensor) -> Tensor:
+    """The relative error of every row."""
+    return torch.linalg.vector_norm(found - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
+
+
+def request_of(length: int, max_new_tokens: int, *, priority: int = 0, start: int = 0) -> Request:
+    """Blocks of four tokens, one token a step; a prompt that no other begins like, unless `start` is the same."""
+    ids = tuple((start + 7 * i) % MASK for i in range(length))
+    params = ResolvedParams(block_size=4, steps=4, threshold=1.0, max_new_tokens=max_new_tokens)
+    return Request(ids, params, priority=priority)
+
+
+def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams = ResolvedParams()) -> Request:
+    """A random prompt, the same for every call with this length."""
+    generator = torch.Generator().manual_seed(100 + length)
+    ids = torch.randint(0, MASK, (length,), generator=generator).tolist()
+    return Request(tuple(ids), rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
 @dataclass(frozen=True)

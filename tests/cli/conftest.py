@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from helpers import make_tokenizer
+from helpers import assert_names, make_tokenizer
 from tiny import tiny_model
 from unmask.cli.main import app
 from unmask.models.weights.checkpoint import save_model
@@ -43,6 +43,13 @@ def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "diffusion", diffusion=True)
 
 
+@pytest.fixture(params=["ar", "diffusion"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Each kind of model in turn; read only."""
+    path: Path = request.getfixturevalue(f"{request.param}_folder")
+    return path
+
+
 @pytest.fixture
 def own_folder(ar_folder: Path, tmp_path: Path) -> Path:
     """A copy of the autoregressive model for a test to damage."""
@@ -66,14 +73,15 @@ def run() -> Run:
 
 @pytest.fixture
 def fails(run: Run) -> Callable[..., str]:
-    """Call the program, which must end with one line of error and this exit code; gives the line."""
+    """Call the program, which must end with this exit code and one line of error that names `names`; gives the line."""
 
-    def check(*arguments: object, code: int = 2, **options: Any) -> str:
+    def check(*arguments: object, code: int = 2, names: Iterable[object] = (), **options: Any) -> str:
         result = run(*arguments, **options)
         assert result.exit_code == code, (result.exit_code, result.output, result.exception)
         assert isinstance(result.exception, SystemExit), f"a traceback: {result.exception!r}"
         assert result.stderr.startswith("error: "), result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
+        assert_names(result.stderr, *names)
         return str(result.stderr)
 
     return check

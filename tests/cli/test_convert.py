@@ -83,14 +83,14 @@ def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Press Ctrl-C during that step."""
     from unmask.train.loop import Trainer
 
-    inner = Trainer._train_step
+    inner = Trainer.train_step
 
     def pressed(self: Trainer) -> dict[str, Any]:
         if self.step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return inner(self)
 
-    monkeypatch.setattr(Trainer, "_train_step", pressed)
+    monkeypatch.setattr(Trainer, "train_step", pressed)
 
 
 def test_interrupt_saves_and_the_printed_command_resumes(run, arguments: list[str], tmp_path: Path, monkeypatch) -> None:
@@ -115,7 +115,7 @@ def test_interrupt_saves_and_the_printed_command_resumes(run, arguments: list[st
 def test_second_interrupt_gives_up_at_once(run, arguments: list[str], tmp_path: Path, monkeypatch) -> None:
     from unmask.train.loop import Trainer
 
-    inner = Trainer._train_step
+    inner = Trainer.train_step
 
     def pressed_twice(self: Trainer) -> dict[str, Any]:
         if self.step == 7:
@@ -123,7 +123,7 @@ def test_second_interrupt_gives_up_at_once(run, arguments: list[str], tmp_path: 
             os.kill(os.getpid(), signal.SIGINT)
         return inner(self)
 
-    monkeypatch.setattr(Trainer, "_train_step", pressed_twice)
+    monkeypatch.setattr(Trainer, "train_step", pressed_twice)
     result = run(*arguments)
     assert result.exit_code == 130
     assert steps(tmp_path / "run")[-1]["step"] == 7
@@ -134,11 +134,11 @@ def test_resume_refuses_another_recipe(run, fails, arguments: list[str], monkeyp
     with monkeypatch.context() as patch:
         _interrupt_at(patch, 4)
         run(*arguments)
-    assert "another recipe (train differ" in fails(*arguments, "--set", "train.learning_rate=1e-5", "--resume", code=1)
+    fails(*arguments, "--set", "train.learning_rate=1e-5", "--resume", code=1, names=("recipe", "train"))
 
 
 def test_resume_alone_needs_a_checkpoint(fails, tmp_path: Path) -> None:
-    assert "holds no checkpoint" in fails("convert", "--out", tmp_path / "none", "--resume")
+    fails("convert", "--out", tmp_path / "none", "--resume", names=[tmp_path / "none", "checkpoint"])
 
 
 def test_resume_with_options_starts_a_run_that_never_saved(run, arguments: list[str], tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ def test_no_data(fails, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "name"),
     [
-        ("data.row_length=100", "row length 100 is not a multiple of"),
+        ("data.row_length=100", "row length 100"),
         ("train.tokenz=5", "train.tokenz"),
         ("train.tokens=0", "train.tokens"),
         ("train.tokens=-5", "train.tokens"),
@@ -205,31 +205,30 @@ def test_no_data(fails, tmp_path: Path) -> None:
         ("train.tokens", "section.key=value"),
         ("schedule.decay.0.share=-1", "share"),
         ("train.device=gpu", "train.device"),
-        ("mask_token=<|im_end|>", "is the mask token"),
+        ("mask_token=<|im_end|>", "mask token"),
         ("data.sources.0.families={}", "families"),
         ("model=nope", "'nope'"),
     ],
 )
-def test_bad_recipes(fails, arguments: list[str], tmp_path: Path, override: str, said: str) -> None:
-    assert said in fails(*arguments, "--set", override)
+def test_bad_recipes(fails, arguments: list[str], tmp_path: Path, override: str, name: str) -> None:
+    fails(*arguments, "--set", override, names=[name])
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "name"),
     [
-        ("", "empty"),
-        ("\n\n", "empty"),
+        ("", "answers.jsonl"),
+        ("\n\n", "answers.jsonl"),
         ('{"prompt": "a", "response": "b"}\n{"prompt": \n', "answers.jsonl line 2"),
         ('{"prompt": "a", "response": "b"}\n[1]\n', "answers.jsonl line 2"),
         ('{"question": "a"}\n', "answers.jsonl line 1"),
         ('{"text": 5}\n', "answers.jsonl line 1"),
     ],
 )
-def test_bad_data(fails, arguments: list[str], answers: Path, content: str, said: str) -> None:
+def test_bad_data(fails, arguments: list[str], answers: Path, content: str, name: str) -> None:
     answers.write_text(content)
-    error = fails(*arguments)
-    assert said in error or (said == "empty" and "no " in error)
+    fails(*arguments, names=[name])
 
 
 def test_missing_data_file(fails, ar_folder: Path, tmp_path: Path) -> None:
@@ -237,7 +236,7 @@ def test_missing_data_file(fails, ar_folder: Path, tmp_path: Path) -> None:
 
 
 def test_missing_recipe(fails, tmp_path: Path) -> None:
-    assert "cannot be read" in fails("convert", "--recipe", tmp_path / "gone.yaml", "--out", tmp_path / "run")
+    fails("convert", "--recipe", tmp_path / "gone.yaml", "--out", tmp_path / "run", names=["gone.yaml"])
 
 
 @pytest.mark.parametrize("place", ["write_safetensors", "save_file"])
@@ -256,8 +255,7 @@ def test_disk_full_while_saving(fails, arguments: list[str], tmp_path: Path, mon
         return inner(*given, **named)
 
     monkeypatch.setattr(module, place, full)
-    error = fails(*arguments, code=1)
-    assert "free some space" in error
+    fails(*arguments, code=1, names=["space"])
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert len(left) == 2
     assert all(name.startswith("step-") for name in left)

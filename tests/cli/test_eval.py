@@ -28,10 +28,10 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_says_scores_and_speeds_and_goes_on(run, fails, wide_folder: Path, tmp_path: Path) -> None:
     asked = ("eval", "--model", wide_folder, "--tasks", TWO, "--out", tmp_path / "run", *FEW)
-    told = run(*asked)
-    assert told.exit_code == 0, told.output
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
     for words in ("mini-5/math", "mini-5/agent", "exact match", "tokens per", "mean", str(tmp_path / "run")):
-        assert words in told.stdout
+        assert words in result.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {name: task["items"] for name, task in results["tasks"].items()} == {"mini-5/math": 2, "mini-5/agent": 2}
     assert all(task["speed"]["forwards"] > 0 for task in results["tasks"].values())
@@ -42,14 +42,14 @@ def test_a_run_says_scores_and_speeds_and_goes_on(run, fails, wide_folder: Path,
 
 
 def test_what_there_is_is_listed(run) -> None:
-    told = run("eval", "--list")
+    result = run("eval", "--list")
     for words in ("mini-5", "llada2-47", "mini-5/coding", "humaneval-offline", "MIT"):
-        assert words in told.stdout
+        assert words in result.stdout
 
 
 def test_dry_runs_name_what_would_run(run) -> None:
-    told = run("eval", "--tasks", "mini-5/math,arc_challenge", "--dry-run")
-    assert told.stdout.splitlines() == ["mini-5/math: 50 items", "arc_challenge: lm-eval"]
+    result = run("eval", "--tasks", "mini-5/math,arc_challenge", "--dry-run")
+    assert result.stdout.splitlines() == ["mini-5/math: 50 items", "arc_challenge: lm-eval"]
     plan = json.loads(run("eval", "--suite", "llada2-47", "--dry-run", "--json").stdout)
     assert plan["total"] == plan["run"] + plan["not_run"] == len(plan["benchmarks"]) == 47
     assert sum(each["reason"] is None for each in plan["benchmarks"]) == plan["run"]
@@ -62,8 +62,8 @@ def test_the_47_offline_are_filled_in_where_they_can(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))  # no environments of other harnesses
     asked = ("eval", "--model", wide_folder, "--suite", "llada2-47", "--limit", 1, "--out", tmp_path, "--quantize", "none")
-    told = run(*asked)
-    assert told.exit_code == 0, told.output
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "suite.json").read_text())
     scores = {each["benchmark"]: each["score"] for each in results["benchmarks"]}
     assert len(scores) == 47
@@ -71,22 +71,22 @@ def test_the_47_offline_are_filled_in_where_they_can(
     assert ran == {"HumanEval", "IFEval-strict-prompt"}, "all others need a download or another harness"
     assert all(each["reason"] for each in results["benchmarks"] if each["score"] is None), "no silent zero"
     assert results["mean"]["run"] == 2
-    assert "LLaDA2.0-mini" in told.stdout
-    assert "over the 2 of 47" in " ".join(told.stdout.split())
+    assert "LLaDA2.0-mini" in result.stdout
+    assert "over the 2 of 47" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "name"),
     [
         ((), "--tasks"),
-        (("--suite", "no-such-suite"), "--suite is 'no-such-suite'; use mini-5, llada2-47"),
+        (("--suite", "no-such-suite"), "'no-such-suite'"),
         (("--tasks", "mini-5/math", "--limit", 0), "at least 1"),
         (("--tasks", "mini-5/math", "--split", "dev"), "test, validation, train"),
         (("--tasks", "mini-5/math", "--model", "/no/such/folder"), "/no/such/folder"),
     ],
 )
-def test_what_cannot_be_run(fails, options: tuple[object, ...], words: str, tmp_path: Path) -> None:
-    assert words in fails("eval", *options, "--out", tmp_path / "run")
+def test_what_cannot_be_run(fails, options: tuple[object, ...], name: str, tmp_path: Path) -> None:
+    fails("eval", *options, "--out", tmp_path / "run", names=[name])
 
 
 @pytest.mark.parametrize("verb", ["eval", "sweep"])
@@ -96,8 +96,8 @@ def test_without_options_the_missing_one_is_named(fails, verb: str) -> None:
 
 def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    told = run("compare", wide_folder, wide_folder, "--tasks", TWO, "--out", out, *FEW)
-    assert told.exit_code == 0, told.output
+    result = run("compare", wide_folder, wide_folder, "--tasks", TWO, "--out", out, *FEW)
+    assert result.exit_code == 0, result.output
     report = (out / "report.md").read_text()
     assert "| mini-5/math | 2 |" in report
     assert "| all | 4 |" in report
@@ -110,8 +110,8 @@ def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "again" / "comparison.json").read_text())["tasks"] == found["tasks"]
     assert "not paired" in fails("compare", wide_folder, wide_folder, "--tasks", "arc_challenge")
     asked = ("--tasks", "mini-5/math", "--thresholds", "0.3,0.9", "--block-sizes", "4,8", *FEW)
-    told = run("sweep", "--model", wide_folder, *asked, "--out", tmp_path / "sweep")
-    assert told.exit_code == 0, told.output
+    result = run("sweep", "--model", wide_folder, *asked, "--out", tmp_path / "sweep")
+    assert result.exit_code == 0, result.output
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert [(p["block_size"], p["threshold"]) for p in points] == [(4, 0.3), (4, 0.9), (8, 0.3), (8, 0.9)]
     assert (tmp_path / "sweep" / "frontier.png").stat().st_size > 5000
@@ -123,8 +123,8 @@ def test_needles_in_a_stretched_context(run, fails, wide_folder: Path, tmp_path:
     assert "--yarn" in fails(*asked, "--needle", "3000", "--out", tmp_path / "no")
     assert "separated by commas" in fails(*asked, "--needle", "long", "--out", tmp_path / "no")
     assert "more than 1" in fails(*asked, "--needle", "1500", "--yarn", "0.5", "--out", tmp_path / "no")
-    told = run(*asked, "--needle", "1500,2500", "--yarn", "2", "--out", tmp_path / "run")
-    assert told.exit_code == 0, told.output
+    result = run(*asked, "--needle", "1500,2500", "--yarn", "2", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     kinds = ("single", "multi_key", "multi_value", "tracking")
     assert set(results["tasks"]) == {f"needle/{kind}/{length}" for kind in kinds for length in (1500, 2500)}

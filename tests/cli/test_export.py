@@ -79,12 +79,12 @@ def test_llada2_comes_with_notes(run, tmp_path: Path) -> None:
 
 def test_mistakes(fails, ar_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "is not empty" in fails("export", ar_folder, "--out", ar_folder)
-    assert "'float8' is unknown" in fails("export", ar_folder, "--out", out, "--dtype", "float8")
-    assert "--max-shard-size is 'big'" in fails("export", ar_folder, "--out", out, "--max-shard-size", "big")
-    assert "neither a folder" in fails("export", "nothing", "--out", out)
+    fails("export", ar_folder, "--out", ar_folder, names=[ar_folder, "empty"])
+    fails("export", ar_folder, "--out", out, "--dtype", "float8", names=["'float8'"])
+    fails("export", ar_folder, "--out", out, "--max-shard-size", "big", names=("--max-shard-size", "'big'"))
+    fails("export", "nothing", "--out", out, names=["'nothing'"])
     (tmp_path / "hollow").mkdir()
-    assert "config.json does not exist" in fails("export", tmp_path / "hollow", "--out", out)
+    fails("export", tmp_path / "hollow", "--out", out, names=["config.json"])
     assert not out.exists()
 
 

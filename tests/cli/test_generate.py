@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 import unmask
-from helpers import example_of
+from helpers import example_of, params_of_calls
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
-from unmask.engine.llm import LanguageModel
 from unmask.engine.sampling_params import Option, ResolvedParams, SamplingParams
 from unmask.models.weights.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
@@ -27,11 +26,6 @@ FIELDS = {
     "costs": dict,
 }
 SHORT = ("--max-new-tokens", 24, "--dtype", "float32", "--device", "cpu")
-
-
-@pytest.fixture(params=["ar", "diffusion"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"{request.param}_folder")
 
 
 def test_text_equals_the_python_interface(run, folder: Path) -> None:
@@ -66,13 +60,7 @@ CLI_OPTIONS = [option for option in SamplingParams.options().values() if "cli" i
 
 @pytest.mark.parametrize("option", CLI_OPTIONS, ids=lambda option: option.name)
 def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch, tmp_path: Path, option: Option) -> None:
-    seen: list[SamplingParams] = []
-
-    def record(self: LanguageModel, text: str, params: SamplingParams, **_: object) -> None:
-        seen.append(params)
-        raise unmask.UnmaskError("enough")
-
-    monkeypatch.setattr("unmask.engine.llm.LanguageModel.generate", record)
+    seen = params_of_calls(monkeypatch, "generate")
     text, value = example_of(option)
     (tmp_path / "file").write_text(text)
     arguments = [] if option.kind is bool else [tmp_path / "file" if option.is_file else text]
@@ -136,31 +124,31 @@ def test_markup_in_the_answer_is_printed_as_it_is(run, diffusion_folder: Path, m
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "names"),
     [
-        (("--max-new-tokens", 0), "--max-new-tokens is 0"),
-        (("--max-new-tokens", -3), "--max-new-tokens is -3"),
-        (("--block-size", 0), "--block-size is 0"),
-        (("--block-size", -8), "--block-size is -8"),
-        (("--steps", 0), "--steps is 0"),
-        (("--threshold", 1.5), "threshold is 1.5"),
-        (("--temperature", -1), "temperature is -1"),
-        (("--top-k", 0), "--top-k is 0"),
-        (("--top-p", 0), "--top-p is 0"),
-        (("--dtype", "float7"), "dtype 'float7' is unknown"),
-        (("--dtype", "int64"), "dtype 'int64' is unknown"),
-        (("--device", "abacus"), "device 'abacus' is unknown"),
-        (("--device", "meta"), "device 'meta' is not supported"),
-        (("--device", "cuda:99"), "device 'cuda:99' is not there"),
-        (("--max-new-tokens", 1000), "exceeds the context of 256"),
+        (("--max-new-tokens", 0), ("--max-new-tokens", 0)),
+        (("--max-new-tokens", -3), ("--max-new-tokens", -3)),
+        (("--block-size", 0), ("--block-size", 0)),
+        (("--block-size", -8), ("--block-size", -8)),
+        (("--steps", 0), ("--steps", 0)),
+        (("--threshold", 1.5), ("--threshold", 1.5)),
+        (("--temperature", -1), ("--temperature", -1)),
+        (("--top-k", 0), ("--top-k", 0)),
+        (("--top-p", 0), ("--top-p", 0)),
+        (("--dtype", "float7"), ("dtype", "'float7'")),
+        (("--dtype", "int64"), ("dtype", "'int64'")),
+        (("--device", "abacus"), ("device", "'abacus'")),
+        (("--device", "meta"), ("device", "'meta'")),
+        (("--device", "cuda:99"), ("device", "'cuda:99'")),
+        (("--max-new-tokens", 1000), ("context", 256)),
     ],
 )
-def test_bad_options(fails, diffusion_folder: Path, options: tuple[object, ...], said: str) -> None:
-    assert said in fails("generate", "Hello", "-m", diffusion_folder, *options)
+def test_bad_options(fails, diffusion_folder: Path, options: tuple[object, ...], names: tuple[object, ...]) -> None:
+    fails("generate", "Hello", "-m", diffusion_folder, *options, names=names)
 
 
 def test_prompt_longer_than_the_context(fails, folder: Path) -> None:
-    assert "exceeds the context of 256" in fails("generate", "word " * 400, "-m", folder, "--max-new-tokens", 1)
+    fails("generate", "word " * 400, "-m", folder, "--max-new-tokens", 1, names=("context", 256))
 
 
 def test_unknown_model(fails) -> None:
@@ -173,7 +161,7 @@ def test_folder_without_config(fails, tmp_path: Path) -> None:
 
 def test_config_that_is_not_json(fails, own_folder: Path) -> None:
     (own_folder / "config.json").write_text("{")
-    assert "not valid JSON" in fails("generate", "Hello", "-m", own_folder)
+    fails("generate", "Hello", "-m", own_folder, names=("config.json", "JSON"))
 
 
 def test_unsupported_architecture(fails, own_folder: Path) -> None:
@@ -189,19 +177,19 @@ def test_missing_tensor(fails, own_folder: Path) -> None:
     tensors = load_file(own_folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, own_folder / "model.safetensors")
-    assert "missing: model.norm.weight" in fails("generate", "Hello", "-m", own_folder)
+    fails("generate", "Hello", "-m", own_folder, names=["model.norm.weight"])
 
 
 def test_truncated_weights(fails, own_folder: Path) -> None:
     content = (own_folder / "model.safetensors").read_bytes()
     (own_folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert "not a complete safetensors file" in fails("generate", "Hello", "-m", own_folder)
+    fails("generate", "Hello", "-m", own_folder, names=["model.safetensors"])
 
 
 def test_no_tokenizer(fails, own_folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (own_folder / name).unlink()
-    assert "no tokenizer" in fails("generate", "Hello", "-m", own_folder)
+    assert "tokenizer" in fails("generate", "Hello", "-m", own_folder)
 
 
 def test_damaged_tokenizer(fails, own_folder: Path) -> None:
@@ -231,7 +219,7 @@ def test_bad_rules_are_one_line(fails, folder: Path, tmp_path: Path) -> None:
     assert "regex" in fails("generate", "x", "-m", folder, "--regex", "(")
     rules = tmp_path / "rules.lark"
     rules.write_text('start: "a"')
-    assert "both given" in fails("generate", "x", "-m", folder, "--regex", "a", "--grammar", rules)
+    fails("generate", "x", "-m", folder, "--regex", "a", "--grammar", rules, names=("--regex", "grammar"))
     assert "preset" in fails("generate", "x", "-m", folder, "--preset", "turbo")
     assert "policy" in fails("generate", "x", "-m", folder, "--policy", "luck")
 

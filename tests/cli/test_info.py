@@ -96,7 +96,7 @@ def test_hub_out_of_reach(fails, monkeypatch) -> None:
         raise RuntimeError("no route to host\nlong story")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert "cannot get 'owner/name' from the Hugging Face hub (no route to host)" in fails("info", "owner/name")
+    fails("info", "owner/name", names=("'owner/name'", "no route to host"))
 
 
 @pytest.mark.parametrize("model", ["nope", "./nope", "/nope/nope", "a/b/c"])
@@ -115,4 +115,4 @@ def test_folder_without_config(fails, tmp_path: Path) -> None:
 def test_truncated_weights(fails, own_folder: Path) -> None:
     content = (own_folder / "model.safetensors").read_bytes()
     (own_folder / "model.safetensors").write_bytes(content[:100])
-    assert "not a complete safetensors file" in fails("info", own_folder)
+    fails("info", own_folder, names=["model.safetensors"])

@@ -48,7 +48,7 @@ def test_what_a_fine_tuning_changed_is_added(run, fails, sisters: list[Path], tm
     once, merged = load_file(sisters[0] / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(bool((merged[name] - 3 * once[name]).abs().max() < 1e-5) for name in once)
     assert "belong together" in fails("merge", sisters[0], "--plus", sisters[2], "--out", tmp_path / "more")
-    assert "2 models are named" in fails("merge", *sisters[:2], "--plus", "a", "--minus", "b", "--out", tmp_path / "more")
+    fails("merge", *sisters[:2], "--plus", "a", "--minus", "b", "--out", tmp_path / "more", names=(2, "models"))
     assert "gone" in fails("merge", sisters[0], "--plus", "gone", "--minus", sisters[1], "--out", tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
@@ -62,7 +62,7 @@ def test_best_of_a_run(run, fails, tmp_path: Path) -> None:
     averaged = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("averaged")]
     assert averaged == [str(path) for path in top_k(trained, 2)]
     assert run("generate", "Hello", "-m", out, "--max-new-tokens", 4).exit_code == 0
-    assert "99 are wanted" in fails("merge", "--run", trained, "--top-k", 99, "--out", tmp_path / "more")
+    fails("merge", "--run", trained, "--top-k", 99, "--out", tmp_path / "more", names=[99])
     assert "top-k is 0" in fails("merge", "--run", trained, "--top-k", 0, "--out", tmp_path / "more")
 
 
@@ -80,7 +80,7 @@ def test_missing_folder(fails, sisters: list[Path], tmp_path: Path) -> None:
 
 def test_other_architecture(fails, sisters: list[Path], tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", family="qwen2")
-    assert "merge checkpoints of one run" in fails("merge", sisters[0], other, "--out", tmp_path / "out")
+    fails("merge", sisters[0], other, "--out", tmp_path / "out", names=["run"])
     assert not (tmp_path / "out").exists()
 
 

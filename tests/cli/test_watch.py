@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import unmask
+from helpers import TtyStream
 from unmask.cli.console import is_live
 from unmask.cli.watch import MASKED_GLYPH, TextRun, Transcript, show
 from unmask.engine.llm import Generation
@@ -127,22 +128,17 @@ def test_finished_text_waits_for_the_rest_of_a_character() -> None:
     assert one.finished_text() == "aéb"
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def _console(file: io.StringIO, **options: object) -> Console:
     return Console(file=file, markup=False, force_terminal=True, width=60, height=10, **options)  # type: ignore[arg-type]
 
 
 def test_only_a_real_terminal_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert is_live(_console(_Terminal()))
+    assert is_live(_console(TtyStream()))
     assert not is_live(_console(io.StringIO()))
-    assert not is_live(Console(file=_Terminal(), force_terminal=False))
+    assert not is_live(Console(file=TtyStream(), force_terminal=False))
     monkeypatch.setenv("TERM", "dumb")
-    assert not is_live(_console(_Terminal()))
+    assert not is_live(_console(TtyStream()))
 
 
 @pytest.fixture
@@ -160,7 +156,7 @@ def answer(diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 def test_live_view_draws_every_step_and_leaves_the_answer(answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    generation, written = answer(_Terminal())
+    generation, written = answer(TtyStream())
     assert written.count("tokens per forward") > generation.forwards
     assert MASKED_GLYPH in written
     assert "\x1b[1;32m" in written
@@ -172,7 +168,7 @@ def test_live_view_draws_every_step_and_leaves_the_answer(answer, monkeypatch: p
 def test_live_view_lets_no_control_character_through(answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids: "\x1b[2J\x07 \x9b1m" * len(ids))
-    _, written = answer(_Terminal())
+    _, written = answer(TtyStream())
     assert "\x1b[2J" not in written
     assert not {"\x07", "\x9b"} & set(written)
     assert "\ufffd[2J" in written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import SPECIAL_TOKENS, make_tokenizer, refused
+from helpers import SPECIAL_TOKENS, learnt, make_tokenizer, refused
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import DataError
 
@@ -73,13 +72,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
-
-
-def learnt(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> list[str]:
-    """The texts of the stretches that are to be learnt."""
-    tokens = zip(*tokenizer.chat_document(messages, **options), strict=True)
-    runs = [[id_ for id_, _ in run] for flag, run in groupby(tokens, key=lambda token: token[1]) if flag]
-    return [tokenizer.decode(run, skip_special=False) for run in runs]
 
 
 @pytest.mark.parametrize(

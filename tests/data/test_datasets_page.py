@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from helpers import make_tokenizer
+from helpers import flagged_texts, make_tokenizer
 from unmask.data.documents import Document
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.tokenizer import Tokenizer
@@ -31,9 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def learnt(tokenizer: Tokenizer, document: Document) -> list[str]:
     """Text of each stretch of tokens that is masked and predicted."""
-    pairs = zip(document.maskable.tolist(), document.tokens.tolist(), strict=True)
-    groups = [(maskable, [token for _, token in group]) for maskable, group in groupby(pairs, key=lambda pair: pair[0])]
-    return [tokenizer.decode(tokens, skip_special=False) for maskable, tokens in groups if maskable]
+    return flagged_texts(tokenizer, document.tokens.tolist(), document.maskable.tolist())
 
 
 def test_every_example_of_the_page_is_found() -> None:

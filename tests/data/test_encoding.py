@@ -6,26 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from helpers import make_tokenizer, refused
+from helpers import make_tokenizer, refused, say
 from unmask.data.documents import Document
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.shapes import Fields
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import DataError
 
-
-def say(*contents: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
-
-
 MESSAGES = say("2 + 3", "5")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -96,7 +86,7 @@ def test_fields_can_be_renamed_and_the_first_that_is_there_decides(encoder, toke
 def test_begin_of_text_is_put_in_front_and_never_learnt(tmp_path):
     make_tokenizer(tmp_path / "a", bos_token="<|im_start|>", chat_template=None)
     backend = load_tokenizer(tmp_path / "a")
-    inner = backend._inner
+    inner = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "a"))
     inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", backend.bos_id)]
     )
@@ -228,9 +218,8 @@ def test_bad_records(encoder, record, names):
 
 def test_mask_token_in_the_data_is_an_error(tmp_path):
     # Literal spellings stay text, so only a template can bring the id in.
-    tokenizer = make_tokenizer(tmp_path, mask_token="<file_sep>")
     template = "{{ '<file_sep>' }}{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
-    tokenizer._inner.chat_template = template
+    tokenizer = make_tokenizer(tmp_path, mask_token="<file_sep>", chat_template=template)
     with refused(DataError, "here", "field messages", "<file_sep>", 4):
         DocumentEncoder(tokenizer).encode({"messages": MESSAGES}, "here")
     document = DocumentEncoder(tokenizer).encode({"text": "a literal <file_sep>"}, "here")

@@ -5,18 +5,13 @@ from typing import Any
 
 import pytest
 
-from helpers import refused
+from helpers import refused, say
 from unmask.data.shapes import Conversation, Fields, PlainText, read_example, read_pair
 from unmask.errors import DataError
 
 FIELDS = Fields()
 CALL = {"name": "add", "arguments": {"a": 1}}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
-
-
-def say(*contents: str) -> list[dict[str, Any]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
 
 
 def shared_gpt(*turns: tuple[str, Any]) -> list[dict[str, Any]]:

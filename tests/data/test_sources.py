@@ -22,11 +22,6 @@ NUM_RECORDS = 11
 FAMILIES = {"chain_sum": {"max_terms": 3}, "leg_counting": {}}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def records(start: int, stop: int) -> list[dict[str, Any]]:
     return [{"text": f"record {number} " + "x" * (number % 4), "id": number} for number in range(start, stop)]
 

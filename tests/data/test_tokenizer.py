@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from helpers import CHATML, SPECIAL_TOKENS, make_tokenizer, refused
+from helpers import CHATML, SPECIAL_TOKENS, learnt, make_tokenizer, refused, say
 from unmask.data.tokenizer import MaskChoice, Tokenizer, choose_mask_token, load_tokenizer
 from unmask.errors import CheckpointError, DataError
 
@@ -32,23 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
-
-
-def say(*contents: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
-
-
-def learnt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[str]:
-    """The texts of the stretches that are to be learnt."""
-    ids, flags = tokenizer.chat_document(messages)
-    runs: list[list[int]] = []
-    for place, (id_, flag) in enumerate(zip(ids, flags, strict=True)):
-        if flag:
-            if place == 0 or not flags[place - 1]:
-                runs.append([])
-            runs[-1].append(id_)
-    return [tokenizer.decode(run, skip_special=False) for run in runs]
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))

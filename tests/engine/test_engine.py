@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import refused
-from tiny import MASK, VOCAB, tiny_model
+from tiny import MASK, VOCAB, request_of, tiny_model
 from unmask.engine.engine import Engine, Update
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Request
@@ -69,12 +69,6 @@ def test_engine_options_out_of_range_are_refused(name: str) -> None:
         Engine(MODEL, mask_id=MASK, **{name: 0})
     with refused(RequestError, "mask token", VOCAB):
         Engine(MODEL, mask_id=VOCAB)
-
-
-def request_of(length: int, max_new_tokens: int, *, start: int = 0) -> Request:
-    """A prompt that no other begins like; one token a step."""
-    ids = tuple((start + 7 * i) % MASK for i in range(length))
-    return Request(ids, ResolvedParams(block_size=4, steps=4, threshold=1.0, max_new_tokens=max_new_tokens))
 
 
 def test_an_abort_frees_cache_blocks_at_once() -> None:

@@ -10,15 +10,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from helpers import make_tokenizer, refused
+from helpers import refused
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import MAX_GRAMMAR_CHARACTERS, GrammarCompiler, GrammarState
 from unmask.errors import CheckpointError, RequestError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import MASK
+from tiny import MASK, request_of
 from unmask.diffusion.decode import Guess
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Request
-from unmask.engine.sampling_params import ResolvedParams
 from unmask.engine.scheduler import STEPS_PER_PRIORITY, Scheduler
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 
 SIZE = 4
-RULES = ResolvedParams(block_size=SIZE, steps=SIZE, threshold=1.0)
-"""One token a step."""
-
-
-def request_of(length: int, max_new_tokens: int, *, priority: int = 0, start: int = 0) -> Request:
-    """A prompt that no other begins like, unless `start` is the same."""
-    ids = tuple((start + 7 * i) % MASK for i in range(length))
-    return Request(ids, RULES.replace(max_new_tokens=max_new_tokens), priority=priority)
 
 
 class Bench:

@@ -26,7 +26,7 @@ def rules() -> Any:
         IFEVAL.items("test", 1)
     except ConfigError as error:
         pytest.skip(str(error))
-    return ifeval._rules()[0]
+    return ifeval.load_rules()[0]
 
 
 def item(key: int) -> Item:
@@ -89,7 +89,7 @@ def test_scores_are_those_of_lm_eval_and_stay_so(rules: Any) -> None:
 
 @pytest.mark.parametrize("note", [None, NOTE])
 def test_other_sentences_are_told_where_they_count(rules: Any, monkeypatch: pytest.MonkeyPatch, note: str | None) -> None:
-    monkeypatch.setattr(ifeval, "_rules", lambda: (rules, note))
+    monkeypatch.setattr(ifeval, "load_rules", lambda: (rules, note))
     counted, other = IFEVAL.score([item(3739), item(1001)], ["Envy. Pure envy.", "Hark."])
     assert counted.value == 1
     assert json.loads(counted.detail or "").get("note") == note
@@ -98,11 +98,11 @@ def test_other_sentences_are_told_where_they_count(rules: Any, monkeypatch: pyte
 
 
 def test_missing_rules_are_told_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    ifeval._rules.cache_clear()
+    ifeval.load_rules.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval", None)
     with refused(ConfigError, "lm-eval", "pip install 'unmask[eval]'"):
         IFEVAL.items("test", 1)
-    ifeval._rules.cache_clear()
+    ifeval.load_rules.cache_clear()
 
 
 def test_an_unknown_instruction_is_no_silent_zero() -> None:

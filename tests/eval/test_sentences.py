@@ -29,7 +29,7 @@ def lm_eval_util() -> Any:
 @pytest.fixture
 def absent(lm_eval_util: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An nltk without data, and nothing that could download it."""
-    kept = (sentences._download, _get_punkt_tokenizer, lm_eval_util._get_sentence_tokenizer)
+    kept = (sentences.download_punkt, _get_punkt_tokenizer, lm_eval_util._get_sentence_tokenizer)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "executable", "/bin/false")
     for cached in kept:

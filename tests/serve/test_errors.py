@@ -122,7 +122,7 @@ def test_a_prompt_that_is_too_long_says_how_long(client: OpenAI, stream: bool) -
 
 
 def test_another_model_is_not_found(client: OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="use 'tiny'") as caught:
+    with pytest.raises(openai.NotFoundError, match="'tiny'") as caught:
         client.chat.completions.create(model="gpt-4o", messages=HELLO)
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
@@ -220,7 +220,7 @@ def test_the_client_waits_and_tries_again(busy: Live) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long(busy: Live, stream: bool) -> None:
     with connect(busy.url, max_retries=2) as client:
-        with pytest.raises(openai.APIError, match="timeout of 2 s") as caught:
+        with pytest.raises(openai.APIError, match="timeout") as caught:
             list(
                 client.chat.completions.create(
                     model="tiny", messages=HELLO, max_tokens=200, stream=stream, extra_body={"diffusion": {"threshold": 1.0}}

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from live import SlowModel, live, served_model
 from wire import Wire, chat_body, request_bytes
 
-from helpers import refused
+from helpers import refused, soon
 from unmask.engine.backends.base import Backend
 from unmask.errors import ConfigError
 from unmask.serve import server as serving
@@ -33,13 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SlowModel:
     made = served_model(tmp_path_factory.mktemp("tokenizer"), seconds=0.01)
     assert isinstance(made, SlowModel)
     return made
-
-
-def soon(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def last_event(told: bytes) -> str:
@@ -96,7 +89,7 @@ def test_what_does_not_finish_within_the_grace_is_told(model: SlowModel, stream:
             assert told.endswith(b"0\r\n\r\n"), "the stream ends in good order"
         else:
             assert told.startswith(b"HTTP/1.1 503")
-    assert not it.worker._numbers or not it.worker._thread.is_alive()
+    assert it.worker.is_idle or not it.worker.is_alive
 
 
 def test_clients_that_neither_send_nor_read_do_not_hold_it(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import pytest
 from live import NAME, Live, SlowModel, live, served_model
 from wire import Wire, chat_body, request_bytes
 
+from helpers import soon
 from unmask.engine.engine import Engine, Update
 from unmask.serve import connection
 from unmask.serve.config import ServerConfig
@@ -44,20 +45,20 @@ class Brake:
     """Holds the engine before its next step, so that a test decides what is under way."""
 
     def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
+        self.open = threading.Event()
+        self.open.set()
         self.num_steps = 0
         self.errors: list[BaseException] = []
         self.first_seen: dict[int, int] = {}
 
     def hold(self) -> None:
-        self._open.clear()
+        self.open.clear()
 
     def release(self) -> None:
-        self._open.set()
+        self.open.set()
 
     def step(self, engine: Engine, step: Callable[[Engine], list[Update]]) -> list[Update]:
-        assert self._open.wait(60)
+        assert self.open.wait(60)
         if self.errors:
             raise self.errors.pop()
         self.num_steps += 1
@@ -76,20 +77,13 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
     made.release()
 
 
-def soon(condition: Callable[[], object], what: str = "") -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, what or "it did not happen"
-        time.sleep(0.005)
-
-
 def in_loop(it: Live, function: Callable[[], Any]) -> Any:
     """Call something on the server's loop."""
 
     async def call() -> Any:
         return function()
 
-    return asyncio.run_coroutine_threadsafe(call(), it.worker._loop).result(30)
+    return asyncio.run_coroutine_threadsafe(call(), it.worker.loop).result(30)
 
 
 def tasks(it: Live) -> set[str]:
@@ -114,7 +108,7 @@ def clean(it: Live) -> Iterator[None]:
     it.wait_idle(30)
     soon(lambda: tasks(it) <= IDLE, f"tasks are left: {tasks(it)}")
     soon(lambda: not it.server.server_state.connections, "connections are left")
-    assert not it.worker._numbers
+    assert it.worker.is_idle
     assert not it.worker.num_requests
 
 
@@ -470,7 +464,7 @@ def test_no_thread_outlives_the_server(model: SlowModel) -> None:
             wire.send(request_bytes(chat_body(**STREAMS)))
             wire.until(b"data: ")
         worker = it.worker
-    assert worker._loop.is_closed()
+    assert worker.loop.is_closed()
     assert {thread for thread in threading.enumerate() if thread.is_alive()} - before == set()
 
 

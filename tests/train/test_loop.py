@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import unmask
-from helpers import refused
+from helpers import disk_full, refused
 from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
@@ -266,11 +266,7 @@ def test_resume_with_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -
 
 def test_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("unmask.train.state.save_file", full)
+    monkeypatch.setattr("unmask.train.state.save_file", disk_full)
     with refused(TrainingError, "space"):
         run_recipe(recipe, tmp_path / "run", resume=True)
     monkeypatch.undo()

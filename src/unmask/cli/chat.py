@@ -75,7 +75,7 @@ def chat(
     session = ChatSession(responder, params, system)
     if is_interactive:
         note(f"{responder.about}; /help lists the commands, Ctrl-D leaves")
-    _converse(session, is_interactive=is_interactive)
+    converse(session, is_interactive=is_interactive)
     if session.has_failed and not is_interactive:
         raise typer.Exit(1)
 
@@ -92,7 +92,7 @@ def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is
     return LocalResponder(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
 
 
-def _converse(session: ChatSession, *, is_interactive: bool) -> None:
+def converse(session: ChatSession, *, is_interactive: bool) -> None:
     """Take messages until the input ends, or until Ctrl-C is pressed twice at the prompt."""
     if is_interactive:
         with contextlib.suppress(ImportError):

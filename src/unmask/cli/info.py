@@ -48,7 +48,7 @@ def info(
     """
     from unmask.models.weights.hub import base_name
 
-    config, folder = _find(model)
+    config, folder = find_config(model)
     base = None if folder is None else base_name(folder)
     weights = None if folder is None or base is not None else _weights(folder, config)
     facts = describe(config)
@@ -99,7 +99,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _find(model: str) -> tuple[ModelConfig, Path | None]:
+def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
     from unmask.models.families.registry import PUBLISHED, published_config, read_config
     from unmask.models.weights.checkpoint import read_model_config

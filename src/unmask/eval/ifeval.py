@@ -33,7 +33,7 @@ def prompts() -> tuple[dict[str, Any], ...]:
 
 
 @cache
-def _rules() -> tuple[Any, str | None]:
+def load_rules() -> tuple[Any, str | None]:
     """lm-eval's module of rules, and the note on how it splits sentences."""
     note = ensure_punkt()
     try:
@@ -49,7 +49,7 @@ def _items(split: Split, count: int) -> list[Item]:
     """The first `count` items; a missing package is an error here, before anything is answered."""
     if split != "test":
         raise ConfigError(f"{NAME} has no {split} split; use test")
-    _rules()
+    load_rules()
     return [
         Item(
             id=f"ifeval/{each['key']}",
@@ -63,7 +63,7 @@ def _items(split: Split, count: int) -> list[Item]:
 
 def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
     """1 where every instruction is followed strictly; lm-eval's other three metrics are in `detail`, as JSON."""
-    utils, note = _rules()
+    utils, note = load_rules()
     scores = []
     for item, answer in zip(items, answers, strict=True):
         before = random.getstate()

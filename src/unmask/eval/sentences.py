@@ -38,7 +38,7 @@ def ensure_punkt(tasks: Iterable[str] = SPLITTING, *, seconds: float = 20.0) -> 
     import nltk
 
     if not _is_installed():
-        _download(seconds)
+        download_punkt(seconds)
     if _is_installed():
         return None
     if str(FOLDER) not in nltk.data.path:
@@ -58,7 +58,7 @@ def _is_installed() -> bool:
 
 
 @cache
-def _download(seconds: float) -> None:
+def download_punkt(seconds: float) -> None:
     """Try to download punkt's data, in a process of its own: nltk has no timeout."""
     command = [sys.executable, "-m", "nltk.downloader", "-q", "punkt_tab"]
     with suppress(subprocess.TimeoutExpired):

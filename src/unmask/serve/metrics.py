@@ -22,8 +22,8 @@ class Metrics:
     """Counters, histograms and gauges of one application."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        common: dict[str, Any] = {"registry": self._registry, "namespace": "unmask"}
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"registry": self.registry, "namespace": "unmask"}
         self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **common)
         self.seconds = Histogram(
             "request_seconds", "From the request to the last byte of its response.", ["path"], buckets=_SECONDS, **common
@@ -61,9 +61,9 @@ class Metrics:
     def observe_engine(self, engine: Callable[[], Engine | None]) -> None:
         """Report sizes of the engine's cache and queues, read at every scrape."""
         cache_blocks = Gauge(
-            "kv_cache_blocks", "Blocks of the KV cache.", ["state"], registry=self._registry, namespace="unmask"
+            "kv_cache_blocks", "Blocks of the KV cache.", ["state"], registry=self.registry, namespace="unmask"
         )
-        requests = Gauge("requests", "Completions.", ["state"], registry=self._registry, namespace="unmask")
+        requests = Gauge("requests", "Completions.", ["state"], registry=self.registry, namespace="unmask")
         sizes: dict[tuple[Gauge, str], Callable[[Engine], int]] = {
             (cache_blocks, "used"): lambda e: e.pool.num_used,
             (cache_blocks, "available"): lambda e: e.pool.num_available,
@@ -75,4 +75,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

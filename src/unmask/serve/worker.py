@@ -104,6 +104,9 @@ class Worker:
         timeout: seconds of a submission, waiting included.
         metrics: where completions and aborts are counted.
         on_failure: called when no engine can be made; the worker accepts nothing from then on.
+
+    Attributes:
+        loop: the event loop on which its methods are called.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class Worker:
     ) -> None:
         self._make_engine, self._max_requests, self._timeout = make_engine, max_requests, timeout
         self._metrics, self._on_failure = metrics, on_failure
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._submissions: dict[Submission, asyncio.TimerHandle] = {}
         self._numbers: dict[int, tuple[Submission, int]] = {}
         self._commands: deque[_Command] = deque()
@@ -155,6 +158,16 @@ class Worker:
         """Queued and running requests."""
         return sum(len(submission.unfinished) for submission in self._submissions)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do for the thread: no request in the engine, and no command."""
+        return not (self._numbers or self._commands)
+
+    @property
+    def is_alive(self) -> bool:
+        """The thread runs."""
+        return self._thread.is_alive()
+
     def check_room(self, count: int = 1) -> None:
         """Check that so many more requests can be accepted.
 
@@ -183,7 +196,7 @@ class Worker:
             raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
         self.check_room(len(requests))
         submission = Submission(self, requests, watch=watch)
-        self._submissions[submission] = self._loop.call_later(self._timeout, self._expire, submission)
+        self._submissions[submission] = self.loop.call_later(self._timeout, self._expire, submission)
         self._send(lambda engine: self._add(engine, submission))
         return submission
 
@@ -315,4 +328,4 @@ class Worker:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         # After a forced shutdown the loop may be closed already.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self.loop.call_soon_threadsafe(function, *arguments)

@@ -158,7 +158,7 @@ class Trainer:
         with MetricLog(self.run_folder, from_step=self.step) as log:
             while not self.finished:
                 before = self.phase_index
-                self._emit(log, self._train_step())
+                self._emit(log, self.train_step())
                 phase_ended = self.finished or self.phase_index != before
                 if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
@@ -188,7 +188,7 @@ class Trainer:
         log.write(record)
         self._on_record(record)
 
-    def _train_step(self) -> MetricRecord:
+    def train_step(self) -> MetricRecord:
         """One optimiser step over the global batch; returns its metrics."""
         started = time.perf_counter()
         phase = self.schedule.phases[self.phase_index]

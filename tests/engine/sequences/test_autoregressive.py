@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import refused
-from tiny import FAMILIES, VOCAB, tiny_model, with_params
+from tiny import FAMILIES, VOCAB, prompt_of, tiny_model, with_params
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion, DecodingStep, Request
@@ -22,12 +22,6 @@ from unmask.models.arch.transformer import Transformer
 MODELS = {family: tiny_model(family, 4, torch.float64) for family in FAMILIES}
 GREEDY = ResolvedParams()
 SAMPLED = ResolvedParams(temperature=1.2, top_k=25, top_p=0.9, seed=6)
-
-
-def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams = GREEDY) -> Request:
-    generator = torch.Generator().manual_seed(length)
-    ids = tuple(torch.randint(0, VOCAB, (length,), generator=generator).tolist())
-    return Request(ids, rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
 def generate_batch(model: Transformer, requests: Sequence[Request], **options: Any) -> list[Completion]:

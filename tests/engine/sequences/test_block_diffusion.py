@@ -10,9 +10,8 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 
-from tiny import FAMILIES, MASK, tiny_model, with_params
+from tiny import FAMILIES, MASK, prompt_of, tiny_model, with_params
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, DecodingStep, Request
@@ -21,12 +20,6 @@ from unmask.models.arch.transformer import Transformer
 
 MODELS = {family: tiny_model(family, 1) for family in FAMILIES}
 THRESHOLDS = (0.0, 0.3, 0.95, 1.0)
-
-
-def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams) -> Request:
-    generator = torch.Generator().manual_seed(100 + length)
-    ids = torch.randint(0, MASK, (length,), generator=generator).tolist()
-    return Request(tuple(ids), rules.replace(max_new_tokens=max_new_tokens), frozenset(eos))
 
 
 def decode(model: Transformer, request: Request) -> tuple[Completion, list[DecodingStep]]:

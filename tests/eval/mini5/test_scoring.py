@@ -4,14 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from mini5_items import value
 
 from unmask.eval.mini5.scoring import score
 from unmask.eval.task import Item
-
-
-def value(target: dict[str, Any], answer: str) -> float:
-    return score([Item("x", "?", target)], [answer])[0].value
-
 
 WORD = {"kind": "word", "answer": "Oslo", "among": ["Oslo", "Lima", "Rome"]}
 NO = {"kind": "word", "answer": "no", "among": ["yes", "no"]}

@@ -254,12 +254,12 @@ def test_sums_are_right(family: str) -> None:
 
 def test_word_problems_have_the_answers_worked_out_by_hand() -> None:
     shown = {"who": "Ann", "other": "Bo", "goods": "pears", "a": 12, "b": 4, "c": 3, "sum": 16, "product": 48, "total": 19}
-    problems = (math._ONE_STEP, math._TWO_STEPS)
+    problems = (math.ONE_STEP, math.TWO_STEPS)
     found = [[math.worked(each.format(**shown).split(" = ")[1])[0] for each in templates] for templates in problems]
     assert found == [[16, 16, 12, 12, 48, 12], [51, 51, 19, 12, 28]]
-    assert math._ONE_STEP[2].format(**shown).startswith("Ann had 16 pears and gave 4")
-    assert math._ONE_STEP[5].format(**shown).startswith("Ann puts 48 pears into 4 bags")
-    assert math._TWO_STEPS[3].format(**shown).startswith("Ann had 19 pears. Ann gave 4 to Bo and lost 3")
+    assert math.ONE_STEP[2].format(**shown).startswith("Ann had 16 pears and gave 4")
+    assert math.ONE_STEP[5].format(**shown).startswith("Ann puts 48 pears into 4 bags")
+    assert math.TWO_STEPS[3].format(**shown).startswith("Ann had 19 pears. Ann gave 4 to Bo and lost 3")
 
 
 def test_calls_take_all_their_values_from_the_request() -> None:
@@ -276,7 +276,7 @@ def test_calls_take_all_their_values_from_the_request() -> None:
 
 def test_examples_give_no_part_of_the_call_away() -> None:
     for seed in range(500):
-        draw = agent._draw(random.Random(seed), 2)
+        draw = agent.draw_question(random.Random(seed), 2)
         if draw is not None:
             call = draw.target["answer"]
             examples = [json.loads(found) for found in re.findall(r"the answer is (\{.*\})", draw.prompt)]

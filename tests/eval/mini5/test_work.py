@@ -259,5 +259,5 @@ def test_every_operation_of_the_work_is_right_and_the_last_gives_the_answer(fami
 
 def test_a_sum_whose_answer_is_another_is_not_asked() -> None:
     assert math.worked("4 - ( 2 - 5 ) * 3") == (13, "2 - 5 = -3. -3 * 3 = -9. 4 - -9 = 13.")
-    assert math._calculate("6 - 1 * 3", "15") is None
-    assert math._calculate("6 - 1 * 3", "3") is not None
+    assert math.calculate("6 - 1 * 3", "15") is None
+    assert math.calculate("6 - 1 * 3", "3") is not None

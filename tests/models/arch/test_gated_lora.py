@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import refused
-from tiny import MASK, tiny_config, tiny_model
+from tiny import MASK, perturb, tiny_config, tiny_model
 from unmask.diffusion.masks import block_causal_mask
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
@@ -40,17 +40,8 @@ def shifted(family: str, dtype: torch.dtype = torch.float32, **changes: object) 
 
 
 def gated(family: str = "llama", rope: RopeConfig = RopeConfig()) -> Transformer:
-    """With updates of rank 3 that training could have made."""
+    """With a gated LoRA of rank 3 that training could have made."""
     return perturb(add_gated_lora(shifted(family, rope=rope), 3, seed=0))
-
-
-def perturb(model: Transformer) -> Transformer:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return model
 
 
 def outputs(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | None = OPEN) -> Tensor:

@@ -50,13 +50,13 @@ def test_a_failed_compilation_gives_its_reason_and_can_be_tried_again(tmp_path: 
 
 @needs_compiler
 def test_the_key_tells_processors_flags_and_sources_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {build._key(["c++"], "a"), build._key(["c++", "-O0"], "a"), build._key(["c++"], "b")}
+    keys = {build.build_key(["c++"], "a"), build.build_key(["c++", "-O0"], "a"), build.build_key(["c++"], "b")}
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: read(self, *a, **k).replace("sse2", "sse2 amx_int8"))
-    keys.add(build._key(["c++"], "a"))
+    keys.add(build.build_key(["c++"], "a"))
     bytes_ = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: bytes_(self) + b"//")
-    keys.add(build._key(["c++"], "a"))
+    keys.add(build.build_key(["c++"], "a"))
     assert len(keys) == 5
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.native.test_packed import SLOTS, exactly_summed, new_store, plain_attend, run_with_threads
-from tiny import MASK, tiny_model
+from tiny import MASK, row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.batch import Batch, SequenceSlice
 from unmask.models.arch.gated_lora import add_gated_lora
@@ -107,10 +107,6 @@ def slots_of(*counts: int) -> list[list[int]]:
     """Scattered slots of several sequences."""
     order = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(len(counts))).tolist()
     return [[order.pop() for _ in range(count)] for count in counts]
-
-
-def row_errors(got: Tensor, expected: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(got - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
 
 
 def plain_forward(model: Transformer, batch: Batch, store: Tensor, noisy_T: Tensor) -> Tensor:

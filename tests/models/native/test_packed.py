@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unmask
 from helpers import refused
-from tiny import tiny_model
+from tiny import row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.backends.sequential import SequentialAttend
 from unmask.engine.batch import Batch, SequenceSlice
@@ -128,10 +128,6 @@ def prompt_and(packed: NativeBackend, reference: Reference, count: int, seed: in
     assert store[:, :, :, slots[past:]].count_nonzero() == 0
     written = (x[:, :, :, slots[:past]].transpose(2, 3).flatten(3) for x in (store, plain))
     return row_errors(hidden, expected), row_errors(*written)
-
-
-def row_errors(got: Tensor, expected: Tensor) -> Tensor:
-    return (got - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

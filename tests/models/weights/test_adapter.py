@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from helpers import make_tokenizer, refused
-from tiny import FAMILIES, tiny_model
+from helpers import disk_full, make_tokenizer, refused
+from models.weights.saved import saved_base
+from tiny import FAMILIES, causal_logits, perturb, tiny_model
 from unmask.engine.llm import load
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
@@ -20,30 +20,8 @@ from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.families.registry import stored_tensors
 from unmask.models.weights import adapter as adapter_module
 from unmask.models.weights.adapter import LoraLinear, adapters_off, attach_lora, folded_state, load_adapter, save_adapter
-from unmask.models.weights.checkpoint import read_model_config, save_model
+from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.loading import load_model
-
-
-@torch.no_grad()
-def logits(model: Transformer) -> Tensor:
-    tokens = torch.arange(12)[None] % 50
-    causal = torch.ones(1, 12, 12, dtype=torch.bool).tril()
-    return model.head(model(tokens, torch.arange(12)[None], DenseAttend(causal)))
-
-
-def perturb(model: Transformer) -> Transformer:
-    """Make every trainable tensor something that training could have made of it."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.empty_like(parameter).normal_(std=0.3, generator=generator))
-    return model
-
-
-def saved_base(family: str, folder: Path, **changes: Any) -> Path:
-    save_model(tiny_model(family, **changes), folder)
-    return folder
 
 
 def trained(base: Path, *, rank: int = 3, train_embedding: bool = False) -> Transformer:
@@ -54,14 +32,14 @@ def trained(base: Path, *, rank: int = 3, train_embedding: bool = False) -> Tran
 @pytest.mark.parametrize("family", FAMILIES)
 def test_starts_as_the_base_and_folds_into_what_it_computes(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
-    before = logits(model)
+    before = causal_logits(model)
     attach_lora(model, rank=3, alpha=6.0, seed=0, train_embedding=True)
-    assert torch.equal(logits(model), before)
-    adapted = logits(perturb(model))
+    assert torch.equal(causal_logits(model), before)
+    adapted = causal_logits(perturb(model))
     assert (adapted - before).abs().max() > 0.1
     folded = tiny_model(family, dtype=torch.float64)
     folded.load_state_dict(folded_state(model))
-    assert torch.allclose(logits(folded), adapted, atol=1e-4)
+    assert torch.allclose(causal_logits(folded), adapted, atol=1e-4)
 
 
 def test_modules_fused_in_one_layer_have_one_pair_each() -> None:
@@ -107,17 +85,17 @@ def test_impossible_attachments() -> None:
 def test_off_is_the_base_until_it_is_left(tmp_path: Path) -> None:
     base = saved_base("llama", tmp_path)
     model = trained(base)
-    frozen, adapted = logits(load_model(base, dtype=torch.float32)), logits(model)
+    frozen, adapted = causal_logits(load_model(base, dtype=torch.float32)), causal_logits(model)
     assert (adapted - frozen).abs().max() > 0.1
     with adapters_off(model):
-        assert torch.equal(logits(model), frozen)
+        assert torch.equal(causal_logits(model), frozen)
         with adapters_off(model):
-            assert torch.equal(logits(model), frozen)
-        assert torch.equal(logits(model), frozen)
-    assert torch.equal(logits(model), adapted)
+            assert torch.equal(causal_logits(model), frozen)
+        assert torch.equal(causal_logits(model), frozen)
+    assert torch.equal(causal_logits(model), adapted)
     with pytest.raises(ZeroDivisionError), adapters_off(model):
         _ = 1 / 0
-    assert torch.equal(logits(model), adapted)
+    assert torch.equal(causal_logits(model), adapted)
     with refused(ConfigError, "adapter"), adapters_off(tiny_model("llama")):
         pass
 
@@ -129,7 +107,7 @@ def test_saved_loads_exactly_and_again_to_the_same_files(family: str, train_embe
     model = trained(base, train_embedding=train_embedding)
     save_adapter(model, tmp_path / "one", base=str(base))
     again = load_adapter(load_model(base, dtype=torch.float32), tmp_path / "one")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(causal_logits(again), causal_logits(model))
     same = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert same == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     save_adapter(again, tmp_path / "two", base=str(base))
@@ -163,14 +141,14 @@ def test_misfits_are_all_named_and_leave_the_model_alone(tmp_path: Path) -> None
     tensors[f"{prefix}.7.mlp.up_proj.lora_B.weight"] = torch.zeros(48, 3)
     save_file(tensors, path)
     model = load_model(base, dtype=torch.float32)
-    before = logits(model)
+    before = causal_logits(model)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(model, tmp_path / "adapter")
     message = str(caught.value)
     assert f"missing: {prefix}.0.self_attn.q_proj.lora_A.weight" in message
     assert f"unexpected: {prefix}.7.mlp.up_proj.lora_B.weight" in message
     assert f"wrong shape: {prefix}.1.mlp.up_proj.lora_B.weight is [48, 5], must be [48, 3]" in message
-    assert torch.equal(logits(model), before)
+    assert torch.equal(causal_logits(model), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     path.write_bytes(path.read_bytes()[:-7])
     with refused(CheckpointError, "safetensors"):
@@ -205,12 +183,8 @@ def test_a_full_disk_leaves_the_older_adapter(tmp_path: Path, monkeypatch: pytes
     model = trained(base)
     save_adapter(model, tmp_path / "adapter", base=str(base))
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_module, "write_safetensors", full)
+        patch.setattr(adapter_module, "write_safetensors", disk_full)
         for folder in ("adapter", "new"):
             with refused(CheckpointError, "space"):
                 save_adapter(perturb(model), tmp_path / folder, base=str(base))
@@ -267,7 +241,9 @@ def test_an_adapter_of_an_adapter(tmp_path: Path) -> None:
     save_adapter(trained(base), tmp_path / "first", base=str(base))
     second = trained(tmp_path / "first", rank=2)
     save_adapter(second, tmp_path / "second", base=str(tmp_path / "first"))
-    torch.testing.assert_close(logits(load_model(tmp_path / "second", dtype=torch.float32)), logits(second), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        causal_logits(load_model(tmp_path / "second", dtype=torch.float32)), causal_logits(second), atol=1e-4, rtol=0
+    )
 
 
 def test_bases_that_do_not_serve(tmp_path: Path) -> None:

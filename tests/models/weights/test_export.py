@@ -15,11 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers import CHATML, make_tokenizer, refused
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, causal_logits, tiny_model
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import CheckpointError
-from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer
 from unmask.models.families.llada2_moe import CODE_REPOSITORY, MASK_ID
 from unmask.models.families.registry import published_config, read_config, stored_tensors
 from unmask.models.weights import export as export_module
@@ -43,13 +41,6 @@ def saved(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, **ch
     return folder
 
 
-@torch.no_grad()
-def logits(model: Transformer) -> Tensor:
-    tokens = torch.arange(24)[None] % 60
-    causal = torch.ones(1, 24, 24, dtype=torch.bool).tril()
-    return model.head(model(tokens, torch.arange(24)[None], DenseAttend(causal)))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -67,7 +58,7 @@ def test_round_trip(family: str, diffusion: bool, shard_bytes: int, dtype: torch
     assert (len(list((tmp_path / "first").glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     loaded = load_model(tmp_path / "first", dtype=dtype)
     assert loaded.config == read_model_config(tmp_path / "first")
-    assert torch.equal(logits(loaded), logits(load_model(source, dtype=dtype)))
+    assert torch.equal(causal_logits(loaded), causal_logits(load_model(source, dtype=dtype)))
     save_model(loaded, tmp_path / "again")
     assert export_model(tmp_path / "again", tmp_path / "second", max_shard_bytes=shard_bytes).config == loaded.config
     export_model(tmp_path / "first", tmp_path / "third", max_shard_bytes=shard_bytes)
@@ -89,7 +80,7 @@ def test_transformers_reads_dense_models(family: str, diffusion: bool, tmp_path:
     assert not info["unexpected_keys"]
     with torch.no_grad():
         got = theirs.eval()(torch.arange(24)[None] % 60).logits
-    torch.testing.assert_close(got, logits(load_model(source, dtype=torch.float32)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, causal_logits(load_model(source, dtype=torch.float32)), atol=1e-4, rtol=0)
     assert (tmp_path / "out" / "generation_config.json").exists() == diffusion
 
 
@@ -233,7 +224,10 @@ def test_adapters_are_folded(stored: torch.dtype, dtype: torch.dtype | None, tmp
     assert exported.dtype == (dtype or stored)
     exact = exported.dtype == torch.float32
     torch.testing.assert_close(
-        logits(load_model(tmp_path / "out", dtype=torch.float32)), logits(model), atol=1e-4 if exact else 0.2, rtol=0
+        causal_logits(load_model(tmp_path / "out", dtype=torch.float32)),
+        causal_logits(model),
+        atol=1e-4 if exact else 0.2,
+        rtol=0,
     )
     assert load_tokenizer(tmp_path / "out").has_chat_template
 
@@ -241,7 +235,7 @@ def test_adapters_are_folded(stored: torch.dtype, dtype: torch.dtype | None, tmp
 def test_one_tensor_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("llada2_moe", tmp_path / "source", **DIFFUSION)
     read: list[weakref.ref[Tensor]] = []
-    convert, progress = export_module._convert, []
+    convert, progress = export_module.converted_tensor, []
 
     def watched(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         assert sum(ref() is not None for ref in read) <= 1
@@ -249,7 +243,7 @@ def test_one_tensor_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read.append(weakref.ref(tensor))
         return converted
 
-    monkeypatch.setattr(export_module, "_convert", watched)
+    monkeypatch.setattr(export_module, "converted_tensor", watched)
     export_model(source, tmp_path / "out", dtype=torch.bfloat16, on_progress=lambda done, total: progress.append((done, total)))
     count = len(stored_tensors(read_model_config(source)))
     assert len(read) == count

@@ -102,10 +102,10 @@ def test_the_first_of_two_builders_wins(tmp_path: Path) -> None:
         (folder / "who").write_text("first")
 
     def second(folder: Path) -> None:
-        hub._build_once(target, first)
+        hub.build_once(target, first)
         (folder / "who").write_text("second")
 
-    assert hub._build_once(target, second) == target
+    assert hub.build_once(target, second) == target
     assert (target / "who").read_text() == "first"
     assert list(target.parent.iterdir()) == [target]
 

@@ -15,42 +15,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers import refused
-from tiny import tiny_model
+from models.weights.saved import saved_base
+from tiny import causal_logits, perturb
 from unmask.errors import CheckpointError, ConfigError
-from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer, resize_vocabulary
+from unmask.models.arch.transformer import resize_vocabulary
 from unmask.models.weights.adapter import attach_lora, load_adapter, save_adapter
-from unmask.models.weights.checkpoint import save_model
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.peft_keys import ModuleLora, read_settings, write_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TOKENS = torch.arange(24)[None] % 60
+TOKENS = torch.arange(24)[None] % 50
 MODULES = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkv"]
-
-
-@torch.no_grad()
-def our_logits(model: Transformer) -> Tensor:
-    causal = torch.ones(1, 24, 24, dtype=torch.bool).tril()
-    return model.head(model(TOKENS, torch.arange(24)[None], DenseAttend(causal)))
 
 
 @torch.no_grad()
 def their_logits(model: Any) -> Tensor:
     return model.eval()(TOKENS).logits
-
-
-def perturb(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.empty_like(parameter).normal_(std=0.3, generator=generator))
-
-
-def saved_base(family: str, folder: Path, **changes: Any) -> Path:
-    save_model(tiny_model(family, std=0.2, **changes), folder)
-    return folder
 
 
 def their_base(folder: Path) -> PreTrainedModel:
@@ -63,10 +43,10 @@ def their_base(folder: Path) -> PreTrainedModel:
 def test_peft_reads_ours(family: str, tied_head: bool, train_embedding: bool, tmp_path: Path) -> None:
     base = saved_base(family, tmp_path / "base", tied_head=tied_head)
     model = load_model(base, dtype=torch.float32)
-    before = our_logits(model)
+    before = causal_logits(model)
     attach_lora(model, rank=4, alpha=6.0, seed=0, train_embedding=train_embedding)
     perturb(model)
-    expected = our_logits(model)
+    expected = causal_logits(model)
     assert (expected - before).abs().max() > 0.5
     save_adapter(model, tmp_path / "adapter", base=str(base))
     theirs = peft.PeftModel.from_pretrained(their_base(base), str(tmp_path / "adapter"))
@@ -77,7 +57,7 @@ def test_peft_reads_ours(family: str, tied_head: bool, train_embedding: bool, tm
     by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(their_logits(by_name), expected, atol=1e-4, rtol=0)
     folded = load_model(tmp_path / "adapter", dtype=torch.float32)
-    torch.testing.assert_close(our_logits(folded), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(causal_logits(folded), expected, atol=1e-4, rtol=0)
 
 
 def test_peft_reads_ours_with_a_new_token(tmp_path: Path) -> None:
@@ -90,7 +70,7 @@ def test_peft_reads_ours_with_a_new_token(tmp_path: Path) -> None:
     theirs = their_base(base)
     theirs.resize_token_embeddings(62)
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
-    torch.testing.assert_close(their_logits(theirs), our_logits(model), atol=1e-4, rtol=0)
+    torch.testing.assert_close(their_logits(theirs), causal_logits(model), atol=1e-4, rtol=0)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -121,10 +101,12 @@ def test_we_read_peft_s(case: str, tmp_path: Path) -> None:
     expected = their_logits(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"))
     ours = load_model(base, dtype=torch.float32)
-    assert (our_logits(ours) - expected).abs().max() > 0.1
+    assert (causal_logits(ours) - expected).abs().max() > 0.1
     load_adapter(ours, tmp_path / "adapter")
-    torch.testing.assert_close(our_logits(ours), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(our_logits(load_model(tmp_path / "adapter", dtype=torch.float32)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(causal_logits(ours), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        causal_logits(load_model(tmp_path / "adapter", dtype=torch.float32)), expected, atol=1e-4, rtol=0
+    )
     save_adapter(ours, tmp_path / "ours", base=str(base))
     back = peft.PeftModel.from_pretrained(their_base(base), str(tmp_path / "ours"))
     torch.testing.assert_close(their_logits(back), expected, atol=1e-4, rtol=0)
@@ -142,7 +124,7 @@ def test_we_read_a_vocabulary_that_peft_grew(tmp_path: Path) -> None:
     assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     ours = load_model(tmp_path / "adapter", dtype=torch.float32)
     assert ours.config.vocab_size == 64
-    torch.testing.assert_close(our_logits(ours), their_logits(theirs), atol=1e-4, rtol=0)
+    torch.testing.assert_close(causal_logits(ours), their_logits(theirs), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

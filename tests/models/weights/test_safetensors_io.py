@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from helpers import refused
+from helpers import disk_full, refused
 from models.weights.saved import loads_as
 from tiny import tiny_model
 from unmask import files
@@ -214,10 +214,7 @@ def test_replacing_removes_old_shards_and_keeps_other_files(tmp_path: Path) -> N
 
 
 def test_a_failed_save_of_a_new_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with refused(CheckpointError, "space"):
         save_model(tiny_model("llama"), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

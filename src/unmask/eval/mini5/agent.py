@@ -109,7 +109,7 @@ def _call(tool: Tool, rng: random.Random) -> tuple[str, dict[str, Any]]:
     return tool.request.format(**arguments), {"name": tool.name, "arguments": arguments}
 
 
-def _draw(rng: random.Random, count: int) -> Question | None:
+def draw_question(rng: random.Random, count: int) -> Question | None:
     """A request, with `count` tools to choose from and an example call of each."""
     tools = rng.sample(TOOLS, count)
     examples = [_call(each, rng) for each in tools]
@@ -132,7 +132,7 @@ def _shares_value(call: Mapping[str, Any], example: Mapping[str, Any]) -> bool:
 
 
 GENERATORS = (
-    Generator("one", seeded(lambda rng: _draw(rng, 1)), max_new_tokens=64),
-    Generator("two", seeded(lambda rng: _draw(rng, 2)), max_new_tokens=64),
-    Generator("three", seeded(lambda rng: _draw(rng, 3)), max_new_tokens=64),
+    Generator("one", seeded(lambda rng: draw_question(rng, 1)), max_new_tokens=64),
+    Generator("two", seeded(lambda rng: draw_question(rng, 2)), max_new_tokens=64),
+    Generator("three", seeded(lambda rng: draw_question(rng, 3)), max_new_tokens=64),
 )

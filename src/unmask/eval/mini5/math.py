@@ -22,7 +22,7 @@ _GOODS = (
     *("flowers", "eggs", "balloons", "tickets", "candles", "photos", "pears", "badges", "ribbons", "postcards", "keys", "toys"),
 )
 # Templates: a line for each, a question = the expression that answers it.
-_ONE_STEP = """\
+ONE_STEP = """\
 {who} has {a} {goods} and buys {b} more. How many {goods} does {who} have now? = {a} + {b}
 {who} has {a} {goods}. {other} has {b} {goods}. How many {goods} do they have together? = {a} + {b}
 {who} had {sum} {goods} and gave {b} of them to {other}. How many {goods} does {who} have left? = {sum} - {b}
@@ -30,7 +30,7 @@ _ONE_STEP = """\
 {who} has {a} boxes with {b} {goods} in each. How many {goods} is that in total? = {a} * {b}
 {who} puts {product} {goods} into {b} bags, the same number in each. How many {goods} are in one bag? = {product} / {b}
 """.splitlines()
-_TWO_STEPS = """\
+TWO_STEPS = """\
 {who} has {a} boxes with {b} {goods} in each and {c} loose {goods}. How many {goods} is that in total? = {a} * {b} + {c}
 {who} buys {a} {goods} for {b} dollars each and a bag for {c} dollars. How many dollars is that in total? = {a} * {b} + {c}
 {who} had {a} {goods}, found {b} more and then got {c} from {other}. How many {goods} does {who} have now? = {a} + {b} + {c}
@@ -66,7 +66,8 @@ def number(question: str, answer: int | str, work: str = "") -> Question:
     return Question(f"{question} {_FORM}", {"kind": "number", "answer": str(answer)}, work=work)
 
 
-def _calculate(expression: str, answer: str) -> Question | None:
+def calculate(expression: str, answer: str) -> Question | None:
+    """A question for the value of an expression; None if the given answer is not its value."""
     value, work = worked(expression)
     return number(f"Calculate {expression}.", answer, work) if str(value) == answer else None
 
@@ -74,7 +75,7 @@ def _calculate(expression: str, answer: str) -> Question | None:
 def _chain_sum(seed: int) -> Question | None:
     # Three terms: the embedded models' recipes train on sums of two.
     question, answer = gym("chain_sum", seed, min_terms=3, max_terms=3, min_digits=1, max_digits=1)
-    return _calculate(question.rsplit(":", 1)[-1].strip(" ="), answer)
+    return calculate(question.rsplit(":", 1)[-1].strip(" ="), answer)
 
 
 def _basic_arithmetic(seed: int) -> Question | None:
@@ -86,7 +87,7 @@ def _basic_arithmetic(seed: int) -> Question | None:
     is_plain_sum = "*" not in question and "(" not in question  # as chain_sum makes them
     if is_plain_sum or _NEGATIVE.search(question):
         return None
-    return _calculate(question.removeprefix("Calculate ").removesuffix("."), answer)
+    return calculate(question.removeprefix("Calculate ").removesuffix("."), answer)
 
 
 def _gsm_symbolic(seed: int) -> Question | None:
@@ -102,14 +103,14 @@ def _problem(text: str) -> Question:
 
 
 def _one_step(rng: random.Random) -> Question:
-    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_ONE_STEP)
+    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(ONE_STEP)
     a, b = rng.randint(2, 12), rng.randint(2, 9)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
     return _problem(template.format(**values))
 
 
 def _two_steps(rng: random.Random) -> Question:
-    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(_TWO_STEPS)
+    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(TWO_STEPS)
     a, b, c = rng.randint(2, 10), rng.randint(2, 6), rng.randint(2, 6)
     values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
     return _problem(template.format(**values))

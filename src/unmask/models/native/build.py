@@ -80,7 +80,7 @@ def start_build(*, cache: Path | None = None, flags: Sequence[str] = ()) -> Buil
     command = [*compiler, *_FLAGS, *flags]
     openmp = _openmp_library()
     folder = cache_folder(cache) / "native"
-    library = folder / f"kernels-{_key(command, openmp)}.so"
+    library = folder / f"kernels-{build_key(command, openmp)}.so"
     log = library.with_suffix(".log")
     if library.exists():
         return Build(library, log, None)
@@ -121,7 +121,8 @@ def _openmp_library() -> str:
     return (torchs or runtimes or ["-fopenmp"])[0]
 
 
-def _key(command: Sequence[str], openmp: str) -> str:
+def build_key(command: Sequence[str], openmp: str) -> str:
+    """A hash of all that the compiled library depends on: the compiler, the command, the processor and the sources."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
     cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     cpu = [line for line in cpuinfo if line.partition(":")[0].strip() in _CPU_FIELDS]

@@ -93,7 +93,7 @@ def export_model(
             nonlocal done
             done += 1
             on_progress(done, len(specs))
-            return _convert(name, source.read(name), specs[name].dtype)
+            return converted_tensor(name, source.read(name), specs[name].dtype)
 
         files, jsons = _companions(folder, config)
         write_checkpoint(
@@ -123,7 +123,8 @@ def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> 
     return _TensorSource(model.config, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
-def _convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def converted_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype of the export; raises CheckpointError where its values are beyond the range."""
     converted = tensor.to(dtype)
     if converted.dtype != tensor.dtype and not torch.isfinite(converted).all():
         limit = torch.finfo(dtype).max

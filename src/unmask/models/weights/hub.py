@@ -171,7 +171,7 @@ def embedded_gguf() -> Path:
 def _embedded(cache: Path) -> Path:
     source = _embedded_source()
     target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"
-    return _build_once(target, lambda folder: _unpack_gguf(source, folder))
+    return build_once(target, lambda folder: _unpack_gguf(source, folder))
 
 
 def _embedded_source() -> _GGUFSource:
@@ -222,7 +222,7 @@ def _unpack_delta(asset: Traversable, name: str, cache: Path) -> Path:
     base = _embedded(cache)
     key = hashlib.sha256(encoded + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"{name}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
-    return _build_once(target, lambda folder: _apply_delta(encoded, changes, base, folder))
+    return build_once(target, lambda folder: _apply_delta(encoded, changes, base, folder))
 
 
 def _apply_delta(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:
@@ -237,7 +237,7 @@ def _apply_delta(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder
     atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
-def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """`target`, built in a temporary folder and renamed into place: of two processes the first to finish wins."""
     if target.is_dir():
         return target
