@@ -28,7 +28,8 @@ from rich.table import Table
 
 import unmask
 from unmask.engine.llm import LanguageModel
-from unmask.models.arch.gated_lora import autoregressive_parent
+from unmask.models.arch.gated_lora import parent_config
+from unmask.models.arch.transformer import reconfigured
 
 PROMPTS = Path(__file__).with_name("everyday_prompts.jsonl")
 TARGET_MEDIAN, TARGET_KIND, TARGET_DECILE = 1.5, 1.0, 0.97
@@ -104,7 +105,7 @@ def answer(model: LanguageModel, ids: Sequence[int], max_new_tokens: int) -> Tim
 
 def compare(speculative: LanguageModel, prompts: Sequence[Prompt], *, rounds: int, max_new_tokens: int) -> Iterator[Pair]:
     """Both sides' answers to every prompt, by turns; before the first, each answers once unseen."""
-    parent = autoregressive_parent(speculative.transformer)
+    parent = reconfigured(speculative.transformer, parent_config(speculative.transformer.config))
     autoregressive = LanguageModel(parent, None, name="autoregressive", quantize="auto")
     start_id = speculative.config.start_id
     models = {"autoregressive": autoregressive, "speculative": speculative}

@@ -86,7 +86,7 @@ def sides(model: str, parent: str, rival: str | None, gguf: Path | None) -> list
         Side("autoregressive int8", (*ours, "--model", parent), parent),
     ]
     if rival is not None:
-        path, threads = str(gguf or embedded_gguf()), str(os.cpu_count() or 1)
+        path, threads = str(gguf or embedded_gguf().path), str(os.cpu_count() or 1)
         command = (rival, "-m", "llama_cpp.server", "--model", path, "--model_alias", "rival", "--n_threads", threads)
         found.append(
             Side(

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.quick |= options.smoke
     parent = load("smollm2-135m", "int8")
-    rival = llama_way(options.gguf or embedded_gguf(), parent, torch.get_num_threads())
+    rival = llama_way(options.gguf or embedded_gguf().path, parent, torch.get_num_threads())
     ways: dict[str, Callable[[Task], Any]] = {"llama.cpp Q4_1": rival, "our engine, autoregressive int8": way(parent)}
     for weights in ("int8",) if options.quick else ("int8", "int4"):
         model = load(options.model, weights)

@@ -57,7 +57,7 @@ def answer(model: LanguageModel, request: Request) -> Answer:
 @contextmanager
 def llama(python: str) -> Iterator[tuple[str, Callable[[Sequence[int | None], int], Answer]]]:
     """llama.cpp in another Python: its version, and what answers a prompt in so many tokens."""
-    command = [python, str(RIVAL), str(embedded_gguf()), str(torch.get_num_threads())]
+    command = [python, str(RIVAL), str(embedded_gguf().path), str(torch.get_num_threads())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -21,8 +21,8 @@ from unmask.engine.sequences.base import Guess, ModelOutput
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
-from unmask.models.arch.gated_lora import add_gated_lora, autoregressive_parent, is_gated_lora
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.gated_lora import add_gated_lora, is_gated_lora, parent_config
+from unmask.models.arch.transformer import Transformer, reconfigured
 
 START = 1
 PROMPT = (5, 17, 3, 40, 8, 22, 9, 31, 2)
@@ -282,7 +282,9 @@ def test_the_embedded_gated_model_writes_its_parents_text() -> None:
     for quantize in (None, "int8"):
         child = load("smollm2-135m-diffusion", dtype="float32", quantize=quantize)
         child.backend(wait=True)
-        parent = LanguageModel(autoregressive_parent(child.transformer), None, name="parent", quantize=quantize)
+        parent = LanguageModel(
+            reconfigured(child.transformer, parent_config(child.transformer.config)), None, name="parent", quantize=quantize
+        )
         parent.backend(wait=True)
         for text in ("What is 17 + 25?", "Name three fruits, one to a line."):
             ids = child.encode_prompt(text)

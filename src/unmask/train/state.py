@@ -19,8 +19,7 @@ from torch import Tensor
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import CheckpointError, TrainingError
 from unmask.models.arch.transformer import Transformer
-from unmask.models.weights.adapter import folded_state
-from unmask.models.weights.checkpoint import save_state
+from unmask.models.weights import checkpoint
 
 FORMAT = 1
 
@@ -49,7 +48,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (adapters folded in), config and tokenizer as a Hugging Face folder."""
-    save_state(folded_state(model), model.config, folder)
+    checkpoint.save_model(model, folder)
     tokenizer.save(folder)
 
 

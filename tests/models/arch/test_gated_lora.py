@@ -18,9 +18,9 @@ from unmask.diffusion.masks import block_causal_mask
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.config import RopeConfig
-from unmask.models.arch.gated_lora import add_gated_lora, autoregressive_parent, train_gated_lora
+from unmask.models.arch.gated_lora import add_gated_lora, parent_config, train_gated_lora
 from unmask.models.arch.layers import GatedLoraLinear
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, reconfigured
 from unmask.models.families.registry import read_config, write_config
 from unmask.models.weights.checkpoint import save_model
 from unmask.models.weights.loading import load_model
@@ -117,14 +117,14 @@ def test_the_autoregressive_parent_is_got_back(family: str) -> None:
     original = tiny_model(family, rope=rope)
     expected = logits(original)
     child = gated(family, rope)
-    parent = autoregressive_parent(child)
+    parent = reconfigured(child, parent_config(child.config))
     assert parent.config == original.config
     # To the parent the mask is a token like any other.
     assert torch.equal(logits(parent), expected)
     weights = child.state_dict()
     assert all(weight.data_ptr() == weights[name].data_ptr() for name, weight in parent.state_dict().items())
     with refused(ConfigError, "gated LoRA"):
-        autoregressive_parent(parent)
+        reconfigured(parent, parent_config(parent.config))
 
 
 # --- what learns --------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_round_trip_is_bit_identical(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in state)
     assert torch.equal(logits(back), logits(child))
     # Beside the parent's tensors, under the parent's names.
-    save_model(autoregressive_parent(child), tmp_path / "parent")
+    save_model(reconfigured(child, parent_config(child.config)), tmp_path / "parent")
     named, plain = (load_file(tmp_path / folder / "model.safetensors") for folder in ("child", "parent"))
     added = {f"gated.blocks.{i}.{layer}.{side}" for i in range(2) for layer in LAYERS for side in ("in", "out")}
     assert named.keys() - plain.keys() == added | {"gated.mask_vector"}

@@ -72,7 +72,6 @@ def test_streaming_gives_every_tensor_once(tmp_path: Path) -> None:
     streamed = list(iter_tensors(tmp_path))
     assert len(streamed) == len(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in streamed)
-    assert [name for name, _ in iter_tensors(tmp_path, only={"model.norm.weight"})] == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1], ids=["empty", "in the length", "in the header", "one byte short"])

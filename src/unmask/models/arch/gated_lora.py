@@ -56,7 +56,7 @@ def train_gated_lora(model: Transformer) -> Transformer:
 
 
 def parent_config(config: ModelConfig) -> ModelConfig:
-    """The config of the autoregressive model that rows without noise compute.
+    """The config of the autoregressive model that rows without noise compute: `reconfigured` makes it.
 
     Raises:
         ConfigError: the model has no gated LoRA, so that nothing of its parent is left.
@@ -64,15 +64,6 @@ def parent_config(config: ModelConfig) -> ModelConfig:
     if config.gated_lora_rank is None:
         raise ConfigError("the model has no gated LoRA; its autoregressive parent is not in it")
     return replace(config, gated_lora_rank=None, mask_id=None, block_size=None, start_id=None)
-
-
-def autoregressive_parent(model: Transformer) -> Transformer:
-    """The autoregressive model that rows without noise compute, sharing the weights.
-
-    Raises:
-        ConfigError: as of `parent_config`.
-    """
-    return reconfigured(model, parent_config(model.config))
 
 
 def is_gated_lora(name: str) -> bool:

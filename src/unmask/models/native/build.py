@@ -127,7 +127,6 @@ def build_key(command: Sequence[str], openmp: str) -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     cpu = [line for line in cpuinfo if line.partition(":")[0].strip() in _CPU_FIELDS]
     digest = hashlib.sha256(repr((list(command), version, openmp, cpu)).encode())
-    for source in sorted(_SOURCE.parent.glob("*.[hc]*")):
-        if source.suffix in (".h", ".cpp"):
-            digest.update(source.read_bytes())
+    for source in sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".h", ".cpp")):
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -6,12 +6,11 @@ matter, what tensors are called on disk `families`'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.files import read_json
@@ -20,12 +19,12 @@ from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
+from unmask.models.weights.adapter import folded_state
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
     DEFAULT_SHARD_BYTES,
     TensorFiles,
-    iter_tensors,
     specs_of,
     write_checkpoint,
 )
@@ -61,8 +60,10 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | 
         name: torch.empty(tensor.shape, dtype=parameter_dtype(name, dtype), device=device)
         for name, tensor in model.state_dict().items()
     }
-    for name, tensor in iter_tensors(folder, only=stored):
-        stored[name].view(state).copy_(tensor)
+    with ExitStack() as stack:
+        files = TensorFiles(folder, stack)
+        for name, tensor in stored.items():
+            tensor.view(state).copy_(files.read(name))
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = rope_frequencies(config.rope, config.rotary_dim)[0].to(device)
     return model
@@ -74,7 +75,7 @@ def save_model(
     """Save `model` as a Hugging Face folder; `load_model` in the same dtype gives it back bit for bit.
 
     Args:
-        model: whole (not sharded over ranks).
+        model: whole (not sharded over ranks); adapters are folded in.
         folder: new, or an existing checkpoint to replace.
         max_shard_bytes: a larger model is split into shards of at most this many bytes, plus an index.
         extra_files: copied into the folder under their own names (tokenizer files).
@@ -82,19 +83,12 @@ def save_model(
     Raises:
         CheckpointError: the disk is full or refuses; an older checkpoint in `folder` is then untouched.
     """
-    save_state(model.state_dict(), model.config, folder, max_shard_bytes=max_shard_bytes, extra_files=extra_files)
-
-
-def save_state(
-    state: Mapping[str, Tensor], config: ModelConfig, folder: Path, *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (),
-) -> None:  # fmt: skip
-    """`save_model` for a state dict in our names (one gathered from several ranks)."""
-    tensors = {name: tensor.view(state) for name, tensor in stored_tensors(config).items()}
+    state = folded_state(model)
+    tensors = {name: tensor.view(state) for name, tensor in stored_tensors(model.config).items()}
+    hf_config = write_config(model.config, dtype=dtype_name(model.embed.weight.dtype))
     write_checkpoint(
-        folder, write_config(config, dtype=dtype_name(state["embed.weight"].dtype)), specs_of(tensors), tensors.__getitem__,
-        max_shard_bytes=max_shard_bytes, extra_files=extra_files,
-    )  # fmt: skip
+        folder, hf_config, specs_of(tensors), tensors.__getitem__, max_shard_bytes=max_shard_bytes, extra_files=extra_files
+    )
 
 
 def check_tensors(folder: Path, config: ModelConfig) -> None:

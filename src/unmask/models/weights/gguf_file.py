@@ -70,11 +70,11 @@ class GGUFFile:
 
         stored = self._tensors[name]
         values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).reshape(self.shape(name))
-        if name.endswith("q_proj.weight"):
-            return unpermute_heads(values, int(self._get("llama.attention.head_count")))
-        if name.endswith("k_proj.weight"):
-            return unpermute_heads(values, int(self._get("llama.attention.head_count_kv")))
-        return values
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return values
+        num_heads = int(self._get("llama.attention.head_count" + ("_kv" if name.endswith("k_proj.weight") else "")))
+        # llama.cpp interleaves the two halves of a head that rotary embedding pairs; Hugging Face keeps them apart.
+        return values.view(num_heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
 
     def hf_config(self) -> dict[str, Any]:
         """The file's config in Hugging Face keys."""
@@ -94,7 +94,7 @@ class GGUFFile:
             "max_position_embeddings": int(self._get("llama.context_length")),
             "hidden_act": "silu",
             # GGUF keeps float32; the shortest decimal that rounds to it is the number the authors wrote (1e-05).
-            "rms_norm_eps": _shortest_decimal(self._get("llama.attention.layer_norm_rms_epsilon")),
+            "rms_norm_eps": float(f"{self._get('llama.attention.layer_norm_rms_epsilon'):.7g}"),
             "rope_theta": float(self._get("llama.rope.freq_base")),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "attention_bias": False,
@@ -149,17 +149,3 @@ class GGUFFile:
         if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
             return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{suffix}"
         raise CheckpointError(f"{self.path} holds an unknown tensor {gguf_name!r}; only plain llama models can be read")
-
-
-def unpermute_heads(weight: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's row order: it interleaves the two halves that rotary embedding pairs; Hugging Face keeps them apart.
-
-    Args:
-        weight: [num_heads * S, D].
-        num_heads: query heads for q, kv heads for k.
-    """
-    return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _shortest_decimal(value: float) -> float:
-    return float(f"{value:.7g}")

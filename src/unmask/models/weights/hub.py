@@ -23,7 +23,7 @@ import huggingface_hub
 import torch
 
 from unmask.errors import CheckpointError
-from unmask.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, read_json, staging_folder
+from unmask.files import atomic_write, bytes_writer, disk_errors, read_json, staging_folder
 from unmask.models.weights.delta import Delta
 from unmask.models.weights.gguf_file import GGUFFile
 from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write_checkpoint
@@ -45,7 +45,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 
 
-class _GGUFSource(NamedTuple):
+class GGUFSource(NamedTuple):
+    """A GGUF file and the checksum its package has recorded."""
+
     path: Path
     sha256: str
 
@@ -159,23 +161,20 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "unmask"
 
 
-def embedded_gguf() -> Path:
-    """The GGUF file of the embedded autoregressive model, for other programs to read.
-
-    Raises:
-        CheckpointError: its package is not installed, or has lost the file.
-    """
-    return _embedded_source().path
-
-
 def _embedded(cache: Path) -> Path:
-    source = _embedded_source()
+    source = embedded_gguf()
     target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"
     return build_once(target, lambda folder: _unpack_gguf(source, folder))
 
 
-def _embedded_source() -> _GGUFSource:
-    """The GGUF file among the installed package's files; the package itself, which pulls in llama.cpp, is never imported."""
+def embedded_gguf() -> GGUFSource:
+    """The GGUF file of the embedded autoregressive model, among the files of its package.
+
+    The package itself, which pulls in llama.cpp, is never imported.
+
+    Raises:
+        CheckpointError: the package is not installed, or has lost the file.
+    """
     try:
         files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -184,22 +183,22 @@ def _embedded_source() -> _GGUFSource:
         path = Path(str(file.locate()))
         if file.suffix == ".gguf" and path.is_file():
             if file.hash is None or file.hash.mode != "sha256":
-                return _GGUFSource(path, _sha256(path))
-            return _GGUFSource(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
+                return GGUFSource(path, _sha256(path))
+            return GGUFSource(path, base64.urlsafe_b64decode(file.hash.value + "==").hex())
     raise CheckpointError(f"package {EMBEDDED_PACKAGE} is installed without its .gguf file; run: {EMBEDDED_REMEDY}")
 
 
-def _unpack_gguf(source: _GGUFSource, folder: Path) -> None:
+def _unpack_gguf(source: GGUFSource, folder: Path) -> None:
     if _sha256(source.path) != source.sha256:
         raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
     gguf = GGUFFile(source.path)
     # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
     specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
-    write_checkpoint(folder, gguf.hf_config(), specs, gguf.tensor)
+    hf_config = gguf.hf_config()
+    token_ids = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    jsons = {"tokenizer_config.json": gguf.tokenizer_config(), "generation_config.json": token_ids}
+    write_checkpoint(folder, hf_config, specs, gguf.tensor, extra_jsons=jsons)
     atomic_write(folder / "tokenizer.json", bytes_writer(gguf.tokenizer().to_str(pretty=True).encode()))
-    atomic_write_json(folder / "tokenizer_config.json", gguf.tokenizer_config())
-    token_ids = {key: gguf.hf_config()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    atomic_write_json(folder / "generation_config.json", token_ids)
 
 
 def _embedded_delta(name: str, cache: Path) -> Path:
@@ -231,10 +230,11 @@ def _apply_delta(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder
     delta.check_base(tensors)
     specs = {name: TensorSpec(delta.shape(name), torch.float32) for name in delta.names()}
     hf_config = {**read_json(base / "config.json"), **metadata["config"]}
-    unchanged = [base / "tokenizer.json", base / "generation_config.json"]
-    write_checkpoint(folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)), extra_files=unchanged)
-    tokenizer_config = {**read_json(base / "tokenizer_config.json"), **metadata["tokenizer_config"]}
-    atomic_write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_checkpoint(
+        folder, hf_config, specs, lambda name: delta.apply(name, tensors.get(name)),
+        extra_files=[base / "tokenizer.json", base / "generation_config.json"],
+        extra_jsons={"tokenizer_config.json": read_json(base / "tokenizer_config.json") | metadata["tokenizer_config"]},
+    )  # fmt: skip
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -112,17 +112,12 @@ def tensor_index(folder: Path) -> dict[str, Path]:
     return index
 
 
-def iter_tensors(folder: Path, *, only: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Stream (name on disk, CPU tensor) file by file, one tensor in memory at a time; `only` keeps these names."""
-    selected = None if only is None else set(only)
-    by_file: dict[Path, list[str]] = {}
-    for name, path in tensor_index(folder).items():
-        if selected is None or name in selected:
-            by_file.setdefault(path, []).append(name)
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                yield name, file.get_tensor(name)
+def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name on disk, CPU tensor), one tensor in memory at a time."""
+    with ExitStack() as stack:
+        files = TensorFiles(folder, stack)
+        for name in files.names:
+            yield name, files.read(name)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
