@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unmask.engine.backends.sequential import SequentialBackend
+from conformance.sequential import SequentialBackend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference

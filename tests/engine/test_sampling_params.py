@@ -58,6 +58,8 @@ PLAIN = tiny_config("llama")
         ({"logprobs": -1}, "-1", "[0, 20]"),
         ({"logprobs": True}, "True", "a whole number"),
         ({"seed": 2**63}, str(2**63), str(2**63 - 1)),
+        ({"speculative": "on"}, "'on'", "yes or no"),
+        ({"grammar": 5}, "5", "text"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], value: str, rule: str) -> None:

@@ -82,7 +82,7 @@ def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True
     turns, shown = form.messages(HELLO, FUNCTIONS, choice)
     ids = tokenizer.chat(turns, add_generation_prompt=True, tools=shown)
     grammar = form.compile(caller.grammars, FUNCTIONS, choice, parallel=parallel)
-    done = caller.complete(ids, max_new_tokens=options.pop("max_tokens"), compiled=grammar, **options)
+    done = caller.complete(ids, max_new_tokens=options.pop("max_tokens"), grammar=grammar, **options)
     said = Said(finish_reason=done.finish_reason)
     parser = CallParser()
     for event in [*parser.push(tokenizer.decode(done.ids)), *parser.finish()]:

@@ -89,7 +89,10 @@ class Batch:
         sizes = [(len(s.tokens), s.start, s.mask_block_size, s.causal_end) for s in slices]
         num_queries, start, mask_block_size, causal_end = np.array(sizes, dtype=np.int64).T
         num_keys, ends = start + num_queries, np.cumsum(num_queries)
-        tables = _padded([s.block_table for s in slices])
+        tables = np.zeros((len(slices), max(len(s.block_table) for s in slices)), dtype=np.int32)
+        for row, each in zip(tables, slices, strict=True):
+            row[: len(each.block_table)] = each.block_table
+        is_unused_NM = np.arange(tables.shape[1]) * cache_block_size >= num_keys[:, None]
         # By token: its sequence, its position, and whether it stands before `causal_end`.
         sequence_T = np.repeat(np.arange(len(slices)), num_queries)
         positions_T = np.arange(len(sequence_T)) + (num_keys - ends)[sequence_T]
@@ -117,23 +120,10 @@ class Batch:
             num_queries,
             num_keys,
             visible_T[ends - num_queries] == num_keys,
-            _consecutive(tables, -(-num_keys // cache_block_size)),
+            ((np.diff(tables) == 1) | is_unused_NM[:, 1:]).all(1),
             tables,
             _segments(start, num_queries, mask_block_size, causal_end),
         )
-
-
-def _padded(block_tables: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-    padded = np.zeros((len(block_tables), max(map(len, block_tables))), dtype=np.int32)
-    for row, block_table in zip(padded, block_tables, strict=True):
-        row[: len(block_table)] = block_table
-    return padded
-
-
-def _consecutive(tables_NM: NDArray[np.int32], num_blocks_N: Ints) -> NDArray[np.bool_]:
-    unused_NM = np.arange(1, tables_NM.shape[1]) >= num_blocks_N[:, None]
-    is_consecutive_N: NDArray[np.bool_] = ((np.diff(tables_NM, axis=1) == 1) | unused_NM).all(1)
-    return is_consecutive_N
 
 
 def _segments(start_N: Ints, num_queries_N: Ints, mask_block_size_N: Ints, causal_end_N: Ints) -> Ints:

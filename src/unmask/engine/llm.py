@@ -269,7 +269,6 @@ class LanguageModel:
         params: SamplingParams | None = None,
         *,
         eos_id: int | Sequence[int] | None = None,
-        compiled: Grammar | None = None,
         sample: int = 0,
         priority: int = 0,
         trace: bool = False,
@@ -281,21 +280,22 @@ class LanguageModel:
             ids: the prompt; None is a hole to fill.
             params: decoding options.
             eos_id: token or tokens that end the completion; default: the model's.
-            compiled: a grammar made by `grammars`, instead of a schema, regular expression or grammar among the options.
             sample: which of several completions of one prompt; each has its own random numbers.
             priority: of a request among those that wait; see `Request`.
             trace: keep every step.
-            options: decoding options by name, in place of those in `params`.
+            options: decoding options by name, in place of those in `params`; `grammar` may also be one that `grammars` has
+                compiled, and then replaces any that `params` ask for.
 
         Raises:
             RequestError: an option out of range or unknown, or a grammar that does not compile.
         """
+        grammar = options.pop("grammar") if isinstance(options.get("grammar"), Grammar) else None
         params = (params or SamplingParams()).replace(**options)
         return Request(
             ids=tuple(ids),
             params=params.resolve(self.config, has_holes=None in ids),
-            eos_ids=self._eos(eos_id),
-            grammar=self._grammar(params) if compiled is None else compiled,
+            eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.config.eos_ids if eos_id is None else eos_id),
+            grammar=self._grammar(params) if grammar is None else grammar,
             sample=sample,
             priority=priority,
             trace=trace,
@@ -330,11 +330,6 @@ class LanguageModel:
         hidden = self.transformer(tokens, positions, DenseAttend(mask), noisy_BT=positions >= context)
         out: Tensor = self.transformer.head(hidden)[0].float()
         return out
-
-    def _eos(self, eos_id: int | Sequence[int] | None) -> frozenset[int]:
-        if eos_id is None:
-            return frozenset(self.config.eos_ids)
-        return frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
         if params.json_schema is not None:

@@ -7,6 +7,7 @@ name. Imports no torch: candidates and confidences are numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -120,10 +121,7 @@ def accept(confidences: Sequence[float], threshold: float, quota: int) -> list[i
 def accept_within_entropy(entropies: Sequence[float], bound: float, quota: int) -> list[int]:
     """Ascending indices of least entropy while the sum of all but the largest stays within `bound`; at least `quota`."""
     ranked = sorted(range(len(entropies)), key=lambda i: entropies[i])
-    total, count = 0.0, 0
-    for i in ranked:
-        # In ascending order the largest is the newest: the sum of all others is the sum before it.
-        if total > bound:
-            break
-        total, count = total + entropies[i], count + 1
+    # In ascending order the largest is the newest: the sum of all others is the sum before it.
+    sums = accumulate((entropies[i] for i in ranked), initial=0.0)
+    count = sum(before <= bound for _, before in zip(ranked, sums, strict=False))
     return sorted(ranked[: max(count, quota)])

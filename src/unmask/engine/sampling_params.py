@@ -38,7 +38,7 @@ BLOCK_SIZE = 32
 THRESHOLD = 0.95
 SPECULATIVE_THRESHOLD = 0.7
 """Of draft tokens: they are verified, so it decides the speed and not the text."""
-_KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no"}
+_KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
 _UNIONS = (UnionType, Union)
 _WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
@@ -93,6 +93,8 @@ class Option:
         if self.choices and value not in self.choices:
             raise RequestError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}")
         if self.kind not in (int, float):
+            if self.kind in (bool, str) and not isinstance(value, self.kind):
+                raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
             return
         if isinstance(value, bool) or not isinstance(value, Real):
             raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")

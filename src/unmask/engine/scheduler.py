@@ -8,6 +8,7 @@ and keeps everything it has decided.
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import replace
 
 from unmask.engine.kv_cache import BlockPool
@@ -40,7 +41,7 @@ class Scheduler:
     def add(self, sequence: DecodingSequence) -> None:
         """Let it wait for its turn."""
         sequence.order = (self.clock + STEPS_PER_PRIORITY * sequence.request.priority, sequence.number)
-        self._wait(sequence)
+        insort(self.waiting, sequence, key=lambda waiting: waiting.order)
 
     def remove(self, sequence: DecodingSequence) -> None:
         """It has ended or was aborted: its cache blocks are free at once."""
@@ -131,11 +132,8 @@ class Scheduler:
         return cache_blocks
 
     def preempt(self, sequence: DecodingSequence) -> None:
+        """Free the cache blocks of a running sequence, which waits again."""
         self.running.remove(sequence)
         self.pool.free(sequence.preempt())
         sequence.preemptions += 1
-        self._wait(sequence)
-
-    def _wait(self, sequence: DecodingSequence) -> None:
-        self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: s.order)
+        insort(self.waiting, sequence, key=lambda waiting: waiting.order)

@@ -230,7 +230,7 @@ class ServedModel:
                 )
             try:
                 params = self._params(body, max_new_tokens=num_new, stop=body.stops, logprobs=logprobs)
-                request = self.language_model.request(ids, params, compiled=grammar)
+                request = self.language_model.request(ids, params, grammar=grammar)
                 request.check(self.language_model.config)
             except RequestError as error:
                 raise _refused(error, body, "response_format") from error

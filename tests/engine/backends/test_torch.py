@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conformance.sequential import SequentialAttend
 from tiny import tiny_config
 from unmask.diffusion.masks import block_causal_mask
-from unmask.engine.backends.sequential import SequentialAttend
 from unmask.engine.backends.torch import PaddedAttend
 from unmask.engine.batch import Batch, SequenceSlice
 from unmask.models.arch.attention import Attend, DenseAttend

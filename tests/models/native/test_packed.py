@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unmask
+from conformance.sequential import SequentialAttend
 from helpers import refused
 from tiny import row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
-from unmask.engine.backends.sequential import SequentialAttend
 from unmask.engine.batch import Batch, SequenceSlice
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, RopeConfig

@@ -62,14 +62,14 @@ class QuantizedModel:
         if weights not in BITS:
             raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
         check_packable(model, BITS[weights])
-        self._plain, self._bits, self._weights = TorchBackend(model), BITS[weights], weights
-        self._packed: NativeBackend | None = None
-        self._told = False
+        self._model, self._bits, self._weights = model, BITS[weights], weights
+        self._backend: Backend = TorchBackend(model)
+        self._warned = False
         self._build: Build | None = None
         try:
             self._build = start_build()
         except BackendError as error:
-            self._tell(f"{error}; computing with the weights as they are")
+            self._warn(f"{error}; computing with the weights as they are")
 
     @classmethod
     def choose(cls, model: Transformer, weights: str | None) -> QuantizedModel | None:
@@ -87,27 +87,23 @@ class QuantizedModel:
 
     def current(self, *, wait: bool = False) -> Backend:
         """The fastest way to compute that is ready; `wait` lets the compiler finish first."""
-        if self._packed is not None:
-            return self._packed
         if self._build is None:
-            return self._plain
+            return self._backend
         if self._build.running and not wait:
-            self._tell(
+            self._warn(
                 f"the CPU kernels for {self._weights} weights are being compiled (once, some seconds); until then the weights "
                 "are used as they are"
             )
-            return self._plain
+            return self._backend
         try:
-            kernels = Kernels(self._build.load())
+            with torch.no_grad():
+                self._backend = NativeBackend(self._model, self._bits, Kernels(self._build.load()))
         except BackendError as error:
-            self._build = None
-            self._tell(f"{error}; computing with the weights as they are")
-            return self._plain
-        with torch.no_grad():
-            self._packed = NativeBackend(self._plain.model, self._bits, kernels)
-        return self._packed
+            self._warn(f"{error}; computing with the weights as they are")
+        self._build = None
+        return self._backend
 
-    def _tell(self, message: str) -> None:
-        if not self._told:
+    def _warn(self, message: str) -> None:
+        if not self._warned:
             warnings.warn(message, UnmaskWarning, stacklevel=3)
-        self._told = True
+        self._warned = True
