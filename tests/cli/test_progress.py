@@ -99,5 +99,5 @@ def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     written = _follow(TtyStream(), Clock(), act, force_terminal=True)
     assert "50%" in written
     assert "warmup, block 4" in written
-    assert "loss 3.250  50 tokens/s  0:10 left" in written
+    assert "loss 3.250, 50 tokens/s, 0:10 left" in written
     assert "validation NELBO 1.500" in written

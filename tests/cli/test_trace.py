@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import unmask
-from unmask.cli.trace import token_marks
+from unmask.cli.trace import by_step
 
 
 @pytest.mark.parametrize("options", [(), ("--edit-threshold", 0.3), ("--policy", "entropy"), ("--block-size", 4)])
@@ -22,7 +23,7 @@ def test_a_picture_is_written(run, diffusion_folder: Path, tmp_path: Path, optio
 def test_every_token_of_the_answer_is_marked_once(diffusion_folder: Path) -> None:
     model = unmask.load(diffusion_folder, dtype="float32")
     generation = model.generate("Hello there", max_new_tokens=20, trace=True, threshold=0.3)
-    first = generation.prompt_tokens
-    marks = token_marks(generation.trace, [step.accepted for step in generation.trace], first, len(generation.ids))
-    assert sorted(column for column, _ in marks) == list(range(len(generation.ids)))
-    assert token_marks(generation.trace, [step.edited for step in generation.trace], first, len(generation.ids)) == []
+    accepted = by_step(generation, lambda step: step.accepted)
+    assert accepted.shape == (len(generation.trace), len(generation.ids))
+    assert (np.nansum(accepted, axis=0) == 1).all()
+    assert np.nansum(by_step(generation, lambda step: step.edited)) == 0

@@ -12,7 +12,6 @@ from torch import Tensor
 from tiny import MASK, VOCAB, pack, text
 from unmask.diffusion.corrupt import CorruptionConfig, noisy_copies
 from unmask.diffusion.objectives import (
-    confidence_loss,
     elbo_gains,
     entropy,
     preference_loss,
@@ -61,7 +60,7 @@ def test_the_gradient_of_confidence_is_that_of_right_predictions_alone() -> None
     weight, hidden, target = setting()
     leaf = hidden.clone().requires_grad_()
     scores = token_scores(lambda h: h @ weight.T, leaf, target, MASK)
-    confidence_loss(scores.entropy_N, int(scores.correct_N.sum())).backward()
+    (scores.entropy_N.sum() / scores.correct_N.sum()).backward()
     assert leaf.grad is not None
     moved = leaf.grad.abs().amax(-1) > 0
     assert moved.tolist() == scores.correct_N.tolist()
@@ -76,14 +75,10 @@ def test_confidence_is_zero_with_zero_gradient_where_nothing_is_right() -> None:
     leaf = hidden.clone().requires_grad_()
     scores = token_scores(lambda h: h @ weight.T, leaf, wrong, MASK)
     assert not scores.correct_N.any()
-    loss = confidence_loss(scores.entropy_N, 0)
+    loss = scores.entropy_N.sum()
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert leaf.grad is None or not leaf.grad.any()
-
-
-def test_confidence_is_a_mean_over_the_global_count() -> None:
-    assert float(confidence_loss(torch.tensor([2.0, 0.0, 4.0]), 8)) == pytest.approx(6 / 8)
 
 
 def test_preference_loss_is_log_2_at_no_margin_and_falls_with_it() -> None:

@@ -224,7 +224,7 @@ def test_a_pair_is_the_mean_of_its_halves_and_of_two_rows() -> None:
 
     def half(copy: Any) -> Tensor:
         stream = build_stream(rows, [copy], corruption)
-        return nelbo(score_stream(model, stream, MASK, "dense"), stream.weight_N, int(rows.maskable_RL.sum()))
+        return nelbo(score_stream(model, stream, MASK, "dense"), stream.weight_N) / int(rows.maskable_RL.sum())
 
     apart = gradients(model, lambda: ((half(copies[0]) + half(copies[1])) / 2).backward())
     expected = float((half(copies[0]) + half(copies[1])).detach() / 2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 
 from unmask.train.optim import MasterAdamW, learning_rate
+from unmask.train.sections import TrainSection
 
 
 def test_float32_equals_torch_adamw() -> None:
@@ -86,8 +89,9 @@ def test_state_restores_the_next_updates_exactly(dtype: torch.dtype) -> None:
 
 
 def test_learning_rate_schedule() -> None:
-    def rate(step: int, progress: float, schedule: str) -> float:
-        return learning_rate(step, progress, peak=1.0, warmup_steps=4, schedule=schedule, final_share=0.1)  # type: ignore[arg-type]
+    def rate(step: int, progress: float, schedule: Literal["constant", "cosine", "linear"]) -> float:
+        train = TrainSection(tokens=100, learning_rate=1.0, warmup_steps=4, schedule=schedule, final_lr_share=0.1)
+        return learning_rate(train, step, round(100 * progress))
 
     assert [rate(step, 0.0, "constant") for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rate(99, 1.0, "cosine") == pytest.approx(0.1)

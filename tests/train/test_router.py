@@ -39,7 +39,7 @@ def step(model: Transformer, monitor: RouterMonitor, bounds: tuple[int, ...] = (
     for start, stop in pairwise(bounds):
         stream = corrupt(batch.rows(start, stop), CorruptionConfig(MASK, 4, complementary=True), 0)
         hidden = predicted_hidden(model, stream, "dense", router=monitor)
-        nelbo(token_nll(model.head, hidden, stream.target_N, MASK), stream.weight_N, 40).backward()
+        (nelbo(token_nll(model.head, hidden, stream.target_N, MASK), stream.weight_N) / 40).backward()
     return monitor.end_step()
 
 

@@ -6,8 +6,8 @@ Owns the order of the steps and the text between them. Each step runs the same c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from unmask.engine.llm import Generation, LanguageModel
-    from unmask.engine.request import OnStep
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (
@@ -31,15 +30,6 @@ QUESTIONS = (
 )
 ANSWER_TOKENS = 64
 MARK = "MADE-BY-UNMASK-DEMO.txt"
-
-
-@dataclass(frozen=True)
-class _AnswerPair:
-    """One question and the answers of both models."""
-
-    question: str
-    autoregressive: Generation
-    diffusion: Generation | None
 
 
 def demo(
@@ -66,83 +56,77 @@ def demo(
 
     console = make_console()
     _say(console, f"Loading {AUTOREGRESSIVE_MODEL} and {DIFFUSION_MODEL} (unpacked into a cache the first time)")
-    autoregressive = unmask.load(AUTOREGRESSIVE_MODEL)
-    diffusion = _load_diffusion(console)
-    comparisons = _answer(console, autoregressive, diffusion)
+    models = {"autoregressive": unmask.load(AUTOREGRESSIVE_MODEL)}
+    try:
+        models["diffusion"] = unmask.load(DIFFUSION_MODEL)
+    except CheckpointError as error:
+        console.print(f"Continuing without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
+    answers = _answer(console, models)
     _say(console, "Side by side")
-    _print_table(console, comparisons)
+    _print_table(console, answers)
     if not skip_conversion:
-        _convert(console, autoregressive, out, minutes)
-    if diffusion is None:
+        _convert(console, models["autoregressive"], out, minutes)
+    if "diffusion" not in models:
         typer.echo(f"error: the demo is not complete: '{DIFFUSION_MODEL}' is missing", err=True)
         raise typer.Exit(1)
     _say(console, f"Generate:  {program()} generate 'How do plants grow?' --watch")
     console.print(f"Chat with it in a browser:  {program()} serve   then open http://127.0.0.1:8000/", soft_wrap=True)
 
 
-def _load_diffusion(console: Console) -> LanguageModel | None:
-    """The embedded diffusion model; None, with a note, where it is missing."""
-    import unmask
+def _answer(console: Console, models: Mapping[str, LanguageModel]) -> dict[str, list[Generation]]:
+    """Show how the last model answers the questions, then let the others answer for comparison."""
+    from rich.text import Text
 
-    try:
-        return unmask.load(DIFFUSION_MODEL)
-    except CheckpointError as error:
-        console.print(f"Continuing without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
-        return None
+    from unmask.cli.watch import MASKED_GLYPH, STYLES
 
-
-def _answer(console: Console, autoregressive: LanguageModel, diffusion: LanguageModel | None) -> list[_AnswerPair]:
-    """Show the diffusion answers while they are denoised, then generate the autoregressive ones for comparison."""
-    for model in (autoregressive, diffusion):
-        if model is not None:
-            model.generate(QUESTIONS[0], max_new_tokens=1)  # warm-up, so that the first answer is not slower
-    if diffusion is not None and is_live(console):
-        console.print(_legend())
-    shown = autoregressive if diffusion is None else diffusion
-    live = [_watch(console, shown, question) for question in QUESTIONS]
-    if diffusion is None:
-        return [_AnswerPair(question, answer, None) for question, answer in zip(QUESTIONS, live, strict=True)]
-    _say(console, f"The same questions to {AUTOREGRESSIVE_MODEL}, one token per forward, not shown live ...")
-    baseline = [autoregressive.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
-    return [_AnswerPair(*row) for row in zip(QUESTIONS, baseline, live, strict=True)]
+    for model in models.values():
+        model.generate(QUESTIONS[0], max_new_tokens=1)  # warm-up, so that the first answer is not slower
+    *others, (shown_name, shown) = models.items()
+    if shown_name == "diffusion" and is_live(console):
+        states = (("accepted", STYLES["accepted"]), ("candidate", STYLES["candidate"]), (MASKED_GLYPH, STYLES["masked"]))
+        console.print(Text.assemble(states[0], ", committed, ", states[1], ", ", states[2], " masked"))
+    shown_answers = [_watch(console, shown, question) for question in QUESTIONS]
+    answers = {}
+    for name, model in others:
+        _say(console, f"The same questions to {AUTOREGRESSIVE_MODEL}, one token per forward, not shown live ...")
+        answers[name] = [model.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
+    return {**answers, shown_name: shown_answers}
 
 
 def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
     from unmask.cli.watch import show
 
-    def generate(on_step: OnStep) -> Generation:
-        return model.generate(question, max_new_tokens=ANSWER_TOKENS, on_step=on_step)
-
     _say(console, f"> {question}")
-    return show(console, model, ANSWER_TOKENS, generate)
+    ask = partial(model.generate, question, max_new_tokens=ANSWER_TOKENS)
+    return show(console, model, ANSWER_TOKENS, lambda on_step: ask(on_step=on_step))
 
 
-def _print_table(console: Console, comparisons: Sequence[_AnswerPair]) -> None:
-    """Both models' answers and speeds in neighbouring columns."""
+def _print_table(console: Console, answers: Mapping[str, Sequence[Generation]]) -> None:
+    """The models' answers and speeds in neighbouring columns."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_lines=True, width=min(console.width, 120))
     table.add_column("", max_width=20)
-    table.add_column("autoregressive", ratio=1)
-    if comparisons[0].diffusion is not None:
-        table.add_column("diffusion", ratio=1)
-    for entry in comparisons:
-        pair = [entry.autoregressive] if entry.diffusion is None else [entry.autoregressive, entry.diffusion]
-        table.add_row(Text(entry.question, style="bold"), *(Text(visible(answer.text.strip())) for answer in pair))
-        table.add_row("tokens/s\ntokens per forward\nforwards", *(_figures(answer) for answer in pair))
+    for name in answers:
+        table.add_column(name, ratio=1)
+    for question, *row in zip(QUESTIONS, *answers.values(), strict=True):
+        table.add_row(Text(question, style="bold"), *(Text(visible(answer.text.strip())) for answer in row))
+        figures = (f"{each.tokens_per_second:.1f}\n{each.tokens_per_forward:.2f}\n{each.forwards}" for each in row)
+        table.add_row("tokens/s\ntokens per forward\nforwards", *figures)
     console.print(table)
-
-
-def _figures(answer: Generation) -> str:
-    return f"{answer.tokens_per_second:.1f}\n{answer.tokens_per_forward:.2f}\n{answer.forwards}"
 
 
 def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes: float) -> None:
     from unmask.cli.demo_conversion import PROMPTS, plan_conversion, run_conversion, terminal_plot, write_answers
 
     _say(console, f"Converting {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} min")
-    _replace(out)
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).write_text(
+        "Made by `unmask demo`, whose next run replaces this whole folder. Keep no files of your own in it.\n"
+    )
     answers = out / "answers.jsonl"
     num_tokens = write_answers(autoregressive, answers)
     own = f"{len(PROMPTS)} answers of the model itself ({num_tokens} tokens) in {answers}"
@@ -166,27 +150,6 @@ def _check_replaceable(out: Path) -> None:
     """Raises: ConfigError: the folder was not made by an earlier demo."""
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} was not made by a demo, so it is not replaced; move it away or choose another --out")
-
-
-def _replace(out: Path) -> None:
-    _check_replaceable(out)
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    (out / MARK).write_text(
-        "Made by `unmask demo`, whose next run replaces this whole folder. Keep no files of your own in it.\n"
-    )
-
-
-def _legend() -> object:
-    from rich.text import Text
-
-    from unmask.cli.watch import MASKED_GLYPH, STYLES
-
-    return Text.assemble(
-        ("accepted", STYLES["accepted"]), ", committed, ", ("candidate", STYLES["candidate"]),
-        ", ", (MASKED_GLYPH, STYLES["masked"]), " masked",
-    )  # fmt: skip
 
 
 def _say(console: Console, line: str) -> None:

@@ -6,7 +6,6 @@ Owns the figures shown of an architecture. Weights are looked at only where they
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,16 +17,6 @@ if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What lies in the folder beside config.json; `missing` counts tensors of the architecture that do not."""
-
-    num_tensors: int
-    num_files: int
-    num_bytes: int
-    missing: int
 
 
 def info(
@@ -53,8 +42,7 @@ def info(
     weights = None if folder is None or base is not None else _weights(folder, config)
     facts = describe(config)
     if as_json:
-        on_disk = None if weights is None else vars(weights)
-        typer.echo(json.dumps({"model": model, **facts, "adapter_of": base, "weights_on_disk": on_disk}))
+        typer.echo(json.dumps({"model": model, **facts, "adapter_of": base, "weights_on_disk": weights}))
         return
     console = make_console()
     rows = _rows(config, facts, weights) if base is None else [*_rows(config, facts, None), ("adapter", f"of {base}")]
@@ -115,8 +103,8 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     raise unknown_model(model, (*EMBEDDED_MODELS, *PUBLISHED))
 
 
-def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
-    """What safetensors the folder holds; None for a config.json alone."""
+def _weights(folder: Path, config: ModelConfig) -> dict[str, int] | None:
+    """What safetensors the folder holds, and how many tensors of the architecture are missing; None for a config.json alone."""
     from unmask.models.families.registry import stored_tensors
     from unmask.models.weights.safetensors_io import tensor_index
 
@@ -125,11 +113,14 @@ def _weights(folder: Path, config: ModelConfig) -> _Weights | None:
     index = tensor_index(folder)
     files = set(index.values())
     missing = len(stored_tensors(config).keys() - index.keys())
-    return _Weights(len(index), len(files), sum(file.stat().st_size for file in files), missing)
+    num_bytes = sum(file.stat().st_size for file in files)
+    return {"num_tensors": len(index), "num_files": len(files), "num_bytes": num_bytes, "missing": missing}
 
 
-def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) -> list[tuple[str, str]]:
+def _rows(config: ModelConfig, facts: dict[str, Any], weights: dict[str, int] | None) -> list[tuple[str, str]]:
     """Facts in words, for people."""
+    from rich.filesize import decimal
+
     total, active = facts["parameters"], facts["active_parameters"]
     rows = [
         ("architecture", f"{config.family}, {facts['kind']}"),
@@ -142,8 +133,8 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
     rows += [
         ("vocabulary", f"{config.vocab_size:,} tokens, head {'tied' if config.tied_head else 'of its own'}"),
         ("parameters", f"{total:,}" + ("" if active == total else f" ({active:,} active for a token)")),
-        ("memory", ", ".join(f"{name} {_size(size)}" for name, size in facts["memory_bytes"].items())),
-        ("cache", f"{_size(facts['kv_cache_bytes_per_token'])} for each token in bfloat16"),
+        ("memory", ", ".join(f"{name} {decimal(size)}" for name, size in facts["memory_bytes"].items())),
+        ("cache", f"{decimal(facts['kv_cache_bytes_per_token'])} for each token in bfloat16"),
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
@@ -152,16 +143,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: _Weights | None) 
         ("other keys (kept)", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]
     if weights is not None:
-        lack = f", {weights.missing} missing" if weights.missing else ""
-        what = f"{weights.num_tensors} tensors in {weights.num_files} {'file' if weights.num_files == 1 else 'files'}"
-        rows.append(("on disk", f"{what}, {_size(weights.num_bytes)}{lack}"))
+        lack = f", {weights['missing']} missing" if weights["missing"] else ""
+        what = f"{weights['num_tensors']} tensors in {weights['num_files']} {'file' if weights['num_files'] == 1 else 'files'}"
+        rows.append(("on disk", f"{what}, {decimal(weights['num_bytes'])}{lack}"))
     return rows
-
-
-def _size(num_bytes: float) -> str:
-    """Bytes in decimal units, as disks and models are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 999.5 or unit == "TB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 99.5 else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError("unreachable")

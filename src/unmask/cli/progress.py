@@ -5,6 +5,7 @@ Owns how metric records are shown. Knows their keys and nothing of training.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -46,14 +47,27 @@ def showing_progress(
     console: Console, total: int, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[MetricRecord], None]]:
     """A function to call with every metric record of a run of `total` tokens."""
-    if not is_live(console):
-        yield _plain(console, total, clock)
-        return
+    pace, live, next_line = Pace(total, clock), is_live(console), -math.inf
     with Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[figures]}"),
-        console=console,
+        console=console, disable=not live,
     ) as progress:  # fmt: skip
-        yield _live(progress, total, clock)
+        task = progress.add_task("loading model and data", total=None, figures="")
+
+        def on_record(record: MetricRecord) -> None:
+            nonlocal next_line
+            if record["kind"] == "validation":
+                console.print(Text(describe_validation(record), style="dim"), soft_wrap=True)
+                return
+            rate, left = pace.update(record)
+            done, phase = record["tokens"], describe_phase(record)
+            figures = f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s, {duration(left)} left"
+            progress.update(task, description=phase, total=total, completed=min(done, total), figures=figures)
+            if not live and (clock() >= next_line or done >= total):
+                next_line = clock() + PLAIN_INTERVAL
+                console.print(f"{done:,} of {total:,} tokens: {phase}, {figures}", soft_wrap=True)
+
+        yield on_record
 
 
 @contextmanager
@@ -80,42 +94,3 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _live(progress: Progress, total: int, clock: Callable[[], float]) -> Callable[[MetricRecord], None]:
-    pace = Pace(total, clock)
-    task = progress.add_task("loading model and data", total=None, figures="")
-
-    def on_record(record: MetricRecord) -> None:
-        if record["kind"] == "validation":
-            progress.console.print(Text(describe_validation(record), style="dim"))
-            return
-        rate, left = pace.update(record)
-        figures = f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s  {duration(left)} left"
-        done = min(record["tokens"], total)
-        progress.update(task, description=describe_phase(record), total=total, completed=done, figures=figures)
-
-    return on_record
-
-
-def _plain(console: Console, total: int, clock: Callable[[], float]) -> Callable[[MetricRecord], None]:
-    pace = Pace(total, clock)
-    printed: float | None = None
-
-    def on_record(record: MetricRecord) -> None:
-        nonlocal printed
-        if record["kind"] == "validation":
-            console.print(describe_validation(record), soft_wrap=True)
-            return
-        rate, left = pace.update(record)
-        now = clock()
-        if printed is not None and now - printed < PLAIN_INTERVAL and record["tokens"] < total:
-            return
-        printed = now
-        console.print(
-            f"{record['tokens']:,} of {total:,} tokens: {describe_phase(record)}, loss {record['loss']:.3f}, "
-            f"{rate:,.0f} tokens/s, {duration(left)} left",
-            soft_wrap=True,
-        )
-
-    return on_record

@@ -16,7 +16,8 @@ from unmask.cli.console import make_console, pick_device
 from unmask.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import numpy as np
+    from numpy.typing import NDArray
 
     from unmask.engine.llm import Generation
     from unmask.engine.request import DecodingStep
@@ -65,19 +66,21 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
         out: PNG file; its folder is created.
     """
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps, count = generation.trace, len(generation.ids)
     figure, axes = pyplot.subplots(figsize=(max(6.0, 0.24 * count), max(3.0, 0.2 * len(steps) + 1.6)), layout="constrained")
-    first = min((step.start + i for step in steps for i, fixed in enumerate(step.fixed) if not fixed), default=0)
-    _draw_confidence(axes, steps, first, count)
-    events = {"accepted": ("o", [step.accepted for step in steps]), "edited": ("x", [step.edited for step in steps])}
-    for label, (marker, flags) in events.items():
-        marks = token_marks(steps, flags, first, count)
-        if marks:
-            columns, rows = zip(*marks, strict=True)
+    # A confidence of 0 stands for a position without a candidate.
+    confidence = by_step(generation, lambda step: [value or np.nan for value in step.confidence])
+    drawn = axes.imshow(confidence, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest", alpha=0.75)
+    figure.colorbar(drawn, ax=axes, label="confidence in the candidate")
+    accepted, edited = by_step(generation, lambda step: step.accepted), by_step(generation, lambda step: step.edited)
+    for label, marker, flags in (("accepted", "o", accepted), ("edited", "x", edited)):
+        rows, columns = np.nonzero(flags == 1)
+        if len(rows):
             axes.scatter(columns, rows, marker=marker, s=18, c="black", linewidths=1, label=label)
     axes.set(xlabel="token of the answer", ylabel="forward", title=f"{count} tokens in {generation.forwards} forwards")
     if count <= _MAX_LABELS:
@@ -89,27 +92,14 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
     pyplot.close(figure)
 
 
-def _draw_confidence(axes: Axes, steps: Sequence[DecodingStep], first: int, count: int) -> None:
-    """Draw the confidence in every candidate as an image."""
+def by_step(generation: Generation, read: Callable[[DecodingStep], Sequence[float]]) -> NDArray[np.float64]:
+    """What `read` gives for the positions of each step: [forwards, tokens of the answer], NaN at positions outside the step."""
     import numpy as np
 
-    image = np.full((len(steps), count), np.nan)
-    for row, step in enumerate(steps):
-        for i, (candidate, confidence) in enumerate(zip(step.guess, step.confidence, strict=True)):
-            column = step.start + i - first
-            if candidate is not None and 0 <= column < count:
-                image[row, column] = confidence
-    drawn = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest", alpha=0.75)
-    assert axes.figure is not None
-    axes.figure.colorbar(drawn, ax=axes, label="confidence in the candidate")
-
-
-def token_marks(
-    steps: Sequence[DecodingStep], flags: Sequence[Sequence[bool]], first: int, count: int
-) -> list[tuple[int, int]]:
-    """(column, row) of every flagged token of the answer."""
-    marks = []
-    for row, (step, step_flags) in enumerate(zip(steps, flags, strict=True)):
-        columns = [step.start + i - first for i, flagged in enumerate(step_flags) if flagged]
-        marks += [(column, row) for column in columns if 0 <= column < count]
-    return marks
+    first = min((step.start + step.fixed.index(False) for step in generation.trace if False in step.fixed), default=0)
+    image = np.full((len(generation.trace), len(generation.ids)), np.nan)
+    for row, step in enumerate(generation.trace):
+        for column, value in enumerate(read(step), start=step.start - first):
+            if 0 <= column < image.shape[1]:
+                image[row, column] = value
+    return image

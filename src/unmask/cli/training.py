@@ -107,13 +107,12 @@ def _own_block_size(model: str) -> list[str]:
 
 def _check_verb(verb: str, recipe: Recipe) -> Recipe:
     """Raise ConfigError for a recipe of another command: objective and schedule decide which it is for."""
-    right_verb = "dpo" if recipe.objective.kind == "preference" else "sft" if recipe.schedule is None else "convert"
+    right_verb, why = "convert", "has a schedule of block sizes"
+    if recipe.objective.kind == "preference":
+        right_verb, why = "dpo", "has the objective preference"
+    elif recipe.schedule is None:
+        right_verb, why = "sft", "has no schedule of block sizes"
     if right_verb != verb:
-        why = {
-            "dpo": "has the objective preference",
-            "sft": "has no schedule of block sizes",
-            "convert": "has a schedule of block sizes",
-        }[right_verb]
         raise ConfigError(f"the recipe {why}, which makes it one for unmask {right_verb}, not unmask {verb}; use that verb")
     return recipe
 
@@ -135,10 +134,8 @@ def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
     """Run the recipe; an interrupted run ends the program and prints the command that resumes it."""
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import showing_progress
-    from unmask.train.run import holds_run, run_recipe
+    from unmask.train.run import run_recipe
 
-    if not resume and holds_run(out):
-        raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
     try:
         with stop_on_interrupt() as should_stop, showing_progress(make_console(), recipe.train.tokens) as on_record:
             result = run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)

@@ -56,7 +56,7 @@ class Transcript:
     def observe(self, step: DecodingStep) -> None:
         """Take in the next step; positions before its first one are finished."""
         if self._step is not None:
-            self._finished_ids += self._decided()[: self._num_generated(range(self._step.start, step.start))]
+            self._finished_ids += self._decided(step.start - self._step.start)
         self._step = step
 
     @property
@@ -77,7 +77,8 @@ class Transcript:
     def finished_text(self) -> str:
         """Text of all finished blocks, without part of a character at its end."""
         ids = self._finished_ids + (self._decided() if self.block_is_finished else [])
-        return decode_whole_characters(self._decode, self._cut(ids))
+        before_end = list(itertools.takewhile(lambda token: token not in self._eos_ids, ids))
+        return decode_whole_characters(self._decode, before_end[: self._max_tokens])
 
     def runs(self) -> list[TextRun]:
         """The whole answer so far, in order."""
@@ -86,37 +87,29 @@ class Transcript:
         states: list[tuple[int | None, TokenState]] = [(token, "committed") for token in self._finished_ids]
         step = self._step
         positions = zip(step.tokens, step.guess, step.accepted, step.edited, strict=True)
-        states += [_state(*position) for fixed, position in zip(step.fixed, positions, strict=True) if not fixed]
-        states = self._until_end(states)
-        ended = states and states[-1][0] in self._eos_ids
-        if self.block_is_finished and not ended:
+        states += [self._state(*position) for fixed, position in zip(step.fixed, positions, strict=True) if not fixed]
+        ends = [number for number, (token, state) in enumerate(states) if token in self._eos_ids and state != "candidate"]
+        if ends:  # later tokens will not be part of the answer
+            states = states[: ends[0] + 1]
+        elif self.block_is_finished:
             states += [(None, "masked")] * len(step.tokens)
         return self._spell(states[: self._max_tokens])
 
-    def _decided(self) -> list[int]:
+    def _decided(self, count: int | None = None) -> list[int]:
+        """The decided tokens at the first `count` positions of the current step, those of the prompt left out."""
         if self._step is None:
             return []
-        pairs = zip(self._step.fixed, self._step.tokens, strict=True)
+        pairs = zip(self._step.fixed[:count], self._step.tokens[:count], strict=True)
         return [token for fixed, token in pairs if not fixed and token is not None]
 
-    def _num_generated(self, positions: range) -> int:
-        """How many of these positions of the current step are not the prompt's."""
-        return 0 if self._step is None else sum(not fixed for fixed in self._step.fixed[: len(positions)])
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        ends = [position for position, token in enumerate(ids) if token in self._eos_ids]
-        return ids[: ends[0] if ends else None][: self._max_tokens]
-
-    def _until_end(self, states: list[tuple[int | None, TokenState]]) -> list[tuple[int | None, TokenState]]:
-        """States up to the first decided end-of-sequence token: later tokens will not be part of the answer."""
-        for position, (token, state) in enumerate(states):
-            if token in self._eos_ids and state != "candidate":
-                return states[: position + 1]
-        return states
+    def _state(self, token: int | None, guess: int | None, accepted: bool, edited: bool) -> tuple[int | None, TokenState]:
+        """What is shown of a position. A candidate without text (a control token) is a mask: the block keeps its length."""
+        if token is not None:
+            return token, "edited" if edited else "accepted" if accepted else "committed"
+        return (None, "masked") if guess is None or not self._decode([guess]) else (guess, "candidate")
 
     def _spell(self, states: list[tuple[int | None, TokenState]]) -> list[TextRun]:
         """Text of every run, decoded after the runs before it: on its own, a token may lose its space."""
-        states = [self._with_text(*state) for state in states]
         runs: list[TextRun] = []
         ids: list[int] = []
         for state, group in itertools.groupby(states, key=lambda entry: entry[1]):
@@ -131,12 +124,6 @@ class Transcript:
             if text:
                 runs.append(TextRun(text, state))
         return runs
-
-    def _with_text(self, token: int | None, state: TokenState) -> tuple[int | None, TokenState]:
-        """A candidate without text (a control token) is shown as a mask, so that the block keeps its length."""
-        if state == "candidate" and token is not None and not self._decode([token]):
-            return None, "masked"
-        return token, state
 
 
 def show(console: Console, model: LanguageModel, max_tokens: int, generate: Callable[[OnStep], Generation]) -> Generation:
@@ -210,9 +197,3 @@ def _write(console: Console, text: str) -> None:
     """Write unchanged, without wrapping."""
     console.file.write(text)
     console.file.flush()
-
-
-def _state(token: int | None, guess: int | None, accepted: bool, edited: bool) -> tuple[int | None, TokenState]:
-    if token is not None:
-        return token, "edited" if edited else "accepted" if accepted else "committed"
-    return (None, "masked") if guess is None else (guess, "candidate")

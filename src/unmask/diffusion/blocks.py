@@ -51,19 +51,10 @@ class BlockSchedule:
             if phase.block_size is not None and phase.block_size <= 0:
                 raise ConfigError(f"phase '{phase.name}' has block size {phase.block_size}; it must be positive")
 
-    @property
-    def total_tokens(self) -> int:
-        """Length of the whole run in clean tokens."""
-        return sum(phase.tokens for phase in self.phases)
-
-    @property
-    def starts(self) -> list[int]:
-        """Tokens seen when each phase begins."""
-        return [0, *accumulate(phase.tokens for phase in self.phases)][:-1]
-
     def index_at(self, tokens_seen: int) -> int:
         """Index of the phase after `tokens_seen` tokens; past the end, the last one."""
-        return max(i for i, start in enumerate(self.starts) if start <= tokens_seen)
+        starts = accumulate((phase.tokens for phase in self.phases[:-1]), initial=0)
+        return max(index for index, start in enumerate(starts) if start <= tokens_seen)
 
     def check_row_length(self, row_length: int) -> None:
         """Every block size must divide the row.

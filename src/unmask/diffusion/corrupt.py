@@ -132,6 +132,16 @@ def block_groups(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, int]:
     return group_RL, len(groups)
 
 
+def extreme_in_block(
+    rows: CleanRows, block_RL: Tensor, values_RL: Tensor, where_RL: Tensor, extreme: Literal["amin", "amax"], otherwise: int
+) -> Tensor:
+    """Of each token, the least or largest of the values in its block at `where_RL`; `otherwise` where there are none."""
+    group_RL, num_groups = block_groups(rows, block_RL)
+    extremes = torch.full((num_groups,), otherwise, dtype=torch.int64, device=block_RL.device)
+    extremes.scatter_reduce_(0, group_RL[where_RL], values_RL[where_RL], extreme, include_self=False)
+    return extremes[group_RL]
+
+
 def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
     """Sample `config.mask_samples` masks, or as many complementary pairs.
 
@@ -307,14 +317,9 @@ class CompactCopy:
 
 def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Tensor, Tensor]:
     """Row positions that a noisy copy and the clean copy hold; `last_clean`: the clean one up to the last noisy block."""
-    group_RL, num_groups = block_groups(rows, block_RL)
-    document_RL, num_documents = block_groups(rows, torch.zeros_like(block_RL))
-    noisy_block = torch.zeros(num_groups, dtype=torch.bool, device=block_RL.device)
-    noisy_block[group_RL[rows.maskable_RL]] = True
-    noisy_RL = noisy_block[group_RL] & (rows.segment_RL > 0)
-    last_noisy = torch.full((num_documents,), -1, dtype=torch.int64, device=block_RL.device)
-    last_noisy.scatter_reduce_(0, document_RL[noisy_RL], block_RL[noisy_RL], "amax")
-    last_RL = last_noisy[document_RL]
+    learnt_RL = extreme_in_block(rows, block_RL, torch.ones_like(block_RL), rows.maskable_RL, "amax", 0)
+    noisy_RL = learnt_RL.bool() & (rows.segment_RL > 0)
+    last_RL = extreme_in_block(rows, torch.zeros_like(block_RL), block_RL, noisy_RL, "amax", -1)
     clean_RL = block_RL <= last_RL if last_clean else block_RL < last_RL
     return noisy_RL, clean_RL & (rows.segment_RL > 0)
 

@@ -87,8 +87,7 @@ def candidates(
     Returns:
         Tokens int64 [N] and float32 [N] confidences: the candidate's probability under the distribution it came from.
     """
-    if mask_id is not None:
-        logits_NV = ban_mask(logits_NV, mask_id)
+    logits_NV = ban_mask(logits_NV, mask_id)
     if params.temperature == 0.0:
         return greedy_candidates(logits_NV)
     probabilities_NV = filtered_probabilities(logits_NV, params)
@@ -102,9 +101,7 @@ def candidates(
 
 def entropies(logits_NV: Tensor, mask_id: int | None) -> Tensor:
     """Entropy of every row's distribution in nats, float32 [N], the mask token left out."""
-    if mask_id is not None:
-        logits_NV = ban_mask(logits_NV, mask_id)
-    entropy_N: Tensor = torch.special.entr(logits_NV.float().softmax(-1)).sum(-1)
+    entropy_N: Tensor = torch.special.entr(ban_mask(logits_NV, mask_id).float().softmax(-1)).sum(-1)
     return entropy_N
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.diffusion.corrupt import CleanRows, Stream, assemble, block_groups, block_ids, compact, read_inputs
+from unmask.diffusion.corrupt import CleanRows, Stream, assemble, block_ids, compact, extreme_in_block, read_inputs
 from unmask.diffusion.masks import CLEAN
 from unmask.errors import ConfigError
 
@@ -51,7 +51,8 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
     copies, orders, targets = [], [], []
     masks_RL = torch.full_like(rows.tokens_RL, config.mask_id)
     last_RL = torch.full_like(rows.position_RL, -1)
-    begin_RL = _first_maskable(rows, torch.zeros_like(rows.position_RL))
+    whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
+    begin_RL = _first_maskable(rows, whole_RL)
     for cut in range(config.cuts):
         offset_RL = rows.position_RL - begin_RL + cut * config.block_size // config.cuts
         block_RL = block_ids(offset_RL, config.block_size)
@@ -62,23 +63,12 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
         weight_RL = config.decay ** (rows.position_RL - first_RL - 1).clamp(min=0).float()
         targets.append((drafted_RL, weight_RL, torch.ones_like(weight_RL)))
         last_RL = torch.maximum(last_RL, torch.where(drafted_RL, first_RL, -1))
-    clean_RL = (rows.position_RL <= _largest(rows, last_RL)) & (rows.segment_RL > 0)
-    first_of_all = torch.zeros_like(rows.position_RL)
-    copies.append(compact(rows, clean_RL, read_inputs(rows, rows.tokens_RL, first_of_all, config.start_id), CLEAN))
+    last_RL = extreme_in_block(rows, whole_RL, last_RL, last_RL >= 0, "amax", -1)
+    clean_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
+    copies.append(compact(rows, clean_RL, read_inputs(rows, rows.tokens_RL, whole_RL, config.start_id), CLEAN))
     return assemble(rows, copies, [*orders, rows.position_RL], targets)
 
 
 def _first_maskable(rows: CleanRows, block_RL: Tensor) -> Tensor:
     """Position in the document of the first maskable token of each token's block; the row length where there is none."""
-    group_RL, count = block_groups(rows, block_RL)
-    first = torch.full((count,), block_RL.shape[1], dtype=torch.int64, device=block_RL.device)
-    first.scatter_reduce_(0, group_RL[rows.maskable_RL], rows.position_RL[rows.maskable_RL], "amin")
-    return first[group_RL]
-
-
-def _largest(rows: CleanRows, values_RL: Tensor) -> Tensor:
-    """The largest value in each token's document."""
-    group_RL, count = block_groups(rows, torch.zeros_like(values_RL))
-    largest = torch.full((count,), -1, dtype=torch.int64, device=values_RL.device)
-    largest.scatter_reduce_(0, group_RL.flatten(), values_RL.flatten(), "amax")
-    return largest[group_RL]
+    return extreme_in_block(rows, block_RL, rows.position_RL, rows.maskable_RL, "amin", block_RL.shape[1])

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 
-def _signed(value: int) -> int:
+def _wrap(value: int) -> int:
+    """Any integer modulo 2^64, as int64."""
+    value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-GOLDEN: Final = _signed(0x9E3779B97F4A7C15)
+GOLDEN: Final = _wrap(0x9E3779B97F4A7C15)
 """2^64 / golden ratio: step of the Weyl sequence over documents."""
-PLASTIC: Final = _signed(0xC13FA9A902A6328F)
+PLASTIC: Final = _wrap(0xC13FA9A902A6328F)
 """2^64 / plastic number: step of the Weyl sequence over blocks."""
 
-_MIX_1: Final = _signed(0xBF58476D1CE4E5B9)
-_MIX_2: Final = _signed(0x94D049BB133111EB)
+_MIX_1: Final = _wrap(0xBF58476D1CE4E5B9)
+_MIX_2: Final = _wrap(0x94D049BB133111EB)
 _TAGS: Final = {"t": 1, "mask": 2, "count": 3, "embedding": 4, "sample": 5, "replace": 6}
 
 
@@ -62,8 +64,3 @@ class NoiseKey:
         for counter in counters:
             state = mix(state * GOLDEN + counter)
         return to_unit(mix(state))
-
-
-def _wrap(value: int) -> int:
-    """Any integer modulo 2^64, as int64."""
-    return _signed(value & ((1 << 64) - 1))

@@ -1,7 +1,7 @@
 """Loss functions: the negative evidence lower bound (NELBO) over masked positions, confidence (CAP), preference (DPO).
 
-Owns cross-entropy at predicted positions and the losses made of it. Knows tensors only; normalisers come in as arguments
-because only the trainer knows the global batch.
+Owns cross-entropy at predicted positions and the losses made of it. Knows tensors only; losses are sums, because only the
+trainer knows the global batch that normalises them.
 
 Legend: N predictions, D hidden, V vocabulary, P preference pairs, S noise samples.
 """
@@ -110,7 +110,7 @@ def token_scores(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,
     target_N: Tensor,
-    mask_id: int,
+    mask_id: int | None,
     *,
     temperature: float = 1.0,
     chunk: int = 2048,
@@ -141,21 +141,6 @@ def entropy(logits_NV: Tensor) -> Tensor:
     """Shannon entropy [N] in nats of softmax(logits); entries at -inf count as probability zero."""
     finite_NV = logits_NV.masked_fill(logits_NV == float("-inf"), 0.0)
     return logits_NV.logsumexp(-1) - (logits_NV.softmax(-1) * finite_NV).sum(-1)
-
-
-def confidence_loss(entropy_N: Tensor, num_correct: int = 1) -> Tensor:
-    """`L_conf`: mean entropy over the masked positions whose argmax is correct.
-
-    Args:
-        entropy_N: `TokenScores.entropy_N` (of this micro-batch).
-        num_correct: such positions in the *global* batch; 1 gives the sum.
-
-    Returns:
-        Scalar; summed over micro-batches it is the batch's. Zero with zero gradient where nothing is correct.
-
-    Source: LLaDA2.0 section 4.2 (confidence-aware parallel training).
-    """
-    return entropy_N.sum() / max(num_correct, 1)
 
 
 def preference_loss(margin_P: Tensor, beta: float) -> Tensor:
@@ -191,18 +176,17 @@ def elbo_gains(
     return flat.index_add(0, row_N * shape[1] + sample_N, gain_N).view(shape)
 
 
-def nelbo(nll_N: Tensor, weight_N: Tensor, num_maskable: int = 1) -> Tensor:
-    """`(1 / num_maskable) sum_i w_i nll_i`: the NELBO per maskable token, in nats.
+def nelbo(nll_N: Tensor, weight_N: Tensor) -> Tensor:
+    """`sum_i w_i nll_i`: the NELBO of a micro-batch in nats.
 
     Args:
-        nll_N: float32 negative log-likelihoods of the masked tokens (of this micro-batch).
+        nll_N: float32 negative log-likelihoods of the masked tokens.
         weight_N: their weights, 1/t.
-        num_maskable: maskable tokens of the *global* batch, over all ranks and micro-batches, counted once per noisy copy;
-            1 gives the sum.
 
     Returns:
-        Scalar; summed over micro-batches it is the batch's NELBO. Zero, never NaN, where nothing is maskable.
+        Scalar. The sum over micro-batches, divided by the maskable tokens of the *global* batch (counted once per noisy copy),
+        is the NELBO per token.
 
     Source: LLaDA2.0 Eqs 1, 5. Departs: sign (see `elbo_weight`) and global instead of per-micro-batch normalisation.
     """
-    return (nll_N * weight_N).sum() / max(num_maskable, 1)
+    return (nll_N * weight_N).sum()

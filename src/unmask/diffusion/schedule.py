@@ -14,13 +14,8 @@ from unmask.diffusion.noise import GOLDEN, PLASTIC, NoiseKey, to_unit
 from unmask.errors import ConfigError
 
 
-def alpha(t: Tensor) -> Tensor:
-    """Share of tokens still visible at mask rate t: `alpha_t = 1 - t` (linear schedule)."""
-    return 1.0 - t
-
-
 def elbo_weight(t: Tensor) -> Tensor:
-    """`w(t) = -alpha'_t / (1 - alpha_t) = 1 / t`.
+    """`w(t) = -alpha'_t / (1 - alpha_t) = 1 / t`; `alpha_t = 1 - t` (linear schedule) is the share of visible tokens.
 
     Source: LLaDA2.0 Eq. 1. Departs: the report prints the opposite sign; read literally, training would maximise the loss.
     """

@@ -9,13 +9,12 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unmask.diffusion.corrupt import Stream, embedding_noise
+from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.arch.transformer import Transformer
@@ -38,38 +37,26 @@ def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
     return FlexAttend(mask)
 
 
-@dataclass(frozen=True)
-class MaskNoise:
-    """Mask-embedding noise of one step: expected norm, seed of the run, and id of the mask token."""
-
-    norm: float
-    seed: int
-    mask_id: int
-
-
 def predicted_hidden(
     model: Transformer,
     stream: Stream,
     backend: AttentionBackend,
-    noise: MaskNoise | None = None,
+    noise_BTD: Tensor | None = None,
     router: RouterMonitor | None = None,
 ) -> Tensor:
     """Hidden states [N, D] of the stream's predictions.
 
-    `noise` is added to the embedding of masked positions; `router` counts which experts the tokens are sent to.
+    `noise_BTD` is added to the embeddings; `router` counts which experts the tokens are sent to.
     """
-    extra = None
-    if noise is not None and noise.norm > 0:
-        extra = embedding_noise(stream, noise.mask_id, model.config.hidden_size, noise.norm, noise.seed)
     if model.config.gated_lora_rank is not None:
-        return _gated_hidden(model, stream, backend, extra)[stream.predict]
+        return _gated_hidden(model, stream, backend, noise_BTD)[stream.predict]
     attend = make_attend(stream.index, backend)
     with nullcontext() if router is None else router.watching(stream):
-        hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=extra)
+        hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
     return hidden_BTD[stream.predict]
 
 
-def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend, extra: Tensor | None) -> Tensor:
+def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None) -> Tensor:
     """Hidden states of the noisy copies of a model with gated LoRA.
 
     The clean copy passes through frozen weights only, so it runs first, without a graph, and leaves its keys and values.
@@ -80,35 +67,23 @@ def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend,
     assert bool((stream.predict[1] < count).all()), "the clean copy predicts nothing here"
     clean_kv: list[tuple[Tensor, Tensor]] = []
     if count < index.copy_BT.shape[1]:
+        over_clean = make_attend(index[clean], backend)
+
+        def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+            clean_kv.append((k_BGTS, v_BGTS))
+            return over_clean(layer, q_BHTS, k_BGTS, v_BGTS)
+
         with torch.no_grad():
-            inner = make_attend(index[clean], backend)
-            model(stream.tokens_BT[clean], stream.position_BT[clean], _RecordKV(inner, clean_kv))
-    noise = None if extra is None else extra[noisy]
-    attend = _AppendKV(DenseAttend(dense_mask(index, queries=index[noisy])), clean_kv)
-    noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
-    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend, input_noise=noise, noisy_BT=noisy_BT)
-    return out
+            model(stream.tokens_BT[clean], stream.position_BT[clean], attend_clean)
+    over_all = DenseAttend(dense_mask(index, queries=index[noisy]))
 
-
-class _RecordKV:
-    """An `Attend` that records keys and values, layer by layer."""
-
-    def __init__(self, inner: Attend, recorded: list[tuple[Tensor, Tensor]]) -> None:
-        self._inner, self._recorded = inner, recorded
-
-    def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-        self._recorded.append((k_BGTS, v_BGTS))
-        return self._inner(layer, q_BHTS, k_BGTS, v_BGTS)
-
-
-class _AppendKV:
-    """An `Attend` that appends recorded keys and values to those it is given."""
-
-    def __init__(self, inner: Attend, recorded: list[tuple[Tensor, Tensor]]) -> None:
-        self._inner, self._recorded = inner, recorded
-
-    def __call__(self, layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-        if self._recorded:
-            k, v = self._recorded[layer]
+    def attend_noisy(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        if clean_kv:
+            k, v = clean_kv[layer]
             k_BGTS, v_BGTS = torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2)
-        return self._inner(layer, q_BHTS, k_BGTS, v_BGTS)
+        return over_all(layer, q_BHTS, k_BGTS, v_BGTS)
+
+    noise = None if noise_BTD is None else noise_BTD[noisy]
+    noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
+    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend_noisy, input_noise=noise, noisy_BT=noisy_BT)
+    return out

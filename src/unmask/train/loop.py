@@ -17,7 +17,7 @@ import torch
 
 from unmask.data.packing import PackedRows, Packer
 from unmask.data.tokenizer import Tokenizer
-from unmask.diffusion.blocks import BlockSchedule, Phase
+from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, TrainingError
 from unmask.models.arch.transformer import Transformer
 from unmask.train.metrics import MetricLog, MetricRecord
@@ -56,7 +56,8 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
     batches = [objective.prepare(part, phase, step) for part in objective.setting.micro_batches(rows)]
     # A single micro-batch brings the counts of the global batch along; of several they are needed before the first backward.
     single = batches[0].forward() if len(batches) == 1 else None
-    counts = _add_up(batch.counts() for batch in batches) if single is None else [term.count for term in single.terms]
+    parts = [batch.counts() for batch in batches] if single is None else [tuple(term.count for term in single.terms)]
+    counts = [sum(column) for column in zip(*parts, strict=True)]
     # With several devices, `counts` (and the figures) are what has to be summed over them.
     loss, figures = 0.0, []
     for batch in batches:
@@ -73,10 +74,6 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
 def evaluate(objective: Objective, rows: PackedRows, phase: Phase) -> MetricRecord:
     """Figures of held-out rows under fixed noise, among them `nelbo` (nats per token)."""
     return _means(objective.evaluate(part, phase) for part in objective.setting.micro_batches(rows))
-
-
-def _add_up(counts: Iterable[tuple[float, ...]]) -> list[float]:
-    return [sum(column) for column in zip(*counts, strict=True)]
 
 
 def _means(parts: Iterable[Mapping[str, Figure]]) -> MetricRecord:
@@ -109,7 +106,7 @@ class Trainer:
     ) -> None:
         self.components, self.run_folder = components, run
         self.recipe, self.train = components.recipe, components.recipe.train
-        self.schedule: BlockSchedule = components.recipe.blocks
+        self.schedule = components.recipe.blocks
         self.optimizer = MasterAdamW(
             components.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
         )
@@ -171,13 +168,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint and drop those no longer wanted."""
-        state = TrainState(
-            step=self.step,
-            tokens=self.tokens,
-            packer=self._packer_state,
-            recipe=self.recipe.model_dump(mode="json"),
-            validation=self._validation,
-        )
+        recipe = self.recipe.model_dump(mode="json")
+        state = TrainState(self.step, self.tokens, self._packer_state, recipe, self._validation)
         routers = {} if self.components.router is None else self.components.router.state_tensors()
         tensors = {**self.optimizer.state_tensors(), **routers}
         path = save_checkpoint(self.run_folder, state, tensors, self.components.model, self.components.tokenizer)
@@ -207,47 +199,26 @@ class Trainer:
                 f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1} (phase {phase.name}, "
                 f"block size {phase.block_size}); the state before the step is in {path}; lower train.learning_rate"
             )
-        rate = learning_rate(
-            self.step,
-            self.tokens / self.train.tokens,
-            peak=self.train.learning_rate,
-            warmup_steps=self.train.warmup_steps,
-            schedule=self.train.schedule,
-            final_share=self.train.final_lr_share,
-        )
+        rate = learning_rate(self.train, self.step, self.tokens)
         self.optimizer.step(rate)
         loads = {} if router is None else router.end_step()
         self.step += 1
         self.tokens += rows.num_tokens
         self._packer_state = self.components.packer.state_dict()
         seconds = time.perf_counter() - started
-        return {
-            "kind": "train",
-            "step": self.step,
-            "tokens": self.tokens,
-            "phase": phase.name,
-            "block_size": phase.block_size,
-            "row_length": rows.tokens_RL.shape[1],
-            **figures,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            **loads,
-            "seconds": seconds,
-            "tokens_per_second": rows.num_tokens / seconds,
-        }
+        speed = {"seconds": seconds, "tokens_per_second": rows.num_tokens / seconds}
+        figures = {"row_length": rows.tokens_RL.shape[1], **figures, "grad_norm": norm, "learning_rate": rate, **loads, **speed}
+        return self._record("train", phase, figures)
 
     def _evaluate(self, phase: Phase) -> MetricRecord:
         assert self.components.validation is not None
         figures = evaluate(self.components.objective, self.components.validation, phase)
         self._validation = {"nelbo": figures["nelbo"], "step": self.step, "block_size": phase.block_size}
-        return {
-            "kind": "validation",
-            "step": self.step,
-            "tokens": self.tokens,
-            "phase": phase.name,
-            "block_size": phase.block_size,
-            **figures,
-        }
+        return self._record("validation", phase, figures)
+
+    def _record(self, kind: str, phase: Phase, figures: MetricRecord) -> MetricRecord:
+        where = {"step": self.step, "tokens": self.tokens, "phase": phase.name, "block_size": phase.block_size}
+        return {"kind": kind, **where, **figures}
 
 
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,12 @@ Owns the choice of checkpoints and the streamed arithmetic. Never holds more tha
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import reduce
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,7 +23,8 @@ from unmask.models.weights.hub import ADAPTER_CONFIG
 from unmask.models.weights.safetensors_io import TensorFiles, TensorSpec, write_checkpoint
 from unmask.train.state import list_checkpoints, validation_score
 
-Specs = dict[str, TensorSpec]
+_NOT_COPIED = re.compile(r"config\.json|metrics\.jsonl|loss\.png|.*\.safetensors(\.index\.json)?")
+"""Files that `write_checkpoint` writes, and those of a run, which a merge is not."""
 
 
 def top_k(run: Path, k: int) -> list[Path]:
@@ -70,12 +75,9 @@ def merge_checkpoints(
             raise CheckpointError(f"{folder} is another model than {folders[0]}; merge checkpoints of one run")
 
     def mean(tensors: Iterator[Tensor]) -> Tensor:
-        total = next(tensors).float()
-        for tensor in tensors:
-            total = total + tensor
-        return total / len(folders)
+        return reduce(torch.add, (tensor.float() for tensor in tensors)) / len(folders)
 
-    return _write(folders, out, mean, _check_same, on_progress)
+    return _write(folders, out, mean, operator.eq, on_progress)
 
 
 def add_difference(
@@ -114,17 +116,23 @@ def add_difference(
         rows = min(len(plus), len(minus))
         return torch.cat((whole[:rows] + scale * (plus[:rows] - minus[:rows]), whole[rows:]))
 
-    return _write((model, tuned, base), out, added, _check_rows, on_progress)
+    def no_more_rows(spec: TensorSpec, other: TensorSpec) -> bool:
+        return spec.shape[1:] == other.shape[1:] and spec.shape[0] >= other.shape[0]
+
+    return _write((model, tuned, base), out, added, no_more_rows, on_progress)
 
 
 def _write(
     folders: Sequence[Path],
     out: Path,
     combine: Callable[[Iterator[Tensor]], Tensor],
-    check: Callable[[Specs, Specs, Path, Path], None],
+    fits: Callable[[TensorSpec, TensorSpec], bool],
     on_progress: Callable[[int, int], None],
 ) -> Path:
-    """Write `combine` of the folders' tensors, name by name; config, dtypes and further files are the first folder's."""
+    """Write `combine` of the folders' tensors, name by name; config, dtypes and further files are the first folder's.
+
+    `fits` says whether a tensor of the first folder and that of another one can be combined.
+    """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).exists()), None)
@@ -134,44 +142,19 @@ def _write(
         readers = [TensorFiles(folder, stack) for folder in folders]
         specs, *others = [{name: reader.spec(name) for name in reader.names} for reader in readers]
         for folder, other in zip(folders[1:], others, strict=True):
-            check(specs, other, folders[0], folder)
-        done = 0
+            for name in sorted(specs.keys() | other.keys()):
+                if name not in specs or name not in other or not fits(specs[name], other[name]):
+                    shapes = [f"{spec.shape} {spec.dtype}" if spec else "absent" for spec in (specs.get(name), other.get(name))]
+                    raise CheckpointError(
+                        f"{name} is {shapes[1]} in {folder} and {shapes[0]} in {folders[0]}; merge models of one architecture"
+                    )
+        numbers = count(1)
 
         def read(name: str) -> Tensor:
-            nonlocal done
             combined = combine(reader.read(name) for reader in readers)
-            done += 1
-            on_progress(done, len(specs))
+            on_progress(next(numbers), len(specs))
             return combined.to(specs[name].dtype)
 
-        extra = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _is_written(path)]
+        extra = [path for path in sorted(folders[0].iterdir()) if path.is_file() and not _NOT_COPIED.fullmatch(path.name)]
         write_checkpoint(out, read_json(folders[0] / "config.json"), specs, read, extra_files=extra)
     return out
-
-
-def _check_same(first: Specs, other: Specs, folder: Path, other_folder: Path) -> None:
-    """Every tensor must agree in shape and dtype."""
-    differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-    if differing:
-        shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise CheckpointError(f"{other_folder} does not match {folder} in {shown}; merge checkpoints of one run")
-
-
-def _check_rows(first: Specs, other: Specs, folder: Path, other_folder: Path) -> None:
-    """Every tensor must agree in shape, except for rows that only the first one has."""
-    if first.keys() != other.keys():
-        name = min(first.keys() ^ other.keys())
-        raise CheckpointError(f"only one of {folder} and {other_folder} has {name}; all three must be of one architecture")
-    for name, spec in first.items():
-        shape = other[name].shape
-        if shape[1:] != spec.shape[1:] or shape[0] > spec.shape[0]:
-            raise CheckpointError(f"{name} is {shape} in {other_folder} and {spec.shape} in {folder}; they share no base")
-
-
-def _is_written(path: Path) -> bool:
-    """Whether the file is one that `write_checkpoint` writes, or belongs to a run, which a merge is not."""
-    return (
-        path.name in ("config.json", "metrics.jsonl", "loss.png")
-        or path.suffix == ".safetensors"
-        or path.name.endswith(".safetensors.index.json")
-    )

@@ -68,15 +68,18 @@ def smoothed(values: Iterable[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def plot_run(records: list[MetricRecord], path: Path) -> Path:
-    """Draw loss (raw, smoothed, validation) and block size over tokens as a PNG."""
+def plot_run(folder: Path) -> Path | None:
+    """Draw loss (raw, smoothed, validation) and block size over tokens in `loss.png`; None before the first step."""
+    records = read_metrics(folder / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    valid = [r for r in records if r["kind"] == "validation"]
+    if not train:
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [r for r in records if r["kind"] == "train"]
-    valid = [r for r in records if r["kind"] == "validation"]
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, height_ratios=(3, 1), figsize=(8, 5), constrained_layout=True)
     tokens = [r["tokens"] for r in train]
     top.plot(tokens, [r["loss"] for r in train], color="0.8", linewidth=0.8, label="NELBO, batch")
@@ -92,6 +95,6 @@ def plot_run(records: list[MetricRecord], path: Path) -> Path:
     bottom.set_yscale("log", base=2)
     bottom.set_ylabel("block size")
     bottom.set_xlabel("tokens")
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
-    return path
+    return folder / "loss.png"

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-LearningRateSchedule = Literal["constant", "cosine", "linear"]
+from unmask.train.sections import TrainSection
+
+_STATE_NAMES = {"step": "step", "exp_avg": "moment1", "exp_avg_sq": "moment2"}
+"""Torch's names of AdamW's state, and those in a checkpoint."""
 
 
 class MasterAdamW:
@@ -28,28 +31,16 @@ class MasterAdamW:
         for name, parameter in named:
             if not parameter.requires_grad:
                 continue
-            if parameter.dtype == torch.float32:
-                self._pairs[name] = (parameter, parameter)
-            else:
-                master = nn.Parameter(parameter.detach().float().clone())
-                self._pairs[name] = (parameter, master)
-                parameter.register_post_accumulate_grad_hook(self._hook(master))
-        masters = [master for _, master in self._pairs.values()]
+            master = parameter
+            if parameter.dtype != torch.float32:
+                master = nn.Parameter(parameter.detach().float())
+                parameter.register_post_accumulate_grad_hook(partial(_collect, master))
+            self._pairs[name] = (parameter, master)
         groups = [
-            {"params": [m for m in masters if m.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in masters if m.ndim < 2], "weight_decay": 0.0},
+            {"params": [master for master in self.parameters if master.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [master for master in self.parameters if master.ndim < 2], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
-
-    @staticmethod
-    def _hook(master: nn.Parameter):  # type: ignore[no-untyped-def]
-        def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
-
-        return collect
+        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -62,14 +53,14 @@ class MasterAdamW:
 
     def drop_gradients(self) -> None:
         """Discard the accumulated gradients."""
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad()
 
     def step(self, learning_rate: float) -> None:
         """Update the masters, copy them to the model, drop the gradients."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self.drop_gradients()
         with torch.no_grad():
             for parameter, master in self._pairs.values():
                 if parameter is not master:
@@ -79,11 +70,9 @@ class MasterAdamW:
         """State for a resumed run, by name: `master.*`, `moment1.*`, `moment2.*`, `step.*`."""
         tensors: dict[str, Tensor] = {}
         for name, (_, master) in self._pairs.items():
-            state = self._adamw.state.get(master)
             tensors[f"master.{name}"] = master.detach()
-            if state:
-                tensors[f"moment1.{name}"], tensors[f"moment2.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-                tensors[f"step.{name}"] = state["step"]
+            state = self._adamw.state.get(master, {})
+            tensors |= {f"{_STATE_NAMES[key]}.{name}": tensor for key, tensor in state.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -93,27 +82,27 @@ class MasterAdamW:
                 master.copy_(tensors[f"master.{name}"])
                 if parameter is not master:
                     parameter.copy_(master)
-                if f"moment1.{name}" in tensors:
-                    self._adamw.state[master] = {
-                        "step": tensors[f"step.{name}"].clone(),
-                        "exp_avg": tensors[f"moment1.{name}"].to(master.device).clone(),
-                        "exp_avg_sq": tensors[f"moment2.{name}"].to(master.device).clone(),
+                if f"step.{name}" in tensors:
+                    state = {
+                        key: tensors[f"{saved}.{name}"].to(master.device, copy=True) for key, saved in _STATE_NAMES.items()
                     }
+                    self._adamw.state[master] = state
 
 
-def learning_rate(
-    step: int, progress: float, *, peak: float, warmup_steps: int, schedule: LearningRateSchedule, final_share: float
-) -> float:
-    """Rate of step `step` (from 0) at `progress` in [0, 1] of the token budget.
+def _collect(master: nn.Parameter, parameter: Tensor) -> None:
+    """Move the gradient of a parameter to its master."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.float()
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
 
-    Linear warmup over steps, then constant, or cosine / linear decay over tokens to `final_share` of the peak.
+
+def learning_rate(train: TrainSection, step: int, tokens: int) -> float:
+    """Rate of step `step` (from 0) after `tokens` of the budget `train.tokens`.
+
+    Linear warmup over steps, then constant, or cosine / linear decay over tokens to `final_lr_share` of the peak.
     """
-    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    progress = min(max(progress, 0.0), 1.0)
-    if schedule == "cosine":
-        decay = final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-    elif schedule == "linear":
-        decay = final_share + (1 - final_share) * (1 - progress)
-    else:
-        decay = 1.0
-    return peak * warm * decay
+    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    progress = min(tokens / train.tokens, 1.0)
+    height = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}[train.schedule]
+    return train.learning_rate * warm * (train.final_lr_share + (1 - train.final_lr_share) * height)

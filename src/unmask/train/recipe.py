@@ -85,7 +85,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} holds no mapping; see recipes/ for examples")
     for override in overrides:
-        _set(values, override)
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        try:
+            _set(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+        except ConfigError as error:
+            raise ConfigError(f"override {override!r}: {error}") from error
     return parse_recipe(values, str(path))
 
 
@@ -107,32 +115,19 @@ def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "recipe"
 
 
-def _set(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: write it as section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    *sections, last = key.split(".")
-    target: Any = values
-    for section in sections:
-        if isinstance(target, list):
-            target = target[_index(section, target, override)]
-            continue
-        if target.get(section) is None:
-            target[section] = {}
-        target = target[section]
-        if not isinstance(target, dict | list):
-            raise ConfigError(f"override {override!r}: '{section}' is a value, not a section")
-    if isinstance(target, list):
-        target[_index(last, target, override)] = value
-    else:
-        target[last] = value
-
-
-def _index(text: str, target: list[Any], override: str) -> int:
-    if not text.isdigit() or int(text) >= len(target):
-        raise ConfigError(f"override {override!r}: '{text}' is not an index of a list of {len(target)}")
-    return int(text)
+def _set(section: Any, keys: list[str], value: Any) -> None:
+    """Set the value at the path `keys` below a section or list; absent sections are made."""
+    key, *rest = keys
+    index: str | int = key
+    if isinstance(section, list):
+        if not key.isdigit() or int(key) >= len(section):
+            raise ConfigError(f"'{key}' is not an index of a list of {len(section)}")
+        index = int(key)
+    if not rest:
+        section[index] = value
+        return
+    if isinstance(section, dict) and section.get(key) is None:
+        section[key] = {}
+    if not isinstance(section[index], dict | list):
+        raise ConfigError(f"'{key}' is a value, not a section")
+    _set(section[index], rest, value)

@@ -105,7 +105,9 @@ class RouterMonitor:
             if len(self._kind_N) != len(logits_NE):
                 return None
             if self._counting:
-                self._count(layer, indices_NA)
+                flat_P = (self._kind_N[:, None] * self._num_experts + indices_NA).flatten()
+                counts = torch.bincount(flat_P, minlength=3 * self._num_experts)
+                self._load_KLE[:, layer] += counts.view(3, self._num_experts)
             if self.policy != "aux" or not torch.is_grad_enabled():
                 return None
             scores_NE = logits_NE.sigmoid() * (self._kind_N != PADDING)[:, None]
@@ -113,8 +115,3 @@ class RouterMonitor:
             return self._aux_weight * self._num_experts * (self._share_LE[layer].to(mean_E) * mean_E).sum()
 
         return observe
-
-    def _count(self, layer: int, indices_NA: Tensor) -> None:
-        flat_P = (self._kind_N[:, None] * self._num_experts + indices_NA).flatten()
-        counts = torch.bincount(flat_P, minlength=3 * self._num_experts).view(3, self._num_experts)
-        self._load_KLE[:, layer] += counts

@@ -28,7 +28,7 @@ from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.train.forward import AttentionBackend
 from unmask.train.loop import Components, Trainer
-from unmask.train.metrics import MetricRecord, plot_run, read_metrics
+from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.recipe import Recipe
 from unmask.train.router import RouterMonitor
@@ -78,7 +78,7 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    if not resume and holds_run(out):
+    if not resume and (list_checkpoints(out) or (out / "config.json").exists()):
         raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
     components = build_components(recipe)
     trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
@@ -86,18 +86,13 @@ def run_recipe(
     try:
         finished = trainer.fit()
     finally:
-        plot = _plot(out)
+        plot = plot_run(out)
     if finished:
         save_model(components.model, components.tokenizer, out)
         if recipe.train.lora is not None:
             save_adapter(components.model, out / ADAPTER, base=recipe.model)
             components.tokenizer.save(out / ADAPTER)
     return RunResult(finished, out, plot, trainer.step, trainer.tokens, components.packer.stats.summary)
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run was started in this folder, or has left its model there."""
-    return bool(list_checkpoints(folder)) or (folder / "config.json").exists()
 
 
 def build_components(recipe: Recipe) -> Components:
@@ -113,26 +108,16 @@ def build_components(recipe: Recipe) -> Components:
         tokenizer.set_start_token(model.config.start_id)
     model = _gated_lora(model, train)
     if train.lora is not None:
-        attach_lora(
-            model,
-            rank=train.lora.rank,
-            alpha=train.lora.alpha,
-            seed=train.seed,
-            train_embedding=train.lora.train_embedding,
-        )
+        attach_lora(model, seed=train.seed, **train.lora.model_dump())
     model.activation_checkpointing = train.activation_checkpointing
     model.train()
     router = _router(model, train)
-    setting = Setting(model, train, _backend(train, device), router, mask_id, reference)
-    return Components(
-        model=model,
-        objective=recipe.objective.build(setting),
-        router=router,
-        packer=_packer(recipe, tokenizer, held_out=False),
-        validation=_validation_rows(recipe, tokenizer),
-        recipe=recipe,
-        tokenizer=tokenizer,
-    )
+    backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
+    if train.attention != "auto":
+        backend = train.attention
+    objective = recipe.objective.build(Setting(model, train, backend, router, mask_id, reference))
+    packer, validation = _packer(recipe, tokenizer, held_out=False), _validation_rows(recipe, tokenizer)
+    return Components(model, objective, router, packer, validation, recipe, tokenizer)
 
 
 def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:
@@ -241,17 +226,3 @@ def _validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> PackedRows | None:
         return None
     rows = _packer(recipe, tokenizer, held_out=True).next_rows(recipe.data.validation_rows)
     return rows if rows.num_rows else None
-
-
-def _backend(train: TrainSection, device: str) -> AttentionBackend:
-    if train.attention != "auto":
-        return train.attention
-    return "flex" if device.startswith("cuda") else "blocked"
-
-
-def _plot(out: Path) -> Path | None:
-    """Draw the run so far; None before its first step."""
-    records = read_metrics(out / "metrics.jsonl")
-    if not any(record["kind"] == "train" for record in records):
-        return None
-    return plot_run(records, out / "loss.png")

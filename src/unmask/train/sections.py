@@ -13,7 +13,6 @@ from unmask.data.packing import Overlong
 from unmask.data.sources import SourceConfig
 from unmask.diffusion.blocks import BlockSchedule, wsd_schedule
 from unmask.errors import ConfigError
-from unmask.train.optim import LearningRateSchedule
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
@@ -85,7 +84,7 @@ class TrainSection(Section):
     micro_rows: Positive = 2
     learning_rate: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(20, ge=0)
-    schedule: LearningRateSchedule = "cosine"
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
     final_lr_share: float = Field(0.1, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)

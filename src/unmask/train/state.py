@@ -36,11 +36,6 @@ class TrainState:
     format: int = FORMAT
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
-    return run / "checkpoints" / f"step-{step:07d}"
-
-
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").exists())
@@ -67,7 +62,7 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints stay untouched.
     """
-    final = checkpoint_path(run, state.step)
+    final = run / "checkpoints" / f"step-{state.step:07d}"
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,14 +19,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
-from unmask.diffusion.corrupt import Stream
-from unmask.diffusion.objectives import nelbo, token_nll
+from unmask.diffusion.corrupt import Stream, embedding_noise
+from unmask.diffusion.objectives import TokenScores, nelbo, token_nll, token_scores
 from unmask.models.arch.transformer import Transformer
-from unmask.train.forward import AttentionBackend, MaskNoise, predicted_hidden
+from unmask.train.forward import AttentionBackend, predicted_hidden
 from unmask.train.router import RouterMonitor
 from unmask.train.sections import DataSection, Section, TrainSection
 
@@ -92,33 +93,46 @@ class Setting:
         for start in range(0, rows.num_rows, size):
             yield rows.rows(start, start + size).to(self.model.embed.weight.device)
 
-    def hidden(self, stream: Stream, noise: MaskNoise | None = None, *, watched: bool = True) -> Tensor:
-        """Hidden states [N, D] of the predictions; only `watched` forward passes count in the routers' load."""
-        return predicted_hidden(self.model, stream, self.backend, noise, self.router if watched else None)
+    def nll(self, stream: Stream, noise_norm: float = 0.0) -> Tensor:
+        """Negative log-likelihood [N] (float32, nats) of the targets, with noise of this norm on masked embeddings."""
+        return token_nll(self.model.head, self._hidden(stream, noise_norm), stream.target_N, self.mask_id)
 
-    def nll(self, stream: Stream, noise: MaskNoise | None = None, *, watched: bool = True) -> Tensor:
-        """Negative log-likelihood [N] (float32, nats) of the targets, with gradient."""
-        return token_nll(self.model.head, self.hidden(stream, noise, watched=watched), stream.target_N, self.mask_id)
+    def scores(self, stream: Stream, noise_norm: float = 0.0, *, temperature: float = 1.0) -> TokenScores:
+        """Scores of the predictions: likelihood, entropy at `temperature`, confidence."""
+        hidden_ND = self._hidden(stream, noise_norm)
+        return token_scores(self.model.head, hidden_ND, stream.target_N, self.mask_id, temperature=temperature)
+
+    def _hidden(self, stream: Stream, noise_norm: float) -> Tensor:
+        """Hidden states [N, D] of the predictions; only forward passes with gradient count in the routers' load."""
+        noise_BTD = None
+        if noise_norm > 0:
+            assert self.mask_id is not None
+            noise_BTD = embedding_noise(stream, self.mask_id, self.model.config.hidden_size, noise_norm, self.train.seed)
+        router = self.router if torch.is_grad_enabled() else None
+        return predicted_hidden(self.model, stream, self.backend, noise_BTD, router)
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedNll(MicroBatch):
-    """A loss of one term, `sum_i weight_i nll_i / count`, over the predictions of a stream."""
+    """A loss of one term, `sum_i weight_i nll_i / count`, over the predictions of a stream.
+
+    `noise_norm` is that of the mask-embedding noise; None: without, and not logged.
+    """
 
     setting: Setting
     stream: Stream
     count: float
-    noise: MaskNoise | None = None
+    noise_norm: float | None = None
 
     def counts(self) -> tuple[float, ...]:
         return (self.count,)
 
     def forward(self) -> Output:
-        nll_N = self.setting.nll(self.stream, self.noise)
+        nll_N = self.setting.nll(self.stream, self.noise_norm or 0.0)
         return Output((LossTerm(nelbo(nll_N, self.stream.weight_N), self.count),), self._noise_figure())
 
     def _noise_figure(self) -> dict[str, Figure]:
-        return {} if self.noise is None else {"mask_noise": Figure(self.noise.norm, 1)}
+        return {} if self.noise_norm is None else {"mask_noise": Figure(self.noise_norm, 1)}
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 Owns pre-training and supervised fine-tuning, which differ by data, bandwidth and block sizes only.
 
-Legend: N predictions, D hidden.
+Legend: N predictions.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import corrupt
-from unmask.diffusion.objectives import TokenScores, confidence_loss, nelbo, token_scores
+from unmask.diffusion.objectives import TokenScores, nelbo
 from unmask.errors import ConfigError
-from unmask.train.forward import MaskNoise
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, WeightedNll
 from unmask.train.objectives.masking import MaskingSection, held_out_nelbo
 from unmask.train.sections import DataSection, Section, TrainSection
@@ -85,41 +83,35 @@ class DenoiseObjective(Objective):
         self._initial_noise = float(embedding.norm(dim=1).mean()) * masks.mask_noise_scale
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
-        setting = self.setting
-        assert setting.mask_id is not None
+        setting, steps = self.setting, self._masks.mask_noise_steps
         config = self._masks.corruption(
             setting, phase, complementary=self._masks.complementary, ar_loss_weight=self._ar_loss_weight
         )
         stream = corrupt(rows, config, setting.train.seed)
-        noise = MaskNoise(self._noise_norm(step), setting.train.seed, setting.mask_id)
+        # Linear decay to zero. Source: LLaDA2.0 section 3; scale and length are ours.
+        noise_norm = self._initial_noise * max(0.0, 1 - step / steps) if steps else 0.0
         if self._cap is None:
-            return WeightedNll(setting, stream, stream.num_maskable, noise)
-        return CapBatch(setting, stream, stream.num_maskable, noise, cap=self._cap)
+            return WeightedNll(setting, stream, stream.num_maskable, noise_norm)
+        return CapBatch(setting, stream, stream.num_maskable, noise_norm, cap=self._cap)
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         return held_out_nelbo(self.setting, rows, phase)
 
-    def _noise_norm(self, step: int) -> float:
-        """Expected norm of the mask-embedding noise: linear decay to zero.
-
-        Source: LLaDA2.0 section 3; scale and length are ours.
-        """
-        steps = self._masks.mask_noise_steps
-        return self._initial_noise * max(0.0, 1 - step / steps) if steps else 0.0
-
 
 @dataclass(frozen=True, eq=False)
 class CapBatch(WeightedNll):
-    """NELBO, and `lambda` times the mean entropy of the masked positions whose most probable token is correct.
+    """NELBO, and `lambda` times the mean entropy of the masked positions whose most probable token is correct (`L_conf`).
 
     The count of the second term, correct predictions, is known only after a forward pass: `counts` runs one without gradient.
+
+    Source: LLaDA2.0 section 4.2 (confidence-aware parallel training).
     """
 
     cap: CapSection = field(kw_only=True)
 
     def counts(self) -> tuple[float, ...]:
         with torch.no_grad():
-            masked = self._scores(watched=False).first(self.stream.num_masked)
+            masked = self._scores().first(self.stream.num_masked)
         return (self.count, int(masked.correct_N.sum()))
 
     def forward(self) -> Output:
@@ -127,17 +119,12 @@ class CapBatch(WeightedNll):
         masked = scores.first(self.stream.num_masked)
         terms = (
             LossTerm(nelbo(scores.nll_N, self.stream.weight_N), self.count),
-            LossTerm(self.cap.weight * confidence_loss(masked.entropy_N), int(masked.correct_N.sum())),
+            LossTerm(self.cap.weight * masked.entropy_N.sum(), int(masked.correct_N.sum())),
         )
         return Output(terms, {**self._confidence_figures(masked), **self._noise_figure()})
 
-    def _scores(self, *, watched: bool = True) -> TokenScores:
-        setting = self.setting
-        assert setting.mask_id is not None
-        hidden_ND: Tensor = setting.hidden(self.stream, self.noise, watched=watched)
-        return token_scores(
-            setting.model.head, hidden_ND, self.stream.target_N, setting.mask_id, temperature=self.cap.temperature
-        )
+    def _scores(self) -> TokenScores:
+        return self.setting.scores(self.stream, self.noise_norm or 0.0, temperature=self.cap.temperature)
 
     def _confidence_figures(self, scores: TokenScores) -> dict[str, Figure]:
         """Figures of predictions: how many are correct, how sure the model is of those, and how many it is confident of.

@@ -17,7 +17,6 @@ from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.drafts import DraftConfig, draft_stream
-from unmask.diffusion.objectives import token_scores
 from unmask.errors import ConfigError
 from unmask.train.objectives.base import Figure, MicroBatch, Objective, Setting, WeightedNll
 from unmask.train.objectives.denoise import DenoiseObjective, RandomMaskSection
@@ -30,16 +29,10 @@ class DraftSection(RandomMaskSection):
     kind: Literal["draft"] = "draft"
     cuts: Positive = Field(2, description="ways of cutting each row into blocks, evenly apart; they share its clean copy")
     decay: float = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="weight of a draft token relative to the one before, without which it is not accepted",
+        0.9, gt=0, le=1, description="weight of a draft token relative to the one before, without which it is not accepted"
     )
     denoise_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of the steps that denoise random masks instead, drawn as the other keys say",
+        0.0, ge=0, lt=1, description="share of the steps that denoise random masks instead, drawn as the other keys say"
     )
 
     def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
@@ -78,11 +71,8 @@ class DraftObjective(Objective):
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         """`nelbo`: nats per draft token, unweighted; `accepted_length`: mean number of correct drafts of a block."""
-        setting = self.setting
-        assert setting.mask_id is not None
         stream = draft_stream(rows, self._layout(phase, 1))
-        hidden_ND = setting.hidden(stream, watched=False)
-        scores = token_scores(setting.model.head, hidden_ND, stream.target_N, setting.mask_id)
+        scores = self.setting.scores(stream)
         lengths = accepted_lengths(stream, scores.correct_N)
         return {
             "nelbo": Figure(float(scores.nll_N.sum()), stream.num_maskable),

@@ -24,8 +24,7 @@ class MaskingSection(ObjectiveSection):
     bandwidth: tuple[float, float] = (0.0, 1.0)
     sampling: Literal["bernoulli", "fixed_count"] = "fixed_count"
     mask_samples: Positive = Field(
-        1,
-        description="masks, or complementary pairs, per row; they share its clean copy: cheap where answers are short",
+        1, description="masks, or complementary pairs, per row; they share its clean copy: cheap where answers are short"
     )
 
     @model_validator(mode="after")
@@ -53,7 +52,7 @@ def held_out_nelbo(setting: Setting, rows: PackedRows, phase: Phase) -> dict[str
     start_id = setting.model.config.start_id
     config = CorruptionConfig(setting.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=start_id)
     stream = corrupt(rows, config, VALIDATION_SEED)
-    nll_N = setting.nll(stream, watched=False)
+    nll_N = setting.nll(stream)
     figures = {"nelbo": Figure(float(nelbo(nll_N, stream.weight_N)), stream.num_maskable)}
     quarter_N = (stream.t_N * 4).ceil().clamp(1, 4).long().cpu()
     for quarter in range(1, 5):

@@ -36,4 +36,4 @@ class NextTokenObjective(Objective):
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         stream = next_token_stream(rows)
-        return {"nelbo": Figure(float(self.setting.nll(stream, watched=False).sum()), stream.num_maskable)}
+        return {"nelbo": Figure(float(self.setting.nll(stream).sum()), stream.num_maskable)}

@@ -5,7 +5,7 @@ Legend: R rows, N predictions, P pairs (R = 2P: chosen and rejected alternate), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import Stream, corrupt
-from unmask.diffusion.objectives import elbo_gains, preference_loss, token_nll
+from unmask.diffusion.objectives import elbo_gains, preference_loss
 from unmask.errors import ConfigError
-from unmask.train.forward import predicted_hidden
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
 from unmask.train.objectives.masking import VALIDATION_SEED, MaskingSection, held_out_nelbo
 from unmask.train.sections import DataSection, Positive, TrainSection
@@ -61,18 +60,18 @@ class PreferenceObjective(Objective):
         self._section = section
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> PreferenceBatch:
-        return self._batch(rows, phase, self.setting.train.seed, watched=True)
+        return self._batch(rows, phase, self.setting.train.seed)
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
-        output = self._batch(rows, phase, VALIDATION_SEED, watched=False).forward()
+        output = self._batch(rows, phase, VALIDATION_SEED).forward()
         (loss,) = output.terms
         losses = {"preference_loss": Figure(float(loss.sum), loss.count)}
         return {**held_out_nelbo(self.setting, rows, phase), **losses, **output.figures}
 
-    def _batch(self, rows: PackedRows, phase: Phase, seed: int, *, watched: bool) -> PreferenceBatch:
+    def _batch(self, rows: PackedRows, phase: Phase, seed: int) -> PreferenceBatch:
         config = self._section.corruption(self.setting, phase)
         shape = (rows.num_rows, config.num_copies)
-        return PreferenceBatch(self.setting, corrupt(rows, config, seed), shape, self._section.beta, watched)
+        return PreferenceBatch(self.setting, corrupt(rows, config, seed), shape, self._section.beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,6 @@ class PreferenceBatch(MicroBatch):
     stream: Stream
     shape: tuple[int, int]
     beta: float
-    watched: bool
 
     def counts(self) -> tuple[float, ...]:
         return (self.shape[0] // 2,)
@@ -98,9 +96,8 @@ class PreferenceBatch(MicroBatch):
         setting, stream, reference = self.setting, self.stream, self.setting.reference
         assert reference is not None
         with torch.no_grad(), reference.context():
-            hidden_ND = predicted_hidden(reference.model, stream, setting.backend)
-            reference_N = token_nll(reference.model.head, hidden_ND, stream.target_N, setting.mask_id)
-        policy_N = setting.nll(stream, watched=self.watched)
+            reference_N = replace(setting, model=reference.model).nll(stream)
+        policy_N = setting.nll(stream)
         sample_N = stream.index.copy_BT[stream.predict] - 1
         gain_RS = elbo_gains(policy_N, reference_N, stream.weight_N, stream.predict[0], sample_N, self.shape)
         return gain_RS[0::2] - gain_RS[1::2]

@@ -11,8 +11,5 @@ from unmask.train.objectives.draft import DraftSection
 from unmask.train.objectives.next_token import NextTokenSection
 from unmask.train.objectives.preference import PreferenceSection
 
-AnyObjective = Annotated[
-    DenoiseSection | NextTokenSection | DraftSection | PreferenceSection,
-    Field(discriminator="kind"),
-]
+AnyObjective = Annotated[DenoiseSection | NextTokenSection | DraftSection | PreferenceSection, Field(discriminator="kind")]
 """The `objective` section of a recipe; `kind` says which one it is."""
