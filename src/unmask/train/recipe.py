@@ -15,7 +15,9 @@ from pydantic import Field, ValidationError, model_validator
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.errors import ConfigError
 from unmask.train.objectives.denoise import DenoiseSection
-from unmask.train.objectives.registry import AnyObjective
+from unmask.train.objectives.draft import DraftSection
+from unmask.train.objectives.next_token import NextTokenSection
+from unmask.train.objectives.preference import PreferenceSection
 from unmask.train.sections import DataSection, Positive, ScheduleSection, Section, TrainSection
 
 
@@ -38,7 +40,9 @@ class Recipe(Section):
     decode_block_size: Positive = 32
     data: DataSection
     schedule: ScheduleSection | None = None
-    objective: AnyObjective = DenoiseSection()
+    objective: DenoiseSection | NextTokenSection | DraftSection | PreferenceSection = Field(
+        DenoiseSection(), discriminator="kind"
+    )
     train: TrainSection
 
     @property

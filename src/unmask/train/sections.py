@@ -16,7 +16,6 @@ from unmask.errors import ConfigError
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -40,7 +39,7 @@ class PhaseSection(Section):
     """A phase of warmup or decay: a block size and its share of the tokens."""
 
     block_size: Positive
-    share: Share
+    share: float = Field(gt=0)
 
 
 class ScheduleSection(Section):

@@ -151,7 +151,7 @@ class Objective(ABC):
 
 
 class ObjectiveSection(Section, ABC):
-    """Base class of the objectives' recipe sections. Each has a `kind` of its own and is listed in `objectives.registry`."""
+    """Base class of the objectives' recipe sections. Each has a `kind` of its own and is listed in `Recipe.objective`."""
 
     autoregressive: ClassVar[bool] = False
     """The model is trained as the autoregressive one it is: no mask token, no blocks."""
