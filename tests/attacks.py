@@ -1,7 +1,7 @@
 """Programs that try to get out of the sandbox, and how each must end.
 
 Each gets a JSON object on stdin: `secret` (a file anybody may read), `outside` (a folder anybody may write to), `port` (a
-listener on loopback), `victim` (a process). "passed" means that the wall held: the program itself asserts that.
+listener on loopback), `victim` (a process). "passed" means that it did not get out: the program itself asserts that.
 """
 
 from typing import NamedTuple

@@ -14,16 +14,16 @@ class ListStream:
     """The given documents once, with ordinals 0, 1, ... and epochs 0, 0, 0, 1, 1, 1, ..."""
 
     documents: list[Document]
-    place: int = 0
+    position: int = 0
 
     def __next__(self) -> Sample:
-        if self.place == len(self.documents):
+        if self.position == len(self.documents):
             raise StopIteration
-        self.place += 1
-        return Sample(epoch=(self.place - 1) // 3, ordinal=self.place - 1, document=self.documents[self.place - 1])
+        self.position += 1
+        return Sample(epoch=(self.position - 1) // 3, ordinal=self.position - 1, document=self.documents[self.position - 1])
 
     def state_dict(self) -> State:
-        return {"place": self.place}
+        return {"position": self.position}
 
     def load_state_dict(self, state: State) -> None:
-        self.place = state["place"]
+        self.position = state["position"]

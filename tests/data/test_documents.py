@@ -16,7 +16,7 @@ class CountingSource:
     """Documents [tag, 0], [tag, 1], ... over and over."""
 
     def __init__(self, tag: int, length: int) -> None:
-        self.tag, self.length, self.place = tag, length, 0
+        self.tag, self.length, self.position = tag, length, 0
 
     @property
     def name(self) -> str:
@@ -24,18 +24,18 @@ class CountingSource:
 
     @property
     def epoch(self) -> int:
-        return self.place // self.length
+        return self.position // self.length
 
     def next_document(self) -> Document:
-        tokens = np.array([self.tag, self.place % self.length], dtype=np.int32)
-        self.place += 1
+        tokens = np.array([self.tag, self.position % self.length], dtype=np.int32)
+        self.position += 1
         return Document(tokens=tokens, maskable=np.ones(2, dtype=np.bool_))
 
     def state_dict(self) -> State:
-        return {"place": self.place}
+        return {"position": self.position}
 
     def load_state_dict(self, state: State) -> None:
-        self.place = state["place"]
+        self.position = state["position"]
 
 
 def take(stream: DocumentStream, count: int) -> list[tuple[int, int, list[int]]]:

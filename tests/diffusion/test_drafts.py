@@ -52,7 +52,7 @@ def expected_places(rows: Rows, config: DraftConfig) -> dict[tuple[int, ...], fl
 
 @torch.no_grad()
 def of_single_blocks(model: Transformer, rows: Rows, config: DraftConfig) -> dict[tuple[int, ...], float]:
-    """One forward a block, as the engine makes it: causal rows up to the first unknown token, open ones behind read masks."""
+    """One forward a block, as in the engine: verify tokens up to the first unknown one, then draft tokens, which read masks."""
     found: dict[tuple[int, ...], float] = {}
     for identity, at, row in rows.places():
         tokens = rows.tokens_RL[row, at].tolist()

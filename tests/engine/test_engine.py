@@ -127,7 +127,7 @@ def test_run_aborts_all_when_one_is_impossible() -> None:
 
 
 def test_the_cache_is_no_larger_than_all_that_runs_can_fill() -> None:
-    """Or a tiny model would get millions of pages, and every allocation would look through them."""
+    """Or a tiny model would get millions of cache blocks, and every allocation would look through them."""
     engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, max_num_seqs=3)
     assert engine.pool.num_cache_blocks * 4 == 3 * MODEL.config.max_positions
     assert (

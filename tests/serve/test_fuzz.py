@@ -1,4 +1,4 @@
-"""Bodies, headers and bytes that nobody in his right mind would send: never a 5xx, never a page lost, always an answer."""
+"""Malformed bodies, headers and bytes: never a 5xx, no cache block leaks, always an answer."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SlowModel:
 
 
 def last_event(told: bytes) -> str:
-    """What the last chunk of a stream held."""
+    """The content of the last chunk of a stream."""
     return told.removesuffix(b"\r\n0\r\n\r\n").rpartition(b"data: ")[2].decode().strip()
 
 

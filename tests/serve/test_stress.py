@@ -102,7 +102,7 @@ IDLE = {"Server.serve", "LifespanOn.main", "Runner.run"}
 
 @contextmanager
 def clean(it: Live) -> Iterator[None]:
-    """Afterwards everything is as it was: pages, tasks, connections, places in the queue."""
+    """Afterwards everything is as it was: cache blocks, tasks, connections, places in the queue."""
     yield
     soon(lambda: it.worker.state == "ready")
     it.wait_idle(30)

@@ -1,4 +1,4 @@
-"""Gated updates: rows that are not open compute what the parent does, to the bit, and open rows alone learn."""
+"""Gated LoRA: clean rows compute what the parent does, to the bit, and noisy rows alone learn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTH, CONTEXT = 14, 9
 # Behind its context the first sequence denoises; the second is all context, and so has no mask.
 TOKENS = torch.arange(2 * LENGTH).reshape(2, LENGTH)
 TOKENS[0, [10, 11, 13]] = MASK
-OPEN = torch.stack((torch.arange(LENGTH) >= CONTEXT, torch.zeros(LENGTH, dtype=torch.bool)))
+NOISY = torch.stack((torch.arange(LENGTH) >= CONTEXT, torch.zeros(LENGTH, dtype=torch.bool)))
 
 
 def shifted(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
@@ -44,7 +44,7 @@ def gated(family: str = "llama", rope: RopeConfig = RopeConfig()) -> Transformer
     return perturb(add_gated_lora(shifted(family, rope=rope), 3, seed=0))
 
 
-def outputs(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | None = OPEN) -> Tensor:
+def outputs(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | None = NOISY) -> Tensor:
     """Logits; context is read causally, what is behind it as one block."""
     positions_BT = torch.arange(LENGTH).expand_as(tokens_BT)
     mask = block_causal_mask(LENGTH, LENGTH, LENGTH, context=CONTEXT)[None]
@@ -52,7 +52,7 @@ def outputs(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | N
 
 
 @torch.no_grad()
-def logits(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | None = OPEN) -> Tensor:
+def logits(model: Transformer, tokens_BT: Tensor = TOKENS, noisy_BT: Tensor | None = NOISY) -> Tensor:
     return outputs(model, tokens_BT, noisy_BT)
 
 
@@ -80,8 +80,8 @@ def test_closed_rows_never_change_and_open_rows_start_unchanged(family: str, dty
     assert {parameter.dtype for parameter in child.parameters()} == {dtype}
     assert torch.equal(logits(child), before)
     after = logits(perturb(child))
-    assert torch.equal(after[~OPEN], before[~OPEN])
-    assert ((after - before)[OPEN].abs().amax(-1) > 0.1).all()
+    assert torch.equal(after[~NOISY], before[~NOISY])
+    assert ((after - before)[NOISY].abs().amax(-1) > 0.1).all()
     assert torch.equal(logits(child, TOKENS[1:], None), plain)
 
 
@@ -137,10 +137,10 @@ def test_only_updates_and_the_mask_vector_learn_and_only_from_open_rows(family: 
     for again in (False, True):
         model = train_gated_lora(child.requires_grad_(True)) if again else child
         assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == updates
-    of_open, of_closed = gradients(child, OPEN), gradients(child, ~OPEN)
-    assert {name for name, gradient in of_open.items() if gradient is not None} == updates
-    assert all(gradient.count_nonzero() > 0 for gradient in of_open.values() if gradient is not None)
-    assert all(gradient.count_nonzero() == 0 for gradient in of_closed.values() if gradient is not None)
+    of_noisy, of_clean = gradients(child, NOISY), gradients(child, ~NOISY)
+    assert {name for name, gradient in of_noisy.items() if gradient is not None} == updates
+    assert all(gradient.count_nonzero() > 0 for gradient in of_noisy.values() if gradient is not None)
+    assert all(gradient.count_nonzero() == 0 for gradient in of_clean.values() if gradient is not None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +149,7 @@ def test_learning_leaves_the_parents_weights_alone(family: str) -> None:
     before = copy.deepcopy(parent.state_dict())
     child = add_gated_lora(parent, 3, seed=0)
     optimizer = torch.optim.SGD([parameter for parameter in child.parameters() if parameter.requires_grad], lr=0.1)
-    assert gradients(child, OPEN)["mask_vector"] is not None
+    assert gradients(child, NOISY)["mask_vector"] is not None
     optimizer.step()
     for model in (parent, child):
         state = model.state_dict()
@@ -168,9 +168,9 @@ def test_the_seed_decides_what_updates_read() -> None:
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
     child = gated("qwen2")
-    plain = gradients(child, OPEN)
+    plain = gradients(child, NOISY)
     child.activation_checkpointing = True
-    for name, gradient in gradients(child, OPEN).items():
+    for name, gradient in gradients(child, NOISY).items():
         expected = plain[name]
         assert (gradient is None) == (expected is None)
         assert gradient is None or expected is None or torch.equal(gradient, expected)

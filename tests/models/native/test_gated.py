@@ -1,4 +1,4 @@
-"""The kernels' gated LoRA: open rows against torch, and closed rows against the packed parent, to the bit."""
+"""The kernels' gated LoRA: noisy rows against torch, and clean rows against the packed parent, to the bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.native.test_packed import SLOTS, exactly_summed, new_store, plain_attend, run_with_threads
+from models.native.test_packed import SLOTS, exactly_summed, new_kv_cache, plain_attend, run_with_threads
 from tiny import MASK, row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.batch import Batch, SequenceSlice
@@ -27,7 +27,7 @@ MODELS = {
     "qwen3": (52, {"family": "qwen3", "hidden_size": 67, "num_heads": 3, "num_kv_heads": 3, "head_dim": 10}),
     "biased": (16, {"family": "llama", "out_bias": True, "mlp_bias": True, "qkv_bias": True, "ffn_size": 128}),
 }
-# (tokens, past, open, block size, slots)
+# (tokens, past, noisy, block size, slots)
 Part = tuple[Sequence[int], int, bool, int, Sequence[int]]
 
 
@@ -89,11 +89,11 @@ def batch_of(*parts: Part) -> Batch:
     return Batch.build(slices, 1, "cpu")
 
 
-def closed(tokens: Sequence[int], past: int, slots: Sequence[int]) -> Part:
+def clean(tokens: Sequence[int], past: int, slots: Sequence[int]) -> Part:
     return tokens, past, False, 1, slots
 
 
-def opened(tokens: Sequence[int], past: int, slots: Sequence[int], block_size: int = 2**40) -> Part:
+def noisy(tokens: Sequence[int], past: int, slots: Sequence[int], block_size: int = 2**40) -> Part:
     return tokens, past, True, block_size, slots
 
 
@@ -109,9 +109,9 @@ def slots_of(*counts: int) -> list[list[int]]:
     return [[order.pop() for _ in range(count)] for count in counts]
 
 
-def plain_forward(model: Transformer, batch: Batch, store: Tensor, noisy_T: Tensor) -> Tensor:
+def plain_forward(model: Transformer, batch: Batch, kv_cache: Tensor, noisy_T: Tensor) -> Tensor:
     hidden_BTD: Tensor = model(
-        batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, store), noisy_BT=noisy_T[None]
+        batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, kv_cache), noisy_BT=noisy_T[None]
     )
     return hidden_BTD.squeeze(0)
 
@@ -124,11 +124,11 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
     packed = NativeBackend(child, bits, any_kernels, rotate=False)
     a, b, c, d = slots_of(14, 21, 50, 80)
     batch = batch_of(
-        opened(text(3, masks=True), 0, a), closed(text(21), 0, b), closed(text(9), 0, c), opened(text(41, masks=True), 9, c),
-        opened(text(1), 3, a), closed(text(15), 0, d), opened(text(64, masks=True), 15, d, 16),
+        noisy(text(3, masks=True), 0, a), clean(text(21), 0, b), clean(text(9), 0, c), noisy(text(41, masks=True), 9, c),
+        noisy(text(1), 3, a), clean(text(15), 0, d), noisy(text(64, masks=True), 15, d, 16),
     )  # fmt: skip
-    store, plain = new_store(child.config), new_store(child.config)
-    hidden, gated = packed.forward(batch, store), batch.is_noisy_T
+    kv_cache, plain = new_kv_cache(child.config), new_kv_cache(child.config)
+    hidden, gated = packed.forward(batch, kv_cache), batch.is_noisy_T
     reference = rounded(child, bits)
     expected = plain_forward(reference, batch, plain, gated)
     errors = row_errors(hidden, expected)
@@ -136,7 +136,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
         assert which.median() < 1e-5
         assert (which > 1e-4).float().mean() < 0.1
         assert which.max() < 5e-2
-    written = (x.transpose(2, 3).flatten(3)[:, :, a[:4] + b + c + d[:79]] for x in (store, plain))
+    written = (x.transpose(2, 3).flatten(3)[:, :, a[:4] + b + c + d[:79]] for x in (kv_cache, plain))
     assert row_errors(*written).max() < 1e-4
     # The updates are no small part of it.
     unopened = plain_forward(reference, batch, plain, torch.zeros_like(gated))
@@ -150,9 +150,9 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
     """Rotated or not, what is left is the error of rounding."""
     child = child_of(name, parent_of(name))
     packed, (slots,) = NativeBackend(child, bits, kernels, rotate=rotate), slots_of(64)
-    batch = batch_of(closed(text(24), 0, slots), opened(text(40, masks=True), 24, slots))
-    logits = packed.logits(packed.forward(batch, new_store(child.config)))
-    expected = child.head(plain_forward(child, batch, new_store(child.config), batch.is_noisy_T))
+    batch = batch_of(clean(text(24), 0, slots), noisy(text(40, masks=True), 24, slots))
+    logits = packed.logits(packed.forward(batch, new_kv_cache(child.config)))
+    expected = child.head(plain_forward(child, batch, new_kv_cache(child.config), batch.is_noisy_T))
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
@@ -160,24 +160,24 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
-    """Alone, and with open rows before, between and behind them, some of their own sequence."""
+    """Alone, and with noisy rows before, between and behind them, some of their own sequence."""
     parent = parent_of(name)
     packed, packed_parent = (NativeBackend(model, bits, kernels, rotate=rotate) for model in (child_of(name, parent), parent))
     a, b, c, d = slots_of(50, 17, 33, 8)
-    parts = closed(text(40), 0, a), closed(text(1), 0, b), closed(text(16), 1, b), closed(text(25), 0, c)
-    store = new_store(parent.config)
-    expected = packed_parent.forward(batch_of(*parts), store)
-    alone = new_store(parent.config)
+    parts = clean(text(40), 0, a), clean(text(1), 0, b), clean(text(16), 1, b), clean(text(25), 0, c)
+    kv_cache = new_kv_cache(parent.config)
+    expected = packed_parent.forward(batch_of(*parts), kv_cache)
+    alone = new_kv_cache(parent.config)
     assert torch.equal(packed.forward(batch_of(*parts), alone), expected)
-    assert torch.equal(alone, store)
-    together, batch = new_store(parent.config), batch_of(
-        opened(text(8, masks=True), 0, d), parts[0], opened(text(9, masks=True), 40, a), *parts[1:],
-        opened(text(5, masks=True), 25, c),
+    assert torch.equal(alone, kv_cache)
+    together, batch = new_kv_cache(parent.config), batch_of(
+        noisy(text(8, masks=True), 0, d), parts[0], noisy(text(9, masks=True), 40, a), *parts[1:],
+        noisy(text(5, masks=True), 25, c),
     )  # fmt: skip
     hidden = packed.forward(batch, together)
     assert torch.equal(hidden[~batch.is_noisy_T], expected)
-    of_closed = a[:40] + b + c[:25]
-    assert torch.equal(together[:, :, :, of_closed], store[:, :, :, of_closed])
+    clean_slots = a[:40] + b + c[:25]
+    assert torch.equal(together[:, :, :, clean_slots], kv_cache[:, :, :, clean_slots])
     assert torch.equal(packed.logits(expected), packed_parent.logits(expected))
 
 
@@ -188,39 +188,39 @@ def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name:
     packed = NativeBackend(child_of(name, parent_of(name)), bits, any_kernels)
     sizes = ((8, 8), (24, 40), (0, 16), (16, 1))
     places = slots_of(*(context + count for context, count in sizes))
-    contexts = [closed(text(context), 0, slots) for (context, _), slots in zip(sizes, places, strict=True)]
-    drafts = [opened(text(n, masks=True), past, slots, 8) for (past, n), slots in zip(sizes, places, strict=True)]
+    contexts = [clean(text(context), 0, slots) for (context, _), slots in zip(sizes, places, strict=True)]
+    drafts = [noisy(text(n, masks=True), past, slots, 8) for (past, n), slots in zip(sizes, places, strict=True)]
     batch = batch_of(contexts[1], drafts[2], contexts[0], drafts[1], contexts[3], drafts[3], drafts[0])
-    hidden, store = run_with_threads(1, packed, batch)
+    hidden, kv_cache = run_with_threads(1, packed, batch)
     for threads in (2, 3):
-        assert all(map(torch.equal, run_with_threads(threads, packed, batch), (hidden, store)))
+        assert all(map(torch.equal, run_with_threads(threads, packed, batch), (hidden, kv_cache)))
     drafted = batch.segments_C6[batch.segments_C6[:, 4] == 1].tolist()
     for number, (start, stop, *_) in zip((2, 1, 3, 0), drafted, strict=True):
         past, count = sizes[number]
         (other,) = slots_of(past + count)
-        alone = new_store(packed.config)
+        alone = new_kv_cache(packed.config)
         if past:
-            packed.forward(batch_of(closed(text(past), 0, other)), alone)
+            packed.forward(batch_of(clean(text(past), 0, other)), alone)
         tokens = drafts[number][0]
-        parts = (opened(tokens[at : at + 8], past + at, other, 8) for at in range(0, count, 8))
+        parts = (noisy(tokens[at : at + 8], past + at, other, 8) for at in range(0, count, 8))
         blocks = [packed.forward(batch_of(part), alone) for part in parts]
         assert torch.equal(torch.cat(blocks), hidden[start:stop])
-        assert torch.equal(alone[:, :, :, other], store[:, :, :, places[number]])
+        assert torch.equal(alone[:, :, :, other], kv_cache[:, :, :, places[number]])
 
 
 @pytest.mark.parametrize("rotate", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_updates_of_zero_change_no_bit(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
-    """So that the mask vector alone makes open rows what they are: those of a parent with that embedding."""
+    """So that the mask vector alone makes noisy rows what they are: those of a parent with that embedding."""
     parent, child = parent_of(name, tied_head=False), add_gated_lora(parent_of(name, tied_head=False), MODELS[name][0], seed=0)
     vector = torch.randn(parent.config.hidden_size, generator=torch.Generator().manual_seed(0))
     a, b = slots_of(50, 17)
-    batch = batch_of(closed(text(20), 0, a), opened(text(30, masks=True), 20, a), opened(text(17, masks=True), 0, b))
+    batch = batch_of(clean(text(20), 0, a), noisy(text(30, masks=True), 20, a), noisy(text(17, masks=True), 0, b))
 
     def run(model: Transformer) -> tuple[Tensor, Tensor]:
-        store = new_store(model.config)
-        return NativeBackend(model, bits, kernels, rotate=rotate).forward(batch, store), store
+        kv_cache = new_kv_cache(model.config)
+        return NativeBackend(model, bits, kernels, rotate=rotate).forward(batch, kv_cache), kv_cache
 
     before = run(parent)
     assert all(map(torch.equal, run(child), before))

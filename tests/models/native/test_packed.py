@@ -52,14 +52,14 @@ def exactly_summed(model: Transformer) -> Transformer:
     return model
 
 
-def new_store(c: ModelConfig) -> Tensor:
+def new_kv_cache(c: ModelConfig) -> Tensor:
     """A KV cache as the kernels take it: [L, 2, G, slots, S]."""
     return torch.zeros(c.num_layers, 2, c.num_kv_heads, SLOTS, c.head_dim)
 
 
-def plain_attend(batch: Batch, store: Tensor) -> SequentialAttend:
+def plain_attend(batch: Batch, kv_cache: Tensor) -> SequentialAttend:
     """Attention in PyTorch over the kernels' KV cache, seen as one of cache blocks of one token."""
-    return SequentialAttend(batch, store.transpose(2, 3)[:, :, :, None])
+    return SequentialAttend(batch, kv_cache.transpose(2, 3)[:, :, :, None])
 
 
 class Reference:
@@ -94,8 +94,8 @@ class Reference:
         down = mix(block.mlp.down.weight, count) / count
         return x + self.linear(mix(F.silu(gate) * up, count), down, block.mlp.down.bias, self.bits)
 
-    def forward(self, batch: Batch, store: Tensor) -> Tensor:
-        model, attend = self.model, plain_attend(batch, store)
+    def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
+        model, attend = self.model, plain_attend(batch, kv_cache)
         x = model.embed(batch.tokens_T[None])
         cos, sin = rope_cos_sin(batch.positions_T[None], model.inv_freq, model.rope_factor, x.dtype)
         for block in model.blocks:
@@ -119,14 +119,14 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 def prompt_and(packed: NativeBackend, reference: Reference, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Errors of `count` rows that follow a prompt in blocks of 8, at scattered slots: of hidden states and of keys."""
     slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(seed)).tolist()
-    store, plain = new_store(packed.config), new_store(packed.config)
+    kv_cache, plain = new_kv_cache(packed.config), new_kv_cache(packed.config)
     past = 0
     for size in (21, count):
         batch = batch_of((random_tokens(size, seed=seed + size), past, 8, slots[: past + size]))
-        hidden, expected = packed.forward(batch, store), reference.forward(batch, plain)
+        hidden, expected = packed.forward(batch, kv_cache), reference.forward(batch, plain)
         past += size
-    assert store[:, :, :, slots[past:]].count_nonzero() == 0
-    written = (x[:, :, :, slots[:past]].transpose(2, 3).flatten(3) for x in (store, plain))
+    assert kv_cache[:, :, :, slots[past:]].count_nonzero() == 0
+    written = (x[:, :, :, slots[:past]].transpose(2, 3).flatten(3) for x in (kv_cache, plain))
     return row_errors(hidden, expected), row_errors(*written)
 
 
@@ -167,9 +167,12 @@ def test_layers_are_run_in_order(kernels: Kernels, name: str) -> None:
 def test_approximates_the_model_itself(kernels: Kernels, name: str, rotate: bool, bits: int) -> None:
     """Rotated or not, what is left is the error of rounding."""
     model = model_of(name)
-    packed, store, plain = NativeBackend(model, bits, kernels, rotate=rotate), *(new_store(model.config) for _ in range(2))
+    packed, kv_cache, plain = (
+        NativeBackend(model, bits, kernels, rotate=rotate),
+        *(new_kv_cache(model.config) for _ in range(2)),
+    )
     batch = batch_of((random_tokens(64), 0, 16, range(64)))
-    logits = packed.logits(packed.forward(batch, store))
+    logits = packed.logits(packed.forward(batch, kv_cache))
     expected = model.head(model(batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, plain)))[0]
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
@@ -185,9 +188,9 @@ def threads_set(count: int) -> Iterator[None]:
 
 
 def run_with_threads(count: int, packed: NativeBackend, batch: Batch) -> tuple[Tensor, Tensor]:
-    store = new_store(packed.config)
+    kv_cache = new_kv_cache(packed.config)
     with threads_set(count):
-        return packed.forward(batch, store), store
+        return packed.forward(batch, kv_cache), kv_cache
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -199,24 +202,24 @@ def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, 
     texts = [random_tokens(n, seed=n) for n in (40, 1, 64, 9, 17)]
     bounds = torch.tensor([0, *(len(t) for t in texts)]).cumsum(0).tolist()
     together = [(text, 0, 8, range(bounds[i], bounds[i + 1])) for i, text in enumerate(texts)]
-    hidden, store = run_with_threads(1, packed, batch_of(*together))
+    hidden, kv_cache = run_with_threads(1, packed, batch_of(*together))
     logits = packed.logits(hidden)
     for threads in (2, 3):
-        other, other_store = run_with_threads(threads, packed, batch_of(*together))
+        other, other_kv_cache = run_with_threads(threads, packed, batch_of(*together))
         assert torch.equal(other, hidden)
-        assert torch.equal(other_store, store)
+        assert torch.equal(other_kv_cache, kv_cache)
     with threads_set(3):
         assert torch.equal(packed.logits(hidden[5:]), logits[5:])
         many = packed.greedy(hidden)
     assert all(map(torch.equal, many, packed.greedy(hidden)))
     for i, text in enumerate(texts):
-        alone, slots = new_store(model.config), torch.randperm(SLOTS).tolist()
+        alone, slots = new_kv_cache(model.config), torch.randperm(SLOTS).tolist()
         parts = [
             packed.forward(batch_of((text[past : past + 8], past, 8, slots[: min(past + 8, len(text))])), alone)
             for past in range(0, len(text), 8)
         ]
         assert torch.equal(torch.cat(parts), hidden[bounds[i] : bounds[i + 1]])
-        assert torch.equal(alone[:, :, :, slots[: len(text)]], store[:, :, :, bounds[i] : bounds[i + 1]])
+        assert torch.equal(alone[:, :, :, slots[: len(text)]], kv_cache[:, :, :, bounds[i] : bounds[i + 1]])
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 32])
@@ -225,9 +228,9 @@ def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
     model = model_of("llama")
     packed = NativeBackend(model, 8, kernels)
     tokens, slots = random_tokens(70), range(70)
-    before = packed.forward(batch_of((tokens, 0, block_size, slots)), new_store(model.config))
+    before = packed.forward(batch_of((tokens, 0, block_size, slots)), new_kv_cache(model.config))
     tokens[43] = (tokens[43] + 1) % 60
-    after = packed.forward(batch_of((tokens, 0, block_size, slots)), new_store(model.config))
+    after = packed.forward(batch_of((tokens, 0, block_size, slots)), new_kv_cache(model.config))
     changed = (before != after).any(dim=1).tolist()
     assert changed == [position // block_size >= 43 // block_size for position in range(70)]
 
@@ -280,7 +283,10 @@ def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
     packed = NativeBackend(model.bfloat16(), 8, kernels)
     batch = batch_of((random_tokens(5), 0, 4, range(5)))
     torch.testing.assert_close(
-        packed.forward(batch, new_store(model.config)), exact.forward(batch, new_store(model.config)), rtol=0.02, atol=0.02
+        packed.forward(batch, new_kv_cache(model.config)),
+        exact.forward(batch, new_kv_cache(model.config)),
+        rtol=0.02,
+        atol=0.02,
     )
 
 
@@ -291,7 +297,7 @@ def test_unsupported_models_are_named(kernels: Kernels) -> None:
         NativeBackend(tiny_model("llama"), 3, kernels)
     model = tiny_model("llama").requires_grad_(False)
     with refused(ConfigError, "float32"):
-        NativeBackend(model, 8, kernels).forward(batch_of(([1], 0, 1, [0])), new_store(model.config).double())
+        NativeBackend(model, 8, kernels).forward(batch_of(([1], 0, 1, [0])), new_kv_cache(model.config).double())
 
 
 TEXT = """Photosynthesis is how plants, algae and some bacteria turn light into chemical energy. Chlorophyll in leaves absorbs
@@ -307,8 +313,8 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
     ids = model.tokenizer.encode(TEXT)
     packed = NativeBackend(model.transformer, bits, kernels)
     c = model.config
-    store = torch.zeros(c.num_layers, 2, c.num_kv_heads, len(ids), c.head_dim)
-    logits = packed.logits(packed.forward(batch_of((ids, 0, 32, range(len(ids)))), store))
+    kv_cache = torch.zeros(c.num_layers, 2, c.num_kv_heads, len(ids), c.head_dim)
+    logits = packed.logits(packed.forward(batch_of((ids, 0, 32, range(len(ids)))), kv_cache))
     expected = model.logits(ids, block_size=32)
     assert F.cosine_similarity(logits, expected).mean() > cosine
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() > agreement
@@ -322,7 +328,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other(kernels: Kernels, 
     batches = [batch_of((random_tokens(count, count), 0, 1, range(count))) for count in (1, 3, 8, 20, 60, 150) * 3]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden_TD = packed.forward(batch, new_store(packed.config))
+        hidden_TD = packed.forward(batch, new_kv_cache(packed.config))
         return hidden_TD, packed.greedy(hidden_TD, None)[0]
 
     expected = [run(batch) for batch in batches]
