@@ -17,6 +17,11 @@ from unmask.models.families.hf_values import eos, flag, integer, number, optiona
 from unmask.models.families.rope_keys import ROPE_KEYS, read_rope, write_rope
 from unmask.models.families.tensors import StoredTensor, attention_tensors, feed_forward_tensors, gated_lora_tensors
 
+# Keys that every config must have, and their fields in `ModelConfig`.
+_SIZES: Mapping[str, str] = {
+    "hidden_size": "hidden_size", "vocab_size": "vocab_size", "intermediate_size": "ffn_size",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "max_position_embeddings": "max_positions",
+}  # fmt: skip
 # Keys that are read, but not written for every model.
 _OPTIONAL_KEYS = ROPE_KEYS | {
     "mask_token_id", "block_size", "shift_start_token_id", "gated_lora_rank", "torch_dtype", "dtype",
@@ -86,17 +91,12 @@ class ModelFamily:
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """See `registry.read_config`."""
         _refuse_unsupported(hf)
-        hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
-        max_positions = integer(hf, "max_position_embeddings")
+        sizes = {field: integer(hf, key) for key, field in _SIZES.items()}
+        hidden_size, num_heads, max_positions = sizes["hidden_size"], sizes["num_heads"], sizes["max_positions"]
         fields: dict[str, Any] = {
-            "vocab_size": integer(hf, "vocab_size"),
-            "hidden_size": hidden_size,
-            "num_layers": integer(hf, "num_hidden_layers"),
-            "num_heads": num_heads,
+            **sizes,
             "num_kv_heads": integer(hf, "num_key_value_heads", num_heads),
             "head_dim": integer(hf, "head_dim", self.head_dim or hidden_size // max(num_heads, 1)),
-            "ffn_size": integer(hf, "intermediate_size"),
-            "max_positions": max_positions,
             "norm_eps": number(hf, "rms_norm_eps", 1e-6),
             "rope": read_rope(hf, max_positions=max_positions, default_fraction=self.rotary_fraction),
             "tied_head": flag(hf, "tie_word_embeddings", False),
@@ -129,14 +129,9 @@ class ModelFamily:
             **config.hf_extras,
             "architectures": [self.architecture],
             "model_type": self.name,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.ffn_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
+            **{key: getattr(config, field) for key, field in _SIZES.items()},
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "max_position_embeddings": config.max_positions,
             "hidden_act": "silu",
             "rms_norm_eps": config.norm_eps,
             "tie_word_embeddings": config.tied_head,

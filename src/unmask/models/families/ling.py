@@ -30,6 +30,12 @@ FLASH: Mapping[str, Any] = _COMMON | {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 9216,
     "moe_intermediate_size": 1024,
 }  # fmt: skip
+# Keys of the mixture of experts, their fields in `MoEConfig`, and what an absent key means (None: it must be there).
+_MOE_KEYS: Mapping[str, tuple[str, int | None]] = {
+    "num_experts": ("num_experts", None), "num_experts_per_tok": ("num_active", None),
+    "moe_intermediate_size": ("expert_size", None), "num_shared_experts": ("num_shared", 0), "n_group": ("num_groups", 1),
+    "topk_group": ("num_active_groups", 1), "first_k_dense_replace": ("num_dense_layers", 0),
+}  # fmt: skip
 
 
 class LingMoE(ModelFamily):
@@ -43,19 +49,10 @@ class LingMoE(ModelFamily):
     }  # fmt: skip
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        num_active = integer(hf, "num_experts_per_tok")
-        moe = MoEConfig(
-            num_experts=integer(hf, "num_experts"),
-            num_active=num_active,
-            expert_size=integer(hf, "moe_intermediate_size"),
-            num_shared=integer(hf, "num_shared_experts", 0),
-            num_groups=integer(hf, "n_group", 1),
-            num_active_groups=integer(hf, "topk_group", 1),
-            routed_scale=number(hf, "routed_scaling_factor", 1.0),
-            # The reference code never normalises a single weight: it would always be 1.
-            normalize=flag(hf, "norm_topk_prob", True) and num_active > 1,
-            num_dense_layers=integer(hf, "first_k_dense_replace", 0),
-        )
+        sizes: dict[str, Any] = {field: integer(hf, key, default) for key, (field, default) in _MOE_KEYS.items()}
+        # The reference code never normalises a single weight: it would always be 1.
+        normalize = flag(hf, "norm_topk_prob", True) and sizes["num_active"] > 1
+        moe = MoEConfig(**sizes, routed_scale=number(hf, "routed_scaling_factor", 1.0), normalize=normalize)
         qkv_bias, out_bias = flag(hf, "use_qkv_bias", False), flag(hf, "use_bias", False)
         return {"moe": moe, "qkv_bias": qkv_bias, "out_bias": out_bias, "qk_norm": flag(hf, "use_qk_norm", True)}
 
@@ -66,15 +63,9 @@ class LingMoE(ModelFamily):
             "use_qkv_bias": config.qkv_bias,
             "use_bias": config.out_bias,
             "use_qk_norm": config.qk_norm,
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.num_active,
-            "moe_intermediate_size": moe.expert_size,
-            "num_shared_experts": moe.num_shared,
-            "n_group": moe.num_groups,
-            "topk_group": moe.num_active_groups,
+            **{key: getattr(moe, field) for key, (field, _) in _MOE_KEYS.items()},
             "routed_scaling_factor": moe.routed_scale,
             "norm_topk_prob": moe.normalize,
-            "first_k_dense_replace": moe.num_dense_layers,
             "num_nextn_predict_layers": 0,
         }
 
