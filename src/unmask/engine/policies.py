@@ -1,12 +1,13 @@
 """Policies: which masked positions a denoising step commits.
 
-Owns the policies and their registry: a new policy is one class here, named in `POLICIES`; `SamplingParams.policy` takes its
+Owns the policies and their registry: a new policy is one function here, named in `POLICIES`; `SamplingParams.policy` takes its
 name. Imports no torch: candidates and confidences are numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,65 +30,46 @@ class PolicyOptions(Protocol):
     def entropy_bound(self) -> float: ...
 
 
-class Policy(Protocol):
-    """A rule that chooses the positions to commit."""
+@dataclass(frozen=True)
+class Policy:
+    """A rule that chooses the positions to commit.
 
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether it reads `Guess.entropies`, which take the logits; the others take the most probable token alone."""
-        ...
+    Attributes:
+        choose: of the candidates of the masked positions (ascending), the least number of commits (fewer when fewer are
+            masked), and the decoding options: ascending indices into the candidates.
+        needs_entropy: it reads `Guess.entropies`, which take the logits; the others take the most probable token alone.
+        verifiable: its threshold is also one of draft tokens, so that self-speculative decoding can go with it.
+    """
 
-    @property
-    def verifiable(self) -> bool:
-        """Whether its threshold is also one of draft tokens, so that self-speculative decoding can go with it."""
-        ...
-
-    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
-        """The positions to commit.
-
-        Args:
-            masked: candidates of the masked positions, in ascending order of position.
-            quota: least number of commits (fewer when fewer are masked).
-            params: decoding options.
-
-        Returns:
-            Ascending indices into `masked`.
-        """
-        ...
+    choose: Callable[[Guess, int, PolicyOptions], list[int]]
+    needs_entropy: bool = False
+    verifiable: bool = False
 
 
-class Threshold:
+def _by_threshold(masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
     """Every position whose confidence is above `threshold`. Source: LLaDA2.0 section 5 (confidence-aware parallel decoding)."""
-
-    needs_entropy, verifiable = False, True
-
-    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
-        return accept(masked.confidences, params.threshold, quota)
+    return accept(masked.confidences, params.threshold, quota)
 
 
-class Entropy:
+def _by_entropy(masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
     """Positions of least entropy while the sum of all but the largest stays within `entropy_bound` nats.
 
     Source: Ben-Hamu et al. (2505.24857), EB-sampler, Eq. 9 with the entropy as error proxy.
     """
-
-    needs_entropy, verifiable = True, False
-
-    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
-        assert masked.entropies is not None, "the entropy policy needs the entropies"
-        return accept_within_entropy(masked.entropies, params.entropy_bound, min(quota, len(masked.positions)))
+    assert masked.entropies is not None, "the entropy policy needs the entropies"
+    return accept_within_entropy(masked.entropies, params.entropy_bound, min(quota, len(masked.positions)))
 
 
-class Fixed:
+def _fixed(masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
     """The same number of positions every step, the most confident first."""
-
-    needs_entropy, verifiable = False, False
-
-    def choose(self, masked: Guess, quota: int, params: PolicyOptions) -> list[int]:
-        return accept(masked.confidences, 1.0, quota)
+    return accept(masked.confidences, 1.0, quota)
 
 
-POLICIES: Mapping[str, Policy] = {"threshold": Threshold(), "entropy": Entropy(), "fixed": Fixed()}
+POLICIES: Mapping[str, Policy] = {
+    "threshold": Policy(_by_threshold, verifiable=True),
+    "entropy": Policy(_by_entropy, needs_entropy=True),
+    "fixed": Policy(_fixed),
+}
 
 
 def choose(masked: Guess, step: int, params: PolicyOptions) -> list[int]:

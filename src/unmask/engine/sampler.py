@@ -3,7 +3,7 @@
 Owns the calls of the vocabulary head, and the logits processors: bias, banned tokens, least lengths, grammars. What is made of
 the candidates is the sequences' matter; how one is drawn, `diffusion.decode`'s.
 
-Legend: T tokens of the forward, D hidden, N queried positions, V vocabulary.
+Legend: T tokens of the forward, D hidden, N queried positions, B biased or banned logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -81,25 +81,21 @@ def needs_logits(request: Request) -> bool:
 def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None) -> Tensor:
     """A float32 copy of the logits of all queries, with what the requests favour, ban and allow."""
     logits_NV = logits_NV.float().clone()
-    biased, banned = list[tuple[int, int, float]](), list[tuple[int, int]]()
+    biases = list[tuple[int, int, float]]()
     for each, part in zip(scheduled, _parts(scheduled), strict=True):
         request = each.request
         first_end = len(request.ids) + request.params.min_new_tokens
         for row, position in enumerate(each.queries, start=part.start):
-            biased += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
+            biases += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
             if position < first_end:
-                banned += [(row, token) for token in request.eos_ids]
-    if biased:
-        rows, tokens, biases = zip(*biased, strict=True)
-        logits_NV[list(rows), list(tokens)] += torch.tensor(biases, dtype=torch.float32, device=logits_NV.device)
-    if mask_id is not None:
-        logits_NV[:, mask_id] = float("-inf")
-    if banned:
-        banned_rows, banned_tokens = zip(*banned, strict=True)
-        logits_NV[list(banned_rows), list(banned_tokens)] = float("-inf")
-    for each, part in zip(scheduled, _parts(scheduled), strict=True):
+                biases += [(row, token, float("-inf")) for token in request.eos_ids]
         for index, allowed_V in each.allowed.items():
             logits_NV[part.start + index].masked_fill_(~allowed_V.to(logits_NV.device), float("-inf"))
+    if biases:
+        row_B, token_B, bias_B = (torch.tensor(values, device=logits_NV.device) for values in zip(*biases, strict=True))
+        logits_NV.index_put_((row_B, token_B), bias_B.float(), accumulate=True)
+    if mask_id is not None:
+        logits_NV[:, mask_id] = float("-inf")
     return logits_NV
 
 

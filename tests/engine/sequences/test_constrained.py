@@ -123,6 +123,16 @@ def test_a_completion_is_a_sentence_of_its_grammar(kit: Kit, kind: str, options:
     assert is_call(kit.text(call))
 
 
+def test_a_compiled_grammar_serves_many_requests(kit: Kit) -> None:
+    compiled = kit.diffusion.grammars.regex(PHONE)
+    for seed in (0, 1):
+        expected, found = (
+            kit.diffusion.complete(kit.ids, max_new_tokens=20, temperature=1.0, seed=seed, **grammar)
+            for grammar in ({"regex": PHONE}, {"grammar": compiled})
+        )
+        assert found == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("budget", [1, 3, 5, 7])
@@ -289,15 +299,16 @@ def test_a_request_without_a_way_on_fails_alone(kit: Kit, kind: str) -> None:
 def test_a_grammar_that_cannot_go_on_fails_alone(kit: Kit, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dead, alive = kit.request(kind, regex=r"[a-z]{9}"), kit.request(kind, max_new_tokens=12)
     expected = kit.run(kind, alive)[0].ids
-    compute, calls = GrammarState._compute_allowed, list[None]()
+    allowed, calls = GrammarState.allowed, list[None]()
 
     def limited(state: GrammarState) -> torch.Tensor:
-        calls.append(None)
-        if len(calls) >= 3:
-            raise RequestError("the grammar cannot go on")
-        return compute(state)
+        if state._allowed_V is None:
+            calls.append(None)
+            if len(calls) >= 3:
+                raise RequestError("the grammar cannot go on")
+        return allowed(state)
 
-    monkeypatch.setattr(GrammarState, "_compute_allowed", limited)
+    monkeypatch.setattr(GrammarState, "allowed", limited)
     engine = kit.model(kind).engine(num_tokens=512)
     numbers = [engine.add(dead), engine.add(alive)]
     updates = []
