@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from live import Live, live, served_model
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
+from helpers import CHATML
 from unmask.engine.llm import LanguageModel
+from unmask.serve.config import ServerConfig
+from unmask.serve.protocol import ChatMessage
+from unmask.serve.served_model import ServedModel
 
 END = {"0": 4.0}
 ENDS = {0: 4.0}
@@ -244,6 +249,13 @@ def test_parts_and_the_developers_words(site: Live, tiny: LanguageModel) -> None
     got = ask(site.url, "plain", messages=messages, max_tokens=12)
     wanted = expected(tiny, chat_ids(tiny, plain), max_new_tokens=12)
     assert (texts(got), got.usage) == (texts(wanted), wanted.usage)
+
+
+def test_a_template_that_knows_developers_sees_them(tmp_path: Path) -> None:
+    knowing = CHATML.replace("{% for", "{# developer #}{% for", 1)
+    model = ServedModel(served_model(tmp_path, chat_template=knowing), ServerConfig())
+    ids = model.chat_ids([ChatMessage(role="developer", content="State")])
+    assert model.tokenizer.decode(ids, skip_special=False).startswith("<|im_start|>developer\nState")
 
 
 def test_control_tokens_in_a_message_are_text(site: Live, tiny: LanguageModel) -> None:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field
 
 from helpers import CHATML
 from unmask.engine.llm import LanguageModel
+from unmask.serve.protocol import FunctionSpec
 from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
-from unmask.serve.tools import ToolChoice, ToolFunction, tool_format
+from unmask.serve.tools import ToolChoice, tool_format
 
 # Qwen's way in short: it shows tools, writes calls and results. The marker is a token, so that a bias can bring it about.
 HERMES = (
@@ -44,9 +45,7 @@ class Ring(BaseModel):
 
 TOOLS = [pydantic_function_tool(Add, name="add"), pydantic_function_tool(Ring, name="ring")]
 MODELS: dict[str, type[BaseModel]] = {"add": Add, "ring": Ring}
-FUNCTIONS = [
-    ToolFunction(t["function"]["name"], t["function"]["description"], t["function"]["parameters"], True) for t in TOOLS
-]
+FUNCTIONS = [FunctionSpec(**tool["function"]) for tool in TOOLS]
 SAMPLED = {"temperature": 1.5, "seed": 6, "max_tokens": 1000}
 
 
@@ -225,7 +224,10 @@ def test_calls_and_results_go_back(desk: OpenAI, caller: LanguageModel) -> None:
         for call in message.tool_calls
     ]
     turns = [*HELLO, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
-    shown = [function.definition() for function in FUNCTIONS]
+    shown = [
+        {"type": "function", "function": function.model_dump(include={"name", "description", "parameters"})}
+        for function in FUNCTIONS
+    ]
     assert {count for count, _ in counts} == {len(caller.tokenizer.chat(turns, add_generation_prompt=True, tools=shown))}
     assert len(set(counts)) == 1
 

@@ -18,8 +18,9 @@ from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
 from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.serve.protocol import FunctionSpec
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
-from unmask.serve.tools import ToolChoice, ToolFormat, ToolFunction, tool_format
+from unmask.serve.tools import ToolChoice, ToolFormat, tool_format
 
 AUTO, NONE, REQUIRED = ToolChoice(), ToolChoice("none"), ToolChoice("required")
 SHOWN = "{% for tool in tools or [] %}{{ '<|im_start|>system\\n' + (tool | tojson) + '<|im_end|>\\n' }}{% endfor %}"
@@ -47,16 +48,16 @@ LLAMA = (
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 TEMPLATES = {"hermes": HERMES, "list": CHATML, "llama": LLAMA}
 
-WEATHER = ToolFunction(
-    "get_weather",
-    "Weather in a city.",
-    {
+WEATHER = FunctionSpec(
+    name="get_weather",
+    description="Weather in a city.",
+    parameters={
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"enum": ["c", "f"]}},
         "required": ["city"],
     },
 )
-TIME = ToolFunction("get", None, None)
+TIME = FunctionSpec(name="get")
 FUNCTIONS = (WEATHER, TIME)
 CITY = '{"city": "Oslo", "unit": "c"}'
 CALL = {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Oslo","unit":"c"}'}}
@@ -242,14 +243,6 @@ def test_a_template_without_system_turns_has_tools_in_the_first_users(make):
     assert told[0]["content"].endswith("]</tool_call>\n\nWeather and time?")
 
 
-def test_developer_is_system_unless_the_template_has_it(make):
-    messages = [{"role": "developer", "content": "Be brief."}, HISTORY[0]]
-    assert "<|im_start|>system\nBe brief." in rendered(make(CHATML), messages)
-    assert "<|im_start|>system\nBe brief." in rendered(make(HERMES), messages)
-    knowing = CHATML.replace("{% for", "{# developer #}{% for", 1)
-    assert "<|im_start|>developer\nBe brief." in rendered(make(knowing), messages)
-
-
 def test_a_template_that_only_shows_tools(make):
     """As SmolLM3's: it asks for calls in Hermes style and does not write those of the history."""
     text = rendered(make(SHOWN + ASKED + CHATML), HISTORY, FUNCTIONS)
@@ -290,7 +283,7 @@ def test_a_marker_that_is_a_control_token(tmp_path, compiler):
 @pytest.mark.parametrize("name", ["", "a b", "é", "x" * 65, "a.b", "get\n"])
 def test_bad_names_are_refused(formats, name):
     with refused(RequestError, "tools[1].function.name"):
-        formats["list"].grammar([TIME, ToolFunction(name)], AUTO, parallel=True)
+        formats["list"].grammar([TIME, FunctionSpec(name=name)], AUTO, parallel=True)
 
 
 def test_functions_and_choice_are_checked(formats, compiler):
@@ -313,7 +306,7 @@ def test_functions_and_choice_are_checked(formats, compiler):
     ],
 )
 def test_a_schema_that_is_refused_is_named(formats, compiler, parameters, names):
-    functions = [TIME, ToolFunction("bad_one", None, parameters)]
+    functions = [TIME, FunctionSpec(name="bad_one", parameters=parameters)]
     with refused(RequestError, "tools[1].function.parameters", "'bad_one'", *names):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
@@ -323,7 +316,7 @@ def test_functions_too_complex_together(formats, compiler):
         "type": "object",
         "properties": {f"p{place}": {"enum": ["x" * 50 + str(n) for n in range(99)]} for place in range(99)},
     }
-    functions = [ToolFunction(f"f{place}", None, schema) for place in range(3)]
+    functions = [FunctionSpec(name=f"f{place}", parameters=schema) for place in range(3)]
     with refused(RequestError, "tools", 3):
         formats["hermes"].compile(compiler, functions, AUTO, parallel=True)
 
@@ -416,7 +409,7 @@ def test_open_schemas_stay_open(formats, compiler, make):
     names = {"any": {"type": "object"}, "more": {"properties": {}, "additionalProperties": {"type": "integer"}}, "none": {}}
     names["unlisted"] = {"properties": {}, "required": ["x"]}
     names["either"] = {"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]}
-    functions = [ToolFunction(name, None, schema) for name, schema in names.items()]
+    functions = [FunctionSpec(name=name, parameters=schema) for name, schema in names.items()]
     grammar = formats["llama"].compile(compiler, functions, REQUIRED, parallel=True)
     assert grammar is not None
 

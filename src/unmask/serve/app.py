@@ -1,6 +1,6 @@
 """The FastAPI application: its routes, middleware and error responses.
 
-Owns the routes and the lifetime of the worker. The endpoints' responses are in files of their own.
+Owns the lifetime of the worker and the routes that generate nothing; `chat` and `completions` have the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -29,11 +28,11 @@ from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.serve import chat, completions, protocol
 from unmask.serve.config import ServerConfig
-from unmask.serve.errors import ApiError, bad_request
+from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
+from unmask.serve.exchange import AppState, CurrentState
 from unmask.serve.guard import Guard
 from unmask.serve.metrics import Metrics
 from unmask.serve.served_model import ServedModel
-from unmask.serve.state import AppState
 from unmask.serve.worker import Worker
 
 _PAGE = Path(str(files("unmask.serve"))) / "page"
@@ -42,79 +41,11 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
-
-
-class ErrorObject(BaseModel):
-    """OpenAI's error object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Body of every error response."""
-
-    error: ErrorObject
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
-        400: "A field is missing, unknown, out of range, or the prompt is too long",
-        401: "No API key, or a wrong one",
-        403: "The Host or Origin header is not accepted",
-        404: "Unknown path or model",
-        408: "The body took too long to arrive",
-        413: "The body is larger than the server accepts",
-        415: "The body is not JSON",
-        429: "The queue is full; Retry-After says when to try again",
-        500: "A bug",
-        503: "The model is loading, or the server is shutting down",
-        504: "The request exceeded the server's timeout",
-    }.items()
-}
-_COMMON_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 500)}
+_COMMON_ERRORS: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 403, 500)}
 router = APIRouter()
 
 
-async def _state(request: Request) -> AppState:
-    state: AppState = request.app.state.unmask
-    return state
-
-
-CurrentState = Annotated[AppState, Depends(_state)]
-
-
-async def _state_with_room(state: CurrentState) -> AppState:
-    """Refuses a request before its body is parsed where the queue is full: overload costs nothing."""
-    state.worker.check_room()
-    return state
-
-
-StateWithRoom = Annotated[AppState, Depends(_state_with_room)]
-
-
-@router.post("/v1/chat/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_chat(http: Request, body: protocol.ChatRequest, state: StateWithRoom) -> Response:
-    """Answer a conversation."""
-    return await chat.chat(state, http, body)
-
-
-@router.post("/v1/completions", responses=_ERRORS, response_class=JSONResponse)
-async def post_completions(http: Request, body: protocol.CompletionRequest, state: StateWithRoom) -> Response:
-    """Continue texts."""
-    return await completions.complete(state, http, body)
-
-
-@router.post("/v1/infill", responses=_ERRORS, response_class=JSONResponse)
-async def post_infill(http: Request, body: protocol.InfillRequest, state: StateWithRoom) -> Response:
-    """Fill the holes of a text, given the text on both sides of each."""
-    return await completions.infill(state, http, body)
-
-
-@router.post("/v1/tokenize", responses=_ERRORS)
+@router.post("/v1/tokenize", responses=ERROR_RESPONSES)
 async def post_tokenize(body: protocol.TokenizeRequest, state: CurrentState) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the model would see it."""
     model = state.model
@@ -131,20 +62,20 @@ async def get_models(state: CurrentState) -> dict[str, Any]:
     return {"object": "list", "data": [state.model.describe()]}
 
 
-@router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: _ERRORS[404]})
+@router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: ERROR_RESPONSES[404]})
 async def get_model(name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
     state.model.check_name(name)
     return state.model.describe()
 
 
-@router.get("/health", responses={403: _ERRORS[403]})
+@router.get("/health", responses={403: ERROR_RESPONSES[403]})
 async def get_health() -> dict[str, str]:
     """The process is alive."""
     return {"status": "ok"}
 
 
-@router.get("/ready", responses={403: _ERRORS[403], 503: {"description": "Not yet or no longer"}})
+@router.get("/ready", responses={403: ERROR_RESPONSES[403], 503: {"description": "Not yet or no longer"}})
 async def get_ready(state: CurrentState) -> JSONResponse:
     """The model is loaded and requests are served."""
     status = state.worker.state
@@ -163,12 +94,16 @@ async def get_page() -> FileResponse:
     return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
 
 
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 def create_app(
     language_model: LanguageModel,
-    config: ServerConfig | None = None,
+    config: ServerConfig,
     *,
     loopback: bool = True,
-    on_failure: Callable[[BaseException], None] | None = None,
+    on_failure: Callable[[BaseException], None] = _raise,
 ) -> FastAPI:
     """The server as an ASGI application; its engine runs during the application's lifespan.
 
@@ -182,25 +117,24 @@ def create_app(
     Raises:
         ConfigError: the model has no tokenizer.
     """
-    config = config if config is not None else ServerConfig()
     metrics = Metrics()
     model = ServedModel(language_model, config)
 
     app = FastAPI(
         title="unmask",
         version=__version__,
-        lifespan=lambda app: _engine_running(app, model, metrics, on_failure if on_failure is not None else _raise),
+        lifespan=lambda app: _engine_running(app, model, metrics, on_failure),
+        exception_handlers={RequestValidationError: _on_invalid, ApiError: _on_error, HTTPException: _on_http_error},
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(router)
+    routers = (router, chat.router, completions.router)
+    for each in routers:
+        app.include_router(each)
     app.mount("/page", _PageFiles(directory=_PAGE), name="page")
-    app.exception_handler(RequestValidationError)(_on_invalid)
-    app.exception_handler(ApiError)(_on_error)
-    app.exception_handler(HTTPException)(_on_http_error)
     hosts = config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.api_keys else ())
-    paths = {route.path for route in router.routes if isinstance(route, APIRoute)}
+    paths = {route.path for each in routers for route in each.routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Guard,
         metrics=metrics,
@@ -225,7 +159,7 @@ async def _engine_running(
     config = model.config
 
     def make_engine() -> Engine:
-        model.warm()
+        model.token_bytes(0)  # reads the vocabulary, which would make the first request slow
         decode, backend = model.tokenizer.decode, model.language_model.backend(wait=True)
         return Engine(backend, decode=decode, num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
 
@@ -236,7 +170,6 @@ async def _engine_running(
         metrics=metrics,
         on_failure=on_failure,
     )
-    metrics.observe_engine(lambda: worker.current_engine)
     app.state.unmask = AppState(model, worker, metrics, config)
     try:
         yield
@@ -253,35 +186,32 @@ class _PageFiles(StaticFiles):
         return response
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+async def _on_error(request: Request, error: ApiError) -> Response:
+    return error.response()
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
     message = {
         404: f"no such path: {request.scope['path'][:200]}",
         405: f"{request.method} is not allowed here",
     }.get(error.status_code, str(error.detail))
-    return await _on_error(request, ApiError(error.status_code, message, headers=error.headers))
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-async def _on_invalid(request: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
     """One validation error of the body, with the field's name as OpenAI writes it."""
-    assert isinstance(error, RequestValidationError)
     # Every member of a union reports an error; that of the member whose type matches is the most specific.
     first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part))
     name = path.removeprefix(".") or None
     if first["type"] == "json_invalid":
-        return await _on_error(request, bad_request(f"the body is not JSON: {first['ctx']['error']}"))
+        return bad_request(f"the body is not JSON: {first['ctx']['error']}").response()
     value = first["input"]
     prefix = f"{json.dumps(value)[:80]}: " if isinstance(value, str | int | float) else ""
     reason = prefix + first["msg"].removeprefix("Value error, ")
     reason = {"extra_forbidden": "unknown field; leave it out", "missing": "it is missing"}.get(first["type"], reason)
     name = first.get("ctx", {}).get("param", name)
-    return await _on_error(request, bad_request(reason if name is None else f"{name}: {reason}", name))
+    return bad_request(reason if name is None else f"{name}: {reason}", name).response()
 
 
 def _is_field(part: Any) -> bool:
@@ -290,7 +220,3 @@ def _is_field(part: Any) -> bool:
 
 
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "constrained-str", "literal"})
-
-
-def _raise(error: BaseException) -> None:
-    raise error

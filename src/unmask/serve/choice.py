@@ -6,9 +6,8 @@ Owns the state between updates. Streamed or not, a completion passes through her
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.engine import Update
@@ -16,10 +15,6 @@ from unmask.engine.request import Completion, DecodingStep, Request, TokenLogpro
 from unmask.serve.protocol import CalledFunction, ToolCall
 from unmask.serve.served_model import PreparedRequests, ServedModel
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
-
-WatchState = Literal["masked", "provisional", "committed", "edited"]
-_MIN_LOGPROB = -9999.0
-"""JSON has no infinity."""
 
 
 @dataclass
@@ -106,7 +101,7 @@ class Choice:
             "tokens": tokens,
         }
 
-    def _state(self, step: DecodingStep, i: int, position: int) -> WatchState:
+    def _state(self, step: DecodingStep, i: int, position: int) -> str:
         if step.tokens[i] is None:
             return "masked"
         if step.edited[i]:
@@ -129,42 +124,12 @@ class Choice:
                     delta.tool_calls.append({"index": index, "function": {"arguments": arguments}})
 
 
-def costs(choices: Sequence[Choice], seconds: float) -> dict[str, Any]:
-    """Forwards, speeds and seconds of the completions, summed: our field `diffusion` beside OpenAI's `usage`."""
-    done = [choice.completion for choice in choices if choice.completion is not None]
-    tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
-    return {
-        "forwards": forwards,
-        "tokens_per_forward": round(tokens / max(forwards, 1), 3),
-        "tokens_per_second": round(tokens / max(seconds, 1e-6), 2),
-        "seconds": round(seconds, 4),
-        "cached_tokens": sum(each.costs.cached_tokens for each in done),
-        "edits": sum(each.costs.edits for each in done),
-    }
-
-
-def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
-    """OpenAI's `usage`: each prompt counted once, end-of-sequence tokens counted."""
-    tokens = sum(len(choice.completion.ids) for choice in choices if choice.completion is not None)
-    # Later samples of a prompt also find in the cache what its first sample has just computed.
-    cached: dict[tuple[int | None, ...], int] = {}
-    for choice in choices:
-        if choice.completion is not None:
-            count = choice.completion.costs.cached_tokens
-            cached[choice.request.ids] = min(count, cached.get(choice.request.ids, count))
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
-        "prompt_tokens_details": {"cached_tokens": min(sum(cached.values()), prompt_tokens)},
-    }
-
-
 def token_entry(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
     """A token as OpenAI writes it: its text, its bytes, its log-probability in nats."""
     spelling = model.token_bytes(token)
-    return {
-        "token": spelling.decode(errors="replace"),
-        "bytes": list(spelling),
-        "logprob": max(logprob, _MIN_LOGPROB),
-    }
+    return {"token": spelling.decode(errors="replace"), "bytes": list(spelling), "logprob": finite(logprob)}
+
+
+def finite(logprob: float) -> float:
+    """The log-probability, or OpenAI's -9999: JSON has no infinity."""
+    return max(logprob, -9999.0)

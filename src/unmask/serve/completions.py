@@ -6,136 +6,77 @@ Owns the form of the responses and of the stream.
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
+from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from unmask.engine.infill import best_filling
 from unmask.engine.request import TokenLogprob
-from unmask.serve.choice import Choice, costs, token_entry
-from unmask.serve.event_stream import stream_events
-from unmask.serve.exchange import open_exchange
+from unmask.serve.choice import Choice, ChoiceDelta, finite
+from unmask.serve.errors import ERROR_RESPONSES
+from unmask.serve.exchange import ResponseForm, StateWithRoom, open_exchange, respond
 from unmask.serve.protocol import CompletionRequest, InfillRequest
-from unmask.serve.served_model import PreparedRequests, ServedModel
-from unmask.serve.state import AppState
+
+router = APIRouter()
 
 
-async def complete(state: AppState, http: HttpRequest, body: CompletionRequest) -> Response:
-    """Continue one or several texts.
-
-    Raises:
-        ApiError: a field out of range, or the request cannot be served.
-    """
+@router.post("/v1/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
+async def post_completions(http: HttpRequest, body: CompletionRequest, state: StateWithRoom) -> Response:
+    """Continue texts."""
     prepared = await asyncio.to_thread(state.model.completion, body)
-    head = {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": state.model.name,
-    }
-    if body.stream:
-        return await stream_events(_events(state, http, body, head, prepared))
-    async with open_exchange(state, http, prepared) as exchange:
-        await exchange.finish()
-    choices = [
-        _choice(choice, _echo(choice, prepared) + choice.text, state.model, body, choice.logprobs)
-        for choice in exchange.choices
-    ]
-    return JSONResponse({**head, "choices": choices, "usage": exchange.usage, "diffusion": exchange.costs})
+    return await respond(state, http, body, _TextForm(state.model, prepared, with_logprobs=body.logprobs is not None))
 
 
-async def infill(state: AppState, http: HttpRequest, body: InfillRequest) -> Response:
-    """Fill the holes of a text.
-
-    Raises:
-        ApiError: no hole, an autoregressive model, or a field out of range.
-    """
+@router.post("/v1/infill", responses=ERROR_RESPONSES, response_class=JSONResponse)
+async def post_infill(http: HttpRequest, body: InfillRequest, state: StateWithRoom) -> Response:
+    """Fill the holes of a text, given the text on both sides of each."""
     prepared = await asyncio.to_thread(state.model.infilling, body)
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
     completions = [choice.completion for choice in exchange.choices if choice.completion is not None]
     best = best_filling(prepared.requests, completions, state.model.tokenizer, exchange.seconds)
-    return JSONResponse(
-        {
-            "object": "infill",
-            "model": state.model.name,
-            "text": best.text,
-            "fills": best.fills,
-            "tokens_per_hole": best.tokens_per_hole,
-            "score": best.score,
-            "forwards": best.forwards,
-            "seconds": round(best.seconds, 4),
-            "usage": exchange.usage,
+    about = {"object": "infill", "model": state.model.name, "usage": exchange.usage}
+    return JSONResponse({**about, **asdict(best), "seconds": round(best.seconds, 4)})
+
+
+class _TextForm(ResponseForm):
+    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return self._piece(choice, self._echo(choice) + choice.text, choice.logprobs)
+
+    def chunks(self, choice: Choice, delta: ChoiceDelta, *, is_first: bool) -> Iterator[dict[str, Any]]:
+        text = self._echo(choice) + delta.text if is_first else delta.text
+        if text or delta.logprobs or choice.completion is not None:
+            yield self._piece(choice, text, delta.logprobs)
+
+    def _echo(self, choice: Choice) -> str:
+        """The prompt's text if the client asked for it (`echo`)."""
+        texts = self.prepared.echoed_prompts
+        return texts[choice.index * len(texts) // len(self.prepared.requests)] if texts else ""
+
+    def _piece(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        logprobs = self._logprobs(choice, entries) if self.with_logprobs else None
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The completions API's four lists of the last tokens; `text_offset` counts characters of the completion."""
+        lengths = (len(self.model.token_bytes(entry.token).decode(errors="replace")) for entry in choice.logprobs)
+        offsets = list(accumulate(lengths, initial=0))
+        return {
+            "tokens": [self._name(entry.token) for entry in entries],
+            "token_logprobs": [finite(entry.logprob) for entry in entries],
+            "top_logprobs": [{self._name(token): finite(value) for token, value in entry.alternatives} for entry in entries],
+            "text_offset": offsets[len(choice.logprobs) - len(entries) : -1],
         }
-    )
 
-
-async def _events(
-    state: AppState, http: HttpRequest, body: CompletionRequest, head: dict[str, Any], prepared: PreparedRequests
-) -> AsyncGenerator[dict[str, Any]]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    if with_usage:
-        head = {**head, "usage": None}
-    async with open_exchange(state, http, prepared, watch=body.diffusion.watch) as exchange:
-        begun: set[int] = set()
-        async for batch in exchange.deltas():
-            for choice, delta, update in batch:
-                text = delta.text
-                if choice.index not in begun:
-                    begun.add(choice.index)
-                    text = _echo(choice, prepared) + text
-                if text or delta.logprobs or choice.completion is not None:
-                    event = {**head, "choices": [_choice(choice, text, state.model, body, delta.logprobs)]}
-                    if choice.completion is not None:
-                        event["diffusion"] = costs([choice], exchange.seconds)
-                    yield event
-                if body.diffusion.watch and update.step is not None:
-                    yield {**head, "choices": [], "diffusion": choice.watch_event(update.step)}
-    if with_usage:
-        yield {**head, "choices": [], "usage": exchange.usage}
-
-
-def _echo(choice: Choice, prepared: PreparedRequests) -> str:
-    """The prompt's text if the client asked for it (`echo`)."""
-    per_prompt = len(prepared.requests) // max(len(prepared.echoed_prompts), 1)
-    return prepared.echoed_prompts[choice.index // per_prompt] if prepared.echoed_prompts else ""
-
-
-def _choice(
-    choice: Choice, text: str, model: ServedModel, body: CompletionRequest, entries: Sequence[TokenLogprob]
-) -> dict[str, Any]:
-    logprobs = None
-    if body.logprobs is not None:
-        before = choice.logprobs[: len(choice.logprobs) - len(entries)]
-        offset = sum(len(model.token_bytes(entry.token).decode(errors="replace")) for entry in before)
-        logprobs = _logprobs(model, entries, offset)
-    return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-
-
-def _logprobs(model: ServedModel, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The completions API's four lists; `text_offset` counts characters of the completion."""
-    chosen = [_with_unique_name(token_entry(model, entry.token, entry.logprob)) for entry in entries]
-    offsets = []
-    for each in chosen:
-        offsets.append(offset)
-        offset += len(bytes(each["bytes"]).decode(errors="replace"))
-    alternatives = [
-        [_with_unique_name(token_entry(model, token, logprob)) for token, logprob in entry.alternatives] for entry in entries
-    ]
-    return {
-        "tokens": [each["token"] for each in chosen],
-        "token_logprobs": [each["logprob"] for each in chosen],
-        "top_logprobs": [{each["token"]: each["logprob"] for each in row} for row in alternatives],
-        "text_offset": offsets,
-    }
-
-
-def _with_unique_name(entry: dict[str, Any]) -> dict[str, Any]:
-    """A token that is part of a character is named by its bytes, as in OpenAI's API: these names are keys."""
-    spelling = bytes(entry["bytes"])
-    name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling) if "\ufffd" in entry["token"] else entry["token"]
-    return {**entry, "token": name}
+    def _name(self, token: int) -> str:
+        """A token's text; one that is part of a character is named by its bytes, as in OpenAI's API: these names are keys."""
+        spelling = self.model.token_bytes(token)
+        text = spelling.decode(errors="replace")
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling) if "\ufffd" in text else text

@@ -23,7 +23,6 @@ class Connection(H11Protocol):
     _write_timeout: _Timeout
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
         super().connection_made(transport)
         # Writing counts as paused while anything is unsent: the timeout then covers a client that reads nothing, however
         # little there is to read, and at most one event is buffered here while later ones are merged in the job.
@@ -32,13 +31,11 @@ class Connection(H11Protocol):
         self._read_timeout.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has disconnected."""
         self._read_timeout.stop()
         self._write_timeout.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Part of a request has arrived."""
         super().data_received(data)
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._read_timeout.start()
@@ -46,12 +43,10 @@ class Connection(H11Protocol):
             self._read_timeout.stop()
 
     def pause_writing(self) -> None:
-        """There is unsent data."""
         super().pause_writing()
         self._write_timeout.start()
 
     def resume_writing(self) -> None:
-        """All data is sent."""
         super().resume_writing()
         self._write_timeout.stop()
 

@@ -8,18 +8,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
+
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable",
     504: "timeout_error",
 }
+
+
+class ErrorObject(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Body of every error response."""
+
+    error: ErrorObject
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "A field is missing, unknown, out of range, or the prompt is too long",
+        401: "No API key, or a wrong one",
+        403: "The Host or Origin header is not accepted",
+        404: "Unknown path or model",
+        408: "The body took too long to arrive",
+        413: "The body is larger than the server accepts",
+        415: "The body is not JSON",
+        429: "The queue is full; Retry-After says when to try again",
+        500: "A bug",
+        503: "The model is loading, or the server is shutting down",
+        504: "The request exceeded the server's timeout",
+    }.items()
+}
+"""What the OpenAPI document says about them."""
 
 
 class ApiError(Exception):
@@ -49,6 +81,9 @@ class ApiError(Exception):
         """OpenAI's error object."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -1,25 +1,87 @@
-"""`Exchange`: one client's request while the engine works on it.
+"""`Exchange`: one client's request while the engine works on it, and `respond`: its response, whole or streamed.
 
-Owns the wait for the engine, the client's disconnect, and what metrics and log learn about the request. Knows no endpoint.
+Owns the wait for the engine, the client's disconnect, and what metrics and log learn about the request. Knows no endpoint:
+a `ResponseForm` writes the choices.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
+from fastapi import Depends
 from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
 
 from unmask.engine.engine import Update
-from unmask.serve.choice import Choice, ChoiceDelta, usage
-from unmask.serve.choice import costs as costs_of
+from unmask.serve.choice import Choice, ChoiceDelta
+from unmask.serve.config import ServerConfig
 from unmask.serve.errors import internal
-from unmask.serve.served_model import PreparedRequests
-from unmask.serve.state import AppState
-from unmask.serve.worker import EngineFailedError, Submission
+from unmask.serve.event_stream import stream_events
+from unmask.serve.metrics import Metrics
+from unmask.serve.protocol import GeneratingRequest
+from unmask.serve.served_model import PreparedRequests, ServedModel
+from unmask.serve.worker import EngineFailedError, Submission, Worker
+
+
+@dataclass(frozen=True)
+class AppState:
+    """The model, the engine's worker, the metrics and the config of one application; kept at `app.state.unmask`."""
+
+    model: ServedModel
+    worker: Worker
+    metrics: Metrics
+    config: ServerConfig
+
+
+async def _current_state(request: HttpRequest) -> AppState:
+    state: AppState = request.app.state.unmask
+    return state
+
+
+CurrentState = Annotated[AppState, Depends(_current_state)]
+
+
+async def _state_with_room(state: CurrentState) -> AppState:
+    """Refuses a request before its body is parsed where the queue is full: overload costs nothing."""
+    state.worker.check_room()
+    return state
+
+
+StateWithRoom = Annotated[AppState, Depends(_state_with_room)]
+
+
+@dataclass(frozen=True)
+class ResponseForm(ABC):
+    """How an endpoint of OpenAI's API writes the `choices` of one response.
+
+    Attributes:
+        id_prefix: of response ids.
+        object: type of a whole response.
+        chunk_object: type of a stream's events.
+    """
+
+    model: ServedModel
+    prepared: PreparedRequests
+    with_logprobs: bool
+
+    id_prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    @abstractmethod
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """A finished choice."""
+
+    @abstractmethod
+    def chunks(self, choice: Choice, delta: ChoiceDelta, *, is_first: bool) -> Iterable[dict[str, Any]]:
+        """What a stream says about an update; once the choice has finished, the last chunk has its `finish_reason`."""
 
 
 class Exchange:
@@ -43,13 +105,35 @@ class Exchange:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """OpenAI's `usage`, of all choices."""
-        return usage(self.choices, self._prompt_tokens)
+        """OpenAI's `usage`: each prompt counted once, end-of-sequence tokens counted."""
+        tokens = 0
+        # Later samples of a prompt also find in the cache what its first sample has just computed.
+        cached: dict[tuple[int | None, ...], int] = {}
+        for choice in self.choices:
+            if choice.completion is not None:
+                tokens += len(choice.completion.ids)
+                count = choice.completion.costs.cached_tokens
+                cached[choice.request.ids] = min(count, cached.get(choice.request.ids, count))
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self._prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": min(sum(cached.values()), self._prompt_tokens)},
+        }
 
-    @property
-    def costs(self) -> dict[str, Any]:
-        """Forwards, speeds and seconds of all choices."""
-        return costs_of(self.choices, self.seconds)
+    def costs(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Forwards, speeds and seconds of finished choices, summed: our field `diffusion` beside OpenAI's `usage`."""
+        done = [choice.completion for choice in choices if choice.completion is not None]
+        tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
+        seconds = self.seconds
+        return {
+            "forwards": forwards,
+            "tokens_per_forward": round(tokens / max(forwards, 1), 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-6), 2),
+            "seconds": round(seconds, 4),
+            "cached_tokens": sum(each.costs.cached_tokens for each in done),
+            "edits": sum(each.costs.edits for each in done),
+        }
 
     async def deltas(self) -> AsyncIterator[list[tuple[Choice, ChoiceDelta, Update]]]:
         """What each engine update adds to the choices, until all have ended.
@@ -80,7 +164,7 @@ class Exchange:
             completion_tokens=sum(len(completion.ids) for completion in done),
             finish_reasons=[choice.finish_reason for choice in self.choices],
             queue_seconds=round(max((completion.costs.queue_seconds for completion in done), default=0.0), 4),
-            **self.costs,
+            **self.costs(self.choices),
         )
         if self._logs_text:
             prompts = {choice.request.ids for choice in self.choices}
@@ -101,19 +185,58 @@ async def open_exchange(
 ) -> AsyncIterator[Exchange]:
     """Submit requests; when the client disconnects or the block is left early, they end and their cache blocks are free."""
     submission = state.worker.submit(prepared.requests, watch=watch)
+    exchange = Exchange(state, http, prepared, submission)
     watcher = asyncio.create_task(_abort_on_disconnect(http, submission))
     try:
-        exchange = Exchange(state, http, prepared, submission)
-        try:
-            yield exchange
-        finally:
-            exchange.close()
+        yield exchange
     finally:
         submission.abort("disconnect")
         watcher.cancel()
+        exchange.close()
 
 
 async def _abort_on_disconnect(http: HttpRequest, submission: Submission) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
     submission.abort("disconnect")
+
+
+async def respond(state: AppState, http: HttpRequest, body: GeneratingRequest, form: ResponseForm) -> Response:
+    """The response of an endpoint of OpenAI's API, streamed if the body asks for it.
+
+    Raises:
+        ApiError: the request cannot be served.
+    """
+    head = {"id": f"{form.id_prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": state.model.name}
+    if body.stream:
+        return await stream_events(_events(state, http, body, form, {**head, "object": form.chunk_object}))
+    async with open_exchange(state, http, form.prepared) as exchange:
+        await exchange.finish()
+    choices = [form.choice(choice) for choice in exchange.choices]
+    costs = exchange.costs(exchange.choices)
+    return JSONResponse({**head, "object": form.object, "choices": choices, "usage": exchange.usage, "diffusion": costs})
+
+
+async def _events(
+    state: AppState, http: HttpRequest, body: GeneratingRequest, form: ResponseForm, head: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any]]:
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if with_usage:
+        head["usage"] = None
+    async with open_exchange(state, http, form.prepared, watch=body.diffusion.watch) as exchange:
+        begun: set[int] = set()
+        async for batch in exchange.deltas():
+            for choice, delta, update in batch:
+                chunks = form.chunks(choice, delta, is_first=choice.index not in begun)
+                begun.add(choice.index)
+                events: list[dict[str, Any]] = [{"choices": [chunk]} for chunk in chunks]
+                is_over = choice.completion is not None
+                if is_over:
+                    events[-1]["diffusion"] = exchange.costs([choice])
+                if body.diffusion.watch and update.step is not None:
+                    # What was seen comes before the event that ends the choice.
+                    events.insert(len(events) - is_over, {"choices": [], "diffusion": choice.watch_event(update.step)})
+                for event in events:
+                    yield {**head, **event}
+    if with_usage:
+        yield {**head, "choices": [], "usage": exchange.usage}

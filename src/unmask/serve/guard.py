@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import secrets
@@ -69,7 +68,7 @@ class Guard:
         client_id = headers.get("x-request-id", "")
         scope["unmask.id"] = client_id if _CLIENT_ID.fullmatch(client_id) else secrets.token_hex(12)
         scope["unmask.details"] = {}
-        response = _Response(scope, send)
+        response = _Response(scope, receive, send)
         try:
             self._check(scope, headers)
             await self._app(scope, _LimitedBody(receive, self._max_body).receive, response.send)
@@ -160,8 +159,8 @@ class _LimitedBody:
 class _Response:
     """The response of one request: records its status and adds the request id to its headers."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._id, self._send = scope["unmask.id"], send
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
         self.started = time.perf_counter()
         self.status = CLIENT_CLOSED
         self._begun = False
@@ -170,7 +169,7 @@ class _Response:
         if message["type"] == "http.response.start":
             self._begun, self.status = True, message["status"]
             headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self._id
+            headers["x-request-id"] = self._scope["unmask.id"]
             headers["x-content-type-options"] = "nosniff"
         await self._send(message)
 
@@ -178,11 +177,7 @@ class _Response:
         """Send an error response, unless a response has begun."""
         if self._begun:
             raise error
-        body = json.dumps(error.body()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
-        await self._send({"type": "http.response.body", "body": body})
+        await error.response()(self._scope, self._receive, self.send)
 
 
 def _is_json(content_type: str) -> bool:

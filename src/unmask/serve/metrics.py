@@ -23,7 +23,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        common: dict[str, Any] = {"registry": self.registry, "namespace": "unmask"}
+        self._common: dict[str, Any] = {"registry": self.registry, "namespace": "unmask"}
+        common = self._common
         self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **common)
         self.seconds = Histogram(
             "request_seconds", "From the request to the last byte of its response.", ["path"], buckets=_SECONDS, **common
@@ -60,10 +61,8 @@ class Metrics:
 
     def observe_engine(self, engine: Callable[[], Engine | None]) -> None:
         """Report sizes of the engine's cache and queues, read at every scrape."""
-        cache_blocks = Gauge(
-            "kv_cache_blocks", "Blocks of the KV cache.", ["state"], registry=self.registry, namespace="unmask"
-        )
-        requests = Gauge("requests", "Completions.", ["state"], registry=self.registry, namespace="unmask")
+        cache_blocks = Gauge("kv_cache_blocks", "Blocks of the KV cache.", ["state"], **self._common)
+        requests = Gauge("requests", "Completions.", ["state"], **self._common)
         sizes: dict[tuple[Gauge, str], Callable[[Engine], int]] = {
             (cache_blocks, "used"): lambda e: e.pool.num_used,
             (cache_blocks, "available"): lambda e: e.pool.num_available,

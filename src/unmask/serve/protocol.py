@@ -106,7 +106,9 @@ class StreamOptions(_StrictModel):
     include_obfuscation: Literal[False] = False
 
 
-class _Generating(_Sampling):
+class GeneratingRequest(_Sampling):
+    """Fields of OpenAI's bodies that generate text."""
+
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     stream: bool | None = None
@@ -122,7 +124,7 @@ class _Generating(_Sampling):
         return None if value is None else 0
 
     @model_validator(mode="after")
-    def _streams(self) -> _Generating:
+    def _streams(self) -> GeneratingRequest:
         if not self.stream and (self.stream_options is not None or self.diffusion.watch):
             name = "diffusion.watch" if self.stream_options is None else "stream_options"
             raise _conflict(name, "given without stream; set stream to true, or leave it out")
@@ -231,7 +233,7 @@ class ResponseFormat(_StrictModel):
         return self
 
 
-class ChatRequest(_Generating):
+class ChatRequest(GeneratingRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -254,7 +256,7 @@ class ChatRequest(_Generating):
         return self
 
 
-class CompletionRequest(_Generating):
+class CompletionRequest(GeneratingRequest):
     """Body of /v1/completions."""
 
     prompt: str | Annotated[list[str], _MANY] | _TokenIds | Annotated[list[_TokenIds], _MANY]

@@ -25,7 +25,7 @@ from unmask.serve import protocol
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ApiError, bad_request
 from unmask.serve.tool_parser import CallParser
-from unmask.serve.tools import ToolChoice, ToolFormat, ToolFunction, tool_format
+from unmask.serve.tools import ToolChoice, ToolFormat, tool_format
 
 _FIELD = re.compile(r"tools\[\d+\][\w.]*|tool_choice")
 _MIN_TOP_P = 1e-9
@@ -139,9 +139,12 @@ class ServedModel:
         ids = self.chat_ids(body.messages, body)
         calling = bool(functions) and choice.mode != "none"
         schema = _answer_schema(body.response_format)
-        grammar = None if schema is None else self._answer_grammar(schema)
+        try:
+            grammar = None if schema is None else self._compile("json_schema", json.dumps(schema))
+        except RequestError as error:
+            raise bad_request(str(error), "response_format.json_schema.schema") from error
         if calling:
-            definitions = [[each.name, each.description, each.parameters] for each in functions]
+            definitions = [each.model_dump() for each in functions]
             try:
                 grammar = self._compile("tools", json.dumps([definitions, [choice.mode, choice.name], parallel, schema]))
             except RequestError as error:
@@ -189,10 +192,6 @@ class ServedModel:
     def call_parser(self) -> CallParser:
         """A parser of the tool calls in one answer."""
         return self._format.parser()
-
-    def warm(self) -> None:
-        """Prepare what would make the first request slow."""
-        assert self._token_bytes is None or self._token_bytes
 
     @cached_property
     def _token_bytes(self) -> tuple[bytes, ...] | None:
@@ -247,12 +246,6 @@ class ServedModel:
         given["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         return SamplingParams(**given)
 
-    def _answer_grammar(self, schema: Mapping[str, Any]) -> Grammar | None:
-        try:
-            return self._compile("json_schema", json.dumps(schema))
-        except RequestError as error:
-            raise bad_request(str(error), "response_format.json_schema.schema") from error
-
     def _template_message(self, message: protocol.ChatMessage) -> dict[str, Any]:
         """A message as chat templates read it: content as one text, a role they know."""
         fields: dict[str, Any] = {"content": None} | message.model_dump(exclude_none=True)
@@ -271,7 +264,7 @@ class ServedModel:
         if kind == "json_schema":
             return grammars.json_schema(source)
         definitions, choice, parallel, answer = json.loads(source)
-        functions = [ToolFunction(*definition) for definition in definitions]
+        functions = [protocol.FunctionSpec(**definition) for definition in definitions]
         return self._format.compile(grammars, functions, ToolChoice(*choice), parallel=parallel, answer=answer)
 
 
@@ -283,20 +276,13 @@ def _answer_schema(response_format: protocol.ResponseFormat | None) -> dict[str,
     return schema if isinstance(schema, dict) else {} if schema else {"allOf": [False]}
 
 
-def _tools(body: protocol.ChatRequest | None) -> tuple[list[ToolFunction], ToolChoice, bool]:
+def _tools(body: protocol.ChatRequest | None) -> tuple[list[protocol.FunctionSpec], ToolChoice, bool]:
     """The functions of a body, which of them must or may be called, and whether more than one call may be made."""
     if body is None or not body.tools:
         return [], ToolChoice("none"), False
-    functions = [
-        ToolFunction(tool.function.name, tool.function.description, tool.function.parameters, bool(tool.function.strict))
-        for tool in body.tools
-    ]
+    functions = [tool.function for tool in body.tools]
     tool_choice = body.tool_choice if body.tool_choice is not None else "auto"
     if isinstance(tool_choice, protocol.NamedTool):
-        names = [function.name for function in functions]
-        if tool_choice.function.name not in names:
-            known = ", ".join(names)
-            raise bad_request(f"tool_choice names {tool_choice.function.name[:64]!r}; the tools are {known}", "tool_choice")
         return functions, ToolChoice("required", tool_choice.function.name), False
     return functions, ToolChoice(tool_choice), body.parallel_tool_calls is not False
 

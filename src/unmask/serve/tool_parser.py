@@ -67,14 +67,9 @@ class CallParser:
         self._state = self._text if marked else self._head
         self._pending = ""
         self._events: list[Event] = []
-        self._calls = 0
+        self.num_calls = 0
         self._just_called = False
         self._depth, self._in_string, self._escaped = 0, False, False
-
-    @property
-    def num_calls(self) -> int:
-        """Calls that have begun."""
-        return self._calls
 
     def push(self, text: str) -> list[Event]:
         """Take more text of the answer; the events that are certain now."""
@@ -138,8 +133,8 @@ class CallParser:
 
     def _begin(self, head: re.Match[str]) -> None:
         self._pending = self._pending[head.end() :]
-        self._events.append(CallStart(self._calls, head[1]))
-        self._calls += 1
+        self._events.append(CallStart(self.num_calls, head[1]))
+        self.num_calls += 1
         self._depth = 0
         self._state = self._arguments
 
@@ -161,7 +156,7 @@ class CallParser:
                     self._state = self._after
                     break
         if end:
-            self._events.append(CallArguments(self._calls - 1, self._pending[:end]))
+            self._events.append(CallArguments(self.num_calls - 1, self._pending[:end]))
             self._pending = self._pending[end:]
         return self._state == self._after
 

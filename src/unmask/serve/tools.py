@@ -19,6 +19,7 @@ from unmask.data.chat import Message, Tool
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.errors import DataError, RequestError
+from unmask.serve.protocol import FunctionSpec
 from unmask.serve.tool_parser import END_MARKER, MARKER, CallParser
 
 MAX_CALLS = 16
@@ -43,29 +44,6 @@ please make the tool calls an empty list '[]'.
 {"name": "func_name1", "arguments": {"argument1": "value1", "argument2": "value2"}},
 ... (more tool calls as required)
 ]</tool_call>"""
-
-
-@dataclass(frozen=True)
-class ToolFunction:
-    """A function that a model may call.
-
-    Attributes:
-        name: letters, digits, `_` and `-`, at most 64.
-        description: what the function does.
-        parameters: JSON schema of its arguments, an object; None or empty: no arguments.
-        strict: OpenAI's option that arguments follow the schema; here they always do.
-    """
-
-    name: str
-    description: str | None = None
-    parameters: Mapping[str, Any] | None = None
-    strict: bool = False
-
-    def definition(self) -> dict[str, Any]:
-        """The function as OpenAI's `tools` and chat templates write it."""
-        about = {} if self.description is None else {"description": self.description}
-        parameters = self.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": {"name": self.name, **about, "parameters": parameters}}
 
 
 @dataclass(frozen=True)
@@ -108,10 +86,9 @@ class ToolFormat:
     _shows_tools: bool
     _writes_calls: bool
     _has_system: bool
-    _has_developer: bool
 
     def messages(
-        self, messages: Sequence[Message], functions: Sequence[ToolFunction], choice: ToolChoice
+        self, messages: Sequence[Message], functions: Sequence[FunctionSpec], choice: ToolChoice
     ) -> tuple[list[Message], list[Tool] | None]:
         """A conversation in the form that the model's chat template accepts, tool calls and results included.
 
@@ -123,7 +100,7 @@ class ToolFormat:
         Returns:
             Messages and tools (or None) for `Tokenizer.chat`.
         """
-        tools: list[Tool] = [] if choice.mode == "none" else [function.definition() for function in functions]
+        tools: list[Tool] = [] if choice.mode == "none" else [_definition(function) for function in functions]
         converted = [self._message(message) for message in messages]
         if not self._writes_calls:
             converted = self._as_text(converted)
@@ -134,7 +111,7 @@ class ToolFormat:
         return list(self._with_prompt(converted, _PROMPT.replace("{tools}", json.dumps(tools)))), None
 
     def grammar(
-        self, functions: Sequence[ToolFunction], choice: ToolChoice, *, parallel: bool, answer: Mapping[str, Any] | None = None
+        self, functions: Sequence[FunctionSpec], choice: ToolChoice, *, parallel: bool, answer: Mapping[str, Any] | None = None
     ) -> str | None:
         """Lark grammar of the whole answer; None where nothing constrains it: no functions, or choice `none`.
 
@@ -148,7 +125,7 @@ class ToolFormat:
             RequestError: an invalid or repeated name, a choice of an unknown function, or parameters that are not the schema
                 of an object.
         """
-        check_functions(functions, choice)
+        _check_functions(functions, choice)
         if choice.mode == "none" or not functions:
             return None
         style = self._style
@@ -182,7 +159,7 @@ class ToolFormat:
     def compile(
         self,
         compiler: GrammarCompiler,
-        functions: Sequence[ToolFunction],
+        functions: Sequence[FunctionSpec],
         choice: ToolChoice,
         *,
         parallel: bool,
@@ -193,8 +170,8 @@ class ToolFormat:
         Raises:
             RequestError: as of `grammar`; an unsupported schema, which is named; or functions too complex together.
         """
-        check_functions(functions, choice)
-        if choice.mode == "none" or not functions:
+        grammar = self.grammar(functions, choice, parallel=parallel, answer=answer)
+        if grammar is None:
             return None
         for index, function in enumerate(functions):
             schema = _arguments_schema(index, function)
@@ -203,7 +180,7 @@ class ToolFormat:
             except RequestError as error:
                 raise RequestError(f"{_parameters_field(index, function)}: {error}") from error
         try:
-            return compiler.lark(self.grammar(functions, choice, parallel=parallel, answer=answer) or "")
+            return compiler.lark(grammar)
         except RequestError as error:
             raise RequestError(f"tools: {len(functions)} functions exceed one grammar ({error}); give fewer") from error
 
@@ -211,13 +188,13 @@ class ToolFormat:
         """A parser for one answer."""
         return CallParser(marked=bool(self._style.marker))
 
-    def _message(self, message: Message) -> dict[str, Any]:
-        """The message with a role that the template knows, a text as content and no empty list of calls."""
-        role = "system" if message["role"] == "developer" and not self._has_developer else message["role"]
+    @staticmethod
+    def _message(message: Message) -> dict[str, Any]:
+        """The message with a text as content and no empty list of calls."""
         fields = {key: value for key, value in message.items() if key != "tool_calls"}
         calls = [_parsed(call) for call in message.get("tool_calls") or []]
         content = "" if message.get("content") is None else message["content"]
-        return {**fields, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
+        return {**fields, "content": content, **({"tool_calls": calls} if calls else {})}
 
     def _as_text(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages with calls as text in the model's own format, and neighbouring tool results as one user message."""
@@ -273,7 +250,8 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     call = {"id": "call_0", "type": "function", "function": {"name": "probe_name", "arguments": {"probe": 1}}}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "call_0", "content": "probe_result"}
-    tools = [ToolFunction("probe_name", "?", {"type": "object", "properties": {"probe": {"type": "integer"}}}).definition()]
+    parameters = {"type": "object", "properties": {"probe": {"type": "integer"}}}
+    tools = [_definition(FunctionSpec(name="probe_name", description="?", parameters=parameters))]
     with_tools = _rendered(tokenizer, [user], tools)
     shows_tools = "probe_name" in with_tools
     with_calls = _rendered(tokenizer, [user, called, result], tools)
@@ -293,13 +271,19 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
         _shows_tools=shows_tools,
         _writes_calls=writes_calls,
         _has_system="probe_system" in _rendered(tokenizer, [system, user], None),
-        _has_developer="developer" in tokenizer.chat_template,
     )
 
 
-def check_functions(functions: Sequence[ToolFunction], choice: ToolChoice) -> None:
+def _definition(function: FunctionSpec) -> Tool:
+    """The function as OpenAI's `tools` and chat templates write it."""
+    about = {} if function.description is None else {"description": function.description}
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": function.name, **about, "parameters": parameters}}
+
+
+def _check_functions(functions: Sequence[FunctionSpec], choice: ToolChoice) -> None:
     """Raise RequestError for an invalid name, two functions of one name, or a choice of an unknown function."""
-    names: set[str] = set()
+    names: list[str] = []
     for index, function in enumerate(functions):
         if not _NAME.fullmatch(function.name):
             raise RequestError(
@@ -307,14 +291,14 @@ def check_functions(functions: Sequence[ToolFunction], choice: ToolChoice) -> No
             )
         if function.name in names:
             raise RequestError(f"tools[{index}].function.name {function.name!r} is given twice; name each function differently")
-        names.add(function.name)
+        names.append(function.name)
     if choice.name is not None and choice.name not in names:
-        raise RequestError(f"tool_choice names {choice.name[:80]!r}, which is not among tools; name one of them")
+        raise RequestError(f"tool_choice names {choice.name[:64]!r}; the tools are {', '.join(names)}")
     if choice.mode == "required" and not functions:
         raise RequestError("tool_choice is required and there are no tools; give at least one")
 
 
-def _arguments_schema(index: int, function: ToolFunction) -> dict[str, Any] | None:
+def _arguments_schema(index: int, function: FunctionSpec) -> dict[str, Any] | None:
     """JSON schema of the arguments, to be written on one line; None: the function takes none.
 
     A schema that only lists properties allows no others, so that a model cannot invent arguments.
@@ -333,7 +317,7 @@ def _arguments_schema(index: int, function: ToolFunction) -> dict[str, Any] | No
     return schema
 
 
-def _parameters_field(index: int, function: ToolFunction) -> str:
+def _parameters_field(index: int, function: FunctionSpec) -> str:
     return f"tools[{index}].function.parameters of {function.name!r}"
 
 

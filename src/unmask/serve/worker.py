@@ -131,16 +131,12 @@ class Worker:
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="unmask-engine", daemon=True)
         self._thread.start()
+        metrics.observe_engine(lambda: self._engine)
 
     @property
     def state(self) -> str:
         """`loading`, `ready` or `stopping`."""
         return "stopping" if self._draining else "loading" if self._engine is None else "ready"
-
-    @property
-    def current_engine(self) -> Engine | None:
-        """The engine; None while it is being made."""
-        return self._engine
 
     @property
     def engine(self) -> Engine:
@@ -179,7 +175,9 @@ class Worker:
         if self._engine is None:
             raise loading()
         if self.num_requests + count > self._max_requests:
-            raise self._full()
+            wait = max(1, round(self._mean_seconds / max(1, len(self._submissions))))
+            message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
 
     def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Submission:
         """Queue requests of one client.
@@ -196,7 +194,8 @@ class Worker:
             raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
         self.check_room(len(requests))
         submission = Submission(self, requests, watch=watch)
-        self._submissions[submission] = self.loop.call_later(self._timeout, self._expire, submission)
+        expiry = (submission, timed_out(self._timeout), "timeout")
+        self._submissions[submission] = self.loop.call_later(self._timeout, self._end, *expiry)
         self._send(lambda engine: self._add(engine, submission))
         return submission
 
@@ -221,14 +220,6 @@ class Worker:
             self._stop = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
-
-    def _full(self) -> ApiError:
-        wait = max(1, round(self._mean_seconds / max(1, len(self._submissions))))
-        message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
-        return ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
-
-    def _expire(self, submission: Submission) -> None:
-        self._end(submission, timed_out(self._timeout), "timeout")
 
     def _end(self, submission: Submission, error: Exception, reason: str) -> None:
         self._metrics.aborts.labels(reason).inc(len(submission.unfinished))
@@ -313,7 +304,7 @@ class Worker:
             try:
                 self._numbers[engine.add(replace(request, priority=priority), watch=submission.watch)] = (submission, index)
             except RequestError as error:
-                self._call(self._deliver, [(submission, index, Update(0, (), None, None, error))])
+                self._call(self._fail, [submission], bad_request(str(error)))
                 return
             except Exception:
                 _log.exception("a request could not be added")
