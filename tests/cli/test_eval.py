@@ -80,13 +80,18 @@ def test_the_47_offline_are_filled_in_where_they_can(
     [
         ((), "--tasks"),
         (("--suite", "no-such-suite"), "'no-such-suite'"),
-        (("--tasks", "mini-5/math", "--limit", 0), "at least 1"),
-        (("--tasks", "mini-5/math", "--split", "dev"), "test, validation, train"),
         (("--tasks", "mini-5/math", "--model", "/no/such/folder"), "/no/such/folder"),
     ],
 )
 def test_what_cannot_be_run(fails, options: tuple[object, ...], name: str, tmp_path: Path) -> None:
     fails("eval", *options, "--out", tmp_path / "run", names=[name])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--limit", 0), ("--split", "dev")])
+def test_an_option_out_of_range_is_named(run, option: str, value: object) -> None:
+    told = run("eval", "--tasks", "mini-5/math", option, value)
+    assert told.exit_code == 2
+    assert f"Invalid value for '{option}'" in told.stderr
 
 
 @pytest.mark.parametrize("verb", ["eval", "sweep"])

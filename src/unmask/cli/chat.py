@@ -15,7 +15,7 @@ import typer
 
 from unmask.cli import decoding as options
 from unmask.cli.chat_session import ChatSession, note
-from unmask.cli.console import is_live, make_console, pick_device
+from unmask.cli.console import is_live, make_console
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
@@ -44,7 +44,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.QuantizeAuto = "auto",
+    quantize: options.Quantize = "auto",
     watch: Annotated[
         bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,
@@ -81,11 +81,9 @@ def chat(
 
 
 def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Responder:
-    import unmask
     from unmask.cli.chat_local import LocalResponder
 
-    chosen = None if quantize == "none" else quantize
-    language_model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=chosen)
+    language_model = options.load(name, dtype, device, quantize)
     # One engine serves the whole session, so it must not be made before the kernels for quantised weights are compiled.
     language_model.backend(wait=True)
     console = make_console()

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -52,10 +53,11 @@ class LocalResponder:
         interrupts = (signal.SIGINT,) if self._interruptible else ()
         try:
             with stop_on_interrupt(interrupts, notice=b"") as should_stop:
+                decode = partial(self._decode, request, progress, should_stop)
                 if self._console is None:
-                    self._decode(request, progress, should_stop, write)
+                    decode(write, None)
                 else:
-                    self._decode_in_view(self._console, request, progress, should_stop)
+                    show(self._console, self._model, request.params.max_new_tokens, partial(decode, None))
         except KeyboardInterrupt:
             # The second Ctrl-C interrupts anywhere, so the engine's state may be inconsistent.
             self._engine = self._model.engine()
@@ -80,8 +82,8 @@ class LocalResponder:
         progress: _Progress,
         should_stop: Callable[[], bool],
         write: Write | None,
-        on_step: OnStep | None = None,
-    ) -> None:
+        on_step: OnStep | None,
+    ) -> Generation:
         with contextlib.closing(self._engine.stream(request, watch=on_step is not None)) as updates:  # type: ignore[type-var]
             for update in updates:
                 text = progress.take(update.new_ids, update.completion)
@@ -89,15 +91,9 @@ class LocalResponder:
                     write(text)
                 if on_step is not None and update.step is not None:
                     on_step(update.step)
-                if should_stop() and update.completion is None:
-                    return
-
-    def _decode_in_view(self, console: Console, request: Request, progress: _Progress, should_stop: Callable[[], bool]) -> None:
-        def generate(on_step: OnStep) -> Generation:
-            self._decode(request, progress, should_stop, None, on_step)
-            return progress.generation()
-
-        show(console, self._model, request.params.max_new_tokens, generate)
+                if should_stop():
+                    break
+        return progress.generation()
 
 
 def _limit(params: SamplingParams) -> int:

@@ -135,7 +135,9 @@ class RemoteResponder:
                 client.stream(method, self._root + path, json=body) as response,
             ):
                 if response.status_code != httpx2.codes.OK:
-                    raise RequestError(_error_of(response))
+                    response.read()
+                    remedy = "; set --api-key or UNMASK_API_KEY" if response.status_code == 401 else ""
+                    raise RequestError(f"the server answered {response.status_code}: {_error_of(response)}{remedy}")
                 yield response
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise RequestError(f"{self._root} cannot be reached ({error}); start it (unmask serve) or correct --url") from error
@@ -150,13 +152,10 @@ def _count(values: Mapping[str, Any], name: str) -> int | None:
 
 
 def _error_of(response: httpx2.Response) -> str:
-    response.read()
     try:
-        message = _message(response.json())
+        return _message(response.json())
     except ValueError:
-        message = " ".join(response.text.split())[:_MAX_MESSAGE] or response.reason_phrase
-    remedy = "; set --api-key or UNMASK_API_KEY" if response.status_code == 401 else ""
-    return f"the server answered {response.status_code}: {message}{remedy}"
+        return _message(response.text) or response.reason_phrase
 
 
 def _message(body: Any) -> str:

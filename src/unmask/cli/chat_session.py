@@ -129,7 +129,7 @@ class ChatSession:
         if name not in self._commands:
             raise ConfigError(f"no command /{name}; /help lists them (a message that begins with / needs a space before it)")
         usage, _, run = self._commands[name]
-        if usage in ("FILE",) and not rest:
+        if usage == "FILE" and not rest:
             raise ConfigError(f"/{name} needs a name: /{name} conversation.json")
         run(rest[0].strip() if rest else "")
 
@@ -161,9 +161,7 @@ class ChatSession:
     def _help(self, _: str) -> None:
         for name, (usage, text, _run) in self._commands.items():
             note(f"{f'/{name} {usage}':<16} {text}")
-        note(
-            'a line that ends in \\ continues on the next; lines between two """ lines are one message; Ctrl-C stops an answer'
-        )
+        note('a line that ends in \\ continues on the next; lines between two """ lines are one message; Ctrl-C ends an answer')
 
     def _system(self, text: str) -> None:
         turns = [message for message in self._messages if message["role"] != "system"]

@@ -31,7 +31,7 @@ def compare(
     batch: evaluation.Batch = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.QuantizeAuto = "auto",
+    quantize: options.Quantize = "auto",
 ) -> None:
     """Compare two models item by item: scores, confidence intervals of the differences, and speed.
 
@@ -43,10 +43,10 @@ def compare(
     """
     from unmask.eval.compare import compare_samples
     from unmask.eval.report import comparison_row, write_comparison
-    from unmask.eval.runner import load_results, load_samples
+    from unmask.eval.runner import EvalSettings, load_results, load_samples
 
     console = make_console()
-    settings = evaluation.settings_of(split, params, batch)
+    settings = EvalSettings(split, params, batch)
     are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
     folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
     if not all(are_runs):

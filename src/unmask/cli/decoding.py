@@ -9,12 +9,16 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from unmask.cli.console import pick_device
 from unmask.engine.sampling_params import Option, Panel, SamplingParams, Surface
 from unmask.errors import RequestError
+
+if TYPE_CHECKING:
+    from unmask.engine.llm import LanguageModel
 
 DIFFUSION_MODEL = "smollm2-135m-diffusion"
 CONVERTED_MODEL = "smollm2-135m-converted"
@@ -26,19 +30,19 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.", rich_help_panel="Model")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel="Model")]
 Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="int8, int4 or auto: decode with quantised weights on the CPU. [default: the weights as they are]",
-        rich_help_panel="Model",
-    ),
-]
-QuantizeAuto = Annotated[
     Literal["auto", "none", "int8", "int4"],
     typer.Option(help="Decode with quantised weights; auto: int8 on a CPU where the model allows it.", rich_help_panel="Model"),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.", rich_help_panel="Output")
 ]
+
+
+def load(model: str, dtype: str, device: str, quantize: str) -> LanguageModel:
+    """The model that `--model`, `--dtype`, `--device` and `--quantize` name."""
+    import unmask
+
+    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=None if quantize == "none" else quantize)
 
 
 def with_sampling_options(

@@ -45,7 +45,7 @@ def eval_(
     allow_code: evaluation.AllowCode = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.QuantizeAuto = "auto",
+    quantize: options.Quantize = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and why the rest would not.")] = False,
     show: Annotated[bool, typer.Option("--list", help="List our own tasks and suites.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the plan, as JSON.")] = False,
@@ -61,6 +61,7 @@ def eval_(
 
     --resume continues a killed run. Likelihoods of a diffusion model are lower bounds; the results say so.
     """
+    from unmask.eval.runner import EvalSettings
     from unmask.eval.suite import EvalRun
 
     console = make_console(stderr=as_json)
@@ -80,7 +81,7 @@ def eval_(
         folder=folder,
         count=partial(evaluation.count_for, limit),
         limit=limit,
-        settings=evaluation.settings_of(split, params, batch),
+        settings=EvalSettings(split, params, batch),
         harness={"samples": samples, "batch": batch, "decoding": params, "chat": chat, "allow_code": allow_code},
         resume=resume,
     )

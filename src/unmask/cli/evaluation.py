@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from unmask.cli.console import is_live, pick_device
-from unmask.engine.sampling_params import SamplingParams
+from unmask.cli.console import is_live
+from unmask.cli.decoding import load
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,16 +28,9 @@ if TYPE_CHECKING:
     from unmask.eval.task import Task
 
 MINI5, LLADA2 = "mini-5", "llada2-47"
-_SPLITS = ("test", "validation", "train")
 DEFAULT_COUNT = 50
 """Items of a task that can make any number."""
-
-
-def _at_least_one(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ConfigError(f"--limit is {value}; it must be at least 1")
-    return value
-
+_Number = TypeVar("_Number", int, float)
 
 SuiteName = Annotated[
     str | None, typer.Option(help=f"{MINI5} (no download), {LLADA2} (the report's 47), or a file of a suite.")
@@ -45,10 +38,10 @@ SuiteName = Annotated[
 TaskNames = Annotated[
     str | None, typer.Option(help="Names, separated by commas: our own (see `unmask eval --list`) or lm-eval's.")
 ]
-Limit = Annotated[
-    int | None, typer.Option(help="Items per task. [default: all; 50 of a generated task]", callback=_at_least_one)
+Limit = Annotated[int | None, typer.Option(min=1, help="Items per task. [default: all; 50 of a generated task]")]
+SplitName = Annotated[
+    Literal["test", "validation", "train"], typer.Option("--split", help="Only our own tasks have the last two.")
 ]
-SplitName = Annotated[str, typer.Option("--split", help="test, validation or train; only our own tasks have the last two.")]
 Yarn = Annotated[float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let lm-eval's tasks run model-written code without a sandbox.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
@@ -102,9 +95,9 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
     import unmask
     from unmask.models.arch.yarn import stretch_context
 
-    weights = None if quantize == "none" else quantize
-    model = unmask.load(name, dtype=dtype, device=pick_device(device), quantize=weights if yarn is None else None)
+    model = load(name, dtype, device, quantize if yarn is None else "none")
     if yarn is not None:
+        weights = None if quantize == "none" else quantize
         extended = stretch_context(model.transformer, yarn)
         model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
     if model.tokenizer is None:
@@ -124,55 +117,42 @@ def needles(lengths: str | None, model: LanguageModel) -> tuple[Task, ...]:
         return ()
     from unmask.eval.needle import needle_tasks
 
-    try:
-        targets = [int(part) for part in lengths.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--needle is {lengths!r}; give lengths in tokens, separated by commas") from error
+    targets = numbers(lengths, "--needle", int)
     room = model.config.max_positions
     if max(targets) > room:
         raise ConfigError(f"--needle {max(targets)} is more than the context of {room} tokens; extend it with --yarn")
     return needle_tasks(targets, lambda text: len(model.encode_prompt(text)))
 
 
+def numbers(text: str, option: str, kind: type[_Number]) -> list[_Number]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} is {text!r}; give numbers separated by commas") from error
+
+
 @contextmanager
 def showing_tasks(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback (task, items done, all items): bars with the remaining time in a terminal, lines elsewhere."""
-    if not is_live(console):
-        yield _lines(console)
-        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not is_live(console)) as progress:
         bars: dict[str, Any] = {}
 
         def on_progress(task: str, done: int, total: int) -> None:
+            if progress.disable and done == total:
+                console.print(f"{task}: {done} items", soft_wrap=True)
             if task not in bars:
                 bars[task] = progress.add_task(task, total=total)
             progress.update(bars[task], completed=done, total=total)
 
         yield on_progress
-
-
-def _lines(console: Console) -> Callable[[str, int, int], None]:
-    def on_progress(task: str, done: int, total: int) -> None:
-        if done == total:
-            console.print(f"{task}: {done} items", soft_wrap=True)
-
-    return on_progress
-
-
-def settings_of(split: str, decoding: SamplingParams, batch: int) -> EvalSettings:
-    """Settings of our own tasks.
-
-    Raises:
-        ConfigError: `split` is unknown.
-    """
-    from unmask.eval.runner import EvalSettings
-
-    if split not in _SPLITS:
-        raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
-    return EvalSettings(split, decoding, batch)  # type: ignore[arg-type]
 
 
 def answer(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import is_live, make_console, pick_device, visible
+from unmask.cli.console import is_live, make_console, visible
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
@@ -29,7 +29,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = None,
+    quantize: options.Quantize = "none",
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,
@@ -48,11 +48,9 @@ def generate(
     A lower --threshold accepts more tokens per step: faster, less careful.
     """
     text = _read_stdin() if prompt == "-" else prompt
-    import unmask
     from unmask.cli.watch import show
 
-    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
-
+    language_model = options.load(model, dtype, device, quantize)
     ask = partial(language_model.generate, text, params, chat=False if raw else None)
     console, budget = make_console(stderr=as_json), params.resolve(language_model.config).max_new_tokens
     generation = show(console, language_model, budget, lambda on_step: ask(on_step=on_step)) if watch else ask()

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import pick_device, visible
+from unmask.cli.console import visible
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
@@ -29,7 +29,7 @@ def infill(
     tokens: Annotated[str, typer.Option(help="Tokens of a hole, as 8, or as 2-12 to keep the likeliest length.")] = "1-8",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = None,
+    quantize: options.Quantize = "none",
     as_json: options.AsJson = False,
 ) -> None:
     """Fill the holes of a text, reading what stands on both sides: what a left-to-right model cannot do.
@@ -44,10 +44,6 @@ def infill(
     match = _RANGE.fullmatch(tokens)
     if match is None:
         raise RequestError(f"--tokens is {tokens!r}; write a number, or two as in 2-12")
-    least = int(match[1])
-
-    import unmask
-
-    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
-    filling = language_model.infill(text, params, hole=hole, tokens=(least, int(match[2] or least)))
+    lengths = (int(match[1]), int(match[2] or match[1]))
+    filling = options.load(model, dtype, device, quantize).infill(text, params, hole=hole, tokens=lengths)
     typer.echo(json.dumps(asdict(filling)) if as_json else visible(filling.text))

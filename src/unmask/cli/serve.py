@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import INTERRUPTED, pick_device
+from unmask.cli.console import INTERRUPTED
 from unmask.errors import ConfigError
 from unmask.serve.config import ServerConfig
 
@@ -54,7 +54,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.", rich_help_panel="Server")] = 8000,
     *,
     config: ServerConfig,
-    quantize: options.QuantizeAuto = "auto",
+    quantize: options.Quantize = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     log_format: Annotated[
@@ -74,13 +74,11 @@ def serve(
 
     Ctrl-C or SIGTERM finishes running requests and accepts no new ones (exit code 0); a second Ctrl-C ends at once (130).
     """
-    import unmask
     from unmask.serve.logs import configure_logging
     from unmask.serve.server import listen, run, url_of
 
     listener = listen(host, port)
-    weights = None if quantize == "none" else quantize
-    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=weights)
+    language_model = options.load(model, dtype, device, quantize)
     configure_logging(log_format)
     url = url_of(listener)
     typer.echo(f"{config.name or model} is served at {url}", err=True)

@@ -6,7 +6,6 @@ Owns the options, the grid and the table. Every point is a run of its own, kept 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,7 @@ def sweep(
     batch: evaluation.Batch = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.QuantizeAuto = "auto",
+    quantize: options.Quantize = "auto",
 ) -> None:
     """Plot score against speed over thresholds and block sizes.
 
@@ -43,10 +42,12 @@ def sweep(
     A killed sweep continues when started again. Writes frontier.png, sweep.md and sweep.json.
     """
     from unmask.eval.report import draw_frontier, markdown_table
+    from unmask.eval.runner import EvalSettings
     from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
-    values, sizes = _numbers(thresholds, "--thresholds", float), _numbers(block_sizes, "--block-sizes", int)
-    selection, settings = evaluation.select_tasks(suite, tasks), evaluation.settings_of(split, SamplingParams(), batch)
+    values = evaluation.numbers(thresholds, "--thresholds", float)
+    sizes = None if block_sizes is None else evaluation.numbers(block_sizes, "--block-sizes", int)
+    selection = evaluation.select_tasks(suite, tasks)
     if selection.harness:
         raise ConfigError(f"{selection.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
     console = make_console()
@@ -56,8 +57,8 @@ def sweep(
     points: list[dict[str, Any]] = []
     for size, value in itertools.product(sizes or [language_model.config.block_size or 32], values):
         folder = out / f"block-{size}-threshold-{value:g}"
-        point_settings = replace(settings, decoding=SamplingParams(block_size=size, threshold=value))
-        results = evaluation.answer(console, language_model, selection.own, folder, limit, point_settings)
+        settings = EvalSettings(split, SamplingParams(block_size=size, threshold=value), batch)
+        results = evaluation.answer(console, language_model, selection.own, folder, limit, settings)
         points.append({"block_size": size, "threshold": value, **_point(results)})
     rows = [_cells(point) for point in points]
     draw_frontier(points, out / "frontier.png", f"{model}: {suite or tasks}")
@@ -90,15 +91,3 @@ def _point(results: dict[str, Any]) -> dict[str, float]:
 def _cells(point: dict[str, Any]) -> tuple[str, ...]:
     speeds = (f"{point['tokens_per_forward']:.2f}", f"{point['tokens_per_second']:.0f}")
     return (str(point["block_size"]), f"{point['threshold']:g}", f"{100 * point['score']:.1f}", *speeds)
-
-
-def _numbers(text: str | None, option: str, kind: type[Any]) -> list[Any]:
-    """Numbers separated by commas.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        return [kind(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{option} is {text!r}; give numbers separated by commas") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import make_console, pick_device
+from unmask.cli.console import make_console
 from unmask.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def trace(
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = None,
+    quantize: options.Quantize = "none",
 ) -> None:
     """Plot the order in which the tokens of an answer are decoded.
 
@@ -45,10 +45,9 @@ def trace(
     Columns are tokens, rows are forwards. The colour is the model's confidence in its candidate token; a dot marks the forward
     that accepted the token, a cross one that edited it.
     """
-    import unmask
     from unmask.cli.watch import costs
 
-    language_model = unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
+    language_model = options.load(model, dtype, device, quantize)
     generation = language_model.generate(prompt, params, chat=False if raw else None, trace=True)
     assert language_model.tokenizer is not None, "generate() refuses a model without a tokenizer"
     draw_trace(generation, language_model.tokenizer.decode, out)
