@@ -170,6 +170,7 @@ async def _engine_running(
         metrics=metrics,
         on_failure=on_failure,
     )
+    metrics.observe_engine(lambda: worker.current_engine)
     app.state.unmask = AppState(model, worker, metrics, config)
     try:
         yield

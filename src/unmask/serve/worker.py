@@ -131,12 +131,16 @@ class Worker:
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name="unmask-engine", daemon=True)
         self._thread.start()
-        metrics.observe_engine(lambda: self._engine)
 
     @property
     def state(self) -> str:
         """`loading`, `ready` or `stopping`."""
         return "stopping" if self._draining else "loading" if self._engine is None else "ready"
+
+    @property
+    def current_engine(self) -> Engine | None:
+        """The engine; None while it is being made."""
+        return self._engine
 
     @property
     def engine(self) -> Engine:
