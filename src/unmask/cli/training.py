@@ -134,8 +134,10 @@ def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
     """Run the recipe; an interrupted run ends the program and prints the command that resumes it."""
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import showing_progress
-    from unmask.train.run import run_recipe
+    from unmask.train.run import holds_run, run_recipe
 
+    if not resume and holds_run(out):
+        raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
     try:
         with stop_on_interrupt() as should_stop, showing_progress(make_console(), recipe.train.tokens) as on_record:
             result = run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)

@@ -78,7 +78,7 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    if not resume and (list_checkpoints(out) or (out / "config.json").exists()):
+    if not resume and holds_run(out):
         raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
     components = build_components(recipe)
     trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
@@ -93,6 +93,11 @@ def run_recipe(
             save_adapter(components.model, out / ADAPTER, base=recipe.model)
             components.tokenizer.save(out / ADAPTER)
     return RunResult(finished, out, plot, trainer.step, trainer.tokens, components.packer.stats.summary)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in this folder, or has left its model there."""
+    return bool(list_checkpoints(folder)) or (folder / "config.json").exists()
 
 
 def build_components(recipe: Recipe) -> Components:
