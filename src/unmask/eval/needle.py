@@ -60,13 +60,8 @@ def _fact(key: str, number: str) -> str:
     return f"The secret number of {key} is {number}."
 
 
-def _single(rng: random.Random, split: Split) -> Needles:
-    (key,), (number,) = _keys(rng, 1), _numbers(rng, split, 1)
-    return Needles((_fact(key, number),), f"What is the secret number of {key}? Answer with the number only.", (number,))
-
-
-def _multi_key(rng: random.Random, split: Split) -> Needles:
-    keys, numbers = _keys(rng, 4), _numbers(rng, split, 4)
+def _one_value(num_keys: int, rng: random.Random, split: Split) -> Needles:
+    keys, numbers = _keys(rng, num_keys), _numbers(rng, split, num_keys)
     facts = tuple(map(_fact, keys, numbers))
     return Needles(facts, f"What is the secret number of {keys[0]}? Answer with the number only.", (numbers[0],))
 
@@ -91,8 +86,8 @@ def _tracking(rng: random.Random, split: Split) -> Needles:
 
 
 _KINDS: tuple[tuple[str, Dimension, Callable[[random.Random, Split], Needles]], ...] = (
-    ("single", "knowledge", _single),
-    ("multi_key", "knowledge", _multi_key),
+    ("single", "knowledge", partial(_one_value, 1)),
+    ("multi_key", "knowledge", partial(_one_value, 4)),
     ("multi_value", "knowledge", _multi_value),
     ("tracking", "reasoning", _tracking),
 )

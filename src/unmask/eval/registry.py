@@ -5,7 +5,6 @@ Owns the bundled suites, which are data (`suites/*.yaml`; the file says what eac
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from unmask.errors import ConfigError
 from unmask.eval.task import Dimension
 
-BUNDLED = {"llada2-47": "llada2.yaml"}
+BUNDLED = {"llada2-47": Path(__file__).parent / "suites" / "llada2.yaml"}
 
 
 class Benchmark(BaseModel):
@@ -74,16 +73,12 @@ def load_suite(name_or_path: str | Path) -> Suite:
     Raises:
         ConfigError: there is no such suite, or its file breaks a rule.
     """
-    if (file := BUNDLED.get(str(name_or_path))) is not None:
-        text = (importlib.resources.files("unmask.eval") / "suites" / file).read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            remedy = f"use {', '.join(BUNDLED)} or a YAML file"
-            raise ConfigError(f"suite '{name_or_path}' is neither bundled nor a readable file; {remedy}") from error
     try:
+        text = BUNDLED.get(str(name_or_path), Path(name_or_path)).read_text(encoding="utf-8")
         return Suite.model_validate(yaml.safe_load(text))
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = f"use {', '.join(BUNDLED)} or a YAML file"
+        raise ConfigError(f"suite '{name_or_path}' is neither bundled nor a readable file; {remedy}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"suite {name_or_path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:

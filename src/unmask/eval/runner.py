@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +173,16 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
     """Answers and scores of items; an item that does not fit the context counts as wrong without being asked."""
     tokenizer, room = model.tokenizer, model.config.max_positions
     assert tokenizer is not None, "request_of has refused a model without one"
-    pairs = [(item, request_of(model, item, settings.decoding)) for item in items]
-    fits = [len(request.ids) + request.params.max_new_tokens <= room for _, request in pairs]
-    too_long = [_too_long(task, *pair, room) for pair, fit in zip(pairs, fits, strict=True) if not fit]
-    fitting = list(compress(pairs, fits))
+    too_long, fitting = [], []
+    for item in items:
+        request = request_of(model, item, settings.decoding)
+        count, most = len(request.ids), request.params.max_new_tokens
+        if count + most <= room:
+            fitting.append((item, request))
+            continue
+        detail = f"not asked: {count} tokens and an answer of up to {most} exceed the context of {room}"
+        sample = EvalSample(task.name, item.id, item.prompt, item.target, "", None, 0.0, detail, TOO_LONG, count, 0, 0, 0.0)
+        too_long.append(sample)
     items, requests = [item for item, _ in fitting], [request for _, request in fitting]
     # A single stream prefills every prompt in full, so that its tokens/s do not depend on what prompts have in common.
     completions = model.engine(max_num_seqs=settings.batch, prefix_cache=settings.batch > 1).run(requests)
@@ -202,12 +207,6 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
             items, requests, completions, answers, task.score(items, answers), strict=True
         )
     ]
-
-
-def _too_long(task: Task, item: Item, request: Request, room: int) -> EvalSample:
-    count, most = len(request.ids), request.params.max_new_tokens
-    detail = f"not asked: {count} tokens and an answer of up to {most} exceed the context of {room}"
-    return EvalSample(task.name, item.id, item.prompt, item.target, "", None, 0.0, detail, TOO_LONG, count, 0, 0, 0.0)
 
 
 def request_of(model: LanguageModel, item: Item, decoding: SamplingParams) -> Request:

@@ -10,7 +10,7 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from unmask.eval.mini5.generator import Generator, Question, gym, seeded
 from unmask.eval.mini5.knowledge import PEOPLE
@@ -97,30 +97,20 @@ def _gsm_symbolic(seed: int) -> Question | None:
     return number(question.replace(" Give the result as your final answer. Do not include units.", ""), answer)
 
 
-def _problem(text: str) -> Question:
-    question, expression = text.split(" = ")
+def _word_problem(rng: random.Random, templates: Sequence[str], most: Sequence[int]) -> Question:
+    """A problem of one of the templates, with a number up to each of `most`."""
+    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(templates)
+    a, b, *rest = numbers = [rng.randint(2, each) for each in most]
+    values = {"a": a, "b": b, "c": sum(rest), "sum": a + b, "product": a * b, "total": sum(numbers)}
+    question, expression = template.format(who=who, other=other, goods=goods, **values).split(" = ")
     return number(question, *worked(expression))
-
-
-def _one_step(rng: random.Random) -> Question:
-    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(ONE_STEP)
-    a, b = rng.randint(2, 12), rng.randint(2, 9)
-    values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "sum": a + b, "product": a * b}
-    return _problem(template.format(**values))
-
-
-def _two_steps(rng: random.Random) -> Question:
-    (who, other), goods, template = rng.sample(PEOPLE, 2), rng.choice(_GOODS), rng.choice(TWO_STEPS)
-    a, b, c = rng.randint(2, 10), rng.randint(2, 6), rng.randint(2, 6)
-    values = {"who": who, "other": other, "goods": goods, "a": a, "b": b, "c": c, "total": a + b + c}
-    return _problem(template.format(**values))
 
 
 GENERATORS = (
     Generator("chain_sum", _chain_sum, max_new_tokens=128),
     Generator("basic_arithmetic", _basic_arithmetic, max_new_tokens=128),
-    Generator("one_step", seeded(_one_step), max_new_tokens=128),
-    Generator("two_steps", seeded(_two_steps), max_new_tokens=128),
+    Generator("one_step", seeded(lambda rng: _word_problem(rng, ONE_STEP, (12, 9))), max_new_tokens=128),
+    Generator("two_steps", seeded(lambda rng: _word_problem(rng, TWO_STEPS, (10, 6, 6))), max_new_tokens=128),
     # Its templates were made from the test set of GSM8K: nothing to train on.
     Generator("gsm_symbolic", _gsm_symbolic, max_new_tokens=128, trainable=False),
 )
