@@ -1,4 +1,4 @@
-"""Programs that try to get out of the sandbox, and how each must end.
+"""Programs that try to escape from the sandbox, and how each must end.
 
 Each gets a JSON object on stdin: `secret` (a file anybody may read), `outside` (a folder anybody may write to), `port` (a
 listener on loopback), `victim` (a process). "passed" means that it did not get out: the program itself asserts that.

@@ -244,9 +244,9 @@ def test_a_conversation_that_no_longer_fits_says_so_and_loses_nothing(
     long = "7" * 140
     lines = [long, long, "/reset", "/retry", "Hi"]
     result = run("chat", "-m", diffusion_folder, *PLAIN, "--max-new-tokens", 8, input=typed(*lines))
-    said = re.search(r"error: the conversation has (\d+) tokens and the context holds 256: .*/reset", result.stderr)
-    assert said is not None, result.stderr
-    assert int(said[1]) >= 256
+    match = re.search(r"error: the conversation has (\d+) tokens and the context holds 256: .*/reset", result.stderr)
+    assert match is not None, result.stderr
+    assert int(match[1]) >= 256
     once = reply(model, [long], tokens=8)
     assert result.stdout == f"{once}\n{once}\n{reply(model, [long, once, 'Hi'], tokens=8)}\n"
     assert result.exit_code == 1
@@ -324,7 +324,7 @@ def test_ctrl_c_ends_the_program_when_messages_come_from_a_pipe(run, diffusion_f
 
 
 class Parrot:
-    """Says what was said."""
+    """Repeats the last message."""
 
     about = "parrot"
 
@@ -526,12 +526,12 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "said"), REFUSALS)
-def test_a_failure_of_the_server_is_one_line_and_ends_nothing(run, server: Server, answer: Any, said: str) -> None:
+@pytest.mark.parametrize(("answer", "fragment"), REFUSALS)
+def test_a_failure_of_the_server_is_one_line_and_ends_nothing(run, server: Server, answer: Any, fragment: str) -> None:
     server.answers = [answer]
     result = run("chat", "--url", server.url, input=typed("a", "b"))
     assert (result.exit_code, result.stdout) == (1, "ok\n"), result.output
-    assert said in result.stderr
+    assert fragment in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert server.requests[1][1]["messages"] == [{"role": "user", "content": "b"}], "the unanswered message has made room"
@@ -569,7 +569,7 @@ def test_no_server_there(fails) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "fragment"),
     [
         (("--url", "127.0.0.1:8000"), "--url 127.0.0.1:8000 "),
         (("--url", "http://127.0.0.1:notaport"), "malformed"),
@@ -580,8 +580,8 @@ def test_no_server_there(fails) -> None:
         (("--url", "http://127.0.0.1", "--api-key", "a\nb"), "an HTTP header cannot carry"),
     ],
 )
-def test_bad_addresses(fails, options: tuple[str, ...], said: str) -> None:
-    assert said in fails("chat", *options, input="a\n")
+def test_bad_addresses(fails, options: tuple[str, ...], fragment: str) -> None:
+    assert fragment in fails("chat", *options, input="a\n")
 
 
 class Terminal:

@@ -166,9 +166,9 @@ def test_config_that_is_not_json(fails, own_folder: Path) -> None:
 
 def test_unsupported_architecture(fails, own_folder: Path) -> None:
     (own_folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    said = fails("generate", "Hello", "-m", own_folder)
-    assert "mamba" in said
-    assert "qwen3" in said
+    error = fails("generate", "Hello", "-m", own_folder)
+    assert "mamba" in error
+    assert "qwen3" in error
 
 
 def test_missing_tensor(fails, own_folder: Path) -> None:

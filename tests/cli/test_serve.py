@@ -31,23 +31,23 @@ class Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("UNMASK_API_KEY", None)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        self.said = ""
+        self.stderr = ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self.soon(lambda: re.search(r"served at http\S+:\d+", self.said))
-        self.url = re.search(r"served at (http\S+:\d+)", self.said)[1]  # type: ignore[index]
+        self.soon(lambda: re.search(r"served at http\S+:\d+", self.stderr))
+        self.url = re.search(r"served at (http\S+:\d+)", self.stderr)[1]  # type: ignore[index]
         self.soon(lambda: self.status("/ready") == 200)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said += line
+            self.stderr += line
 
     def soon(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + 90
         while not condition():
-            assert time.monotonic() < end, self.said
-            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, self.stderr
+            assert self.process.poll() is None, self.stderr
             time.sleep(0.02)
 
     def status(self, path: str) -> int | None:
@@ -78,7 +78,7 @@ class Process:
         return response
 
     def end(self) -> int:
-        """Wait for it; what it said is complete then."""
+        """Wait for its end; `stderr` is complete then."""
         code = self.process.wait(60)
         self._reader.join(10)
         return code
@@ -111,9 +111,9 @@ def test_sigterm_in_the_middle_of_streams(start: Callable[..., Process]) -> None
     assert all(end.endswith(b"data: [DONE]\n\n") for end in ends)
     assert it.end() == 0
     assert it.status("/health") is None
-    lines = [json.loads(line) for line in it.said.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in it.stderr.splitlines() if line.startswith("{")]
     assert [line["status"] for line in lines if line["message"] == "request"].count(200) >= 4
-    assert "Traceback" not in it.said
+    assert "Traceback" not in it.stderr
     assert "error" not in {line["level"] for line in lines}
 
 
@@ -124,7 +124,7 @@ def test_the_grace_has_an_end_and_a_second_sigint_makes_it_now(start: Callable[.
     it.process.send_signal(signal.SIGINT)
     assert json.loads(stream.read().rpartition(b"data: ")[2])["error"]["code"] == "stopping"
     assert it.end() == 0
-    assert "Traceback" not in it.said
+    assert "Traceback" not in it.stderr
     patient = start("--shutdown-grace", "1000", "--cache-tokens", "8192")
     stream = patient.stream(250, n=60)
     # One that sends half a request holds the way down by itself until the second signal.
@@ -138,7 +138,7 @@ def test_the_grace_has_an_end_and_a_second_sigint_makes_it_now(start: Callable[.
     assert patient.end() == 130
     place.close()
     stream.close()
-    assert "Traceback" not in patient.said
+    assert "Traceback" not in patient.stderr
 
 
 def test_what_keeps_it_from_starting_is_one_line(fails: Fails, diffusion_folder: Path, tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_what_keeps_it_from_starting_is_one_line(fails: Fails, diffusion_folder:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = fails("serve", "--model", diffusion_folder, "--port", port)
-        assert f"cannot listen at 127.0.0.1:{port}" in said
+        stderr = fails("serve", "--model", diffusion_folder, "--port", port)
+        assert f"cannot listen at 127.0.0.1:{port}" in stderr
     assert "nowhere" in fails("serve", "--model", tmp_path / "nowhere", "--port", 0)
     assert "no.such.host.invalid" in fails("serve", "--model", diffusion_folder, "--host", "no.such.host.invalid", "--port", 0)
     fails("serve", "--model", diffusion_folder, "--max-concurrent", 0, names=("max_concurrent", 0))

@@ -1,4 +1,4 @@
-"""What the suite asks of an implementation, as JSON; the implementations of this repository in that form.
+"""The implementations of this repository in the JSON format of the conformance suite.
 
 An implementation is a function of a model folder and a request; `README.md` has the format.
 """

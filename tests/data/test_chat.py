@@ -160,8 +160,8 @@ def test_generation_prompt_unlike_the_header_of_a_turn_changes_nothing(tmp_path)
 
 
 def test_closing_that_is_like_the_header_is_not_taken_twice(tmp_path):
-    said = "{{ '<file_sep>' + m.content + '<file_sep>' if m.content else '<file_sep>' }}"
-    tokenizer = make_tokenizer(tmp_path, chat_template=f"{{% for m in messages %}}{said}{{% endfor %}}")
+    turn_template = "{{ '<file_sep>' + m.content + '<file_sep>' if m.content else '<file_sep>' }}"
+    tokenizer = make_tokenizer(tmp_path, chat_template=f"{{% for m in messages %}}{turn_template}{{% endfor %}}")
     assert learnt(tokenizer, [ASKED, ANSWERED]) == ["It is 3.<file_sep>"]
     ids, flags = tokenizer.chat_document([ASKED, ANSWERED | {"content": ""}])
     assert tokenizer.decode(ids, skip_special=False) == "<file_sep>1 + 2<file_sep><file_sep>"

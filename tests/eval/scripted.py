@@ -1,4 +1,4 @@
-"""A model whose answers are written down: for tests of everything that happens around a model."""
+"""A language model with scripted answers, for tests of everything around a model."""
 
 from __future__ import annotations
 

@@ -135,8 +135,8 @@ def test_a_question_beyond_the_context_is_wrong_and_the_run_goes_on(stub: Path, 
         return [replace(first, max_new_tokens=2048, system=None), replace(second, system=None)]
 
     model = ScriptedModel(tmp_path, lambda prompt: "call of irrelevance")
-    told = run_tasks(model, [replace(TASKS["irrelevance"], items=items)], tmp_path / "run", count=lambda _: 2)
-    summary = told["tasks"]["bfcl-offline/irrelevance"]
+    results = run_tasks(model, [replace(TASKS["irrelevance"], items=items)], tmp_path / "run", count=lambda _: 2)
+    summary = results["tasks"]["bfcl-offline/irrelevance"]
     assert (summary["score"], summary["items"], summary["too_long"]) == (0.5, 2, 1)
     samples = {sample.id: sample for sample in load_samples(tmp_path / "run")}
     assert (samples["irrelevance_1"].score, len(model.asked)) == (1.0, 1)
@@ -243,10 +243,10 @@ def test_prompts_are_the_official_ones(data: Path) -> None:
     assert item.system is not None
     assert item.prompt == entry["question"][0][0]["content"]
     assert item.system.startswith("You are an expert in composing functions.")
-    told = json.loads(item.system[item.system.index("\n[\n") :])
-    assert [each["name"] for each in told] == [each["name"] for each in entry["function"]]
+    functions = json.loads(item.system[item.system.index("\n[\n") :])
+    assert [each["name"] for each in functions] == [each["name"] for each in entry["function"]]
     assert (
-        told[0]["description"]
+        functions[0]["description"]
         == entry["function"][0]["description"] + " Note that the provided function is in Java 8 SDK syntax."
     )
 

@@ -42,13 +42,13 @@ def model(tmp_path: Path) -> ScriptedModel:
 def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
     seen = []
     results = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 40, on_progress=lambda *news: seen.append(news))
-    told = results["tasks"]["sums"]
-    assert (told["score"], told["items"], told["size"], told["limited"]) == (0.75, 40, 50, True)
-    assert told["standard_error"] == pytest.approx(0.0693, abs=1e-3)
+    summary = results["tasks"]["sums"]
+    assert (summary["score"], summary["items"], summary["size"], summary["limited"]) == (0.75, 40, 50, True)
+    assert summary["standard_error"] == pytest.approx(0.0693, abs=1e-3)
     samples = load_samples(tmp_path / "run")
     tokens, forwards = sum(s.tokens for s in samples), sum(s.forwards for s in samples)
-    assert told["speed"]["tokens_per_forward"] == pytest.approx(tokens / forwards)
-    assert told["speed"]["tokens_per_second"] == pytest.approx(tokens / (forwards / 100))
+    assert summary["speed"]["tokens_per_forward"] == pytest.approx(tokens / forwards)
+    assert summary["speed"]["tokens_per_second"] == pytest.approx(tokens / (forwards / 100))
     assert [s.score for s in samples] == [float(i % 4 != 0) for i in range(40)]
     assert samples[0].answer == "no idea"
     assert seen[0] == ("sums", 0, 40)
@@ -59,8 +59,8 @@ def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
 
 
 def test_a_whole_split_is_not_limited(model: ScriptedModel, tmp_path: Path) -> None:
-    told = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 60)["tasks"]["sums"]
-    assert (told["items"], told["limited"]) == (50, False)
+    summary = run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 60)["tasks"]["sums"]
+    assert (summary["items"], summary["limited"]) == (50, False)
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -108,7 +108,7 @@ def test_more_items_and_tasks_may_join(model: ScriptedModel, tmp_path: Path) -> 
     asked = len(model.asked)
     results = run_tasks(model, [SUMS, replace(SUMS, name="more")], tmp_path, count=lambda task: 8, resume=True)
     assert len(model.asked) - asked == 4 + 8
-    assert {name: told["items"] for name, told in results["tasks"].items()} == {"sums": 8, "more": 8}
+    assert {name: summary["items"] for name, summary in results["tasks"].items()} == {"sums": 8, "more": 8}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""The official `openai` client's four ways to ask (sync or not, streamed or not) brought to one form, and what the engine
-says to the same question when nothing is between.
+"""The official `openai` client, synchronous or not, streamed or not, with responses in one form; and the engine's completions.
 
-A stream is checked here for what holds of every stream before it is joined.
+Every stream is checked before it is joined.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ HELLO = [{"role": "user", "content": "Hello, how are you?"}]
 
 
 @dataclass
-class Said:
+class ReceivedChoice:
     """One choice. `calls` are names and arguments, `logprobs` as they came over the wire."""
 
     text: str = ""
@@ -38,7 +37,7 @@ class Said:
 class Reply:
     """All choices, and (prompt, completion) tokens."""
 
-    choices: list[Said]
+    choices: list[ReceivedChoice]
     usage: tuple[int, int]
 
 
@@ -86,13 +85,13 @@ def whole(response: Any) -> Reply:
     for choice in response.choices:
         logprobs = None if choice.logprobs is None else choice.logprobs.to_dict()
         if response.object == "text_completion":
-            choices.append(Said(choice.text, choice.finish_reason, logprobs=None if logprobs is None else [logprobs]))
+            choices.append(ReceivedChoice(choice.text, choice.finish_reason, logprobs=None if logprobs is None else [logprobs]))
             continue
         calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
         assert choice.message.role == "assistant"
         assert choice.message.content != "" if calls else choice.message.content is not None
-        told = None if logprobs is None else logprobs["content"]
-        choices.append(Said(choice.message.content or "", choice.finish_reason, calls, told))
+        content_logprobs = None if logprobs is None else logprobs["content"]
+        choices.append(ReceivedChoice(choice.message.content or "", choice.finish_reason, calls, content_logprobs))
     usage = response.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     return Reply(choices, (usage.prompt_tokens, usage.completion_tokens))
@@ -105,37 +104,37 @@ def joined(chunks: Sequence[Any]) -> Reply:
     assert {(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks} == {
         (last.id, last.created, last.model, last.object)
     }
-    said: dict[int, Said] = {}
+    received: dict[int, ReceivedChoice] = {}
     for chunk in chunks:
         assert chunk.to_dict()["usage"] is None
         for choice in chunk.choices:
-            begins = choice.index not in said
-            _take(said.setdefault(choice.index, Said()), choice, begins=begins)
-    assert all(choice.finish_reason is not None for choice in said.values())
-    return Reply([said[i] for i in range(len(said))], (last.usage.prompt_tokens, last.usage.completion_tokens))
+            begins = choice.index not in received
+            _take(received.setdefault(choice.index, ReceivedChoice()), choice, begins=begins)
+    assert all(choice.finish_reason is not None for choice in received.values())
+    return Reply([received[i] for i in range(len(received))], (last.usage.prompt_tokens, last.usage.completion_tokens))
 
 
-def _take(said: Said, choice: Any, *, begins: bool) -> None:
-    assert said.finish_reason is None, "nothing follows a finish reason"
-    said.finish_reason = choice.finish_reason
+def _take(received: ReceivedChoice, choice: Any, *, begins: bool) -> None:
+    assert received.finish_reason is None, "nothing follows a finish reason"
+    received.finish_reason = choice.finish_reason
     logprobs = None if choice.logprobs is None else choice.logprobs.to_dict()
     if not hasattr(choice, "delta"):
-        said.text += choice.text
+        received.text += choice.text
         if logprobs is not None:
-            said.logprobs = [_extended(said.logprobs[0], logprobs) if said.logprobs else logprobs]
+            received.logprobs = [_extended(received.logprobs[0], logprobs) if received.logprobs else logprobs]
         return
     delta = choice.delta
     assert (delta.role == "assistant") == begins
-    said.text += delta.content or ""
+    received.text += delta.content or ""
     if logprobs is not None:
-        said.logprobs = [*(said.logprobs or []), *logprobs["content"]]
+        received.logprobs = [*(received.logprobs or []), *logprobs["content"]]
     for call in delta.tool_calls or []:
-        if call.index == len(said.calls):
+        if call.index == len(received.calls):
             assert call.id is not None
             assert call.type == "function"
-            said.calls.append((call.function.name, ""))
-        name, arguments = said.calls[call.index]
-        said.calls[call.index] = (name, arguments + (call.function.arguments or ""))
+            received.calls.append((call.function.name, ""))
+        name, arguments = received.calls[call.index]
+        received.calls[call.index] = (name, arguments + (call.function.arguments or ""))
 
 
 def _extended(before: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -147,7 +146,10 @@ def expected(model: LanguageModel, ids: Sequence[int], *, n: int = 1, max_new_to
     assert model.tokenizer is not None
     request = model.request(ids, max_new_tokens=max_new_tokens, **options)
     done = [model.engine(prefix_cache=False).run([sample])[0] for sample in request.samples(n)]
-    choices = [Said(model.tokenizer.decode(each.ids) if each.text is None else each.text, each.finish_reason) for each in done]
+    choices = [
+        ReceivedChoice(model.tokenizer.decode(each.ids) if each.text is None else each.text, each.finish_reason)
+        for each in done
+    ]
     return Reply(choices, (len(ids), sum(len(each.ids) for each in done)))
 
 
@@ -159,4 +161,4 @@ def chat_ids(model: LanguageModel, messages: Sequence[Mapping[str, Any]] = HELLO
 
 def texts(reply: Reply) -> list[tuple[str, str | None]]:
     """Text and finish reason of every choice."""
-    return [(said.text, said.finish_reason) for said in reply.choices]
+    return [(received.text, received.finish_reason) for received in reply.choices]

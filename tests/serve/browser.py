@@ -1,4 +1,4 @@
-"""A server that says what a test scripts, in the words of the real one, for a browser to talk to.
+"""A server whose answers a test scripts, with the API of the real one, for a browser.
 
 Owns the loopback server's life, the steps of a block that falls into place, and a reader's visit. Knows no model.
 """

@@ -20,7 +20,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def site(tiny: LanguageModel) -> Iterator[Live]:
-    """It, served with the usual settings; at the end no cache block may be used."""
+    """The model, served with the default settings; at the end no cache block may be used."""
     with live(tiny) as running:
         yield running
         running.wait_idle()

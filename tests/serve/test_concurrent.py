@@ -63,7 +63,7 @@ def _ask(url: str, endpoint: str, body: dict[str, Any]) -> Reply:
 def test_the_requests_are_sixteen_and_differ(alone: list[Reply]) -> None:
     assert len(CLIENTS) == 16
     assert len({str(reply) for reply in alone}) == 16
-    assert {said.finish_reason for reply in alone for said in reply.choices} == {"stop", "length"}
+    assert {received.finish_reason for reply in alone for received in reply.choices} == {"stop", "length"}
 
 
 def test_together_as_alone(place: Live, alone: list[Reply], monkeypatch: pytest.MonkeyPatch) -> None:

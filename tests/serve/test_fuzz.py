@@ -267,10 +267,10 @@ def test_odd_headers(server: Live) -> None:
                 wire.send(b"\r\n".join([*kept, header, *closing]) + b"\r\n\r\n" + body)
                 if name in (b"content-length", b"transfer-encoding"):
                     wire.socket.shutdown(1)
-                told = wire.rest() if closing else wire.until(b"\r\n\r\n")
-            assert b" 500 " not in told.split(b"\r\n")[0], (header[:60], told[:400])
-            assert b"injected" not in told.lower(), header
-            assert told.startswith(b"HTTP/1.1 ") or name == b"content-length", (header[:60], told[:200])
+                response = wire.rest() if closing else wire.until(b"\r\n\r\n")
+            assert b" 500 " not in response.split(b"\r\n")[0], (header[:60], response[:400])
+            assert b"injected" not in response.lower(), header
+            assert response.startswith(b"HTTP/1.1 ") or name == b"content-length", (header[:60], response[:200])
     assert httpx2.post(f"{server.url}/v1/completions", json=json.loads(WHOLE)).status_code == 200
     server.wait_idle()
 
@@ -346,9 +346,9 @@ def test_other_methods(client: httpx2.Client) -> None:
 def test_odd_paths_are_404s(server: Live, path: str) -> None:
     with Wire(server.url) as wire:
         wire.send(f"GET {path} HTTP/1.1\r\nhost: [\r\nconnection: close\r\n\r\n".encode())
-        told = wire.rest()
-    first = told.split(b"\r\n")[0]
-    assert any(status in first for status in (b" 404 ", b" 400 ", b" 403 ")), told[:300]
+        response = wire.rest()
+    first = response.split(b"\r\n")[0]
+    assert any(status in first for status in (b" 404 ", b" 400 ", b" 403 ")), response[:300]
 
 
 def test_pipelined_requests_are_answered_in_order(server: Live) -> None:
@@ -358,10 +358,10 @@ def test_pipelined_requests_are_answered_in_order(server: Live) -> None:
             + request_bytes(b"{", "/v1/completions", x_request_id="second")
             + request_bytes(b"", "/health", "GET", x_request_id="third", connection="close")
         )
-        told = wire.rest()
-    places = [told.index(b"x-request-id: " + name) for name in (b"first", b"second", b"third")]
+        response = wire.rest()
+    places = [response.index(b"x-request-id: " + name) for name in (b"first", b"second", b"third")]
     assert places == sorted(places)
-    assert re.findall(rb"HTTP/1\.1 (\d+)", told) == [b"200", b"400", b"200"]
+    assert re.findall(rb"HTTP/1\.1 (\d+)", response) == [b"200", b"400", b"200"]
     server.wait_idle()
 
 

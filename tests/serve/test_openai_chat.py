@@ -69,8 +69,8 @@ def test_an_answer_is_the_engines(site: Live, replies: dict[str, Reply], name: s
 def test_the_cases_are_not_all_alike(replies: dict[str, Reply]) -> None:
     """Else the test above would say nothing about the fields."""
     assert len({str(texts(reply)) for reply in replies.values()}) == len(replies)
-    assert {said.finish_reason for said in replies["ends"].choices} == {"stop", "length"}
-    assert any(said.finish_reason == "stop" for said in replies["stops"].choices)
+    assert {received.finish_reason for received in replies["ends"].choices} == {"stop", "length"}
+    assert any(received.finish_reason == "stop" for received in replies["stops"].choices)
 
 
 @pytest.mark.parametrize("names", [("max_tokens",), ("max_completion_tokens",), ("max_tokens", "max_completion_tokens")])
@@ -96,25 +96,25 @@ def test_without_a_seed_draws_differ(client: OpenAI) -> None:
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, max_tokens=20, logprobs=True, top_logprobs=3, logit_bias=END, **SAMPLED)
-    wanted = tiny.complete(chat_ids(tiny), max_new_tokens=20, logprobs=3, logit_bias=ENDS, **SAMPLED)
-    told = got.choices[0].logprobs
-    assert told is not None
-    assert wanted.logprobs is not None
-    entries = [entry for entry in wanted.logprobs if entry.token != tiny.tokenizer.eos_id]
-    assert [each["logprob"] for each in told] == [entry.logprob for entry in entries]
-    for each, entry in zip(told, entries, strict=True):
+    target = tiny.complete(chat_ids(tiny), max_new_tokens=20, logprobs=3, logit_bias=ENDS, **SAMPLED)
+    logprobs_of_tokens = got.choices[0].logprobs
+    assert logprobs_of_tokens is not None
+    assert target.logprobs is not None
+    entries = [entry for entry in target.logprobs if entry.token != tiny.tokenizer.eos_id]
+    assert [each["logprob"] for each in logprobs_of_tokens] == [entry.logprob for entry in entries]
+    for each, entry in zip(logprobs_of_tokens, entries, strict=True):
         assert [other["logprob"] for other in each["top_logprobs"]] == [logprob for _, logprob in entry.alternatives]
         assert each["token"] == bytes(each["bytes"]).decode(errors="replace") == tiny.tokenizer.decode([entry.token])
         assert all(math.isfinite(other["logprob"]) for other in each["top_logprobs"])
-    assert b"".join(bytes(each["bytes"]) for each in told).decode(errors="replace") == got.choices[0].text
+    assert b"".join(bytes(each["bytes"]) for each in logprobs_of_tokens).decode(errors="replace") == got.choices[0].text
 
 
 def test_no_alternatives_and_no_logprobs(site: Live) -> None:
     for way in ("plain", "stream"):
-        told = ask(site.url, way, max_tokens=8, logprobs=True, top_logprobs=0).choices[0].logprobs
-        assert told is not None
-        assert len(told) == 8
-        assert all(each["top_logprobs"] == [] for each in told)
+        logprobs_of_tokens = ask(site.url, way, max_tokens=8, logprobs=True, top_logprobs=0).choices[0].logprobs
+        assert logprobs_of_tokens is not None
+        assert len(logprobs_of_tokens) == 8
+        assert all(each["top_logprobs"] == [] for each in logprobs_of_tokens)
         assert ask(site.url, way, max_tokens=8).choices[0].logprobs is None
 
 
@@ -131,12 +131,12 @@ SUM = {"type": "json_schema", "json_schema": {"name": "sum", "strict": True, "sc
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_json_that_follows_a_schema(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, max_tokens=64, response_format=SUM, n=2, **SAMPLED)
-    wanted = expected(tiny, chat_ids(tiny), max_new_tokens=64, json_schema=Sum.model_json_schema(), n=2, **SAMPLED)
-    assert texts(got) == texts(wanted)
-    assert got.usage == wanted.usage
-    for said in got.choices:
-        Sum.model_validate_json(said.text)
-        assert said.finish_reason == "stop"
+    target = expected(tiny, chat_ids(tiny), max_new_tokens=64, json_schema=Sum.model_json_schema(), n=2, **SAMPLED)
+    assert texts(got) == texts(target)
+    assert got.usage == target.usage
+    for received in got.choices:
+        Sum.model_validate_json(received.text)
+        assert received.finish_reason == "stop"
 
 
 def test_any_json_object(site: Live, tiny: LanguageModel) -> None:
@@ -174,13 +174,13 @@ def test_usage_comes_only_where_it_is_wanted(client: OpenAI) -> None:
 
 
 def test_what_it_cost_stands_beside(client: OpenAI, tiny: LanguageModel) -> None:
-    wanted = tiny.complete(chat_ids(tiny), max_new_tokens=24)
+    target = tiny.complete(chat_ids(tiny), max_new_tokens=24)
     whole: Any = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=24)
     *_, last = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=24, stream=True)
-    for told in (whole.diffusion, last.diffusion):
-        assert told["forwards"] <= wanted.forwards, "a cached prompt may spare a forward"
-        assert told["tokens_per_forward"] == round(24 / told["forwards"], 3)
-        assert set(told) == {"forwards", "tokens_per_forward", "tokens_per_second", "seconds", "cached_tokens", "edits"}
+    for costs in (whole.diffusion, last.diffusion):
+        assert costs["forwards"] <= target.forwards, "a cached prompt may spare a forward"
+        assert costs["tokens_per_forward"] == round(24 / costs["forwards"], 3)
+        assert set(costs) == {"forwards", "tokens_per_forward", "tokens_per_second", "seconds", "cached_tokens", "edits"}
 
 
 def test_a_cached_prompt_is_told_and_changes_nothing(site: Live, client: OpenAI) -> None:
@@ -224,8 +224,8 @@ USUAL: dict[str, dict[str, Any]] = {
 def test_what_clients_send_out_of_habit(site: Live, client: OpenAI, tiny: LanguageModel, name: str) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 12, **USUAL[name]}
     got: Any = client.post("/chat/completions", body=body, cast_to=object)
-    wanted = expected(tiny, chat_ids(tiny), max_new_tokens=12)
-    assert got["choices"][0]["message"]["content"] == wanted.choices[0].text
+    target = expected(tiny, chat_ids(tiny), max_new_tokens=12)
+    assert got["choices"][0]["message"]["content"] == target.choices[0].text
 
 
 def test_top_p_zero_is_the_likeliest_token(site: Live, tiny: LanguageModel) -> None:
@@ -247,8 +247,8 @@ def test_parts_and_the_developers_words(site: Live, tiny: LanguageModel) -> None
         *HELLO,
     ]
     got = ask(site.url, "plain", messages=messages, max_tokens=12)
-    wanted = expected(tiny, chat_ids(tiny, plain), max_new_tokens=12)
-    assert (texts(got), got.usage) == (texts(wanted), wanted.usage)
+    target = expected(tiny, chat_ids(tiny, plain), max_new_tokens=12)
+    assert (texts(got), got.usage) == (texts(target), target.usage)
 
 
 def test_a_template_that_knows_developers_sees_them(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Lan
 def test_an_autoregressive_model(causal: tuple[Live, LanguageModel], fields: dict[str, Any], way: str) -> None:
     site, model = causal
     got = ask(site.url, way, max_tokens=16, **fields)
-    wanted = expected(model, chat_ids(model), max_new_tokens=16, **fields)
-    assert (texts(got), got.usage) == (texts(wanted), wanted.usage)
+    target = expected(model, chat_ids(model), max_new_tokens=16, **fields)
+    assert (texts(got), got.usage) == (texts(target), target.usage)
 
 
 @pytest.mark.parametrize("way", ["plain", "stream"])
@@ -287,9 +287,9 @@ def test_an_autoregressive_model_with_more(causal: tuple[Live, LanguageModel], w
     site, _ = causal
     schema = ask(site.url, way, max_tokens=64, response_format=SUM)
     Sum.model_validate_json(schema.choices[0].text)
-    told = ask(site.url, way, max_tokens=8, logprobs=True, top_logprobs=1).choices[0].logprobs
-    assert told is not None
-    assert [each["token"] for each in told] == [each["top_logprobs"][0]["token"] for each in told]
+    logprobs_of_tokens = ask(site.url, way, max_tokens=8, logprobs=True, top_logprobs=1).choices[0].logprobs
+    assert logprobs_of_tokens is not None
+    assert [each["token"] for each in logprobs_of_tokens] == [each["top_logprobs"][0]["token"] for each in logprobs_of_tokens]
 
 
 def test_text_that_json_must_escape(site: Live, client: OpenAI) -> None:

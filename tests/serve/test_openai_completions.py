@@ -42,9 +42,9 @@ def test_a_completion_is_the_engines(
     site: Live, tiny: LanguageModel, fields: dict[str, Any], options: dict[str, Any], way: str
 ) -> None:
     got = ask(site.url, way, endpoint="completions", prompt=PROMPT, max_tokens=20, **fields)
-    wanted = expected(tiny, _ids(tiny, PROMPT), max_new_tokens=20, **options)
-    assert texts(got) == texts(wanted)
-    assert got.usage == wanted.usage
+    target = expected(tiny, _ids(tiny, PROMPT), max_new_tokens=20, **options)
+    assert texts(got) == texts(target)
+    assert got.usage == target.usage
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
@@ -53,11 +53,13 @@ def test_several_prompts(site: Live, tiny: LanguageModel, as_ids: bool, way: str
     given = [PROMPT, "State the", "12 + 34 ="]
     prompt: Any = [_ids(tiny, text) for text in given] if as_ids else given
     got = ask(site.url, way, endpoint="completions", prompt=prompt, n=2, max_tokens=8, echo=True, **SAMPLED)
-    wanted = [expected(tiny, _ids(tiny, text), n=2, max_new_tokens=8, **SAMPLED) for text in given]
+    target = [expected(tiny, _ids(tiny, text), n=2, max_new_tokens=8, **SAMPLED) for text in given]
     assert texts(got) == [
-        (text + said.text, said.finish_reason) for text, reply in zip(given, wanted, strict=True) for said in reply.choices
+        (text + received.text, received.finish_reason)
+        for text, reply in zip(given, target, strict=True)
+        for received in reply.choices
     ]
-    assert got.usage == (sum(reply.usage[0] for reply in wanted), sum(reply.usage[1] for reply in wanted))
+    assert got.usage == (sum(reply.usage[0] for reply in target), sum(reply.usage[1] for reply in target))
 
 
 def test_one_prompt_of_ids_and_the_usual_limit(site: Live, tiny: LanguageModel) -> None:
@@ -73,19 +75,19 @@ def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
     tokenizer = tiny.tokenizer
     assert tokenizer is not None
     request = tiny.request(_ids(tiny, PROMPT), max_new_tokens=12, logprobs=2, **SAMPLED)
-    for said, sample in zip(got.choices, request.samples(2), strict=True):
+    for received, sample in zip(got.choices, request.samples(2), strict=True):
         entries = tiny.engine(prefix_cache=False).run([sample])[0].logprobs
-        assert said.logprobs is not None
+        assert received.logprobs is not None
         assert entries is not None
-        (told,) = said.logprobs
-        assert told["token_logprobs"] == [entry.logprob for entry in entries]
+        (choice_logprobs,) = received.logprobs
+        assert choice_logprobs["token_logprobs"] == [entry.logprob for entry in entries]
         shown = [tokenizer.decode([entry.token]) for entry in entries]
-        assert [_shown(name) for name in told["tokens"]] == shown
-        assert told["text_offset"] == [sum(map(len, shown[:i])) for i in range(len(entries))]
-        for alternatives, entry in zip(told["top_logprobs"], entries, strict=True):
+        assert [_shown(name) for name in choice_logprobs["tokens"]] == shown
+        assert choice_logprobs["text_offset"] == [sum(map(len, shown[:i])) for i in range(len(entries))]
+        for alternatives, entry in zip(choice_logprobs["top_logprobs"], entries, strict=True):
             assert len(alternatives) == 2, "parts of characters are told apart by their bytes"
-            wanted = [(tokenizer.decode([token]), logprob) for token, logprob in entry.alternatives]
-            assert [(_shown(name), logprob) for name, logprob in alternatives.items()] == wanted
+            target = [(tokenizer.decode([token]), logprob) for token, logprob in entry.alternatives]
+            assert [(_shown(name), logprob) for name, logprob in alternatives.items()] == target
 
 
 def _shown(name: str) -> str:
@@ -104,9 +106,9 @@ def test_the_stream_of_several_ends_each_once(client: OpenAI) -> None:
 def test_infilling(site: Live, tiny: LanguageModel, client: OpenAI) -> None:
     body = {"model": "tiny", "text": "The [] fox jumps [] dog.", "hole": "[]", "tokens": [2, 4], "seed": 3, "temperature": 1.0}
     got: Any = client.post("/infill", body=body, cast_to=object)
-    wanted = tiny.infill(body["text"], hole="[]", tokens=(2, 4), seed=3, temperature=1.0)
-    assert (got["text"], tuple(got["fills"])) == (wanted.text, wanted.fills)
-    assert (got["score"], got["tokens_per_hole"]) == (pytest.approx(wanted.score), wanted.tokens_per_hole)
+    target = tiny.infill(body["text"], hole="[]", tokens=(2, 4), seed=3, temperature=1.0)
+    assert (got["text"], tuple(got["fills"])) == (target.text, target.fills)
+    assert (got["score"], got["tokens_per_hole"]) == (pytest.approx(target.score), target.tokens_per_hole)
     around = sum(len(tiny.tokenizer.encode(part)) for part in ("The", " fox jumps", " dog."))
     assert (got["usage"]["prompt_tokens"], got["usage"]["completion_tokens"]) == (around, 2 * (2 + 3 + 4))
     left, right = got["fills"]
@@ -172,12 +174,12 @@ def test_tokenizing(tiny: LanguageModel, client: OpenAI) -> None:
 
 def test_models(site: Live, client: OpenAI) -> None:
     (listed,) = client.models.list()
-    told = client.models.retrieve("tiny")
-    assert listed == told
-    assert (told.id, told.object, told.owned_by) == ("tiny", "model", "unmask")
-    assert told.model_extra is not None
-    options = {option["name"]: option for option in told.model_extra.pop("options")}
-    assert told.model_extra == {"max_model_len": CONTEXT, "diffusion": {"block_size": 8, "threshold": 0.95}}
+    retrieved = client.models.retrieve("tiny")
+    assert listed == retrieved
+    assert (retrieved.id, retrieved.object, retrieved.owned_by) == ("tiny", "model", "unmask")
+    assert retrieved.model_extra is not None
+    options = {option["name"]: option for option in retrieved.model_extra.pop("options")}
+    assert retrieved.model_extra == {"max_model_len": CONTEXT, "diffusion": {"block_size": 8, "threshold": 0.95}}
     for name, option in SamplingParams.options().items():
         assert (name in options) == ("page" in option.surfaces and name != "speculative"), "no speculation without shift"
     assert (options["threshold"]["default"], options["steps"]["default"], options["seed"]["default"]) == (0.95, 8, None)

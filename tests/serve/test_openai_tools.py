@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
-from asking import HELLO, TWO_WAYS, WAYS, Said, ask, connect
+from asking import HELLO, TWO_WAYS, WAYS, ReceivedChoice, ask, connect
 from live import Live, live, served_model
 from openai import BadRequestError, OpenAI, pydantic_function_tool
 from pydantic import BaseModel, Field
@@ -74,7 +74,7 @@ def _calling(caller: LanguageModel) -> dict[str, float]:
     return {str(marker): 60.0, str(newline): 50.0}
 
 
-def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True, **options: Any) -> Said:
+def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True, **options: Any) -> ReceivedChoice:
     """What the engine says, cut by the parser as a whole."""
     tokenizer = caller.tokenizer
     form = tool_format(tokenizer)
@@ -82,70 +82,70 @@ def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True
     ids = tokenizer.chat(turns, add_generation_prompt=True, tools=shown)
     grammar = form.compile(caller.grammars, FUNCTIONS, choice, parallel=parallel)
     done = caller.complete(ids, max_new_tokens=options.pop("max_tokens"), grammar=grammar, **options)
-    said = Said(finish_reason=done.finish_reason)
+    received = ReceivedChoice(finish_reason=done.finish_reason)
     parser = CallParser()
     for event in [*parser.push(tokenizer.decode(done.ids)), *parser.finish()]:
         match event:
             case Content(text=text):
-                said.text += text
+                received.text += text
             case CallStart(name=name):
-                said.calls.append((name, ""))
+                received.calls.append((name, ""))
             case CallArguments(text=text):
-                said.calls[-1] = (said.calls[-1][0], said.calls[-1][1] + text)
-    return said
+                received.calls[-1] = (received.calls[-1][0], received.calls[-1][1] + text)
+    return received
 
 
-def _check(said: Said) -> None:
-    for name, arguments in said.calls:
+def _check(received: ReceivedChoice) -> None:
+    for name, arguments in received.calls:
         MODELS[name].model_validate_json(arguments)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_required_calls_are_valid_and_parallel(office: Live, caller: LanguageModel, way: str) -> None:
     bias = _calling(caller)
-    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="required", logit_bias=bias, **SAMPLED).choices
-    wanted = _engines(caller, ToolChoice("required"), logit_bias={int(key): value for key, value in bias.items()}, **SAMPLED)
-    assert (said.text, said.calls) == (wanted.text, wanted.calls) == ("", wanted.calls)
-    assert len(said.calls) > 1
-    assert {name for name, _ in said.calls} == {"add", "ring"}
-    assert said.finish_reason == "tool_calls"
-    _check(said)
+    (received,) = ask(office.url, way, tools=TOOLS, tool_choice="required", logit_bias=bias, **SAMPLED).choices
+    target = _engines(caller, ToolChoice("required"), logit_bias={int(key): value for key, value in bias.items()}, **SAMPLED)
+    assert (received.text, received.calls) == (target.text, target.calls) == ("", target.calls)
+    assert len(received.calls) > 1
+    assert {name for name, _ in received.calls} == {"add", "ring"}
+    assert received.finish_reason == "tool_calls"
+    _check(received)
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_one_call_where_calls_are_not_parallel(office: Live, caller: LanguageModel, way: str) -> None:
     fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "logit_bias": _calling(caller)}
-    (said,) = ask(office.url, way, **fields, **SAMPLED).choices
-    assert len(said.calls) == 1
-    assert said.finish_reason == "tool_calls"
-    _check(said)
+    (received,) = ask(office.url, way, **fields, **SAMPLED).choices
+    assert len(received.calls) == 1
+    assert received.finish_reason == "tool_calls"
+    _check(received)
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
 @pytest.mark.parametrize("name", ["add", "ring"])
 def test_a_named_function_is_called_once(office: Live, caller: LanguageModel, name: str, way: str) -> None:
     choice = {"type": "function", "function": {"name": name}}
-    (said,) = ask(office.url, way, tools=TOOLS, tool_choice=choice, logit_bias=_calling(caller), **SAMPLED).choices
-    assert [called for called, _ in said.calls] == [name]
-    assert said.finish_reason == "stop", "as OpenAI has it for a call that was forced"
-    _check(said)
+    (received,) = ask(office.url, way, tools=TOOLS, tool_choice=choice, logit_bias=_calling(caller), **SAMPLED).choices
+    assert [called for called, _ in received.calls] == [name]
+    assert received.finish_reason == "stop", "as OpenAI has it for a call that was forced"
+    _check(received)
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_the_model_may_choose_text(office: Live, caller: LanguageModel, way: str) -> None:
     fields = {"temperature": 1.0, "seed": 4, "max_tokens": 20}
-    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="auto", **fields).choices
-    wanted = _engines(caller, ToolChoice("auto"), **fields)
-    assert (said.text, said.calls, said.finish_reason) == (wanted.text, [], "length")
-    assert said.text
+    (received,) = ask(office.url, way, tools=TOOLS, tool_choice="auto", **fields).choices
+    target = _engines(caller, ToolChoice("auto"), **fields)
+    assert (received.text, received.calls, received.finish_reason) == (target.text, [], "length")
+    assert received.text
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_the_model_may_choose_to_call(office: Live, caller: LanguageModel, way: str) -> None:
-    (said,) = ask(office.url, way, tools=TOOLS, logit_bias=_calling(caller), **SAMPLED).choices
-    assert said.calls
-    assert said.finish_reason == "tool_calls"
-    _check(said)
+    (received,) = ask(office.url, way, tools=TOOLS, logit_bias=_calling(caller), **SAMPLED).choices
+    assert received.calls
+    assert received.finish_reason == "tool_calls"
+    _check(received)
 
 
 @pytest.mark.parametrize("way", ["plain", "stream"])
@@ -156,9 +156,9 @@ def test_none_is_as_if_there_were_no_tools(office: Live, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["plain", "stream"])
 def test_a_call_that_is_cut_off_is_told(office: Live, way: str) -> None:
-    (said,) = ask(office.url, way, tools=TOOLS, tool_choice="required", **{**SAMPLED, "max_tokens": 45}).choices
-    assert said.finish_reason == "length"
-    (name, arguments), *_ = said.calls
+    (received,) = ask(office.url, way, tools=TOOLS, tool_choice="required", **{**SAMPLED, "max_tokens": 45}).choices
+    assert received.finish_reason == "length"
+    (name, arguments), *_ = received.calls
     assert name in MODELS
     assert arguments.startswith("{")
 
@@ -166,7 +166,7 @@ def test_a_call_that_is_cut_off_is_told(office: Live, way: str) -> None:
 def test_several_choices_call_for_themselves(office: Live) -> None:
     plain = ask(office.url, "plain", tools=TOOLS, tool_choice="required", n=3, parallel_tool_calls=False, **SAMPLED)
     assert ask(office.url, "stream", tools=TOOLS, tool_choice="required", n=3, parallel_tool_calls=False, **SAMPLED) == plain
-    assert len({str(said.calls) for said in plain.choices}) > 1
+    assert len({str(received.calls) for received in plain.choices}) > 1
 
 
 def test_arguments_are_streamed(desk: OpenAI) -> None:
@@ -209,11 +209,11 @@ def test_calls_and_results_go_back(desk: OpenAI, caller: LanguageModel) -> None:
     asked: dict[str, Any] = {"model": "tiny", "tools": TOOLS}
     message = desk.chat.completions.parse(messages=HELLO, tool_choice="required", **asked, **SAMPLED).choices[0].message
     results = [{"role": "tool", "tool_call_id": call.id, "content": "7"} for call in message.tool_calls]
-    told = [{**call, "index": i} for i, call in enumerate(message.to_dict()["tool_calls"])]
+    indexed_calls = [{**call, "index": i} for i, call in enumerate(message.to_dict()["tool_calls"])]
     histories = (
         [*HELLO, message, *results],
-        [*HELLO, {"role": "assistant", "tool_calls": told}, *results],
-        [*HELLO, {"role": "assistant", "content": "", "tool_calls": told}, *results],
+        [*HELLO, {"role": "assistant", "tool_calls": indexed_calls}, *results],
+        [*HELLO, {"role": "assistant", "content": "", "tool_calls": indexed_calls}, *results],
     )
     counts = []
     for messages in histories:
@@ -275,11 +275,11 @@ def test_a_response_format_beside_tools_leaves_json_or_a_call(
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
     (first,) = caller.tokenizer.encode("<tool_call>" if call else "{")
     bias = {str(first): 90.0}
-    (said,) = ask(office.url, way, tools=TOOLS, response_format=form, logit_bias=bias, **SAMPLED).choices
+    (received,) = ask(office.url, way, tools=TOOLS, response_format=form, logit_bias=bias, **SAMPLED).choices
     if call:
-        assert (said.text, said.finish_reason) == ("", "tool_calls")
-        _check(said)
+        assert (received.text, received.finish_reason) == ("", "tool_calls")
+        _check(received)
     else:
-        assert not said.calls
-        assert set(json.loads(said.text)) == {"sum"}
-        assert said.finish_reason == "stop"
+        assert not received.calls
+        assert set(json.loads(received.text)) == {"sum"}
+        assert received.finish_reason == "stop"

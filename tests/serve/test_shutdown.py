@@ -35,9 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SlowModel:
     return made
 
 
-def last_event(told: bytes) -> str:
+def last_event(response: bytes) -> str:
     """The content of the last chunk of a stream."""
-    return told.removesuffix(b"\r\n0\r\n\r\n").rpartition(b"data: ")[2].decode().strip()
+    return response.removesuffix(b"\r\n0\r\n\r\n").rpartition(b"data: ")[2].decode().strip()
 
 
 STREAM = {"stream": True, "max_tokens": 60}
@@ -83,12 +83,12 @@ def test_what_does_not_finish_within_the_grace_is_told(model: SlowModel, stream:
             wire.until(b"data: ")
         soon(lambda: it.worker.num_requests == 1)
         it.server.should_exit = True
-        told = wire.rest()
+        response = wire.rest()
         if stream:
-            assert json.loads(last_event(told))["error"]["code"] == "stopping"
-            assert told.endswith(b"0\r\n\r\n"), "the stream ends in good order"
+            assert json.loads(last_event(response))["error"]["code"] == "stopping"
+            assert response.endswith(b"0\r\n\r\n"), "the stream ends in good order"
         else:
-            assert told.startswith(b"HTTP/1.1 503")
+            assert response.startswith(b"HTTP/1.1 503")
     assert it.worker.is_idle or not it.worker.is_alive
 
 

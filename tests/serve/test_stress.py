@@ -365,11 +365,11 @@ def test_too_slow_is_504_or_an_error_event(model: SlowModel, brake: Brake) -> No
             wire.send(request_bytes(chat_body(**{**STREAMS, "n": 2}), connection="close"))
             wire.until(b"data: ")
             brake.hold()
-            told = unchunked(wire.rest())
+            body = unchunked(wire.rest())
             brake.release()
-            last = [line for line in told.split("\n\n") if line][-1]
+            last = [line for line in body.split("\n\n") if line][-1]
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout_error"
-            assert "[DONE]" not in told
+            assert "[DONE]" not in body
         completes(it)
 
 
@@ -400,8 +400,8 @@ def test_a_stream_that_breaks_ends_with_an_error_event(server: Live, brake: Brak
         wire.send(request_bytes(chat_body(**STREAMS), connection="close"))
         wire.until(b"data: ")
         brake.errors.append(ValueError("a bug"))
-        told = unchunked(wire.rest())
-        last = [line for line in told.split("\n\n") if line][-1]
+        body = unchunked(wire.rest())
+        last = [line for line in body.split("\n\n") if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
     soon(lambda: server.worker.state == "ready")
     completes(server)
@@ -416,8 +416,8 @@ def test_a_bug_beside_the_engine_ends_one_stream_with_an_error_event(server: Liv
     monkeypatch.setattr(Choice, "watch_event", broken)
     with clean(server), Wire(server.url) as wire:
         wire.send(request_bytes(chat_body(**STREAMS), connection="close"))
-        told = unchunked(wire.rest())
-        last = [line for line in told.split("\n\n") if line][-1]
+        body = unchunked(wire.rest())
+        last = [line for line in body.split("\n\n") if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
     completes(server)
 

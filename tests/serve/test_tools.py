@@ -110,8 +110,8 @@ def formats(make: Callable[[str | None], Tokenizer]) -> dict[str, ToolFormat]:
 
 
 def rendered(tokenizer: Tokenizer, messages: Any, functions: Any = (), choice: ToolChoice = AUTO) -> str:
-    told, tools = tool_format(tokenizer).messages(messages, functions, choice)
-    return tokenizer.decode(tokenizer.chat(told, add_generation_prompt=False, tools=tools), skip_special=False)
+    rewritten, tools = tool_format(tokenizer).messages(messages, functions, choice)
+    return tokenizer.decode(tokenizer.chat(rewritten, add_generation_prompt=False, tools=tools), skip_special=False)
 
 
 def walked(grammar: Grammar, tokenizer: Tokenizer, text: str) -> GrammarState | None:
@@ -207,8 +207,8 @@ def test_arguments_that_would_exhaust_the_stack(make, template):
 
 @pytest.mark.parametrize("style", ["hermes", "llama"])
 def test_a_template_that_shows_tools_gets_them(make, style):
-    told, tools = tool_format(make(TEMPLATES[style])).messages(HISTORY[:1], FUNCTIONS, AUTO)
-    assert told == HISTORY[:1]
+    rewritten, tools = tool_format(make(TEMPLATES[style])).messages(HISTORY[:1], FUNCTIONS, AUTO)
+    assert rewritten == HISTORY[:1]
     assert tools is not None
     assert tools[0] == {
         "type": "function",
@@ -220,10 +220,10 @@ def test_a_template_that_shows_tools_gets_them(make, style):
 
 def test_smollm2_is_told_of_tools_in_its_published_words(make):
     format_ = tool_format(make(CHATML))
-    told, tools = format_.messages(HISTORY[:1], FUNCTIONS, AUTO)
+    rewritten, tools = format_.messages(HISTORY[:1], FUNCTIONS, AUTO)
     assert tools is None
-    assert [message["role"] for message in told] == ["system", "user"]
-    prompt = told[0]["content"]
+    assert [message["role"] for message in rewritten] == ["system", "user"]
+    prompt = rewritten[0]["content"]
     assert prompt.startswith(
         "You are an expert in composing functions. You are given a question and a set of possible functions. \n"
     )
@@ -238,9 +238,9 @@ def test_smollm2_is_told_of_tools_in_its_published_words(make):
 
 
 def test_a_template_without_system_turns_has_tools_in_the_first_users(make):
-    told, _ = tool_format(make(NO_SYSTEM)).messages(HISTORY[:1], FUNCTIONS, AUTO)
-    assert [message["role"] for message in told] == ["user"]
-    assert told[0]["content"].endswith("]</tool_call>\n\nWeather and time?")
+    rewritten, _ = tool_format(make(NO_SYSTEM)).messages(HISTORY[:1], FUNCTIONS, AUTO)
+    assert [message["role"] for message in rewritten] == ["user"]
+    assert rewritten[0]["content"].endswith("]</tool_call>\n\nWeather and time?")
 
 
 def test_a_template_that_only_shows_tools(make):

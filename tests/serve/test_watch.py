@@ -47,9 +47,9 @@ def test_what_is_committed_stays(site: Live, client: OpenAI, name: str) -> None:
     assert reply.usage == unwatched.usage
     events = [chunk.diffusion for chunk in chunks[:-1] if not chunk.choices]
     assert {event["index"] for event in events} == set(range(len(reply.choices)))
-    for index, said in enumerate(reply.choices):
-        assert said.logprobs is not None
-        spelled = [entry["token"] for entry in said.logprobs]
+    for index, received in enumerate(reply.choices):
+        assert received.logprobs is not None
+        spelled = [entry["token"] for entry in received.logprobs]
         _check([event for event in events if event["index"] == index], spelled)
 
 
@@ -106,8 +106,8 @@ def test_text_is_handed_out_in_the_step_that_commits_it(client: OpenAI) -> None:
     for chunk in _watch(client, RULES["plain"])[:-1]:
         text += chunk.choices[0].delta.content or "" if chunk.choices else ""
         if not chunk.choices:
-            told = [token["text"] for token in chunk.diffusion["tokens"] if token["state"] == "committed"]
-            assert text.rstrip("\ufffd").endswith("".join(told).rstrip("\ufffd")[-3:])
+            committed = [token["text"] for token in chunk.diffusion["tokens"] if token["state"] == "committed"]
+            assert text.rstrip("\ufffd").endswith("".join(committed).rstrip("\ufffd")[-3:])
             lengths.append(len(text))
     assert len(set(lengths)) > 4, "it came in parts"
 

@@ -1,4 +1,4 @@
-"""Raw sockets against a live server: what well-behaved clients cannot do."""
+"""Raw sockets to a live server, for requests that a client library would not send."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def request_bytes(
 ) -> bytes:
     """A whole request; a header given as None is left out."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    told: dict[str, str | None] = {
+    sent_headers: dict[str, str | None] = {
         "host": "localhost",
         "content-type": "application/json",
         "content-length": str(len(content)),
         **{name.replace("_", "-"): value for name, value in headers.items()},
     }
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items() if value is not None)]
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent_headers.items() if value is not None)]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content
 
 

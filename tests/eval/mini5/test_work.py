@@ -63,20 +63,20 @@ def sentences(text: str) -> list[str]:
 def test_the_work_of_knowledge_quotes_what_the_answer_needs() -> None:
     for name in generator_names("knowledge"):
         for item in items_of("knowledge", name):
-            told, question = item.prompt.split("\n\n")
+            statements, question = item.prompt.split("\n\n")
             work, answer = item.target["work"], item.target["answer"]
             if name == "table":
                 person, *rest = re.findall(r"\w+", work)
-                assert " | ".join([person, *rest]) in told.splitlines()
+                assert " | ".join([person, *rest]) in statements.splitlines()
                 assert f"{person}: {', '.join(rest)}." == work
                 assert re.search(rf"\b{person}\b", question)
             else:
-                assert set(sentences(work)) <= set(sentences(told))
+                assert set(sentences(work)) <= set(sentences(statements))
             mentioned = [each for each in item.target["among"] if re.search(rf"\b{each}\b", work)]
             assert answer in mentioned
             if name == "update":
                 (asked,) = re.findall(r"does (\w+) live", question)
-                assert sentences(work) == [each for each in sentences(told) if re.search(rf"\b{asked}\b", each)]
+                assert sentences(work) == [each for each in sentences(statements) if re.search(rf"\b{asked}\b", each)]
                 assert work.endswith(f" {answer}.")
             else:
                 assert mentioned == [answer]
@@ -151,8 +151,8 @@ def test_the_work_of_syllogisms_proves_them_or_gives_a_counterexample() -> None:
             continue
         amount, subject, middle, last = re.fullmatch(r"Take (any|some) (\w+): they are (.+), so they are (.+)\.", work).groups()  # type: ignore[union-attr]
         step = {"All": "any {} {}", "No": "any {} not {}", "Some": "some {} {}"}[first.split()[0]]
-        told = re.findall(r"\w+ (\w+) are ((?:not )?\w+)\.", first)[0]
-        assert f"{amount} {subject} {middle}" == step.format(*told)
+        parts = re.findall(r"\w+ (\w+) are ((?:not )?\w+)\.", first)[0]
+        assert f"{amount} {subject} {middle}" == step.format(*parts)
         # Whatever is `middle` is `last`, by the second premise alone.
         kinds = [each.removeprefix("not ") for each in (middle, last)]
         every = [

@@ -150,9 +150,9 @@ def nobody() -> list[str]:
 
 
 def test_attacks_fail_as_nobody(given: str) -> None:
-    told = json.dumps([{name: ATTACKS[name] for name in WEAK}, given])
+    payload = json.dumps([{name: ATTACKS[name] for name in WEAK}, given])
     run = subprocess.run(
-        [*nobody(), "-c", AS_NOBODY], input=told, env={"PYTHONPATH": str(SOURCES)}, cwd="/", capture_output=True, text=True
+        [*nobody(), "-c", AS_NOBODY], input=payload, env={"PYTHONPATH": str(SOURCES)}, cwd="/", capture_output=True, text=True
     )
     assert not run.returncode, run.stderr
     found = dict(map(json.loads, run.stdout.splitlines()))
