@@ -410,8 +410,13 @@ def test_a_stream_that_breaks_ends_with_an_error_event(server: Live, brake: Brak
 def test_a_bug_beside_the_engine_ends_one_stream_with_an_error_event(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     from unmask.serve.choice import Choice
 
-    def broken(self: Choice, step: object) -> None:
-        raise ValueError("a bug in the view")
+    events, watch_event = list[object](), Choice.watch_event
+
+    def broken(self: Choice, step: Any) -> Any:
+        events.append(step)
+        if len(events) > 1:  # before the first event the response would be a 500
+            raise ValueError("a bug in the view")
+        return watch_event(self, step)
 
     monkeypatch.setattr(Choice, "watch_event", broken)
     with clean(server), Wire(server.url) as wire:
