@@ -31,6 +31,8 @@ from unmask.eval.speed import Cost, speed_of
 from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 _DEFAULT_TOKENS = 256
+_RESULTS = ("results", "groups", "n-samples", "versions", "higher_is_better")
+"""Parts of lm-eval's results that `harness.json` keeps."""
 _LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 _GENERATION_OPTIONS = {"until", "do_sample", "temperature", "top_p", "top_k", "seed", *_LENGTH_OPTIONS}
 
@@ -263,15 +265,11 @@ def run_harness(
             bootstrap_iters=1000,
         )
     except (KeyError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        remedy = "see `lm-eval ls tasks`, and go online where data is missing"
-        raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}; {remedy}") from error
-    samples = [{"task": task, **each} for task, rows in evaluated.pop("samples", {}).items() for each in rows]
-    lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
-    atomic_write(folder / "harness_samples.jsonl", bytes_writer(lines.encode()))
-    kept = ("results", "groups", "n-samples", "versions", "higher_is_better")
+        reason = f"{' '.join(str(error).split())[:300]}; see `lm-eval ls tasks`, and go online where data is missing"
+        raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}") from error
+    _write_samples(folder / "harness_samples.jsonl", evaluated.get("samples", {}))
     content = {
-        **{name: evaluated[name] for name in kept if name in evaluated},
+        **{name: evaluated[name] for name in _RESULTS if name in evaluated},
         "limit": limit,
         "model": about,
         "options": options,
@@ -284,3 +282,8 @@ def run_harness(
     results: dict[str, Any] = json.loads(json.dumps(content, default=str))
     atomic_write_json(folder / "harness.json", results)
     return results
+
+
+def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    lines = (json.dumps({"task": task, **each}, default=str) + "\n" for task, rows in samples.items() for each in rows)
+    atomic_write(path, bytes_writer("".join(lines).encode()))
