@@ -229,14 +229,17 @@ async def _events(
             for choice, delta, update in batch:
                 chunks = form.chunks(choice, delta, is_first=choice.index not in begun)
                 begun.add(choice.index)
-                events: list[dict[str, Any]] = [{"choices": [chunk]} for chunk in chunks]
-                is_over = choice.completion is not None
-                if is_over:
-                    events[-1]["diffusion"] = exchange.costs([choice])
+                ending: dict[str, Any] | None = None
+                for chunk in chunks:
+                    event = {**head, "choices": [chunk]}
+                    if chunk["finish_reason"] is None:
+                        yield event
+                    else:
+                        ending = {**event, "diffusion": exchange.costs([choice])}
+                # What was seen comes before the event that ends the choice.
                 if body.diffusion.watch and update.step is not None:
-                    # What was seen comes before the event that ends the choice.
-                    events.insert(len(events) - is_over, {"choices": [], "diffusion": choice.watch_event(update.step)})
-                for event in events:
-                    yield {**head, **event}
+                    yield {**head, "choices": [], "diffusion": choice.watch_event(update.step)}
+                if ending is not None:
+                    yield ending
     if with_usage:
         yield {**head, "choices": [], "usage": exchange.usage}
