@@ -17,6 +17,7 @@ from runs import tiny_folder
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.sources import SourceConfig, open_source
 from unmask.engine.llm import LanguageModel
+from unmask.engine.request import Request
 
 BUDGET = 6
 PROMPTS = [Prompt("talk", (f"say {number}",)) for number in range(8)]
@@ -102,13 +103,13 @@ def test_a_cut_answer_ends_its_conversation(model: LanguageModel, tmp_path: Path
 
 
 def test_a_conversation_goes_on_after_a_finished_answer(model: LanguageModel, tmp_path: Path) -> None:
-    everything = frozenset(range(model.config.vocab_size))
+    everything = range(model.config.vocab_size)
 
     class Brief(LanguageModel):
         """Every token ends an answer."""
 
-        def _eos(self, eos_id: object) -> frozenset[int]:
-            return everything
+        def request(self, *args: Any, **options: Any) -> Request:
+            return super().request(*args, eos_id=everything, **options)
 
     brief = Brief(model.transformer, model.tokenizer, name="brief")
     write(brief, tmp_path, [chat_job(CONVERSATION)])

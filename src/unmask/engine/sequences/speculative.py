@@ -39,8 +39,8 @@ class SpeculativeSequence(DecodingSequence):
     def _begin(self) -> None:
         prompt, params = [token for token in self.request.ids if token is not None], self.request.params
         self._num_decided, self._num_drafts, self._num_masks = len(prompt), 0, params.block_size - 1
-        self.tokens = prompt + [0] * params.max_new_tokens
-        self._write(len(prompt), [])
+        assert self.mask_id is not None, "shifted models have a mask token"
+        self.tokens = prompt + [self.mask_id] * params.max_new_tokens
         if self._add_forced():
             self._finish()
 
