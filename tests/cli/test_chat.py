@@ -110,7 +110,7 @@ def test_the_live_view_is_used_in_a_terminal(model: LanguageModel, monkeypatch: 
     assert terminal.getvalue().count("tokens per forward") > (answer.forwards or 0)
 
 
-@pytest.mark.parametrize("option", chat_session.settable_options().values(), ids=str)
+@pytest.mark.parametrize("option", chat_session.settable_options().values(), ids=lambda option: option.name)
 def test_each_option_is_passed_on(run, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch, option: Option) -> None:
     seen = params_of_calls(monkeypatch, "request")
     text, value = example_of(option)

@@ -107,8 +107,8 @@ def entropies(logits_NV: Tensor, mask_id: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Guess:
-    """What a forward says of the queried positions, in ascending order: candidate, its confidence, and, where the policy
-    asks for it, the entropy in nats."""
+    """Candidates at the queried positions, in ascending order: token, its probability (the confidence), and, where the policy
+    asks for it, the entropy in nats. At temperature 0 the candidate is the most probable token, else the drawn one."""
 
     positions: Sequence[int]
     tokens: Sequence[int]

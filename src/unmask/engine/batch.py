@@ -60,7 +60,7 @@ class Batch:
         num_keys_N: `cu_seqlens_k` as lengths, on the host.
         sees_all_N: whether every token of the sequence attends to all of its keys, on the host.
         is_consecutive_N: whether the sequence's cache blocks are neighbours in the KV cache, on the host.
-        block_tables: `block_table_NM` on the host.
+        host_block_table_NM: `block_table_NM` on the host.
         segments_C6: int64 on the host, for kernels whose mask has one form per call. A segment is a sequence, or its causal and
             its noisy part: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1), sequence.
     """
@@ -80,7 +80,7 @@ class Batch:
     num_keys_N: Ints
     sees_all_N: NDArray[np.bool_]
     is_consecutive_N: NDArray[np.bool_]
-    block_tables: NDArray[np.int32]
+    host_block_table_NM: NDArray[np.int32]
     segments_C6: Ints
 
     @classmethod
@@ -99,30 +99,31 @@ class Batch:
         noisy_T = positions_T >= causal_end[sequence_T]
         size_T = np.where(noisy_T, mask_block_size[sequence_T], 1)
         visible_T = np.minimum((positions_T // size_T + 1) * size_T, num_keys[sequence_T])
-        slots_T = tables[sequence_T, positions_T // cache_block_size] * np.int64(cache_block_size)
+        slot_mapping_T = tables[sequence_T, positions_T // cache_block_size] * np.int64(cache_block_size)
+        slot_mapping_T += positions_T % cache_block_size
         tokens_T = np.fromiter(chain.from_iterable(s.tokens for s in slices), np.int64, len(sequence_T))
 
         def tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(array).to(device=device, dtype=dtype)
 
         return cls(
-            tensor(tokens_T, torch.int64),
-            tensor(positions_T, torch.int64),
-            tensor(slots_T + positions_T % cache_block_size, torch.int64),
-            tensor(np.concatenate(([0], ends)), torch.int32),
-            tensor(np.concatenate(([0], np.cumsum(num_keys))), torch.int32),
-            tensor(tables, torch.int32),
-            tensor(visible_T, torch.int32),
-            tensor(noisy_T, torch.bool),
-            int(num_queries.max()),
-            int(num_keys.max()),
-            cache_block_size,
-            num_queries,
-            num_keys,
-            visible_T[ends - num_queries] == num_keys,
-            ((np.diff(tables) == 1) | is_unused_NM[:, 1:]).all(1),
-            tables,
-            _segments(start, num_queries, mask_block_size, causal_end),
+            tokens_T=tensor(tokens_T, torch.int64),
+            positions_T=tensor(positions_T, torch.int64),
+            slot_mapping_T=tensor(slot_mapping_T, torch.int64),
+            cu_seqlens_q=tensor(np.concatenate(([0], ends)), torch.int32),
+            cu_seqlens_k=tensor(np.concatenate(([0], np.cumsum(num_keys))), torch.int32),
+            block_table_NM=tensor(tables, torch.int32),
+            num_visible_keys_T=tensor(visible_T, torch.int32),
+            is_noisy_T=tensor(noisy_T, torch.bool),
+            max_seqlen_q=int(num_queries.max()),
+            max_seqlen_k=int(num_keys.max()),
+            cache_block_size=cache_block_size,
+            num_queries_N=num_queries,
+            num_keys_N=num_keys,
+            sees_all_N=visible_T[ends - num_queries] == num_keys,
+            is_consecutive_N=((np.diff(tables) == 1) | is_unused_NM[:, 1:]).all(1),
+            host_block_table_NM=tables,
+            segments_C6=_segments(start, num_queries, mask_block_size, causal_end),
         )
 
 

@@ -57,7 +57,7 @@ class Engine:
         decode: text of ids, for stop strings.
         cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
-            `max_num_seqs` of them. Memory is taken as it is used.
+            `max_num_seqs` of them. On a CPU, memory is taken as it is used.
         max_num_seqs: most requests denoised together.
         max_num_batched_tokens: most tokens of a forward: longer prompts are prefilled in parts.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.

@@ -1,7 +1,8 @@
 """The KV cache's bookkeeping: which cache blocks are used, shared, kept for later, or free.
 
 Owns the states of a fixed number of cache blocks, and the hashes by which equal prefixes find each other. Knows neither
-tensors nor requests: a cache block is a number (its memory is the backend's), its content a hash.
+tensors nor requests: a cache block is a number, its content a hash. The memory is allocated by `Backend.new_kv_cache`, which
+`Runner` calls.
 """
 
 from __future__ import annotations

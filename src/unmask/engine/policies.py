@@ -37,8 +37,8 @@ class Policy:
     Attributes:
         choose: of the candidates of the masked positions (ascending), the least number of commits (fewer when fewer are
             masked), and the decoding options: ascending indices into the candidates.
-        needs_entropy: it reads `Guess.entropies`, which take the logits; the others take the most probable token alone.
-        verifiable: its threshold is also one of draft tokens, so that self-speculative decoding can go with it.
+        needs_entropy: it reads `Guess.entropies`, which take the logits; the others read candidates and confidences alone.
+        verifiable: self-speculative decoding may go with it, its threshold being also one of draft tokens.
     """
 
     choose: Callable[[Guess, int, PolicyOptions], list[int]]

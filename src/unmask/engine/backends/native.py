@@ -38,7 +38,7 @@ class NativeBackend(PackedTransformer):
 
     def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
         size = batch.cache_block_size
-        slots_NMS = batch.block_tables[..., None] * np.int64(size) + np.arange(size)
+        slots_NMS = batch.host_block_table_NM[..., None] * np.int64(size) + np.arange(size)
         slots_NK = slots_NMS.reshape(len(slots_NMS), -1)
         return self.run(batch.tokens_T, batch.positions_T, batch.segments_C6, slots_NK, kv_cache)
 

@@ -169,7 +169,7 @@ def _groups(batch: Batch, *, views: bool) -> list[Ints]:
 
 
 def _call(batch: Batch, members_N: Ints, device: torch.device) -> _Alone | _Padded:
-    size, tables = batch.cache_block_size, batch.block_tables[members_N]
+    size, tables = batch.cache_block_size, batch.host_block_table_NM[members_N]
     count = int(batch.num_keys_N[members_N].max())
     if len(members_N) == 1 and batch.is_consecutive_N[members_N[0]]:
         first = int(tables[0, 0]) * size
