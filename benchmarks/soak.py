@@ -4,9 +4,9 @@
 
 Requests differ in length, block size, policy, editing, sampling, stops, holes, grammars and priority; some are aborted at a
 random moment. The model is tiny and in float64, so that what is compared is the engine's bookkeeping and not how a matrix
-product rounds at another number of rows. Checked after every step: no page lost or in two states, none written by two
-holders, no published page written. Checked at the end: every output equals solo decoding, no page is held, and how long the
-least lucky request waited. Writes its figures to benchmarks/results/.
+product rounds at another number of rows. Checked after every step: no cache block lost or in two states, none
+written by two sequences, no published block written. Checked at the end: every output equals solo decoding, no cache block
+is in use, and how long the least lucky request waited. Writes its figures to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = soak(options.requests, options.seed, progress)
     for name, value in figures.items():
         print(f"{name:<22}{value:,.1f}" if isinstance(value, float) else f"{name:<22}{value:,}")
-    print("all outputs equal solo decoding; no page leaked, none shared wrongly, nobody starved")
+    print("all outputs equal solo decoding; no cache block leaked, none shared wrongly, nobody starved")
     write_results(results_path(options.results, "soak"), figures)
 
 

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
     parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
     parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
-    parser.add_argument("--block-size", type=int, help="what generate uses unless told otherwise; left out: the model's")
+    parser.add_argument("--block-size", type=int, help="what generate uses unless it is given another [default: the model's]")
     parser.add_argument("--max-bytes", type=int, default=44_500_000)
     parser.add_argument("--asset", type=Path, default=ASSET)
     options = parser.parse_args()
