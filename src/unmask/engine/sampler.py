@@ -3,7 +3,7 @@
 Owns the calls of the vocabulary head, and the logits processors: bias, banned tokens, least lengths, grammars. What is made of
 the candidates is the sequences' matter; how one is drawn, `diffusion.decode`'s.
 
-Legend: T tokens of the forward, D hidden, N queried positions, B biased or banned logits, V vocabulary.
+Legend: T tokens of the forward, D hidden, N queried positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -81,19 +81,25 @@ def needs_logits(request: Request) -> bool:
 def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None) -> Tensor:
     """A float32 copy of the logits of all queries, with what the requests favour, ban and allow."""
     logits_NV = logits_NV.float().clone()
-    biases = list[tuple[int, int, float]]()
-    for each, part in zip(scheduled, _parts(scheduled), strict=True):
+    biased, banned = list[tuple[int, int, float]](), list[tuple[int, int]]()
+    parts = _parts(scheduled)
+    for each, part in zip(scheduled, parts, strict=True):
         request = each.request
         first_end = len(request.ids) + request.params.min_new_tokens
         for row, position in enumerate(each.queries, start=part.start):
-            biases += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
+            biased += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
             if position < first_end:
-                biases += [(row, token, float("-inf")) for token in request.eos_ids]
+                banned += [(row, token) for token in request.eos_ids]
+    # Biases first: a ban holds whatever the bias is, and infinities of unlike sign do not meet.
+    if biased:
+        rows, tokens, values = zip(*biased, strict=True)
+        logits_NV[list(rows), list(tokens)] += torch.tensor(values, dtype=torch.float32, device=logits_NV.device)
+    if banned:
+        rows, tokens = zip(*banned, strict=True)
+        logits_NV[list(rows), list(tokens)] = float("-inf")
+    for each, part in zip(scheduled, parts, strict=True):
         for index, allowed_V in each.allowed.items():
             logits_NV[part.start + index].masked_fill_(~allowed_V.to(logits_NV.device), float("-inf"))
-    if biases:
-        row_B, token_B, bias_B = (torch.tensor(values, device=logits_NV.device) for values in zip(*biases, strict=True))
-        logits_NV.index_put_((row_B, token_B), bias_B.float(), accumulate=True)
     if mask_id is not None:
         logits_NV[:, mask_id] = float("-inf")
     return logits_NV

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_until_the_compiler_is_done_nobody_waits_for_it(monkeypatch: pytest.Monk
         warnings.simplefilter("error")  # one note is enough
         assert isinstance(quantized.current(), TorchBackend), "a compiler that failed leaves the plain way"
         assert isinstance(quantized.current(wait=True), TorchBackend)
+
+
+@needs_compiler
+def test_threads_that_ask_at_once_get_the_same_backend() -> None:
+    """The weights are packed once."""
+    quantized = QuantizedModel(model(), "int8")
+    with ThreadPoolExecutor(8) as pool:
+        backends = list(pool.map(lambda _: quantized.current(wait=True), range(16)))
+    assert not isinstance(backends[0], TorchBackend)
+    assert all(backend is backends[0] for backend in backends)
 
 
 @pytest.mark.parametrize(("family", "weights", "name"), [("llama", "int3", "int3"), ("llada2", "int8", "dense")])

@@ -8,6 +8,7 @@ of a cache block or head dim.
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import numpy as np
@@ -64,7 +65,7 @@ class QuantizedModel:
         check_packable(model, BITS[weights])
         self._model, self._bits, self._weights = model, BITS[weights], weights
         self._backend: Backend = TorchBackend(model)
-        self._warned = False
+        self._warned, self._lock = False, threading.Lock()
         self._build: Build | None = None
         try:
             self._build = start_build()
@@ -87,20 +88,23 @@ class QuantizedModel:
 
     def current(self, *, wait: bool = False) -> Backend:
         """The fastest way to compute that is ready; `wait` lets the compiler finish first."""
-        if self._build is None:
+        build = self._build
+        if build is None:
             return self._backend
-        if self._build.running and not wait:
+        if build.running and not wait:
             self._warn(
                 f"the CPU kernels for {self._weights} weights are being compiled (once, some seconds); until then the weights "
                 "are used as they are"
             )
             return self._backend
-        try:
-            with torch.no_grad():
-                self._backend = NativeBackend(self._model, self._bits, Kernels(self._build.load()))
-        except BackendError as error:
-            self._warn(f"{error}; computing with the weights as they are")
-        self._build = None
+        with self._lock:
+            if self._build is not None:
+                try:
+                    with torch.no_grad():
+                        self._backend = NativeBackend(self._model, self._bits, Kernels(build.load()))
+                except BackendError as error:
+                    self._warn(f"{error}; computing with the weights as they are")
+                self._build = None
         return self._backend
 
     def _warn(self, message: str) -> None:
