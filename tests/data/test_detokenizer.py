@@ -63,7 +63,7 @@ def _shown(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int], stops:
     for cut in [*sorted(cut for cut in cuts if cut < len(ids)), len(ids)]:
         found = find_stop(tokenizer.decode, ids[:cut], taken, stops) if stops else None
         if found is not None or cut == len(ids):
-            count, text = found if found is not None else (cut, tokenizer.decode(ids[:cut]) if stops else None)
+            count, text = found[:2] if found is not None else (cut, tokenizer.decode(ids[:cut]) if stops else None)
             return [*pieces, stream.finish(ids[:count], text)], tokenizer.decode(ids[:count]) if text is None else text
         pieces.append(stream.push(ids[taken:cut]))
         taken = cut

@@ -76,23 +76,24 @@ def held_back(text: str, marks: Sequence[str]) -> int:
     return next((size for size in range(longest, 0, -1) if any(mark.startswith(text[-size:]) for mark in marks)), 0)
 
 
-def find_stop(decode: Decode, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str] | None:
-    """The fewest leading ids whose text contains a stop string, and the text before that string.
+def find_stop(decode: Decode, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str, str] | None:
+    """The fewest leading ids whose text contains a stop string, the text before that string, and the string.
 
     Args:
         decode: text of ids.
         ids: the completion so far.
         num_searched: leading ids known to contain none.
-        stops: stop strings; of several, the one that begins first counts.
+        stops: stop strings; of several, the one that begins first counts, and of those the longest.
     """
     whole = decode(ids)
     if not any(stop in whole for stop in stops):
         return None
     for count in range(num_searched, len(ids) + 1):
         text = decode(ids[:count])
-        positions = [position for position in (text.find(stop) for stop in stops) if position >= 0]
-        if positions:
-            return count, text[: min(positions)]
+        found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+        if found:
+            position, _, stop = min(found)
+            return count, text[:position], stop
     return None
 
 

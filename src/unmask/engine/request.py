@@ -174,13 +174,14 @@ class Completion:
     """Decided ids in order of position, up to and including the end-of-sequence token, and what they cost.
 
     `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set for requests
-    with stop strings: the text before the stop string.
+    with stop strings: the text before the stop string. `stop` is the stop string that ended it, if one did.
     """
 
     ids: tuple[int, ...]
     finish_reason: FinishReason
     forwards: int
     text: str | None = None
+    stop: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
     costs: Costs = field(default_factory=Costs, compare=False)
     trace: tuple[DecodingStep, ...] = field(default=(), compare=False)

@@ -398,13 +398,13 @@ def test_stop_strings_end_before_themselves(kit: Kit, kind: str) -> None:
     for length in (1, 2, 5):
         stop = text[12 : 12 + length]
         (found,) = kit.run(kind, with_params(base, stop=("never to be found", stop)))
-        assert found.finish_reason == "stop"
+        assert (found.finish_reason, found.stop) == ("stop", stop)
         assert found.text == text[: text.index(stop)]
         assert found.ids == endless.ids[: len(found.ids)]
         assert stop in kit.tokenizer.decode(found.ids)
         assert stop not in kit.tokenizer.decode(found.ids[:-1]), "no token more than it takes"
     (whole,) = kit.run(kind, with_params(base, stop=("never to be found",)))
-    assert (whole.ids, whole.text, whole.finish_reason) == (endless.ids, text, "length")
+    assert (whole.ids, whole.text, whole.stop, whole.finish_reason) == (endless.ids, text, None, "length")
     answer = kit.model(kind).generate("What?", max_new_tokens=30, temperature=1.5, seed=5, eos_id=[], stop=text[3], chat=False)
     assert text[3] not in answer.text
 
@@ -413,17 +413,17 @@ def test_of_several_stop_strings_the_first_in_the_text_counts(kit: Kit) -> None:
     text = "The answer is 5. Hello, how are you?"
     ids = kit.tokenizer.encode(text)
 
-    def find(*stops: str, searched: int = 0) -> tuple[int, str] | None:
+    def find(*stops: str, searched: int = 0) -> tuple[int, str, str] | None:
         return find_stop(kit.tokenizer.decode, ids, searched, stops)
 
     assert find("nothing", "else") is None
-    count, before = find("how", "Hello", "5") or (0, "")
-    assert before == "The answer is "
+    count, before, stop = find("how", "Hello", "5") or (0, "", "")
+    assert (before, stop) == ("The answer is ", "5")
     assert kit.tokenizer.decode(ids[:count]).endswith("5")
-    whole, before = find("?") or (0, "")
+    whole, before, _ = find("?") or (0, "", "")
     assert (whole, before) == (len(ids), text[:-1])
     assert find("Hello", searched=count) == find("Hello"), "what was searched already may be skipped"
-    assert (find("swer is 5", "answer") or (0, ""))[1] == "The ", "the one that begins first, though another ends first"
+    assert (find("swer is 5", "answer") or (0, "", ""))[1:] == ("The ", "answer"), "the one that begins first, though another ends first"
 
 
 @pytest.mark.parametrize("grammar", [{"regex": PHONE}, {"regex": WORDS}, {"json_schema": CALL}], ids=["phone", "words", "call"])

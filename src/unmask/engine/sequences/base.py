@@ -263,8 +263,8 @@ class DecodingSequence(ABC):
         if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
             cut = find_stop(self._decode, completion.ids, len(self._final_ids), self.request.params.stop)
-            count, text = (len(completion.ids), self._decode(completion.ids)) if cut is None else cut
-            completion = replace(completion, ids=completion.ids[:count], text=text)
+            count, text, stop = (len(completion.ids), self._decode(completion.ids), None) if cut is None else cut
+            completion = replace(completion, ids=completion.ids[:count], text=text, stop=stop)
             stopped |= cut is not None
         self._final_ids, self._final_at = list(completion.ids), positions
         if stopped or len(completion.ids) == self.request.num_wanted:
