@@ -128,7 +128,13 @@ def options_table(surface: str, _: str, where: str) -> str:
 def _value(option: Option, surface: str) -> str:
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
-    kinds = {int: "integer", float: "number", bool: "true or false", str: "text", tuple: "texts"}
+    kinds = {
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        str: "text",
+        tuple: "integers" if option.items is int else "texts",
+    }
     if surface == "cli" and option.is_file:
         return "file"
     if option.kind not in (int, float):

@@ -127,8 +127,9 @@ def params_of_calls(monkeypatch: pytest.MonkeyPatch, method: str) -> list[Sampli
 
 def example_of(option: Option) -> tuple[str, object]:
     """A valid value of an option that is not its default, as text and read."""
-    text = "yes" if option.kind is bool else "1" if option.maximum == 1 else option.choices[-1] if option.choices else "3"
-    return text, (text,) if option.kind is tuple else text if option.kind is Mapping else option.parse(text)
+    small = option.maximum is not None and option.maximum < 3
+    text = "yes" if option.kind is bool else "1" if small else option.choices[-1] if option.choices else "3"
+    return text, (option.items(text),) if option.kind is tuple else text if option.kind is Mapping else option.parse(text)
 
 
 @contextmanager

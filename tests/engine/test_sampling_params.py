@@ -54,6 +54,19 @@ PLAIN = tiny_config("llama")
         ({"max_new_tokens": -1}, "-1", "at least 0"),
         ({"min_new_tokens": -1}, "-1", "at least 0"),
         ({"min_new_tokens": 4, "max_new_tokens": 3}, "4", "at most max_new_tokens, 3"),
+        ({"min_p": 1.5}, "1.5", "[0, 1]"),
+        ({"min_p": -0.1}, "-0.1", "[0, 1]"),
+        ({"frequency_penalty": 2.5}, "2.5", "[-2, 2]"),
+        ({"presence_penalty": -3}, "-3", "[-2, 2]"),
+        ({"presence_penalty": None}, "None", "a number"),
+        ({"repetition_penalty": 0}, "0", "[0.01, 100]"),
+        ({"repetition_penalty": math.nan}, "nan", "[0.01, 100]"),
+        ({"no_repeat_ngram_size": -1}, "-1", "at least 0"),
+        ({"stop_token_ids": (5, -1)}, "-1", "at least 0"),
+        ({"stop_token_ids": (2.0,)}, "2.0", "whole numbers"),
+        ({"stop_token_ids": 1.5}, "1.5", "whole numbers"),
+        ({"stop": ("a", 5)}, "5", "texts"),
+        ({"ignore_eos": 1}, "1", "yes or no"),
         ({"logprobs": 21}, "21", "[0, 20]"),
         ({"logprobs": -1}, "-1", "[0, 20]"),
         ({"logprobs": True}, "True", "a whole number"),
@@ -104,6 +117,8 @@ def test_it_is_public() -> None:
 def test_stop_strings_may_be_one_or_many() -> None:
     assert SamplingParams(stop="ab").stop == ("ab",)  # type: ignore[arg-type]
     assert SamplingParams().replace(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=5).stop_token_ids == (5,)  # type: ignore[arg-type]
+    assert SamplingParams().replace(stop_token_ids=[7, 5]).stop_token_ids == (7, 5)
 
 
 def test_only_what_differs_from_the_defaults_is_given() -> None:

@@ -99,7 +99,7 @@ def expand_parameter(
 
 
 def _parameter(option: Option, default_text: str | None) -> inspect.Parameter:
-    kinds: Mapping[type, Any] = {int: int, float: float, bool: bool, tuple: list[str]}
+    kinds: Mapping[type, Any] = {int: int, float: float, bool: bool, tuple: list[int] if option.items is int else list[str]}
     kind = Path if option.is_file else kinds.get(option.kind, str)
     flag = f"--{option.name.replace('_', '-')}"
     shown = default_text or option.shown_default

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Real
@@ -49,7 +49,8 @@ class Option:
 
     Attributes:
         name: of the field of `SamplingParams`.
-        kind: int, float, bool, str, tuple (of strings) or Mapping.
+        kind: int, float, bool, str, tuple or Mapping.
+        items: what a tuple holds, str or int.
         default: the field's; None leaves the option to the model or the caller.
         default_text: what None amounts to, in words.
         minimum: least value, itself excluded with `exclusive`.
@@ -63,6 +64,7 @@ class Option:
     panel: Panel
     name: str = ""
     kind: type = str
+    items: type = str
     default: Any = None
     default_text: str = ""
     minimum: float | None = None
@@ -92,6 +94,11 @@ class Option:
         """Raises: RequestError: a value of another type or outside the range."""
         if self.choices and value not in self.choices:
             raise RequestError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}")
+        if self.kind is tuple:
+            wrong = [each for each in value if type(each) is not self.items or (isinstance(each, int) and each < 0)]
+            if wrong:
+                rule = "token ids: whole numbers of at least 0" if self.items is int else "texts"
+                raise RequestError(f"{self.name} holds {wrong[0]!r}; it must hold {rule}")
         if self.kind not in (int, float):
             if self.kind in (bool, str) and not isinstance(value, self.kind):
                 raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
@@ -167,6 +174,25 @@ class SamplingParams:
         "Sample from this many of the most probable tokens.", "Sampling", surfaces=_EVERYWHERE | _STANDARD,
         default_text="all", minimum=1,
     )  # fmt: skip
+    min_p: float = _option(
+        "Sample only from tokens at least this probable relative to the most probable one.", "Sampling", 0.0, _STANDARD,
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    frequency_penalty: float = _option(
+        "Subtracted from the logit of a token for each time that it stands in the completion.", "Sampling", 0.0, _STANDARD,
+        minimum=-2, maximum=2,
+    )  # fmt: skip
+    presence_penalty: float = _option(
+        "Subtracted from the logits of all tokens that stand in the completion.", "Sampling", 0.0, _STANDARD,
+        minimum=-2, maximum=2,
+    )  # fmt: skip
+    repetition_penalty: float = _option(
+        "Divides positive logits, and multiplies negative ones, of tokens in prompt or completion; 1 changes nothing.",
+        "Sampling", 1.0, _STANDARD, minimum=0.01, maximum=100,
+    )  # fmt: skip
+    no_repeat_ngram_size: int = _option(
+        "No sequence of this many tokens comes twice in the completion; 0 allows it.", "Sampling", 0, _STANDARD, minimum=0
+    )
     seed: int | None = _option(
         "Random seed of sampling at a temperature above 0.", "Sampling", surfaces=_STANDARD,
         default_text="0; random on a server", minimum=-(2**63), maximum=2**63 - 1,
@@ -215,8 +241,16 @@ class SamplingParams:
         default_text=f"{MAX_NEW_TOKENS}; 512 in chat", minimum=0,
     )  # fmt: skip
     min_new_tokens: int = _option("No end of text before this many tokens.", "Output", 0, minimum=0)
+    ignore_eos: bool = _option(
+        "Go on after the end of text; only stop, stop_token_ids and a grammar end the completion early.", "Output", False,
+        frozenset(("cli", "http", "set")),
+    )  # fmt: skip
     stop: tuple[str, ...] = _option(
-        "End before this text; may be given several times.", "Output", (), frozenset(("cli", "http"))
+        "End before this text, which may be that of a control token; may be given several times.", "Output", (),
+        frozenset(("cli", "http")),
+    )  # fmt: skip
+    stop_token_ids: tuple[int, ...] = _option(
+        "End at this token id, as at the end of text; may be given several times.", "Output", (), frozenset(("cli", "http"))
     )
     logprobs: int | None = _option(
         "Log-probabilities of the tokens, and of this many alternatives.", "Output", None, frozenset(("cli",)),
@@ -234,12 +268,15 @@ class SamplingParams:
             option: Option = each.metadata["option"]
             choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else option.choices
             kind = str if choices else get_origin(kinds[0]) or kinds[0]
-            declared[each.name] = dataclasses.replace(option, name=each.name, kind=kind, choices=choices)
+            items = get_args(kinds[0])[0] if kind is tuple else str
+            declared[each.name] = dataclasses.replace(option, name=each.name, kind=kind, items=items, choices=choices)
         return declared
 
     def __post_init__(self) -> None:
-        stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        stops: dict[str, Any] = {"stop": self.stop, "stop_token_ids": self.stop_token_ids}
+        for name, values in stops.items():
+            several = isinstance(values, Iterable) and not isinstance(values, str)
+            object.__setattr__(self, name, tuple(values) if several else (values,))
         for name, option in SamplingParams.options().items():
             value = getattr(self, name)
             if value is not None or (option.default is not None and not option.default_text):

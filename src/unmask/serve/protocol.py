@@ -33,7 +33,7 @@ class _StrictModel(BaseModel):
 def names_of(surface: Surface) -> set[str]:
     """The decoding options of a section whose fields are generated; the others (`stop`, `logit_bias`) have OpenAI's shapes."""
     options = SamplingParams.options().values()
-    return {o.name for o in options if surface in o.surfaces and (o.choices or o.kind in (bool, int, float))}
+    return {o.name for o in options if surface in o.surfaces and (o.choices or o.kind in (bool, int, float) or o.items is int)}
 
 
 def _with_options(surface: Surface) -> Callable[[type[_Model]], type[_Model]]:
@@ -50,6 +50,8 @@ def _with_options(surface: Surface) -> Callable[[type[_Model]], type[_Model]]:
 def _field_type(option: Option) -> Any:
     if option.choices:
         return Literal[option.choices]
+    if option.items is int:
+        return Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128)]
     if option.kind not in (int, float):
         return option.kind
     # An excluded minimum is accepted, as OpenAI accepts top_p 0.
@@ -113,15 +115,6 @@ class GeneratingRequest(_Sampling):
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _no_penalty(cls, value: Any) -> Any:
-        if value not in (None, 0):
-            raise ValueError("penalties are not supported; leave it out, or use 0")
-        return None if value is None else 0
 
     @model_validator(mode="after")
     def _streams(self) -> GeneratingRequest:
