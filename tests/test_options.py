@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from unmask.cli.chat_session import settable_options
 from unmask.cli.main import app
 from unmask.models.arch.config import ModelConfig
-from unmask.serve import protocol
 from unmask.serve.config import ServerConfig
+from unmask.serve.protocol.chat import ChatRequest
+from unmask.serve.protocol.fields import Diffusion
 from unmask.serve.served_model import ServedModel
 
 config = SimpleNamespace(block_size=8, shifted=True)
@@ -31,8 +32,8 @@ served = SimpleNamespace(language_model=model, config=ServerConfig(), name="m", 
 hooks = runpy.run_path(sys.argv[-1])
 print(json.dumps({
     "cli": CliRunner().invoke(app, ["generate", "--help"]).stdout,
-    "http": list(protocol.ChatRequest.model_fields),
-    "diffusion": list(protocol.Diffusion.model_fields),
+    "http": list(ChatRequest.model_fields),
+    "diffusion": list(Diffusion.model_fields),
     "set": list(settable_options()),
     "page": [option["name"] for option in ServedModel.describe(served)["options"]],
     "docs": hooks["options_table"]("", "", "test"),

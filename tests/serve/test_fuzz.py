@@ -20,8 +20,9 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
 from wire import Wire, chat_body, request_bytes
 
-from unmask.serve import guard, protocol
+from unmask.serve import guard
 from unmask.serve.config import ServerConfig
+from unmask.serve.protocol.fields import Diffusion
 
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill")
 KEY = "a-key"
@@ -116,7 +117,7 @@ FIELDS = {
     "/v1/infill": ("text", "hole", "tokens", "seed", "diffusion"),
     "/v1/tokenize": ("prompt", "messages", "model"),
 }  # fmt: skip
-RULES = ("watch", *protocol.Diffusion.model_fields)
+RULES = ("watch", *Diffusion.model_fields)
 WELL = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 4},

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from helpers import CHATML
 from unmask.engine.llm import LanguageModel
-from unmask.serve.protocol import FunctionSpec
+from unmask.serve.protocol.messages import FunctionSpec
 from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
 from unmask.serve.tools import ToolChoice, tool_format
 

@@ -18,7 +18,7 @@ from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler, GrammarState
 from unmask.errors import RequestError
 from unmask.models.weights.hub import resolve, tokenizer_folder
-from unmask.serve.protocol import FunctionSpec
+from unmask.serve.protocol.messages import FunctionSpec
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
 from unmask.serve.tools import ToolChoice, ToolFormat, tool_format
 

@@ -1,22 +1,20 @@
 """The FastAPI application: its routes, middleware and error responses.
 
-Owns the lifetime of the worker and the routes that generate nothing; `chat` and `completions` have the others.
+Owns the lifetime of the worker and the routes that generate nothing; `APIS` lists those that do.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -26,15 +24,32 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.serve import chat, completions, protocol
+from unmask.serve.api import chat, completions, infill, tokenize
 from unmask.serve.config import ServerConfig
-from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
+from unmask.serve.errors import ERROR_RESPONSES, ApiError, ErrorForm, openai_error
 from unmask.serve.exchange import AppState, CurrentState
 from unmask.serve.guard import Guard
 from unmask.serve.metrics import Metrics
 from unmask.serve.served_model import ServedModel
+from unmask.serve.validation import invalid_body
 from unmask.serve.worker import Worker
 
+
+class Api(NamedTuple):
+    """An API that clients speak.
+
+    Attributes:
+        router: its endpoints.
+        prefix: of the paths whose errors have `error_form`.
+        error_form: how it writes errors.
+    """
+
+    router: APIRouter
+    prefix: str = ""
+    error_form: ErrorForm = openai_error
+
+
+APIS = (Api(chat.router), Api(completions.router), Api(infill.router), Api(tokenize.router))
 _PAGE = Path(str(files("unmask.serve"))) / "page"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
@@ -43,17 +58,6 @@ PAGE_POLICY = (
 _PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 _COMMON_ERRORS: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 403, 500)}
 router = APIRouter()
-
-
-@router.post("/v1/tokenize", responses=ERROR_RESPONSES)
-async def post_tokenize(body: protocol.TokenizeRequest, state: CurrentState) -> dict[str, Any]:
-    """Token ids of a text, or of a conversation as the model would see it."""
-    model = state.model
-    if body.model is not None:
-        model.check_name(body.model)
-    encode = partial(model.plain_ids, body.prompt) if body.prompt is not None else partial(model.chat_ids, body.messages or [])
-    ids = await asyncio.to_thread(encode)
-    return {"tokens": ids, "count": len(ids), "max_model_len": model.context}
 
 
 @router.get("/v1/models", responses=_COMMON_ERRORS)
@@ -124,12 +128,17 @@ def create_app(
         title="unmask",
         version=__version__,
         lifespan=lambda app: _engine_running(app, model, metrics, on_failure),
-        exception_handlers={RequestValidationError: _on_invalid, ApiError: _on_error, HTTPException: _on_http_error},
+        exception_handlers={
+            RequestValidationError: _on_invalid,
+            ValidationError: _on_invalid,
+            ApiError: _on_error,
+            HTTPException: _on_http_error,
+        },
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
-    routers = (router, chat.router, completions.router)
+    routers = (router, *(api.router for api in APIS))
     for each in routers:
         app.include_router(each)
     app.mount("/page", _PageFiles(directory=_PAGE), name="page")
@@ -139,6 +148,7 @@ def create_app(
         Guard,
         metrics=metrics,
         paths=paths,
+        error_forms={api.prefix: api.error_form for api in APIS if api.prefix},
         api_keys=config.api_keys,
         hosts=hosts,
         origins=config.allow_origins,
@@ -188,7 +198,7 @@ class _PageFiles(StaticFiles):
 
 
 async def _on_error(request: Request, error: ApiError) -> Response:
-    return error.response()
+    return error.response(request.scope)
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
@@ -196,28 +206,8 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
         404: f"no such path: {request.scope['path'][:200]}",
         405: f"{request.method} is not allowed here",
     }.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    return ApiError(error.status_code, message, headers=error.headers).response(request.scope)
 
 
-async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
-    """One validation error of the body, with the field's name as OpenAI writes it."""
-    # Every member of a union reports an error; that of the member whose type matches is the most specific.
-    first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:] if _is_field(part))
-    name = path.removeprefix(".") or None
-    if first["type"] == "json_invalid":
-        return bad_request(f"the body is not JSON: {first['ctx']['error']}").response()
-    value = first["input"]
-    prefix = f"{json.dumps(value)[:80]}: " if isinstance(value, str | int | float) else ""
-    reason = prefix + first["msg"].removeprefix("Value error, ")
-    reason = {"extra_forbidden": "unknown field; leave it out", "missing": "it is missing"}.get(first["type"], reason)
-    name = first.get("ctx", {}).get("param", name)
-    return bad_request(reason if name is None else f"{name}: {reason}", name).response()
-
-
-def _is_field(part: Any) -> bool:
-    """Whether a part of pydantic's error location is a field or an index, not a member of a union."""
-    return isinstance(part, int) or (part.isidentifier() and part[:1].islower() and part not in _UNION_MEMBERS)
-
-
-_UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "constrained-str", "literal"})
+async def _on_invalid(request: Request, error: RequestValidationError | ValidationError) -> Response:
+    return invalid_body(error).response(request.scope)

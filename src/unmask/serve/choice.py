@@ -12,7 +12,7 @@ from typing import Any
 from unmask.data.detokenizer import IncrementalDetokenizer
 from unmask.engine.engine import Update
 from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
-from unmask.serve.protocol import CalledFunction, ToolCall
+from unmask.serve.protocol.messages import CalledFunction, ToolCall
 from unmask.serve.served_model import PreparedRequests, ServedModel
 from unmask.serve.tool_parser import CallArguments, CallStart, Content
 

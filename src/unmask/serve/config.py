@@ -39,6 +39,7 @@ class ServerConfig:
     allow_hosts: tuple[str, ...] = _setting(
         (), "Accepted value of the Host header; repeatable.", "any; loopback names on a loopback address without keys"
     )
+    strict: bool = _setting(False, "Refuse unknown fields of requests, which are otherwise ignored and named in a header.")
     log_prompts: bool = _setting(False, "Log prompts and answers.")
 
     def __post_init__(self) -> None:

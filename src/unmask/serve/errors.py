@@ -1,15 +1,16 @@
-"""`ApiError`: an HTTP status and OpenAI's error object.
+"""`ApiError`: an error response, in the form of the API that the client speaks.
 
-Owns the mapping from our errors to OpenAI's. Knows no route.
+Owns the errors, and OpenAI's form; the other APIs bring theirs along (`ErrorForm`). Knows no route.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 _TYPES = {
     401: "authentication_error",
@@ -77,13 +78,24 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+    def body(self, scope: Scope) -> dict[str, Any]:
+        """The body of the response to a request, in the form that the guard has chosen by its path."""
+        form: ErrorForm = scope["unmask.error_form"]
+        return form(self)
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+    def response(self, scope: Scope) -> JSONResponse:
+        """The response to a request."""
+        return JSONResponse(self.body(scope), self.status, headers=self.headers)
+
+
+ErrorForm = Callable[[ApiError], dict[str, Any]]
+"""How an API writes the body of an error."""
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

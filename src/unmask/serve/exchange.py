@@ -1,33 +1,32 @@
-"""`Exchange`: one client's request while the engine works on it, and `respond`: its response, whole or streamed.
+"""`Exchange`: one client's request while the engine works on it.
 
-Owns the wait for the engine, the client's disconnect, and what metrics and log learn about the request. Knows no endpoint:
-a `ResponseForm` writes the choices.
+Owns the wait for the engine, the client's disconnect, and what metrics and log learn about the request. Every API passes
+through here: it prepares its body, opens an exchange, and writes what comes of it in its own form.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
 
 from unmask.engine.engine import Update
 from unmask.serve.choice import Choice, ChoiceDelta
 from unmask.serve.config import ServerConfig
-from unmask.serve.errors import internal
-from unmask.serve.event_stream import stream_events
+from unmask.serve.errors import bad_request, internal
 from unmask.serve.metrics import Metrics
-from unmask.serve.protocol import GeneratingRequest
+from unmask.serve.protocol.fields import ignored_fields
 from unmask.serve.served_model import PreparedRequests, ServedModel
 from unmask.serve.worker import EngineFailedError, Submission, Worker
+
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -57,31 +56,50 @@ async def _state_with_room(state: CurrentState) -> AppState:
 StateWithRoom = Annotated[AppState, Depends(_state_with_room)]
 
 
+async def prepare(
+    state: AppState, http: HttpRequest, body: _Body, prepare_body: Callable[[ServedModel, _Body], PreparedRequests]
+) -> PreparedRequests:
+    """Engine requests of a body, made in a thread. Fields that are ignored are named in a header and in the log.
+
+    Args:
+        state: of the application.
+        http: the request.
+        body: of any API.
+        prepare_body: `prepare_chat`, for instance; APIs of other forms translate their body first.
+
+    Raises:
+        ApiError: naming the field at fault.
+    """
+    note_ignored(state, http, body)
+    return await asyncio.to_thread(prepare_body, state.model, body)
+
+
+def note_ignored(state: AppState, http: HttpRequest, body: BaseModel) -> None:
+    """Name the fields of a body that are ignored in a response header and in the log.
+
+    Raises:
+        ApiError: there is one, and the server is strict.
+    """
+    ignored = ignored_fields(body)
+    if ignored and state.config.strict:
+        raise bad_request(f"{ignored[0]}: unknown field; leave it out", ignored[0])
+    if ignored:
+        http.scope["unmask.details"]["ignored_fields"] = ignored
+
+
 @dataclass(frozen=True)
-class ResponseForm(ABC):
-    """How an endpoint of OpenAI's API writes the `choices` of one response.
+class TokenCounts:
+    """Tokens of one client's request.
 
     Attributes:
-        id_prefix: of response ids.
-        object: type of a whole response.
-        chunk_object: type of a stream's events.
+        prompt: each prompt counted once.
+        completion: end-of-sequence tokens counted.
+        cached: of the prompts, those found in the KV cache.
     """
 
-    model: ServedModel
-    prepared: PreparedRequests
-    with_logprobs: bool
-
-    id_prefix: ClassVar[str]
-    object: ClassVar[str]
-    chunk_object: ClassVar[str]
-
-    @abstractmethod
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """A finished choice."""
-
-    @abstractmethod
-    def chunks(self, choice: Choice, delta: ChoiceDelta, *, is_first: bool) -> Iterable[dict[str, Any]]:
-        """What a stream says about an update; once the choice has finished, the last chunk has its `finish_reason`."""
+    prompt: int
+    completion: int
+    cached: int
 
 
 class Exchange:
@@ -104,25 +122,20 @@ class Exchange:
         return time.perf_counter() - self._submission.started
 
     @property
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's `usage`: each prompt counted once, end-of-sequence tokens counted."""
-        tokens = 0
+    def tokens(self) -> TokenCounts:
+        """Tokens of prompts and completions so far."""
+        completion = 0
         # Later samples of a prompt also find in the cache what its first sample has just computed.
         cached: dict[tuple[int | None, ...], int] = {}
         for choice in self.choices:
             if choice.completion is not None:
-                tokens += len(choice.completion.ids)
+                completion += len(choice.completion.ids)
                 count = choice.completion.costs.cached_tokens
                 cached[choice.request.ids] = min(count, cached.get(choice.request.ids, count))
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self._prompt_tokens + tokens,
-            "prompt_tokens_details": {"cached_tokens": min(sum(cached.values()), self._prompt_tokens)},
-        }
+        return TokenCounts(self._prompt_tokens, completion, min(sum(cached.values()), self._prompt_tokens))
 
     def costs(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Forwards, speeds and seconds of finished choices, summed: our field `diffusion` beside OpenAI's `usage`."""
+        """Forwards, speeds and seconds of finished choices, summed: our field `diffusion` of responses."""
         done = [choice.completion for choice in choices if choice.completion is not None]
         tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
         seconds = self.seconds
@@ -199,47 +212,3 @@ async def _abort_on_disconnect(http: HttpRequest, submission: Submission) -> Non
     while (await http.receive())["type"] != "http.disconnect":
         pass
     submission.abort("disconnect")
-
-
-async def respond(state: AppState, http: HttpRequest, body: GeneratingRequest, form: ResponseForm) -> Response:
-    """The response of an endpoint of OpenAI's API, streamed if the body asks for it.
-
-    Raises:
-        ApiError: the request cannot be served.
-    """
-    head = {"id": f"{form.id_prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": state.model.name}
-    if body.stream:
-        return await stream_events(_events(state, http, body, form, {**head, "object": form.chunk_object}))
-    async with open_exchange(state, http, form.prepared) as exchange:
-        await exchange.finish()
-    choices = [form.choice(choice) for choice in exchange.choices]
-    costs = exchange.costs(exchange.choices)
-    return JSONResponse({**head, "object": form.object, "choices": choices, "usage": exchange.usage, "diffusion": costs})
-
-
-async def _events(
-    state: AppState, http: HttpRequest, body: GeneratingRequest, form: ResponseForm, head: dict[str, Any]
-) -> AsyncGenerator[dict[str, Any]]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    if with_usage:
-        head["usage"] = None
-    async with open_exchange(state, http, form.prepared, watch=body.diffusion.watch) as exchange:
-        begun: set[int] = set()
-        async for batch in exchange.deltas():
-            for choice, delta, update in batch:
-                chunks = form.chunks(choice, delta, is_first=choice.index not in begun)
-                begun.add(choice.index)
-                ending: dict[str, Any] | None = None
-                for chunk in chunks:
-                    event = {**head, "choices": [chunk]}
-                    if chunk["finish_reason"] is None:
-                        yield event
-                    else:
-                        ending = {**event, "diffusion": exchange.costs([choice])}
-                # What was seen comes before the event that ends the choice.
-                if body.diffusion.watch and update.step is not None:
-                    yield {**head, "choices": [], "diffusion": choice.watch_event(update.step)}
-                if ending is not None:
-                    yield ending
-    if with_usage:
-        yield {**head, "choices": [], "usage": exchange.usage}

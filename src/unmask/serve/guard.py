@@ -18,13 +18,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from unmask.serve.errors import ApiError, internal
+from unmask.serve.errors import ApiError, ErrorForm, internal, openai_error
 from unmask.serve.metrics import Metrics
 from unmask.serve.worker import AbortedError
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """Paths that need no API key, besides all below /page/."""
 CLIENT_CLOSED = 499
+MAX_HEADER = 1000
+"""Characters of the header that names ignored fields."""
 BODY_SECONDS = 60.0
 """How long a body may take to arrive."""
 _log = logging.getLogger("unmask.serve")
@@ -39,6 +41,7 @@ class Guard:
         app: the wrapped application.
         metrics: counts responses and their times.
         paths: paths of the application; all others are counted as one.
+        error_forms: how errors are written, by the prefix of the path; elsewhere as OpenAI does.
         api_keys: accepted keys; without any, no key is needed.
         hosts: accepted values of the Host header; without any, all are accepted.
         origins: web origins besides the server's own that may send requests.
@@ -51,12 +54,14 @@ class Guard:
         *,
         metrics: Metrics,
         paths: Collection[str],
+        error_forms: Mapping[str, ErrorForm],
         api_keys: Sequence[str] = (),
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
         max_body: int,
     ) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+        self._error_forms = dict(error_forms)
         self._keys = [key.encode() for key in api_keys]
         self._hosts, self._origins, self._max_body = frozenset(hosts), frozenset(origins), max_body
 
@@ -68,6 +73,8 @@ class Guard:
         client_id = headers.get("x-request-id", "")
         scope["unmask.id"] = client_id if _CLIENT_ID.fullmatch(client_id) else secrets.token_hex(12)
         scope["unmask.details"] = {}
+        forms = self._error_forms.items()
+        scope["unmask.error_form"] = next((form for prefix, form in forms if scope["path"].startswith(prefix)), openai_error)
         response = _Response(scope, receive, send)
         try:
             self._check(scope, headers)
@@ -99,8 +106,8 @@ class Guard:
             )
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
-        if self._keys and not is_open and not self._has_key(headers.get("authorization", "")):
-            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+        if self._keys and not is_open and not self._has_key(headers):
+            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
             raise ApiError(415, "the body must be JSON; send content-type: application/json")
@@ -108,12 +115,12 @@ class Guard:
         if length.isdecimal() and int(length[:20]) > self._max_body:
             raise ApiError(413, _too_large(self._max_body))
 
-    def _has_key(self, authorization: str) -> bool:
-        """Whether the header holds an accepted key; compared in constant time."""
-        scheme, _, key = authorization.partition(" ")
-        sent = key.strip().encode()
-        matches = [hmac.compare_digest(sent, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+    def _has_key(self, headers: Headers) -> bool:
+        """Whether a header holds an accepted key (OpenAI's or Anthropic's); compared in constant time."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        sent = [headers.get("x-api-key", "").encode(), key.strip().encode() if scheme.lower() == "bearer" else b""]
+        matches = [hmac.compare_digest(each, known) for each in sent for known in self._keys]
+        return any(matches)
 
     def _count(self, scope: Scope, response: _Response) -> None:
         path = scope["path"] if scope["path"] in self._paths else "other"
@@ -171,13 +178,15 @@ class _Response:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._scope["unmask.id"]
             headers["x-content-type-options"] = "nosniff"
+            if ignored := self._scope["unmask.details"].get("ignored_fields"):
+                headers["x-unmask-ignored-fields"] = ",".join(ascii(name)[1:-1] for name in ignored)[:MAX_HEADER]
         await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response, unless a response has begun."""
         if self._begun:
             raise error
-        await error.response()(self._scope, self._receive, self.send)
+        await error.response(self._scope)(self._scope, self._receive, self.send)
 
 
 def _is_json(content_type: str) -> bool:

@@ -19,7 +19,7 @@ from unmask.data.chat import Message, Tool
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.errors import DataError, RequestError
-from unmask.serve.protocol import FunctionSpec
+from unmask.serve.protocol.messages import FunctionSpec
 from unmask.serve.tool_parser import END_MARKER, MARKER, CallParser
 
 MAX_CALLS = 16

@@ -1,13 +1,11 @@
-"""/v1/completions and /v1/infill: plain text, continued or filled in.
+"""/v1/completions: plain text, continued.
 
 Owns the form of the responses and of the stream.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -15,12 +13,13 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from unmask.engine.infill import best_filling
 from unmask.engine.request import TokenLogprob
+from unmask.serve.api.choices import ResponseForm, respond
 from unmask.serve.choice import Choice, ChoiceDelta, finite
 from unmask.serve.errors import ERROR_RESPONSES
-from unmask.serve.exchange import ResponseForm, StateWithRoom, open_exchange, respond
-from unmask.serve.protocol import CompletionRequest, InfillRequest
+from unmask.serve.exchange import StateWithRoom, prepare
+from unmask.serve.prepare_text import prepare_completion
+from unmask.serve.protocol.text import CompletionRequest
 
 router = APIRouter()
 
@@ -28,20 +27,8 @@ router = APIRouter()
 @router.post("/v1/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_completions(http: HttpRequest, body: CompletionRequest, state: StateWithRoom) -> Response:
     """Continue texts."""
-    prepared = await asyncio.to_thread(state.model.completion, body)
+    prepared = await prepare(state, http, body, prepare_completion)
     return await respond(state, http, body, _TextForm(state.model, prepared, with_logprobs=body.logprobs is not None))
-
-
-@router.post("/v1/infill", responses=ERROR_RESPONSES, response_class=JSONResponse)
-async def post_infill(http: HttpRequest, body: InfillRequest, state: StateWithRoom) -> Response:
-    """Fill the holes of a text, given the text on both sides of each."""
-    prepared = await asyncio.to_thread(state.model.infilling, body)
-    async with open_exchange(state, http, prepared) as exchange:
-        await exchange.finish()
-    completions = [choice.completion for choice in exchange.choices if choice.completion is not None]
-    best = best_filling(prepared.requests, completions, state.model.tokenizer, exchange.seconds)
-    about = {"object": "infill", "model": state.model.name, "usage": exchange.usage}
-    return JSONResponse({**about, **asdict(best), "seconds": round(best.seconds, 4)})
 
 
 class _TextForm(ResponseForm):

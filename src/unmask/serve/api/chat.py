@@ -5,7 +5,6 @@ Owns the form of the response and of its stream.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,10 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from unmask.engine.request import TokenLogprob
+from unmask.serve.api.choices import ResponseForm, respond
 from unmask.serve.choice import Choice, ChoiceDelta, token_entry
 from unmask.serve.errors import ERROR_RESPONSES
-from unmask.serve.exchange import ResponseForm, StateWithRoom, respond
-from unmask.serve.protocol import ChatRequest
+from unmask.serve.exchange import StateWithRoom, prepare
+from unmask.serve.prepare_chat import prepare_chat
+from unmask.serve.protocol.chat import ChatRequest
 
 router = APIRouter()
 
@@ -25,7 +26,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_chat(http: HttpRequest, body: ChatRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
-    prepared = await asyncio.to_thread(state.model.chat, body)
+    prepared = await prepare(state, http, body, prepare_chat)
     return await respond(state, http, body, _ChatForm(state.model, prepared, with_logprobs=bool(body.logprobs)))
 
 

@@ -1,0 +1,1 @@
+"""Request bodies: OpenAI's, and our own."""

@@ -1,0 +1,158 @@
+"""Fields that request bodies share: names, types and ranges, decoding options included.
+
+A body takes every field that it declares and ignores others, which `ignored_fields` lists; our own section `diffusion` refuses
+them, as a misspelt option there is a mistake of somebody who knows this server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from unmask.engine.sampling_params import Option, SamplingParams, Surface
+
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+_Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def conflict(param: str, message: str) -> PydanticCustomError:
+    """The error of a field that excludes others."""
+    return PydanticCustomError("conflict", "{reason}", {"reason": message, "param": param})
+
+
+class Body(BaseModel):
+    """A body or a part of one; unknown fields are kept, and listed by `ignored_fields`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields that a body must not have, with what to do: without them the answer would not be to what the client asks."""
+
+    @model_validator(mode="after")
+    def _no_refused(self) -> Self:
+        for name, reason in self.refused.items():
+            if (self.model_extra or {}).get(name) not in _NOTHING:
+                raise conflict(name, reason)
+        return self
+
+
+def ignored_fields(body: BaseModel) -> list[str]:
+    """Paths of the fields that a body has and does not declare, those of its parts included."""
+    return list(_undeclared(body, ""))
+
+
+def _undeclared(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _undeclared(each, f"{path}[{index}]")
+    elif isinstance(value, BaseModel):
+        prefix = f"{path}." if path else ""
+        # A null asks for nothing.
+        yield from (prefix + name for name, extra in (value.model_extra or {}).items() if extra is not None)
+        for name, field in type(value).model_fields.items():
+            yield from _undeclared(getattr(value, name), prefix + (field.alias or name))
+
+
+def names_of(surface: Surface) -> set[str]:
+    """The decoding options of a section whose fields are generated; the others (`stop`, `logit_bias`) have OpenAI's shapes."""
+    options = SamplingParams.options().values()
+    return {o.name for o in options if surface in o.surfaces and (o.choices or o.kind in (bool, int, float) or o.items is int)}
+
+
+def with_options(surface: Surface) -> Callable[[type[_Model]], type[_Model]]:
+    """Decorator of a body: adds a field for each scalar decoding option that is declared for `surface`."""
+    declared = SamplingParams.options()
+    fields: dict[str, Any] = {name: (_field_type(declared[name]) | None, None) for name in names_of(surface)}
+
+    def extend(body: type[_Model]) -> type[_Model]:
+        return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields)
+
+    return extend
+
+
+def _field_type(option: Option) -> Any:
+    if option.choices:
+        return Literal[option.choices]
+    if option.items is int:
+        return Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128)]
+    if option.kind not in (int, float):
+        return option.kind
+    # An excluded minimum is accepted, as OpenAI accepts top_p 0.
+    maximum = option.maximum if option.http_maximum is None else option.http_maximum
+    return Annotated[option.kind, Field(ge=option.minimum, le=maximum)]
+
+
+@with_options("diffusion")
+class Diffusion(Body):
+    """How to denoise: ours, in every body that generates.
+
+    `watch`: with `stream`, also send what every forward saw (see docs/serving.md); the others are decoding options.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    watch: bool = False
+
+
+class _WithoutEffect(Body):
+    """Accepted fields without an effect: user, billing, storage, priority and reasoning effort."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+@with_options("http")
+class Sampling(_WithoutEffect):
+    """Fields of every body that generates text."""
+
+    model: str
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    diffusion: Diffusion = Field(default_factory=Diffusion)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        wrong = next((key for key in value or {} if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong[:40]!r} is not a token id; the keys are ids, as digits")
+        return value
+
+
+class StreamOptions(Body):
+    """What a stream contains besides its deltas."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class GeneratingRequest(Sampling):
+    """Fields of OpenAI's bodies that generate text."""
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> GeneratingRequest:
+        if not self.stream and (self.stream_options is not None or self.diffusion.watch):
+            name = "diffusion.watch" if self.stream_options is None else "stream_options"
+            raise conflict(name, "given without stream; set stream to true, or leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
