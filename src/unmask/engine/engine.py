@@ -20,6 +20,7 @@ from unmask.engine.sequences.autoregressive import AutoregressiveSequence
 from unmask.engine.sequences.base import DecodingSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.engine.sequences.constrained import ConstrainedSequence
+from unmask.engine.sequences.scoring import BlockScoringSequence, CausalScoringSequence, ScoringSequence
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.models.arch.transformer import Transformer
@@ -33,7 +34,8 @@ class Update:
     """What a step did for one request: ids that are final now, what it saw, and the completion when it has ended.
 
     `error` is set instead when the request cannot go on (a grammar that has led into a dead end); the others do.
-    `new_logprobs` are those of `new_ids` where the request asked for them, else empty.
+    `new_logprobs` are those of `new_ids` where the request asked for them, else empty. `prompt_logprobs` are those of the
+    prompt where the request asked for them, from the first update with anything else on.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Update:
     completion: Completion | None
     error: RequestError | None = None
     new_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 class Engine:
@@ -121,20 +124,34 @@ class Engine:
         """
         self.check(request)
         number = self._next
+        sequence = self._sequence(request, number, scoring=request.params.prompt_logprobs is not None)
+        sequence.watched |= watch
+        self._next += 1
+        self._enter(sequence)
+        return number
+
+    def _sequence(self, request: Request, number: int, *, scoring: bool) -> DecodingSequence:
         kind: type[DecodingSequence]
-        if self.mask_id is None:
+        if scoring:
+            kind = CausalScoringSequence if self.mask_id is None or self.config.shifted else BlockScoringSequence
+        elif self.mask_id is None:
             kind = AutoregressiveSequence
         elif request.params.speculative:
             kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
-        sequence = kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
-        sequence.watched |= watch
-        self._next += 1
-        self._sequences[number] = sequence
+        return kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
+
+    def _enter(self, sequence: DecodingSequence) -> DecodingSequence:
+        """Let a sequence wait for its turn, unless it has ended; one that has scored its prompt makes room for decoding."""
+        if isinstance(sequence, ScoringSequence) and sequence.completion is not None and sequence.request.num_wanted:
+            self.scheduler.remove(sequence)
+            scored, sequence = sequence, self._sequence(sequence.request, sequence.number, scoring=False)
+            sequence.resume(scored)
+        self._sequences[sequence.number] = sequence
         if sequence.completion is None:
             self.scheduler.add(sequence)
-        return number
+        return sequence
 
     def check(self, request: Request) -> None:
         """Whether `add` would take a request; may be called from any thread.
@@ -179,6 +196,8 @@ class Engine:
                 updates.append(Update(sequence.number, (), None, None, error))
             else:
                 self.scheduler.publish(sequence)
+                if sequence.completion is not None:
+                    sequence = self._enter(sequence)
                 updates.append(self._update(sequence))
         return updates
 
@@ -243,7 +262,8 @@ class Engine:
         if sequence.completion is not None:
             self.abort(sequence.number)
         new_ids, new_logprobs = sequence.take_new()
-        return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs)
+        prompt_logprobs = sequence.prompt_logprobs
+        return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs, prompt_logprobs)
 
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
         config = self.config

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,25 @@ class LanguageModel:
             priority=priority,
             trace=trace,
         )
+
+    def score(self, text: str, *, after: str = "", alternatives: int = 0) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the tokens of a text, teacher-forced; they sum to its log-likelihood in nats.
+
+        Args:
+            text: what to score.
+            after: what stands before it. Without, the first token has nothing before it and no entry.
+            alternatives: likeliest tokens to list at each position, at most 20.
+
+        Returns:
+            An entry per token: exact where the context attends causally, else by the chain rule (`BlockScoringSequence`).
+
+        Raises:
+            RequestError: no tokenizer, nothing to score, or more than the context holds.
+        """
+        ids, given = (self.encode_prompt(each, chat=False) for each in (after + text, after))
+        first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, given, strict=False)))
+        scores = self.complete(ids, max_new_tokens=0, prompt_logprobs=alternatives).prompt_logprobs or ()
+        return tuple(score for score in scores[first:] if score is not None)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], *, block_size: int | None = None) -> Tensor:

@@ -62,8 +62,11 @@ class Request:
     def check(self, config: ModelConfig) -> None:
         """Raises: RequestError: nothing to decide, a token outside the vocabulary, or more than the context holds."""
         params, holes = self.params, None in self.ids
-        if params.max_new_tokens < (0 if holes else 1):
-            raise RequestError(f"max_new_tokens is {params.max_new_tokens}; it must be at least {0 if holes else 1}")
+        scored = params.prompt_logprobs is not None
+        if params.max_new_tokens < (least := 0 if holes or scored else 1):
+            raise RequestError(f"max_new_tokens is {params.max_new_tokens}; it must be at least {least}")
+        if scored and (holes or not self.ids):
+            raise RequestError("prompt_logprobs takes a prompt of at least one token and without holes; leave it out")
         check_vocabulary([token for token in self.ids if token is not None], config)
         check_vocabulary(list(params.logit_bias), config, "logit_bias")
         if len(self.ids) + params.max_new_tokens > config.max_positions:
@@ -183,6 +186,7 @@ class Completion:
     text: str | None = None
     stop: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = field(default=None, compare=False)
     costs: Costs = field(default_factory=Costs, compare=False)
     trace: tuple[DecodingStep, ...] = field(default=(), compare=False)
 

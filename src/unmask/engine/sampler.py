@@ -8,6 +8,7 @@ Legend: T tokens of the forward, D hidden, N queried positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from unmask.diffusion.decode import Guess, candidates, entropies
 from unmask.engine.backends.base import Backend
+from unmask.engine.logprobs import token_logprobs
 from unmask.engine.policies import POLICIES
-from unmask.engine.request import Request
+from unmask.engine.request import Request, TokenLogprob
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
+
+_SCORED_LOGITS = 2**22
+"""Most logits of targets at a time: 16 MiB of float32."""
 
 
 class Sampler:
@@ -35,21 +40,36 @@ class Sampler:
     def sample(self, hidden_TD: Tensor, scheduled: Sequence[ScheduledSequence]) -> list[ModelOutput | None]:
         """Candidates for every scheduled sequence's queries; None where there are none.
 
-        The head runs twice at most: once for the sequences that only need the most probable token, once for all others.
+        The head runs twice at most: once for the sequences that only need the most probable token, once for all others;
+        and in parts for targets, of which there may be as many as the forward has tokens.
         """
         starts = accumulate((each.stop - each.start for each in scheduled), initial=0)
         rows = [
             [start + position - each.start for position in each.logits_positions]
             for each, start in zip(scheduled, starts, strict=False)
         ]
-        outputs: list[ModelOutput | None] = [None] * len(scheduled)
+        outputs: list[ModelOutput | None] = [
+            self._scored(hidden_TD, indices, each) if each.targets else None
+            for indices, each in zip(rows, scheduled, strict=True)
+        ]
         for sampled, with_logits in ((self._greedy, False), (self._drawn, True)):
-            chosen = [i for i, each in enumerate(scheduled) if each.queries and needs_logits(each.request) == with_logits]
+            drawing = [i for i, each in enumerate(scheduled) if each.queries and not each.targets]
+            chosen = [i for i in drawing if needs_logits(scheduled[i].request) == with_logits]
             if chosen:
                 hidden_ND = hidden_TD[torch.tensor([row for i in chosen for row in rows[i]], device=hidden_TD.device)]
                 for i, output in zip(chosen, sampled(hidden_ND, [scheduled[i] for i in chosen]), strict=True):
                     outputs[i] = output
         return outputs
+
+    def _scored(self, hidden_TD: Tensor, rows: Sequence[int], scheduled: ScheduledSequence) -> ModelOutput:
+        count, scores = scheduled.request.params.prompt_logprobs, list[TokenLogprob]()
+        size = max(1, _SCORED_LOGITS // self.backend.config.vocab_size)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            logits_NV = self.backend.logits(hidden_TD[torch.tensor(rows[part], device=hidden_TD.device)])
+            scores += token_logprobs(logits_NV, scheduled.targets[part], count or 0, self.mask_id)
+        guess = Guess(scheduled.queries, scheduled.targets, [math.exp(score.logprob) for score in scores])
+        return ModelOutput(guess, scores=scores)
 
     def _greedy(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
         token_N, confidence_N = self.backend.greedy(hidden_ND, self.mask_id)

@@ -256,6 +256,10 @@ class SamplingParams:
         "Log-probabilities of the tokens, and of this many alternatives.", "Output", None, frozenset(("cli",)),
         minimum=0, maximum=20,
     )  # fmt: skip
+    prompt_logprobs: int | None = _option(
+        "Log-probabilities of the prompt's tokens, and of this many alternatives.", "Output", None, frozenset(),
+        minimum=0, maximum=20,
+    )  # fmt: skip
 
     @classmethod
     @cache

@@ -116,11 +116,9 @@ class Scheduler:
             return False
         self.waiting.pop(0)
         self.running.append(sequence)
-        sequence.start()
+        sequence.start(sequence.committed)
         sequence.block_table = cache_blocks
         sequence.num_published = len(cache_blocks)
-        if sequence.preemptions == 0:
-            sequence.cached_tokens = sequence.committed
         return True
 
     def _cached_blocks(self, sequence: DecodingSequence) -> list[int]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unmask.data.detokenizer import Decode, find_stop
 from unmask.diffusion.decode import Guess
-from unmask.diffusion.objectives import ban_mask
 from unmask.engine.kv_cache import PrefixHashes
+from unmask.engine.logprobs import token_logprobs
 from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, Request, TokenLogprob, finish
 from unmask.errors import RequestError
 
@@ -40,6 +40,7 @@ class ScheduledSequence:
         mask_block_size: block size of the attention mask from `causal_end` on.
         step: denoising step within the block: part of the key of every draw.
         allowed: what the grammar allows, bool [V], by index into `queries`.
+        targets: tokens given for the queries; where there are any, their log-probabilities are wanted in place of candidates.
         block_table: cache blocks in order; the scheduler adds them.
     """
 
@@ -53,6 +54,7 @@ class ScheduledSequence:
     mask_block_size: int
     step: int
     allowed: Mapping[int, Tensor]
+    targets: tuple[int, ...] = ()
     block_table: tuple[int, ...] = ()
 
 
@@ -64,11 +66,13 @@ class ModelOutput:
         guess: the candidates.
         logits_NV: as the model gave them, where the request needs more than the most probable token.
         processed_NV: the logits that the candidates come from, likewise.
+        scores: log-probabilities of the targets of a sequence that has them; the guess is then of these tokens.
     """
 
     guess: Guess
     logits_NV: Tensor | None = None
     processed_NV: Tensor | None = None
+    scores: Sequence[TokenLogprob] = ()
 
 
 class DecodingSequence(ABC):
@@ -86,6 +90,7 @@ class DecodingSequence(ABC):
         tokens: the canvas by position; a mask where undecided.
         committed: positions whose keys and values are in the KV cache, computed from final tokens.
         block_table: cache blocks in order; the first `num_published` are published and never written.
+        prompt_logprobs: of the prompt's tokens, None for the first; set when all are known, where they are asked for.
         completion: set when it has ended.
     """
 
@@ -112,6 +117,7 @@ class DecodingSequence(ABC):
         self.last_step: DecodingStep | None = None
         self.last_served = 0
         self.forwards = self._prefills = self._edits = self.cached_tokens = self.preemptions = 0
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.completion: Completion | None = None
         self._logprobs: dict[int, TokenLogprob] = {}
         self._forced: set[int] = set()
@@ -155,10 +161,19 @@ class DecodingSequence(ABC):
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
         """Take in what the forward gave (None: there were no queries)."""
 
-    def start(self) -> None:
-        """It has been admitted for the first time."""
+    def start(self, num_cached: int) -> None:
+        """It has been admitted; so many tokens were found in the prefix cache, which counts the first time."""
         if len(self._times) == 1:
             self._times.append(time.perf_counter())
+            self.cached_tokens = num_cached
+
+    def resume(self, scored: DecodingSequence) -> None:
+        """Take over the prompt's log-probabilities and all costs from the sequence that has scored the prompt."""
+        self.prompt_logprobs, self.watched = scored.prompt_logprobs, scored.watched
+        self.forwards, self._prefills, self.preemptions = scored.forwards, scored.forwards, scored.preemptions
+        self.cached_tokens, self._times = scored.cached_tokens, scored._times[:2]
+        if self.completion is not None:  # a grammar has left no choice
+            self.completion = replace(self.completion, forwards=self.forwards, prompt_logprobs=self.prompt_logprobs)
 
     def preempt(self) -> list[int]:
         """Give up the cache blocks; everything decided stays. Returns them."""
@@ -175,6 +190,7 @@ class DecodingSequence(ABC):
         logits_positions: tuple[int, ...] | None = None,
         causal_end: int = 0,
         allowed: Mapping[int, Tensor] = MappingProxyType({}),
+        targets: tuple[int, ...] = (),
     ) -> ScheduledSequence:
         return ScheduledSequence(
             request=self.request,
@@ -187,6 +203,7 @@ class DecodingSequence(ABC):
             mask_block_size=self.mask_block_size,
             step=self.step,
             allowed=allowed,
+            targets=targets,
         )
 
     @property
@@ -244,12 +261,10 @@ class DecodingSequence(ABC):
         if count is None:
             return
         assert output.logits_NV is not None, "the sampler gives the logits to a request for log-probabilities"
-        logprobs_NV = ban_mask(output.logits_NV.float(), self.mask_id).log_softmax(-1)
-        for position, logprobs_V in zip(output.guess.positions, logprobs_NV, strict=True):
-            if position in positions and position not in self._forced:
-                token, best = self.tokens[position], logprobs_V.topk(count)
-                alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-                self._logprobs[position] = TokenLogprob(token, float(logprobs_V[token]), alternatives)
+        decided = [(row, p) for row, p in enumerate(output.guess.positions) if p in positions and p not in self._forced]
+        logits_NV = output.logits_NV[[row for row, _ in decided]]
+        entries = token_logprobs(logits_NV, [self.tokens[p] for _, p in decided], count, self.mask_id)
+        self._logprobs |= {p: entry for (_, p), entry in zip(decided, entries, strict=True)}
 
     def _end(self, positions: Sequence[int]) -> None:
         """Hand out what is final, and end here if it holds an end, a stop string or all that was asked for.
@@ -273,7 +288,14 @@ class DecodingSequence(ABC):
             if self.request.params.logprobs is not None:
                 logprobs = tuple(self._logprobs[position] for position in positions[: len(completion.ids)])
             costs, trace = self._costs(), tuple(self._trace)
-            self.completion = replace(completion, finish_reason=reason, logprobs=logprobs, costs=costs, trace=trace)
+            self.completion = replace(
+                completion,
+                finish_reason=reason,
+                logprobs=logprobs,
+                prompt_logprobs=self.prompt_logprobs,
+                costs=costs,
+                trace=trace,
+            )
 
     def _costs(self) -> Costs:
         times = [*self._times, *[time.perf_counter()] * (4 - len(self._times))]
