@@ -49,7 +49,7 @@ def test_the_mask_token_is_never_a_candidate(temperature: float) -> None:
     assert (token != 4).all()
     others = logits.clone()
     others[:, 4] = float("-inf")
-    expected = (others / (temperature or 1.0)).softmax(-1).gather(1, token[:, None])[:, 0]
+    expected = others.softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(confidence, expected)
     unbanned, _ = candidates(logits, torch.arange(500), 0, ResolvedParams(), None)
     assert (unbanned == 4).all()
@@ -109,7 +109,47 @@ def test_draws_follow_the_filtered_distribution(filters: dict[str, Any]) -> None
     sigma = (expected * (1 - expected) / count).sqrt().double()
     assert ((frequency - expected).abs() <= 4 * sigma).all()
     assert not frequency[expected == 0].any()
-    torch.testing.assert_close(confidence, expected[token])
+    torch.testing.assert_close(confidence, banned.softmax(-1)[token])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.01}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.01}, {"temperature": 5e-324}],
+    ids=str,
+)
+def test_sampling_that_is_nearly_greedy_is_as_unsure_as_greedy_decoding(options: dict[str, float]) -> None:
+    """Two logits tie, others are close, as rounded ones are: the lowest id wins, with its unscaled probability."""
+    logits = logits_of(6, 200).mul(8).round().div(8)
+    logits[:, [7, 3]] = logits.max(-1, keepdim=True).values
+    positions = torch.arange(200)
+    expected = candidates(logits, positions, 0, ResolvedParams(), 4)
+    for seed in range(3):
+        found = candidates(logits, positions, 0, ResolvedParams(seed=seed, **options), 4)  # type: ignore[arg-type]
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1])
+    assert float(expected[1].max()) < 0.6
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_a_huge_temperature_draws_uniformly_from_what_is_allowed(temperature: float) -> None:
+    count, logits = 20_000, logits_of(9, 1)
+    logits[0, 5] = float("-inf")
+    rules = ResolvedParams(temperature=temperature, seed=2)
+    token, confidence = candidates(logits.expand(count, VOCAB), torch.arange(count), 0, rules, 2)
+    frequency = torch.bincount(token, minlength=VOCAB).double() / count
+    expected = torch.full((VOCAB,), 1 / (VOCAB - 2), dtype=torch.float64)
+    expected[[2, 5]] = 0
+    assert ((frequency - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
+    assert torch.isfinite(confidence).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-3, 1e30, 1e300])
+def test_probabilities_are_finite_at_every_temperature(temperature: float) -> None:
+    logits = 1e4 * logits_of(8, 50)
+    logits[:, 1] = float("-inf")
+    found = filtered_probabilities(logits, ResolvedParams(temperature=temperature, top_k=5, top_p=0.9))
+    torch.testing.assert_close(found.sum(-1), torch.ones(50))
+    assert not found[:, 1].any()
 
 
 def test_seed_step_and_position_key_the_draw() -> None:

@@ -92,6 +92,24 @@ def test_an_autoregressive_model_denoises_when_given_a_mask() -> None:
     assert {len(step.tokens) for step in steps} == {BLOCK_SIZE}
 
 
+@pytest.mark.parametrize("make", [diffusion, autoregressive])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.01}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.01}, {"temperature": 1e-300}],
+    ids=str,
+)
+def test_sampling_that_is_nearly_greedy_takes_the_steps_of_greedy_decoding(
+    make: Callable[[], LanguageModel], options: dict[str, float]
+) -> None:
+    model = make()
+    rules = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.3, "trace": True}
+    for policy in ("threshold", "entropy", "fixed"):
+        expected = model.complete(IDS, **rules, policy=policy)
+        found = model.complete(IDS, **rules, policy=policy, seed=5, **options)
+        assert (found, [step.accepted for step in found.trace]) == (expected, [step.accepted for step in expected.trace])
+        assert policy != "threshold" or make is autoregressive or 1 < expected.forwards < 24
+
+
 def test_ends_come_from_the_call_or_the_config() -> None:
     endless = diffusion().generate_ids(IDS, max_new_tokens=12)
     end = endless[6]

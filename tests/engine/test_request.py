@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from helpers import refused
 from tiny import MASK, VOCAB, tiny_config
-from unmask.engine.request import Completion, Request, finish
+from unmask.engine.request import Completion, Request, distinct_samples, finish
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 
@@ -39,6 +40,24 @@ def test_holes_count_towards_the_budget() -> None:
     assert request.num_wanted == 3
     assert finish([1, 2, 3, 4], request, 5) == Completion((1, 2, 3), "length", 5)
     assert finish([1, 2, 7, 4], request, 5) == Completion((1, 2, 7), "stop", 5)
+
+
+def test_equal_requests_are_numbered_on() -> None:
+    first, other, seeded = (
+        Request((1, None)),
+        Request((2, None)),
+        Request((1, None), ResolvedParams(seed=3)),
+    )
+    numbered = distinct_samples([first, other, first, seeded, replace(first, trace=True)])
+    assert [each.sample for each in numbered] == [0, 0, 1, 0, 2]
+    assert numbered[4].trace
+
+
+def test_seed_and_prompt_key_the_noise() -> None:
+    requests = [Request(ids, ResolvedParams(seed=seed)) for ids in ((), (1,), (11,), (1, 1), (1, None)) for seed in (0, 1, -1)]
+    assert len({request.noise_seed for request in requests}) == len(requests)
+    assert requests[3].noise_seed == Request((1,), ResolvedParams(temperature=1.0)).noise_seed
+    assert all(-(2**63) <= request.noise_seed < 2**63 for request in requests)
 
 
 @pytest.mark.parametrize(("length", "budget", "size", "canvas"), [(0, 1, 4, 4), (4, 4, 4, 8), (5, 4, 4, 12), (3, 5, 1, 8)])

@@ -82,7 +82,7 @@ def test_sequences_sample_together_what_they_sample_alone() -> None:
         assert output is not None
         logits, params = BACKEND.logits(hidden[rows]), each.request.params
         key = (torch.tensor(each.queries), each.step, params, MASK)
-        tokens, confidences = candidates(logits, *key, sample=each.request.sample)
+        tokens, confidences = candidates(logits, *key, sample=each.request.sample, seed=each.request.noise_seed)
         assert list(output.guess.tokens) == tokens.tolist()
         torch.testing.assert_close(torch.tensor(output.guess.confidences), confidences)
         assert (output.logits_NV is not None) == needs_logits(each.request)

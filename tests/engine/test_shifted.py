@@ -248,10 +248,11 @@ def test_a_sampled_draft_is_accepted_if_the_parent_samples_it() -> None:
     model, plain = LanguageModel(shifted("qwen3"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["qwen3"], None, name="ar")
     options = {"temperature": 1.2, "top_k": 30, "seed": 3, "sample": 1}
     rules = ResolvedParams(block_size=4, temperature=1.2, top_k=30, seed=3)
+    seed = Request(PROMPT, rules).noise_seed
     text = [START, *PROMPT]
     for _ in range(16):
         logits_1V, position = plain.logits(text)[-1:], torch.tensor([len(text) - 1])
-        text.append(int(candidates(logits_1V, position, 0, rules, MASK, sample=1)[0]))
+        text.append(int(candidates(logits_1V, position, 0, rules, MASK, sample=1, seed=seed)[0]))
     for block_size, threshold in ((4, 0.0), (4, 0.1), (8, 0.0), (2, 0.3), (1, 1.0)):
         found = model.complete(PROMPT, max_new_tokens=16, block_size=block_size, threshold=threshold, **options)
         assert list(found.ids) == text[1 + len(PROMPT) :]

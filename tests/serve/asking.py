@@ -14,6 +14,7 @@ import httpx2
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
 from unmask.engine.llm import LanguageModel
+from unmask.engine.request import distinct_samples
 
 WAYS = ("plain", "stream", "async", "async stream")
 TWO_WAYS = ("plain", "async stream")
@@ -145,7 +146,7 @@ def expected(model: LanguageModel, ids: Sequence[int], *, n: int = 1, max_new_to
     """What the engine itself makes of these ids, each completion alone and with an empty cache."""
     assert model.tokenizer is not None
     request = model.request(ids, max_new_tokens=max_new_tokens, **options)
-    done = [model.engine(prefix_cache=False).run([sample])[0] for sample in request.samples(n)]
+    done = [model.engine(prefix_cache=False).run([sample])[0] for sample in distinct_samples([request] * n)]
     choices = [
         ReceivedChoice(model.tokenizer.decode(each.ids) if each.text is None else each.text, each.finish_reason)
         for each in done

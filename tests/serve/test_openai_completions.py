@@ -12,6 +12,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 
 from helpers import refused
 from unmask.engine.llm import LanguageModel
+from unmask.engine.request import distinct_samples
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
@@ -69,13 +70,24 @@ def test_one_prompt_of_ids_and_the_usual_limit(site: Live, tiny: LanguageModel) 
     assert got.usage == (len(ids), 16)
 
 
+@pytest.mark.parametrize("seed", [{}, {"seed": 11}], ids=["no seed", "seed"])
+def test_equal_prompts_of_one_request_are_answered_differently(site: Live, seed: dict[str, int]) -> None:
+    """With a seed the list is answered alike every time, and its first answer is that to the prompt alone."""
+    fields = {"endpoint": "completions", "max_tokens": 16, "temperature": 1.5, **seed}
+    answers = [choice.text for choice in ask(site.url, "plain", prompt=[PROMPT, PROMPT, PROMPT], n=2, **fields).choices]
+    assert len(set(answers)) == 6
+    if seed:
+        again = ask(site.url, "plain", prompt=[PROMPT, "State the", PROMPT], n=2, **fields).choices
+        assert [choice.text for choice in again][:2] + [choice.text for choice in again][4:] == answers[:4]
+
+
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, endpoint="completions", prompt=PROMPT, max_tokens=12, logprobs=2, n=2, **SAMPLED)
     tokenizer = tiny.tokenizer
     assert tokenizer is not None
     request = tiny.request(_ids(tiny, PROMPT), max_new_tokens=12, logprobs=2, **SAMPLED)
-    for received, sample in zip(got.choices, request.samples(2), strict=True):
+    for received, sample in zip(got.choices, distinct_samples([request] * 2), strict=True):
         entries = tiny.engine(prefix_cache=False).run([sample])[0].logprobs
         assert received.logprobs is not None
         assert entries is not None

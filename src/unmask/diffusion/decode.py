@@ -18,6 +18,12 @@ from torch import Tensor
 from unmask.diffusion.noise import NoiseKey
 from unmask.diffusion.objectives import ban_mask
 
+GREEDY_TEMPERATURE = 0.01
+"""Up to here the most probable token is taken: a draw could only differ between logits that lie within the rounding of bfloat16
+weights, and ties would be drawn where temperature 0 takes the lowest id."""
+_LARGEST_TEMPERATURE = 1e30
+"""Uniform in float32, in which larger ones are infinite."""
+
 
 class DrawOptions(Protocol):
     """The decoding options of a draw. Temperature 0 is argmax; `top_k` and `top_p` None are off."""
@@ -32,12 +38,17 @@ class DrawOptions(Protocol):
     def seed(self) -> int: ...
 
 
+def is_greedy(params: DrawOptions) -> bool:
+    """Whether the candidate is the most probable token, the lowest id on ties, whatever the seed."""
+    return params.temperature <= GREEDY_TEMPERATURE or params.top_k == 1
+
+
 def filtered_probabilities(logits_NV: Tensor, params: DrawOptions) -> Tensor:
     """Distribution that a draw uses: temperature, then top-k, then top-p; float32 [N, V].
 
     Ties at the top-k border keep every tied token; top-p keeps the smallest set whose mass reaches `top_p`, at least one.
     """
-    logits_NV = logits_NV.float() / params.temperature
+    logits_NV = logits_NV.float() / min(max(params.temperature, GREEDY_TEMPERATURE), _LARGEST_TEMPERATURE)
     if params.top_k is not None and params.top_k < logits_NV.shape[-1]:
         least = logits_NV.topk(params.top_k, dim=-1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least, float("-inf"))
@@ -70,7 +81,7 @@ def candidates(
     mask_id: int | None,
     *,
     sample: int | Tensor = 0,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token for every position and the model's confidence in it.
 
@@ -79,16 +90,22 @@ def candidates(
         positions_N: absolute int64 positions: with `step`, `sample` and the seed they key the draw, so that a result does
             not depend on what else is in the batch.
         step: denoising step within the block, or int64 [N].
-        params: temperature 0 takes the argmax (lowest id on ties), else a draw by inverse distribution function.
+        params: the argmax where they are greedy, else a draw by inverse distribution function.
         mask_id: never predicted; None for an autoregressive model.
         sample: which of several completions of one prompt, or int64 [N].
-        seed: int64 [N]; None: that of `params`.
+        seed: or int64 [N]; None: that of `params`.
 
     Returns:
-        Tokens int64 [N] and float32 [N] confidences: the candidate's probability under the distribution it came from.
+        Tokens int64 [N] and float32 [N] confidences: the candidate's probability before temperature, top-k and top-p.
+
+    Departs: LLaDA2.0's code takes the probability under the scaled, filtered distribution. A low temperature, a small `top_k`
+    or a small `top_p` push that to 1 whatever the model knows, so that a threshold accepts every guess. Unscaled, a threshold
+    means the same at every temperature, and sampling that is nearly greedy takes the steps of greedy decoding. The other gate
+    with that property, the smaller of the argmax's probability and the draw's relative to it, accepts the same draws at all
+    thresholds above 0.62, those of the argmax; below, this one is the more careful.
     """
     logits_NV = ban_mask(logits_NV, mask_id)
-    if params.temperature == 0.0:
+    if is_greedy(params):
         return greedy_candidates(logits_NV)
     probabilities_NV = filtered_probabilities(logits_NV, params)
     key = NoiseKey(params.seed if seed is None else seed, torch.zeros_like(positions_N) + sample)
@@ -96,7 +113,8 @@ def candidates(
     cdf_NV = probabilities_NV.double().cumsum(-1)
     draw_N1 = (u_N * cdf_NV[:, -1])[:, None]
     token_N = torch.searchsorted(cdf_NV, draw_N1, right=True)[:, 0].clamp(max=cdf_NV.shape[-1] - 1)
-    return token_N, probabilities_NV.gather(1, token_N[:, None])[:, 0]
+    logits_NV = logits_NV.float()
+    return token_N, (logits_NV.gather(1, token_N[:, None])[:, 0] - logits_NV.logsumexp(-1)).exp()
 
 
 def entropies(logits_NV: Tensor, mask_id: int | None) -> Tensor:
@@ -107,8 +125,8 @@ def entropies(logits_NV: Tensor, mask_id: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Guess:
-    """Candidates at the queried positions, in ascending order: token, its probability (the confidence), and, where the policy
-    asks for it, the entropy in nats. At temperature 0 the candidate is the most probable token, else the drawn one."""
+    """Candidates at the queried positions, in ascending order: token, its probability (the confidence, which temperature, top-k
+    and top-p do not change), and, where the policy asks for it, the entropy in nats."""
 
     positions: Sequence[int]
     tokens: Sequence[int]

@@ -25,7 +25,17 @@ from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
-from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, OnStep, Request, TokenLogprob, check_vocabulary
+from unmask.engine.request import (
+    Completion,
+    Costs,
+    DecodingStep,
+    FinishReason,
+    OnStep,
+    Request,
+    TokenLogprob,
+    check_vocabulary,
+    distinct_samples,
+)
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -176,10 +186,13 @@ class LanguageModel:
         mask_id: int | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Answer many texts at once, each exactly as `generate` would, sharing forwards; `seconds` are those of the batch."""
+        """Answer many texts at once, each exactly as `generate` would, sharing forwards; `seconds` are those of the batch.
+
+        Sampled answers to equal texts differ: the first is `generate`'s, those after it are further samples.
+        """
         self._need_tokenizer()
         prompts = [self.encode_prompt(text, chat=chat) for text in texts]
-        requests = [self.request(ids, params, **options) for ids in prompts]
+        requests = distinct_samples(self.request(ids, params, **options) for ids in prompts)
         started = time.perf_counter()
         completions = self.engine(mask_id=mask_id).run(requests)
         seconds = time.perf_counter() - started

@@ -54,7 +54,8 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             logits = _logits(model, canvas[:end], queries, window, request, mask_id)
             forwards += 1
             query_positions = torch.tensor(queries)
-            token, confidence = candidates(logits, query_positions, step, params, None, sample=request.sample)
+            draw_key = {"sample": request.sample, "seed": request.noise_seed}
+            token, confidence = candidates(logits, query_positions, step, params, None, **draw_key)
             guess = Guess(queries, token.tolist(), confidence.tolist(), entropies(logits, None).tolist())
             decided = {p: canvas[p] for p in queries if not undecided[p]}
             decision = decide(guess, decided, partial(choose, step=step, params=params), params.edit_threshold)

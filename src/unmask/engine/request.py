@@ -5,9 +5,11 @@ Owns these records and the checks of a request against a model's config. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Literal
 
 from unmask.data.detokenizer import Decode
@@ -31,7 +33,7 @@ class Request:
         params: decoding options.
         eos_ids: tokens that end the completion. Holes are never filled with one.
         grammar: compiled; the completion is a sentence of it.
-        sample: number of the completion among several of one prompt; part of the key of all random numbers.
+        sample: number of the completion among several of one prompt and seed; part of the key of all random numbers.
         priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
         trace: keep every step.
     """
@@ -55,9 +57,12 @@ class Request:
         size = self.params.block_size
         return num_blocks(len(self.ids) + self.params.max_new_tokens, size) * size
 
-    def samples(self, count: int) -> list[Request]:
-        """`count` requests that differ in their random numbers; they share the prompt's cache blocks."""
-        return [replace(self, sample=self.sample + i) for i in range(count)]
+    @cached_property
+    def noise_seed(self) -> int:
+        """Key of the random numbers beside `sample`: a hash of seed and prompt, so that prompts that are continued alike by the
+        same seed draw independently."""
+        key = " ".join(map(str, (self.params.seed, *self.ids)))
+        return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), signed=True)
 
     def check(self, config: ModelConfig) -> None:
         """Raises: RequestError: nothing to decide, a token outside the vocabulary, or more than the context holds."""
@@ -80,6 +85,20 @@ class Request:
             raise RequestError("speculative does not go with holes; leave one of them out")
         if params.speculative and not config.shifted:
             raise RequestError("speculative takes a shifted model (converted with shift: true); leave it out")
+
+
+def distinct_samples(requests: Iterable[Request]) -> list[Request]:
+    """The same requests, in order, those of one prompt and seed numbered on by `sample`, so that no two draw the same.
+
+    The first of them draws what it draws alone, whatever else is asked for.
+    """
+    seen: Counter[tuple[tuple[int | None, ...], int]] = Counter()
+    numbered = []
+    for request in requests:
+        key = request.ids, request.params.seed
+        numbered.append(replace(request, sample=request.sample + seen[key]))
+        seen[key] += 1
+    return numbered
 
 
 def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prompt") -> None:

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from unmask.diffusion.decode import Guess, candidates, entropies
+from unmask.diffusion.decode import Guess, candidates, entropies, is_greedy
 from unmask.engine.backends.base import Backend
 from unmask.engine.logprobs import token_logprobs
 from unmask.engine.policies import POLICIES
@@ -95,7 +95,7 @@ def needs_logits(request: Request) -> bool:
     params = request.params
     bans_ends = bool(request.eos_ids) and (params.min_new_tokens > 0 or None in request.ids)
     processed = bool(params.logit_bias) or request.grammar is not None or bans_ends
-    return processed or params.logprobs is not None or params.temperature > 0 or POLICIES[params.policy].needs_entropy
+    return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
 
 
 def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None) -> Tensor:
@@ -130,7 +130,7 @@ def draw(processed_NV: Tensor, scheduled: Sequence[ScheduledSequence]) -> tuple[
     ways = [(each.request.params.temperature, each.request.params.top_k, each.request.params.top_p) for each in scheduled]
     keys = torch.tensor(
         [
-            (ways.index(way), position, each.step, each.request.params.seed, each.request.sample)
+            (ways.index(way), position, each.step, each.request.noise_seed, each.request.sample)
             for each, way in zip(scheduled, ways, strict=True)
             for position in each.queries
         ],

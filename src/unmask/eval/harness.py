@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.engine.request import Completion, Request
+from unmask.engine.request import Completion, Request, distinct_samples
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
@@ -138,7 +138,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop string."""
-        engine_requests = [self._request(*request.args) for request in requests]
+        engine_requests = distinct_samples(self._request(*request.args) for request in requests)
         texts = []
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
             completions = self._engine().run(engine_requests, on_completion=lambda _: progress.update(1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -221,7 +222,10 @@ def request_of(model: LanguageModel, item: Item, decoding: SamplingParams) -> Re
         ids = model.encode_chat([{"role": "system", "content": item.system}, {"role": "user", "content": item.prompt}])
     if item.answer_prefix and model.tokenizer is not None:
         ids = [*ids, *model.tokenizer.encode(item.answer_prefix)]
-    return model.request(ids, decoding, max_new_tokens=item.max_new_tokens, stop=item.stop, json_schema=item.schema)
+    # Sampled answers to items of one prompt differ, and do not depend on which items are asked together.
+    number = zlib.crc32(item.id.encode())
+    limits: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stop": item.stop, "json_schema": item.schema}
+    return model.request(ids, decoding, sample=number, **limits)
 
 
 def _open(path: Path, head: Mapping[str, Any], *, resume: bool) -> list[EvalSample]:

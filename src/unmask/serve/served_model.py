@@ -17,7 +17,7 @@ from typing import Any
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import Grammar
 from unmask.engine.llm import LanguageModel
-from unmask.engine.request import Request
+from unmask.engine.request import Request, distinct_samples
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError, UnmaskError
 from unmask.serve.config import ServerConfig
@@ -168,8 +168,8 @@ class ServedModel:
                 request.check(self.language_model.config)
             except RequestError as error:
                 raise refused(error, body, "response_format") from error
-            requests += request.samples(body.n or 1)
-        return requests
+            requests += [request] * (body.n or 1)
+        return distinct_samples(requests)
 
     def params(self, body: Sampling, **options: Any) -> SamplingParams:
         """The decoding options of a body. Without a seed, samples differ from call to call."""

@@ -51,7 +51,8 @@ def naive(model: Transformer, prompt: Request) -> Completion:
         if rules.temperature == 0.0:
             token = int(logits.argmax())
         else:
-            token = int(candidates(logits, torch.tensor([length]), 0, rules, None, sample=prompt.sample)[0])
+            key = {"sample": prompt.sample, "seed": prompt.noise_seed}
+            token = int(candidates(logits, torch.tensor([length]), 0, rules, None, **key)[0])
         text.append(token)
         if token in prompt.eos_ids:
             return Completion(tuple(text[len(prompt.ids) :]), "stop", count)

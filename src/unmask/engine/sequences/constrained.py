@@ -67,10 +67,11 @@ class ConstrainedSequence(BlockDiffusionSequence):
 
     def _candidate(self, processed_V: Tensor, position: int) -> tuple[int, float]:
         """The token at the frontier and its confidence, among those that the grammar allows."""
+        request = self.request
         allowed_1V = processed_V.masked_fill(~self.grammar.allowed().to(processed_V.device), float("-inf"))[None]
         position_1 = torch.tensor([position], device=allowed_1V.device)
         token_1, confidence_1 = candidates(
-            allowed_1V, position_1, self.step, self.request.params, None, sample=self.request.sample
+            allowed_1V, position_1, self.step, request.params, None, sample=request.sample, seed=request.noise_seed
         )
         return int(token_1), float(confidence_1)
 
