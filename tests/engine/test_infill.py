@@ -10,7 +10,7 @@ import torch
 from helpers import SPECIAL_TOKENS, make_tokenizer, refused
 from tiny import tiny_model
 from unmask.data.tokenizer import Tokenizer
-from unmask.engine.infill import best_filling, filling_requests, split_holes
+from unmask.engine.infill import MAX_SPAN, best_filling, fill_between, filling_requests, split_holes
 from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request, TokenLogprob
@@ -120,3 +120,28 @@ def test_an_autoregressive_model_cannot_fill(tokenizer: Tokenizer) -> None:
     model = LanguageModel(tiny_model("llama", 1, vocab_size=tokenizer.vocab_size), tokenizer, name="tiny-ar")
     with refused(RequestError, "autoregressive", "holes"):
         model.infill(TEXT)
+
+
+@pytest.mark.parametrize("num_before", [10, 600, 5000])
+@pytest.mark.parametrize("num_after", [3, 700])
+def test_a_hole_between_long_texts_sees_what_fits(
+    model: LanguageModel, tokenizer: Tokenizer, num_before: int, num_after: int
+) -> None:
+    before, after = [5] * (num_before - 1) + [6], [7] * num_after
+    request = fill_between(model.request((None,)), before, 20, after, tokenizer, 2048)
+    ids, size = request.ids, request.params.block_size
+    prefix, hole = len(tokenizer.prefix_ids), ids.index(None)
+    assert ids[:prefix] == tokenizer.prefix_ids
+    assert ids[hole - 1] == 6
+    assert ids[hole : hole + 20] == (None,) * 20
+    assert ids[hole + 20 :] == (7,) * min(num_after, MAX_SPAN * 3 // 4 - 20)
+    assert len(ids) % size == 0
+    assert hole // size == (len(ids) - 1) // size, "the hole and what follows it are in one block"
+    assert size <= MAX_SPAN
+    assert len(ids) <= 2048
+    assert request.params.steps == size, "as many commits a step as in blocks of the usual size"
+
+
+def test_a_hole_that_leaves_no_room_is_refused(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    with refused(RequestError, "max_tokens", 300, 256):
+        fill_between(model.request((None,)), [5], 300, [7], tokenizer, 2048)

@@ -78,8 +78,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": [99999]}, "prompt"),
     (COMPLETIONS, {"prompt": "x" * 2 * CONTEXT}, "prompt"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
-    (COMPLETIONS, {"suffix": "b"}, "suffix"),
-    (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
+    (COMPLETIONS, {"suffix": "b", "echo": True, "logprobs": 1}, "suffix"),
+    (COMPLETIONS, {"suffix": "b", "max_tokens": 200}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"messages": HELLO}, "messages"),
 ]

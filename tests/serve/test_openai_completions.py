@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from codecs import getincrementaldecoder
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from live import CONTEXT, Live
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from helpers import refused
+from unmask.engine.infill import fill_between
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import distinct_samples
 from unmask.engine.sampling_params import SamplingParams
@@ -95,7 +98,9 @@ def test_logprobs(site: Live, tiny: LanguageModel, way: str) -> None:
         assert choice_logprobs["token_logprobs"] == [entry.logprob for entry in entries]
         shown = [tokenizer.decode([entry.token]) for entry in entries]
         assert [_shown(name) for name in choice_logprobs["tokens"]] == shown
-        assert choice_logprobs["text_offset"] == [sum(map(len, shown[:i])) for i in range(len(entries))]
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        lengths = [len(decode(tiny.grammars.token_bytes[entry.token])) for entry in entries]
+        assert choice_logprobs["text_offset"] == [sum(lengths[:i]) for i in range(len(entries))]
         for alternatives, entry in zip(choice_logprobs["top_logprobs"], entries, strict=True):
             assert len(alternatives) == 2, "parts of characters are told apart by their bytes"
             target = [(tokenizer.decode([token]), logprob) for token, logprob in entry.alternatives]
@@ -106,6 +111,41 @@ def _shown(name: str) -> str:
     """The text of a token's name: part of a character goes by its bytes."""
     spelled = name.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
     return spelled.decode(errors="replace") if name.startswith("bytes:") else name
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_a_prompt_is_scored(site: Live, tiny: LanguageModel, max_tokens: int, way: str) -> None:
+    """As lm-eval asks: prompts of ids, `echo` with `logprobs`, one token."""
+    prompts = [_ids(tiny, PROMPT), _ids(tiny, "State the capital")]
+    got = ask(site.url, way, endpoint="completions", prompt=prompts, max_tokens=max_tokens, echo=True, logprobs=2)
+    assert tiny.tokenizer is not None
+    for ids, received in zip(prompts, got.choices, strict=True):
+        (target,) = tiny.engine().run([tiny.request(ids, max_new_tokens=max_tokens, prompt_logprobs=2, logprobs=2)])
+        scores = [*(target.prompt_logprobs or ()), *(target.logprobs or ())]
+        assert received.logprobs is not None
+        (lists,) = received.logprobs
+        assert lists["token_logprobs"] == [None if score is None else score.logprob for score in scores]
+        assert lists["top_logprobs"][0] is None
+        assert all(len(alternatives) == 2 for alternatives in lists["top_logprobs"][1:])
+        assert lists["text_offset"][:3] == [0, *itertools.accumulate(len(tiny.tokenizer.decode([token])) for token in ids[:2])]
+        assert received.text == tiny.tokenizer.decode([*ids, *target.ids])
+        assert received.finish_reason == "length"
+    assert got.usage == (sum(map(len, prompts)), 2 * max_tokens)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_the_text_before_a_suffix(site: Live, tiny: LanguageModel, way: str) -> None:
+    got = ask(site.url, way, endpoint="completions", prompt="def f(", suffix="):\n    return 1", max_tokens=6, n=2, **SAMPLED)
+    assert tiny.tokenizer is not None
+    before, after = tiny.tokenizer.encode("def f("), tiny.tokenizer.encode("):\n    return 1")
+    template = tiny.request((None,), **SAMPLED)
+    request = fill_between(template, before, 6, after, tiny.tokenizer, CONTEXT)
+    assert request.params.block_size == len(request.ids), "the hole sees what follows it"
+    done = tiny.engine().run(request.samples(2))
+    assert [received.text for received in got.choices] == [tiny.tokenizer.decode(each.ids) for each in done]
+    assert {len(each.ids) for each in done} == {6}
+    assert got.usage == (len(before) + len(after), 12)
 
 
 def test_the_stream_of_several_ends_each_once(client: OpenAI) -> None:

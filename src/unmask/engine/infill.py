@@ -13,6 +13,9 @@ from unmask.data.tokenizer import Tokenizer
 from unmask.engine.request import Completion, Request
 from unmask.errors import RequestError
 
+MAX_SPAN = 512
+"""Tokens of a block that holds a hole and what follows it."""
+
 
 @dataclass(frozen=True)
 class Infilling:
@@ -61,20 +64,55 @@ def filling_requests(
     least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
     if not 1 <= least <= most:
         raise RequestError(f"tokens of a hole are {least} to {most}; they must be at least 1, the least first")
-    banned = {token: float("-inf") for token in tokenizer.special_tokens.values()}
     around = [tokenizer.encode(part) for part in parts]
     requests = []
     for count in range(least, most + 1):
         ids: list[int | None] = [*tokenizer.prefix_ids, *around[0]]
         for part in around[1:]:
             ids += [*[None] * count, *part]
-        params = template.params
-        params = params.replace(max_new_tokens=0, logit_bias={**banned, **params.logit_bias}, logprobs=params.logprobs or 0)
-        if whole:
-            # A block as long as the text; the same number of commits a step at least as in blocks of the usual size.
-            params = params.replace(block_size=len(ids), steps=min(params.steps, len(ids)))
-        requests.append(replace(template, ids=tuple(ids), params=params))
+        request = _filling(template, ids, tokenizer, block_size=len(ids) if whole else None)
+        requests.append(replace(request, params=request.params.replace(logprobs=request.params.logprobs or 0)))
     return requests
+
+
+def fill_between(
+    template: Request, before: Sequence[int], tokens: int, after: Sequence[int], tokenizer: Tokenizer, context: int
+) -> Request:
+    """A request for the text between two others: one hole, in a block that holds what follows it as well.
+
+    A text of more than `MAX_SPAN` tokens loses what does not fit: the end of `after`, so that a quarter of the block stands
+    before the hole, and the beginning of `before`, so that the rest is whole blocks.
+
+    Args:
+        template: decoding options; its ids, max_new_tokens and block_size are replaced.
+        before: ids of the text before the hole, without prefix tokens.
+        tokens: of the hole, all of which are filled.
+        after: ids of the text after it.
+        tokenizer: has the prefix tokens; no special token is ever filled in.
+        context: most tokens that the model takes.
+
+    Raises:
+        RequestError: a hole longer than half a block, or than the context.
+    """
+    span, first = min(MAX_SPAN, context), list(tokenizer.prefix_ids)
+    if not 1 <= tokens <= span // 2:
+        raise RequestError(f"max_tokens is {tokens}; a hole before a suffix has 1 to {span // 2} tokens")
+    after = after[: span * 3 // 4 - tokens]
+    length = len(first) + len(before) + tokens + len(after)
+    if length > span:
+        before = before[length - min(length, context) // span * span :]
+    ids: list[int | None] = [*first, *before, *[None] * tokens, *after]
+    return _filling(template, ids, tokenizer, block_size=min(len(ids), span))
+
+
+def _filling(template: Request, ids: Sequence[int | None], tokenizer: Tokenizer, *, block_size: int | None) -> Request:
+    """A request to fill the holes of `ids`: in blocks of this size, of which a step commits as much as of usual ones."""
+    banned = {token: float("-inf") for token in tokenizer.special_tokens.values()}
+    params = template.params
+    params = params.replace(max_new_tokens=0, logit_bias={**banned, **params.logit_bias})
+    if block_size is not None:
+        params = params.replace(block_size=block_size, steps=max(1, block_size * params.steps // params.block_size))
+    return replace(template, ids=tuple(ids), params=params)
 
 
 def best_filling(

@@ -6,6 +6,7 @@ Owns the state between updates. Streamed or not, a completion passes through her
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Choice:
         text: handed out so far, tool calls left out.
         tool_calls: so far.
         logprobs: of the tokens handed out, end-of-sequence tokens left out.
+        prompt_logprobs: of the prompt's tokens, None for the first, where they were asked for.
         completion: set when the choice has ended.
     """
 
@@ -41,6 +43,7 @@ class Choice:
         self.text = ""
         self.tool_calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.completion: Completion | None = None
         self._num_final = 0
         self._confidences: dict[int, float] = {}
@@ -54,7 +57,7 @@ class Choice:
     def take(self, update: Update) -> ChoiceDelta:
         """Take in an update of the engine; what it adds."""
         self._num_final += len(update.new_ids)
-        self.completion = update.completion
+        self.completion, self.prompt_logprobs = update.completion, update.prompt_logprobs
         if update.completion is None:
             text = self._detokenizer.push(update.new_ids)
         else:

@@ -5,12 +5,20 @@ Owns what these bodies mean. Knows no HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from unmask.engine.infill import filling_requests, split_holes
+from unmask.engine.fim import FimTokens
+from unmask.engine.infill import fill_between, filling_requests, split_holes
+from unmask.engine.request import Request
 from unmask.errors import UnmaskError
+from unmask.serve.errors import bad_request
 from unmask.serve.protocol.text import CompletionRequest, InfillRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel, refused
+
+DEFAULT_TOKENS = 16
+"""Of a completion without `max_tokens`, as OpenAI."""
 
 
 def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedRequests:
@@ -23,11 +31,54 @@ def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedR
     inputs: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if inputs and isinstance(inputs[0], int):
         inputs = [inputs]
+    if body.suffix:
+        requests = [each for prompt in inputs for each in _filling(model, body, prompt, body.suffix)]
+        return PreparedRequests(requests, _num_given(requests), echoed_prompts=_echoed(model, body, inputs))
     prompts = [model.plain_ids(prompt) if isinstance(prompt, str) else list(prompt) for prompt in inputs]
-    echoed = inputs if body.echo else []
-    texts = tuple(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt) for prompt in echoed)
-    requests = model.requests(body, prompts, body.max_tokens, 16, field="prompt", logprobs=body.logprobs)
-    return PreparedRequests(requests, sum(map(len, prompts)), echoed_prompts=texts)
+    requests = model.requests(
+        body,
+        prompts,
+        body.max_tokens,
+        DEFAULT_TOKENS,
+        field="prompt",
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.scores_prompt else None,
+    )
+    return PreparedRequests(requests, sum(map(len, prompts)), echoed_prompts=_echoed(model, body, inputs))
+
+
+def _echoed(model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
+    """Texts of the prompts where the client wants them before the completions."""
+    return tuple(each if isinstance(each, str) else model.tokenizer.decode(each) for each in prompts if body.echo)
+
+
+def _filling(model: ServedModel, body: CompletionRequest, prompt: str | list[int], suffix: str) -> list[Request]:
+    """Engine requests for the text between a prompt and a suffix, one per sample."""
+    tokenizer, language_model, tokens = model.tokenizer, model.language_model, body.max_tokens or DEFAULT_TOKENS
+    fim = FimTokens.of(tokenizer)
+    try:
+        before, after = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, tokenizer.encode(suffix)
+        if language_model.is_diffusion and not language_model.config.shifted:
+            template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))
+            request = fill_between(template, before, tokens, after, tokenizer, model.context)
+            request.check(language_model.config)
+            return request.samples(body.n or 1)
+        if fim is not None:
+            ids = fim.prompt(tokenizer.prefix_ids, before, after)
+            requests = model.requests(body, [ids], tokens, tokens, field="suffix", logprobs=body.logprobs)
+            return [replace(each, eos_ids=each.eos_ids | fim.ends) for each in requests]
+    except UnmaskError as error:
+        raise refused(error, body, "suffix") from error
+    raise bad_request(
+        f"suffix: {model.name} predicts from left to right, and its tokenizer has no control tokens to fill in the middle; "
+        "leave it out, or serve a diffusion model that is not shifted",
+        "suffix",
+    )
+
+
+def _num_given(requests: Sequence[Request]) -> int:
+    """Tokens that are not to be decided, of all prompts, each counted once."""
+    return sum(token is not None for ids in {request.ids for request in requests} for token in ids)
 
 
 def prepare_infill(model: ServedModel, body: InfillRequest) -> PreparedRequests:
@@ -46,4 +97,4 @@ def prepare_infill(model: ServedModel, body: InfillRequest) -> PreparedRequests:
         requests[-1].check(model.language_model.config)
     except UnmaskError as error:
         raise refused(error, body, "text") from error
-    return PreparedRequests(requests, sum(token is not None for token in requests[0].ids))
+    return PreparedRequests(requests, _num_given(requests[:1]))

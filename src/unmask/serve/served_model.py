@@ -135,6 +135,7 @@ class ServedModel:
         *,
         field: str,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
     ) -> list[Request]:
         """Engine requests of prompts, `n` for each.
@@ -146,24 +147,25 @@ class ServedModel:
             default_limit: without a `limit`, if the context leaves so much room.
             field: of the body that holds the prompt, to be named in errors.
             logprobs: alternatives to report per token; None: no log-probabilities.
+            prompt_logprobs: likewise, of the prompt.
             grammar: that every completion follows.
 
         Raises:
             ApiError: naming the field at fault.
         """
-        requests = []
+        requests, wanted = [], {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         for ids in prompts:
             room = self.context - len(ids)
-            num_new = min(default_limit, room) if limit is None else limit
-            if room < 1 or num_new > room:
+            num_new = max(min(default_limit, room), 1) if limit is None else limit
+            if num_new > room:
                 raise bad_request(
-                    f"the prompt has {len(ids)} tokens and {max(num_new, 1)} new ones are requested, but the context of "
+                    f"the prompt has {len(ids)} tokens and {num_new} new ones are requested, but the context of "
                     f"{self.name} holds {self.context}; shorten the prompt or request fewer",
                     field,
                     "context_length_exceeded",
                 )
             try:
-                params = self.params(body, max_new_tokens=num_new, stop=body.stops, logprobs=logprobs)
+                params = self.params(body, max_new_tokens=num_new, stop=body.stops, **wanted)
                 request = self.language_model.request(ids, params, grammar=grammar)
                 request.check(self.language_model.config)
             except RequestError as error:

@@ -5,6 +5,7 @@ Owns the form of the responses and of the stream.
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -22,6 +23,8 @@ from unmask.serve.prepare_text import prepare_completion
 from unmask.serve.protocol.text import CompletionRequest
 
 router = APIRouter()
+_Entry = tuple[int, TokenLogprob | None]
+"""A token, and its log-probability: None for the first token of a prompt."""
 
 
 @router.post("/v1/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
@@ -35,32 +38,46 @@ class _TextForm(ResponseForm):
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def choice(self, choice: Choice) -> dict[str, Any]:
-        return self._piece(choice, self._echo(choice) + choice.text, choice.logprobs)
+        return self._piece(choice, self._echo(choice) + choice.text, self._entries(choice))
 
     def chunks(self, choice: Choice, delta: ChoiceDelta, *, is_first: bool) -> Iterator[dict[str, Any]]:
         text = self._echo(choice) + delta.text if is_first else delta.text
         if text or delta.logprobs or choice.completion is not None:
-            yield self._piece(choice, text, delta.logprobs)
+            entries = self._entries(choice)
+            yield self._piece(choice, text, entries if is_first else entries[len(entries) - len(delta.logprobs) :])
+
+    def _entries(self, choice: Choice) -> list[_Entry]:
+        """Tokens so far, those of a scored prompt among them."""
+        prompt = zip(choice.request.ids, choice.prompt_logprobs or (), strict=False)
+        return [*((token or 0, entry) for token, entry in prompt), *((entry.token, entry) for entry in choice.logprobs)]
 
     def _echo(self, choice: Choice) -> str:
         """The prompt's text if the client asked for it (`echo`)."""
         texts = self.prepared.echoed_prompts
         return texts[choice.index * len(texts) // len(self.prepared.requests)] if texts else ""
 
-    def _piece(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _piece(self, choice: Choice, text: str, entries: Sequence[_Entry]) -> dict[str, Any]:
         logprobs = self._logprobs(choice, entries) if self.with_logprobs else None
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The completions API's four lists of the last tokens; `text_offset` counts characters of the completion."""
-        lengths = (len(self.model.token_bytes(entry.token).decode(errors="replace")) for entry in choice.logprobs)
-        offsets = list(accumulate(lengths, initial=0))
+    def _logprobs(self, choice: Choice, entries: Sequence[_Entry]) -> dict[str, Any]:
+        """The completions API's four lists of the last tokens; `text_offset` counts characters of the text, prompt included."""
+        decode = getincrementaldecoder("utf-8")("replace").decode
+        lengths = [len(decode(self.model.token_bytes(token))) for token, _ in self._entries(choice)]
+        start = len(lengths) - len(entries)
         return {
-            "tokens": [self._name(entry.token) for entry in entries],
-            "token_logprobs": [finite(entry.logprob) for entry in entries],
-            "top_logprobs": [{self._name(token): finite(value) for token, value in entry.alternatives} for entry in entries],
-            "text_offset": offsets[len(choice.logprobs) - len(entries) : -1],
+            "tokens": [self._name(token) for token, _ in entries],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry in entries],
+            "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
+            "text_offset": list(accumulate(lengths, initial=0))[start:-1],
         }
+
+    def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
+        """Log-probabilities by name; of tokens of one name, the likeliest."""
+        named: dict[str, float] = {}
+        for token, value in entry.alternatives:
+            named.setdefault(self._name(token), finite(value))
+        return named
 
     def _name(self, token: int) -> str:
         """A token's text; one that is part of a character is named by its bytes, as in OpenAI's API: these names are keys."""

@@ -22,7 +22,7 @@ class CompletionRequest(GeneratingRequest):
     }
 
     prompt: str | Annotated[list[str], _MANY] | _TokenIds | Annotated[list[_TokenIds], _MANY]
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -32,11 +32,16 @@ class CompletionRequest(GeneratingRequest):
     def _fits_together(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise conflict("best_of", f"it is {self.best_of} and n is {self.n or 1}; they must be equal")
-        if self.suffix:
-            raise conflict("suffix", "it is not supported; send the text with a hole to /v1/infill")
-        if self.echo and self.logprobs is not None:
-            raise conflict("echo", "given with logprobs, but prompts have no log-probabilities here; leave one of them out")
+        if self.max_tokens == 0 and not self.scores_prompt:
+            raise conflict("max_tokens", "it is 0, which only scores a prompt; give echo and logprobs beside it, or at least 1")
+        if self.suffix and self.scores_prompt:
+            raise conflict("suffix", "given with echo and logprobs, but a prompt with a suffix is not scored; leave it out")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the client asks for log-probabilities of the prompt."""
+        return bool(self.echo) and self.logprobs is not None
 
 
 class InfillRequest(Sampling):
