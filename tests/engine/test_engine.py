@@ -53,7 +53,7 @@ def test_requests_are_checked_before_any_forward(request_: Request, names: tuple
             Request((1,) * 9, SMALL.replace(max_new_tokens=8)),
             ("KV cache", 20, 16),
         ),
-        ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), ("stop", "tokenizer", "eos_ids")),
+        ({}, Request((1,), SMALL.replace(max_new_tokens=8, stop=("x",))), ("stop", "tokenizer", "stop_token_ids")),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused(options: dict[str, Any], request_: Request, names: tuple[object, ...]) -> None:

@@ -114,7 +114,7 @@ class _Progress:
         text = self._detokenizer.push(new_ids)
         if completion is not None:
             self._completion, self._is_over = completion, True
-            text += self._detokenizer.finish(completion.ids)
+            text += self._detokenizer.finish(completion.text_ids)
         else:
             so_far = self._completion
             self._completion = Completion(so_far.ids + tuple(new_ids), "length", so_far.forwards + 1)

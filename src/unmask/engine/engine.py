@@ -178,7 +178,7 @@ class Engine:
                 "shorten the prompt, lower max_new_tokens, or raise num_tokens"
             )
         if request.params.stop and self._decode is None:
-            raise RequestError("stop strings need a tokenizer; use eos_ids, or give the engine a decode function")
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids, or give the engine a decode function")
 
     def step(self) -> list[Update]:
         """One forward for everyone who takes part in it; nothing if there is no work."""

@@ -305,10 +305,12 @@ class LanguageModel:
         """
         grammar = options.pop("grammar") if isinstance(options.get("grammar"), Grammar) else None
         params = (params or SamplingParams()).replace(**options)
+        control_tokens = {} if self.tokenizer is None else self.tokenizer.special_tokens
         return Request(
             ids=tuple(ids),
             params=params.resolve(self.config, has_holes=None in ids),
             eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.config.eos_ids if eos_id is None else eos_id),
+            control_stops={control_tokens[text]: text for text in params.stop if text in control_tokens},
             grammar=self._grammar(params) if grammar is None else grammar,
             sample=sample,
             priority=priority,

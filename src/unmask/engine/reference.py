@@ -72,7 +72,7 @@ def generate_reference(model: Transformer, request: Request, mask_id: int, on_st
             if done or not params.editing:
                 stable = next((p for p in to_decide if undecided[p]), len(canvas))
                 text = [canvas[p] for p in to_decide if p < stable]
-                if request.eos_ids.intersection(text) or len(text) >= request.num_wanted:
+                if request.end_ids.intersection(text) or len(text) >= request.num_wanted:
                     return finish(text, request, forwards)
     raise AssertionError("a canvas holds all that is to be decided")
 
@@ -88,6 +88,5 @@ def _logits(model: Transformer, canvas: list[int], queries: list[int], final: in
     for row, position in enumerate(queries):
         for token, bias in request.params.logit_bias.items():
             logits[row, token] += bias
-        if position < len(request.ids) + request.params.min_new_tokens:
-            logits[row, sorted(request.eos_ids)] = float("-inf")
+        logits[row, sorted(request.banned_ends(position))] = float("-inf")
     return logits

@@ -6,7 +6,7 @@ Owns these records and the checks of a request against a model's config. Knows n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -32,6 +32,8 @@ class Request:
             token.
         params: decoding options.
         eos_ids: tokens that end the completion. Holes are never filled with one.
+        control_stops: stop strings that are the spelling of a control token, by its id: they are in no text, and end the
+            completion as tokens.
         grammar: compiled; the completion is a sentence of it.
         sample: number of the completion among several of one prompt and seed; part of the key of all random numbers.
         priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
@@ -41,6 +43,7 @@ class Request:
     ids: tuple[int | None, ...]
     params: ResolvedParams = field(default_factory=ResolvedParams)
     eos_ids: frozenset[int] = frozenset()
+    control_stops: Mapping[int, str] = field(default_factory=dict)
     grammar: Grammar | None = None
     sample: int = 0
     priority: int = 0
@@ -50,6 +53,18 @@ class Request:
     def num_wanted(self) -> int:
         """Tokens that the model decides at most: holes and new ones."""
         return sum(token is None for token in self.ids) + self.params.max_new_tokens
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the completion: stop tokens, and `eos_ids` unless they are ignored. A grammar's end always counts."""
+        ignored = self.params.ignore_eos and self.grammar is None
+        return frozenset((*self.params.stop_token_ids, *self.control_stops)) | (frozenset() if ignored else self.eos_ids)
+
+    def banned_ends(self, position: int) -> frozenset[int]:
+        """Tokens that end a text and may not stand at this position: in a hole, or before `min_new_tokens`."""
+        if position < len(self.ids):
+            return self.eos_ids | self.end_ids
+        return self.end_ids if position < len(self.ids) + self.params.min_new_tokens else frozenset()
 
     @property
     def canvas_length(self) -> int:
@@ -74,6 +89,7 @@ class Request:
             raise RequestError("prompt_logprobs takes a prompt of at least one token and without holes; leave it out")
         check_vocabulary([token for token in self.ids if token is not None], config)
         check_vocabulary(list(params.logit_bias), config, "logit_bias")
+        check_vocabulary(params.stop_token_ids, config, "stop_token_ids")
         if len(self.ids) + params.max_new_tokens > config.max_positions:
             raise RequestError(
                 f"prompt of {len(self.ids)} tokens plus {params.max_new_tokens} new ones exceeds the context of "
@@ -193,10 +209,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class Completion:
-    """Decided ids in order of position, up to and including the end-of-sequence token, and what they cost.
+    """Decided ids in order of position, up to and including the token that ended them, and what they cost.
 
     `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set for requests
-    with stop strings: the text before the stop string. `stop` is the stop string that ended it, if one did.
+    with stop strings: the text before the stop string. `stop` is the stop string that ended it, if one did. `end_token` is the
+    end-of-sequence or stop token that ended it, the last of the ids and no part of the text.
     """
 
     ids: tuple[int, ...]
@@ -204,18 +221,27 @@ class Completion:
     forwards: int
     text: str | None = None
     stop: str | None = None
+    end_token: int | None = field(default=None, compare=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = field(default=None, compare=False)
     costs: Costs = field(default_factory=Costs, compare=False)
     trace: tuple[DecodingStep, ...] = field(default=(), compare=False)
 
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The ids without the one that ended them."""
+        return self.ids if self.end_token is None else self.ids[:-1]
+
     def decoded(self, decode: Decode) -> str:
-        """The text: up to the stop string if there is one."""
-        return decode(self.ids) if self.text is None else self.text
+        """The text: up to the stop string or stop token if there is one."""
+        return decode(self.text_ids) if self.text is None else self.text
 
 
 def finish(generated: Sequence[int], request: Request, forwards: int) -> Completion:
-    """Cut decided tokens at the first end-of-sequence token or at the budget."""
+    """Cut decided tokens at the first of the request's `end_ids` or at the budget."""
     ids = tuple(generated[: request.num_wanted])
-    ends = [i for i, token in enumerate(ids) if token in request.eos_ids]
-    return Completion(ids[: ends[0] + 1], "stop", forwards) if ends else Completion(ids, "length", forwards)
+    for index, token in enumerate(ids):
+        if token in request.end_ids:
+            stop = request.control_stops.get(token)
+            return Completion(ids[: index + 1], "stop", forwards, stop=stop, end_token=token)
+    return Completion(ids, "length", forwards)

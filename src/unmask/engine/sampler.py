@@ -93,7 +93,7 @@ class Sampler:
 def needs_logits(request: Request) -> bool:
     """Whether a request needs more than the most probable token and its probability."""
     params = request.params
-    bans_ends = bool(request.eos_ids) and (params.min_new_tokens > 0 or None in request.ids)
+    bans_ends = bool(request.eos_ids | request.end_ids) and (params.min_new_tokens > 0 or None in request.ids)
     processed = bool(params.logit_bias) or request.grammar is not None or bans_ends
     return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
 
@@ -105,11 +105,9 @@ def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: 
     parts = _parts(scheduled)
     for each, part in zip(scheduled, parts, strict=True):
         request = each.request
-        first_end = len(request.ids) + request.params.min_new_tokens
         for row, position in enumerate(each.queries, start=part.start):
             biased += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
-            if position < first_end:
-                banned += [(row, token) for token in request.eos_ids]
+            banned += [(row, token) for token in request.banned_ends(position)]
     # Biases first: a ban holds whatever the bias is, and infinities of unlike sign do not meet.
     if biased:
         rows, tokens, values = zip(*biased, strict=True)

@@ -61,8 +61,8 @@ class Choice:
         if update.completion is None:
             text = self._detokenizer.push(update.new_ids)
         else:
-            text = self._detokenizer.finish(update.completion.ids, update.completion.text)
-        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in self.request.eos_ids))
+            text = self._detokenizer.finish(update.completion.text_ids, update.completion.text)
+        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in self.request.end_ids))
         self.logprobs += delta.logprobs
         if self._parser is None:
             delta.text = text
@@ -87,7 +87,7 @@ class Choice:
         tokens = []
         for i in range(first, min(len(step.tokens), begin + self.request.num_wanted - step.start)):
             token = step.tokens[i]
-            if token in self.request.eos_ids:
+            if token in self.request.end_ids:
                 break
             candidate = token if token is not None else step.guess[i]
             position = step.start + i - begin

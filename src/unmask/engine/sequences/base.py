@@ -277,9 +277,12 @@ class DecodingSequence(ABC):
         stopped = completion.finish_reason == "stop" or (self.is_whole and len(positions) <= self.request.num_wanted)
         if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
-            cut = find_stop(self._decode, completion.ids, len(self._final_ids), self.request.params.stop)
-            count, text, stop = (len(completion.ids), self._decode(completion.ids), None) if cut is None else cut
-            completion = replace(completion, ids=completion.ids[:count], text=text, stop=stop)
+            cut = find_stop(self._decode, completion.text_ids, len(self._final_ids), self.request.params.stop)
+            if cut is None:
+                completion = replace(completion, text=self._decode(completion.text_ids))
+            else:
+                count, text, stop = cut
+                completion = replace(completion, ids=completion.ids[:count], text=text, stop=stop, end_token=None)
             stopped |= cut is not None
         self._final_ids, self._final_at = list(completion.ids), positions
         if stopped or len(completion.ids) == self.request.num_wanted:

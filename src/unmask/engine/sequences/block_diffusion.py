@@ -106,7 +106,7 @@ class BlockDiffusionSequence(DecodingSequence):
             return self._to_decide[: self._num_stable]
         stable = self.reach if done else self._settled
         decided = self._to_decide[: bisect_left(self._to_decide, stable)]
-        ended = len(decided) >= self.request.num_wanted or any(self.tokens[p] in self.request.eos_ids for p in decided)
+        ended = len(decided) >= self.request.num_wanted or any(self.tokens[p] in self.request.end_ids for p in decided)
         if done and not ended and stable < len(self.tokens):
             # The newest blocks may still be edited while the next one is decided.
             stable = max(self._settled, stable - (params.window - 1) * self.block_size)

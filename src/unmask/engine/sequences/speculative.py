@@ -59,7 +59,7 @@ class SpeculativeSequence(DecodingSequence):
 
     @property
     def reach(self) -> int:
-        if self.request.eos_ids.intersection(self.tokens[self._num_decided : self._causal_end]):
+        if self.request.end_ids.intersection(self.tokens[self._num_decided : self._causal_end]):
             return self._causal_end  # what is drafted ends there
         return min(self._causal_end + self._num_masks, len(self.tokens))
 
@@ -104,7 +104,7 @@ class SpeculativeSequence(DecodingSequence):
         state = self.grammar.copy()
         for index, token in enumerate(self.tokens[self._num_decided : self._causal_end]):
             allowed[index] = state.allowed()
-            if index == self._num_drafts or token in self.request.eos_ids or not state.accepts(token):
+            if index == self._num_drafts or token in self.request.end_ids or not state.accepts(token):
                 break  # a draft that is not allowed is not accepted
             try:
                 state.advance(token)
@@ -128,7 +128,7 @@ class SpeculativeSequence(DecodingSequence):
         self._num_decided = stop
         for token in new:
             self._follow(token)
-            if token in self.request.eos_ids:
+            if token in self.request.end_ids:
                 break
         self._add_forced()
 
