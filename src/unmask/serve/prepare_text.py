@@ -11,7 +11,7 @@ from typing import Any
 
 from unmask.engine.fim import FimTokens
 from unmask.engine.infill import fill_between, filling_requests, split_holes
-from unmask.engine.request import Request
+from unmask.engine.request import Request, distinct_samples
 from unmask.errors import UnmaskError
 from unmask.serve.errors import bad_request
 from unmask.serve.protocol.text import CompletionRequest, InfillRequest
@@ -32,7 +32,7 @@ def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedR
     if inputs and isinstance(inputs[0], int):
         inputs = [inputs]
     if body.suffix:
-        requests = [each for prompt in inputs for each in _filling(model, body, prompt, body.suffix)]
+        requests = _filling(model, body, inputs, body.suffix)
         return PreparedRequests(requests, _num_given(requests), echoed_prompts=_echoed(model, body, inputs))
     prompts = [model.plain_ids(prompt) if isinstance(prompt, str) else list(prompt) for prompt in inputs]
     requests = model.requests(
@@ -52,20 +52,22 @@ def _echoed(model: ServedModel, body: CompletionRequest, prompts: Sequence[str |
     return tuple(each if isinstance(each, str) else model.tokenizer.decode(each) for each in prompts if body.echo)
 
 
-def _filling(model: ServedModel, body: CompletionRequest, prompt: str | list[int], suffix: str) -> list[Request]:
-    """Engine requests for the text between a prompt and a suffix, one per sample."""
+def _filling(model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]], suffix: str) -> list[Request]:
+    """Engine requests for the text between each prompt and a suffix."""
     tokenizer, language_model, tokens = model.tokenizer, model.language_model, body.max_tokens or DEFAULT_TOKENS
     fim = FimTokens.of(tokenizer)
     try:
-        before, after = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, tokenizer.encode(suffix)
+        befores = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        after = tokenizer.encode(suffix)
         if language_model.is_diffusion and not language_model.config.shifted:
             template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))
-            request = fill_between(template, before, tokens, after, tokenizer, model.context)
-            request.check(language_model.config)
-            return request.samples(body.n or 1)
+            requests = [fill_between(template, each, tokens, after, tokenizer, model.context) for each in befores]
+            for request in requests:
+                request.check(language_model.config)
+            return distinct_samples(request for request in requests for _ in range(body.n or 1))
         if fim is not None:
-            ids = fim.prompt(tokenizer.prefix_ids, before, after)
-            requests = model.requests(body, [ids], tokens, tokens, field="suffix", logprobs=body.logprobs)
+            filled = [fim.prompt(tokenizer.prefix_ids, each, after) for each in befores]
+            requests = model.requests(body, filled, tokens, tokens, field="suffix", logprobs=body.logprobs)
             return [replace(each, eos_ids=each.eos_ids | fim.ends) for each in requests]
     except UnmaskError as error:
         raise refused(error, body, "suffix") from error
