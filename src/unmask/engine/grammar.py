@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
+from unmask.engine.exact_numbers import write_exactly
+from unmask.engine.json_schema import inexact_number, parts, read_schema, rewrite_schema
 from unmask.errors import CheckpointError, RequestError
 
 MAX_GRAMMAR_CHARACTERS = 1_000_000
-# As json.dumps and chat templates write JSON, so that everything between the values is forced. A schema can say otherwise.
-_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAX_LOCATED_CHARACTERS = 4_000_000
 _DEAD_END = "the grammar has led into a dead end: no token can follow; give every rule a way to be completed"
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"i?|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/[imslux]*')
@@ -123,12 +123,16 @@ class GrammarCompiler:
         Raises:
             RequestError: not a schema, a keyword or format that is not supported, or one that nothing satisfies.
         """
-        parsed, text = _read_schema(schema)
+        parsed = read_schema(schema)
+        _check_size("JSON schema", json.dumps(parsed))
 
         def describe(reason: str) -> str:
             where = f"JSON schema at {_locate(parsed, reason)}"
             return f"{where}: {reason}; change it, or leave it out and check the value afterwards"
 
+        if inexact_number(parsed) is not None:
+            return self.lark(f"start: %json {json.dumps(parsed)}")
+        text = json.dumps(rewrite_schema(parsed))
         return self._compile(LLMatcher.grammar_from_json_schema(text), describe)
 
     def json_object(self) -> Grammar:
@@ -170,6 +174,8 @@ class GrammarCompiler:
         for kind, match in (("token", _TOKEN_RULE.search(bare)), ("option", _TOKEN_OPTION.search(bare))):
             if match is not None:
                 raise RequestError(f"Lark grammar: {kind} {match[0].rstrip(' =')} is not supported; write rules over text only")
+        quoted = [match.span() for match in _QUOTED.finditer(grammar)]
+        grammar = write_exactly(grammar, lambda position: any(start <= position < end for start, end in quoted))
         source = json.dumps({"grammars": [{"lark_grammar": grammar}]})
         return self._compile(source, lambda reason: f"Lark grammar: {reason}; correct that rule")
 
@@ -345,29 +351,11 @@ def _check_size(kind: str, text: str) -> None:
         raise RequestError(f"{kind} has {len(text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are compiled")
 
 
-def _read_schema(schema: object) -> tuple[Mapping[str, Any], str]:
-    """A schema, and its JSON text with our layout. Raises: RequestError: it is neither an object nor a boolean."""
-    try:
-        parsed = json.loads(schema) if isinstance(schema, str) else schema
-        if isinstance(parsed, bool):
-            parsed = {} if parsed else {"allOf": [False]}
-        if not isinstance(parsed, Mapping):
-            raise RequestError(f"JSON schema is {_short(parsed)}; it must be an object, true or false")
-        layout = parsed.get("x-guidance", {})
-        if not isinstance(layout, Mapping):
-            raise RequestError(f"x-guidance of the JSON schema is {_short(layout)}; it must be an object")
-        text = json.dumps({**parsed, "x-guidance": {**_ONE_LINE, **layout}}, allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"JSON schema is not JSON: {_short_line(str(error), 200)}; correct it") from error
-    _check_size("JSON schema", text)
-    return parsed, text
-
-
 def _locate(schema: Mapping[str, Any], reason: str) -> str:
     """JSON pointer of the innermost part of a schema that is refused for the same reason on its own."""
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     innermost, budget = "#", _MAX_LOCATED_CHARACTERS
-    for pointer, part in _parts(schema):
+    for pointer, part in parts(schema):
         text = json.dumps({**part, **shared})
         budget -= len(text)
         if budget < 0:
@@ -376,16 +364,3 @@ def _locate(schema: Mapping[str, Any], reason: str) -> str:
         if pointer.startswith(f"{innermost}/") and _explain(refused) == reason:
             innermost = pointer
     return innermost
-
-
-def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every object within a schema, outer before inner, with its pointer."""
-    left: list[tuple[str, Any]] = [("#", schema)]
-    while left:
-        pointer, node = left.pop()
-        if isinstance(node, Mapping):
-            yield pointer, node
-            children = [(str(key).replace("~", "~0").replace("/", "~1"), child) for key, child in node.items()]
-        else:
-            children = [(str(index), child) for index, child in enumerate(node)] if isinstance(node, list | tuple) else []
-        left += [(f"{pointer}/{key}", child) for key, child in reversed(children)]
