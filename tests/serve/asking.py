@@ -22,6 +22,14 @@ TWO_WAYS = ("plain", "async stream")
 HTTP = httpx2.Client(verify=False)
 """For requests that the official client does not make; loading no certificates saves most of their time."""
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "add": {"left": {"type": "integer", "minimum": 0, "maximum": 9}, "sign": {"enum": ["+", "-"]}},
+    "ring": {"times": {"enum": [1, 2]}},
+}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    name: {"type": "object", "properties": properties, "required": list(properties)} for name, properties in PARAMETERS.items()
+}
+"""Parameters of two functions."""
 
 
 @dataclass

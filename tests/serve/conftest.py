@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from asking import connect
-from live import Live, live, served_model
+from live import HERMES, Live, live, served_model
 from openai import OpenAI
 
 from unmask.engine.llm import LanguageModel
@@ -22,6 +22,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 def site(tiny: LanguageModel) -> Iterator[Live]:
     """The model, served with the default settings; at the end no cache block may be used."""
     with live(tiny) as running:
+        yield running
+        running.wait_idle()
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A random model whose template knows tools."""
+    folder = tmp_path_factory.mktemp("caller")
+    return served_model(folder, context=2048, chat_template=HERMES, plain_added=("<tool_call>",))
+
+
+@pytest.fixture(scope="session")
+def office(caller: LanguageModel) -> Iterator[Live]:
+    """That model, served."""
+    with live(caller) as running:
         yield running
         running.wait_idle()
 

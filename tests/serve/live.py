@@ -25,6 +25,14 @@ from unmask.serve.config import ServerConfig
 from unmask.serve.server import Server, listen, url_of
 from unmask.serve.worker import Worker
 
+# Qwen's way in short: it shows tools, writes calls and results. The marker is a token, so that a bias can bring it about.
+HERMES = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' + m.content }}{% for call in m.tool_calls or [] %}"
+    '{{ \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) + '
+    "'}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 NAME = "tiny"
 CONTEXT = 256
 

@@ -18,14 +18,6 @@ from unmask.serve.protocol.messages import FunctionSpec
 from unmask.serve.tool_parser import CallArguments, CallParser, CallStart, Content
 from unmask.serve.tools import ToolChoice, tool_format
 
-# Qwen's way in short: it shows tools, writes calls and results. The marker is a token, so that a bias can bring it about.
-HERMES = (
-    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"
-    "{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' + m.content }}{% for call in m.tool_calls or [] %}"
-    '{{ \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) + '
-    "'}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 # It asks for calls in a way that is not known here.
 OTHERWISE = "{% if tools %}{{ '[TOOLS]' + (tools | tojson) }}{% endif %}" + CHATML
 
@@ -47,19 +39,6 @@ TOOLS = [pydantic_function_tool(Add, name="add"), pydantic_function_tool(Ring, n
 MODELS: dict[str, type[BaseModel]] = {"add": Add, "ring": Ring}
 FUNCTIONS = [FunctionSpec(**tool["function"]) for tool in TOOLS]
 SAMPLED = {"temperature": 1.5, "seed": 6, "max_tokens": 1000}
-
-
-@pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder = tmp_path_factory.mktemp("caller")
-    return served_model(folder, context=2048, chat_template=HERMES, plain_added=("<tool_call>",))
-
-
-@pytest.fixture(scope="module")
-def office(caller: LanguageModel) -> Iterator[Live]:
-    with live(caller) as running:
-        yield running
-        running.wait_idle()
 
 
 @pytest.fixture(scope="module")

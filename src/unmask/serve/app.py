@@ -24,7 +24,8 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.serve.api import chat, completions, infill, tokenize
+from unmask.serve.api import anthropic, chat, completions, infill, responses, tokenize
+from unmask.serve.api.responses_store import ResponseStore
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, ErrorForm, openai_error
 from unmask.serve.exchange import AppState, CurrentState
@@ -49,7 +50,14 @@ class Api(NamedTuple):
     error_form: ErrorForm = openai_error
 
 
-APIS = (Api(chat.router), Api(completions.router), Api(infill.router), Api(tokenize.router))
+APIS = (
+    Api(chat.router),
+    Api(completions.router),
+    Api(responses.router),
+    Api(anthropic.router, "/v1/messages", anthropic.anthropic_error),
+    Api(infill.router),
+    Api(tokenize.router),
+)
 _PAGE = Path(str(files("unmask.serve"))) / "page"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
@@ -61,16 +69,18 @@ router = APIRouter()
 
 
 @router.get("/v1/models", responses=_COMMON_ERRORS)
-async def get_models(state: CurrentState) -> dict[str, Any]:
+async def get_models(http: Request, state: CurrentState) -> dict[str, Any]:
     """The served model."""
+    if anthropic.VERSION_HEADER in http.headers:
+        return anthropic.model_page(state.model)
     return {"object": "list", "data": [state.model.describe()]}
 
 
 @router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: ERROR_RESPONSES[404]})
-async def get_model(name: str, state: CurrentState) -> dict[str, Any]:
+async def get_model(http: Request, name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
     state.model.check_name(name)
-    return state.model.describe()
+    return anthropic.model_info(state.model) if anthropic.VERSION_HEADER in http.headers else state.model.describe()
 
 
 @router.get("/health", responses={403: ERROR_RESPONSES[403]})
@@ -138,6 +148,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.responses = ResponseStore()
     routers = (router, *(api.router for api in APIS))
     for each in routers:
         app.include_router(each)
@@ -156,7 +167,7 @@ def create_app(
     )
     if config.allow_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
     return app
 

@@ -127,7 +127,13 @@ class Choice:
                     delta.tool_calls.append({"index": index, "function": {"arguments": arguments}})
 
 
-def token_entry(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
+def logprob_entry(model: ServedModel, entry: TokenLogprob) -> dict[str, Any]:
+    """A token and its alternatives as OpenAI writes them."""
+    alternatives = [_token_entry(model, token, logprob) for token, logprob in entry.alternatives]
+    return {**_token_entry(model, entry.token, entry.logprob), "top_logprobs": alternatives}
+
+
+def _token_entry(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
     """A token as OpenAI writes it: its text, its bytes, its log-probability in nats."""
     spelling = model.token_bytes(token)
     return {"token": spelling.decode(errors="replace"), "bytes": list(spelling), "logprob": finite(logprob)}

@@ -177,6 +177,7 @@ class _Response:
             self._begun, self.status = True, message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._scope["unmask.id"]
+            headers["request-id"] = self._scope["unmask.id"]  # as Anthropic names it
             headers["x-content-type-options"] = "nosniff"
             if ignored := self._scope["unmask.details"].get("ignored_fields"):
                 headers["x-unmask-ignored-fields"] = ",".join(ascii(name)[1:-1] for name in ignored)[:MAX_HEADER]

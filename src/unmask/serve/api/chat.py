@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from unmask.engine.request import TokenLogprob
 from unmask.serve.api.choices import ResponseForm, respond
-from unmask.serve.choice import Choice, ChoiceDelta, token_entry
+from unmask.serve.choice import Choice, ChoiceDelta, logprob_entry
 from unmask.serve.errors import ERROR_RESPONSES
 from unmask.serve.exchange import StateWithRoom, prepare
 from unmask.serve.prepare_chat import prepare_chat
@@ -64,11 +64,4 @@ class _ChatForm(ResponseForm):
     def _logprobs(self, entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
-        content = [
-            {
-                **token_entry(self.model, entry.token, entry.logprob),
-                "top_logprobs": [token_entry(self.model, token, logprob) for token, logprob in entry.alternatives],
-            }
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [logprob_entry(self.model, entry) for entry in entries], "refusal": None}

@@ -12,27 +12,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from unmask.serve.protocol.fields import Body
 
 
-class _HistoryModel(BaseModel):
+class HistoryModel(BaseModel):
     """Part of a conversation; unknown fields, which clients and earlier answers may add, are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class TextPart(_HistoryModel):
+class TextPart(HistoryModel):
     """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_HistoryModel):
+class CalledFunction(HistoryModel):
     """Name and arguments (JSON text) of a call."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_HistoryModel):
+class ToolCall(HistoryModel):
     """A tool call of the assistant."""
 
     id: str
@@ -40,7 +40,7 @@ class ToolCall(_HistoryModel):
     function: CalledFunction
 
 
-class ChatMessage(_HistoryModel):
+class ChatMessage(HistoryModel):
     """A message. Fields of answers (refusal, annotations, audio) are accepted when a client sends an answer back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -1,0 +1,75 @@
+"""`ResponseStore`: finished responses and their conversations, for `previous_response_id` and references to items.
+
+Owns their number: the most recently used within a number of bytes, in memory only. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+
+
+class ResponseStore:
+    """Responses by id.
+
+    Args:
+        max_bytes: of responses and conversations as JSON; the least recently used are dropped beyond.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._entries: OrderedDict[str, str] = OrderedDict()
+        self._response_of_item: dict[str, str] = {}
+
+    def put(self, response: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
+        """Keep a response.
+
+        Args:
+            response: OpenAI's object.
+            items: the conversation that it answers.
+        """
+        entry = json.dumps([response, items])
+        if len(entry) > self._max_bytes:
+            return
+        self._entries[response["id"]] = entry
+        self._num_bytes += len(entry)
+        self._response_of_item |= {item["id"]: response["id"] for item in response["output"]}
+        while self._num_bytes > self._max_bytes:
+            self.delete(next(iter(self._entries)))
+
+    def get(self, id_: str) -> dict[str, Any] | None:
+        """The response; None: unknown or dropped."""
+        entry = self._entry(id_)
+        return None if entry is None else entry[0]
+
+    def conversation(self, id_: str) -> list[dict[str, Any]] | None:
+        """The items of the conversation up to and with the response's output; None: unknown or dropped."""
+        entry = self._entry(id_)
+        return None if entry is None else [*entry[1], *entry[0]["output"]]
+
+    def item(self, id_: str) -> dict[str, Any] | None:
+        """An item of some response's output; None: unknown or dropped."""
+        response = self.get(self._response_of_item.get(id_, ""))
+        return None if response is None else next(item for item in response["output"] if item["id"] == id_)
+
+    def delete(self, id_: str) -> bool:
+        """Forget a response; False: it was not there."""
+        response = self.get(id_)
+        if response is None:
+            return False
+        self._num_bytes -= len(self._entries.pop(id_))
+        for item in response["output"]:
+            del self._response_of_item[item["id"]]
+        return True
+
+    def _entry(self, id_: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        entry = self._entries.get(id_)
+        if entry is None:
+            return None
+        self._entries.move_to_end(id_)
+        response, items = json.loads(entry)
+        return response, items
