@@ -24,7 +24,7 @@ from unmask.serve import guard
 from unmask.serve.config import ServerConfig
 from unmask.serve.protocol.fields import Diffusion
 
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill")
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill", "/v1/responses", "/v1/messages")
 KEY = "a-key"
 
 
@@ -43,6 +43,8 @@ def client(server: Live) -> Iterator[httpx2.Client]:
 
 def is_error(response: httpx2.Response) -> bool:
     error = response.json()["error"]
+    if response.request.url.path.startswith("/v1/messages"):
+        return response.json()["type"] == "error" and set(error) == {"type", "message"} and "\n" not in error["message"]
     return set(error) == {"message", "type", "param", "code"} and bool(error["message"]) and "\n" not in error["message"]
 
 
@@ -52,7 +54,7 @@ def modest(body: Any, rng: random.Random) -> None:
         return
     if isinstance(body.get("model"), str) and rng.random() < 0.9:
         body["model"] = NAME
-    for name, most in (("max_tokens", 8), ("max_completion_tokens", 8), ("n", 3)):
+    for name, most in (("max_tokens", 8), ("max_completion_tokens", 8), ("max_output_tokens", 8), ("n", 3)):
         value = body.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and most < value < 2**31:
             body[name] = most
@@ -116,6 +118,15 @@ FIELDS = {
     "/v1/completions": ("prompt", "echo", "best_of", "suffix", "logprobs", "stop", "n", "stream", "logit_bias", "diffusion"),
     "/v1/infill": ("text", "hole", "tokens", "seed", "diffusion"),
     "/v1/tokenize": ("prompt", "messages", "model"),
+    "/v1/responses": (
+        "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "top_logprobs", "include", "stream",
+        "store", "previous_response_id", "truncation", "reasoning", "metadata", "diffusion", "temperature", "conversation",
+    ),
+    "/v1/messages": (
+        "messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "thinking", "output_config", "metadata",
+        "stream", "temperature", "top_k", "diffusion",
+    ),
+    "/v1/messages/count_tokens": ("messages", "system", "tools"),
 }  # fmt: skip
 RULES = ("watch", *Diffusion.model_fields)
 WELL = {
@@ -123,6 +134,9 @@ WELL = {
     "/v1/completions": {"prompt": "Hi", "max_tokens": 4},
     "/v1/infill": {"text": "The ___ is", "tokens": 2},
     "/v1/tokenize": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
 }
 
 
@@ -136,7 +150,8 @@ def post(client: httpx2.Client, path: str, content: bytes) -> int:
         assert "traceback" not in response.text.lower(), shown
     elif response.headers["content-type"].startswith("text/event-stream"):
         last = response.text.rstrip("\n").split("\n\n")[-1]
-        assert last == "data: [DONE]" or json.loads(last.removeprefix("data: "))["error"], shown
+        named = re.match("event: (response.completed|response.incomplete|response.failed|message_stop|error)\n", last)
+        assert last == "data: [DONE]" or named or json.loads(last.removeprefix("data: "))["error"], shown
     else:
         assert isinstance(response.json(), dict), shown
     return response.status_code
