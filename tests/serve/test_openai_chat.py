@@ -18,7 +18,7 @@ from helpers import CHATML
 from unmask.engine.llm import LanguageModel
 from unmask.serve import prepare_chat
 from unmask.serve.config import ServerConfig
-from unmask.serve.protocol.messages import ChatMessage
+from unmask.serve.protocol.messages import ChatMessage, Layout
 from unmask.serve.served_model import ServedModel
 
 END = {"0": 4.0}
@@ -255,7 +255,7 @@ def test_parts_and_the_developers_words(site: Live, tiny: LanguageModel) -> None
 def test_a_template_that_knows_developers_sees_them(tmp_path: Path) -> None:
     knowing = CHATML.replace("{% for", "{# developer #}{% for", 1)
     model = ServedModel(served_model(tmp_path, chat_template=knowing), ServerConfig())
-    ids = prepare_chat.chat_ids(model, [ChatMessage(role="developer", content="State")])
+    ids = prepare_chat.chat_ids(model, [ChatMessage(role="developer", content="State")], Layout())
     assert model.tokenizer.decode(ids, skip_special=False).startswith("<|im_start|>developer\nState")
 
 

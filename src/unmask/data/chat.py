@@ -27,6 +27,13 @@ Tool = Mapping[str, Any]
 _CODE, _ANSWER, _ANSWER_END = "\ufdd0", "\ufdd1", "\ufdd2"
 _CODES = re.compile(f"{_CODE}(\\d+){_CODE}")
 _MARKS = re.compile(f"([{_ANSWER}{_ANSWER_END}])")
+_FIXED_ARGUMENTS = frozenset(
+    (
+        *("chat_template", "tools", "tokenize", "sanitize_control_tokens", "add_generation_prompt", "continue_final_message"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "tokenizer_kwargs",
+    )
+)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
@@ -74,10 +81,16 @@ class Renderer:
         self._literals = re.compile(f"({pattern})" if pattern else "(?!)()")
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, bool]:
         """The conversation as text with coded literals, and whether there is any such literal in it."""
-        text = self._template(self._coded(messages), self._coded_value(tools), add_generation_prompt)
+        coded, tools = self._coded(messages), self._coded_value(tools)
+        text = self._template(coded, tools, add_generation_prompt, self._coded_value(variables or {}))
         return text, _CODE in text
 
     def render_answers(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0) -> str:
@@ -160,9 +173,18 @@ class Renderer:
         except DataError:
             return ""
 
-    def _template(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+    def _template(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        fixed = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        for name in _FIXED_ARGUMENTS & (variables or {}).keys():
+            raise DataError(f"{name} is no variable of the chat template; leave it out")
         try:
-            return str(self._apply(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
+            return str(self._apply(messages, **fixed, **(variables or {})))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             roles = ", ".join(str(message["role"]) for message in messages)

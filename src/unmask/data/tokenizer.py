@@ -7,7 +7,7 @@ tokens" are the tokenizer's special tokens, whose literal spelling in a text wou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,12 @@ class Tokenizer:
         return str(self._control.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special))
 
     def chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, laid out by the chat template.
 
@@ -181,6 +186,7 @@ class Tokenizer:
                 a control token.
             add_generation_prompt: end with the header of an answer, for the model to continue.
             tools: definitions of functions, for a template that shows them.
+            variables: further variables that the template reads, such as `enable_thinking`.
 
         Returns:
             The ids; equal to `apply_chat_template(tokenize=True)` when no message holds the spelling of a control token.
@@ -189,7 +195,9 @@ class Tokenizer:
             DataError: there is no template, or it does not accept the messages.
         """
         self._require_template()
-        text, has_literals = self._renderer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        text, has_literals = self._renderer.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
         if not has_literals:
             ids = self.encode(text, allow_special=True)
         else:

@@ -35,6 +35,7 @@ class Choice:
         tool_calls: so far.
         logprobs: of the tokens handed out, end-of-sequence tokens left out.
         prompt_logprobs: of the prompt's tokens, None for the first, where they were asked for.
+        num_tokens: final ones, end-of-sequence tokens counted.
         completion: set when the choice has ended.
     """
 
@@ -45,7 +46,7 @@ class Choice:
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.completion: Completion | None = None
-        self._num_final = 0
+        self.num_tokens = 0
         self._confidences: dict[int, float] = {}
         ids = request.ids
         self._begin = ids.index(None) if None in ids else len(ids)
@@ -56,7 +57,7 @@ class Choice:
 
     def take(self, update: Update) -> ChoiceDelta:
         """Take in an update of the engine; what it adds."""
-        self._num_final += len(update.new_ids)
+        self.num_tokens += len(update.new_ids)
         self.completion, self.prompt_logprobs = update.completion, update.prompt_logprobs
         if update.completion is None:
             text = self._detokenizer.push(update.new_ids)
@@ -99,7 +100,7 @@ class Choice:
         return {
             "index": self.index,
             "start": step.start + first - begin,
-            "committed": self._num_final,
+            "committed": self.num_tokens,
             "forwards": step.forwards,
             "tokens": tokens,
         }
@@ -109,7 +110,7 @@ class Choice:
             return "masked"
         if step.edited[i]:
             return "edited"
-        return "committed" if position < self._num_final else "provisional"
+        return "committed" if position < self.num_tokens else "provisional"
 
     def _parse(self, text: str, delta: ChoiceDelta) -> None:
         assert self._parser is not None

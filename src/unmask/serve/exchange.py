@@ -128,8 +128,8 @@ class Exchange:
         # Later samples of a prompt also find in the cache what its first sample has just computed.
         cached: dict[tuple[int | None, ...], int] = {}
         for choice in self.choices:
+            completion += choice.num_tokens
             if choice.completion is not None:
-                completion += len(choice.completion.ids)
                 count = choice.completion.costs.cached_tokens
                 cached[choice.request.ids] = min(count, cached.get(choice.request.ids, count))
         return TokenCounts(self._prompt_tokens, completion, min(sum(cached.values()), self._prompt_tokens))

@@ -13,7 +13,7 @@ from typing import Any
 from unmask.errors import RequestError, UnmaskError
 from unmask.serve.errors import bad_request
 from unmask.serve.protocol.chat import ChatRequest
-from unmask.serve.protocol.messages import ChatMessage, FunctionSpec, NamedTool, ResponseFormat
+from unmask.serve.protocol.messages import ChatMessage, FunctionSpec, Layout, NamedTool
 from unmask.serve.served_model import PreparedRequests, ServedModel
 from unmask.serve.tools import ToolChoice
 
@@ -28,14 +28,16 @@ def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
     """
     model.check_name(body.model)
     functions, choice, parallel = _tools(body)
-    ids = chat_ids(model, body.messages, body)
+    ids = chat_ids(model, body.messages, body, functions, choice)
     calling = bool(functions) and choice.mode != "none"
-    schema = _answer_schema(body.response_format)
-    try:
-        grammar = None if schema is None else model.compile("json_schema", json.dumps(schema))
-    except RequestError as error:
-        raise bad_request(str(error), "response_format.json_schema.schema") from error
-    if calling:
+    constraint = body.constraint
+    if not calling:
+        grammar = model.grammar(constraint)
+    else:
+        if constraint is not None and constraint.kind != "json_schema":
+            raise bad_request(f"{constraint.field}: given beside tools; leave one of them out", constraint.field)
+        model.grammar(constraint)  # so that an error names its field
+        schema = None if constraint is None else _schema(constraint.source)
         definitions = [each.model_dump() for each in functions]
         try:
             grammar = model.compile("tools", json.dumps([definitions, [choice.mode, choice.name], parallel, schema]))
@@ -48,22 +50,39 @@ def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
     return PreparedRequests(requests, len(ids), calling, choice.name is not None)
 
 
-def chat_ids(model: ServedModel, messages: Sequence[ChatMessage], body: ChatRequest | None = None) -> list[int]:
-    """Token ids of a conversation and the header of its answer.
+def chat_ids(
+    model: ServedModel,
+    messages: Sequence[ChatMessage],
+    layout: Layout,
+    functions: Sequence[FunctionSpec] = (),
+    choice: ToolChoice = ToolChoice("none"),
+) -> list[int]:
+    """Token ids of a conversation and the header of its answer, or the beginning of it.
 
     Raises:
         ApiError: the model has no chat template, or it does not accept these messages.
     """
     if not model.tokenizer.has_chat_template:
         raise bad_request(f"model {model.name} has no chat template; use /v1/completions", "messages")
-    functions, choice, _ = _tools(body)
     turns: list[Mapping[str, Any]] = [_template_message(model, each) for each in messages]
+    begun = ""
+    if layout.continue_final_message:
+        last = turns.pop()
+        if last["role"] != "assistant" or last.get("tool_calls"):
+            raise bad_request("continue_final_message: the last message is no text of the assistant", "continue_final_message")
+        begun = last["content"]
     tools = None
     try:
         # Only tools need the tool format: a model whose format is unknown can still chat.
         if functions or any(each.tool_calls or each.role == "tool" for each in messages):
             turns, tools = model.tool_format.messages(turns, functions, choice)
-        return model.tokenizer.chat(turns, add_generation_prompt=True, tools=tools)
+        ids = model.tokenizer.chat(
+            turns,
+            add_generation_prompt=layout.add_generation_prompt is not False or bool(layout.continue_final_message),
+            tools=tools,
+            variables=layout.chat_template_kwargs,
+        )
+        return ids + model.tokenizer.encode(begun)
     except UnmaskError as error:
         raise bad_request(str(error), "messages") from error
 
@@ -78,20 +97,25 @@ def _template_message(model: ServedModel, message: ChatMessage) -> dict[str, Any
     return fields
 
 
-def _answer_schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
-    """JSON schema of an answer without tool calls; None: any text."""
-    if response_format is None or response_format.type == "text":
-        return None
-    schema = {"type": "object"} if response_format.json_schema is None else response_format.json_schema.schema_
+def _schema(source: str) -> dict[str, Any]:
+    """A JSON schema as an object."""
+    schema = json.loads(source)
     return schema if isinstance(schema, dict) else {} if schema else {"allOf": [False]}
 
 
-def _tools(body: ChatRequest | None) -> tuple[list[FunctionSpec], ToolChoice, bool]:
+def _tools(body: ChatRequest) -> tuple[list[FunctionSpec], ToolChoice, bool]:
     """The functions of a body, which of them must or may be called, and whether more than one call may be made."""
-    if body is None or not body.tools:
+    if not body.tools:
         return [], ToolChoice("none"), False
     functions = [tool.function for tool in body.tools]
     tool_choice = body.tool_choice if body.tool_choice is not None else "auto"
     if isinstance(tool_choice, NamedTool):
         return functions, ToolChoice("required", tool_choice.function.name), False
-    return functions, ToolChoice(tool_choice), body.parallel_tool_calls is not False
+    parallel = body.parallel_tool_calls is not False
+    if isinstance(tool_choice, str):
+        return functions, ToolChoice(tool_choice), parallel
+    allowed = [tool.function.name for tool in tool_choice.allowed_tools.tools]
+    unknown = set(allowed) - {function.name for function in functions}
+    if unknown:
+        raise bad_request(f"tool_choice allows {min(unknown)[:64]!r}, which is not among tools; add it", "tool_choice")
+    return [each for each in functions if each.name in allowed], ToolChoice(tool_choice.allowed_tools.mode), parallel

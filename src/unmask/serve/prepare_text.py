@@ -35,16 +35,20 @@ def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedR
         requests = _filling(model, body, inputs, body.suffix)
         return PreparedRequests(requests, _num_given(requests), echoed_prompts=_echoed(model, body, inputs))
     prompts = [model.plain_ids(prompt) if isinstance(prompt, str) else list(prompt) for prompt in inputs]
+    best_of = body.best_of if (body.best_of or 1) > (body.n or 1) else None
     requests = model.requests(
         body,
         prompts,
         body.max_tokens,
         DEFAULT_TOKENS,
         field="prompt",
-        logprobs=body.logprobs,
+        samples=best_of,
+        logprobs=0 if best_of is not None and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if body.scores_prompt else None,
+        grammar=model.grammar(body.constraint),
     )
-    return PreparedRequests(requests, sum(map(len, prompts)), echoed_prompts=_echoed(model, body, inputs))
+    echoed = _echoed(model, body, inputs)
+    return PreparedRequests(requests, sum(map(len, prompts)), best_of=best_of, echoed_prompts=echoed)
 
 
 def _echoed(model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import Grammar
 from unmask.engine.llm import LanguageModel
@@ -24,6 +26,7 @@ from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ApiError, bad_request
 from unmask.serve.protocol.fields import Diffusion, GeneratingRequest, Sampling, names_of
 from unmask.serve.protocol.messages import FunctionSpec
+from unmask.serve.protocol.structured import Constraint
 from unmask.serve.tool_parser import CallParser
 from unmask.serve.tools import ToolChoice, ToolFormat, tool_format
 
@@ -40,6 +43,7 @@ class PreparedRequests:
         prompt_tokens: of all prompts, each counted once.
         parses_calls: whether the text may hold tool calls.
         forced_call: whether the client named the function to call.
+        best_of: completions per prompt, of which the `n` best are the answer; None: all are.
         echoed_prompts: texts of the prompts where the completions begin with them.
     """
 
@@ -47,6 +51,7 @@ class PreparedRequests:
     prompt_tokens: int
     parses_calls: bool = False
     forced_call: bool = False
+    best_of: int | None = None
     echoed_prompts: tuple[str, ...] = ()
 
 
@@ -134,6 +139,7 @@ class ServedModel:
         default_limit: int,
         *,
         field: str,
+        samples: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
@@ -146,6 +152,7 @@ class ServedModel:
             limit: new tokens that the client wants at most.
             default_limit: without a `limit`, if the context leaves so much room.
             field: of the body that holds the prompt, to be named in errors.
+            samples: per prompt, if not `n`.
             logprobs: alternatives to report per token; None: no log-probabilities.
             prompt_logprobs: likewise, of the prompt.
             grammar: that every completion follows.
@@ -158,9 +165,11 @@ class ServedModel:
             room = self.context - len(ids)
             num_new = max(min(default_limit, room), 1) if limit is None else limit
             if num_new > room:
+                # The words of OpenAI's error, by which frameworks recognise it.
                 raise bad_request(
-                    f"the prompt has {len(ids)} tokens and {num_new} new ones are requested, but the context of "
-                    f"{self.name} holds {self.context}; shorten the prompt or request fewer",
+                    f"This model's maximum context length is {self.context} tokens. However, you requested "
+                    f"{len(ids) + num_new} tokens ({len(ids)} in the {field}, {num_new} in the completion); "
+                    "shorten the prompt, or request fewer new tokens",
                     field,
                     "context_length_exceeded",
                 )
@@ -170,13 +179,15 @@ class ServedModel:
                 request.check(self.language_model.config)
             except RequestError as error:
                 raise refused(error, body, "response_format") from error
-            requests += [request] * (body.n or 1)
+            requests += [request] * (samples or body.n or 1)
         return distinct_samples(requests)
 
     def params(self, body: Sampling, **options: Any) -> SamplingParams:
         """The decoding options of a body. Without a seed, samples differ from call to call."""
         given = body.diffusion.model_dump(exclude_none=True, exclude={"watch"}) | options
         given |= body.model_dump(exclude_none=True, include=names_of("http"))
+        if isinstance(body, GeneratingRequest) and body.min_tokens is not None:
+            given.setdefault("min_new_tokens", body.min_tokens)
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], _MIN_TOP_P)
         given.setdefault("seed", secrets.randbits(62))
@@ -188,19 +199,51 @@ class ServedModel:
         """How the model reads function definitions and writes calls."""
         return tool_format(self.tokenizer)
 
+    def grammar(self, constraint: Constraint | None) -> Grammar | None:
+        """The grammar of a body's constraint.
+
+        Raises:
+            ApiError: it is wrong, or not supported.
+        """
+        if constraint is None:
+            return None
+        try:
+            return self.compile(constraint.kind, constraint.source)
+        except RequestError as error:
+            raise bad_request(f"{constraint.field}: {error}", constraint.field) from error
+
     def _compile_once(self, kind: str, source: str) -> Grammar | None:
         grammars = self.language_model.grammars
-        if kind == "json_schema":
-            return grammars.json_schema(source)
+        match kind:
+            case "json_schema":
+                return grammars.json_schema(source)
+            case "regex":
+                return grammars.regex(source)
+            case "grammar":
+                return grammars.lark(_lark(source))
+            case "choice":
+                return grammars.lark("start: " + " | ".join(json.dumps(text) for text in json.loads(source)))
         definitions, choice, parallel, answer = json.loads(source)
         functions = [FunctionSpec(**definition) for definition in definitions]
         return self.tool_format.compile(grammars, functions, ToolChoice(*choice), parallel=parallel, answer=answer)
 
 
+def _lark(grammar: str) -> str:
+    """A grammar in llguidance's Lark; one in llama.cpp's GBNF is translated."""
+    if "::=" not in grammar:
+        return grammar
+    try:
+        return str(gbnf_to_lark(grammar))
+    except (GbnfToLarkError, RecursionError) as error:
+        raise RequestError(f"GBNF grammar: {error}; correct it, or write it in Lark") from error
+
+
 def refused(error: UnmaskError, body: Sampling, default_field: str) -> ApiError:
     """The engine's error about an option as an API error; the message begins with the option's name."""
     name = str(error).partition(" ")[0]
-    if name in Diffusion.model_fields:
+    if name == "min_new_tokens" and isinstance(body, GeneratingRequest) and body.min_tokens is not None:
+        name = "min_tokens"
+    elif name in Diffusion.model_fields:
         name = f"diffusion.{name}"
     elif name not in type(body).model_fields:
         name = default_field

@@ -5,10 +5,11 @@ Owns what chat completions and completions have in common; a `ResponseForm` writ
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from unmask.serve.choice import Choice, ChoiceDelta
 from unmask.serve.event_stream import stream_events
 from unmask.serve.exchange import AppState, TokenCounts, open_exchange
-from unmask.serve.protocol.fields import GeneratingRequest
+from unmask.serve.protocol.fields import GeneratingRequest, StreamOptions
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
 
@@ -70,16 +71,30 @@ async def respond(state: AppState, http: HttpRequest, body: GeneratingRequest, f
         return await stream_events(_events(state, http, body, form, {**head, "object": form.chunk_object}))
     async with open_exchange(state, http, form.prepared) as exchange:
         await exchange.finish()
-    choices = [form.choice(choice) for choice in exchange.choices]
+    best = _best(exchange.choices, form.prepared.best_of, body.n or 1)
+    choices = [{**form.choice(choice), "index": index} for index, choice in enumerate(best)]
     about = {"usage": usage(exchange.tokens), "diffusion": exchange.costs(exchange.choices)}
     return JSONResponse({**head, "object": form.object, "choices": choices, **about})
+
+
+def _best(choices: Sequence[Choice], best_of: int | None, n: int) -> list[Choice]:
+    """Of each prompt's choices the `n` with the highest mean log-probability, best first."""
+    if best_of is None:
+        return list(choices)
+    prompts = [choices[first : first + best_of] for first in range(0, len(choices), best_of)]
+    return [choice for samples in prompts for choice in sorted(samples, key=_mean_logprob, reverse=True)[:n]]
+
+
+def _mean_logprob(choice: Choice) -> float:
+    entries = choice.completion.logprobs if choice.completion is not None else None
+    return sum(entry.logprob for entry in entries) / len(entries) if entries else -math.inf
 
 
 async def _events(
     state: AppState, http: HttpRequest, body: GeneratingRequest, form: ResponseForm, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any]]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    if with_usage:
+    options = body.stream_options or StreamOptions()
+    if options.include_usage:
         head["usage"] = None
     async with open_exchange(state, http, form.prepared, watch=body.diffusion.watch) as exchange:
         begun: set[int] = set()
@@ -90,6 +105,8 @@ async def _events(
                 ending: dict[str, Any] | None = None
                 for chunk in chunks:
                     event = {**head, "choices": [chunk]}
+                    if options.continuous_usage_stats and options.include_usage:
+                        event["usage"] = usage(exchange.tokens)
                     if chunk["finish_reason"] is None:
                         yield event
                     else:
@@ -99,5 +116,5 @@ async def _events(
                     yield {**head, "choices": [], "diffusion": choice.watch_event(update.step)}
                 if ending is not None:
                     yield ending
-    if with_usage:
+    if options.include_usage:
         yield {**head, "choices": [], "usage": usage(exchange.tokens)}

@@ -9,18 +9,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unmask.serve.protocol.fields import Count, GeneratingRequest, conflict
-from unmask.serve.protocol.messages import ChatMessage, NamedTool, ResponseFormat, ToolSpec
+from unmask.serve.protocol.fields import UNMET, Count, GeneratingRequest, conflict
+from unmask.serve.protocol.messages import AllowedToolChoice, ChatMessage, Layout, NamedTool
+from unmask.serve.protocol.structured import Structured
 
 
-class ChatRequest(GeneratingRequest):
+class ChatRequest(GeneratingRequest, Structured, Layout):
     """Body of /v1/chat/completions."""
 
     refused: ClassVar = {
+        **UNMET,
         "prompt": "given beside messages; give one of them, or send the prompt to /v1/completions",
         "text": "given beside messages; give one of them",
         "input": "given beside messages; give one of them",
         "audio": "this model neither hears nor speaks; leave it out",
+        "best_of": "not supported for conversations; give n",
         "functions": "the older form of tools; give tools",
         "function_call": "the older form of tool_choice; give tools and tool_choice",
     }
@@ -30,9 +33,7 @@ class ChatRequest(GeneratingRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
 

@@ -14,7 +14,17 @@ from pydantic_core import PydanticCustomError
 
 from unmask.engine.sampling_params import Option, SamplingParams, Surface
 
-_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+_NEUTRAL: Mapping[str, Any] = {
+    **dict.fromkeys(("n", "length_penalty", "typical_p", "tfs_z", "best_of"), 1),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_special_tokens", "detokenize"), True),
+}
+"""Values at which other servers' fields change nothing; so do null, false, 0 and what is empty."""
+_UNMET_NAMES = (
+    *("use_beam_search", "prompt_logprobs", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "prompt_embeds"),
+    *("include_stop_str_in_output", "chat_template", "documents", "web_search_options"),
+)
+UNMET = dict.fromkeys(_UNMET_NAMES, "not supported here, and the answer would be another without it; leave it out")
+"""Fields of other servers that are refused: whoever sends them relies on what they do."""
 _Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -35,7 +45,7 @@ class Body(BaseModel):
     @model_validator(mode="after")
     def _no_refused(self) -> Self:
         for name, reason in self.refused.items():
-            if (self.model_extra or {}).get(name) not in _NOTHING:
+            if not _asks_nothing(name, (self.model_extra or {}).get(name)):
                 raise conflict(name, reason)
         return self
 
@@ -51,10 +61,14 @@ def _undeclared(value: Any, path: str) -> Iterator[str]:
             yield from _undeclared(each, f"{path}[{index}]")
     elif isinstance(value, BaseModel):
         prefix = f"{path}." if path else ""
-        # A null asks for nothing.
-        yield from (prefix + name for name, extra in (value.model_extra or {}).items() if extra is not None)
+        yield from (prefix + name for name, extra in (value.model_extra or {}).items() if not _asks_nothing(name, extra))
         for name, field in type(value).model_fields.items():
             yield from _undeclared(getattr(value, name), prefix + (field.alias or name))
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Whether a field that is not declared is at its neutral value, so that nothing is missed without it."""
+    return not value or (name in _NEUTRAL and value == _NEUTRAL[name] and type(value) in (bool, int, float))
 
 
 def names_of(surface: Surface) -> set[str]:
@@ -121,6 +135,11 @@ class Sampling(_WithoutEffect):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     diffusion: Diffusion = Field(default_factory=Diffusion)
 
+    @field_validator("top_k", mode="before", check_fields=False)
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return None if type(value) is int and value in (0, -1) else value
+
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
@@ -134,14 +153,18 @@ class StreamOptions(Body):
     """What a stream contains besides its deltas."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class GeneratingRequest(Sampling):
     """Fields of OpenAI's bodies that generate text."""
 
+    refused: ClassVar = UNMET
+
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -1,4 +1,4 @@
-"""Parts of chat bodies: messages, tools, and formats of answers, in OpenAI's form.
+"""Parts of chat bodies: messages, tools and layout, in OpenAI's form.
 
 Owns their names, types and ranges.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from unmask.serve.protocol.fields import Body
+from unmask.serve.protocol.fields import Body, conflict
 
 
 class HistoryModel(BaseModel):
@@ -87,23 +87,30 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class JsonSchemaSpec(Body):
-    """A schema with a name."""
+class AllowedTools(Body):
+    """Some of the tools, which may or must be called."""
 
-    name: Annotated[str, Field(max_length=64)]
-    description: str | None = None
-    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
-    strict: bool | None = None
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
 
 
-class ResponseFormat(Body):
-    """The format that the answer must have."""
+class AllowedToolChoice(Body):
+    """`tool_choice` that leaves some of the tools."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaSpec | None = None
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class Layout(Body):
+    """How the chat template lays a conversation out."""
+
+    tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _goes_together(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema and the type json_schema require each other; give both or neither")
+    def _one_end(self) -> Layout:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise conflict("add_generation_prompt", "given beside continue_final_message; leave one of them out")
         return self
