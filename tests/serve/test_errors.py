@@ -24,7 +24,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_p": -0.1}, "top_p"),
     (CHAT, {"top_p": 1.5}, "top_p"),
     (CHAT, {"n": 0}, "n"),
-    (CHAT, {"n": 100}, "n"),
+    (CHAT, {"n": 129}, "n"),
     (CHAT, {"n": 1.5}, "n"),
     (CHAT, {"seed": 2**70}, "seed"),
     (CHAT, {"seed": "one"}, "seed"),

@@ -27,7 +27,7 @@ class ServerConfig:
     name: str | None = _setting(None, "Model name that clients use.", "MODEL")
     api_keys: tuple[str, ...] = _setting((), "API key that clients must send; repeatable.", "no key needed")
     max_concurrent: int = _setting(16, "Completions decoded together.")
-    max_queue: int = _setting(64, "Completions that may wait beside those; more get status 429.")
+    max_queue: int = _setting(1024, "Completions that may wait beside those; more get status 429.")
     timeout: float = _setting(600.0, "Seconds that a request may take, waiting included.")
     shutdown_grace: float = _setting(30.0, "Seconds to finish running requests at Ctrl-C or SIGTERM.")
     max_body: int = _setting(4 * 2**20, "Bytes of a request body.")

@@ -18,6 +18,7 @@ from unmask.engine.engine import Engine, Update
 from unmask.engine.request import Request
 from unmask.engine.scheduler import STEPS_PER_PRIORITY
 from unmask.errors import RequestError
+from unmask.serve.drain_rate import DrainRate
 from unmask.serve.errors import ApiError, bad_request, loading, stopping, timed_out
 from unmask.serve.metrics import Metrics
 
@@ -128,7 +129,7 @@ class Worker:
         self._stop = False
         self._draining = False
         self._engine: Engine | None = None
-        self._mean_seconds = 1.0
+        self._drain_rate = DrainRate()
         self._thread = threading.Thread(target=self._run, name="unmask-engine", daemon=True)
         self._thread.start()
 
@@ -179,7 +180,7 @@ class Worker:
         if self._engine is None:
             raise loading()
         if self.num_requests + count > self._max_requests:
-            wait = max(1, round(self._mean_seconds / max(1, len(self._submissions))))
+            wait = self._drain_rate.retry_seconds(count, self.loop.time())
             message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
             raise ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
 
@@ -198,6 +199,8 @@ class Worker:
             raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
         self.check_room(len(requests))
         submission = Submission(self, requests, watch=watch)
+        if not self._submissions:
+            self._drain_rate.begin(self.loop.time())
         expiry = (submission, timed_out(self._timeout), "timeout")
         self._submissions[submission] = self.loop.call_later(self._timeout, self._end, *expiry)
         self._send(lambda engine: self._add(engine, submission))
@@ -242,9 +245,9 @@ class Worker:
             submission.take(index, update)
             if update.completion is not None:
                 self._metrics.completed(update.completion)
+                self._drain_rate.end(self.loop.time())
             if not submission.unfinished:
                 self._submissions.pop(submission).cancel()
-                self._mean_seconds += 0.1 * (time.perf_counter() - submission.started - self._mean_seconds)
 
     def _fail(self, submissions: Iterable[Submission], error: Exception) -> None:
         for submission in submissions:
