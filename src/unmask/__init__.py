@@ -11,14 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.engine.llm import Generation, LanguageModel, load
+    from unmask.engine.generation import Generation
+    from unmask.engine.llm import LanguageModel, load
     from unmask.engine.sampling_params import SamplingParams
     from unmask.errors import UnmaskError
 
 __all__ = ["Generation", "LanguageModel", "SamplingParams", "UnmaskError", "__version__", "load"]
 __version__ = "0.1.0"
 _HOMES = {
-    "Generation": "unmask.engine.llm",
+    "Generation": "unmask.engine.generation",
     "LanguageModel": "unmask.engine.llm",
     "SamplingParams": "unmask.engine.sampling_params",
     "UnmaskError": "unmask.errors",

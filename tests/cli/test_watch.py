@@ -13,7 +13,7 @@ import unmask
 from helpers import TtyStream
 from unmask.cli.console import is_live
 from unmask.cli.watch import MASKED_GLYPH, TextRun, Transcript, show
-from unmask.engine.llm import Generation
+from unmask.engine.generation import Generation
 from unmask.engine.request import DecodingStep
 
 EOS = 0

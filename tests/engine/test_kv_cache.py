@@ -22,10 +22,12 @@ class PoolMachine(RuleBasedStateMachine):
     of cached ones from the least to the most recently released.
     """
 
-    @initialize(num_cache_blocks=st.integers(1, 9))
-    def start(self, num_cache_blocks: int) -> None:
-        self.pool = BlockPool(num_cache_blocks)
+    @initialize(num_cache_blocks=st.integers(1, 9), num_retained=st.none() | st.integers(0, 9))
+    def start(self, num_cache_blocks: int, num_retained: int | None) -> None:
+        self.pool = BlockPool(num_cache_blocks, num_retained)
         self.num_cache_blocks = num_cache_blocks
+        self.num_retained = num_cache_blocks if num_retained is None else num_retained
+        self.written: set[int] = set()
         self.block_tables: list[list[int]] = []
         self.named: dict[int, bytes] = {}
         self.cached: list[int] = []
@@ -43,6 +45,8 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.block_tables[which] if which < len(self.block_tables) else []
         after = blocks[-1] if blocks else None
         free, writable = self.free, set(self.ref_count)
+        if len(self.written) >= self.num_retained and (self.cached or free & self.written):
+            free &= self.written
         block = self.pool.allocate(after)
         if block is None:
             assert not free
@@ -55,6 +59,7 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             assert block == self.cached.pop(0), "not the least recently used"
             del self.named[block]
+        self.written.add(block)
         assert self.pool.find_cached([bytes([255])]) == []
         if not blocks:
             self.block_tables.append(blocks)
@@ -98,6 +103,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check()
         ref_count = self.ref_count
         assert self.pool.num_used == len(ref_count)
+        assert self.pool.num_written == len(self.written)
         assert self.pool.num_available == self.num_cache_blocks - len(ref_count) == len(self.free) + len(self.cached)
         assert [self.pool.ref_count(block) for block in range(self.num_cache_blocks)] == [
             ref_count[p] for p in range(self.num_cache_blocks)
@@ -113,12 +119,14 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=N
 def test_check_notices_a_leak() -> None:
     """The checks that the suite and the soak rely on do fail."""
     pool = BlockPool(4)
-    block = pool.allocate(None)
+    block, free = pool.allocate(None), pool.allocate(None)
     assert block is not None
+    assert free is not None
     pool.publish(block, b"a")
     pool.free([block])
     pool.check()
     used = pool.allocate(None)
+    pool.free([free])
     tables = [name for name, value in vars(pool).items() if isinstance(value, (set, dict))]
     assert used is not None
     assert all(vars(pool)[name] for name in tables)
@@ -127,6 +135,26 @@ def test_check_notices_a_leak() -> None:
         vars(broken)[name].clear()
         with pytest.raises(AssertionError):
             broken.check()
+
+
+def test_memory_is_what_was_used_at_a_time_and_the_retained_prefixes() -> None:
+    """Requests one after the other, each with a prefix of its own, take no more cache blocks than are retained."""
+    pool, hashes = BlockPool(100, num_retained=10), iter(range(1000))
+
+    def serve(num_blocks: int) -> None:
+        blocks = [block for _ in range(num_blocks) if (block := pool.allocate(None)) is not None]
+        for block in blocks:
+            pool.publish(block, next(hashes).to_bytes(4, "little"))
+        pool.free(blocks)
+
+    for _ in range(20):
+        serve(3)
+    assert pool.num_written == 10
+    serve(40)
+    assert pool.num_written == 40, "what one request needs is there"
+    for _ in range(20):
+        serve(3)
+    assert pool.num_written == 40
 
 
 def test_what_must_not_happen_is_refused() -> None:

@@ -18,7 +18,8 @@ from unmask.cli.interrupt import stop_on_interrupt
 from unmask.cli.watch import show
 from unmask.data.chat import Message
 from unmask.data.detokenizer import IncrementalDetokenizer
-from unmask.engine.llm import Generation, LanguageModel
+from unmask.engine.generation import Generation
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, OnStep, Request
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError

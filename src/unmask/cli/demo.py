@@ -20,7 +20,8 @@ from unmask.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.engine.llm import Generation, LanguageModel
+    from unmask.engine.generation import Generation
+    from unmask.engine.llm import LanguageModel
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (

@@ -18,7 +18,7 @@ from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 
 if TYPE_CHECKING:
-    from unmask.engine.llm import Generation
+    from unmask.engine.generation import Generation
 
 
 @options.with_sampling_options()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from unmask.engine.llm import Generation
+    from unmask.engine.generation import Generation
     from unmask.engine.request import DecodingStep
 
 _MAX_LABELS = 96

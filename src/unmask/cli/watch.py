@@ -16,7 +16,8 @@ from rich.text import Text
 
 from unmask.cli.console import cost_line, is_live, visible
 from unmask.data.detokenizer import Decode, decode_whole_characters
-from unmask.engine.llm import Generation, LanguageModel
+from unmask.engine.generation import Generation
+from unmask.engine.llm import LanguageModel
 from unmask.engine.request import DecodingStep, OnStep
 
 TokenState = Literal["committed", "accepted", "edited", "candidate", "masked"]

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from unmask.data.chat import Message, Renderer, Span, Tool
 from unmask.errors import CheckpointError, DataError
+from unmask.files import read_json
 
 _MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<mask>", "[MASK]", "<MASK>")
 _SPARE_NAME = re.compile(r"reserved|unused|placeholder|dummy|extra_", re.IGNORECASE)
@@ -274,12 +275,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{folder} holds no tokenizer.json; give the folder of a checkpoint with its tokenizer")
+    # Given what it reads of the config, transformers does not import the model's own class, and PyTorch's compiler with it:
+    # seconds and 80 MB.
+    path, config = folder / "config.json", None
+    if path.is_file():
+        values = read_json(path)
+        read = {name: values[name] for name in ("model_type", "model_name", "tokenizer_class") if name in values}
+        config = PreTrainedConfig(**read, name_or_path=str(folder))
     try:
-        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, config=config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error

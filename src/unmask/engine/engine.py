@@ -27,6 +27,8 @@ from unmask.models.arch.transformer import Transformer
 
 DEFAULT_CACHE_BLOCK_SIZE = 32
 _KV_CACHE_BYTES = 2**30
+_RETAINED_BYTES = 2**26
+"""Of the KV cache on a CPU: what prefixes that no request uses may take of memory, unless requests have needed more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Engine:
         decode: text of ids, for stop strings.
         cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
-            `max_num_seqs` of them. On a CPU, memory is taken as it is used.
+            `max_num_seqs` of them. On a CPU, memory is taken as it is used, and by default the prefixes that no request uses
+            are kept in 64 MiB, or as much as requests have used at a time.
         max_num_seqs: most requests denoised together.
         max_num_batched_tokens: most tokens of a forward: longer prompts are prefilled in parts.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
@@ -84,7 +87,11 @@ class Engine:
         if self.mask_id is not None and not 0 <= self.mask_id < self.config.vocab_size:
             raise RequestError(f"mask token {self.mask_id} is outside the vocabulary (0..{self.config.vocab_size - 1})")
         size = cache_block_size if cache_block_size is not None else self.config.block_size or DEFAULT_CACHE_BLOCK_SIZE
-        num_tokens = self._default_tokens(backend, max_num_seqs) if num_tokens is None else num_tokens
+        num_retained = None
+        if num_tokens is None:
+            num_tokens = self._default_tokens(backend, max_num_seqs)
+            if backend.device.type == "cpu":
+                num_retained = _RETAINED_BYTES // (self._bytes_per_token(backend) * max(size, 1))
         for name, value in (
             ("cache_block_size", size),
             ("num_tokens", num_tokens),
@@ -95,7 +102,7 @@ class Engine:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
-        self.pool = BlockPool(num_cache_blocks)
+        self.pool = BlockPool(num_cache_blocks, num_retained)
         self.scheduler = Scheduler(
             self.pool, size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
         )
@@ -267,6 +274,9 @@ class Engine:
 
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
         config = self.config
-        per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize
-        fitting = min(_KV_CACHE_BYTES // per_token, max_num_seqs * config.max_positions)
+        fitting = min(_KV_CACHE_BYTES // self._bytes_per_token(backend), max_num_seqs * config.max_positions)
         return max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE)
+
+    def _bytes_per_token(self, backend: Backend) -> int:
+        config = self.config
+        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize

@@ -50,13 +50,19 @@ class BlockPool:
     A cache block is *published* under its prefix hash when its content is final. A published one is never written again and may
     be shared; when its last user frees it, it stays cached until its memory is needed, the least recently used first.
 
+    Where memory is taken as it is written, a cache block costs memory from its first use on. A pool that has written
+    `num_retained` of them writes another one only when those that it has written are all used: cached ones are given up first.
+
     Args:
         num_cache_blocks: how many there are.
+        num_retained: how many may be written before cached ones are given up; None: all.
     """
 
-    def __init__(self, num_cache_blocks: int) -> None:
+    def __init__(self, num_cache_blocks: int, num_retained: int | None = None) -> None:
         self.num_cache_blocks = num_cache_blocks
-        self._free = set(range(num_cache_blocks))
+        self._num_retained = num_cache_blocks if num_retained is None else num_retained
+        self._unwritten = set(range(num_cache_blocks))
+        self._free: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._ref_counts: dict[int, int] = {}
         self._block_of: dict[bytes, int] = {}
@@ -65,7 +71,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Cache blocks that can be allocated: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._unwritten) + len(self._free) + len(self._cached)
+
+    @property
+    def num_written(self) -> int:
+        """Cache blocks that have been used at any time."""
+        return self.num_cache_blocks - len(self._unwritten)
 
     @property
     def num_used(self) -> int:
@@ -84,21 +95,25 @@ class BlockPool:
             self._ref_counts[cache_block] = self._ref_counts.get(cache_block, 0) + 1
 
     def allocate(self, after: int | None) -> int | None:
-        """A cache block to write, with one reference: `after + 1` if it is free, so that a sequence's blocks stay neighbours.
+        """A cache block to write, with one reference: `after + 1` if that may be taken, so that a sequence's blocks stay
+        neighbours.
 
         Returns:
             The cache block; None when every one is used.
         """
-        if after is not None and after + 1 in self._free:
+        takes_unwritten = self.num_written < self._num_retained or not (self._free or self._cached)
+        unwritten = self._unwritten if takes_unwritten else set()
+        if after is not None and (after + 1 in self._free or after + 1 in unwritten):
             cache_block = after + 1
-        elif self._free:
-            cache_block = _middle_of_largest_gap(self._free)
+        elif self._free or unwritten:
+            cache_block = _middle_of_largest_gap(self._free | unwritten)
         elif self._cached:
             cache_block, _ = self._cached.popitem(last=False)
             del self._block_of[self._hash_of.pop(cache_block)]
         else:
             return None
         self._free.discard(cache_block)
+        self._unwritten.discard(cache_block)
         self._ref_counts[cache_block] = 1
         return cache_block
 
@@ -130,7 +145,7 @@ class BlockPool:
 
     def check(self) -> None:
         """Every cache block is in exactly one state, and the two tables of hashes agree. For tests and the soak."""
-        states = [self._free, set(self._cached), set(self._ref_counts)]
+        states = [self._unwritten, self._free, set(self._cached), set(self._ref_counts)]
         assert sum(map(len, states)) == self.num_cache_blocks, "a cache block is in two states, or in none"
         assert set.union(*states) == set(range(self.num_cache_blocks)), "a cache block is lost"
         assert all(count > 0 for count in self._ref_counts.values()), "a used cache block has no reference"

@@ -6,9 +6,8 @@ Owns the public Python interface: text in, text out. Decoding itself is `engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,11 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import QuantizedModel
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
+from unmask.engine.generation import Generation
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.request import (
     Completion,
-    Costs,
-    DecodingStep,
-    FinishReason,
     OnStep,
     Request,
     TokenLogprob,
@@ -39,55 +36,10 @@ from unmask.engine.request import (
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Completed text and what it cost. `tokens_per_forward` counts every forward, prefill and commit included."""
-
-    text: str
-    ids: tuple[int, ...]
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: FinishReason
-    forwards: int
-    tokens_per_forward: float
-    seconds: float
-    tokens_per_second: float
-    costs: Costs
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    trace: tuple[DecodingStep, ...] = ()
-
-    @classmethod
-    def from_completion(cls, completion: Completion, text: str, prompt_tokens: int, seconds: float) -> Generation:
-        """Text and costs of a completion that took so many seconds."""
-        count = len(completion.ids)
-        return cls(
-            text=text,
-            ids=completion.ids,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=count,
-            finish_reason=completion.finish_reason,
-            forwards=completion.forwards,
-            tokens_per_forward=count / max(completion.forwards, 1),
-            seconds=seconds,
-            tokens_per_second=count / seconds,
-            costs=completion.costs,
-            logprobs=completion.logprobs,
-            trace=completion.trace,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that `unmask generate --json` prints."""
-        values = asdict(replace(self, trace=()))
-        for name in ("ids", "trace", *(["logprobs"] if self.logprobs is None else [])):
-            del values[name]
-        return values
 
 
 class LanguageModel:
@@ -102,20 +54,39 @@ class LanguageModel:
         name: what to call it in messages.
         quantize: "int8" or "int4": decode with quantised weights on the CPU; "auto": int8 where that works; None: with the
             weights as they are.
+        reload: reads `transformer` again. With it, quantised weights take the place of the loaded ones in memory.
+
+    Attributes:
+        config: the architecture and special token ids.
     """
 
     def __init__(
-        self, transformer: Transformer, tokenizer: Tokenizer | None, *, name: str, quantize: str | None = None
+        self,
+        transformer: Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str,
+        quantize: str | None = None,
+        reload: Callable[[], Transformer] | None = None,
     ) -> None:
-        self.transformer, self.tokenizer, self.name = transformer.eval(), tokenizer, name
+        self._transformer: Transformer | None = transformer.eval()
+        self._reload, self.config, self.tokenizer, self.name = reload, transformer.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
-        self._quantized = QuantizedModel.choose(self.transformer, quantize)
+        self._quantized = QuantizedModel.choose(transformer, quantize, self._release)
 
     @property
-    def config(self) -> ModelConfig:
-        """The architecture and special token ids."""
-        return self.transformer.config
+    def transformer(self) -> Transformer:
+        """The weights as loaded; read again where quantised ones have taken their place."""
+        if self._transformer is None:
+            assert self._reload is not None, "only what can be read again is released"
+            self._transformer = self._reload().eval()
+        return self._transformer
+
+    def _release(self) -> None:
+        """The weights are quantised: the loaded ones are seldom needed."""
+        if self._reload is not None:
+            self._transformer = None
 
     @property
     def is_diffusion(self) -> bool:
@@ -393,8 +364,8 @@ def load(
             `smollm2-135m-diffusion`, `smollm2-135m-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
-        quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); "auto": int8 where that works;
-            `logits` keeps the loaded ones.
+        quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); "auto": int8 where that works.
+            They take the place of the loaded ones, which `transformer` and `logits` read from the folder again.
 
     Returns:
         The model; its tokenizer is None when the folder has none.
@@ -404,6 +375,7 @@ def load(
         ConfigError: unsupported architecture, dtype or quantisation.
     """
     folder = resolve(str(model))
-    transformer = load_model(folder, dtype=parse_dtype(dtype, device), device=device)
+    read = partial(load_model, folder, dtype=parse_dtype(dtype, device), device=device)
     source = tokenizer_folder(folder)
-    return LanguageModel(transformer, None if source is None else load_tokenizer(source), name=str(model), quantize=quantize)
+    tokenizer = None if source is None else load_tokenizer(source)
+    return LanguageModel(read(), tokenizer, name=str(model), quantize=quantize, reload=read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,17 @@ def test_the_program_answers_with_quantised_weights(tmp_path: Path) -> None:
     import unmask
 
     quantized = unmask.load(tmp_path / "model", dtype="float32", quantize="int8")
+    loaded = weakref.ref(quantized.transformer)
     quantized.backend(wait=True)
+    assert loaded() is None, "the memory of the loaded weights is free"
     plain = unmask.load(tmp_path / "model", dtype="float32")
     assert len(quantized.generate_ids((5, 17, 3), max_new_tokens=8, eos_id=())) == 8
-    assert torch.equal(quantized.logits((5, 17, 3)), plain.logits((5, 17, 3))), "logits() keeps the loaded weights"
+    assert torch.equal(quantized.logits((5, 17, 3)), plain.logits((5, 17, 3))), "logits() reads them again"
+
+
+@needs_compiler
+def test_weights_that_cannot_be_read_again_are_kept() -> None:
+    given = model()
+    quantized = LanguageModel(given, None, name="tiny", quantize="int8")
+    quantized.backend(wait=True)
+    assert quantized.transformer is given

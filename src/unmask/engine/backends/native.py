@@ -8,15 +8,18 @@ of a cache block or head dim.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.engine.backends.base import Backend
-from unmask.engine.backends.torch import TorchBackend
+from unmask.engine.backends.torch import TorchBackend, unwritten_tensor
 from unmask.engine.batch import Batch
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
@@ -35,7 +38,8 @@ class NativeBackend(PackedTransformer):
 
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config
-        return torch.empty(config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
+        shape = (config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
+        return unwritten_tensor(shape, self.dtype, self.device)
 
     def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
         size = batch.cache_block_size
@@ -49,22 +53,23 @@ class QuantizedModel:
 
     Compiling takes seconds, once a machine, in a process of its own. Until it is done, requests are served by the weights as
     they are, so that the first answer never waits for a compiler. A request is computed in one way from beginning to end:
-    `current` is asked when an engine is made.
+    `current` is asked when an engine is made. Once the weights are packed, `model` is not needed here any more, and let go of.
 
     Args:
         model: a dense model on the CPU.
         weights: "int8" or "int4".
+        on_packed: called when the weights are packed; who else holds `model` may let go of it.
 
     Raises:
         ConfigError: another kind of weights, or a model that the kernels do not run.
     """
 
-    def __init__(self, model: Transformer, weights: str) -> None:
+    def __init__(self, model: Transformer, weights: str, on_packed: Callable[[], None] = lambda: None) -> None:
         if weights not in BITS:
             raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
         check_packable(model, BITS[weights])
-        self._model, self._bits, self._weights = model, BITS[weights], weights
-        self._backend: Backend = TorchBackend(model)
+        self._bits, self._weights, self._on_packed = BITS[weights], weights, on_packed
+        self._backend: TorchBackend | NativeBackend = TorchBackend(model)
         self._warned, self._lock = False, threading.Lock()
         self._build: Build | None = None
         try:
@@ -73,7 +78,9 @@ class QuantizedModel:
             self._warn(f"{error}; computing with the weights as they are")
 
     @classmethod
-    def choose(cls, model: Transformer, weights: str | None) -> QuantizedModel | None:
+    def choose(
+        cls, model: Transformer, weights: str | None, on_packed: Callable[[], None] = lambda: None
+    ) -> QuantizedModel | None:
         """What a user asked for: int8, int4, "auto" (int8 where the kernels run the model) or None, the weights as they are.
 
         Raises:
@@ -81,10 +88,10 @@ class QuantizedModel:
         """
         if weights == "auto":
             try:
-                return cls(model, "int8")
+                return cls(model, "int8", on_packed)
             except ConfigError:
                 return None
-        return None if weights is None else cls(model, weights)
+        return None if weights is None else cls(model, weights, on_packed)
 
     def current(self, *, wait: bool = False) -> Backend:
         """The fastest way to compute that is ready; `wait` lets the compiler finish first."""
@@ -99,11 +106,15 @@ class QuantizedModel:
             return self._backend
         with self._lock:
             if self._build is not None:
+                assert isinstance(self._backend, TorchBackend), "there is a build until the weights are packed"
                 try:
                     with torch.no_grad():
-                        self._backend = NativeBackend(self._model, self._bits, Kernels(build.load()))
+                        self._backend = NativeBackend(self._backend.model, self._bits, Kernels(build.load()))
                 except BackendError as error:
                     self._warn(f"{error}; computing with the weights as they are")
+                else:
+                    self._on_packed()
+                    _trim_heap()
                 self._build = None
         return self._backend
 
@@ -111,3 +122,9 @@ class QuantizedModel:
         if not self._warned:
             warnings.warn(message, UnmaskWarning, stacklevel=3)
         self._warned = True
+
+
+def _trim_heap() -> None:
+    """Return freed memory to the system: of what packing has freed, glibc keeps all that lies below something still in use."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

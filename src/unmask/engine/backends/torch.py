@@ -9,6 +9,11 @@ V vocabulary, L layers, H query heads, G kv heads, R query heads of a kv head, S
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
+from contextlib import suppress
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,7 +55,7 @@ class TorchBackend:
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config
         shape = (config.num_layers, 2, num_cache_blocks, cache_block_size, config.num_kv_heads, config.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return unwritten_tensor(shape, self.dtype, self.device)
 
     def attend(self, batch: Batch, kv_cache: Tensor) -> Attend:
         """Attention of one forward."""
@@ -68,6 +73,17 @@ class TorchBackend:
     def greedy(self, hidden_ND: Tensor, banned_id: int | None) -> tuple[Tensor, Tensor]:
         logits_NV = self.model.head(hidden_ND)
         return greedy_candidates(logits_NV if banned_id is None else ban_mask(logits_NV, banned_id))
+
+
+def unwritten_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A large tensor of any content. On a CPU its memory is taken as it is written, page by page."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Where the system gives huge pages to everybody, the first token in each would take 2 MiB.
+    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def write_kv(kv_cache: Tensor, layer: int, batch: Batch, k_BGTS: Tensor, v_BGTS: Tensor) -> tuple[Tensor, Tensor]:

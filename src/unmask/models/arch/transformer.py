@@ -55,14 +55,19 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # On the meta device there is nothing to compute, and PyTorch would import its compiler to do so: seconds and 70 MB.
+        embed_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed: nn.Embedding = nn.Embedding.from_pretrained(
+            embed_VD if embed_VD.is_meta else nn.init.normal_(embed_VD), freeze=False
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         # Replaces the embedding of the mask token, so that the parent's embedding matrix stays unchanged.
         self.mask_vector = None if config.gated_lora_rank is None else nn.Parameter(torch.zeros(config.hidden_size))
         self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        with torch.device("cpu"):
+            inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
+        self.register_buffer("inv_freq", inv_freq.to(embed_VD.device), persistent=False)
         self.activation_checkpointing = False
 
     @property

@@ -1,0 +1,55 @@
+"""A generation: completed text, what it cost, and how it is printed.
+
+Owns the type that the calls of `LanguageModel` return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Completed text and what it cost. `tokens_per_forward` counts every forward, prefill and commit included."""
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason
+    forwards: int
+    tokens_per_forward: float
+    seconds: float
+    tokens_per_second: float
+    costs: Costs
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    trace: tuple[DecodingStep, ...] = ()
+
+    @classmethod
+    def from_completion(cls, completion: Completion, text: str, prompt_tokens: int, seconds: float) -> Generation:
+        """Text and costs of a completion that took so many seconds."""
+        count = len(completion.ids)
+        return cls(
+            text=text,
+            ids=completion.ids,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=count,
+            finish_reason=completion.finish_reason,
+            forwards=completion.forwards,
+            tokens_per_forward=count / max(completion.forwards, 1),
+            seconds=seconds,
+            tokens_per_second=count / seconds,
+            costs=completion.costs,
+            logprobs=completion.logprobs,
+            trace=completion.trace,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that `unmask generate --json` prints."""
+        values = asdict(replace(self, trace=()))
+        for name in ("ids", "trace", *(["logprobs"] if self.logprobs is None else [])):
+            del values[name]
+        return values
