@@ -176,6 +176,19 @@ def test_variables_of_the_chat_template(thinking: Live) -> None:
         assert ids(chat_template_kwargs={name: "x"})["error"]["param"] == "messages"
 
 
+def test_a_benchmark_that_fixes_the_number_of_tokens(site: Live) -> None:
+    """The bodies that guidellm sends with its defaults: parts of text, a fixed number of tokens, usage in every chunk."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Once"}, {"type": "text", "text": "upon"}]}]
+    body = {"model": "tiny", "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    fixed = {"stop": None, "ignore_eos": True}
+    bodies = {CHAT: {"messages": parts, "max_completion_tokens": 9}, COMPLETIONS: {"prompt": "Once upon", "max_tokens": 9}}
+    for path, asked in bodies.items():
+        response = HTTP.post(site.url + path, json={**body, **fixed, **asked})
+        assert "x-unmask-ignored-fields" not in response.headers
+        lines = [line for line in response.text.split("\n") if line.startswith("data: {")]
+        assert json.loads(lines[-1].removeprefix("data: "))["usage"]["completion_tokens"] == 9
+
+
 def test_only_allowed_tools_are_called(thinking: Live) -> None:
     tools = [{"type": "function", "function": {"name": name}} for name in ("first", "second")]
     allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "second"}}]}

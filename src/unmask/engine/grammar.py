@@ -130,9 +130,12 @@ class GrammarCompiler:
             where = f"JSON schema at {_locate(parsed, reason)}"
             return f"{where}: {reason}; change it, or leave it out and check the value afterwards"
 
-        if inexact_number(parsed) is not None:
-            return self.lark(f"start: %json {json.dumps(parsed)}")
-        text = json.dumps(rewrite_schema(parsed))
+        try:
+            if inexact_number(parsed) is not None:
+                return self.lark(f"start: %json {json.dumps(parsed)}")
+            text = json.dumps(rewrite_schema(parsed))
+        except RecursionError as error:
+            raise RequestError("JSON schema is nested too deeply; flatten it, or use $defs") from error
         return self._compile(LLMatcher.grammar_from_json_schema(text), describe)
 
     def json_object(self) -> Grammar:
