@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.serve.api import anthropic, chat, completions, infill, responses, tokenize
+from unmask.serve.api import anthropic, chat, completions, infill, llamacpp, ollama, responses, tokenize
 from unmask.serve.api.responses_store import ResponseStore
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, ErrorForm, openai_error
@@ -56,6 +56,8 @@ APIS = (
     Api(responses.router),
     Api(anthropic.router, "/v1/messages", anthropic.anthropic_error),
     Api(infill.router),
+    Api(llamacpp.router),
+    Api(ollama.router, "/api/", ollama.ollama_error),
     Api(tokenize.router),
 )
 _PAGE = Path(str(files("unmask.serve"))) / "page"
@@ -102,7 +104,7 @@ async def get_metrics(state: CurrentState) -> Response:
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/", include_in_schema=False)
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def get_page() -> FileResponse:
     """The chat page."""
     return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)

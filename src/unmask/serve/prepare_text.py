@@ -21,8 +21,15 @@ DEFAULT_TOKENS = 16
 """Of a completion without `max_tokens`, as OpenAI."""
 
 
-def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedRequests:
+def prepare_completion(
+    model: ServedModel, body: CompletionRequest, *, default_tokens: int = DEFAULT_TOKENS
+) -> PreparedRequests:
     """Engine requests of a completion body.
+
+    Args:
+        model: the served one.
+        body: of /v1/completions, or of another API in its form.
+        default_tokens: without `max_tokens`, where the model can end earlier.
 
     Raises:
         ApiError: naming the field at fault.
@@ -32,7 +39,7 @@ def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedR
     if inputs and isinstance(inputs[0], int):
         inputs = [inputs]
     if body.suffix:
-        requests = _filling(model, body, inputs, body.suffix)
+        requests = _filling(model, body, inputs, body.suffix, default_tokens)
         return PreparedRequests(requests, _num_given(requests), echoed_prompts=_echoed(model, body, inputs))
     prompts = [model.plain_ids(prompt) if isinstance(prompt, str) else list(prompt) for prompt in inputs]
     best_of = body.best_of if (body.best_of or 1) > (body.n or 1) else None
@@ -40,7 +47,7 @@ def prepare_completion(model: ServedModel, body: CompletionRequest) -> PreparedR
         body,
         prompts,
         body.max_tokens,
-        DEFAULT_TOKENS,
+        default_tokens,
         field="prompt",
         samples=best_of,
         logprobs=0 if best_of is not None and body.logprobs is None else body.logprobs,
@@ -56,14 +63,22 @@ def _echoed(model: ServedModel, body: CompletionRequest, prompts: Sequence[str |
     return tuple(each if isinstance(each, str) else model.tokenizer.decode(each) for each in prompts if body.echo)
 
 
-def _filling(model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]], suffix: str) -> list[Request]:
+def fills_holes(model: ServedModel) -> bool:
+    """Whether the model fills holes with what stands after them in view; other models read the suffix first."""
+    return model.language_model.is_diffusion and not model.language_model.config.shifted
+
+
+def _filling(
+    model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]], suffix: str, default_tokens: int
+) -> list[Request]:
     """Engine requests for the text between each prompt and a suffix."""
-    tokenizer, language_model, tokens = model.tokenizer, model.language_model, body.max_tokens or DEFAULT_TOKENS
+    tokenizer, language_model = model.tokenizer, model.language_model
     fim = FimTokens.of(tokenizer)
     try:
         befores = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         after = tokenizer.encode(suffix)
-        if language_model.is_diffusion and not language_model.config.shifted:
+        if fills_holes(model):
+            tokens = body.max_tokens or DEFAULT_TOKENS
             template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))
             requests = [fill_between(template, each, tokens, after, tokenizer, model.context) for each in befores]
             for request in requests:
@@ -71,7 +86,7 @@ def _filling(model: ServedModel, body: CompletionRequest, prompts: Sequence[str 
             return distinct_samples(request for request in requests for _ in range(body.n or 1))
         if fim is not None:
             filled = [fim.prompt(tokenizer.prefix_ids, each, after) for each in befores]
-            requests = model.requests(body, filled, tokens, tokens, field="suffix", logprobs=body.logprobs)
+            requests = model.requests(body, filled, body.max_tokens, default_tokens, field="suffix", logprobs=body.logprobs)
             return [replace(each, eos_ids=each.eos_ids | fim.ends) for each in requests]
     except UnmaskError as error:
         raise refused(error, body, "suffix") from error
