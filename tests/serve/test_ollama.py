@@ -71,6 +71,17 @@ def test_answers_follow_a_format(client: Any) -> None:
     assert json.loads(client.generate(model="tiny", prompt="Hi", format=schema).response)["n"] in (1, 2)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(client: Any, tiny: LanguageModel, stream: bool) -> None:
+    options = {"num_predict": 6}
+    got = client.chat(model="tiny", messages=HELLO, logprobs=True, top_logprobs=2, options=options, stream=stream)
+    entries = [entry for part in (got if stream else [got]) for entry in part.logprobs or []]
+    target = tiny.complete(chat_ids(tiny), max_new_tokens=6, logprobs=2).logprobs
+    assert target is not None
+    assert [entry.logprob for entry in entries] == [entry.logprob for entry in target]
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+
+
 def test_the_model_is_listed_and_described(client: Any, tiny: LanguageModel) -> None:
     (listed,), (running,) = client.list().models, client.ps().models
     assert listed.model == running.model == "tiny:latest"

@@ -104,7 +104,7 @@ async def get_metrics(state: CurrentState) -> Response:
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/", include_in_schema=False)
 async def get_page() -> FileResponse:
     """The chat page."""
     return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)

@@ -82,10 +82,11 @@ def _best(choices: Sequence[Choice], best_of: int | None, n: int) -> list[Choice
     if best_of is None:
         return list(choices)
     prompts = [choices[first : first + best_of] for first in range(0, len(choices), best_of)]
-    return [choice for samples in prompts for choice in sorted(samples, key=_mean_logprob, reverse=True)[:n]]
+    return [choice for samples in prompts for choice in sorted(samples, key=mean_logprob, reverse=True)[:n]]
 
 
-def _mean_logprob(choice: Choice) -> float:
+def mean_logprob(choice: Choice) -> float:
+    """Of a finished choice's tokens, where log-probabilities were asked for."""
     entries = choice.completion.logprobs if choice.completion is not None else None
     return sum(entry.logprob for entry in entries) / len(entries) if entries else -math.inf
 

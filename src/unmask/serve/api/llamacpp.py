@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from unmask.serve.api.choices import mean_logprob
 from unmask.serve.choice import Choice
 from unmask.serve.errors import ERROR_RESPONSES
 from unmask.serve.event_stream import SSE, Event, Framing, stream_events
@@ -36,7 +37,7 @@ async def post_llama_infill(http: HttpRequest, body: LlamaInfillRequest, state: 
         return await stream_events(_events(state, http, body, prepared), _FRAMING)
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
-    choice = _likeliest(exchange)
+    choice = max(exchange.choices, key=mean_logprob)
     return JSONResponse(_selected(_end(state.model.name, exchange, choice) | {"content": choice.text}, body.response_fields))
 
 
@@ -53,11 +54,6 @@ def _prepare(model: ServedModel, body: LlamaInfillRequest) -> PreparedRequests:
     return PreparedRequests([request for each in prepared for request in each.requests], prepared[0].prompt_tokens)
 
 
-def _likeliest(exchange: Exchange) -> Choice:
-    """The choice whose tokens are likeliest on average; the shortest on ties."""
-    return max(exchange.choices, key=lambda choice: sum(e.logprob for e in choice.logprobs) / max(len(choice.logprobs), 1))
-
-
 async def _events(
     state: AppState, http: HttpRequest, body: LlamaInfillRequest, prepared: PreparedRequests
 ) -> AsyncGenerator[Event]:
@@ -68,7 +64,7 @@ async def _events(
             for _, delta, _ in batch:
                 if delta.text and len(exchange.choices) == 1:
                     yield {**about, "content": delta.text}
-        choice = _likeliest(exchange)
+        choice = max(exchange.choices, key=mean_logprob)
         if len(exchange.choices) > 1:
             yield {**about, "content": choice.text}
         yield _selected(_end(state.model.name, exchange, choice), body.response_fields)

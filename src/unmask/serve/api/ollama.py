@@ -16,7 +16,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from unmask.serve.choice import Choice
+from unmask.engine.request import TokenLogprob
+from unmask.serve.choice import Choice, logprob_entry
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.event_stream import JSON_LINES, Event, stream_events
 from unmask.serve.exchange import AppState, CurrentState, Exchange, StateWithRoom, open_exchange, prepare
@@ -130,18 +131,23 @@ class _Writer:
     """Writes the parts of an answer.
 
     Attributes:
+        model: the served one.
         name: of the model, as the client spells it.
         write: the fields that hold text and tool calls.
+        with_logprobs: of the tokens, in OpenAI's form.
     """
 
+    model: ServedModel
     name: str
     write: _Write
+    with_logprobs: bool
 
-    def part(self, text: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+    def part(self, text: str = "", calls: Sequence[ToolCall] = (), logprobs: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
         """Text, or complete tool calls."""
-        return {"model": self.name, "created_at": _time(), **self.write(text, calls), "done": False}
+        entries = {"logprobs": [logprob_entry(self.model, entry) for entry in logprobs]} if self.with_logprobs else {}
+        return {"model": self.name, "created_at": _time(), **self.write(text, calls), **entries, "done": False}
 
-    def end(self, exchange: Exchange, text: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+    def end(self, exchange: Exchange, **parts: Any) -> dict[str, Any]:
         """The last part, or the whole answer: why it ends, and what it cost."""
         (choice,) = exchange.choices
         assert choice.completion is not None
@@ -155,7 +161,7 @@ class _Writer:
             "eval_duration": costs.denoise_seconds,
         }
         durations = {name: max(1, round(value * 1e9)) for name, value in seconds.items()}
-        return {**self.part(text, calls), **reason, **durations, **counts}
+        return {**self.part(**parts), **reason, **durations, **counts}
 
 
 async def _respond(
@@ -166,7 +172,7 @@ async def _respond(
     prepare_body: Callable[[ServedModel, Any], PreparedRequests] | None,
 ) -> Response:
     _check_name(state.model, body.model)
-    writer = _Writer(body.model, write)
+    writer = _Writer(state.model, body.model, write, bool(body.logprobs))
     if prepare_body is None:
         return JSONResponse({**writer.part(), "done": True, "done_reason": "unload" if body.unloads else "load"})
     prepared = await prepare(state, http, body, prepare_body)
@@ -175,15 +181,15 @@ async def _respond(
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
     (choice,) = exchange.choices
-    return JSONResponse(writer.end(exchange, choice.text, _complete(choice)))
+    return JSONResponse(writer.end(exchange, text=choice.text, calls=_complete(choice), logprobs=choice.logprobs))
 
 
 async def _events(state: AppState, http: HttpRequest, prepared: PreparedRequests, writer: _Writer) -> AsyncGenerator[Event]:
     async with open_exchange(state, http, prepared) as exchange:
         async for batch in exchange.deltas():
             for _, delta, _ in batch:
-                if delta.text:
-                    yield writer.part(delta.text)
+                if delta.text or delta.logprobs:
+                    yield writer.part(delta.text, logprobs=delta.logprobs)
         (choice,) = exchange.choices
         if calls := _complete(choice):
             yield writer.part(calls=calls)

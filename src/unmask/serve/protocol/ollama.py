@@ -58,6 +58,8 @@ class OllamaRequest(Body):
     format: Literal["", "json"] | dict[str, Any] | None = None
     keep_alive: float | str | None = None
     think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     diffusion: dict[str, Any] | None = None
 
     @field_validator("options", mode="before")
@@ -77,9 +79,12 @@ class OllamaRequest(Body):
         """Whether a body without anything to answer asks to unload the model rather than to load it."""
         return self.keep_alive in (0, "0", "0s")
 
+    def _chat_fields(self, model: str) -> dict[str, Any]:
+        return {**self._fields(model), "logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+
     def _fields(self, model: str) -> dict[str, Any]:
         """Fields of our bodies that both endpoints share."""
-        fields = {"model": model, **self.options.sampling(), "diffusion": self.diffusion or {}}
+        fields: dict[str, Any] = {"model": model, **self.options.sampling(), "diffusion": self.diffusion or {}}
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
         elif self.format:
@@ -133,7 +138,11 @@ class OllamaChatRequest(OllamaRequest):
         """
         tools = [tool.model_dump() for tool in self.tools or []]
         return ChatRequest.model_validate(
-            {**self._fields(model), "messages": list(_openai_messages(self.messages)), **({"tools": tools} if tools else {})}
+            {
+                **self._chat_fields(model),
+                "messages": list(_openai_messages(self.messages)),
+                **({"tools": tools} if tools else {}),
+            }
         )
 
 
@@ -155,12 +164,14 @@ class OllamaGenerateRequest(OllamaRequest):
         """The prompt as a conversation, with the system prompt if there is one."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return ChatRequest.model_validate(
-            {**self._fields(model), "messages": [*system, {"role": "user", "content": self.prompt}]}
+            {**self._chat_fields(model), "messages": [*system, {"role": "user", "content": self.prompt}]}
         )
 
     def to_completion(self, model: str) -> CompletionRequest:
         """The prompt as plain text."""
-        return CompletionRequest.model_validate({**self._fields(model), "prompt": self.prompt, "suffix": self.suffix})
+        logprobs = self.top_logprobs or 0 if self.logprobs else None
+        texts = {"prompt": self.prompt, "suffix": self.suffix, "logprobs": logprobs}
+        return CompletionRequest.model_validate(self._fields(model) | texts)
 
 
 class OllamaShowRequest(Body):
