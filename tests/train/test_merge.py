@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import refused
 from runs import tiny_folder
-from unmask.errors import CheckpointError, ConfigError
+from unmask.errors import CheckpointError, ConfigError, UnmaskWarning
 from unmask.models.arch.config import RopeConfig
 from unmask.train.merge import add_difference, merge_checkpoints, top_k
 
@@ -57,8 +57,11 @@ def test_bfloat16_is_averaged_in_float32(tmp_path: Path, base: Path) -> None:
 
 def test_mismatches_are_refused(base: Path, tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", rope=RopeConfig(theta=7.0))
-    with refused(CheckpointError, "model"):
+    with refused(CheckpointError, "rope.theta", 7.0, 10_000.0):
         merge_checkpoints([base, other], tmp_path / "out")
+    wider = tiny_folder(tmp_path / "wider", ffn_size=56)
+    with refused(CheckpointError, "model.layers.0.mlp.down_proj.weight", 56):
+        merge_checkpoints([base, wider], tmp_path / "out")
     smaller = variant(base, tmp_path / "smaller", 0.0)
     tensors = load_file(smaller / "model.safetensors")
     tensors.pop("model.norm.weight")
@@ -70,6 +73,51 @@ def test_mismatches_are_refused(base: Path, tmp_path: Path) -> None:
     with refused(CheckpointError, "empty"):
         merge_checkpoints([base, base], base)
     assert not (tmp_path / "out").exists()
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_what_changes_no_result_does_not_part_models(base: Path, tmp_path: Path) -> None:
+    """Another library's version, dtype and keys, other token ids, and a copy of a head that is tied."""
+    other = variant(base, tmp_path / "other", 1.0)
+    bookkeeping = {"transformers_version": "9.9", "_name_or_path": "x", "use_cache": False, "torch_dtype": "bfloat16"}
+    rewrite(other / "config.json", **bookkeeping, eos_token_id=[1, 2], pad_token_id=3)
+    halved = {name: tensor.bfloat16() for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file({**halved, "model.rotary_emb.inv_freq": torch.ones(4)}, other / "model.safetensors", {"format": "pt"})
+    merged = load_file(merge_checkpoints([base, other], tmp_path / "out") / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    assert merged.keys() == before.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in merged.values())
+    assert all(torch.allclose(merged[name], before[name] + 0.5, atol=2e-2) for name in before)
+
+
+def test_tokenizers_are_compared(base: Path, tmp_path: Path) -> None:
+    other = variant(base, tmp_path / "other", 0.0)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"][0]
+    (other / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFC"}}))
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.warns(UnmaskWarning) as noted:
+        merge_checkpoints([base, other], tmp_path / "out")
+    assert ["tokenizer.json" in str(note.message) for note in noted] == [True, False]
+    assert "chat template" in str(noted[1].message)
+    renamed = json.dumps(tokenizer).replace(json.dumps(added["content"]), '"<renamed>"')
+    (other / "tokenizer.json").write_text(renamed)
+    with refused(CheckpointError, added["id"], "'<renamed>'", repr(added["content"])):
+        merge_checkpoints([base, other], tmp_path / "renamed")
+    with refused(CheckpointError, added["id"]):
+        add_difference(base, other, base, tmp_path / "renamed")
+
+
+def test_a_difference_needs_the_same_heads(base: Path, tmp_path: Path) -> None:
+    other = variant(base, tmp_path / "other", 0.0)
+    heads = json.loads((base / "config.json").read_text())
+    rewrite(other / "config.json", num_attention_heads=heads["num_attention_heads"] * 2, head_dim=heads["head_dim"] // 2,
+            num_key_value_heads=heads["num_key_value_heads"] * 2)  # fmt: skip
+    with refused(CheckpointError, "num_heads"):
+        add_difference(base, other, base, tmp_path / "out")
 
 
 def test_a_difference_is_added(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from unmask.train.metrics import read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import ADAPTER, build_components, run_recipe
 from unmask.train.sections import LoraSection
-from unmask.train.state import list_checkpoints, prune_checkpoints
+from unmask.train.state import list_checkpoints, prune_checkpoints, save_model
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,18 @@ def test_sft_learns_and_keeps_mask_token_and_block_size(base: Path, tmp_path: Pa
     assert (after.config.mask_id, after.config.block_size) == (before.config.mask_id, 8)
     assert after.tokenizer is not None
     assert after.tokenizer.mask_id == after.config.mask_id
+
+
+def test_what_ends_an_answer_is_saved_with_the_model(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "ar", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    parts = build_components(tiny_recipe(tmp_path / "base", base / "chats.jsonl"))
+    save_model(parts.model, parts.tokenizer, tmp_path / "saved")
+    expected = [7, *sorted(parts.tokenizer.eos_ids)]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "saved" / name).read_text())["eos_token_id"] == expected
 
 
 def test_the_control_learns_and_stays_autoregressive(base: Path, tmp_path: Path) -> None:

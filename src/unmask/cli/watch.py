@@ -144,7 +144,7 @@ def show(console: Console, model: LanguageModel, max_tokens: int, generate: Call
         assert model.tokenizer is not None, "generate() refuses a model without a tokenizer before its first step"
         return model.tokenizer.decode(ids)
 
-    transcript = Transcript(decode, model.config.eos_ids, max_tokens)
+    transcript = Transcript(decode, model.eos_ids, max_tokens)
     if is_live(console):
         return _show_live(console, transcript, generate)
     return _show_blocks(console, transcript, generate)

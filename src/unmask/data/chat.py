@@ -132,14 +132,13 @@ class Renderer:
                     decoded = _CODES.sub(lambda match: self._control_tokens[int(match[1])], plain)
                     yield Span(decoded, is_control=False, is_answer=in_answer or closes_answer)
 
-    def closing_token(self) -> str | None:
-        """The control token with which the template closes an answer, if it does."""
+    def after_answer(self) -> str:
+        """What the template writes after the last answer, without white space before it; empty where it does not show that."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            spans = list(self.split(self.render_answers(messages)))
+            return self.render_answers(messages).partition(_ANSWER_END)[2].lstrip()
         except DataError:
-            return None
-        return next((span.text for span in spans if span.is_control and span.is_answer), None)
+            return ""
 
     def _answer(self, whole: str, coded: list[dict[str, Any]], tools: Any, index: int) -> tuple[int, int]:
         """Start and end of the answer of message `index` in the rendered conversation, without its closing.

@@ -62,12 +62,31 @@ class Tokenizer:
             backend.no_truncation()
             backend.no_padding()
         self._plain.encode_special_tokens = True
-        self._added: dict[int, AddedToken] = self._control.get_added_tokens_decoder()
-        self._special = {token.content: id_ for id_, token in self._added.items() if token.special}
-        self._renderer = Renderer(self._inner.apply_chat_template, self._special)
+        self._read_added_tokens()
+        if any(not token.special and token.content in self.chat_template for token in self._added.values()):
+            self._make_closing_token_special()
         with_prefix = self._control.encode("", add_special_tokens=True).ids
         self._prefix_ids = tuple(id_ for id_ in with_prefix if id_ == self.bos_id)
         self._eos_ids: frozenset[int] | None = None
+
+    def _read_added_tokens(self) -> None:
+        self._added: dict[int, AddedToken] = self._control.get_added_tokens_decoder()
+        self._special = {token.content: id_ for id_, token in self._added.items() if token.special}
+        self._renderer = Renderer(self._inner.apply_chat_template, self._special)
+
+    def _make_closing_token_special(self) -> None:
+        """Make the token that ends an answer a control token whatever the files say: no text becomes it, none shows it."""
+        closing = self._closing_id()
+        if closing is not None and not self._added[closing].special:
+            for backend in (self._plain, self._control):
+                backend.add_special_tokens([AddedToken(self._added[closing].content, special=True, normalized=False)])
+            self._read_added_tokens()
+
+    def _closing_id(self) -> int | None:
+        """Id of the added token with which the chat template closes an assistant turn, if it does."""
+        following = self._renderer.after_answer() if self.has_chat_template else ""
+        closing = (id_ for id_, token in self._added.items() if following.startswith(token.content))
+        return max(closing, key=lambda id_: len(self._added[id_].content), default=None)
 
     @property
     def vocab_size(self) -> int:
@@ -83,8 +102,8 @@ class Tokenizer:
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends an answer: `eos_id` and the token with which the chat template closes an assistant turn."""
         if self._eos_ids is None:
-            closing = self._renderer.closing_token() if self.has_chat_template else None
-            self._eos_ids = frozenset({self.eos_id} if closing is None else {self.eos_id, self._special[closing]})
+            closing = self._closing_id()
+            self._eos_ids = frozenset({self.eos_id} if closing is None else {self.eos_id, closing})
         return self._eos_ids
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.data.chat import Message
+from unmask.data.end_ids import end_ids
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.backends.base import Backend
@@ -87,6 +88,11 @@ class LanguageModel:
         """The weights are quantised: the loaded ones are seldom needed."""
         if self._reload is not None:
             self._transformer = None
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer, unless a request names its own."""
+        return end_ids(self.config, self.tokenizer)
 
     @property
     def is_diffusion(self) -> bool:
@@ -207,7 +213,7 @@ class LanguageModel:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles JSON schemas, regular expressions and Lark grammars for this model."""
-        return GrammarCompiler(self._need_tokenizer(), self.config.eos_ids, self.config.vocab_size)
+        return GrammarCompiler(self._need_tokenizer(), self.eos_ids, self.config.vocab_size)
 
     def generate_ids(
         self, ids: Sequence[int | None], params: SamplingParams | None = None, *, mask_id: int | None = None, **options: Any
@@ -280,7 +286,7 @@ class LanguageModel:
         return Request(
             ids=tuple(ids),
             params=params.resolve(self.config, has_holes=None in ids),
-            eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.config.eos_ids if eos_id is None else eos_id),
+            eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.eos_ids if eos_id is None else eos_id),
             control_stops={control_tokens[text]: text for text in params.stop if text in control_tokens},
             grammar=self._grammar(params) if grammar is None else grammar,
             sample=sample,

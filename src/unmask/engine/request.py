@@ -90,6 +90,7 @@ class Request:
         check_vocabulary([token for token in self.ids if token is not None], config)
         check_vocabulary(list(params.logit_bias), config, "logit_bias")
         check_vocabulary(params.stop_token_ids, config, "stop_token_ids")
+        check_vocabulary(sorted(self.eos_ids), config, "eos_id")
         if len(self.ids) + params.max_new_tokens > config.max_positions:
             raise RequestError(
                 f"prompt of {len(self.ids)} tokens plus {params.max_new_tokens} new ones exceeds the context of "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from unmask.data.documents import DocumentStream
+from unmask.data.end_ids import end_ids
 from unmask.data.holdout import Split
 from unmask.data.packing import PackedRows, Packer, RowPacker
 from unmask.data.pairs import PairPacker
@@ -111,6 +112,8 @@ def build_components(recipe: Recipe) -> Components:
     reference = _reference(model, recipe)
     if model.config.start_id is not None:
         tokenizer.set_start_token(model.config.start_id)
+    # What training teaches to end with is saved with the model.
+    model.config = replace(model.config, eos_ids=end_ids(model.config, tokenizer))
     model = _gated_lora(model, train)
     if train.lora is not None:
         attach_lora(model, seed=train.seed, **train.lora.model_dump())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import disk_full, make_tokenizer, refused
-from models.weights.saved import saved_base
+from models.weights.saved import loads_as, saved_base
 from tiny import FAMILIES, causal_logits, perturb, tiny_model
 from unmask.engine.llm import load
 from unmask.errors import CheckpointError, ConfigError
@@ -21,6 +21,7 @@ from unmask.models.families.registry import stored_tensors
 from unmask.models.weights import adapter as adapter_module
 from unmask.models.weights.adapter import LoraLinear, adapters_off, attach_lora, folded_state, load_adapter, save_adapter
 from unmask.models.weights.checkpoint import read_model_config
+from unmask.models.weights.export import export_model
 from unmask.models.weights.loading import load_model
 
 
@@ -158,24 +159,45 @@ def test_misfits_are_all_named_and_leave_the_model_alone(tmp_path: Path) -> None
         load_adapter(model, tmp_path / "adapter")
 
 
-def test_an_embedding_untied_from_its_head_does_not_fit_a_tied_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("saved", "ensured", "tied"),
+    [
+        (["lm_head"], False, False),
+        (["model.embed_tokens"], False, False),
+        (["embed_tokens"], True, True),
+        (["embed_tokens", "lm_head"], False, False),
+    ],
+)
+def test_an_adapter_may_part_a_tied_head_from_its_embedding(
+    saved: list[str], ensured: bool, tied: bool, tmp_path: Path
+) -> None:
+    """As PEFT has it: a new embedding alone leaves the head as it was, unless their tie is ensured."""
     base = saved_base("qwen2", tmp_path / "base")
     save_adapter(trained(base, train_embedding=True), tmp_path / "adapter", base=str(base))
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors, model = load_file(path), load_model(base, dtype=torch.float32)
-    head = tensors["base_model.model.lm_head.weight"]
-    save_file({**tensors, "base_model.model.lm_head.weight": head + 1}, path)
-    with refused(CheckpointError, "lm_head"):
-        load_adapter(model, tmp_path / "adapter")
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not head}, path)
-    settings_path = tmp_path / "adapter" / "adapter_config.json"
-    settings = json.loads(settings_path.read_text())
-    settings_path.write_text(json.dumps(settings | {"modules_to_save": ["embed_tokens"]}))
-    with refused(CheckpointError, "embed_tokens"):
-        load_adapter(model, tmp_path / "adapter")
-    settings_path.write_text(json.dumps(settings | {"modules_to_save": ["embed_tokens", "norm"]}))
-    with refused(CheckpointError, "modules_to_save", "norm"):
-        load_adapter(model, tmp_path / "adapter")
+    path, settings_path = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    tensors, old = load_file(path), load_model(base, dtype=torch.float32).embed.weight
+    embedding, head = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+    tensors[head] = tensors[head] + 1
+    kept = {name for name in (embedding, head) if name.split(".")[-2] in {last.split(".")[-1] for last in saved}}
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_" in name or name in kept}, path)
+    settings = json.loads(settings_path.read_text()) | {"modules_to_save": saved, "ensure_weight_tying": ensured}
+    settings_path.write_text(json.dumps(settings))
+    loaded = load_model(tmp_path / "adapter", dtype=torch.float32)
+    assert loaded.config.tied_head == tied
+    assert torch.equal(loaded.embed.weight, tensors[embedding] if embedding in kept else old)
+    new_head = tensors[head] if head in kept else tensors[embedding] if tied else old
+    assert torch.equal(loaded.head_weight, new_head)
+    export_model(tmp_path / "adapter", tmp_path / "out")
+    assert loads_as(tmp_path / "out", loaded) == [True]
+
+
+def test_only_embedding_and_head_are_saved_whole(tmp_path: Path) -> None:
+    base = saved_base("qwen2", tmp_path / "base")
+    save_adapter(trained(base), tmp_path / "adapter", base=str(base))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["embed_tokens", "norm"]}))
+    with refused(CheckpointError, "modules_to_save", "norm", "model.embed_tokens.weight"):
+        load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
 def test_a_full_disk_leaves_the_older_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from helpers import refused
 from models.weights.saved import loads_as, same_weights
 from tiny import FAMILIES, tiny_model
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import read_json
 from unmask.models.arch.attention import DenseAttend
+from unmask.models.weights import safetensors_io
 from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.export import export_model
 from unmask.models.weights.loading import load_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,23 +94,51 @@ def test_every_problem_is_named_in_one_error(tmp_path: Path) -> None:
         load_model(tmp_path, dtype=torch.float32)
 
 
-def test_rotary_tables_and_a_tied_head_are_skipped(tmp_path: Path) -> None:
+def test_rotary_tables_and_a_copy_of_a_tied_head_are_skipped(tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     assert model.config.tied_head
     save_model(model, tmp_path)
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = torch.zeros(3)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
 
     edit(tmp_path, add)
     assert loads_as(tmp_path, model) == [True]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_its_own(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_io, "_COMPARED_BYTES", 999)  # some rows at a time
+    model = tiny_model(family, tied_head=False)
+    save_model(model, tmp_path / "m", max_shard_bytes=FEW)
+    config = read_json(tmp_path / "m" / "config.json")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.warns(UnmaskWarning, match=r"lm_head\.weight"):
+        loaded = load_model(tmp_path / "m", dtype=torch.float32)
+    assert same_weights(loaded, model)
+    assert loaded.config == model.config
+    with pytest.warns(UnmaskWarning):
+        export_model(tmp_path / "m", tmp_path / "exported")
+    save_model(loaded, tmp_path / "saved")
+    for name in ("exported", "saved"):
+        assert read_json(tmp_path / name / "config.json")["tie_word_embeddings"] is False
+        assert loads_as(tmp_path / name, model) == [True]
+
+
+def test_a_tied_head_of_another_shape_is_named(tmp_path: Path) -> None:
+    save_model(tiny_model("qwen2"), tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3)}))
+    with pytest.warns(UnmaskWarning), refused(CheckpointError, "lm_head.weight", [3]):
+        load_model(tmp_path, dtype=torch.float32)
+
+
 def test_an_untied_head_is_required(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     edit(tmp_path, lambda tensors: tensors.__delitem__("lm_head.weight"))
-    with refused(CheckpointError, "missing", "lm_head.weight"):
+    with refused(CheckpointError, "missing", "lm_head.weight", "tie_word_embeddings"):
         load_model(tmp_path, dtype=torch.float32)
 
 

@@ -81,7 +81,7 @@ def test_transformers_reads_dense_models(family: str, diffusion: bool, tmp_path:
     with torch.no_grad():
         got = theirs.eval()(torch.arange(24)[None] % 60).logits
     torch.testing.assert_close(got, causal_logits(load_model(source, dtype=torch.float32)), atol=1e-4, rtol=0)
-    assert (tmp_path / "out" / "generation_config.json").exists() == diffusion
+    assert GenerationConfig.from_pretrained(tmp_path / "out").to_dict().get("mask_token_id") == (57 if diffusion else None)
 
 
 @pytest.mark.parametrize("family", ["bailing_moe_v2", "llada2_moe"])
@@ -107,8 +107,8 @@ def test_diffusion_mixtures_become_llada2(family: str, tmp_path: Path) -> None:
     }  # fmt: skip
     assert {key: hf.get(key, "absent") for key in expected} == expected
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
-        "block_length": 8, "do_sample": False, "eos_token_id": 3, "mask_token_id": 57, "pad_token_id": 4, "steps": 8,
-        "threshold": 0.95,
+        "bos_token_id": None, "block_length": 8, "do_sample": False, "eos_token_id": 3, "mask_token_id": 57, "pad_token_id": 4,
+        "steps": 8, "threshold": 0.95,
     }  # fmt: skip
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 3
     # dInfer looks tensors up in the index and nowhere else.
@@ -146,7 +146,7 @@ def test_only_unmask_runs_shifted_mixtures(tmp_path: Path) -> None:
 def test_an_autoregressive_model_stays_one(tmp_path: Path) -> None:
     auto_map = {"AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM"}
     source = saved("bailing_moe_v2", tmp_path / "source", eos_ids=(3,), hf_extras={"auto_map": auto_map})
-    (source / "generation_config.json").write_text('{"temperature": 0.7}')
+    (source / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": [3, 5]}')
     (source / "modeling_bailing_moe_v2.py").write_text("# theirs\n")
     (source / "metrics.jsonl").write_text("{}\n")
     (source / "checkpoint").mkdir()
@@ -155,7 +155,9 @@ def test_an_autoregressive_model_stays_one(tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "out")) == [
         "config.json", "generation_config.json", "model.safetensors", "modeling_bailing_moe_v2.py",
     ]  # fmt: skip
-    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.7}'
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "temperature": 0.7, "bos_token_id": None, "eos_token_id": [3, 5], "pad_token_id": None,
+    }  # fmt: skip
     assert "mask_token_id" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -253,7 +255,8 @@ def test_one_tensor_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_tied_copies_and_prediction_layers_are_left_out(tmp_path: Path) -> None:
     source = saved("bailing_moe_v2", tmp_path / "source", tied_head=True, **DIFFUSION)
     weights = load_file(source / "model.safetensors")
-    extra = {"lm_head.weight": torch.zeros(61, 32), "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
+    copy = next(tensor for name, tensor in weights.items() if name.endswith("embeddings.weight"))
+    extra = {"lm_head.weight": copy.clone(), "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
     save_file(weights | extra, source / "model.safetensors")
     export_model(source, tmp_path / "out")
     assert tensors(tmp_path / "out").keys() == weights.keys()

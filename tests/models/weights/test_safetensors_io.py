@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers import disk_full, refused
 from models.weights.saved import loads_as
 from tiny import tiny_model
 from unmask import files
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import read_json
 from unmask.models.weights import safetensors_io
 from unmask.models.weights.checkpoint import read_model_config, save_model
@@ -109,6 +109,28 @@ def test_a_wrong_index_is_named(change: Callable[[dict[str, Any]], Any], names: 
         load_model(tmp_path, dtype=torch.float32)
 
 
+def test_the_index_decides_which_copy_of_a_tensor_is_read(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_model(model, tmp_path, max_shard_bytes=FEW)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    contents = [load_file(path) for path in shards]
+    stale = {name: torch.full_like(tensor, 9.0) for tensors in contents for name, tensor in tensors.items()}
+    for path, tensors in zip(shards, contents, strict=True):
+        save_file({**stale, **tensors, "old.weight": torch.ones(3)}, path, {"format": "pt"})
+    save_file(stale, tmp_path / "model-00009-of-00009.safetensors", {"format": "pt"})
+    assert loads_as(tmp_path, model) == [True]
+    assert set(tensor_index(tmp_path).values()) == set(shards)
+
+
+def test_a_single_file_is_preferred_to_an_index_with_a_note(tmp_path: Path) -> None:
+    old, model = tiny_model("llama"), tiny_model("llama", seed=1)
+    save_model(model, tmp_path / "single")
+    save_model(old, tmp_path / "both", max_shard_bytes=FEW)
+    (tmp_path / "both" / SINGLE).write_bytes((tmp_path / "single" / SINGLE).read_bytes())
+    with pytest.warns(UnmaskWarning, match=r"model\.safetensors"):
+        assert loads_as(tmp_path / "both", model) == [True]
+
+
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tmp_path)
     (tmp_path / SINGLE).unlink()
@@ -161,6 +183,7 @@ def test_a_full_disk_at_any_file_leaves_the_old_checkpoint(
     assert loads_as(folder, new) == [True]
 
 
+@pytest.mark.filterwarnings("ignore:.*holds both:unmask.errors.UnmaskWarning")
 @pytest.mark.parametrize("old_bytes", [10**9, FEW], ids=["old single", "old sharded"])
 @pytest.mark.parametrize("new_bytes", [10**9, FEW], ids=["new single", "new sharded"])
 def test_a_kill_at_any_rename_leaves_all_old_or_all_new(
@@ -208,7 +231,7 @@ def test_replacing_removes_old_shards_and_keeps_other_files(tmp_path: Path) -> N
     (tmp_path / "notes.txt").write_text("kept")
     save_model(tiny_model("llama", seed=1), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json", SINGLE, "model_card.safetensors", "notes.txt",
+        "config.json", "generation_config.json", SINGLE, "model_card.safetensors", "notes.txt",
     ]  # fmt: skip
 
 

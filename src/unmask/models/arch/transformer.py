@@ -145,6 +145,14 @@ def reconfigured(model: Transformer, config: ModelConfig) -> Transformer:
     return other
 
 
+def untie_head(model: Transformer) -> None:
+    """Give a model with a tied head one of its own, in place: a copy of the embedding."""
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device="meta")
+    weight = model.embed.weight
+    model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    model.config = replace(model.config, tied_head=False)
+
+
 def resize_vocabulary(model: Transformer, new_size: int) -> None:
     """Append tokens to `model` in place; new rows of embedding and head are the mean of the old ones.
 

@@ -101,7 +101,7 @@ class ModelFamily:
             "rope": read_rope(hf, max_positions=max_positions, default_fraction=self.rotary_fraction),
             "tied_head": flag(hf, "tie_word_embeddings", False),
             "bos_id": token(hf, "bos_token_id"),
-            "eos_ids": eos(hf),
+            "eos_ids": eos(hf, vocab_size=sizes["vocab_size"]),
             "pad_id": token(hf, "pad_token_id"),
             "mask_id": token(hf, "mask_token_id"),
             "block_size": optional_integer(hf, "block_size"),

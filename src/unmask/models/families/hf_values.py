@@ -5,10 +5,11 @@ Owns what a value of each type may look like, and the errors that say so. Knows 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, UnmaskWarning
 
 
 def integer(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -55,8 +56,16 @@ def token(hf: Mapping[str, Any], key: str) -> int | None:
     return None if value == -1 else optional_integer(hf, key)
 
 
-def eos(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text, of which a config names one or several."""
+def eos(hf: Mapping[str, Any], *, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, of which a config names one or several.
+
+    One beyond the vocabulary, which no model can choose, is left out with a warning.
+    """
     value = hf.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return tuple(integer({"eos_token_id": one}, "eos_token_id") for one in ids if one is not None)
+    named = (token({"eos_token_id": one}, "eos_token_id") for one in (value if isinstance(value, list) else [value]))
+    ids = dict.fromkeys(id_ for id_ in named if id_ is not None)
+    outside = [id_ for id_ in ids if not 0 <= id_ < vocab_size]
+    if outside:
+        text = f"eos_token_id {outside[0]} is outside the vocabulary (0..{vocab_size - 1}); nothing ends with it"
+        warnings.warn(text, UnmaskWarning, stacklevel=1)
+    return tuple(id_ for id_ in ids if id_ not in outside)

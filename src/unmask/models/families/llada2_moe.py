@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.families.hf_values import eos, token
+from unmask.models.families.hf_values import eos, integer, token
 from unmask.models.families.ling import FLASH, MINI, VOCAB_SIZE, LingMoE
 
 MASK_ID = 156_895
@@ -47,8 +47,8 @@ class LLaDA2MoE(LingMoE):
             fields["mask_id"] = MASK_ID
         if hf.get("block_size") is None:
             fields["block_size"] = BLOCK_SIZE
-        if not eos(hf):
-            fields["eos_ids"] = eos({"eos_token_id": hf.get("pad_token_id")})
+        if hf.get("eos_token_id") in (None, -1, []):
+            fields["eos_ids"] = eos({"eos_token_id": hf.get("pad_token_id")}, vocab_size=integer(hf, "vocab_size"))
         return fields
 
     def for_export(self, config: ModelConfig) -> ModelConfig:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from unmask.errors import CheckpointError, ConfigError
 from unmask.files import Writer, json_writer, read_json, write_folder
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Transformer, untie_head
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
 from unmask.models.weights.hub import ADAPTED_CONFIG, ADAPTER_CONFIG
 from unmask.models.weights.peft_keys import ModuleLora, read_settings, write_settings
-from unmask.models.weights.safetensors_io import read_tensors, specs_of, write_safetensors
+from unmask.models.weights.safetensors_io import read_tensors, specs_of, stored_shape, write_safetensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -192,7 +192,7 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
 
     Args:
         model: the base, its vocabulary of the size the adapter has. It is frozen, but for the adapter and for the embedding
-            and head if the adapter brings them.
+            and head if the adapter brings them. A tied head is untied where the adapter brings one that differs.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`, ours or of the peft library.
 
     Returns:
@@ -210,6 +210,8 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
     except ConfigError as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from error
     _check_fit(folder, model, settings, loras, tensors)
+    if model.config.tied_head and _unties(model, settings, tensors):
+        untie_head(model)
     vocabulary = {name: parameter for name, parameter in _vocabulary_tensors(model).items() if name in tensors}
     _attach(model, loras.get, seed=0, train_embedding=bool(vocabulary))
     with torch.no_grad():
@@ -229,8 +231,8 @@ def fold_adapter(model: Transformer) -> Transformer:
 
 def stored_vocab_size(folder: Path, config: ModelConfig) -> int | None:
     """Rows of the embedding that the adapter in `folder` brings along; None: it brings none."""
-    embedding = read_tensors(folder / ADAPTER_WEIGHTS).get(f"{_PREFIX}{family_of(config).embedding}.weight")
-    return None if embedding is None else len(embedding)
+    shape = stored_shape(folder / ADAPTER_WEIGHTS, f"{_PREFIX}{family_of(config).embedding}.weight")
+    return None if shape is None else shape[0]
 
 
 def _adaptable_layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
@@ -290,6 +292,14 @@ def _vocabulary_tensors(model: Transformer) -> dict[str, Tensor]:
     return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
 
 
+def _unties(model: Transformer, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter parts a tied head from its embedding; PEFT leaves the head as it was beside a new embedding alone."""
+    embedding, head = (tensors.get(name) for name in _vocabulary_tensors(model))
+    if head is None:
+        return embedding is not None and not settings.get("ensure_weight_tying")
+    return not torch.equal(head, model.embed.weight.to(head) if embedding is None else embedding)
+
+
 def _check_fit(
     folder: Path,
     model: Transformer,
@@ -309,15 +319,15 @@ def _check_fit(
         expected[f"{_PREFIX}{module}.lora_A.weight"] = (lora.rank, columns)
         expected[f"{_PREFIX}{module}.lora_B.weight"] = (rows, lora.rank)
     vocabulary = _vocabulary_tensors(model)
-    embedding, head = vocabulary
     saved = settings.get("modules_to_save") or []
-    module_of = {name: name.removesuffix(".weight").rpartition(".")[2] for name in vocabulary}
-    problems = [f"modules_to_save names {name}, not the embedding or head" for name in saved if name not in module_of.values()]
-    expected |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or module_of[name] in saved}
-    if model.config.tied_head and module_of[embedding] in saved and head not in tensors:
-        problems.append(f"{module_of[embedding]} was trained apart from the head it is tied to")
-    if model.config.tied_head and head in tensors and not torch.equal(tensors[head], tensors.get(embedding, vocabulary[head])):
-        problems.append(f"{_HEAD} differs from the embedding it is tied to")
+    modules = {name: name.removeprefix(_PREFIX).removesuffix(".weight") for name in vocabulary}
+    wanted = {name for name, module in modules.items() if any(f".{module}".endswith(f".{last}") for last in saved)}
+    problems = [
+        f"modules_to_save names {last}, not the embedding or head"
+        for last in saved
+        if not any(f".{module}".endswith(f".{last}") for module in modules.values())
+    ]
+    expected |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or name in wanted}
     problems += [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
     problems += [

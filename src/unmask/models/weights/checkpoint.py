@@ -6,24 +6,30 @@ matter, what tensors are called on disk `families`'.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from unmask.errors import CheckpointError, ConfigError
+from unmask.errors import CheckpointError, ConfigError, UnmaskWarning
 from unmask.files import read_json
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
+from unmask.models.families.hf_values import eos
 from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
 from unmask.models.weights.adapter import folded_state
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
     DEFAULT_SHARD_BYTES,
+    INDEX_NAME,
+    SINGLE_NAME,
     TensorFiles,
     specs_of,
     write_checkpoint,
@@ -31,22 +37,36 @@ from unmask.models.weights.safetensors_io import (
 
 # Router logits decide which experts run: their inputs keep float32 whatever the model's dtype is.
 _FLOAT32_SUFFIXES = (".router", ".expert_bias")
+GENERATION_CONFIG = "generation_config.json"
+_HEAD = "lm_head.weight"
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The architecture in `folder`/config.json; of an adapter, that of the adapted model or else of its base.
+
+    End ids are those of config.json and of generation_config.json, if there is one. A head that is tied by config.json but
+    has weights of its own in the files is untied, with a warning, as by transformers.
 
     Raises:
         CheckpointError: no config.json, or it is not a JSON object, or describes an unsupported model.
     """
     path = next((folder / name for name in (ADAPTED_CONFIG, CONFIG_NAME) if (folder / name).exists()), None)
     if path is None and (base := base_folder(folder)) is not None:
-        return read_model_config(base)
+        return _with_generation_ends(read_model_config(base), folder)
     path = path or folder / CONFIG_NAME
     try:
-        return read_config(read_json(path))
+        config = read_config(read_json(path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if config.tied_head and path.name == CONFIG_NAME and _has_own_head(folder, config):
+        warnings.warn(
+            f"{path} ties the head to the embedding, but {_HEAD} in the files differs from it: the head is kept apart "
+            "(tie_word_embeddings: false)",
+            UnmaskWarning,
+            stacklevel=1,  # one place, so that it is said once
+        )
+        config = replace(config, tied_head=False)
+    return _with_generation_ends(config, folder)
 
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
@@ -87,8 +107,15 @@ def save_model(
     tensors = {name: tensor.view(state) for name, tensor in stored_tensors(model.config).items()}
     hf_config = write_config(model.config, dtype=dtype_name(model.embed.weight.dtype))
     write_checkpoint(
-        folder, hf_config, specs_of(tensors), tensors.__getitem__, max_shard_bytes=max_shard_bytes, extra_files=extra_files
-    )
+        folder, hf_config, specs_of(tensors), tensors.__getitem__, max_shard_bytes=max_shard_bytes, extra_files=extra_files,
+        extra_jsons={GENERATION_CONFIG: token_ids(model.config)},
+    )  # fmt: skip
+
+
+def token_ids(config: ModelConfig) -> dict[str, Any]:
+    """The token ids of a generation_config.json, under their Hugging Face names."""
+    hf_config = write_config(config)
+    return {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def check_tensors(folder: Path, config: ModelConfig) -> None:
@@ -108,8 +135,32 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
                 problems.append(f"wrong shape: {name} is {list(shape)}, must be {list(stored[name].shape)}")
             if not isinstance(dtype, torch.dtype):
                 problems.append(f"wrong dtype: {name} is {dtype}, must be floating point")
+    if f"missing: {_HEAD}" in problems:
+        problems.append("tie_word_embeddings is false; make it true where the embedding is the head")
     if problems:
         raise CheckpointError(f"{folder} does not fit family '{config.family}' as in its config.json: {'; '.join(problems)}")
+
+
+def _has_own_head(folder: Path, config: ModelConfig) -> bool:
+    """Whether the weights in `folder`, if there are any, hold a head that differs from the embedding."""
+    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        return False
+    embedding = f"{family_of(config).embedding}.weight"
+    with ExitStack() as stack:
+        files = TensorFiles(folder, stack)
+        return {_HEAD, embedding} <= files.names and not files.equal(embedding, _HEAD)
+
+
+def _with_generation_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the end ids of `folder`/generation_config.json after its own."""
+    path = folder / GENERATION_CONFIG
+    if not path.exists():
+        return config
+    try:
+        ends = eos(read_json(path), vocab_size=config.vocab_size)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *ends))))
 
 
 def parameter_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:

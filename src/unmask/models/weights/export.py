@@ -21,7 +21,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
-from unmask.models.weights.checkpoint import check_tensors, parameter_dtype, read_model_config
+from unmask.models.weights.checkpoint import GENERATION_CONFIG, check_tensors, parameter_dtype, read_model_config, token_ids
 from unmask.models.weights.hub import base_folder, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.safetensors_io import DEFAULT_SHARD_BYTES, TensorFiles, TensorSpec, write_checkpoint
@@ -33,7 +33,6 @@ _COMPANION = re.compile(
     r"|vocab\.txt|merges\.txt|.*\.model|chat_template\.jinja"
 )
 _CODE = re.compile(r"(configuration|modeling)_\w+\.py")
-_GENERATION = "generation_config.json"
 
 
 class Exported(NamedTuple):
@@ -140,10 +139,19 @@ def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str
     if any(path.name == "tokenizer_config.json" for path in files):
         jsons["tokenizer_config.json"] = _tokenizer_config(read_json(files[0].parent / "tokenizer_config.json"))
     if config.mask_id is not None:
-        jsons[_GENERATION] = _generation_config(config)
+        jsons[GENERATION_CONFIG] = _generation_config(config)
     else:
-        files += [path for path in sorted(folder.iterdir()) if path.name == _GENERATION or _CODE.fullmatch(path.name)]
+        jsons[GENERATION_CONFIG] = {**_own_generation_config(folder), **token_ids(config)}
+        files += [path for path in sorted(folder.iterdir()) if _CODE.fullmatch(path.name)]
     return files, jsons
+
+
+def _own_generation_config(folder: Path) -> dict[str, Any]:
+    """The generation_config.json of a model, or of an adapter's base; empty where there is none."""
+    if (folder / GENERATION_CONFIG).is_file():
+        return read_json(folder / GENERATION_CONFIG)
+    base = base_folder(folder)
+    return {} if base is None else _own_generation_config(base)
 
 
 def _tokenizer_config(hf: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +166,10 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
     """Token ids under their Hugging Face names, decoding options under the argument names of LLaDA2's `generate`."""
     block_size = config.block_size or _BLOCK_LENGTH
     return {
+        **token_ids(config),
         "block_length": block_size,
         "do_sample": False,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "mask_token_id": config.mask_id,
-        "pad_token_id": config.pad_id,
         "steps": block_size,
         "threshold": _THRESHOLD,
     }

@@ -43,13 +43,14 @@ def _load_adapted(folder: Path, model: Transformer) -> Transformer:
     """The adapter in `folder` folded into its base; an `unmask_config.json` there names other special tokens and vocabulary."""
     adapted = read_model_config(folder) if (folder / ADAPTED_CONFIG).exists() else None
     config = adapted or model.config
+    eos_ids = tuple(dict.fromkeys((*config.eos_ids, *model.config.eos_ids)))
     vocab_size = stored_vocab_size(folder, config) or config.vocab_size
     if vocab_size > model.config.vocab_size:
         resize_vocabulary(model, vocab_size)
     model.config = replace(
         model.config, mask_id=config.mask_id, block_size=config.block_size, start_id=config.start_id, bos_id=config.bos_id,
-        eos_ids=config.eos_ids, pad_id=config.pad_id, hf_extras=config.hf_extras,
+        eos_ids=eos_ids, pad_id=config.pad_id, hf_extras=config.hf_extras,
     )  # fmt: skip
-    if adapted is not None and model.config != adapted:
+    if adapted is not None and model.config != replace(adapted, eos_ids=eos_ids):
         raise CheckpointError(f"{folder / ADAPTED_CONFIG} is of another architecture than the base; name its own base")
     return fold_adapter(load_adapter(model, folder))

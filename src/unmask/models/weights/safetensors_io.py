@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unmask.errors import CheckpointError
+from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import Writer, bytes_writer, json_writer, read_json, sync_folder, write_folder
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,6 +30,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 DEFAULT_SHARD_BYTES = 5 * 2**30
 _WEIGHT_FILE = re.compile(r"model(-v\d+)?(-\d{5}-of-\d{5})?\.safetensors")
+_COMPARED_BYTES = 2**22
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -84,32 +86,51 @@ class TensorFiles:
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two matrices hold the same numbers; they are read some rows at a time, up to the first difference."""
+        if self.header(first)[0] != self.header(second)[0]:
+            return False
+        slices = [self._file_of[name].get_slice(name) for name in (first, second)]
+        spec = self.spec(first)
+        rows = max(_COMPARED_BYTES * spec.shape[0] // max(spec.num_bytes, 1), 1)
+        parts = ([matrix[start : start + rows].double() for matrix in slices] for start in range(0, spec.shape[0], rows))
+        return all(torch.equal(*pair) for pair in parts)
+
 
 def tensor_index(folder: Path) -> dict[str, Path]:
     """Which file of `folder` holds each tensor, after opening every file: a truncated one is found here.
+
+    The index decides: copies of a tensor in other shards, and shards it does not name, are what an earlier save left behind.
+    A single file is preferred to an index, as by transformers.
 
     Raises:
         CheckpointError: no weights, an index that names an absent file or tensor, or a corrupt file.
     """
     single, index_path = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.exists():
+        if index_path.exists() and any(folder.glob("model-*-of-*.safetensors")):
+            warnings.warn(
+                f"{folder} holds both {SINGLE_NAME} and shards with an index; {SINGLE_NAME} is read, remove what is stale",
+                UnmaskWarning,
+                stacklevel=1,
+            )
         return dict.fromkeys(_names_in(single), single)
     if not index_path.exists():
         raise CheckpointError(_no_weights(folder))
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path} has no valid 'weight_map'; fetch or save the checkpoint again")
-    index: dict[str, Path] = {}
+    missing: list[str] = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{index_path} names {file!r}; shards must lie in the same folder")
         if not (folder / file).exists():
             raise CheckpointError(f"{index_path} names {file}, which does not exist; fetch or save the checkpoint again")
-        index |= dict.fromkeys(_names_in(folder / file), folder / file)
-    missing = sorted(name for name, file in weight_map.items() if index.get(name) != folder / file)
+        names = set(_names_in(folder / file))
+        missing += [f"{name} in {file}" for name, its_file in weight_map.items() if its_file == file and name not in names]
     if missing:
-        raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
-    return index
+        raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(sorted(missing))}")
+    return {name: folder / file for name, file in weight_map.items()}
 
 
 def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -126,10 +147,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or corrupt.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; save the tensors as safetensors")
-    with _open(path) as file:
+    with _open_existing(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def stored_shape(path: Path, name: str) -> tuple[int, ...] | None:
+    """Shape of a tensor in one safetensors file, from the header alone; None: it is not there.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt.
+    """
+    with _open_existing(path) as file:
+        return tuple(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  (not a mapping)
 
 
 def write_checkpoint(
@@ -198,6 +227,12 @@ def write_safetensors(
         tensor = read(name).detach()
         assert (tuple(tensor.shape), tensor.dtype) == specs[name], f"{name}: {tensor.shape} {tensor.dtype} != {specs[name]}"
         file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _open_existing(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; save the tensors as safetensors")
+    return _open(path)
 
 
 def _open(path: Path) -> Any:
