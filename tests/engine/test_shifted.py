@@ -175,7 +175,7 @@ def test_a_forward_verifies_the_drafts_of_the_one_before() -> None:
     assert forward([21, 22, 23], [0.9] * 3) == [10, 11, 12, 13, 14, 20, 21, 22, 23]
     assert forward([22, 23], [0.9] * 2) == [10, 11, 12, 13, 14, 20, 21, 22, 23]
     assert sequence.completion is not None
-    assert sequence.completion.costs.edits == 1, "one draft was replaced by its target token"
+    assert sequence.completion.costs.edits == 0, "a rejected draft was never decided, so nothing was edited"
 
 
 def test_the_number_of_draft_tokens_is_halved_while_nothing_is_drafted() -> None:

@@ -338,6 +338,12 @@ def test_a_key_is_asked_for_when_the_server_wants_one(opened: Open, fake: FakeSe
         tab.page.locator("#input").press("Enter")
         expect(tab.answer("failed").locator(".error")).to_have_text("The server needs a valid API key.")
         tab.expect("401")
+        expect(tab.page.locator("#key-problem")).to_be_hidden()
+        tab.page.locator("#key").fill("sacred")
+        tab.page.get_by_role("button", name="Use key").click()
+        expect(tab.page.locator("#key-problem")).to_be_visible()
+        expect(tab.page.get_by_label("This server needs an API key")).to_be_focused()
+        tab.expect("401")
         tab.page.locator("#key").fill("secret")
         tab.page.get_by_role("button", name="Use key").click()
         expect(tab.answer().locator(".markdown")).to_have_text(ANSWER)
@@ -349,7 +355,12 @@ def test_a_key_is_asked_for_when_the_server_wants_one(opened: Open, fake: FakeSe
 REFUSALS = [
     (429, {"Retry-After": "7"}, "The server is busy. Try again in 7 seconds."),
     (503, {}, "The server is starting or shutting down. Try again in a moment."),
-    (400, {}, "The server refused the request: the prompt has 9 tokens too many"),
+    (
+        400,
+        {},
+        "The server refused the request: the prompt has 9 tokens too many. Your message is left out of the conversation: "
+        "edit it, or try again.",
+    ),
     (500, {}, "Server error: the prompt has 9 tokens too many"),
 ]
 
@@ -367,6 +378,36 @@ def test_refusals_are_told_in_plain_words_and_can_be_tried_again(
     tab.page.get_by_role("button", name="Try again").click()
     expect(tab.answer().locator(".markdown")).to_have_text(ANSWER)
     expect(tab.page.locator(".user-text")).to_have_text("Capital?")
+
+
+def test_a_refused_message_does_not_stay_in_the_conversation(tab: Visit, fake: FakeServer) -> None:
+    tab.ask("one")
+    tab.answer()
+    fake.script = Script(status=400, message="too long")
+    tab.ask("far too long")
+    tab.answer("failed")
+    tab.expect("400")
+    fake.script = Script()
+    tab.ask("two")
+    tab.answer()
+    assert [message["content"] for message in fake.bodies[-1]["messages"]] == ["one", ANSWER, "two"]
+    tab.page.locator(".user").nth(1).hover()
+    tab.page.get_by_role("button", name="Edit").nth(1).click()
+    expect(tab.page.locator("#input")).to_have_value("far too long")
+    tab.ask("shorter")
+    tab.answer()
+    assert [message["content"] for message in fake.bodies[-1]["messages"]] == ["one", ANSWER, "shorter"]
+
+
+@pytest.mark.parametrize("width", [1280, 1000, 720])
+def test_the_settings_do_not_cover_the_composer(opened: Open, width: int) -> None:
+    with opened(viewport={"width": width, "height": 720}) as tab:
+        tab.page.get_by_role("button", name="Settings").click()
+        panel, send = (tab.page.locator(name).bounding_box() for name in ("#settings", "#send"))
+        assert panel is not None
+        assert send is not None
+        assert send["x"] + send["width"] <= panel["x"]
+        assert tab.page.evaluate(SIDEWAYS) == []
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,6 @@ class SpeculativeSequence(DecodingSequence):
         last = self._num_decided + accepted_length
         target_token = predicted[last]
         self.committed = last + 1
-        self._edits += self.tokens[last] not in (self.mask_id, target_token)
         # Mask tokens have read the drafts: what they predict counts only where all of those are accepted.
         masks = range(causal_end, scheduled.stop) if last + 1 == causal_end else range(0)
         drafts = [predicted[p] for p in takewhile(lambda p: confidences[p] > self.request.params.threshold, masks)]

@@ -27,6 +27,8 @@ export async function receive(message, { body, key, signal, pace, show }) {
   } catch (error) {
     message.state = signal.aborted ? "stopped" : "failed";
     if (!signal.aborted) message.error = error instanceof ApiError ? error.message : `Error on this page: ${error.message}`;
+    message.refused = error instanceof ApiError && error.refused;
+    if (message.refused) message.error += ". Your message is left out of the conversation: edit it, or try again.";
     if (error.status === 401) throw error;
   }
 }
@@ -50,11 +52,11 @@ function pause(milliseconds, signal) {
   });
 }
 
-/** The messages to send to the server; user messages around a missing answer are joined. */
+/** The messages to send to the server: without those that it refused; user messages around a missing answer are joined. */
 export function history(messages) {
   const turns = [];
-  for (const { role, content } of messages) {
-    if (!content) continue;
+  for (const [index, { role, content }] of messages.entries()) {
+    if (!content || messages[index + 1]?.refused) continue;
     if (turns.at(-1)?.role === role) turns.at(-1).content += `\n\n${content}`;
     else turns.push({ role, content });
   }

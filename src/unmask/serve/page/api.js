@@ -1,10 +1,14 @@
 // The API of the server: its model, and streamed chat completions. Knows nothing of the page.
 
-/** An error message for the user. `status` is the HTTP status, or 0 without a response. */
+/**
+ * An error message for the user. `status` is the HTTP status, or 0 without a response; `refused`: the same request would be
+ * refused again.
+ */
 export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
+    this.refused = status >= 400 && status < 500 && ![401, 408, 429].includes(status);
   }
 }
 

@@ -55,6 +55,7 @@ async function connect() {
 
 function askForKey() {
   $("key-form").hidden = false;
+  $("key-problem").hidden = true;
   $("key").value = load("key", "");
   $("key").focus();
 }
@@ -66,8 +67,9 @@ $("key-form").addEventListener("submit", async (event) => {
   $("change-key").hidden = false;
   input.focus();
   model = null;
-  const failure = await loadModel().catch((error) => error);
-  if (!failure && chat.messages.at(-1)?.state === "failed") answerAgain();
+  await connect();
+  $("key-problem").hidden = Boolean(model);
+  if (model && chat.messages.at(-1)?.state === "failed") answerAgain();
 });
 
 // ---- messages and answers
