@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import HELLO, Reply, ask, ask_async, connect_async
-from live import Live, live
+from asking import HELLO, HTTP, Reply, ask, ask_async, connect_async
+from live import Live, live, served_model
 
 from unmask.engine.llm import LanguageModel
 from unmask.serve.config import ServerConfig
@@ -96,3 +98,17 @@ def test_the_tight_one_was_tight(place: Live, alone: list[Reply]) -> None:
     text = place.app.state.unmask.metrics.text().decode()
     (count,) = [float(line.split()[1]) for line in text.splitlines() if line.startswith("unmask_preemptions_total")]
     assert (count > 0) == (place.worker.engine.pool.num_cache_blocks * 8 == 288)
+
+
+def test_waiting_is_no_decoding(tmp_path: Path) -> None:
+    with live(served_model(tmp_path, seconds=0.03), ServerConfig(max_concurrent=1)) as running:
+        whole = HTTP.post(
+            f"{running.url}/v1/chat/completions",
+            json={"model": "tiny", "messages": HELLO, "max_tokens": 8, "ignore_eos": True, "n": 3, "stream": True},
+        )
+    events = [json.loads(line[6:]) for line in whole.text.split("\n") if line.startswith("data: {")]
+    costs = [event["diffusion"] for event in events if "diffusion" in event]
+    assert len(costs) == 3
+    assert costs[2]["queue_seconds"] > costs[0]["seconds"]
+    assert costs[2]["seconds"] < costs[2]["queue_seconds"] + 0.1
+    assert costs[2]["tokens_per_second"] == pytest.approx(8 / costs[2]["seconds"], rel=0.05)

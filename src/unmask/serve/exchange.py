@@ -138,12 +138,15 @@ class Exchange:
         """Forwards, speeds and seconds of finished choices, summed: our field `diffusion` of responses."""
         done = [choice.completion for choice in choices if choice.completion is not None]
         tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
-        seconds = self.seconds
+        queue_seconds = min((each.costs.queue_seconds for each in done), default=0.0)
+        # From the first forward of any of them to the end of the last.
+        seconds = max((each.costs.queue_seconds + each.costs.busy_seconds for each in done), default=0.0) - queue_seconds
         return {
             "forwards": forwards,
             "tokens_per_forward": round(tokens / max(forwards, 1), 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-6), 2),
             "seconds": round(seconds, 4),
+            "queue_seconds": round(queue_seconds, 4),
             "cached_tokens": sum(each.costs.cached_tokens for each in done),
             "edits": sum(each.costs.edits for each in done),
         }
@@ -176,7 +179,6 @@ class Exchange:
         self._note(
             completion_tokens=sum(len(completion.ids) for completion in done),
             finish_reasons=[choice.finish_reason for choice in self.choices],
-            queue_seconds=round(max((completion.costs.queue_seconds for completion in done), default=0.0), 4),
             **self.costs(self.choices),
         )
         if self._logs_text:

@@ -28,6 +28,7 @@ async def post_infill(http: HttpRequest, body: InfillRequest, state: StateWithRo
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
     completions = [choice.completion for choice in exchange.choices if choice.completion is not None]
-    best = best_filling(prepared.requests, completions, state.model.tokenizer, exchange.seconds)
+    seconds = exchange.costs(exchange.choices)["seconds"]
+    best = best_filling(prepared.requests, completions, state.model.tokenizer, seconds)
     about = {"object": "infill", "model": state.model.name, "usage": usage(exchange.tokens)}
-    return JSONResponse({**about, **asdict(best), "seconds": round(best.seconds, 4)})
+    return JSONResponse({**about, **asdict(best)})
