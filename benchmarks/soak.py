@@ -121,7 +121,7 @@ def random_request(rng: random.Random, grammars: list[Grammar]) -> Request:
     )
 
 
-def text_of(ids: Any) -> str:
+def text_of(ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
     return "".join(chr(97 + token % 26) for token in ids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -71,6 +72,39 @@ def make_tokenizer(
     inner = PreTrainedTokenizerFast(
         tokenizer_object=backend, **{name: token for name, token in names.items() if token is not None}
     )
+    inner.chat_template = chat_template
+    folder.mkdir(parents=True, exist_ok=True)
+    inner.save_pretrained(str(folder))
+    return load_tokenizer(folder)
+
+
+def make_sentencepiece_tokenizer(
+    folder: Path, padding: str, *, chat_template: str | None = CHATML, control: tuple[AddedToken, ...] = ()
+) -> Tokenizer:
+    """A tokenizer in the manner of SentencePiece's, with byte fallback: pieces begin with their space.
+
+    Args:
+        folder: where its files go; made if it is not there.
+        padding: what puts a space before a text: "first", "always" and "never" are a Metaspace's prepend_scheme, "prepend" is
+            the normalizer of Llama 2.
+        chat_template: Jinja source, or None.
+        control: control tokens beside `<unk>`, `<s>` and those of ChatML.
+    """
+    spelled = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if padding == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=padding, split=False)
+    backend.train_from_iterator(CORPUS * 4, trainers.BpeTrainer(vocab_size=420, special_tokens=spelled, show_progress=False))
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # Bytes are pieces that no text spells.
+    backend = Backend.from_str(json.dumps(state))
+    strip = [] if padding == "never" else [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL_TOKENS[1:3]])
+    backend.add_special_tokens(list(control))
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     inner.chat_template = chat_template
     folder.mkdir(parents=True, exist_ok=True)
     inner.save_pretrained(str(folder))

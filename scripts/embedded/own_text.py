@@ -213,8 +213,8 @@ class Writer:
 
     def _goes_on(self, job: Job, completion: Completion) -> bool:
         """Take in an answer; whether the conversation has another turn. One that is over is written or dropped."""
-        assert self._model.tokenizer is not None
-        text = self._model.tokenizer.decode(completion.ids)
+        text = completion.text
+        assert text is not None, "a model with a tokenizer"
         job.tokens += len(completion.ids)
         finished = completion.finish_reason == "stop"
         if not text.strip() or loops(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,11 +145,14 @@ def test_only_a_real_terminal_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def answer(diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Generation, str]]:
     """Answer a prompt under `show`, ids spelled as numbers; gives the generation and all that was written."""
-    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids: "".join(f"{token} " for token in ids))
+    monkeypatch.setattr(
+        "unmask.data.tokenizer.Tokenizer.decode", lambda self, ids, after=(): "".join(f"{token} " for token in ids)
+    )
     model = unmask.load(diffusion_folder, dtype="float32")
 
     def run(file: io.StringIO) -> tuple[Generation, str]:
-        shown = show(_console(file), model, 20, lambda on_step: model.generate("Hello", max_new_tokens=20, on_step=on_step))
+        generate = partial(model.generate, "Hello", max_new_tokens=20)
+        shown = show(_console(file), model, model.encode_prompt("Hello"), 20, lambda on_step: generate(on_step=on_step))
         return shown, file.getvalue()
 
     return run
@@ -167,7 +171,7 @@ def test_live_view_draws_every_step_and_leaves_the_answer(answer, monkeypatch: p
 
 def test_live_view_lets_no_control_character_through(answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids: "\x1b[2J\x07 \x9b1m" * len(ids))
+    monkeypatch.setattr("unmask.data.tokenizer.Tokenizer.decode", lambda self, ids, after=(): "\x1b[2J\x07 \x9b1m" * len(ids))
     _, written = answer(TtyStream())
     assert "\x1b[2J" not in written
     assert not {"\x07", "\x9b"} & set(written)

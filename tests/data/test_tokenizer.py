@@ -136,7 +136,7 @@ def test_turns_after_the_last_answer_are_cut_off(tokenizer):
     [
         (TRIMMING, ["yes<|im_end|>", "no<|im_end|>"]),
         (SPACE_BEFORE_CLOSING, [" yes  <|im_end|>", " no  <|im_end|>"]),
-        (NO_CLOSING, [" yes ", " no <|endoftext|>"]),
+        (NO_CLOSING, ["  yes ", "  no <|endoftext|>"]),
         (REWRITING, [" ye<|im_end|>", " no<|im_end|>"]),
     ],
 )

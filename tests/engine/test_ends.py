@@ -51,7 +51,7 @@ def test_a_stop_token_ends_as_the_end_of_text_does_and_is_no_text(model: Languag
         first = ids.index(token)
         found = model.complete(PROMPT, stop_token_ids=(token,), **options, logprobs=0)
         assert (found.ids, found.finish_reason, found.end_token) == (ids[: first + 1], "stop", token)
-        assert found.decoded(model.tokenizer.decode) == model.tokenizer.decode(ids[:first])
+        assert found.text == model.tokenizer.decode(ids[:first])
         assert found.logprobs is not None
         assert len(found.logprobs) == first + 1
         watched = model.complete(PROMPT, stop_token_ids=(token,), stop=("\0",), **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import SPECIAL_TOKENS, make_tokenizer, refused
+from helpers import SPECIAL_TOKENS, make_sentencepiece_tokenizer, make_tokenizer, refused
 from tiny import tiny_model
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.infill import MAX_SPAN, best_filling, fill_between, filling_requests, split_holes
@@ -62,6 +62,19 @@ def test_what_stands_around_a_hole_stays(model: LanguageModel, tokenizer: Tokeni
     assert found.score < 0.0
     assert found.forwards >= 1
     assert model.infill(TEXT, tokens=3).text == found.text, "calls keep no state"
+
+
+@pytest.mark.parametrize("padding", ["first", "always", "prepend"])
+def test_no_space_is_put_beside_a_hole(tmp_path: Path, padding: str) -> None:
+    tokenizer = make_sentencepiece_tokenizer(tmp_path, padding)
+    tokenizer.set_mask_token("<|mask|>")
+    shape = {"vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id, "block_size": 8, "eos_ids": (tokenizer.eos_id,)}
+    model = LanguageModel(tiny_model("llama", 1, **shape), tokenizer, name="tiny")
+    for before, after in (("What is f(", ") the"), ("", " is 5."), ("over the", "")):
+        found = model.infill(f"{before}___{after}", tokens=2)
+        assert found.text == before + found.fills[0] + after
+        assert found.text.startswith(before)
+        assert found.text.endswith(after)
 
 
 @pytest.mark.parametrize("block_size", [None, 4])

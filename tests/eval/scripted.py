@@ -38,4 +38,4 @@ class ScriptedModel(LanguageModel):
         self.asked.append(prompt)
         ids = tuple(self.tokenizer.encode(self.script(prompt))[: request.params.max_new_tokens])
         forwards = max(1, len(ids) // self._per_forward)
-        return Completion(ids, "stop", forwards, costs=Costs(denoise_seconds=forwards / 100))
+        return Completion(ids, "stop", forwards, self.tokenizer.decode(ids), costs=Costs(denoise_seconds=forwards / 100))

@@ -50,7 +50,7 @@ class LocalResponder:
     def reply(self, messages: Sequence[Message], params: SamplingParams, attempt: int, write: Write) -> ChatReply:
         ids = self._tokenizer.chat(messages, add_generation_prompt=True)
         request = self._request(ids, params, attempt)
-        progress = _Progress(self._model, len(ids))
+        progress = _Progress(self._model, ids)
         interrupts = (signal.SIGINT,) if self._interruptible else ()
         try:
             with stop_on_interrupt(interrupts, notice=b"") as should_stop:
@@ -58,7 +58,7 @@ class LocalResponder:
                 if self._console is None:
                     decode(write, None)
                 else:
-                    show(self._console, self._model, request.params.max_new_tokens, partial(decode, None))
+                    show(self._console, self._model, ids, request.params.max_new_tokens, partial(decode, None))
         except KeyboardInterrupt:
             # The second Ctrl-C interrupts anywhere, so the engine's state may be inconsistent.
             self._engine = self._model.engine()
@@ -104,10 +104,10 @@ def _limit(params: SamplingParams) -> int:
 class _Progress:
     """The state of a growing reply."""
 
-    def __init__(self, model: LanguageModel, prompt_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, prompt: Sequence[int]) -> None:
         assert model.tokenizer is not None, "a LocalResponder refuses models without one"
-        self._detokenizer = IncrementalDetokenizer(model.tokenizer)
-        self._prompt_tokens, self._started = prompt_tokens, time.perf_counter()
+        self._detokenizer = IncrementalDetokenizer(model.tokenizer, after=prompt)
+        self._prompt_tokens, self._started = len(prompt), time.perf_counter()
         self._completion, self._is_over, self._text = Completion((), "length", 0), False, ""
 
     def take(self, new_ids: Sequence[int], completion: Completion | None) -> str:
@@ -115,7 +115,7 @@ class _Progress:
         text = self._detokenizer.push(new_ids)
         if completion is not None:
             self._completion, self._is_over = completion, True
-            text += self._detokenizer.finish(completion.text_ids)
+            text += self._detokenizer.finish(completion.text_ids, completion.text)
         else:
             so_far = self._completion
             self._completion = Completion(so_far.ids + tuple(new_ids), "length", so_far.forwards + 1)

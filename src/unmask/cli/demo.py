@@ -99,7 +99,7 @@ def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
 
     _say(console, f"> {question}")
     ask = partial(model.generate, question, max_new_tokens=ANSWER_TOKENS)
-    return show(console, model, ANSWER_TOKENS, lambda on_step: ask(on_step=on_step))
+    return show(console, model, model.encode_prompt(question), ANSWER_TOKENS, lambda on_step: ask(on_step=on_step))
 
 
 def _print_table(console: Console, answers: Mapping[str, Sequence[Generation]]) -> None:

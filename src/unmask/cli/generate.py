@@ -51,9 +51,14 @@ def generate(
     from unmask.cli.watch import show
 
     language_model = options.load(model, dtype, device, quantize)
-    ask = partial(language_model.generate, text, params, chat=False if raw else None)
+    chat = False if raw else None
+    ask = partial(language_model.generate, text, params, chat=chat)
     console, budget = make_console(stderr=as_json), params.resolve(language_model.config).max_new_tokens
-    generation = show(console, language_model, budget, lambda on_step: ask(on_step=on_step)) if watch else ask()
+    if watch:
+        ids = language_model.encode_prompt(text, chat=chat)
+        generation = show(console, language_model, ids, budget, lambda on_step: ask(on_step=on_step))
+    else:
+        generation = ask()
     if as_json:
         typer.echo(json.dumps(generation.to_json()))
     else:

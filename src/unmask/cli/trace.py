@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from unmask.data.detokenizer import Decode
     from unmask.engine.generation import Generation
     from unmask.engine.request import DecodingStep
 
@@ -56,7 +57,7 @@ def trace(
     console.print(f"plot     {out}", soft_wrap=True)
 
 
-def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], out: Path) -> None:
+def draw_trace(generation: Generation, decode: Decode, out: Path) -> None:
     """Write the plot of a traced generation.
 
     Args:
@@ -83,7 +84,8 @@ def draw_trace(generation: Generation, decode: Callable[[Sequence[int]], str], o
             axes.scatter(columns, rows, marker=marker, s=18, c="black", linewidths=1, label=label)
     axes.set(xlabel="token of the answer", ylabel="forward", title=f"{count} tokens in {generation.forwards} forwards")
     if count <= _MAX_LABELS:
-        labels = [decode([token]).replace("\n", "⏎").replace("$", r"\$") or "∎" for token in generation.ids]
+        texts = (decode([token], after=generation.ids[:index]) for index, token in enumerate(generation.ids))
+        labels = [text.replace("\n", "⏎").replace("$", r"\$") or "∎" for text in texts]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
     axes.legend(loc="upper right", fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)

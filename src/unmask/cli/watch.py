@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from unmask.cli.console import cost_line, is_live, visible
-from unmask.data.detokenizer import Decode, decode_whole_characters
+from unmask.data.detokenizer import DecodePiece, decode_whole_characters
 from unmask.engine.generation import Generation
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import DecodingStep, OnStep
@@ -49,7 +49,7 @@ class Transcript:
         max_tokens: of the answer.
     """
 
-    def __init__(self, decode: Decode, eos_ids: Sequence[int], max_tokens: int) -> None:
+    def __init__(self, decode: DecodePiece, eos_ids: Sequence[int], max_tokens: int) -> None:
         self._decode, self._eos_ids, self._max_tokens = decode, frozenset(eos_ids), max_tokens
         self._finished_ids: list[int] = []
         self._step: DecodingStep | None = None
@@ -127,12 +127,15 @@ class Transcript:
         return runs
 
 
-def show(console: Console, model: LanguageModel, max_tokens: int, generate: Callable[[OnStep], Generation]) -> Generation:
+def show(
+    console: Console, model: LanguageModel, prompt: Sequence[int], max_tokens: int, generate: Callable[[OnStep], Generation]
+) -> Generation:
     """Run `generate` and show its progress: redrawn live in a terminal, otherwise each block when it is finished.
 
     Args:
         console: where to show it.
         model: for its tokenizer and end-of-sequence ids.
+        prompt: ids that the answer follows.
         max_tokens: that `generate` makes at most.
         generate: decodes, calling its argument after every step.
 
@@ -142,7 +145,7 @@ def show(console: Console, model: LanguageModel, max_tokens: int, generate: Call
 
     def decode(ids: Sequence[int]) -> str:
         assert model.tokenizer is not None, "generate() refuses a model without a tokenizer before its first step"
-        return model.tokenizer.decode(ids)
+        return model.tokenizer.decode(ids, after=prompt)
 
     transcript = Transcript(decode, model.eos_ids, max_tokens)
     if is_live(console):

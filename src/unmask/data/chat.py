@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -90,7 +91,10 @@ class Renderer:
     ) -> tuple[str, bool]:
         """The conversation as text with coded literals, and whether there is any such literal in it."""
         coded, tools = self._coded(messages), self._coded_value(tools)
-        text = self._template(coded, tools, add_generation_prompt, self._coded_value(variables or {}))
+        variables = self._coded_value(variables or {})
+        text = self._template(coded, tools, add_generation_prompt, variables)
+        if add_generation_prompt and not self._has_generation_prompt:
+            text += self._header(text, coded, tools, variables)
         return text, _CODE in text
 
     def render_answers(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0) -> str:
@@ -146,29 +150,57 @@ class Renderer:
         A turn may be content, tool calls, thoughts or all of them, and only the template knows how it writes these. So the
         turn is replaced by a mark: the text before and after the mark is the text before and after the answer. Where a
         template refuses the replacement, because of tool results after it, only the turns up to this one are rendered.
-        What the template writes between its generation prompt and the mark (an empty thought, say) belongs to the answer,
+        What the template writes between the prompt of an answer and the mark (an empty thought, say) belongs to the answer,
         since the model is not prompted with it.
         """
         replaced = [*coded[:index], {"role": "assistant", "content": _ANSWER}, *coded[index + 1 :]]
         before, mark, after = self._attempt(replaced, tools).partition(_ANSWER)
-        prompt = self._attempt(coded[:index], tools, add_generation_prompt=True)
+        prompt = self._prompt(coded[:index], tools)
         if mark and whole.startswith(before) and whole[len(before) :].endswith(after):
             start, stop = len(before), len(whole) - len(after)
         else:
             turns = self._attempt(coded[: index + 1], tools).rstrip()
             turns = turns.removesuffix(next((token for token in self._control_tokens if turns.endswith(token)), ""))
+            if not turns.startswith(prompt):
+                # A turn of another form may have another header than the answer that stands for it: all of it is the model's.
+                prompt = self._attempt(coded[:index], tools)
             if not (prompt and turns.startswith(prompt) and whole.startswith(turns)):
                 raise _hidden(index)
             start, stop = len(prompt), len(turns)
         is_longer = prompt and len(prompt) < start and whole.startswith(prompt)
-        if is_longer and prompt != self._attempt(coded[:index], tools):
-            start = len(prompt)
-        return start, stop
+        return (len(prompt) if is_longer else start), stop
 
-    def _attempt(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+    @cached_property
+    def _has_generation_prompt(self) -> bool:
+        """Whether the template can end with the header of an answer; one that refuses to is taken to be able to."""
+        question = [{"role": "user", "content": "a"}]
+        plain, prompted = (self._attempt(question, None, add_generation_prompt=flag) for flag in (False, True))
+        return plain != prompted or not plain
+
+    def _header(self, prompt: str, coded: list[dict[str, Any]], tools: Any, variables: Mapping[str, Any] | None = None) -> str:
+        """What the template writes between a conversation and the answer to it, where it has no generation prompt.
+
+        Spaces at its end are the answer's: they belong to its first token.
+        """
+        answered = self._attempt([*coded, {"role": "assistant", "content": _ANSWER}], tools, variables=variables)
+        before, mark, _ = answered.partition(_ANSWER)
+        return before[len(prompt) :].rstrip(" ") if mark and before.startswith(prompt) else ""
+
+    def _prompt(self, coded: list[dict[str, Any]], tools: Any) -> str:
+        """What the model is prompted with after these turns; empty for none or where the template refuses them."""
+        prompt = self._attempt(coded, tools, add_generation_prompt=True)
+        return prompt if not prompt or self._has_generation_prompt else prompt + self._header(prompt, coded, tools)
+
+    def _attempt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The rendered conversation; empty for no messages or where the template refuses them."""
         try:
-            return self._template(messages, tools, add_generation_prompt) if messages else ""
+            return self._template(messages, tools, add_generation_prompt, variables) if messages else ""
         except DataError:
             return ""
 

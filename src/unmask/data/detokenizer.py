@@ -7,13 +7,22 @@ place where text is made from ids that are still coming. Knows no request and no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from unmask.data.continuation import REPLACEMENT
 from unmask.data.tokenizer import Tokenizer
 
-Decode = Callable[[Sequence[int]], str]
+DecodePiece = Callable[[Sequence[int]], str]
+"""Text of ids."""
 
-_REPLACEMENT = "\ufffd"
-"""What a tokenizer gives for part of a character."""
+
+class Decode(Protocol):
+    """`Tokenizer.decode`."""
+
+    def __call__(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """The text that ids add to that of the ids before them."""
+
+
 _RARE = "\U0010ffff"
 """A character that no tokenizer has as a token, so that it is spelled in bytes."""
 
@@ -21,19 +30,21 @@ _RARE = "\U0010ffff"
 class IncrementalDetokenizer:
     """Text of one completion as it becomes final; append-only.
 
-    A window of ids is decoded instead of all ids. It begins one text token early, because some tokenizers drop the space in
-    front of the first token of a text. Others read neighbouring byte tokens as one string, so that one broken byte changes
-    the characters before it: text is handed out once not even such a byte would change it.
+    A window of ids is decoded instead of all ids, behind those before it. Some tokenizers read neighbouring byte tokens as one
+    string, so that one broken byte changes the characters before it: text is handed out once not even such a byte would change
+    it.
 
     Args:
         tokenizer: the model's.
         stops: stop strings: they end the completion and are not part of it.
+        after: ids that the completion follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = tokenizer.decode, tuple(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, after: Sequence[int] = ()) -> None:
+        self._decode, self._stops, self._after = tokenizer.decode, tuple(stops), after
         self._broken_byte = tokenizer.encode(_RARE)[-1:]
         self._window: list[int] = []
+        self._before_window = after
         self._num_read = 0
         self._window_text = ""
         self._pending = ""
@@ -50,17 +61,21 @@ class IncrementalDetokenizer:
             ids: all ids of the completion; the last ones need not have been pushed.
             text: the completion's text where a stop string has cut it; None: that of the ids.
         """
-        return self._hand_out((self._decode(ids) if text is None else text)[self._num_handed_out :])
+        return self._hand_out((self._decode(ids, after=self._after) if text is None else text)[self._num_handed_out :])
 
     def _push(self, token: int) -> str:
         self._window.append(token)
-        text = self._decode(self._window)
-        is_complete = len(text) > len(self._window_text) and not text.endswith(_REPLACEMENT)
-        if not is_complete or not self._decode([*self._window, *self._broken_byte]).startswith(text):
+        text = self._decode(self._window, after=self._before_window)
+        is_complete = len(text) > len(self._window_text) and not text.endswith(REPLACEMENT)
+        spoilt = [*self._window, *self._broken_byte]
+        if not is_complete or not self._decode(spoilt, after=self._before_window).startswith(text):
             return ""
         pending = self._pending + text[len(self._window_text) :]
-        del self._window[: self._num_read]
-        self._num_read, self._window_text = len(self._window), self._decode(self._window)
+        if self._num_read:
+            # What has been read stays in front until more has: it keeps the space of the token behind it.
+            del self._window[: self._num_read]
+            self._before_window = ()
+        self._num_read, self._window_text = len(self._window), self._decode(self._window, after=self._before_window)
         end = len(pending) - held_back(pending, self._stops)
         self._pending = pending[end:]
         return self._hand_out(pending[:end])
@@ -76,7 +91,7 @@ def held_back(text: str, marks: Sequence[str]) -> int:
     return next((size for size in range(longest, 0, -1) if any(mark.startswith(text[-size:]) for mark in marks)), 0)
 
 
-def find_stop(decode: Decode, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str, str] | None:
+def find_stop(decode: DecodePiece, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str, str] | None:
     """The fewest leading ids whose text contains a stop string, the text before that string, and the string.
 
     Args:
@@ -97,6 +112,6 @@ def find_stop(decode: Decode, ids: Sequence[int], num_searched: int, stops: Sequ
     return None
 
 
-def decode_whole_characters(decode: Decode, ids: Sequence[int]) -> str:
+def decode_whole_characters(decode: DecodePiece, ids: Sequence[int]) -> str:
     """Text of ids without the part of a character at its end."""
-    return decode(ids).rstrip(_REPLACEMENT)
+    return decode(ids).rstrip(REPLACEMENT)

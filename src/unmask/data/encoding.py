@@ -88,7 +88,7 @@ class DocumentEncoder:
                 return self._encode_conversation(example)
             example = example.plain
         prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(example.prompt)]
-        response = [*self.tokenizer.encode(example.response), self.tokenizer.eos_id]
+        response = [*self.tokenizer.encode(example.response, after=prompt if example.prompt else ()), self.tokenizer.eos_id]
         return prompt + response, [False] * len(prompt) + [True] * len(response)
 
     def _encode_conversation(self, example: Conversation) -> tuple[list[int], list[bool]]:

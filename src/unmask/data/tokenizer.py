@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from unmask.data.chat import Message, Renderer, Span, Tool
+from unmask.data.continuation import Continuation
 from unmask.errors import CheckpointError, DataError
 from unmask.files import read_json
 
@@ -67,6 +68,9 @@ class Tokenizer:
             self._make_closing_token_special()
         with_prefix = self._control.encode("", add_special_tokens=True).ids
         self._prefix_ids = tuple(id_ for id_ in with_prefix if id_ == self.bos_id)
+        added = {token.content: id_ for id_, token in self._added.items()}
+        special = frozenset(self._special.values())
+        self._continuation = Continuation(self._plain, self._control, added, special, self._prefix_ids)
         self._eos_ids: frozenset[int] | None = None
 
     def _read_added_tokens(self) -> None:
@@ -168,28 +172,39 @@ class Tokenizer:
         """The backend as the text of a tokenizer.json, for libraries with a reader of their own."""
         return str(self._plain.to_str())
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, after: Sequence[int | None] = ()) -> list[int]:
         """Token ids of a text, without anything put before or after it.
 
         Args:
             text: any text.
             allow_special: read literal control tokens in `text` as such; for text we wrote ourselves, never a user's.
+            after: the ids that the text follows (None: a token not known yet): within a text no tokenizer puts a space of
+                its own in front. Not with `allow_special`.
 
         Raises:
             DataError: the text is not valid Unicode.
         """
-        backend = self._control if allow_special else self._plain
+        assert not (allow_special and after), "what follows ids is encoded as plain text"
         try:
-            return list(backend.encode(text, add_special_tokens=False).ids)
+            if not allow_special:
+                return self._continuation.encode(text, after)
+            return list(self._control.encode(text, add_special_tokens=False).ids)
         except (TypeError, UnicodeEncodeError) as error:
             bad = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
             if bad is None:
                 raise
             raise DataError(f"a text holds U+{ord(bad):04X}, half a surrogate pair; remove or repair it") from error
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of token ids, control tokens left out or spelled out."""
-        return str(self._control.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special))
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True, after: Sequence[int] = ()) -> str:
+        """Text of token ids, control tokens left out or spelled out.
+
+        Args:
+            ids: any ids.
+            skip_special: leave control tokens out.
+            after: the ids that they follow, such as a prompt's: the text is what they add to the text of those. At the start
+                of a text some tokenizers drop a space, which belongs to it anywhere else.
+        """
+        return self._continuation.decode([int(id_) for id_ in ids], after, skip_special=skip_special)
 
     def chat(
         self,
@@ -221,8 +236,18 @@ class Tokenizer:
         if not has_literals:
             ids = self.encode(text, allow_special=True)
         else:
-            ids = [id_ for span in self._renderer.split(text) for id_ in self._encode_span(span)]
+            ids, _ = self._encode_spans(list(self._renderer.split(text)))
         return ids[self._num_started(ids) :]
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] | None = None) -> str:
+        """The text of a conversation as the chat template writes it; arguments and errors are those of `chat`.
+
+        What tells control tokens from their spellings in messages is lost: `chat` encodes a conversation.
+        """
+        self._require_template()
+        text, _ = self._renderer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        rendered = "".join(span.text for span in self._renderer.split(text))
+        return rendered if self._start_id is None else rendered.removeprefix(self.decode([self._start_id], skip_special=False))
 
     def chat_document(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0
@@ -247,12 +272,7 @@ class Tokenizer:
         """
         self._require_template()
         spans = self._renderer.split(self._renderer.render_answers(messages, tools=tools, num_given=num_given))
-        ids: list[int] = []
-        is_answer: list[bool] = []
-        for span in spans:
-            span_ids = self._encode_span(span)
-            ids += span_ids
-            is_answer += [span.is_answer] * len(span_ids)
+        ids, is_answer = self._encode_spans(list(spans))
         end = max((index + 1 for index, flag in enumerate(is_answer) if flag), default=0)
         ids, is_answer = ids[:end], is_answer[:end]
         if ids and ids[-1] not in self.eos_ids:
@@ -284,8 +304,32 @@ class Tokenizer:
         if not self.has_chat_template:
             raise DataError(f"the tokenizer in {self._folder} has no chat template; use plain text, or one that has")
 
-    def _encode_span(self, span: Span) -> list[int]:
-        return [self._special[span.text]] if span.is_control else self.encode(span.text)
+    def _encode_spans(self, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered conversation, span by span, each encoded behind those before it; and which are an answer's."""
+        texts = [span.text for span in spans]
+        for span, (index, text) in zip(spans, enumerate(texts), strict=True):
+            added = self._added[self._special[text]] if span.is_control else None
+            if added is not None and added.rstrip:
+                _strip(texts, spans, range(index + 1, len(spans)), str.lstrip)
+            if added is not None and added.lstrip:
+                _strip(texts, spans, range(index - 1, -1, -1), str.rstrip)
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for span, text in zip(spans, texts, strict=True):
+            span_ids = [self._special[text]] if span.is_control else self.encode(text, after=ids)
+            ids += span_ids
+            is_answer += [span.is_answer] * len(span_ids)
+        return ids, is_answer
+
+
+def _strip(texts: list[str], spans: Sequence[Span], indexes: range, strip: Callable[[str], str]) -> None:
+    """Take away the white space beside a control token that swallows it, up to the next text or control token."""
+    for index in indexes:
+        if spans[index].is_control:
+            return
+        texts[index] = strip(texts[index])
+        if texts[index]:
+            return
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -59,7 +59,7 @@ class Engine:
     Args:
         model: a transformer, or a backend that computes one.
         mask_id: the mask token; default: the model's. A model without one decodes autoregressively.
-        decode: text of ids, for stop strings.
+        decode: text of ids (`Tokenizer.decode`), for stop strings and the texts of completions.
         cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
             `max_num_seqs` of them. On a CPU, memory is taken as it is used, and by default the prefixes that no request uses

@@ -64,7 +64,7 @@ def filling_requests(
     least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
     if not 1 <= least <= most:
         raise RequestError(f"tokens of a hole are {least} to {most}; they must be at least 1, the least first")
-    around = [tokenizer.encode(part) for part in parts]
+    around = [tokenizer.encode(part, after=[None] * index) for index, part in enumerate(parts)]
     requests = []
     for count in range(least, most + 1):
         ids: list[int | None] = [*tokenizer.prefix_ids, *around[0]]
@@ -126,12 +126,12 @@ def best_filling(
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     request, filled = requests[best], iter(completions[best].ids)
     ids = [next(filled) if token is None else token for token in request.ids]
-    by_origin = groupby(zip(request.ids, ids, strict=True), key=lambda pair: pair[0] is None)
-    holes = [[token for _, token in pairs] for is_hole, pairs in by_origin if is_hole]
+    by_origin = groupby(range(len(ids)), key=lambda position: request.ids[position] is None)
+    holes = [list(positions) for is_hole, positions in by_origin if is_hole]
     num_prefix = len(tokenizer.prefix_ids)
     return Infilling(
         text=tokenizer.decode(ids[num_prefix:]),
-        fills=tuple(tokenizer.decode(hole) for hole in holes),
+        fills=tuple(tokenizer.decode(ids[hole[0] : hole[-1] + 1], after=ids[: hole[0]]) for hole in holes),
         tokens_per_hole=len(holes[0]),
         score=scores[best],
         forwards=sum(completion.forwards for completion in completions),

@@ -351,8 +351,8 @@ class LanguageModel:
         return None if params.grammar is None else self.grammars.lark(params.grammar)
 
     def _as_generation(self, prompt_tokens: int, completion: Completion, seconds: float) -> Generation:
-        text = completion.decoded(self._need_tokenizer().decode)
-        return Generation.from_completion(completion, text, prompt_tokens, seconds)
+        assert completion.text is not None, "an engine with a tokenizer gives texts"
+        return Generation.from_completion(completion, completion.text, prompt_tokens, seconds)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

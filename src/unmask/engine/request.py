@@ -5,6 +5,7 @@ Owns these records and the checks of a request against a model's config. Knows n
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Literal
 
-from unmask.data.detokenizer import Decode
 from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, Guess
 from unmask.engine.grammar import Grammar
@@ -48,6 +48,11 @@ class Request:
     sample: int = 0
     priority: int = 0
     trace: bool = False
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids before the first one that the model decides."""
+        return tuple(token for token in itertools.takewhile(lambda token: token is not None, self.ids) if token is not None)
 
     @cached_property
     def num_wanted(self) -> int:
@@ -212,9 +217,9 @@ class Costs:
 class Completion:
     """Decided ids in order of position, up to and including the token that ended them, and what they cost.
 
-    `forwards` counts every forward that this request took part in, prefill and commit included. `text` is set for requests
-    with stop strings: the text before the stop string. `stop` is the stop string that ended it, if one did. `end_token` is the
-    end-of-sequence or stop token that ended it, the last of the ids and no part of the text.
+    `forwards` counts every forward that this request took part in, prefill and commit included. `text` is what the ids add to
+    the prompt's text, up to the stop string if there is one; None without a tokenizer. `stop` is the stop string that ended it,
+    if one did. `end_token` is the end-of-sequence or stop token that ended it, the last of the ids and no part of the text.
     """
 
     ids: tuple[int, ...]
@@ -232,10 +237,6 @@ class Completion:
     def text_ids(self) -> tuple[int, ...]:
         """The ids without the one that ended them."""
         return self.ids if self.end_token is None else self.ids[:-1]
-
-    def decoded(self, decode: Decode) -> str:
-        """The text: up to the stop string or stop token if there is one."""
-        return decode(self.text_ids) if self.text is None else self.text
 
 
 def finish(generated: Sequence[int], request: Request, forwards: int) -> Completion:

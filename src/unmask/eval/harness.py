@@ -102,7 +102,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """
         self._templated = True
         messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
-        return self._text.decode(self._text.chat(messages, add_generation_prompt=True), skip_special=False) + begun
+        return self._text.render(messages, add_generation_prompt=True) + begun
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Ids of a text; a plain text gets the model's prefix tokens."""
@@ -143,8 +143,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as progress:
             completions = self._engine().run(engine_requests, on_completion=lambda _: progress.update(1))
             for request, completion in zip(requests, completions, strict=True):
+                assert completion.text is not None, "an engine with a tokenizer gives texts"
                 self.completions.append(completion)
-                texts.append(completion.decoded(self._text.decode))
+                texts.append(completion.text)
                 self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 

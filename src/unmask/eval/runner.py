@@ -172,8 +172,7 @@ def summarise(tasks: Sequence[Task], samples: Sequence[EvalSample]) -> dict[str,
 
 def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: EvalSettings) -> list[EvalSample]:
     """Answers and scores of items; an item that does not fit the context counts as wrong without being asked."""
-    tokenizer, room = model.tokenizer, model.config.max_positions
-    assert tokenizer is not None, "request_of has refused a model without one"
+    room = model.config.max_positions
     too_long, fitting = [], []
     for item in items:
         request = request_of(model, item, settings.decoding)
@@ -187,7 +186,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
     items, requests = [item for item, _ in fitting], [request for _, request in fitting]
     # A single stream prefills every prompt in full, so that its tokens/s do not depend on what prompts have in common.
     completions = model.engine(max_num_seqs=settings.batch, prefix_cache=settings.batch > 1).run(requests)
-    answers = [item.answer_prefix + each.decoded(tokenizer.decode) for item, each in zip(items, completions, strict=True)]
+    answers = [f"{item.answer_prefix}{each.text}" for item, each in zip(items, completions, strict=True)]
     return too_long + [
         EvalSample(
             task=task.name,
@@ -221,7 +220,7 @@ def request_of(model: LanguageModel, item: Item, decoding: SamplingParams) -> Re
     else:
         ids = model.encode_chat([{"role": "system", "content": item.system}, {"role": "user", "content": item.prompt}])
     if item.answer_prefix and model.tokenizer is not None:
-        ids = [*ids, *model.tokenizer.encode(item.answer_prefix)]
+        ids = [*ids, *model.tokenizer.encode(item.answer_prefix, after=ids)]
     # Sampled answers to items of one prompt differ, and do not depend on which items are asked together.
     number = zlib.crc32(item.id.encode())
     limits: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stop": item.stop, "json_schema": item.schema}

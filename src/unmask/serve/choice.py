@@ -52,7 +52,7 @@ class Choice:
         self._begin = ids.index(None) if None in ids else len(ids)
         self._forced_call = prepared.forced_call
         self._model = model
-        self._detokenizer = IncrementalDetokenizer(model.tokenizer, request.params.stop)
+        self._detokenizer = IncrementalDetokenizer(model.tokenizer, request.params.stop, after=request.prefix)
         self._parser = model.call_parser() if prepared.parses_calls else None
 
     def take(self, update: Update) -> ChoiceDelta:

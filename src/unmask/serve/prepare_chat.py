@@ -82,7 +82,7 @@ def chat_ids(
             tools=tools,
             variables=layout.chat_template_kwargs,
         )
-        return ids + model.tokenizer.encode(begun)
+        return ids + model.tokenizer.encode(begun, after=ids)
     except UnmaskError as error:
         raise bad_request(str(error), "messages") from error
 

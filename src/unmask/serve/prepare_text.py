@@ -76,7 +76,7 @@ def _filling(
     fim = FimTokens.of(tokenizer)
     try:
         befores = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        after = tokenizer.encode(suffix)
+        after = tokenizer.encode(suffix, after=[None])
         if fills_holes(model):
             tokens = body.max_tokens or DEFAULT_TOKENS
             template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))

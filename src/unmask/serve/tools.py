@@ -349,6 +349,6 @@ def _quoted(text: str) -> str:
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
     """The conversation as the template renders it; empty where it refuses."""
     try:
-        return tokenizer.decode(tokenizer.chat(messages, add_generation_prompt=False, tools=tools), skip_special=False)
+        return tokenizer.render(messages, add_generation_prompt=False, tools=tools)
     except DataError:
         return ""

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
@@ -83,7 +84,7 @@ class DecodingSequence(ABC):
         number: of the request.
         mask_id: the mask token; None for an autoregressive model.
         cache_block_size: tokens in a cache block.
-        decode: text of ids, for stop strings.
+        decode: text of ids, for stop strings and the completion's text.
         shifted: the model's context attends causally (`ModelConfig.shifted`).
 
     Attributes:
@@ -277,19 +278,20 @@ class DecodingSequence(ABC):
         stopped = completion.finish_reason == "stop" or (self.is_whole and len(positions) <= self.request.num_wanted)
         if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
-            cut = find_stop(self._decode, completion.text_ids, len(self._final_ids), self.request.params.stop)
-            if cut is None:
-                completion = replace(completion, text=self._decode(completion.text_ids))
-            else:
+            decode = partial(self._decode, after=self.request.prefix)
+            cut = find_stop(decode, completion.text_ids, len(self._final_ids), self.request.params.stop)
+            if cut is not None:
                 count, text, stop = cut
                 completion = replace(completion, ids=completion.ids[:count], text=text, stop=stop, end_token=None)
-            stopped |= cut is not None
+                stopped = True
         self._final_ids, self._final_at = list(completion.ids), positions
         if stopped or len(completion.ids) == self.request.num_wanted:
             reason: FinishReason = "stop" if stopped else "length"
             logprobs = None
             if self.request.params.logprobs is not None:
                 logprobs = tuple(self._logprobs[position] for position in positions[: len(completion.ids)])
+            if completion.text is None and self._decode is not None:
+                completion = replace(completion, text=self._decode(completion.text_ids, after=self.request.prefix))
             costs, trace = self._costs(), tuple(self._trace)
             self.completion = replace(
                 completion,

@@ -29,7 +29,8 @@ async def post_tokenize(http: HttpRequest, body: TokenizeRequest, state: Current
     ids = await asyncio.to_thread(_encode, model, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
     if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.decode([token], skip_special=False) for token in ids]
+        decode = model.tokenizer.decode
+        answer["token_strs"] = [decode([token], skip_special=False, after=ids[:index]) for index, token in enumerate(ids)]
     return answer
 
 
