@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -104,15 +105,10 @@ def test_events_do_not_depend_on_the_pieces(text, places, marked):
     assert parse(*text, marked=marked) == whole
 
 
-@given(text=plain_texts)
-def test_text_without_a_marker_is_unchanged(text):
-    assert parse(*text) == ([Content(text)] if text else [])
-
-
-@given(text=plain_texts)
-def test_llama_text_is_unchanged_unless_it_starts_as_a_call(text):
-    if not text.startswith('{"name"'):
-        assert parse(*text, marked=False) == ([Content(text)] if text else [])
+@given(text=plain_texts, marked=st.booleans())
+def test_text_that_neither_has_a_marker_nor_begins_as_a_call_is_unchanged(text, marked):
+    if re.match(r'\s*(```(json)?\s*)?\[?\s*\{\s*"name"', text) is None:
+        assert parse(*text, marked=marked) == ([Content(text)] if text else [])
 
 
 @given(
@@ -208,6 +204,22 @@ def test_an_empty_list_is_no_call():
     assert parse("I cannot. <tool_call>[]</tool_call>") == [Content("I cannot.")]
 
 
-def test_llama_answer_that_begins_as_a_call_but_is_none():
-    assert parse(*'{"name": "Ada", "age": 36}', marked=False) == [Content('{"name": "Ada", "age": 36}')]
-    assert parse(*' {"name": "f", "parameters": {}}', marked=False) == [Content(' {"name": "f", "parameters": {}}')]
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_answer_that_is_a_call_needs_no_marker(marked):
+    events = [CallStart(0, "f"), CallArguments(0, '{"a": "]}"}')]
+    call = '{"name": "f", "arguments": {"a": "]}"}}'
+    for text in (call, f" {call}", f"[{call}]", f"```json\n[{call}]\n```", f"```\n{call}"):
+        assert merged(parse(*text, marked=marked)) == events, text
+    two = merged(parse(*f"[{call}, {call}]", marked=marked))
+    assert two == [*events, CallStart(1, "f"), CallArguments(1, '{"a": "]}"}')]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_answer_that_begins_as_a_call_but_is_none(marked):
+    for text in (
+        '{"name": "Ada", "age": 36}',
+        '[{"name": "Ada"}]',
+        '```json\n{"name": "Ada"',
+        'See: {"name": "f", "arguments": {}}',
+    ):
+        assert parse(*text, marked=marked) == [Content(text)]

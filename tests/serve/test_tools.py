@@ -361,6 +361,26 @@ def test_auto_lets_text_and_calls_through(check, style):
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
+def test_an_answer_that_begins_as_a_call_of_a_function_is_one(check, style):
+    auto, key = check(style), "parameters" if style == "llama" else "arguments"
+    call = f'{{"name": "get_weather", "{key}": {CITY}}}'
+    for text in (call, f" {call}", f"[{call}]", f"```json\n[{call}]", f"```\n{call}"):
+        assert auto.whole(text), text
+    assert auto.whole(f"[{call}, {call}]") == (style != "llama")
+    assert auto.begins('[{"name": "get_weather"')
+    for text in ('{"name": "get_weather"} x', '{"name": "get_weather", "x"', f"{call} x", f"[{call}"):
+        assert not auto.whole(text), text
+    for text in (
+        '{"name": "Ada", "age": 36}',
+        '[{"name": "get_weather_2"}]',
+        '```json\n{"name": "get',
+        f"So: {call}",
+        "```py\nx",
+    ):
+        assert auto.whole(text), text
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
 def test_arguments_follow_the_schema(check, style):
     for choice in (AUTO, REQUIRED, ToolChoice("required", "get_weather")):
         whole = check(style, choice).whole

@@ -10,15 +10,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import regex
+
 from unmask.data.detokenizer import held_back
 
 MARKER, END_MARKER = "<tool_call>", "</tool_call>"
 _HEAD = r'\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 _FIRST = re.compile(rf"\s*{MARKER}\s*\[?\s*{_HEAD}")
-_BARE_FIRST, _BARE_START = re.compile(_HEAD), '{"name"'
+# Opening of an answer that is a call or a list of calls, in a code block or not.
+_OPENING = regex.compile(rf"\s*(?:```(?:json)?\s*)?\[?\s*{_HEAD}")
 _NEXT = re.compile(rf"\s*\}}\s*[,;]?\s*{_HEAD}")
 _NO_CALLS = re.compile(rf"\s*{MARKER}\s*\[\s*\]\s*{END_MARKER}")
-_ENDING = re.compile(r"\s*\}?\s*[\],;]?\s*")
+_ENDING = re.compile(r"\s*\}?\s*[\],;]?\s*(?:```)?\s*")
 _TAG = re.compile(f"{MARKER}|{END_MARKER}")
 
 
@@ -60,11 +63,11 @@ class CallParser:
         """Begin an answer.
 
         Args:
-            marked: calls stand between `<tool_call>` and `</tool_call>`, one or a list; False: the answer is a call if it
-                starts with `{"name"`.
+            marked: calls may stand between `<tool_call>` and `</tool_call>`, one or a list, anywhere. With and without, the
+                whole answer may be a call or a list of calls.
         """
         self._marked = marked
-        self._state = self._text if marked else self._head
+        self._state = self._opening
         self._pending = ""
         self._events: list[Event] = []
         self.num_calls = 0
@@ -101,8 +104,17 @@ class CallParser:
             self._pending = self._pending[end:]
             self._just_called = False
 
+    def _opening(self) -> bool:
+        """State: at the beginning of the answer. Each state returns whether to process the pending text further."""
+        head = _OPENING.match(self._pending, partial=True)
+        if head is None:
+            self._state = self._text
+        elif not head.partial:
+            self._begin(head)
+        return self._state != self._opening
+
     def _text(self) -> bool:
-        """State: before, between and after calls. Each state returns whether to process the pending text further."""
+        """State: before, between and after calls."""
         start = self._pending.find(MARKER) if self._marked else -1
         if start >= 0:
             self._state = self._head
@@ -113,13 +125,9 @@ class CallParser:
 
     def _head(self) -> bool:
         """State: up to the arguments; white space and the marker are held as well, and are content if this is no call."""
-        if head := (_FIRST if self._marked else _BARE_FIRST).match(self._pending):
+        if head := _FIRST.match(self._pending):
             self._begin(head)
             return True
-        if not self._marked:
-            if not (_BARE_START.startswith(self._pending) or self._pending.startswith(_BARE_START)):
-                self._state = self._text
-            return self._state == self._text
         tag = _TAG.search(self._pending, self._pending.index(MARKER) + 1)
         if tag is None:
             return False
@@ -131,7 +139,7 @@ class CallParser:
         self._state = self._text
         return True
 
-    def _begin(self, head: re.Match[str]) -> None:
+    def _begin(self, head: re.Match[str] | regex.Match[str]) -> None:
         self._pending = self._pending[head.end() :]
         self._events.append(CallStart(self.num_calls, head[1]))
         self.num_calls += 1

@@ -24,6 +24,8 @@ from unmask.serve.tool_parser import END_MARKER, MARKER, CallParser
 
 MAX_CALLS = 16
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_OPENING, _NAMED = r"\s*(```(json)?\s*)?", r'\s*\{\s*"name"\s*:\s*'
+_THEN_ARGUMENTS = r'\s*,\s*"(arguments|parameters)"\s*:\s*\{'
 _STRING, _MAX_DEPTH = re.compile(r'"(?:\\.|[^"\\])*"'), 100
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _PLAIN_KEYWORDS = frozenset({"type", "properties", "required", "title", "description", "$schema", "$defs", "definitions"})
@@ -147,14 +149,40 @@ class ToolFormat:
         elif answer is not None:
             rules.insert(0, f"start: answer | {calling}")
             rules.append(f"answer: %json {json.dumps({**answer, 'x-guidance': _LAYOUT})}")
-        elif style.marker:
-            # The lazy rule ends at the first marker; text without a marker matches TEXT.
-            rules.insert(0, f"start: TEXT? | begun {begun}\nbegun[lazy]: /(?s:.*){style.marker}/")
-            rules.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){style.marker}(?s:.*)/")
         else:
-            rules.insert(0, f"start: TEXT? | {begun}")
-            rules.append(r'TEXT: /(?s:.+)/ & ~/\{"name"(?s:.*)/')
+            rules += self._auto_rules(callable_, begun, f'(", " call){{0,{more}}}' if more else "")
         return "\n".join(rules) + "\n"
+
+    def _auto_rules(self, functions: Sequence[tuple[int, FunctionSpec]], begun: str, more: str) -> list[str]:
+        """Rules of an answer that is text until the model opens a call, from where on the grammar leads.
+
+        A call is opened by the family's marker anywhere, or by an answer that begins as a call of a given function, alone or in
+        a list, in a code block or not. Text neither has the marker nor begins as any call, so that it parses as text.
+
+        Args:
+            functions: that may be called, with their numbers.
+            begun: what follows the marker.
+            more: what may follow the first call of a list.
+        """
+        names, marker = "|".join(function.name for _, function in functions), self._style.marker
+        no_text = [rf'{_OPENING}\[?{_NAMED}"({names})"', rf'{_OPENING}\[?{_NAMED}"[a-zA-Z0-9_-]{{1,64}}"{_THEN_ARGUMENTS}']
+        starts, rules = ["TEXT?"], []
+        for index, function in functions:
+            _, _, tail = self._style.call(function.name, "\0").partition(f'"{function.name}"')
+            before, after = tail.split("\0")
+            starts += [f"open_{index} call_tail_{index}", f'list_{index} call_tail_{index} {more} "]"']
+            rules += [
+                f'open_{index}[lazy]: /{_OPENING}{_NAMED}"{function.name}"/',
+                f'list_{index}[lazy]: /{_OPENING}\\[{_NAMED}"{function.name}"/',
+                f"call_tail_{index}: {_quoted(before)} arguments_{index} {_quoted(after)}",
+            ]
+        if marker:
+            # A lazy rule ends at the first marker.
+            starts.append(f"begun {begun}")
+            rules.append(f"begun[lazy]: /(?s:.*){marker}/")
+            no_text.append(f"(?s:.*){marker}")
+        text = " & ".join(["/(?s:.+)/", *(f"~/{each}(?s:.*)/" for each in no_text)])
+        return [f"start: {' | '.join(starts)}", f"TEXT: {text}", *rules]
 
     def compile(
         self,
