@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from helpers import CHATML
 from unmask.engine.llm import LanguageModel
+from unmask.serve.protocol.chat import ChatRequest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NEUTRAL = {
@@ -46,7 +47,12 @@ def test_neutral_values_change_nothing(site: Live, path: str) -> None:
     assert neutral.status_code == 200, neutral.text
     assert "x-unmask-ignored-fields" not in neutral.headers
     assert neutral.json()["choices"] == plain.json()["choices"]
-    assert _post(site, path, top_k=0).json()["choices"] == plain.json()["choices"]
+    assert _post(site, path, top_k=0, seed=-1, user=3, metadata={"a": 1}).json()["choices"] == plain.json()["choices"]
+
+
+def test_no_limit_is_the_default_limit() -> None:
+    body = ChatRequest.model_validate({"model": "tiny", "messages": HELLO, "max_tokens": -1, "max_completion_tokens": -1})
+    assert (body.max_tokens, body.max_completion_tokens) == (None, None)
 
 
 @pytest.mark.parametrize(

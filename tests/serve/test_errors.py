@@ -29,7 +29,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"seed": 2**70}, "seed"),
     (CHAT, {"seed": "one"}, "seed"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
-    (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": -2}, "max_completion_tokens"),
     (CHAT, {"max_tokens": True}, "max_tokens"),
     (CHAT, {"stop": ""}, "stop"),
     (CHAT, {"stop": ["a"] * 17}, "stop"),

@@ -5,9 +5,9 @@ Other APIs for conversations translate theirs into this one.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unmask.serve.protocol.fields import UNMET, Count, GeneratingRequest, conflict
 from unmask.serve.protocol.messages import AllowedToolChoice, ChatMessage, Layout, NamedTool
@@ -36,6 +36,11 @@ class ChatRequest(GeneratingRequest, Structured, Layout):
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
+
+    @field_validator("max_tokens", "max_completion_tokens", mode="before")
+    @classmethod
+    def _no_limit(cls, value: Any) -> Any:
+        return None if type(value) is int and value == -1 else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:

@@ -113,18 +113,18 @@ class Diffusion(Body):
 
 
 class _WithoutEffect(Body):
-    """Accepted fields without an effect: user, billing, storage, priority and reasoning effort."""
+    """Accepted fields without an effect, of any value: user, billing, storage, priority and reasoning effort."""
 
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
 
 
 @with_options("http")
@@ -139,6 +139,11 @@ class Sampling(_WithoutEffect):
     @classmethod
     def _all(cls, value: Any) -> Any:
         return None if type(value) is int and value in (0, -1) else value
+
+    @field_validator("seed", mode="before", check_fields=False)
+    @classmethod
+    def _random(cls, value: Any) -> Any:
+        return None if type(value) is int and value == -1 else value
 
     @field_validator("logit_bias")
     @classmethod
