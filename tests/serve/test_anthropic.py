@@ -127,6 +127,27 @@ def test_results_go_back(office: Live, desk: Any) -> None:
     assert message.usage.input_tokens + message.usage.cache_read_input_tokens == target.usage[0]
 
 
+def test_an_answer_that_the_client_has_begun_is_continued(site: Live, client: Any) -> None:
+    turns = [*HELLO, {"role": "assistant", "content": "I am"}]
+    target = ask(site.url, "plain", messages=turns, max_tokens=4, extra_body={"continue_final_message": True})
+    message = write(client, "plain", messages=turns, max_tokens=4)
+    assert message.content[0].text == target.choices[0].text
+    assert message.usage.input_tokens + message.usage.cache_read_input_tokens == target.usage[0]
+    called = [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]
+    with pytest.raises(anthropic.BadRequestError, match=r"messages: the last message"):
+        write(client, "plain", messages=[*HELLO, {"role": "assistant", "content": called}], max_tokens=4)
+
+
+def test_max_tokens_may_exceed_what_the_context_leaves(site: Live, client: Any) -> None:
+    long = [{"role": "user", "content": "x" * 225}]
+    message = write(client, "plain", messages=long, max_tokens=4096, extra_body={"ignore_eos": True})
+    assert message.stop_reason == "model_context_window_exceeded"
+    tokens = message.usage.input_tokens + message.usage.cache_read_input_tokens + message.usage.output_tokens
+    assert tokens == site.app.state.unmask.model.context
+    with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
+        write(client, "plain", messages=[{"role": "user", "content": "Hello " * 400}], max_tokens=4)
+
+
 def test_messages_are_translated() -> None:
     body = MessagesRequest.model_validate(
         {
@@ -191,6 +212,7 @@ def test_arguments_that_break_off_are_an_object(arguments: str) -> None:
         ({"tool_choice": {"type": "tool"}, "tools": TOOLS}, "name"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"extra_body": {"mcp_servers": [{"type": "url"}]}}, "mcp_servers"),
         ({"messages": []}, "messages"),
     ],
 )

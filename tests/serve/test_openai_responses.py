@@ -110,6 +110,8 @@ def test_calls_are_output_items(office: Live, desk: OpenAI, way: str) -> None:
     assert {item.status for item in response.output} == {response.status} == {"completed"}
     named = respond(desk, way, tools=TOOLS, tool_choice={"type": "function", "name": "ring"}, **SAMPLED)
     assert [item.name for item in named.output] == ["ring"]
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    assert {item.name for item in respond(desk, way, tools=TOOLS, tool_choice=allowed, **SAMPLED).output} == {"add"}
     none = respond(desk, way, tools=TOOLS, tool_choice="none", max_output_tokens=4)
     assert [item.type for item in none.output] == ["message"]
 

@@ -50,6 +50,16 @@ def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
     return PreparedRequests(requests, len(ids), calling, choice.name is not None)
 
 
+def prompt_ids(model: ServedModel, body: ChatRequest) -> list[int]:
+    """Token ids of the prompt of a chat completion body.
+
+    Raises:
+        ApiError: naming the field at fault.
+    """
+    functions, choice, _ = _tools(body)
+    return chat_ids(model, body.messages, body, functions, choice)
+
+
 def chat_ids(
     model: ServedModel,
     messages: Sequence[ChatMessage],

@@ -18,7 +18,7 @@ from unmask.serve.api.anthropic_writer import MessageWriter
 from unmask.serve.errors import ERROR_RESPONSES, ApiError
 from unmask.serve.event_stream import NAMED_SSE
 from unmask.serve.exchange import CurrentState, StateWithRoom, note_ignored, prepare
-from unmask.serve.prepare_chat import chat_ids, prepare_chat
+from unmask.serve.prepare_chat import prepare_chat, prompt_ids
 from unmask.serve.protocol.anthropic import CountTokensRequest, MessagesRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
@@ -66,7 +66,7 @@ def model_page(model: ServedModel) -> dict[str, Any]:
 async def post_messages(http: HttpRequest, body: MessagesRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
     prepared = await prepare(state, http, body, _prepared)
-    writer = MessageWriter(state.model, prepared)
+    writer = MessageWriter(body, state.model, prepared)
     return await respond_in_parts(state, http, prepared, writer, NAMED_SSE if body.stream else None)
 
 
@@ -78,12 +78,18 @@ async def post_count_tokens(http: HttpRequest, body: CountTokensRequest, state: 
 
 
 def _prepared(model: ServedModel, body: MessagesRequest) -> PreparedRequests:
+    """The engine request. `max_tokens` is a limit that may exceed what the context leaves, as clients have large defaults."""
     with body.naming_fields():
-        return prepare_chat(model, body.chat())
+        chat = body.chat()
+        try:
+            return prepare_chat(model, chat)
+        except ApiError as error:
+            if error.code != "context_length_exceeded" or (room := model.context - len(prompt_ids(model, chat))) < 1:
+                raise
+        return prepare_chat(model, chat.model_copy(update={"max_completion_tokens": room}))
 
 
 def _num_tokens(model: ServedModel, body: CountTokensRequest) -> int:
     with body.naming_fields():
         model.check_name(body.model)
-        chat = body.chat()
-        return len(chat_ids(model, chat.messages, chat))
+        return len(prompt_ids(model, body.chat()))

@@ -15,6 +15,7 @@ from unmask.serve.api.answer_parts import AnswerWriter, Part, PartEvent
 from unmask.serve.choice import Choice
 from unmask.serve.event_stream import Event
 from unmask.serve.exchange import Exchange
+from unmask.serve.protocol.anthropic import MessagesRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
 
@@ -22,11 +23,13 @@ class MessageWriter(AnswerWriter):
     """One message.
 
     Args:
+        body: of the request.
         model: that answers.
         prepared: the engine request.
     """
 
-    def __init__(self, model: ServedModel, prepared: PreparedRequests) -> None:
+    def __init__(self, body: MessagesRequest, model: ServedModel, prepared: PreparedRequests) -> None:
+        self._max_tokens = body.max_tokens
         self.answer: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -64,7 +67,8 @@ class MessageWriter(AnswerWriter):
         assert choice.completion is not None
         stop = choice.completion.stop
         if choice.completion.finish_reason == "length":
-            reason = "max_tokens"
+            is_whole = len(choice.completion.ids) == self._max_tokens
+            reason = "max_tokens" if is_whole else "model_context_window_exceeded"
         elif stop is not None:
             reason = "stop_sequence"
         else:

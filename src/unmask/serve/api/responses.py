@@ -20,7 +20,7 @@ from unmask.serve.api.responses_writer import ResponseWriter
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.event_stream import NAMED_SSE, Event
 from unmask.serve.exchange import CurrentState, StateWithRoom, note_ignored
-from unmask.serve.prepare_chat import chat_ids, prepare_chat
+from unmask.serve.prepare_chat import prepare_chat, prompt_ids
 from unmask.serve.protocol.responses import InputItem, ResponsesRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
@@ -59,8 +59,7 @@ async def post_input_tokens(http: HttpRequest, body: ResponsesRequest, state: Cu
     def count(items: Sequence[InputItem]) -> int:
         with body.naming_fields():
             state.model.check_name(body.model)
-            chat = body.chat(items)
-            return len(chat_ids(state.model, chat.messages, chat))
+            return len(prompt_ids(state.model, body.chat(items)))
 
     return {"object": "response.input_tokens", "input_tokens": await asyncio.to_thread(count, _conversation(store, body))}
 

@@ -120,6 +120,11 @@ class CountTokensRequest(TranslatedRequest):
         r"response_format\b": "output_config.format",
         r"max_completion_tokens\b": "max_tokens",
         r"stop\b": "stop_sequences",
+        r"continue_final_message\b": "messages",
+    }
+    refused: ClassVar = {
+        "mcp_servers": "this server calls no others; give their functions as tools",
+        "container": "nothing runs in containers here; leave it out",
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
