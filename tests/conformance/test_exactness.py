@@ -41,6 +41,12 @@ CHOOSING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.9, "top_k": 20, "top_p": 0.95},
     {"temperature": 1.3},
 )
+PENALTIES: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+    {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+)
 TOKENS = st.integers(0, MASK - 1)
 # Few prefixes, so that requests share them.
 STEM = (5, 17, 3, 40, 8, 22, 9, 31, 2, 50, 44, 13, 28, 1, 19, 33, 25, 6)
@@ -61,6 +67,7 @@ def requests(draw: st.DrawFn) -> Request:
         threshold=draw(st.sampled_from([0.0, 0.3, 0.6, 0.95])),
         seed=draw(st.integers(0, 3)),
         **draw(st.sampled_from(CHOOSING)),
+        **draw(st.sampled_from(PENALTIES)),
         **editing,
     )
     least = 0 if None in ids else 1

@@ -112,3 +112,22 @@ def test_a_stop_token_outside_the_vocabulary_is_refused() -> None:
     config = tiny_model("llama", 1).config
     with refused(RequestError, "stop_token_ids", config.vocab_size):
         Request((1,), ResolvedParams(stop_token_ids=(config.vocab_size,))).check(config)
+
+
+def test_penalties_under_a_grammar_are_the_same_with_drafts(tokenizer: Tokenizer) -> None:
+    autoregressive, speculative = (
+        LanguageModel(
+            tiny_model("llama", 1, torch.float64, vocab_size=tokenizer.vocab_size, eos_ids=(0,), **KINDS[kind]),
+            tokenizer,
+            name=kind,
+        )
+        for kind in ("autoregressive", "speculative")
+    )
+    texts = []
+    for penalties in {}, {"frequency_penalty": 2.0, "no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 1}:
+        options: dict[str, Any] = {"max_new_tokens": LENGTH, "eos_id": 0, "regex": "[ab]{12}", **penalties}
+        expected = autoregressive.complete((1, *PROMPT), **options)
+        assert speculative.complete(PROMPT, threshold=0.0, **options).ids == expected.ids
+        assert set(expected.decoded(tokenizer.decode)) <= {"a", "b"}, "where all is banned, the grammar goes on"
+        texts.append(expected.ids)
+    assert len(set(texts)) > 1

@@ -1,7 +1,7 @@
 """The sampler: hidden states in, candidates out, for all scheduled sequences of a forward at once.
 
-Owns the calls of the vocabulary head, and the logits processors: bias, banned tokens, least lengths, grammars. What is made of
-the candidates is the sequences' matter; how one is drawn, `diffusion.decode`'s.
+Owns the calls of the vocabulary head, and the logits processors: bias, penalties, banned tokens, grammars. What is made of the
+candidates is the sequences' matter; how one is drawn, `diffusion.decode`'s.
 
 Legend: T tokens of the forward, D hidden, N queried positions, V vocabulary.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from unmask.diffusion.decode import Guess, candidates, entropies, is_greedy
 from unmask.engine.backends.base import Backend
 from unmask.engine.logprobs import token_logprobs
+from unmask.engine.penalties import penalize
 from unmask.engine.policies import POLICIES
 from unmask.engine.request import Request, TokenLogprob
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
@@ -79,7 +80,7 @@ class Sampler:
 
     def _drawn(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
         logits_NV = self.backend.logits(hidden_ND)
-        processed_NV = process(logits_NV, scheduled, self.mask_id)
+        processed_NV = process(logits_NV, scheduled, self.mask_id, self.backend.config.start_id)
         token_N, confidence_N = draw(processed_NV, scheduled)
         tokens, confidences = token_N.tolist(), confidence_N.tolist()
         for each, part in zip(scheduled, _parts(scheduled), strict=True):
@@ -94,12 +95,17 @@ def needs_logits(request: Request) -> bool:
     """Whether a request needs more than the most probable token and its probability."""
     params = request.params
     bans_ends = bool(request.eos_ids | request.end_ids) and (params.min_new_tokens > 0 or None in request.ids)
-    processed = bool(params.logit_bias) or request.grammar is not None or bans_ends
+    processed = bool(params.logit_bias) or params.has_penalties or request.grammar is not None or bans_ends
     return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
 
 
-def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None) -> Tensor:
-    """A float32 copy of the logits of all queries, with what the requests favour, ban and allow."""
+def process(
+    logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: int | None, start_id: int | None = None
+) -> Tensor:
+    """A float32 copy of the logits of all queries: biases, then penalties, then bans (ends, grammars, the mask token).
+
+    `start_id` as of `penalize`. Temperature, min-p, top-k and top-p come after all of this, in this order (`candidates`).
+    """
     logits_NV = logits_NV.float().clone()
     biased, banned = list[tuple[int, int, float]](), list[tuple[int, int]]()
     parts = _parts(scheduled)
@@ -112,6 +118,9 @@ def process(logits_NV: Tensor, scheduled: Sequence[ScheduledSequence], mask_id: 
     if biased:
         rows, tokens, values = zip(*biased, strict=True)
         logits_NV[list(rows), list(tokens)] += torch.tensor(values, dtype=torch.float32, device=logits_NV.device)
+    for each, part in zip(scheduled, parts, strict=True):
+        if each.request.params.has_penalties:
+            penalize(logits_NV[part], each, mask_id, start_id)
     if banned:
         rows, tokens = zip(*banned, strict=True)
         logits_NV[list(rows), list(tokens)] = float("-inf")

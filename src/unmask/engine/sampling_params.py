@@ -307,6 +307,12 @@ class SamplingParams:
         """Whether decided tokens may still be replaced."""
         return self.edit_threshold is not None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens of prompt and completion."""
+        given = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty, self.no_repeat_ngram_size)
+        return given != (0, 0, 1, 0)
+
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
         values = {name: getattr(self, name) for name in SamplingParams.options()}

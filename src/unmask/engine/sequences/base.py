@@ -42,6 +42,7 @@ class ScheduledSequence:
         step: denoising step within the block: part of the key of every draw.
         allowed: what the grammar allows, bool [V], by index into `queries`.
         targets: tokens given for the queries; where there are any, their log-probabilities are wanted in place of candidates.
+        left_to_right: a query's context is what stands before it; False: all that is decided (see `engine.penalties`).
         block_table: cache blocks in order; the scheduler adds them.
     """
 
@@ -56,6 +57,7 @@ class ScheduledSequence:
     step: int
     allowed: Mapping[int, Tensor]
     targets: tuple[int, ...] = ()
+    left_to_right: bool = False
     block_table: tuple[int, ...] = ()
 
 
@@ -129,6 +131,7 @@ class DecodingSequence(ABC):
         self._begin()
 
     tokens: list[int]
+    left_to_right = True
 
     @property
     def block_size(self) -> int:
@@ -204,6 +207,7 @@ class DecodingSequence(ABC):
             mask_block_size=self.mask_block_size,
             step=self.step,
             allowed=allowed,
+            left_to_right=self.left_to_right,
             targets=targets,
         )
 

@@ -22,6 +22,8 @@ class BlockDiffusionSequence(DecodingSequence):
     A shifted model's block commits in the pass after its last one always: only there does it attend causally.
     """
 
+    left_to_right = False
+
     def _begin(self) -> None:
         request, mask_id = self.request, self.mask_id
         assert mask_id is not None, "diffusion models have a mask token"
