@@ -15,14 +15,14 @@ from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import BLOCK_SIZE, PRESETS, ResolvedParams
-from unmask.errors import RequestError
+from unmask.errors import RequestError, UnmaskWarning
 from unmask.models.arch.attention import DenseAttend
 
 IDS = (5, 17, 3, 40, 8, 22, 9)
 
 
 def diffusion(family: str = "llama", **changes: Any) -> LanguageModel:
-    options: dict[str, Any] = {"mask_id": MASK, "block_size": 4} | changes
+    options: dict[str, Any] = {"mask_id": MASK, "block_size": 4, "token_editing": True} | changes
     return LanguageModel(tiny_model(family, 1, **options), None, name="tiny")
 
 
@@ -220,6 +220,13 @@ def test_an_empty_prompt_is_enough_for_diffusion() -> None:
         model.transformer, Request((), ResolvedParams(block_size=4, threshold=0.95, steps=4, max_new_tokens=9)), MASK
     )
     assert model.generate_ids([], max_new_tokens=9) == list(expected.ids)
+
+
+def test_edits_of_a_model_not_trained_for_them_are_warned_of_or_refused() -> None:
+    with pytest.warns(UnmaskWarning, match="token_editing"):
+        diffusion(token_editing=False).request(IDS, preset="speed")
+    with refused(RequestError, "edit_threshold", "diffusion model"):
+        autoregressive().complete(IDS, edit_threshold=0.5, max_new_tokens=4)
 
 
 def test_editing_options_reach_the_decoder() -> None:

@@ -205,16 +205,23 @@ def test_the_number_of_draft_tokens_is_halved_while_nothing_is_drafted() -> None
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"edit_threshold": 0.5}, "edit_threshold"), ({"policy": "entropy"}, "policy"), ({"ids": (1, None, 2)}, "holes")],
+    [({"edit_threshold": 0.5}, "edit_threshold"), ({"preset": "speed"}, "preset"), ({"ids": (1, None, 2)}, "holes")],
 )
-def test_what_excludes_speculative_decoding_is_refused_or_decoded_without(options: dict[str, Any], name: str) -> None:
+def test_what_makes_nonsense_of_a_shifted_model_is_refused(options: dict[str, Any], name: str) -> None:
     model = LanguageModel(shifted("llama"), None, name="tiny")
     ids = options.pop("ids", PROMPT)
-    with refused(RequestError, "speculative", name):
-        model.complete(ids, max_new_tokens=9, speculative=True, **options)
-    denoised = model.complete(ids, max_new_tokens=9, speculative=False, **options)
-    assert model.complete(ids, max_new_tokens=9, **options) == denoised
-    assert not model.request(ids, **options).params.speculative
+    for speculative in ({}, {"speculative": False}):
+        with refused(RequestError, "shifted", name):
+            model.request(ids, **speculative, **options)
+
+
+def test_what_excludes_speculative_decoding_is_refused_or_decoded_without() -> None:
+    model = LanguageModel(shifted("llama"), None, name="tiny")
+    with refused(RequestError, "speculative", "policy"):
+        model.complete(PROMPT, max_new_tokens=9, speculative=True, policy="entropy")
+    denoised = model.complete(PROMPT, max_new_tokens=9, speculative=False, policy="entropy")
+    assert model.complete(PROMPT, max_new_tokens=9, policy="entropy") == denoised
+    assert not model.request(PROMPT, policy="entropy").params.speculative
 
 
 def test_shifted_models_decode_speculatively_by_default() -> None:

@@ -70,7 +70,7 @@ def served_model(
     """A random model in float64, so that a completion does not depend on its neighbours even in the last bit of a tie."""
     tokenizer = make_tokenizer(folder, mask_token="<file_sep>" if diffusion else None, **tokenizer_options)
     special: dict[str, Any] = {"mask_id": tokenizer.mask_id, "block_size": 8} if diffusion else {}
-    special |= {"start_id": tokenizer.eos_id} if shifted else {}
+    special |= {"start_id": tokenizer.eos_id} if shifted else {"token_editing": diffusion}
     transformer = tiny_model(
         "llama",
         dtype=torch.float64,

@@ -185,18 +185,24 @@ def test_infilling_says_what_is_wrong(client: OpenAI, changes: dict[str, Any], p
     assert caught.value.param == param
 
 
-def test_a_shifted_model_fills_without_checking(tmp_path: Any) -> None:
+def test_a_shifted_model_neither_fills_nor_edits(tmp_path: Any) -> None:
     from live import live, served_model
 
     model = served_model(tmp_path, shifted=True)
     with live(model) as site:
         body = {"model": "tiny", "text": "a ___ b", "tokens": [1, 3]}
         answer = HTTP.post(f"{site.url}/v1/infill", json=body)
-        assert (answer.status_code, answer.json()["text"]) == (200, model.infill("a ___ b", tokens=(1, 3)).text)
-        answer = HTTP.post(f"{site.url}/v1/infill", json=body | {"diffusion": {"speculative": True}})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.speculative")
-    with refused(RequestError, "speculative", "holes"):
-        model.infill("a ___ b", speculative=True)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
+        edited = {"model": "tiny", "prompt": "a", "diffusion": {"preset": "speed"}}
+        answer = HTTP.post(f"{site.url}/v1/completions", json=edited)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "diffusion.edit_threshold")
+        (listed,) = HTTP.get(f"{site.url}/v1/models").json()["data"]
+    assert listed["capabilities"] == {"diffusion": True, "speculative": True, "infill": False, "editing": False}
+    names = {option["name"] for option in listed["options"]}
+    assert "speculative" in names
+    assert names.isdisjoint(("preset", "edit_threshold", "max_post_steps", "window"))
+    with refused(RequestError, "holes", "smollm2-135m-converted"):
+        model.infill("a ___ b")
 
 
 def test_an_autoregressive_model_fills_nothing(tmp_path: Any) -> None:
@@ -231,7 +237,9 @@ def test_models(site: Live, client: OpenAI) -> None:
     assert (retrieved.id, retrieved.object, retrieved.owned_by) == ("tiny", "model", "unmask")
     assert retrieved.model_extra is not None
     options = {option["name"]: option for option in retrieved.model_extra.pop("options")}
-    assert retrieved.model_extra == {"max_model_len": CONTEXT, "diffusion": {"block_size": 8, "threshold": 0.95}}
+    capabilities = {"diffusion": True, "speculative": False, "infill": True, "editing": True}
+    diffusion = {"block_size": 8, "threshold": 0.95}
+    assert retrieved.model_extra == {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
     for name, option in SamplingParams.options().items():
         assert (name in options) == ("page" in option.surfaces and name != "speculative"), "no speculation without shift"
     assert (options["threshold"]["default"], options["steps"]["default"], options["seed"]["default"]) == (0.95, 8, None)

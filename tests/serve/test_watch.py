@@ -15,7 +15,7 @@ RULES: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 1.5, "seed": 3, "n": 3},
     "edits": {"temperature": 1.5, "seed": 3, "n": 2, "diffusion": {"edit_threshold": 0.1, "min_new_tokens": 20}},
     "window": {"temperature": 1.5, "seed": 4, "diffusion": {"edit_threshold": 0.1, "window": 2, "min_new_tokens": 20}},
-    "ends": {"temperature": 1.5, "seed": 3, "n": 2, "logit_bias": {"0": 5.0}},
+    "ends": {"temperature": 1.5, "seed": 4, "n": 2, "logit_bias": {"0": 5.0}},
     "stop": {"temperature": 1.5, "seed": 3, "n": 2, "stop": ["sys", "e"]},
     "schema": {"response_format": {"type": "json_object"}, "temperature": 1.5, "seed": 3},
 }

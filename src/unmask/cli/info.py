@@ -6,6 +6,7 @@ Owns the figures shown of an architecture. Weights are looked at only where they
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     """Facts of an architecture, as `unmask info --json` prints them. Memory is that of the weights, in bytes."""
     import torch
 
+    from unmask.engine.capabilities import capabilities
     from unmask.models.arch.transformer import Transformer
 
     with torch.device("meta"):
@@ -64,6 +66,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     return {
         "architecture": config.family,
         "kind": "autoregressive" if config.mask_id is None else "diffusion",
+        "capabilities": asdict(capabilities(config)),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_size": config.ffn_size,
@@ -136,6 +139,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: dict[str, int] | 
         ("memory", ", ".join(f"{name} {decimal(size)}" for name, size in facts["memory_bytes"].items())),
         ("cache", f"{decimal(facts['kv_cache_bytes_per_token'])} for each token in bfloat16"),
         ("mask token", "none: an autoregressive model" if config.mask_id is None else f"id {config.mask_id}"),
+        ("decoding", ", ".join(name for name, able in facts["capabilities"].items() if able) or "autoregressive"),
         ("block size", "none" if config.block_size is None else f"{config.block_size} tokens"),
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
         *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),

@@ -172,6 +172,8 @@ class Engine:
                 raise RequestError("an autoregressive model cannot fill holes; use a diffusion model")
             if not request.ids:
                 raise RequestError("autoregressive decoding needs at least one prompt token")
+            if request.params.editing:
+                raise RequestError("edit_threshold takes a diffusion model; leave it out, and preset")
         elif request.params.window * request.params.block_size > self.scheduler.max_num_batched_tokens:
             raise RequestError(
                 f"{request.params.window} blocks of {request.params.block_size} tokens do not fit a forward of "

@@ -22,6 +22,7 @@ from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import QuantizedModel
 from unmask.engine.backends.torch import TorchBackend
+from unmask.engine.capabilities import Capabilities, capabilities, check_capable
 from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.grammar import Grammar, GrammarCompiler
@@ -98,6 +99,11 @@ class LanguageModel:
     def is_diffusion(self) -> bool:
         """Whether the model decodes by denoising."""
         return self.config.mask_id is not None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The ways of decoding that the model was trained for."""
+        return capabilities(self.config)
 
     def backend(self, *, wait: bool = False) -> Backend:
         """What computes the forward passes; with quantised weights, `wait` lets the kernels be compiled first."""
@@ -199,7 +205,8 @@ class LanguageModel:
             The filled text, what went into each hole, and what it cost.
 
         Raises:
-            RequestError: no hole, an autoregressive model, an option out of range, or a text longer than the context.
+            RequestError: no hole, a model without `capabilities.infill`, an option out of range, or a text longer than the
+                context.
         """
         tokenizer = self._need_tokenizer()
         parts = split_holes(text, hole)
@@ -278,14 +285,16 @@ class LanguageModel:
                 compiled, and then replaces any that `params` ask for.
 
         Raises:
-            RequestError: an option out of range or unknown, or a grammar that does not compile.
+            RequestError: an option out of range, unknown, or not for this model, or a grammar that does not compile.
         """
         grammar = options.pop("grammar") if isinstance(options.get("grammar"), Grammar) else None
         params = (params or SamplingParams()).replace(**options)
+        resolved = params.resolve(self.config, has_holes=None in ids)
+        check_capable(self.config, resolved, has_holes=None in ids)
         control_tokens = {} if self.tokenizer is None else self.tokenizer.special_tokens
         return Request(
             ids=tuple(ids),
-            params=params.resolve(self.config, has_holes=None in ids),
+            params=resolved,
             eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.eos_ids if eos_id is None else eos_id),
             control_stops={control_tokens[text]: text for text in params.stop if text in control_tokens},
             grammar=self._grammar(params) if grammar is None else grammar,

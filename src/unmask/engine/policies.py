@@ -38,7 +38,8 @@ class Policy:
         choose: of the candidates of the masked positions (ascending), the least number of commits (fewer when fewer are
             masked), and the decoding options: ascending indices into the candidates.
         needs_entropy: it reads `Guess.entropies`, which take the logits; the others read candidates and confidences alone.
-        verifiable: self-speculative decoding may go with it, its threshold being also one of draft tokens.
+        verifiable: self-speculative decoding and grammars go with it, its threshold being also one of draft and of provisional
+            tokens.
     """
 
     choose: Callable[[Guess, int, PolicyOptions], list[int]]

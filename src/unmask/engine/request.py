@@ -16,6 +16,7 @@ from typing import Literal
 from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, Guess
 from unmask.engine.grammar import Grammar
+from unmask.engine.policies import POLICIES
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.config import ModelConfig
@@ -103,6 +104,8 @@ class Request:
             )
         if self.grammar is not None and (holes or params.editing):
             raise RequestError("grammar goes with neither holes nor an edit_threshold; leave one of them out")
+        if self.grammar is not None and not POLICIES[params.policy].verifiable:
+            raise RequestError(f"policy is {params.policy!r}; a grammar goes with the policy threshold alone")
         if params.speculative and holes:
             raise RequestError("speculative does not go with holes; leave one of them out")
         if params.speculative and not config.shifted:

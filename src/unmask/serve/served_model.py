@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -85,18 +85,16 @@ class ServedModel:
         config = self.language_model.config
         defaults = SamplingParams(max_new_tokens=self.config.max_tokens).resolve(config)
         diffusion = {"block_size": defaults.block_size, "threshold": defaults.threshold}
-        panels = {"Sampling", "Output", *(["Diffusion"] if self.language_model.is_diffusion else [])}
-        panels |= {"Speculative"} if config.shifted else set()
-        options = [
-            option for option in SamplingParams.options().values() if option.panel in panels and "page" in option.surfaces
-        ]
+        capabilities = self.language_model.capabilities
+        options = [each for each in SamplingParams.options().values() if "page" in each.surfaces and capabilities.takes(each)]
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "unmask",
             "max_model_len": self.context,
-            "diffusion": diffusion if self.language_model.is_diffusion else None,
+            "capabilities": asdict(capabilities),
+            "diffusion": diffusion if capabilities.diffusion else None,
             "options": [
                 option.to_json(None if option.name == "seed" else getattr(defaults, option.name)) for option in options
             ],

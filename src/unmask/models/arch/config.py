@@ -73,8 +73,8 @@ class ModelConfig:
     position p it reads token p - 1 (the start token at position 0) and predicts token p, as its autoregressive parent did, and
     attention is causal before the block being decoded. Without a `start_id` it reads and predicts token p, and attention is
     bidirectional in every block. A `gated_lora_rank` adds LoRA of that rank to every linear layer, for noisy rows only
-    (`arch.gated_lora`). `hf_extras` holds Hugging Face keys that change no result (initializer range, dropout 0, ...) so that a
-    saved config keeps them.
+    (`arch.gated_lora`). `token_editing` says that it was trained to replace decided tokens (LLaDA2.1). `hf_extras`
+    holds Hugging Face keys that change no result (initializer range, dropout 0, ...) so that a saved config keeps them.
     """
 
     family: str
@@ -101,6 +101,7 @@ class ModelConfig:
     block_size: int | None = None
     start_id: int | None = None
     gated_lora_rank: int | None = None
+    token_editing: bool = False
     hf_extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

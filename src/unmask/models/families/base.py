@@ -24,7 +24,7 @@ _SIZES: Mapping[str, str] = {
 }  # fmt: skip
 # Keys that are read, but not written for every model.
 _OPTIONAL_KEYS = ROPE_KEYS | {
-    "mask_token_id", "block_size", "shift_start_token_id", "gated_lora_rank", "torch_dtype", "dtype",
+    "mask_token_id", "block_size", "shift_start_token_id", "gated_lora_rank", "token_editing", "torch_dtype", "dtype",
     "num_nextn_predict_layers",
 }  # fmt: skip
 # Keys that change the computation, and the only values for which they do not.
@@ -48,17 +48,18 @@ _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
 class ModelFamily:
     """A family of models as published on Hugging Face; instances hold no state.
 
-    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs. `head_dim`
-    and `rotary_fraction` (the share of the head that rotates) are defaults for absent keys. `embedding` and `attention` are
-    names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`). `published` are
-    published sizes: the Hugging Face config of each by name. `index_required`: programs that read exported models look tensors
-    up in the index, so a single file needs one too.
+    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs. `head_dim`,
+    `rotary_fraction` (the share of the head that rotates) and `token_editing` are defaults for absent keys. `embedding` and
+    `attention` are names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`).
+    `published` are published sizes: the Hugging Face config of each by name. `index_required`: programs that read exported
+    models look tensors up in the index, so a single file needs one too.
     """
 
     name: ClassVar[str]
     architecture: ClassVar[str]
     head_dim: ClassVar[int | None] = None
     rotary_fraction: ClassVar[float] = 1.0
+    token_editing: ClassVar[bool] = False
     embedding: ClassVar[str] = "model.embed_tokens"
     attention: ClassVar[str] = "self_attn"
     attention_names: ClassVar[Mapping[str, str]] = {
@@ -107,6 +108,7 @@ class ModelFamily:
             "block_size": optional_integer(hf, "block_size"),
             "start_id": token(hf, "shift_start_token_id"),
             "gated_lora_rank": optional_integer(hf, "gated_lora_rank"),
+            "token_editing": flag(hf, "token_editing", self.token_editing),
         }
         config = ModelConfig(family=self.name, **(fields | self.read_own_keys(hf)))
         if self.rotary_fraction == 1.0 and config.rope.fraction != 1.0:
@@ -123,6 +125,7 @@ class ModelFamily:
             "block_size": config.block_size,
             "shift_start_token_id": config.start_id,
             "gated_lora_rank": config.gated_lora_rank,
+            "token_editing": None if config.token_editing == self.token_editing else config.token_editing,
             "torch_dtype": dtype,
         }
         return {

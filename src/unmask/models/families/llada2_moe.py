@@ -36,6 +36,7 @@ class LLaDA2MoE(LingMoE):
     architecture = "LLaDA2MoeModelLM"
     published: ClassVar = {"llada2-mini": {**MINI, **_DIFFUSION}, "llada2-flash": {**FLASH, **_DIFFUSION}}
     index_required = True  # by dInfer
+    token_editing = True  # of 2.1; the configs of 2.0 are the same
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         fields = super().read_own_keys(hf)
