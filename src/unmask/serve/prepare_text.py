@@ -63,11 +63,6 @@ def _echoed(model: ServedModel, body: CompletionRequest, prompts: Sequence[str |
     return tuple(each if isinstance(each, str) else model.tokenizer.decode(each) for each in prompts if body.echo)
 
 
-def fills_holes(model: ServedModel) -> bool:
-    """Whether the model fills holes with what stands after them in view; other models read the suffix first."""
-    return model.language_model.is_diffusion and not model.language_model.config.shifted
-
-
 def _filling(
     model: ServedModel, body: CompletionRequest, prompts: Sequence[str | list[int]], suffix: str, default_tokens: int
 ) -> list[Request]:
@@ -77,7 +72,7 @@ def _filling(
     try:
         befores = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         after = tokenizer.encode(suffix, after=[None])
-        if fills_holes(model):
+        if language_model.capabilities.infill:
             tokens = body.max_tokens or DEFAULT_TOKENS
             template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))
             requests = [fill_between(template, each, tokens, after, tokenizer, model.context) for each in befores]

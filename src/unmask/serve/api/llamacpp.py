@@ -17,7 +17,7 @@ from unmask.serve.choice import Choice
 from unmask.serve.errors import ERROR_RESPONSES
 from unmask.serve.event_stream import SSE, Event, Framing, stream_events
 from unmask.serve.exchange import AppState, Exchange, StateWithRoom, open_exchange, prepare
-from unmask.serve.prepare_text import fills_holes, prepare_completion
+from unmask.serve.prepare_text import prepare_completion
 from unmask.serve.protocol.llamacpp import LlamaInfillRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
@@ -45,7 +45,7 @@ def _prepare(model: ServedModel, body: LlamaInfillRequest) -> PreparedRequests:
     """One engine request, or one per length of the hole; a prefix that is too long loses its beginning."""
     most = body.n_predict if body.n_predict > 0 else LENGTHS[-1]
     lengths = [most]
-    if body.input_suffix and fills_holes(model):
+    if body.input_suffix and model.language_model.capabilities.infill:
         lengths = [length for length in LENGTHS if length <= most] or [most]
     room = model.context - most - len(model.tokenizer.encode(body.input_suffix)) - 8  # control tokens of the prompt
     before = model.tokenizer.encode(body.prefix)[-max(room, 1) :]
