@@ -139,6 +139,7 @@ class FakeServer:
                 "id": "tiny",
                 "object": "model",
                 "max_model_len": 512,
+                "capabilities": dict.fromkeys(("diffusion", "speculative", "infill", "editing"), self.diffusion),
                 "diffusion": {"block_size": 8, "threshold": 0.95} if self.diffusion else None,
                 "options": [option.to_json(getattr(defaults, option.name)) for option in options],
             }

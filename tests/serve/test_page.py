@@ -285,6 +285,7 @@ def test_every_declared_option_has_a_control(tab: Visit) -> None:
 def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     page = tab.page
     page.get_by_role("button", name="Settings").click()
+    expect(page.locator("#capabilities")).to_contain_text("fills holes")
     threshold = page.get_by_label("Threshold", exact=True)
     expect(threshold).to_have_attribute("placeholder", "0.95")
     page.get_by_label("System prompt").fill("Be brief.")
@@ -321,6 +322,7 @@ def test_an_autoregressive_model_has_no_diffusion_controls(opened: Open, fake: F
     with opened() as tab:
         expect(tab.page.locator("#legend")).to_be_hidden()
         tab.page.get_by_role("button", name="Settings").click()
+        expect(tab.page.locator("#capabilities")).to_have_text("tiny decodes token by token.")
         expect(tab.page.get_by_label("Temperature")).to_be_visible()
         expect(tab.page.get_by_label("Threshold", exact=True)).to_be_hidden()
         tab.page.keyboard.press("Escape")

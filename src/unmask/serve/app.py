@@ -169,7 +169,11 @@ def create_app(
     )
     if config.allow_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-unmask-ignored-fields"],
         )
     return app
 

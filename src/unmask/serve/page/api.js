@@ -12,7 +12,10 @@ export class ApiError extends Error {
   }
 }
 
-/** The served model: {id, max_model_len, diffusion: {block_size, threshold} | null, options: [{name, type, ...}]}. */
+/**
+ * The served model: {id, max_model_len, capabilities: {diffusion, speculative, infill, editing},
+ * diffusion: {block_size, threshold} | null, options: [{name, type, ...}]}.
+ */
 export async function fetchModel(key) {
   const response = await request("v1/models", { headers: authorization(key) });
   const { data } = await response.json();

@@ -16,6 +16,12 @@ const THEME_ICONS = {
 };
 const SAVE_EVERY = 500; // milliseconds while an answer runs
 const MODEL_RETRY = 3000;
+const CAPABILITIES = {
+  diffusion: "denoises blocks",
+  speculative: "verifies its drafts",
+  infill: "fills holes (/v1/infill)",
+  editing: "replaces decided tokens",
+};
 
 const $ = (id) => document.getElementById(id);
 const input = $("input");
@@ -36,6 +42,9 @@ async function loadModel() {
     model = await fetchModel(load("key", ""));
     settings.setModel(model);
     $("model").textContent = model.id;
+    const able = Object.keys(CAPABILITIES).filter((name) => model.capabilities[name]);
+    $("capabilities").textContent = `${model.id} ${able.map((name) => CAPABILITIES[name]).join(", ") || "decodes token by token"}.`;
+    for (const element of document.querySelectorAll(".editing-only")) element.hidden = !model.capabilities.editing;
     for (const element of document.querySelectorAll(".diffusion-only")) element.hidden = !model.diffusion;
     for (const element of document.querySelectorAll(".autoregressive-only")) element.hidden = Boolean(model.diffusion);
   } catch (error) {
