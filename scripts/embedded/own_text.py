@@ -75,11 +75,11 @@ class Job:
         """Whether it is a conversation."""
         return self.kind != "continuation"
 
-    def record(self, response: str, finished: bool) -> dict[str, Any]:
+    def record(self, response: str, ended: bool) -> dict[str, Any]:
         """What is written to the shard; `response` is of a continuation."""
         content = {"messages": self.messages} if self.is_chat else {"prompt": self.turns[0], "response": response}
         about = {"id": self.id, "kind": self.kind, "temperature": self.temperature}
-        return {**about, "tokens": self.tokens, "finished": finished, **content}
+        return {**about, "tokens": self.tokens, "ended": ended, **content}
 
 
 class Shards:

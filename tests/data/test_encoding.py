@@ -75,11 +75,11 @@ def test_documents_are_filled_with_learnt_ends(encoder, tokenizer, supervise, eo
         assert filled.maskable[len(bare) :].all()
 
 
-def test_fields_can_be_renamed_and_the_first_that_is_there_decides(encoder, tokenizer):
+def test_fields_can_be_renamed(encoder, tokenizer):
     fields = Fields(text="body", messages="turns", prompt="question", response=("answer",))
     renamed = replace(encoder, fields=fields, chat=False)
     assert spelled(tokenizer, renamed.encode({"question": "a", "answer": "b", "text": "no"}, "x"))[0] == "a"
-    assert spelled(tokenizer, renamed.encode({"body": "c", "turns": MESSAGES}, "x"))[1] == "c<|endoftext|>"
+    assert spelled(tokenizer, renamed.encode({"body": "c", "messages": MESSAGES}, "x"))[1] == "c<|endoftext|>"
     assert spelled(tokenizer, renamed.encode({"body": None, "turns": MESSAGES}, "x"))[1] == "5<|im_end|>"
 
 
@@ -106,6 +106,55 @@ def test_template_is_for_conversations_and_tools_even_where_prompts_are_plain(en
     assert plain.encode({"prompt": "2 + 3", "response": answer}, "here").tokens.tolist() == laid_out
     assert plain.encode({"prompt": "2 + 3", "response": "5", "tools": [{}]}, "here").tokens.tolist() == laid_out
     assert plain.encode({"prompt": "2 + 3", "response": "5", "tools": "[]"}, "here").tokens.tolist() != laid_out
+
+
+def test_turns_left_out_are_context(encoder, tokenizer):
+    talk = say("q", "WRONG", "sure?", "4")
+    whole = encoder.encode({"messages": talk}, "here").tokens.tolist()
+    talk[1]["weight"] = 0
+    document = encoder.encode({"messages": talk}, "here")
+    assert document.tokens.tolist() == whole
+    assert spelled(tokenizer, document)[1] == "4<|im_end|>"
+    with refused(DataError, "here", "message 2", "supervise"):
+        replace(encoder, supervise="all").encode({"messages": talk}, "here")
+
+
+@pytest.mark.parametrize("supervise", ["response", "all"])
+@pytest.mark.parametrize("record", [{"text": "the fox"}, {"messages": MESSAGES}, {"prompt": "2 +", "response": " 3"}])
+def test_text_that_was_cut_off_has_no_end(encoder, tokenizer, supervise, record):
+    cut = replace(encoder, supervise=supervise, eos_fill=32).encode({**record, "ended": False}, "here")
+    whole = replace(encoder, supervise=supervise).encode(record, "here")
+    assert cut.tokens.tolist() == whole.tokens[: len(cut)].tolist()
+    assert not set(cut.tokens[-1:].tolist()) & tokenizer.eos_ids
+    assert tokenizer.decode(cut.tokens) == tokenizer.decode(whole.tokens).rstrip()
+    if supervise == "response":
+        assert cut.maskable.tolist() == whole.maskable[: len(cut)].tolist()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "<|im_start|>user\nTHE QUESTION<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"},
+        {"text": "yes<|im_end|>\n"},
+        {"text": "the fox<|endoftext|>"},
+    ],
+)
+def test_rendered_text_is_refused_and_read_as_text_where_there_is_no_chat(encoder, tokenizer, record):
+    with refused(DataError, "here", "field text", "control token", "chat: false"):
+        encoder.encode(record, "here")
+    with refused(DataError, "field text"):
+        encoder.check(record)
+    document = replace(encoder, chat=False).encode(record, "here")
+    assert spelled(tokenizer, document) == ("", f"{record['text']}<|endoftext|>")
+    inside = {"text": f"A template begins {record['text']} and goes on."}
+    assert len(encoder.encode(inside, "here")) > 5
+
+
+def test_system_message_is_rendered_even_where_prompts_are_plain(encoder, tokenizer):
+    record = {"prompt": "2 + 3", "response": "5", "system": "Be short."}
+    given = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n2 + 3<|im_end|>\n<|im_start|>assistant\n"
+    for each in (encoder, replace(encoder, chat=False)):
+        assert spelled(tokenizer, each.encode(record, "here")) == (given, "5<|im_end|>")
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,17 +25,141 @@ def turns_of(record: dict[str, Any]) -> tuple[list[Any], int]:
     return example.messages, example.num_given
 
 
-def test_first_shape_that_is_there_decides():
-    record = {"prompt": "p", "response": "r"}
-    assert turns_of(record) == (say("p", "r"), 1)
-    record |= {"chosen": "c", "rejected": "x"}
-    assert turns_of(record) == (say("p", "c"), 1)
-    record |= {"conversations": shared_gpt(("human", "h"), ("gpt", "g"))}
-    assert turns_of(record) == (say("h", "g"), 0)
-    record |= {"messages": say("u", "a")}
-    assert turns_of(record) == (say("u", "a"), 0)
-    assert read_example(record | {"text": "t"}, FIELDS) == PlainText("field text", "", "t")
-    assert turns_of(record | {"text": None}) == (say("u", "a"), 0)
+SHAPES: dict[str, dict[str, Any]] = {
+    "text": {"text": "t"},
+    "messages": {"messages": say("u", "a")},
+    "preference": {"chosen": "c", "rejected": "x"},
+    "prompt": {"prompt": "p", "response": "r"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("other", SHAPES)
+def test_record_of_two_shapes_is_refused_unless_one_is_chosen(shape: Any, other: str) -> None:
+    record = SHAPES[other] | SHAPES[shape]
+    alone = read_example({**SHAPES[shape], **({"prompt": "p"} if "prompt" in record and shape == "preference" else {})}, FIELDS)
+    assert read_example(record | {"text": record.get("text")}, replace(FIELDS, shape=shape)) == alone
+    if shape != other:
+        with refused(DataError, next(iter(SHAPES[shape])), next(iter(SHAPES[other])), "shape"):
+            read_example(record, FIELDS)
+
+
+def test_shapes_that_say_the_same_are_one() -> None:
+    talk = say("u", "a")
+    for double in ({"messages": talk, "conversations": talk}, {"messages": talk, "chosen": talk, "rejected": say("u", "b")}):
+        assert turns_of({"prompt": "u", **double})[0] == talk
+    for names in (("messages", "conversations"), ("response", "completion")):
+        with refused(DataError, *names):
+            read_example({"prompt": "p", names[0]: say("u", "a"), names[1]: say("u", "b")}, FIELDS)
+    with refused(DataError, "text"):
+        read_example({"messages": talk}, replace(FIELDS, shape="text"))
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("nothing", [0, 0.0, False])
+def test_turns_can_be_left_out(flag: str, nothing: object) -> None:
+    talk = say("q", "WRONG", "sure?", "4")
+    talk[1][flag], talk[3][flag], talk[0][flag], talk[2][flag] = nothing, True, nothing, None
+    dialect = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], flag: m[flag]} for m in talk]
+    for turns in (talk, dialect):
+        example = read_example({"messages": turns}, FIELDS)
+        assert isinstance(example, Conversation)
+        assert (example.messages, example.left_out) == (say("q", "WRONG", "sure?", "4"), {1} | {0})
+        pair = read_pair({"chosen": turns, "rejected": say("q", "WRONG", "sure?", "5")}, FIELDS)
+        assert isinstance(pair[0], Conversation)
+        assert pair[0].num_given == 3
+
+
+@pytest.mark.parametrize(
+    ("index", "flags", "names"),
+    [
+        (1, {"weight": 0.5}, ("message 2", "weight", 0.5)),
+        (1, {"train": "no"}, ("message 2", "train", "'no'")),
+        (0, {"loss": True}, ("message 1", "loss", "user")),
+        (1, {"weight": 0, "train": True}, ("message 2", "weight", "train")),
+        (1, {"mask": True}, ("message 2", "mask")),
+        (1, {"training_detail": []}, ("message 2", "training_detail")),
+        (1, {"weight": 0}, ("assistant turns", 0)),
+    ],
+)
+def test_flags_that_cannot_be_followed(index: int, flags: dict[str, Any], names: tuple[object, ...]) -> None:
+    talk = say("q", "a")
+    talk[index] |= flags
+    with refused(DataError, "field messages", *names):
+        read_example({"messages": talk}, FIELDS)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": say("q", "a")},
+        {"conversations": shared_gpt(("human", "q"), ("gpt", "a"))},
+        {"prompt": "q", "response": "a"},
+        {"prompt": say("q"), "chosen": "a", "rejected": "b"},
+        {"chosen": say("q", "a"), "rejected": say("q", "b")},
+    ],
+)
+def test_system_message_beside_the_turns(name: str, record: dict[str, Any]) -> None:
+    messages, num_given = turns_of({**record, name: "s"})
+    assert messages == [{"role": "system", "content": "s"}, *say("q", "a")]
+    assert num_given in ((2,) if "prompt" in record else (0, 1))
+    assert turns_of({**record, name: ""}) == turns_of({**record, name: None}) == turns_of(record)
+    if "chosen" in record:
+        pair = read_pair({**record, name: "s"}, FIELDS)
+        assert all(isinstance(side, Conversation) and side.messages[0]["content"] == "s" for side in pair)
+
+
+ALPACA = Fields(prompt="instruction", response=("output",))
+
+
+def test_input_of_an_instruction_is_part_of_the_prompt() -> None:
+    example = read_example({"instruction": "Add.", "input": "2 + 3", "output": "5", "system": "s"}, ALPACA)
+    assert isinstance(example, Conversation)
+    assert [message["content"] for message in example.messages] == ["s", "Add.\n2 + 3", "5"]
+    example = read_example({"instruction": "Add.", "input": "2 + 3", "output": "5"}, ALPACA)
+    assert isinstance(example, Conversation)
+    assert example.plain == PlainText("fields instruction and output", "Add.\n2 + 3", "5")
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ({"system": 3}, ("field system", "int")),
+        ({"system": "s", "system_prompt": "t"}, ("system", "system_prompt")),
+        ({"messages": [{"role": "system", "content": "x"}, *say("q", "a")], "system": "s"}, ("field system", "messages")),
+        ({"messages": None, "text": "t", "system": "s"}, ("field system", "field text")),
+        ({"messages": None, "chosen": "t", "system": "s"}, ("field system", "field chosen")),
+        ({"history": [["a", "b"]]}, ("field history",)),
+        ({"images": ["a.png"]}, ("field images",)),
+        ({"functions": [{"name": "f"}]}, ("field functions",)),
+        ({"mask": "User"}, ("field mask",)),
+        ({"label": False}, ("field label",)),
+        ({"ended": "no"}, ("field ended", "'no'")),
+        ({"finish_reason": 3}, ("field finish_reason", 3)),
+    ],
+)
+def test_what_would_be_lost_is_refused(more: dict[str, Any], names: tuple[object, ...]) -> None:
+    with refused(DataError, *names):
+        read_example({"messages": say("q", "a"), **more}, FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("more", "ended"),
+    [({}, True), ({"ended": False}, False), ({"finish_reason": "length"}, False), ({"finish_reason": "stop"}, True)],
+)
+def test_answer_that_was_cut_off(more: dict[str, Any], ended: bool) -> None:
+    records: list[dict[str, Any]] = [SHAPES["text"], SHAPES["messages"], SHAPES["prompt"]]
+    for record in records:
+        example = read_example(record | more, FIELDS)
+        assert example.ended == ended
+        plain = example.plain if isinstance(example, Conversation) else example
+        assert plain is None or plain.ended == ended
+    unlearnt = [*say("q", "a", "q"), {"role": "assistant", "content": "b", "weight": 0}]
+    assert read_example({"messages": unlearnt, "ended": False}, FIELDS).ended, "the answer that is learnt has ended"
+    if not ended:
+        with refused(DataError, "ended"):
+            read_pair(SHAPES["preference"] | more, FIELDS)
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations"])
@@ -170,7 +295,7 @@ def test_all_that_both_sides_share_is_given():
 
 def test_every_field_that_is_read_is_among_the_names():
     """Parquet readers load these columns and no others."""
-    assert len(set(FIELDS.names)) == 9
+    assert {"text", "messages", "system", "tools", "ended", "label", "images"} < set(FIELDS.names)
     record = dict.fromkeys(FIELDS.names)
     with refused(DataError, "field text"):
         read_example(record, FIELDS)

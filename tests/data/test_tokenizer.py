@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from helpers import CHATML, SPECIAL_TOKENS, learnt, make_tokenizer, refused, say
-from unmask.data.tokenizer import MaskChoice, Tokenizer, choose_mask_token, load_tokenizer
+from unmask.data.mask_token import MaskChoice, choose_mask_token
+from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import CheckpointError, DataError
 
 TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,8 +97,18 @@ class Renderer:
             text += self._header(text, coded, tools, variables)
         return text, _CODE in text
 
-    def render_answers(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0) -> str:
-        """The conversation as text with coded literals and a mark before and after each answer from message `num_given` on.
+    def render_answers(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        num_given: int = 0,
+        left_out: Container[int] = (),
+        ended: bool = True,
+    ) -> str:
+        """The conversation as text with coded literals and a mark before and after each answer; arguments of `chat_document`.
+
+        It stops behind the last answer's text where that was cut off.
 
         Raises:
             DataError: there is no answer, or the template does not show where one begins and ends.
@@ -107,7 +117,7 @@ class Renderer:
         whole = self._template(coded, tools)
         marked, end = "", 0
         for index in range(num_given, len(coded)):
-            if coded[index]["role"] == "assistant":
+            if coded[index]["role"] == "assistant" and index not in left_out:
                 start, stop = self._answer(whole, coded, tools, index)
                 if start < end:
                     raise _hidden(index)
@@ -115,7 +125,7 @@ class Renderer:
                 end = stop
         if not marked:
             raise DataError("0 assistant turns in a conversation; it needs one to learn from")
-        return marked + whole[end:]
+        return marked + whole[end:] if ended else marked
 
     def split(self, rendered: str) -> Iterator[Span]:
         """Divide rendered text into control tokens, answers and other text, none of it empty."""
@@ -143,6 +153,12 @@ class Renderer:
             return self.render_answers(messages).partition(_ANSWER_END)[2].lstrip()
         except DataError:
             return ""
+
+    @cached_property
+    def own_tokens(self) -> frozenset[str]:
+        """The control tokens that the template writes around a question and its answer."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        return frozenset(span.text for span in self.split(self._attempt(messages, None)) if span.is_control)
 
     def _answer(self, whole: str, coded: list[dict[str, Any]], tools: Any, index: int) -> tuple[int, int]:
         """Start and end of the answer of message `index` in the rendered conversation, without its closing.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unmask.data.documents import Document
-from unmask.data.shapes import Conversation, Example, Fields, read_example, read_pair
+from unmask.data.shapes import Conversation, Example, Fields, PlainText, read_example, read_pair
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import DataError, located
 
@@ -27,7 +27,7 @@ class DocumentEncoder:
         tokenizer: the tokenizer.
         fields: names of the fields.
         chat: render prompt and response through the chat template, if the tokenizer has one. Conversations, and records
-            with tools, always are.
+            with tools or a system message, always are. A text that seems to be rendered already is refused.
         supervise: "response": what an assistant wrote is maskable, and the whole of a plain text; "all": every token is,
             except a begin-of-text token the tokenizer puts in front, which is always given.
         eos_fill: fill each document with maskable end-of-text tokens to a multiple of this many tokens, so that a model
@@ -61,7 +61,29 @@ class DocumentEncoder:
         return replace(chosen, rejected=rejected[0]) if rejected else chosen
 
     def _examples(self, record: Mapping[str, Any]) -> tuple[Example, ...]:
-        return read_pair(record, self.fields) if self.pairs else (read_example(record, self.fields),)
+        examples = read_pair(record, self.fields) if self.pairs else (read_example(record, self.fields),)
+        for example in examples:
+            self._check(example)
+        return examples
+
+    def _check(self, example: Example) -> None:
+        """Raise DataError for an example of which something would be lost."""
+        plain = example if isinstance(example, PlainText) else None if self._is_laid_out(example) else example.plain
+        frame = self.tokenizer.frame_of(plain.prompt + plain.response) if plain is not None and self.chat else None
+        if frame is not None:
+            raise DataError(
+                f"{example.label}: the text is framed by {frame}, a control token, which would be read as plain text; give "
+                "messages, or take it away; chat: false learns it as plain text"
+            )
+        if self.supervise == "all" and isinstance(example, Conversation) and example.left_out:
+            raise DataError(
+                f"{example.label}: message {min(example.left_out) + 1} is not to be learnt, but supervise is all; "
+                "use supervise: response, or remove the message's weight"
+            )
+
+    def _is_laid_out(self, example: Conversation) -> bool:
+        """Whether the chat template lays it out."""
+        return example.plain is None or bool(example.tools) or (self.chat and self.tokenizer.has_chat_template)
 
     def _document(self, example: Example) -> Document:
         with located(example.label):
@@ -72,7 +94,7 @@ class DocumentEncoder:
                 f"{example.label}: token {ids.index(mask_id)} is the mask token {self.tokenizer.mask_token} (id {mask_id}), "
                 "which must not be in the data; remove it or choose another mask token"
             )
-        num_fill = 0 if self.eos_fill is None else -len(ids) % self.eos_fill
+        num_fill = 0 if self.eos_fill is None or not example.ended else -len(ids) % self.eos_fill
         tokens = np.array(ids + [self.tokenizer.eos_id] * num_fill, dtype=np.int32)
         flags = np.array(maskable + [True] * num_fill, dtype=np.bool_)
         if self.supervise == "all":
@@ -84,16 +106,24 @@ class DocumentEncoder:
 
     def _encode(self, example: Example) -> tuple[list[int], list[bool]]:
         if isinstance(example, Conversation):
-            if example.plain is None or example.tools or (self.chat and self.tokenizer.has_chat_template):
+            if self._is_laid_out(example):
                 return self._encode_conversation(example)
+            assert example.plain is not None
             example = example.plain
         prompt = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(example.prompt)]
-        response = [*self.tokenizer.encode(example.response, after=prompt if example.prompt else ()), self.tokenizer.eos_id]
+        response = self.tokenizer.encode(example.response, after=prompt if example.prompt else ())
+        response += [self.tokenizer.eos_id] * example.ended
         return prompt + response, [False] * len(prompt) + [True] * len(response)
 
     def _encode_conversation(self, example: Conversation) -> tuple[list[int], list[bool]]:
-        if self.supervise == "response":
-            return self.tokenizer.chat_document(example.messages, tools=example.tools, num_given=example.num_given)
+        if self.supervise == "response" or not example.ended:
+            return self.tokenizer.chat_document(
+                example.messages,
+                tools=example.tools,
+                num_given=example.num_given,
+                left_out=example.left_out,
+                ended=example.ended,
+            )
         ids = self.tokenizer.chat(example.messages, add_generation_prompt=False, tools=example.tools)
         if not ids or ids[-1] not in self.tokenizer.eos_ids:
             ids.append(self.tokenizer.eos_id)

@@ -15,7 +15,7 @@ from unmask.data.generated import GeneratedSource
 from unmask.data.huggingface import HuggingFaceSource
 from unmask.data.indexed import IndexedSource
 from unmask.data.records import JsonLinesRecords, ParquetRecords, Records, TextRecords
-from unmask.data.shapes import Fields
+from unmask.data.shapes import Fields, Shape
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import ConfigError
 
@@ -27,7 +27,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("path", "shuffle"), (*_FILE_KINDS, "huggingface")),
     **dict.fromkeys(("id", "subset", "split", "shuffle_window"), ("huggingface",)),
     **dict.fromkeys(("families", "items_per_epoch"), ("reasoning_gym",)),
-    **dict.fromkeys(("text_field", "messages_field", "prompt_field", "response_field"), _RECORD_KINDS),
+    **dict.fromkeys(("text_field", "messages_field", "prompt_field", "response_field", "shape"), _RECORD_KINDS),
     "chat": (*_RECORD_KINDS, "reasoning_gym"),
 }
 
@@ -36,7 +36,8 @@ class SourceConfig(BaseModel):
     """One source of documents.
 
     A record is a text (`text_field`), a conversation (`messages_field` or conversations), a preference (chosen, rejected,
-    perhaps `prompt_field`) or a prompt with a response (`prompt_field`, `response_field`); the first of these it has decides.
+    perhaps `prompt_field`) or a prompt with a response (`prompt_field`, `response_field`); one that is several of these is
+    refused unless `shape` says which is meant.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,7 @@ class SourceConfig(BaseModel):
     messages_field: str = Field("messages", description="field with a conversation; conversations is one, too")
     prompt_field: str = Field("prompt", description="field with a prompt: a text or messages")
     response_field: str | None = Field(None, description="field with the response; by default response or completion")
+    shape: Shape | None = Field(None, description="text, messages, preference or prompt: of a record that is several")
     chat: bool = Field(True, description="render prompt and response through the chat template, if there is one")
     supervise: Supervise = Field("response", description="response: learn what an assistant wrote; all: every token")
     eos_fill: int | None = Field(None, gt=0, description="fill with end-of-text tokens to a multiple of so many tokens")
@@ -82,7 +84,7 @@ class SourceConfig(BaseModel):
     def fields(self) -> Fields:
         """Names of the fields of its records."""
         responses = Fields().response if self.response_field is None else (self.response_field,)
-        return Fields(self.text_field, self.messages_field, self.prompt_field, responses)
+        return Fields(self.text_field, self.messages_field, self.prompt_field, responses, shape=self.shape)
 
 
 def open_source(

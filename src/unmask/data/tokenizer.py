@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back, without user text ever becoming a control token; and the choice of a mask token.
+"""Tokenizer: text to token ids and back, without user text ever becoming a control token.
 
 Owns the wrapper around the Hugging Face tokenizer in a folder. Knows no documents, no model and no network. "Control
 tokens" are the tokenizer's special tokens, whose literal spelling in a text would be read as one id.
@@ -6,9 +6,7 @@ tokens" are the tokenizer's special tokens, whose literal spelling in a text wou
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,6 @@ from unmask.data.chat import Message, Renderer, Span, Tool
 from unmask.data.continuation import Continuation
 from unmask.errors import CheckpointError, DataError
 from unmask.files import read_json
-
-_MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<mask>", "[MASK]", "<MASK>")
-_SPARE_NAME = re.compile(r"reserved|unused|placeholder|dummy|extra_", re.IGNORECASE)
-_VESTIGIAL_NAME = re.compile(
-    r"^<\|?(repo_?name|file_sep|filename|gh_stars|issue_(start|comment|closed)|jupyter_\w+|empty_output|fim_\w+"
-    r"|vision_\w+|image_pad|video_pad|box_(start|end)|quad_(start|end)|object_ref_(start|end))\|?>$"
-)
-_CONVENTIONAL_NAMES = frozenset(
-    {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"}
-    | {"<|eom_id|>", "<|role_end|>", "<s>", "</s>", "<unk>", "<pad>", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[gMASK]"}
-)
-_APPENDED_NAME = "<|mask|>"
 
 
 class Tokenizer:
@@ -109,6 +95,18 @@ class Tokenizer:
             closing = self._closing_id()
             self._eos_ids = frozenset({self.eos_id} if closing is None else {self.eos_id, closing})
         return self._eos_ids
+
+    def frame_of(self, text: str) -> str | None:
+        """The spelling of a control token that a text begins or ends with as if it had been rendered for a model.
+
+        It begins with a token of the chat template or the begin-of-text token, or ends with one that ends answers.
+        """
+        start, end, own = text[:256].lstrip(), text[-256:].rstrip(), self._renderer.own_tokens
+        for name, id_ in self._special.items():
+            begins = start.startswith(name) and (name in own or id_ == self.bos_id)
+            if begins or (end.endswith(name) and id_ in self.eos_ids):
+                return name
+        return None
 
     @property
     def bos_id(self) -> int | None:
@@ -250,19 +248,27 @@ class Tokenizer:
         return rendered if self._start_id is None else rendered.removeprefix(self.decode([self._start_id], skip_special=False))
 
     def chat_document(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, num_given: int = 0
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        num_given: int = 0,
+        left_out: Container[int] = (),
+        ended: bool = True,
     ) -> tuple[list[int], list[bool]]:
         """A training conversation: its ids, and which of them an assistant wrote.
 
         An answer (text, tool calls, or both) and the control token that closes it are the assistant's; headers and all
         other turns are not. What the template writes after the last answer's closing token is cut off; where it closes an
-        answer with no token, the last one is closed with `eos_id`. Answers are tokenized on their own, so that the ids
-        before one are exactly those the model will be prompted with.
+        answer with no token, the last one is closed with `eos_id`. Answers are tokenized behind what precedes them, so
+        that the ids before one are exactly those the model will be prompted with.
 
         Args:
             messages: as for `chat`, at least one of them an assistant's.
             tools: as for `chat`.
             num_given: number of messages at the start that are context only, an assistant's as well.
+            left_out: indexes of other messages that are context only.
+            ended: the last answer ends there; False: it was cut off, and nothing closes it.
 
         Returns:
             The ids, and a flag for each.
@@ -271,11 +277,11 @@ class Tokenizer:
             DataError: no template, no answer, or a template that does not show where answers start and end.
         """
         self._require_template()
-        spans = self._renderer.split(self._renderer.render_answers(messages, tools=tools, num_given=num_given))
-        ids, is_answer = self._encode_spans(list(spans))
+        rendered = self._renderer.render_answers(messages, tools=tools, num_given=num_given, left_out=left_out, ended=ended)
+        ids, is_answer = self._encode_spans(list(self._renderer.split(rendered)))
         end = max((index + 1 for index, flag in enumerate(is_answer) if flag), default=0)
         ids, is_answer = ids[:end], is_answer[:end]
-        if ids and ids[-1] not in self.eos_ids:
+        if ended and ids and ids[-1] not in self.eos_ids:
             ids.append(self.eos_id)
             is_answer.append(True)
         started = self._num_started(ids)
@@ -355,61 +361,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error
     return Tokenizer(inner, folder)
-
-
-@dataclass(frozen=True)
-class MaskChoice:
-    """The token that serves as `[MASK]`.
-
-    Attributes:
-        token: its spelling.
-        id: its id.
-        appended: it is new to the tokenizer; the model must grow if `id` is not below its vocabulary size.
-    """
-
-    token: str
-    id: int
-    appended: bool
-
-
-def choose_mask_token(tokenizer: Tokenizer, vocab_rows: int) -> MaskChoice:
-    """Choose a mask token; nothing is changed (`Tokenizer.set_mask_token` does that).
-
-    In this order, the lowest id of each kind, never a token with another role or one the chat template uses:
-
-    1. the tokenizer's own mask token;
-    2. an added token spelled like one (`<|mask|>`, `<mask>`, `[MASK]`, ...);
-    3. a spare one (`<|reserved_special_token_0|>`, `<unused0>`, ...);
-    4. a vestige of a pre-training corpus (`<repo_name>`, `<file_sep>`, `<|fim_pad|>`, `<|vision_pad|>`, ...);
-    5. a new `<|mask|>`, in the next free row.
-
-    Args:
-        tokenizer: with its added tokens and chat template.
-        vocab_rows: rows of the model's embedding; a token without a row is not chosen in 2-4.
-
-    Raises:
-        CheckpointError: the tokenizer's own mask token has no row in the model.
-    """
-    if tokenizer.mask_id is not None and tokenizer.mask_token is not None:
-        if tokenizer.mask_id >= vocab_rows:
-            raise CheckpointError(
-                f"mask token {tokenizer.mask_token} has id {tokenizer.mask_id}, the model has {vocab_rows} rows; "
-                "use the tokenizer that belongs to the model"
-            )
-        return MaskChoice(tokenizer.mask_token, tokenizer.mask_id, appended=False)
-    barred = tokenizer.reserved_tokens | _CONVENTIONAL_NAMES
-    free = {
-        id_: token
-        for id_, token in tokenizer.added_tokens.items()
-        if id_ < vocab_rows and token not in barred and token not in tokenizer.chat_template
-    }
-    kinds: tuple[Callable[[str], bool], ...] = (
-        lambda token: token in _MASK_NAMES,
-        lambda token: _SPARE_NAME.search(token) is not None,
-        lambda token: _VESTIGIAL_NAME.match(token) is not None,
-    )
-    for is_kind in kinds:
-        for id_, token in free.items():
-            if is_kind(token):
-                return MaskChoice(token, id_, appended=False)
-    return MaskChoice(_APPENDED_NAME, tokenizer.next_free_id, appended=True)

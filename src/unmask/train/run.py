@@ -15,10 +15,11 @@ import torch
 from unmask.data.documents import DocumentStream
 from unmask.data.end_ids import end_ids
 from unmask.data.holdout import Split
+from unmask.data.mask_token import choose_mask_token
 from unmask.data.packing import PackedRows, Packer, RowPacker
 from unmask.data.pairs import PairPacker
 from unmask.data.sources import open_source
-from unmask.data.tokenizer import Tokenizer, choose_mask_token, load_tokenizer
+from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora

@@ -65,7 +65,7 @@ def test_records_are_what_the_model_says_alone(model: LanguageModel, tmp_path: P
         answer = model.complete(ids, max_new_tokens=BUDGET, temperature=job.temperature, seed=seed)
         assert record["messages"][-1] == {"role": "assistant", "content": model.tokenizer.decode(answer.ids)}
         assert record["tokens"] == len(answer.ids)
-        assert record["finished"] == (answer.finish_reason == "stop")
+        assert record["ended"] == (answer.finish_reason == "stop")
     continued = found[text_job(TEXT).id]
     assert continued["kind"] == "continuation"
     assert continued["prompt"] == TEXT["prefix"]
@@ -99,7 +99,7 @@ def test_a_cut_answer_ends_its_conversation(model: LanguageModel, tmp_path: Path
     roles = [message["role"] for message in record["messages"]]
     assert roles[0] == "system"
     assert roles[1:] == ["user", "assistant"] * (len(roles[1:]) // 2)
-    assert record["finished"] or len(roles) < 7
+    assert record["ended"] or len(roles) < 7
 
 
 def test_a_conversation_goes_on_after_a_finished_answer(model: LanguageModel, tmp_path: Path) -> None:
