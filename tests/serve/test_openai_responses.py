@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from asking import HELLO, SCHEMAS, TWO_WAYS, ask, connect
+from asking import HELLO, HTTP, SCHEMAS, TWO_WAYS, ask, connect
 from live import NAME, Live, live, served_model
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
@@ -267,6 +268,12 @@ def test_what_is_wrong_is_named(client: OpenAI, fields: dict[str, Any], param: s
     with pytest.raises(BadRequestError, match=name) as caught:
         client.responses.create(**{"model": NAME, "input": "Hello", **fields})
     assert caught.value.param == param
+
+
+def test_what_cannot_be_sent_back_is_refused(site: Live) -> None:
+    body = json.dumps({"model": NAME, "input": "Hello", "max_output_tokens": 1, "metadata": {"a": "\ud800"}})
+    response = HTTP.post(f"{site.url}/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "metadata")
 
 
 def test_a_stream_that_fails_ends_with_the_failure(tmp_path: Any) -> None:

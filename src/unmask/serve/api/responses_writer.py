@@ -5,6 +5,7 @@ Owns their form. Both are written from the same parts, so that they agree.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from unmask.engine.request import TokenLogprob
 from unmask.serve.api.answer_parts import AnswerWriter, Part, PartEvent
 from unmask.serve.choice import Choice, logprob_entry
-from unmask.serve.errors import ApiError
+from unmask.serve.errors import ApiError, bad_request
 from unmask.serve.event_stream import Event
 from unmask.serve.exchange import Exchange
 from unmask.serve.protocol.responses import ResponsesRequest
@@ -30,6 +31,9 @@ class ResponseWriter(AnswerWriter):
         model: that answers.
         prepared: the engine request.
         keep: called with the whole response before its last event is sent, as the next request may refer to it.
+
+    Raises:
+        ApiError: a field that the response repeats cannot be sent back.
     """
 
     def __init__(
@@ -67,6 +71,11 @@ class ResponseWriter(AnswerWriter):
             "user": body.user,
             "background": False,
         }
+        for name, value in self.answer.items():
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise bad_request(f"{name} holds half a surrogate pair; remove or repair it", name) from error
 
     def begin(self) -> Iterator[Event]:
         """The first events."""

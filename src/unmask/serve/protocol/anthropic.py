@@ -160,7 +160,6 @@ class MessagesRequest(CountTokensRequest):
 
     max_tokens: Count
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] | None = None
-    metadata: dict[str, Any] | None = None
 
     def chat(self, **fields: Any) -> ChatRequest:
         """The chat request, limits included.

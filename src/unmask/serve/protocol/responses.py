@@ -144,6 +144,8 @@ class ResponsesRequest(TranslatedRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[str] | None = None
     previous_response_id: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
     truncation: Literal["disabled", "auto"] | None = None
     reasoning: dict[str, Any] | None = None
     max_tool_calls: int | None = None

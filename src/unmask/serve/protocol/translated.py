@@ -42,7 +42,7 @@ class TranslatedRequest(Sampling):
         Raises:
             ApiError: a field does not fit.
         """
-        options = self.model_dump(include=set(Sampling.model_fields) - {"metadata"}, exclude_none=True)
+        options = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         given = {name: value for name, value in fields.items() if value is not None}
         try:
             return ChatRequest.model_validate(options | given)
