@@ -134,6 +134,18 @@ def test_a_prompt_is_scored(site: Live, tiny: LanguageModel, max_tokens: int, wa
     assert got.usage == (sum(map(len, prompts)), 2 * max_tokens)
 
 
+def test_the_end_of_the_text_is_listed_after_a_scored_prompt(client: OpenAI, tiny: LanguageModel) -> None:
+    """lm-eval leaves out the last entry, which is the one token that it has to ask for."""
+    ids, (eos,) = _ids(tiny, PROMPT), tiny.config.eos_ids
+    got = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1, logit_bias={str(eos): 100}
+    ).choices[0]
+    assert got.finish_reason == "stop"
+    assert got.text == PROMPT
+    assert got.logprobs is not None
+    assert len(got.logprobs.token_logprobs or ()) == len(ids) + 1
+
+
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_the_text_before_a_suffix(site: Live, tiny: LanguageModel, way: str) -> None:
     got = ask(site.url, way, endpoint="completions", prompt="def f(", suffix="):\n    return 1", max_tokens=6, n=2, **SAMPLED)

@@ -43,11 +43,13 @@ class Api(NamedTuple):
         router: its endpoints.
         prefix: of the paths whose errors have `error_form`.
         error_form: how it writes errors.
+        is_untyped: its clients may send JSON under another content-type, or under none.
     """
 
     router: APIRouter
     prefix: str = ""
     error_form: ErrorForm = openai_error
+    is_untyped: bool = False
 
 
 APIS = (
@@ -57,7 +59,7 @@ APIS = (
     Api(anthropic.router, "/v1/messages", anthropic.anthropic_error),
     Api(infill.router),
     Api(llamacpp.router),
-    Api(ollama.router, "/api/", ollama.ollama_error),
+    Api(ollama.router, "/api/", ollama.ollama_error, is_untyped=True),
     Api(tokenize.router),
 )
 _PAGE = Path(str(files("unmask.serve"))) / "page"
@@ -162,6 +164,7 @@ def create_app(
         metrics=metrics,
         paths=paths,
         error_forms={api.prefix: api.error_form for api in APIS if api.prefix},
+        untyped=[api.prefix for api in APIS if api.is_untyped],
         api_keys=config.api_keys,
         hosts=hosts,
         origins=config.allow_origins,

@@ -33,7 +33,8 @@ class Choice:
     Attributes:
         text: handed out so far, tool calls left out.
         tool_calls: so far.
-        logprobs: of the tokens handed out, end-of-sequence tokens left out.
+        logprobs: of the tokens handed out; an end-of-sequence token is left out, but for where the prompt is scored: clients
+            that score prompts count the completion's tokens to leave them out.
         prompt_logprobs: of the prompt's tokens, None for the first, where they were asked for.
         num_tokens: final ones, end-of-sequence tokens counted.
         completion: set when the choice has ended.
@@ -47,6 +48,7 @@ class Choice:
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.completion: Completion | None = None
         self.num_tokens = 0
+        self._lists_end = request.params.prompt_logprobs is not None
         self._confidences: dict[int, float] = {}
         ids = request.ids
         self._begin = ids.index(None) if None in ids else len(ids)
@@ -63,7 +65,8 @@ class Choice:
             text = self._detokenizer.push(update.new_ids)
         else:
             text = self._detokenizer.finish(update.completion.text_ids, update.completion.text)
-        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in self.request.end_ids))
+        unlisted = () if self._lists_end else self.request.end_ids
+        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in unlisted))
         self.logprobs += delta.logprobs
         if self._parser is None:
             delta.text = text

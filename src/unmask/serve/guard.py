@@ -42,6 +42,7 @@ class Guard:
         metrics: counts responses and their times.
         paths: paths of the application; all others are counted as one.
         error_forms: how errors are written, by the prefix of the path; elsewhere as OpenAI does.
+        untyped: prefixes of paths whose bodies are JSON whatever their content-type says.
         api_keys: accepted keys; without any, no key is needed.
         hosts: accepted values of the Host header; without any, all are accepted.
         origins: web origins besides the server's own that may send requests.
@@ -55,13 +56,14 @@ class Guard:
         metrics: Metrics,
         paths: Collection[str],
         error_forms: Mapping[str, ErrorForm],
+        untyped: Sequence[str] = (),
         api_keys: Sequence[str] = (),
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
         max_body: int,
     ) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
-        self._error_forms = dict(error_forms)
+        self._error_forms, self._untyped = dict(error_forms), tuple(untyped)
         self._keys = [key.encode() for key in api_keys]
         self._hosts, self._origins, self._max_body = frozenset(hosts), frozenset(origins), max_body
 
@@ -69,6 +71,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith(self._untyped):
+            others = [header for header in scope["headers"] if header[0] != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
         headers = Headers(scope=scope)
         # Answered as GET; the body is left out where the response is written, by the request's own scope.
         scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
