@@ -23,6 +23,7 @@ FIELDS = {
     "tokens_per_forward": float,
     "seconds": float,
     "tokens_per_second": float,
+    "setup_seconds": float,
     "costs": dict,
 }
 SHORT = ("--max-new-tokens", 24, "--dtype", "float32", "--device", "cpu")

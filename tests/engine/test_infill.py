@@ -13,7 +13,7 @@ from unmask.data.tokenizer import Tokenizer
 from unmask.engine.infill import MAX_SPAN, best_filling, fill_between, filling_requests, split_holes
 from unmask.engine.llm import LanguageModel
 from unmask.engine.reference import generate_reference
-from unmask.engine.request import Completion, Request, TokenLogprob
+from unmask.engine.request import Completion, Costs, Request, TokenLogprob
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 
@@ -105,13 +105,15 @@ def test_the_shortest_of_equals_is_kept(tokenizer: Tokenizer) -> None:
     requests = [Request((word, *[None] * count, word), ResolvedParams(max_new_tokens=0)) for count in (1, 2, 3)]
 
     def completion(count: int, *values: float) -> Completion:
-        return Completion((other,) * count, "length", count, logprobs=tuple(TokenLogprob(other, value) for value in values))
+        logprobs = tuple(TokenLogprob(other, value) for value in values)
+        costs = Costs(queue_seconds=2.0 + count, prefill_seconds=0.5, denoise_seconds=1.0)
+        return Completion((other,) * count, "length", count, logprobs=logprobs, costs=costs)
 
     equal = [completion(1, -2.0), completion(2, -1.0, -3.0), completion(3, -2.5, -2.0, -1.5)]
-    found = best_filling(requests, equal, tokenizer, 1.5)
-    assert (found.tokens_per_hole, found.score, found.forwards, found.seconds) == (1, -2.0, 6, 1.5)
+    found = best_filling(requests, equal, tokenizer)
+    assert (found.tokens_per_hole, found.score, found.forwards, found.seconds) == (1, -2.0, 6, 3.5)
     better = [*equal[:2], completion(3, -1.0, -2.0, -1.5)]
-    found = best_filling(requests, better, tokenizer, 1.5)
+    found = best_filling(requests, better, tokenizer)
     # The prefix is cut from the text, whatever stands there.
     assert (found.tokens_per_hole, found.score, found.fills) == (3, -1.5, ("bbb",))
 

@@ -13,7 +13,12 @@ from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason,
 
 @dataclass(frozen=True)
 class Generation:
-    """Completed text and what it cost. `tokens_per_forward` counts every forward, prefill and commit included."""
+    """Completed text and what it cost.
+
+    `tokens_per_forward` counts every forward, prefill and commit included. `seconds` are those of decoding, from the first
+    forward to the last; `setup_seconds` those before: encoding the prompt, and in a first call quantising the weights or
+    compiling a grammar.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -24,12 +29,15 @@ class Generation:
     tokens_per_forward: float
     seconds: float
     tokens_per_second: float
+    setup_seconds: float
     costs: Costs
     logprobs: tuple[TokenLogprob, ...] | None = None
     trace: tuple[DecodingStep, ...] = ()
 
     @classmethod
-    def from_completion(cls, completion: Completion, text: str, prompt_tokens: int, seconds: float) -> Generation:
+    def from_completion(
+        cls, completion: Completion, text: str, prompt_tokens: int, seconds: float, setup_seconds: float = 0.0
+    ) -> Generation:
         """Text and costs of a completion that took so many seconds."""
         count = len(completion.ids)
         return cls(
@@ -41,7 +49,8 @@ class Generation:
             forwards=completion.forwards,
             tokens_per_forward=count / max(completion.forwards, 1),
             seconds=seconds,
-            tokens_per_second=count / seconds,
+            tokens_per_second=count / max(seconds, 1e-6),
+            setup_seconds=setup_seconds,
             costs=completion.costs,
             logprobs=completion.logprobs,
             trace=completion.trace,

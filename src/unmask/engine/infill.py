@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from unmask.data.tokenizer import Tokenizer
-from unmask.engine.request import Completion, Request
+from unmask.engine.request import Completion, Request, decoding_seconds
 from unmask.errors import RequestError
 
 MAX_SPAN = 512
@@ -27,6 +27,7 @@ class Infilling:
         tokens_per_hole: the length of the chosen filling.
         score: mean log-probability of the filled tokens, in nats, each at the step that decided it.
         forwards: of all lengths tried.
+        seconds: of decoding them.
     """
 
     text: str
@@ -115,9 +116,7 @@ def _filling(template: Request, ids: Sequence[int | None], tokenizer: Tokenizer,
     return replace(template, ids=tuple(ids), params=params)
 
 
-def best_filling(
-    requests: Sequence[Request], completions: Sequence[Completion], tokenizer: Tokenizer, seconds: float
-) -> Infilling:
+def best_filling(requests: Sequence[Request], completions: Sequence[Completion], tokenizer: Tokenizer) -> Infilling:
     """The filling whose tokens are likeliest on average; the shortest on ties."""
     scores = []
     for completion in completions:
@@ -135,5 +134,5 @@ def best_filling(
         tokens_per_hole=len(holes[0]),
         score=scores[best],
         forwards=sum(completion.forwards for completion in completions),
-        seconds=seconds,
+        seconds=decoding_seconds([completion.costs for completion in completions]),
     )

@@ -5,6 +5,7 @@ Owns the public Python interface: text in, text out. Decoding itself is `engine.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -48,7 +49,8 @@ class LanguageModel:
     """A model ready to generate; make one with `unmask.load`.
 
     Diffusion models (a `mask_id` in their config) decode block by block, others one token at a time. Calls keep no
-    state between them and are deterministic: the same arguments give the same result.
+    state between them and are deterministic: the same arguments give the same result. They may come from several threads at
+    once, each with an engine of its own.
 
     Args:
         transformer: the weights.
@@ -72,6 +74,7 @@ class LanguageModel:
         reload: Callable[[], Transformer] | None = None,
     ) -> None:
         self._transformer: Transformer | None = transformer.eval()
+        self._reloading = threading.Lock()
         self._reload, self.config, self.tokenizer, self.name = reload, transformer.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
@@ -80,10 +83,12 @@ class LanguageModel:
     @property
     def transformer(self) -> Transformer:
         """The weights as loaded; read again where quantised ones have taken their place."""
-        if self._transformer is None:
-            assert self._reload is not None, "only what can be read again is released"
-            self._transformer = self._reload().eval()
-        return self._transformer
+        with self._reloading:
+            transformer = self._transformer
+            if transformer is None:
+                assert self._reload is not None, "only what can be read again is released"
+                transformer = self._transformer = self._reload().eval()
+            return transformer
 
     def _release(self) -> None:
         """The weights are quantised: the loaded ones are seldom needed."""
@@ -154,11 +159,12 @@ class LanguageModel:
         Raises:
             RequestError: no tokenizer, an option out of range, or a prompt longer than the context.
         """
+        started = time.perf_counter()
         self._need_tokenizer()
         ids = self.encode_prompt(text, chat=chat)
-        started = time.perf_counter()
         completion = self.complete(ids, params, on_step=on_step, **options)
-        return self._as_generation(len(ids), completion, time.perf_counter() - started)
+        setup_seconds = time.perf_counter() - started - completion.costs.queue_seconds - completion.costs.busy_seconds
+        return self._as_generation(len(ids), completion, setup_seconds)
 
     def generate_batch(
         self,
@@ -169,17 +175,18 @@ class LanguageModel:
         mask_id: int | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Answer many texts at once, each exactly as `generate` would, sharing forwards; `seconds` are those of the batch.
+        """Answer many texts at once, each exactly as `generate` would, sharing forwards.
 
         Sampled answers to equal texts differ: the first is `generate`'s, those after it are further samples.
         """
+        started = time.perf_counter()
         self._need_tokenizer()
         prompts = [self.encode_prompt(text, chat=chat) for text in texts]
         requests = distinct_samples(self.request(ids, params, **options) for ids in prompts)
-        started = time.perf_counter()
-        completions = self.engine(mask_id=mask_id).run(requests)
-        seconds = time.perf_counter() - started
-        return [self._as_generation(len(ids), each, seconds) for ids, each in zip(prompts, completions, strict=True)]
+        engine = self.engine(mask_id=mask_id)
+        setup_seconds = time.perf_counter() - started
+        completions = engine.run(requests)
+        return [self._as_generation(len(ids), each, setup_seconds) for ids, each in zip(prompts, completions, strict=True)]
 
     def infill(
         self,
@@ -212,10 +219,9 @@ class LanguageModel:
         parts = split_holes(text, hole)
         template = self.request((None,), params, **options)  # a hole: not speculative
         whole = (params or SamplingParams()).block_size is None and options.get("block_size") is None
-        started = time.perf_counter()
         requests = filling_requests(template, parts, tokens, tokenizer, whole=whole)
         completions = self.engine(mask_id=mask_id, prefix_cache=False).run(requests)
-        return best_filling(requests, completions, tokenizer, time.perf_counter() - started)
+        return best_filling(requests, completions, tokenizer)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -359,9 +365,10 @@ class LanguageModel:
             return self.grammars.regex(params.regex)
         return None if params.grammar is None else self.grammars.lark(params.grammar)
 
-    def _as_generation(self, prompt_tokens: int, completion: Completion, seconds: float) -> Generation:
+    def _as_generation(self, prompt_tokens: int, completion: Completion, setup_seconds: float) -> Generation:
         assert completion.text is not None, "an engine with a tokenizer gives texts"
-        return Generation.from_completion(completion, completion.text, prompt_tokens, seconds)
+        seconds = completion.costs.busy_seconds
+        return Generation.from_completion(completion, completion.text, prompt_tokens, seconds, setup_seconds)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -216,6 +216,13 @@ class Costs:
         return self.prefill_seconds + self.denoise_seconds
 
 
+def decoding_seconds(costs: Sequence[Costs]) -> float:
+    """Seconds from the first forward of requests that were made together to the end of the last of them."""
+    if not costs:
+        return 0.0
+    return max(each.queue_seconds + each.busy_seconds for each in costs) - min(each.queue_seconds for each in costs)
+
+
 @dataclass(frozen=True)
 class Completion:
     """Decided ids in order of position, up to and including the token that ended them, and what they cost.

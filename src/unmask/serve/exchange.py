@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from unmask.engine.engine import Update
+from unmask.engine.request import decoding_seconds
 from unmask.serve.choice import Choice, ChoiceDelta
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import bad_request, internal
@@ -139,8 +140,7 @@ class Exchange:
         done = [choice.completion for choice in choices if choice.completion is not None]
         tokens, forwards = sum(len(each.ids) for each in done), sum(each.forwards for each in done)
         queue_seconds = min((each.costs.queue_seconds for each in done), default=0.0)
-        # From the first forward of any of them to the end of the last.
-        seconds = max((each.costs.queue_seconds + each.costs.busy_seconds for each in done), default=0.0) - queue_seconds
+        seconds = decoding_seconds([each.costs for each in done])
         return {
             "forwards": forwards,
             "tokens_per_forward": round(tokens / max(forwards, 1), 3),

@@ -28,7 +28,6 @@ async def post_infill(http: HttpRequest, body: InfillRequest, state: StateWithRo
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()
     completions = [choice.completion for choice in exchange.choices if choice.completion is not None]
-    seconds = exchange.costs(exchange.choices)["seconds"]
-    best = best_filling(prepared.requests, completions, state.model.tokenizer, seconds)
+    best = best_filling(prepared.requests, completions, state.model.tokenizer)
     about = {"object": "infill", "model": state.model.name, "usage": usage(exchange.tokens)}
     return JSONResponse({**about, **asdict(best)})
