@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.data.hashing import hash_ints, hash_text, seeded_permutation
+from unmask.data.hashing import file_digest, hash_ints, hash_text, seeded_permutation
 
 
 @given(length=st.integers(0, 200), seed=st.integers(-(2**63), 2**64), epoch=st.integers(0, 9))
@@ -28,3 +31,28 @@ def test_places_are_uniform_over_seeds():
     for seed in range(2000):
         counts[np.arange(5), seeded_permutation(5, seed, 0)] += 1
     assert (np.abs(counts - 400) < 90).all()
+
+
+def test_digest_of_files_is_that_of_their_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    digest = file_digest([first, second])
+    assert file_digest([second, first]) != digest
+    moved = first.rename(tmp_path / "c")
+    assert file_digest([moved, second]) == digest
+    second.write_bytes(b"twO")
+    assert file_digest([moved, second]) != digest
+    monkeypatch.setattr("unmask.data.hashing._PIECE", 4)
+    monkeypatch.setattr("unmask.data.hashing._MAX_PIECES", 3)
+    for size, read in ((12, range(12)), (40, [0, 3, 18, 21, 36, 39])):
+        content = bytearray(size)
+        moved.write_bytes(content)
+        digest = file_digest([moved])
+        for place in read:
+            content[place] = 1
+            moved.write_bytes(content)
+            assert file_digest([moved]) != digest, place
+            content[place] = 0
+        moved.write_bytes(content + b"\0")
+        assert file_digest([moved]) != digest

@@ -349,6 +349,35 @@ def test_state_of_other_data_is_refused(tmp_path, tokenizer):
     other = problems(tmp_path).model_copy(update={"items_per_epoch": 4})
     with refused(DataError, "documents", 4, 11):
         open_source(other, tokenizer, 0).load_state_dict(state)
+    with refused(DataError, "reasoning_gym"):
+        open_source(problems(tmp_path), tokenizer, 1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "huggingface"])
+def test_state_of_edited_data_of_the_same_length_is_refused(tmp_path: Path, tokenizer: Tokenizer, kind: Any) -> None:
+    """Moving or copying the data changes nothing; a letter in any of the files does."""
+    suffix = {"text": "txt", "huggingface": "jsonl"}.get(kind, kind)
+
+    def write(texts: tuple[str, str]) -> None:
+        for name, text in zip("ab", texts, strict=True):
+            file = tmp_path / f"{name}.{suffix}"
+            if kind == "text":
+                file.write_text(text)
+            elif kind == "parquet":
+                pq.write_table(pa.table({"text": [text]}), file)
+            else:
+                write_jsonl(file, [{"text": text}])
+
+    def source() -> Source:
+        return open_source(SourceConfig(kind=kind, path=str(tmp_path)), tokenizer, 0)
+
+    write(("the fox", "the dog"))
+    state = json.loads(json.dumps(source().state_dict()))
+    write(("the fox", "the dog"))
+    source().load_state_dict(state)
+    write(("the fox", "the doe"))
+    with refused(DataError, tmp_path, "content"):
+        source().load_state_dict(state)
 
 
 @pytest.mark.parametrize(

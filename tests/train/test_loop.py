@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,10 +259,31 @@ def test_a_run_of_before_an_option_existed_resumes_with_its_default(recipe: Reci
 def test_resume_with_another_recipe_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
-    with refused(TrainingError, "train"):
+    with refused(TrainingError, "train.learning_rate"):
         run_recipe(changed, tmp_path / "run", resume=True)
     with refused(ConfigError, "run"):
         run_recipe(recipe, tmp_path / "run")
+
+
+def test_resume_on_edited_data_is_refused(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text((base / "data.jsonl").read_text())
+    recipe = tiny_recipe(base / "model", data)
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(reversed(lines)))
+    with refused(DataError, data, "content"):
+        run_recipe(recipe, tmp_path / "run", resume=True)
+
+
+def test_resume_with_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base / "model", tmp_path / "model")
+    recipe = tiny_recipe(model, base / "data.jsonl")
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("user", "USER") + " ")
+    with refused(TrainingError, model, "template"):
+        run_recipe(recipe, tmp_path / "run", resume=True)
 
 
 def test_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,11 @@ Owns the generation of records and their order. Knows neither tokens nor files.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 from unmask.data.documents import Document
@@ -35,6 +39,11 @@ class GeneratedSource(EpochSource):
         """
         self._families, self._encoder, self._seed = dict(families), encoder, seed
         super().__init__(name, items_per_epoch)
+
+    @cached_property
+    def identity(self) -> str:
+        values = [version("reasoning-gym"), self._seed, {family: dict(config) for family, config in self._families.items()}]
+        return hashlib.blake2b(json.dumps(values, default=str).encode(), digest_size=16).hexdigest()
 
     def _open_epoch(self) -> None:
         """Open the families' datasets, which generate an item when it is read."""

@@ -5,14 +5,18 @@ Owns the order of shards and records and the position in them. Knows no tokens; 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from unmask.data.documents import Document, State
 from unmask.data.encoding import DocumentEncoder
-from unmask.data.hashing import seeded_permutation
+from unmask.data.hashing import file_digest, seeded_permutation
+from unmask.data.indexed import REMEDY
 from unmask.data.records import Record
 from unmask.errors import DataError
 
@@ -50,12 +54,14 @@ class HuggingFaceSource:
         Raises:
             DataError: it cannot be opened.
         """
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
 
         self.name, self._encoder = name, encoder
         self._seed, self._window_size, self._shuffle = seed, window, shuffle
         with _reading(f"dataset {name} cannot be opened", "check its id, subset and split"):
-            self._dataset = load_dataset(name, name=subset, split=split, streaming=True)
+            builder = load_dataset_builder(name, name=subset)
+            self._dataset = builder.as_streaming_dataset(split=split)
+        self._files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
         self._num_shards = int(self._dataset.num_shards)
         self.epoch = 0
         self._shard_index = 0
@@ -87,6 +93,7 @@ class HuggingFaceSource:
         """Epoch, shard, start of the window, and position in it."""
         return {
             "num_shards": self._num_shards,
+            "identity": self.identity,
             "window_size": self._window_size,
             "epoch": self.epoch,
             "shard_index": self._shard_index,
@@ -100,13 +107,24 @@ class HuggingFaceSource:
         """Continue where `state` was taken; raises DataError when the dataset or the window differs."""
         for key, now in (("num_shards", self._num_shards), ("window_size", self._window_size)):
             if state[key] != now:
-                raise DataError(f"{self.name} has {key} {now}, {state[key]} when the job was saved; use the same data")
+                raise DataError(f"{self.name} has {key} {now}, {state[key]} when the run was saved; {REMEDY}")
+        if state["identity"] != self.identity:
+            raise DataError(f"the content of {self.name} has changed since the run was saved; {REMEDY}")
         self.epoch, self._shard_index = int(state["epoch"]), int(state["shard_index"])
         self._window_index, self._num_in_epoch = int(state["window_index"]), int(state["num_in_epoch"])
         self._open_shard(state["window_start"])
         self._cursor = int(state["cursor"])
         if self._cursor >= len(self._window):
-            raise DataError(f"{self.name} is shorter than when the job was saved; put the same data back or start anew")
+            raise DataError(f"{self.name} is shorter than when the run was saved; {REMEDY}")
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the local files and of the addresses of others, which name a commit of the hub."""
+        local = [path for path in map(Path, self._files) if path.is_file()]
+        with _reading(f"{self.name} cannot be read", "check the data"):
+            content = file_digest(local)
+        remote = [file for file in self._files if not Path(file).is_file()]
+        return hashlib.blake2b("\n".join([content, *remote]).encode(), digest_size=16).hexdigest()
 
     def _shard_number(self) -> int:
         if not self._shuffle:

@@ -6,13 +6,16 @@ Owns order, position and cache. Knows neither the files behind the records nor t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 from unmask.data.documents import Document, State
 from unmask.data.encoding import DocumentEncoder
-from unmask.data.hashing import seeded_permutation
+from unmask.data.hashing import file_digest, seeded_permutation
 from unmask.data.records import Records
 from unmask.errors import DataError
 
+REMEDY = "put the same data back, or start a run in another folder"
+"""What to do about data that have changed since a run was saved."""
 _CACHED_TOKENS = 1 << 26
 """Capacity of the cache of encoded documents in tokens, about 5 bytes each: small datasets are tokenized once."""
 
@@ -28,6 +31,11 @@ class EpochSource(ABC):
     def __len__(self) -> int:
         """Documents in one epoch."""
         return self._num_documents
+
+    @cached_property
+    @abstractmethod
+    def identity(self) -> str:
+        """A digest of the data: equal where every epoch has the same documents."""
 
     @abstractmethod
     def _open_epoch(self) -> None:
@@ -47,16 +55,23 @@ class EpochSource(ABC):
         return document
 
     def state_dict(self) -> State:
-        """Epoch and position in it."""
-        return {"num_documents": self._num_documents, "epoch": self.epoch, "cursor": self._cursor}
+        """Epoch and position in it, and what the data were."""
+        return {
+            "num_documents": self._num_documents,
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "cursor": self._cursor,
+        }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue where `state` was taken; raises DataError when an epoch had another number of documents."""
+        """Continue where `state` was taken; raises DataError when the data are not the same."""
         if state["num_documents"] != self._num_documents:
             raise DataError(
                 f"{self.name} has {self._num_documents} documents an epoch, {state['num_documents']} when the run was saved; "
-                "use the same data or start anew"
+                f"{REMEDY}"
             )
+        if state["identity"] != self.identity:
+            raise DataError(f"the content of {self.name} has changed since the run was saved; {REMEDY}")
         self.epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
         self._open_epoch()
 
@@ -79,6 +94,10 @@ class IndexedSource(EpochSource):
         self._cache: dict[int, Document] = {}
         self._room = _CACHED_TOKENS
         super().__init__(name, len(records))
+
+    @cached_property
+    def identity(self) -> str:
+        return file_digest(self._records.files)
 
     def _open_epoch(self) -> None:
         length = len(self._records)

@@ -29,6 +29,10 @@ class Records(Protocol):
     def where(self, number: int) -> str:
         """Its location, for messages."""
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold them, in the order of the records."""
+
 
 def find_files(path: str, suffix: str) -> list[Path]:
     """The files of a path, sorted: the file itself, all with a suffix below a folder, or all that match a pattern.
@@ -56,16 +60,16 @@ class TextRecords:
 
     def __init__(self, path: str, text_field: str) -> None:
         """Find the files; raises DataError when there is none with text in it."""
-        self._files = [file for file in find_files(path, ".txt") if file.stat().st_size > 0]
+        self.files = [file for file in find_files(path, ".txt") if file.stat().st_size > 0]
         self._text_field = text_field
-        _require_some(len(self._files), path)
+        _require_some(len(self.files), path)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def read(self, number: int) -> Record:
         """The text of one file; raises DataError when it is not UTF-8."""
-        file = self._files[number]
+        file = self.files[number]
         try:
             return {self._text_field: file.read_bytes().decode()}
         except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +77,7 @@ class TextRecords:
 
     def where(self, number: int) -> str:
         """The file."""
-        return str(self._files[number])
+        return str(self.files[number])
 
 
 class JsonLinesRecords:
@@ -93,9 +97,9 @@ class JsonLinesRecords:
         Raises:
             DataError: no record, or a line that is not a JSON object or does not pass `check`.
         """
-        self._files = find_files(path, ".jsonl")
+        self.files = find_files(path, ".jsonl")
         self._file_of, self._line_of, self._offset_of = array("q"), array("q"), array("q")
-        for file_number, file in enumerate(self._files):
+        for file_number, file in enumerate(self.files):
             self._index(file_number, file, check)
         _require_some(len(self), path)
 
@@ -106,7 +110,7 @@ class JsonLinesRecords:
         """One line; raises DataError when the file has changed and it can no longer be read."""
         with located(self.where(number)):
             try:
-                with self._files[self._file_of[number]].open("rb") as stream:
+                with self.files[self._file_of[number]].open("rb") as stream:
                     stream.seek(self._offset_of[number])
                     return _json_object(stream.readline())
             except OSError as error:
@@ -114,7 +118,7 @@ class JsonLinesRecords:
 
     def where(self, number: int) -> str:
         """The file and the line, from 1."""
-        return f"{self._files[self._file_of[number]]} line {self._line_of[number]}"
+        return f"{self.files[self._file_of[number]]} line {self._line_of[number]}"
 
     def _index(self, file_number: int, file: Path, check: Callable[[Record], None]) -> None:
         offset = 0
@@ -160,6 +164,11 @@ class ParquetRecords:
             with located(str(file)):
                 check(self.read(self._tables[-1][0]))
         _require_some(self._length, path)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files."""
+        return [file for _, file, _ in self._tables]
 
     def __len__(self) -> int:
         return self._length

@@ -6,6 +6,7 @@ tokens" are the tokenizer's special tokens, whose literal spelling in a text wou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ class Tokenizer:
     def next_free_id(self) -> int:
         """The id a new token would get."""
         return max(self._control.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides which ids a text or a conversation becomes."""
+        parts = [
+            self.serialised,
+            self.chat_template,
+            repr([self.prefix_ids, sorted(self.eos_ids), self.mask_id, self._start_id]),
+        ]
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     @property
     def serialised(self) -> str:

@@ -62,8 +62,8 @@ class _Spelling:
     special_token_ids: tuple[int, ...] = ()
 
     def __call__(self, text: bytes) -> list[int]:
-        """Canonical tokens; where the tokenizer normalises text away (NFC, a space put first), the longest match each time."""
-        ids = self.tokenizer.encode(text.decode())
+        """Canonical tokens within a text; where the tokenizer normalises text away (NFC), the longest match each time."""
+        ids = self.tokenizer.encode(text.decode(), after=[None])
         exact = b"".join(self.tokens[id_] for id_ in ids) == text
         return ids if exact else self.plain.greedy_tokenize(text.decode())
 

@@ -112,6 +112,7 @@ class Trainer:
         )
         self.step, self.tokens = 0, 0
         self._packer_state: dict[str, Any] = components.packer.state_dict()
+        self._tokenizer_identity = components.tokenizer.identity
         self._validation: dict[str, Any] = {}
         self._on_record, self._should_stop = on_record, should_stop
 
@@ -119,18 +120,24 @@ class Trainer:
         """Continue from the newest complete checkpoint; False when there is none.
 
         Raises:
-            TrainingError: the checkpoint belongs to another recipe.
+            TrainingError: the checkpoint belongs to another recipe or tokenizer.
+            DataError: the data have changed.
         """
         checkpoints = list_checkpoints(self.run_folder)
         if not checkpoints:
             return False
         state, tensors = load_checkpoint(checkpoints[-1])
         recipe, saved = self.recipe.model_dump(mode="json"), _with_defaults(state.recipe)
-        changed = sorted(key for key in recipe if recipe[key] != saved.get(key))
+        changed = _differences(recipe, saved)
         if changed:
             raise TrainingError(
                 f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
                 "resume with the recipe it was started with, or choose another folder"
+            )
+        if state.tokenizer != self._tokenizer_identity:
+            raise TrainingError(
+                f"the tokenizer or chat template of {self.recipe.model} has changed since {checkpoints[-1]} was saved; "
+                "put the old one back, or start a run in another folder"
             )
         self.optimizer.load_state_tensors(tensors)
         if self.components.router is not None:
@@ -169,7 +176,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint and drop those no longer wanted."""
         recipe = self.recipe.model_dump(mode="json")
-        state = TrainState(self.step, self.tokens, self._packer_state, recipe, self._validation)
+        state = TrainState(self.step, self.tokens, self._packer_state, recipe, self._tokenizer_identity, self._validation)
         routers = {} if self.components.router is None else self.components.router.state_tensors()
         tensors = {**self.optimizer.state_tensors(), **routers}
         path = save_checkpoint(self.run_folder, state, tensors, self.components.model, self.components.tokenizer)
@@ -219,6 +226,14 @@ class Trainer:
     def _record(self, kind: str, phase: Phase, figures: MetricRecord) -> MetricRecord:
         where = {"step": self.step, "tokens": self.tokens, "phase": phase.name, "block_size": phase.block_size}
         return {"kind": kind, **where, **figures}
+
+
+def _differences(recipe: Any, saved: Any, key: str = "") -> list[str]:
+    """The keys, with dots, at which two recipes differ."""
+    if not isinstance(recipe, dict) or not isinstance(saved, dict):
+        return [] if recipe == saved else [key]
+    names = sorted(recipe.keys() | saved.keys())
+    return [each for name in names for each in _differences(recipe.get(name), saved.get(name), f"{key}.{name}".lstrip("."))]
 
 
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:

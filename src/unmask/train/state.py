@@ -21,17 +21,21 @@ from unmask.errors import CheckpointError, TrainingError
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights import checkpoint
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """State of a run after `step` optimiser steps. `packer` is the data position; noise needs no state."""
+    """State of a run after `step` optimiser steps.
+
+    `packer` is the data position, with digests of the data; `tokenizer` is `Tokenizer.identity`. Noise needs no state.
+    """
 
     step: int
     tokens: int
     packer: dict[str, Any]
     recipe: dict[str, Any]
+    tokenizer: str
     validation: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
