@@ -220,7 +220,7 @@ class Timed:
 
     def __init__(self, backend: Backend, timed: Callable[..., Any]) -> None:
         self.config, self.device, self.dtype = backend.config, backend.device, backend.dtype
-        self.new_kv_cache = backend.new_kv_cache
+        self.new_kv_cache, self.prefill_chunk = backend.new_kv_cache, backend.prefill_chunk
         self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
 
 
@@ -253,6 +253,7 @@ def measure_d4(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
 def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
     """Decode with the same kernels and no cache: every sequence is preempted after every step."""
     engine = Engine(model.backend(), prefix_cache=False, max_num_batched_tokens=request.canvas_length)
+    engine.scheduler.prefill_chunk = request.canvas_length
     engine.add(request)
     while True:
         for update in engine.step():

@@ -168,7 +168,9 @@ def serve(engine: Engine, batch: Sequence[Request], gaps: Sequence[int] = ()) ->
 def assert_exact(family: str, batch: Sequence[Request], gaps: Sequence[int] = (), rounds: int = 1, **options: Any) -> None:
     """Served together, each request takes the oracle's steps; afterwards the cache is clean and right."""
     model = golden_model(family)
+    prefill_chunk = options.pop("prefill_chunk", None)
     engine = Engine(model, mask_id=MASK, **{"num_tokens": 512, **options})
+    engine.scheduler.prefill_chunk = prefill_chunk or engine.scheduler.prefill_chunk
     published = Published(engine, model)
     expected = [oracle(model, request) for request in batch]
     for _ in range(rounds):
@@ -223,6 +225,15 @@ def test_prefix_cached_equals_cold(family: str, batch: list[Request], cache_bloc
 
 
 @few
+@given(FAMILY, Batch, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 6), CACHE_BLOCK_SIZE)
+def test_prefill_in_parts_beside_others_equals_whole(
+    family: str, batch: list[Request], gaps: list[int], prefill_chunk: int, cache_block_size: int
+) -> None:
+    """Also with holes in the prompt, and where the prefix cache gives a part of it."""
+    assert_exact(family, batch, gaps, rounds=2, prefill_chunk=prefill_chunk, cache_block_size=cache_block_size)
+
+
+@few
 @given(FAMILY, Batch, st.integers(0, 9), CACHE_BLOCK_SIZE)
 def test_chunked_prefill_equals_whole_and_separate_commits_fused_ones(
     family: str, batch: list[Request], spare: int, cache_block_size: int
@@ -245,6 +256,7 @@ def test_all_of_it_at_once(
         "num_tokens": cache_blocks * cache_block_size,
         "max_num_batched_tokens": least + spare,
         "max_num_seqs": max_num_seqs,
+        "prefill_chunk": 1 + spare,
     }
     assert_exact(family, batch, (1, 0, 2), rounds=2, **options)
 

@@ -23,11 +23,22 @@ class Bench:
     """A scheduler whose sequences decide token 1 everywhere: time passes without a model."""
 
     def __init__(
-        self, num_cache_blocks: int, *, max_num_seqs: int = 16, max_num_batched_tokens: int = 512, prefix_cache: bool = False
+        self,
+        num_cache_blocks: int,
+        *,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        prefill_chunk: int = 512,
+        prefix_cache: bool = False,
     ) -> None:
         self.pool = BlockPool(num_cache_blocks)
         self.scheduler = Scheduler(
-            self.pool, SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+            self.pool,
+            SIZE,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefill_chunk=prefill_chunk,
+            prefix_cache=prefix_cache,
         )
         self.sequences: list[BlockDiffusionSequence] = []
         self.log: list[list[int]] = []
@@ -152,6 +163,77 @@ def test_long_prompts_are_prefilled_in_parts_and_let_others_through() -> None:
     assert all((part.stop - part.start) % SIZE == 0 for part in prefill)
 
 
+def test_a_long_prompt_takes_a_part_of_each_step_beside_those_that_decode() -> None:
+    bench = Bench(100, prefill_chunk=2 * SIZE)
+    bench.add(request_of(2, 60, start=1))
+    bench.step()
+    bench.add(request_of(24 * SIZE, 3))
+    steps = [dict(bench.step()) for _ in range(10)]
+    for plans in steps:
+        assert plans[0].queries, "decoding goes on"
+        assert plans[1].stop - plans[1].start <= 4 * SIZE, "at most two tokens for each that decodes, a block and its commit"
+    bench.finish()
+    alone = Bench(100, prefill_chunk=2 * SIZE)
+    alone.add(request_of(24 * SIZE, 3))
+    (plan,) = dict(alone.step()).values()
+    assert plan.stop == 8 * SIZE, "alone it takes more, and not all"
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    bench = Bench(200, prefill_chunk=2 * SIZE)
+    long = bench.add(request_of(100 * SIZE, 3))
+    bench.step()
+    short = bench.add(request_of(3 * SIZE, 3, start=1))
+    for _ in range(3):
+        bench.step()
+    assert short.forwards > 0
+    assert bench.finish() == [1, 0]
+    assert long.forwards <= 40
+
+
+def test_prefill_is_shared_between_the_oldest_and_the_shortest() -> None:
+    """Two long prompts both get on; short ones that keep coming do not stop the oldest."""
+    bench = Bench(400, prefill_chunk=2 * SIZE)
+    old, new = bench.add(request_of(80 * SIZE, 3)), bench.add(request_of(80 * SIZE, 3, start=1))
+    for n in range(12):
+        before = old.committed
+        bench.step()
+        assert old.committed >= before + SIZE
+        bench.add(request_of(6 * SIZE, 1, start=2 + n))
+    assert old.committed >= new.committed > 0
+    bench.finish()
+
+
+def test_samples_of_a_prompt_wait_until_it_is_cached() -> None:
+    bench = Bench(100, prefill_chunk=2 * SIZE, prefix_cache=True)
+    request = request_of(20 * SIZE, 3)
+    first, *others = [bench.add(replace(request, sample=n)) for n in range(4)]
+    other = bench.add(request_of(2 * SIZE, 3, start=7))
+    bench.step()
+    assert {s.number for s in bench.scheduler.running} == {first.number, other.number}
+    bench.finish()
+    assert all(sample.cached_tokens >= 10 * SIZE for sample in others)
+
+
+def test_aborted_prefill_frees_its_cache_blocks() -> None:
+    """Those that it shares with another stay that one's."""
+    bench = Bench(100, prefill_chunk=2 * SIZE, prefix_cache=True)
+    first = bench.add(request_of(20 * SIZE, 3))
+    while first.committed < 20 * SIZE:
+        bench.step()
+    second = bench.add(replace(request_of(20 * SIZE, 3), ids=(*first.request.ids, *range(5, 45))))
+    bench.step()
+    shared = first.block_table[0]
+    assert second.is_prefilling
+    assert bench.pool.ref_count(shared) == 2
+    bench.scheduler.remove(second)
+    bench.pool.check()
+    assert bench.pool.ref_count(shared) == 1
+    assert bench.pool.num_used == len(first.block_table)
+    bench.scheduler.remove(first)
+    assert bench.pool.num_used == 0
+
+
 def test_admission_waits_for_cache_blocks() -> None:
     bench = Bench(5)
     bench.add(request_of(3 * SIZE - 1, 1))
@@ -232,6 +314,7 @@ REQUESTS = st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(-2, 2),
     st.integers(8, 20),
     st.integers(1, 4),
     st.integers(SIZE, 30),
+    st.integers(1, 20),
     st.booleans(),
     st.lists(st.integers(0, 40), max_size=3),
 )
@@ -240,12 +323,17 @@ def test_everybody_is_served_within_every_limit(
     num_cache_blocks: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    prefill_chunk: int,
     prefix_cache: bool,
     aborts: list[int],
 ) -> None:
     """Random arrivals, priorities and aborts; `Bench.step` checks rows, cache blocks and books at every step."""
     bench = Bench(
-        num_cache_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+        num_cache_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefill_chunk=prefill_chunk,
+        prefix_cache=prefix_cache,
     )
     steps = 0
     for length, budget, priority, start, gap in shapes:

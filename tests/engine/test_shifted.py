@@ -114,6 +114,7 @@ def test_speculative_text_is_the_parents(family: str, threshold: float, block_si
             {"prefix_cache": False},
         ):
             engine = Engine(shifted(family), **options)
+            engine.scheduler.prefill_chunk = 2
             for found, target in zip(engine.run(requests), expected, strict=True):
                 assert (found.ids, found.finish_reason) == (target.ids, target.finish_reason), options
             engine.pool.check()

@@ -65,7 +65,8 @@ class Engine:
             `max_num_seqs` of them. On a CPU, memory is taken as it is used, and by default the prefixes that no request uses
             are kept in 64 MiB, or as much as requests have used at a time.
         max_num_seqs: most requests denoised together.
-        max_num_batched_tokens: most tokens of a forward: longer prompts are prefilled in parts.
+        max_num_batched_tokens: most tokens of a forward. Longer prompts are prefilled in parts, and so are shorter ones that
+            would keep others waiting.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
     """
 
@@ -104,7 +105,12 @@ class Engine:
         self.cache_block_size, self._decode = size, decode
         self.pool = BlockPool(num_cache_blocks, num_retained)
         self.scheduler = Scheduler(
-            self.pool, size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefix_cache=prefix_cache
+            self.pool,
+            size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefill_chunk=backend.prefill_chunk,
+            prefix_cache=prefix_cache,
         )
         self.runner = Runner(backend, num_cache_blocks, size, self.mask_id)
         self._sequences: dict[int, DecodingSequence] = {}

@@ -16,6 +16,9 @@ from unmask.engine.sequences.base import DecodingSequence, ScheduledSequence
 
 STEPS_PER_PRIORITY = 64
 """A finite price for priority: whoever waits long enough is first, so nobody starves."""
+_PREFILL_PER_DECODING_TOKEN = 2
+_PREFILL_ALONE = 4
+"""Where nobody decodes, a forward holds so many prefill chunks: it ends soon for whoever comes meanwhile."""
 
 
 class Scheduler:
@@ -26,14 +29,23 @@ class Scheduler:
         cache_block_size: tokens in a cache block.
         max_num_seqs: most sequences that hold cache blocks.
         max_num_batched_tokens: most tokens of a forward.
+        prefill_chunk: tokens that sequences which prefill may take beside those that decode; see `Backend.prefill_chunk`.
         prefix_cache: share cache blocks of equal prefixes.
     """
 
     def __init__(
-        self, pool: BlockPool, cache_block_size: int, *, max_num_seqs: int, max_num_batched_tokens: int, prefix_cache: bool
+        self,
+        pool: BlockPool,
+        cache_block_size: int,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefill_chunk: int,
+        prefix_cache: bool,
     ) -> None:
         self.pool, self.cache_block_size, self.prefix_cache = pool, cache_block_size, prefix_cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.prefill_chunk = prefill_chunk
         self.waiting: list[DecodingSequence] = []
         self.running: list[DecodingSequence] = []
         self.clock = 0
@@ -54,22 +66,47 @@ class Scheduler:
     def schedule(self) -> list[tuple[DecodingSequence, ScheduledSequence]]:
         """What the next forward holds, at most `max_num_batched_tokens` tokens in all.
 
-        Those that run come before those that wait, the least recently served first; when cache blocks run
-        out, the newest running sequence that is not in this forward yet is preempted.
+        Sequences that decode come first, the least recently served before the others; then those that prefill, in parts, with
+        those that wait, as far as there is room. When cache blocks run out, the newest running sequence that is not in this
+        forward yet is preempted.
         """
         self.clock += 1
         work: list[tuple[DecodingSequence, ScheduledSequence]] = []
+        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
         budget = self.max_num_batched_tokens
         for sequence in sorted(self.running, key=lambda s: (s.last_served, s.order)):
-            if sequence in self.running:
+            if sequence in self.running and sequence not in prefilling:
                 budget -= self._serve(sequence, budget, work)
-        while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
-            sequence = self.waiting[0]
-            if not self._admit(sequence, budget):
-                break
-            budget -= self._serve(sequence, budget, work)
+        prefilling = [sequence for sequence in prefilling if sequence in self.running]
+        prefilling += self._admit_waiting(budget - sum(sequence.min_tokens for sequence in prefilling))
+        for sequence, share in self._shares(prefilling, budget):
+            if sequence in self.running:
+                budget -= self._serve(sequence, min(share, budget), work)
         assert work or not (self.running or self.waiting), "nothing can be scheduled"
         return work
+
+    def _shares(self, prefilling: list[DecodingSequence], budget: int) -> list[tuple[DecodingSequence, int]]:
+        """Tokens of this forward for each sequence that prefills, the oldest first.
+
+        Half of them are for the oldest, so that nobody starves; the others are served shortest first, so that a short prompt
+        does not wait for a long one. Beside sequences that decode, all of them together take a few times the tokens of those:
+        a long prompt slows the others down, and does not stop them.
+        """
+        if not prefilling:
+            return []
+        num_decoding = self.max_num_batched_tokens - budget
+        beside = max(self.prefill_chunk, _PREFILL_PER_DECODING_TOKEN * num_decoding)
+        limit = beside if num_decoding else _PREFILL_ALONE * self.prefill_chunk
+        limit = min(budget, max(limit, 2 * max(sequence.min_tokens for sequence in prefilling)))
+        oldest, *others = sorted(prefilling, key=lambda s: s.order)
+        reserved = min(oldest.num_missing, max(limit // 2, oldest.min_tokens))
+        left, shares = limit - reserved, []
+        for sequence in sorted(others, key=lambda s: (s.num_missing, s.order)):
+            share = min(sequence.num_missing, left)
+            if share >= sequence.min_tokens:
+                shares.append((sequence, share))
+                left -= share
+        return [(oldest, reserved + left), *shares]
 
     def publish(self, sequence: DecodingSequence) -> None:
         """Share the cache blocks that the last forward made final."""
@@ -104,17 +141,42 @@ class Scheduler:
             self.preempt(max(newer, key=lambda s: s.order))
         return True
 
+    def _admit_waiting(self, budget: int) -> list[DecodingSequence]:
+        """Start those that wait, in order, until one does not fit."""
+        admitted: list[DecodingSequence] = []
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.max_num_seqs or budget <= 0:
+                break
+            if self._is_being_prefilled(sequence):
+                continue
+            if not self._admit(sequence, budget):
+                break
+            admitted.append(sequence)
+            budget -= sequence.min_tokens
+        return admitted
+
+    def _is_being_prefilled(self, sequence: DecodingSequence) -> bool:
+        """Whether a running sequence is about to publish at least half of what this one lacks, as of several samples of a
+        prompt: then it waits for that."""
+        if not self.prefix_cache:
+            return False
+        hashes = sequence.prefix_hashes.extend(sequence.tokens, sequence.num_final)
+        middle = (len(self.pool.find_cached(hashes)) + len(hashes)) // 2
+        prefix_hash = hashes[middle : middle + 1]
+        return bool(prefix_hash) and any(s.prefix_hashes.hashes[middle : middle + 1] == prefix_hash for s in self.running)
+
     def _admit(self, sequence: DecodingSequence, budget: int) -> bool:
-        """Start the first waiting sequence if all it has to compute now fits the available cache blocks."""
+        """Start a waiting sequence if all it has to compute now fits the available cache blocks, beside what others lack."""
         cache_blocks = self._cached_blocks(sequence)
         self.pool.touch(cache_blocks)
         sequence.committed = len(cache_blocks) * self.cache_block_size
-        needed = -(-sequence.reach // self.cache_block_size) - len(cache_blocks)
+        needed = sum(-(-s.reach // self.cache_block_size) - len(s.block_table) for s in self.running if s.is_prefilling)
+        needed += -(-sequence.reach // self.cache_block_size) - len(cache_blocks)
         if needed > self.pool.num_available or sequence.schedule(budget) is None:
             self.pool.free(cache_blocks)
             sequence.committed = 0
             return False
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.start(sequence.committed)
         sequence.block_table = cache_blocks

@@ -99,7 +99,9 @@ def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
     ]  # fmt: skip
     alone = [Engine(backend, prefix_cache=False).run([request])[0] for request in requests]
     for options in ({}, {"num_tokens": 48, "cache_block_size": 4}, {"max_num_batched_tokens": 8}):
-        together = Engine(backend, **options).run(requests)
+        engine = Engine(backend, **options)
+        engine.scheduler.prefill_chunk = 3
+        together = engine.run(requests)
         for found, expected in zip(together, alone, strict=True):
             assert found.ids == expected.ids
             confidences = [[step.confidence for step in completion.trace] for completion in (found, expected)]

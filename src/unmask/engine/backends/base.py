@@ -34,6 +34,12 @@ class Backend(Protocol):
         """Of the KV cache."""
         ...
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of prompts that a forward takes beside those of sequences that decode: so many that more would not make
+        prefill faster, or would make a step many times longer."""
+        ...
+
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         """Memory for the keys and values of so many cache blocks, in this backend's own layout.
 

@@ -52,6 +52,11 @@ class TorchBackend:
     def dtype(self) -> torch.dtype:
         return self.model.embed.weight.dtype
 
+    @property
+    def prefill_chunk(self) -> int:
+        # A forward reads all weights: on a CPU as long as it computes some dozens of tokens, on a GPU some hundreds.
+        return 128 if self.device.type == "cpu" else 1024
+
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config
         shape = (config.num_layers, 2, num_cache_blocks, cache_block_size, config.num_kv_heads, config.head_dim)

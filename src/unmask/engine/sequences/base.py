@@ -157,6 +157,21 @@ class DecodingSequence(ABC):
     def reach(self) -> int:
         """Positions that the next forward covers when all it lacks fits."""
 
+    @property
+    def num_missing(self) -> int:
+        """Tokens of the next forward when all fit."""
+        return self.reach - self.committed
+
+    @property
+    def min_tokens(self) -> int:
+        """A number of tokens with which a forward gets on."""
+        return self.reach - self.num_final
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether it lacks more than what a step decides, and the block decided before: the rest may come in parts."""
+        return self.num_missing > 2 * self.min_tokens
+
     @abstractmethod
     def schedule(self, budget: int) -> ScheduledSequence | None:
         """Its part of the next forward, at most `budget` tokens; None when not even the least part fits."""

@@ -58,6 +58,10 @@ class CausalScoringSequence(ScoringSequence):
     def reach(self) -> int:
         return len(self._ids) - self._lag
 
+    @property
+    def min_tokens(self) -> int:
+        return 1
+
     def schedule(self, budget: int) -> ScheduledSequence | None:
         start, stop = self.committed, min(self.reach, self.committed + budget)
         if stop <= start:
