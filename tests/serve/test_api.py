@@ -27,7 +27,11 @@ def _post(site: Live, body: Mapping[str, Any], path: str = "/v1/chat/completions
     return HTTP.post(site.url + path, json=body)
 
 
-def test_unknown_fields_are_ignored_and_named(site: Live, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_fields_are_ignored_and_named(
+    site: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("unmask.serve")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
     with caplog.at_level(logging.INFO, "unmask.serve"):
         response = _post(site, {**BODY, **UNKNOWN, "stream": True})
     assert response.status_code == 200

@@ -53,6 +53,10 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """What the OpenAPI document says about them."""
+OTHER_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": response["description"]} for status, response in ERROR_RESPONSES.items()
+}
+"""Likewise, of an API whose errors have another form."""
 
 
 class ApiError(Exception):

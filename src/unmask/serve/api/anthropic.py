@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from unmask.serve.api.answer_parts import respond_in_parts
 from unmask.serve.api.anthropic_writer import MessageWriter
-from unmask.serve.errors import ERROR_RESPONSES, ApiError
+from unmask.serve.errors import OTHER_ERROR_RESPONSES, ApiError
 from unmask.serve.event_stream import NAMED_SSE
 from unmask.serve.exchange import CurrentState, StateWithRoom, note_ignored, prepare
 from unmask.serve.prepare_chat import prepare_chat, prompt_ids
@@ -34,7 +34,6 @@ _ERROR_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_ERRORS = {status: {"description": each["description"]} for status, each in ERROR_RESPONSES.items()}
 
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def model_page(model: ServedModel) -> dict[str, Any]:
     return {"data": [model_info(model)], "has_more": False, "first_id": model.name, "last_id": model.name}
 
 
-@router.post("/v1/messages", responses=_ERRORS, response_class=JSONResponse)
+@router.post("/v1/messages", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
 async def post_messages(http: HttpRequest, body: MessagesRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
     prepared = await prepare(state, http, body, _prepared)
@@ -70,7 +69,7 @@ async def post_messages(http: HttpRequest, body: MessagesRequest, state: StateWi
     return await respond_in_parts(state, http, prepared, writer, NAMED_SSE if body.stream else None)
 
 
-@router.post("/v1/messages/count_tokens", responses=_ERRORS)
+@router.post("/v1/messages/count_tokens", responses=OTHER_ERROR_RESPONSES)
 async def post_count_tokens(http: HttpRequest, body: CountTokensRequest, state: CurrentState) -> dict[str, int]:
     """The number of tokens that a conversation has for the model."""
     note_ignored(state, http, body)

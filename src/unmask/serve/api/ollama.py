@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from unmask.engine.request import TokenLogprob
 from unmask.serve.choice import Choice, logprob_entry
-from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
+from unmask.serve.errors import OTHER_ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.event_stream import JSON_LINES, Event, stream_events
 from unmask.serve.exchange import AppState, CurrentState, Exchange, StateWithRoom, open_exchange, prepare
 from unmask.serve.prepare_chat import prepare_chat
@@ -37,38 +37,38 @@ def ollama_error(error: ApiError) -> dict[str, Any]:
     return {"error": str(error)}
 
 
-@router.post("/api/chat", responses=ERROR_RESPONSES, response_class=JSONResponse)
+@router.post("/api/chat", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
 async def post_chat(http: HttpRequest, body: OllamaChatRequest, state: StateWithRoom) -> Response:
     """Answer a conversation; without messages, load or unload the model, which is always there."""
     return await _respond(state, http, body, _chat_message, _prepare_chat if body.messages else None)
 
 
-@router.post("/api/generate", responses=ERROR_RESPONSES, response_class=JSONResponse)
+@router.post("/api/generate", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
 async def post_generate(http: HttpRequest, body: OllamaGenerateRequest, state: StateWithRoom) -> Response:
     """Answer a prompt, continue it (`raw`), or fill in what stands between it and a suffix."""
     return await _respond(state, http, body, _response_text, _prepare_generate if body.prompt or body.suffix else None)
 
 
-@router.get("/api/tags", responses=ERROR_RESPONSES)
+@router.get("/api/tags", responses=OTHER_ERROR_RESPONSES)
 async def get_tags(state: CurrentState) -> dict[str, Any]:
     """The served model."""
     return {"models": [_listed(state.model)]}
 
 
-@router.get("/api/ps", responses=ERROR_RESPONSES)
+@router.get("/api/ps", responses=OTHER_ERROR_RESPONSES)
 async def get_ps(state: CurrentState) -> dict[str, Any]:
     """The loaded model: the same."""
     loaded = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": state.model.context}
     return {"models": [{**_listed(state.model), **loaded}]}
 
 
-@router.get("/api/version", responses=ERROR_RESPONSES)
+@router.get("/api/version", responses=OTHER_ERROR_RESPONSES)
 async def get_version() -> dict[str, str]:
     """The version of the API."""
     return {"version": VERSION}
 
 
-@router.post("/api/show", responses=ERROR_RESPONSES)
+@router.post("/api/show", responses=OTHER_ERROR_RESPONSES)
 async def post_show(body: OllamaShowRequest, state: CurrentState) -> dict[str, Any]:
     """What is known about the model."""
     _check_name(state.model, body.model or body.name)
@@ -94,8 +94,8 @@ async def post_show(body: OllamaShowRequest, state: CurrentState) -> dict[str, A
     }
 
 
-@router.post("/api/embed", responses=ERROR_RESPONSES)
-@router.post("/api/embeddings", responses=ERROR_RESPONSES)
+@router.post("/api/embed", responses=OTHER_ERROR_RESPONSES)
+@router.post("/api/embeddings", responses=OTHER_ERROR_RESPONSES)
 async def post_embed() -> Response:
     """Refuses: there are no embeddings here."""
     raise bad_request("this model does not support embeddings; it generates text only")

@@ -113,9 +113,9 @@ class Diffusion(Body):
 
 
 class _WithoutEffect(Body):
-    """Accepted fields without an effect, of any value: user, billing, storage, priority and reasoning effort."""
+    """Accepted fields without an effect: user, billing, storage, priority and reasoning effort."""
 
-    user: Any = None
+    user: str | int | None = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
