@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from unmask.cli.main import app
+from unmask.cli.app import app
 from unmask.models.weights.hub import EMBEDDED_DIFFUSION
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import json, runpy, sys
 from types import SimpleNamespace
 from typer.testing import CliRunner
 from unmask.cli.chat_session import settable_options
-from unmask.cli.main import app
+from unmask.cli.app import app
 from unmask.models.arch.config import ModelConfig
 from unmask.serve.config import ServerConfig
 from unmask.serve.protocol.chat import ChatRequest

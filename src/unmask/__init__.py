@@ -8,9 +8,11 @@ costs nothing.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in `typing`, whose import would take most of this one's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from unmask.engine.generation import Generation
     from unmask.engine.llm import LanguageModel, load
     from unmask.engine.sampling_params import SamplingParams
@@ -34,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from helpers import assert_names, make_tokenizer
 from tiny import tiny_model
-from unmask.cli.main import app
+from unmask.cli.app import app
 from unmask.models.weights.checkpoint import save_model
 
 CONTEXT = 256

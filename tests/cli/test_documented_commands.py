@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from unmask.cli.main import app
+from unmask.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

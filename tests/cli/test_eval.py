@@ -114,12 +114,17 @@ def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> Non
     assert again.exit_code == 0, again.output
     assert json.loads((tmp_path / "again" / "comparison.json").read_text())["tasks"] == found["tasks"]
     assert "not paired" in fails("compare", wide_folder, wide_folder, "--tasks", "arc_challenge")
+    fails("compare", wide_folder, "nosuch", "--tasks", TWO, "--out", tmp_path / "none", *FEW, names=["'nosuch'"])
+    assert not (tmp_path / "none").exists()
     asked = ("--tasks", "mini-5/math", "--thresholds", "0.3,0.9", "--block-sizes", "4,8", *FEW)
     result = run("sweep", "--model", wide_folder, *asked, "--out", tmp_path / "sweep")
     assert result.exit_code == 0, result.output
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert [(p["block_size"], p["threshold"]) for p in points] == [(4, 0.3), (4, 0.9), (8, 0.3), (8, 0.9)]
     assert (tmp_path / "sweep" / "frontier.png").stat().st_size > 5000
+    late = ("--thresholds", "0.5,1.5", "--out", tmp_path / "none")
+    fails("sweep", "--model", wide_folder, "--tasks", "mini-5/math", *late, names=["--threshold", 1.5])
+    assert not (tmp_path / "none").exists()
     assert "numbers" in fails("sweep", "--model", wide_folder, "--tasks", "mini-5/math", "--thresholds", "high")
 
 

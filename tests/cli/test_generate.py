@@ -12,6 +12,7 @@ import unmask
 from helpers import example_of, params_of_calls
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
 from unmask.engine.sampling_params import Option, ResolvedParams, SamplingParams
+from unmask.errors import UnmaskError
 from unmask.models.weights.hub import EMBEDDED_CONVERTED, EMBEDDED_DIFFUSION
 
 FIELDS = {
@@ -96,6 +97,26 @@ def test_prompt_from_standard_input(run, folder: Path) -> None:
     piped = run("generate", "-", "-m", folder, "--json", *SHORT, input="Hello, how are you?\n")
     assert json.loads(piped.stdout)["text"] == json.loads(named.stdout)["text"]
     assert json.loads(piped.stdout)["prompt_tokens"] == json.loads(named.stdout)["prompt_tokens"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(run, ar_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[object] = []
+
+    def record(self: object, prompt: object, params: SamplingParams, **_: object) -> None:
+        asked.append((prompt, params.grammar))
+        raise UnmaskError("enough")
+
+    monkeypatch.setattr("unmask.engine.llm.LanguageModel.generate", record)
+    (tmp_path / "grammar").write_text('\ufeffstart: "a"', encoding="utf-8")
+    run("generate", "-", "-m", ar_folder, "--grammar", tmp_path / "grammar", input="\ufeffHello".encode())
+    assert asked == [("Hello", 'start: "a"')]
+
+
+def test_a_schema_may_be_written_out(run, fails, ar_folder: Path, monkeypatch, tmp_path: Path) -> None:
+    seen = params_of_calls(monkeypatch, "generate")
+    run("generate", "Hello", "-m", ar_folder, "--json-schema", ' {"type": "integer"}')
+    assert seen[0].json_schema == ' {"type": "integer"}'
+    fails("generate", "Hello", "--json-schema", tmp_path / "nosuch", names=["--json-schema", "nosuch"])
 
 
 @pytest.mark.parametrize("text", ["", "\n", b"\xff\xfe"])

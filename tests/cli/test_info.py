@@ -82,7 +82,7 @@ def test_every_preset_is_described(name: str) -> None:
 def test_hub_id_fetches_the_config_only(run, own_folder: Path, monkeypatch) -> None:
     fetched = []
 
-    def download(model: str, name: str) -> str:
+    def download(model: str, name: str, *, local_files_only: bool) -> str:
         fetched.append((model, name))
         return str(own_folder / name)
 
@@ -92,7 +92,7 @@ def test_hub_id_fetches_the_config_only(run, own_folder: Path, monkeypatch) -> N
 
 
 def test_hub_out_of_reach(fails, monkeypatch) -> None:
-    def download(model: str, name: str) -> str:
+    def download(model: str, name: str, *, local_files_only: bool) -> str:
         raise RuntimeError("no route to host\nlong story")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def test_help_of_a_verb_teaches_with_an_example(run, verb: str) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from unmask.cli.main import app; "
+        "import sys; from typer.testing import CliRunner; from unmask.cli.app import app; "
         "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
         "print([name for name in ('torch', 'transformers', 'numpy', 'rich.live') if name in sys.modules])"
     )
@@ -105,12 +106,36 @@ def test_interrupt_ends_with_130(run, monkeypatch) -> None:
     assert (result.exit_code, result.stdout) == (130, "")
 
 
+def test_ctrl_c_during_imports_is_quiet() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'unmask.cli.compare':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from unmask.cli.main import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(("closed", "code", "stderr"), [(">&-", 1, "error: standard output is closed"), ("<&-", 0, "")])
+def test_closed_streams_are_no_traceback(closed: str, code: int, stderr: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m unmask --version {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(stderr)
+    assert done.stderr.count("\n") == (1 if stderr else 0)
+
+
 @pytest.mark.parametrize("printing", ["typer.echo('x' * 100_000)", "make_console().print('x' * 100_000)"])
 def test_broken_pipe_is_quiet(printing: str) -> None:
     """The reader goes away before the first byte: no traceback, no complaint at shutdown."""
     code = (
-        "import typer; from unmask.cli.main import app, main; from unmask.cli.console import make_console; "
-        f"app.command('say')(lambda: {printing}); main()"
+        "import typer; from unmask.cli.app import app; from unmask.cli.console import make_console; "
+        f"from unmask.cli.main import main; app.command('say')(lambda: {printing}); main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "say"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

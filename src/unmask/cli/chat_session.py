@@ -259,7 +259,7 @@ def read_messages(path: Path) -> list[Message]:
         DataError: unreadable, or not a list of messages.
     """
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name a file written by /save") from error
     except ValueError as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
 from unmask.cli.console import make_console
+from unmask.cli.tables import print_table
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
 
@@ -49,6 +49,7 @@ def compare(
     settings = EvalSettings(split, params, batch)
     are_runs = [(Path(name) / "samples.jsonl").exists() for name in (a, b)]
     folders = [Path(a) if are_runs[0] else out / "a", Path(b) if are_runs[1] else out / "b"]
+    evaluation.check_models(*(name for name, is_run in zip((a, b), are_runs, strict=True) if not is_run))
     if not all(are_runs):
         selection = evaluation.select_tasks(suite, tasks)
         if selection.harness:
@@ -60,8 +61,5 @@ def compare(
     comparisons = compare_samples(*(load_samples(folder) for folder in folders))
     files = write_comparison(out, comparisons, *(load_results(folder) for folder in folders))
     rows = [comparison_row(task, each) for task, each in comparisons.items()]
-    table = Table(Column("task", no_wrap=True), *list(rows[0])[1:], title=f"A is {a}, B is {b}")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    print_table(console, list(rows[0]), [list(row.values()) for row in rows], title=f"A is {a}, B is {b}")
     console.print(f"report   {files['report.md']}, {files['report.html']}", soft_wrap=True)

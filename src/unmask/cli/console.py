@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from unmask.cli.startup import raise_on_interrupt
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError, TrainingError, UnmaskError
 
@@ -35,6 +36,7 @@ class Guarded(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; any other error is a bug and keeps its traceback."""
+        raise_on_interrupt()
         try:
             return super().invoke(ctx)
         except UnmaskError as error:
@@ -79,8 +81,15 @@ def with_flags(message: str) -> str:
     names = SamplingParams.options()
     plain = "|".join(names)
     compound = "|".join(name for name in names if "_" in name)
-    flags = re.sub(rf"^(?:{plain})\b|\b(?:{compound})\b", lambda match: f"--{match[0].replace('_', '-')}", message)
-    return flags.replace("chat=False", "--raw")
+    # An option whose name is an everyday word is one only where the message begins with it, or with a list that ends in it.
+    first = re.match(rf"(?:(?:{plain})(?: and |\b))*", message)
+    end = 0 if first is None else first.end()
+    spelled = [re.sub(rf"\b(?:{names})\b", _flag, part) for names, part in ((plain, message[:end]), (compound, message[end:]))]
+    return "".join(spelled).replace("chat=False", "--raw")
+
+
+def _flag(match: re.Match[str]) -> str:
+    return f"--{match[0].replace('_', '-')}"
 
 
 def make_console(*, stderr: bool = False) -> Console:

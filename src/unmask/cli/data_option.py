@@ -6,6 +6,7 @@ Owns the choice of a source's kind. Whether the source can be read is checked by
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from unmask.errors import ConfigError
@@ -41,6 +42,15 @@ def source_of(data: str) -> dict[str, object]:
     if is_hub_id(data) or re.fullmatch(r"[\w-]+", data):  # datasets may lack an owner
         return {"kind": "huggingface", "id": data}
     raise ConfigError(f"--data {data}: no such file; {_WAYS}")
+
+
+def check_paths(paths: Iterable[str | None]) -> None:
+    """Raise DataError where a source has no files, before a model is loaded."""
+    from unmask.data.records import find_files
+
+    for path in paths:
+        if path is not None:
+            find_files(path, "")
 
 
 def _kind_of_folder(folder: Path) -> str:

@@ -24,6 +24,8 @@ DIFFUSION_MODEL = "smollm2-135m-diffusion"
 CONVERTED_MODEL = "smollm2-135m-converted"
 """Converted in full: denoises in any order, and fills holes."""
 
+_FILE: Mapping[str, str] = {"json_schema": "FILE|JSON"}
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder, Hugging Face id or embedded model.", rich_help_panel="Model")
 ]
@@ -100,13 +102,13 @@ def expand_parameter(
 
 def _parameter(option: Option, default_text: str | None) -> inspect.Parameter:
     kinds: Mapping[type, Any] = {int: int, float: float, bool: bool, tuple: list[int] if option.items is int else list[str]}
-    kind = Path if option.is_file else kinds.get(option.kind, str)
+    kind = kinds.get(option.kind, str)
     flag = f"--{option.name.replace('_', '-')}"
     shown = default_text or option.shown_default
     declared = typer.Option(
         f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag,
         help=option.help + (f" [default: {shown}]" if shown != "none" else ""),
-        metavar="FILE" if option.is_file else "|".join(option.choices) or None,
+        metavar=_FILE.get(option.name, "FILE") if option.is_file else "|".join(option.choices) or None,
         rich_help_panel=option.panel,
     )
     return inspect.Parameter(
@@ -115,16 +117,16 @@ def _parameter(option: Option, default_text: str | None) -> inspect.Parameter:
 
 
 def _value(option: Option, argument: Any) -> Any:
-    """The value of an option: the text of a file where it names one.
+    """The value of an option: the text of a file where it names one, or a JSON object itself.
 
     Raises:
         RequestError: the file cannot be read.
     """
     if option.kind is tuple:
         return tuple(argument) if argument else None
-    if argument is None or not option.is_file:
+    if argument is None or not option.is_file or (option.name == "json_schema" and argument.lstrip().startswith("{")):
         return argument
     try:
-        return argument.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(argument).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise RequestError(f"{option.name} {argument} cannot be read ({error}); name a text file") from error

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from unmask.cli.console import is_live
 from unmask.cli.decoding import load
+from unmask.cli.tables import print_table
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MINI5, LLADA2 = "mini-5", "llada2-47"
 DEFAULT_COUNT = 50
 """Items of a task that can make any number."""
+_ABOUT = "tasks, or the reason for not running it"
 _Number = TypeVar("_Number", int, float)
 
 SuiteName = Annotated[
@@ -84,6 +85,14 @@ def select_tasks(suite: str | None, names: str | None, *, required: bool = True)
     if required and not own and not harness:
         raise ConfigError(f"no tasks are selected; give --suite {MINI5} or --tasks, and see unmask eval --list")
     return Selection(tuple(own), tuple(harness))
+
+
+def check_models(*names: str) -> None:
+    """Raise CheckpointError where one of these models is not there, before work on another one begins."""
+    from unmask.cli.info import find_config
+
+    for name in names:
+        find_config(name)
 
 
 def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None) -> LanguageModel:
@@ -179,22 +188,21 @@ def count_for(limit: int | None, task: Task) -> int:
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
     """Print score and speed of every task, and the plain mean over tasks."""
-    table = Table(Column("task", no_wrap=True), "metric", "score", "items", "tokens per forward", "tokens/s")
+    rows: list[tuple[str, ...]] = []
     tasks: Mapping[str, Any] = results["tasks"]
     for name, task in tasks.items():
         speed, of = task["speed"], "" if not task["limited"] or task["size"] is None else f" of {task['size']}"
         spread = speed["tokens_per_second_spread"]
         rates = "" if spread is None else f"{speed['tokens_per_second']:.0f} ({spread['p10']:.0f}-{spread['p90']:.0f})"
         score = "-" if task["score"] is None else f"{100 * task['score']:.1f} ± {100 * task['standard_error']:.1f}"
-        table.add_row(name, task["metric"], score, f"{task['items']}{of}", f"{speed['tokens_per_forward']:.2f}", rates)
+        rows.append((name, task["metric"], score, f"{task['items']}{of}", f"{speed['tokens_per_forward']:.2f}", rates))
     for name, metrics in results.get("harness", {}).get("results", {}).items():
         values = [f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
-        table.add_row(name, "lm-eval", ", ".join(values), "", "", "")
+        rows.append((name, "lm-eval", ", ".join(values), "", "", ""))
     scores = [task["score"] for task in tasks.values() if task["score"] is not None]
     if len(scores) > 1:
-        table.add_section()
-        table.add_row("mean", "", f"{100 * sum(scores) / len(scores):.1f}", "", "", "")
-    console.print(table)
+        rows.append(("mean", "", f"{100 * sum(scores) / len(scores):.1f}", "", "", ""))
+    print_table(console, ("task", "metric", "score", "items", "tokens per forward", "tokens/s"), rows)
 
 
 def print_benchmarks(console: Console, benchmarks: Sequence[Mapping[str, Any]]) -> None:
@@ -205,14 +213,14 @@ def print_benchmarks(console: Console, benchmarks: Sequence[Mapping[str, Any]]) 
         benchmarks: fields of `BenchmarkResult`.
     """
     model = next(iter(benchmarks[0]["published"]))
-    table = Table("benchmark", "score", "items", model, "tasks, or the reason for not running it")
+    rows = []
     for each in benchmarks:
         score = "not run" if each["reason"] else "" if each["score"] is None else f"{each['score']:.2f}"
         notes = [" ".join(each["tasks"]), each["metric"], each["differs"] and f"differs: {each['differs']}"]
         about = each["reason"] or "; ".join(note for note in notes if note)
         cells = (each["benchmark"], score, str(each["items"] or ""), f"{each['published'][model]:.2f}", about)
-        table.add_row(*(Text(cell, style="dim" if each["reason"] else "") for cell in cells))
-    console.print(table)
+        rows.append([Text(cell, style="dim" if each["reason"] else "") for cell in cells])
+    print_table(console, ("benchmark", "score", "items", model, _ABOUT), rows, wide=_ABOUT)
 
 
 def list_tasks() -> None:

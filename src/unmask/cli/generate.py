@@ -78,7 +78,7 @@ def _print_text(generation: Generation, *, shown: bool, live: bool) -> None:
 def _read_stdin() -> str:
     """The prompt on standard input, less the newline that ends its last line."""
     try:
-        text = sys.stdin.buffer.read().decode()
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt on standard input is not UTF-8 ({error.reason}); convert it") from error
     if not text.strip():

@@ -96,7 +96,7 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, is_hub_id, resolve, unknown_model
 
-    if model in EMBEDDED_MODELS or Path(model).expanduser().is_dir():
+    if model in EMBEDDED_MODELS or (model and Path(model).expanduser().exists()):
         folder = resolve(model)
         return read_model_config(folder), folder
     if model in PUBLISHED:

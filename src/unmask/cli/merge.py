@@ -69,6 +69,8 @@ def _add(out: Path, folders: list[Path], plus: str | None, minus: str | None, sc
     from unmask.train import merge as merging
 
     console = make_console()
+    if not folders[0].is_dir():
+        raise ConfigError(f"{folders[0]} is not a folder; give that of a model")
     tuned, base = resolve(plus), resolve(minus)
     with counting(console, "adding") as on_progress:
         merged = merging.add_difference(folders[0], tuned, base, out, scale=scale, on_progress=on_progress)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from unmask.cli import decoding as options
-from unmask.cli.console import INTERRUPTED
+from unmask.cli.startup import INTERRUPTED
 from unmask.errors import ConfigError
 from unmask.serve.config import ServerConfig
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from unmask.cli import decoding as options
 from unmask.cli import evaluation
 from unmask.cli.console import make_console
+from unmask.cli.tables import print_table
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 
@@ -47,6 +47,9 @@ def sweep(
 
     values = evaluation.numbers(thresholds, "--thresholds", float)
     sizes = None if block_sizes is None else evaluation.numbers(block_sizes, "--block-sizes", int)
+    for option, choices in (("block_size", sizes or []), ("threshold", values)):
+        for value in choices:
+            SamplingParams().replace(**{option: value})  # refused before the first point is measured
     selection = evaluation.select_tasks(suite, tasks)
     if selection.harness:
         raise ConfigError(f"{selection.harness[0]} is a task of lm-eval, which is not swept; use our own tasks")
@@ -66,10 +69,7 @@ def sweep(
         out / "sweep.json", {"model": model, "suite": suite, "tasks": tasks, "split": split, "limit": limit, "points": points}
     )
     atomic_write(out / "sweep.md", bytes_writer(f"{markdown_table(HEAD, rows)}\n\n![Frontier](frontier.png)\n".encode()))
-    table = Table(*HEAD)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, HEAD, rows)
     console.print(f"plot     {out / 'frontier.png'}", soft_wrap=True)
 
 

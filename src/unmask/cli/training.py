@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.console import INTERRUPTED, make_console, pick_device, try_command
-from unmask.cli.data_option import source_of
+from unmask.cli.console import make_console, pick_device, try_command
+from unmask.cli.data_option import check_paths, source_of
+from unmask.cli.startup import INTERRUPTED
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
     ) -> None:
         plan = _plan(name, recipe, model, data, overrides or [], out if resume else None)
         pick_device(plan.train.device)
+        check_paths(source.path for source in plan.data.sources)
         _report(plan, _run(name, plan, out, resume=resume))
 
     command.__name__, command.__doc__ = name, help_text

@@ -71,7 +71,7 @@ class TextRecords:
         """The text of one file; raises DataError when it is not UTF-8."""
         file = self.files[number]
         try:
-            return {self._text_field: file.read_bytes().decode()}
+            return {self._text_field: file.read_bytes().decode("utf-8-sig")}
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be read as UTF-8 text ({error}); convert or remove it") from error
 

@@ -28,6 +28,7 @@ from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
+from unmask.engine.prompts import Prompt, encode_chat, encode_prompt
 from unmask.engine.request import (
     Completion,
     OnStep,
@@ -119,35 +120,28 @@ class LanguageModel:
         decode = None if self.tokenizer is None else self.tokenizer.decode
         return Engine(self.backend(), mask_id=mask_id, decode=decode, **options)
 
-    def encode_prompt(self, text: str, *, chat: bool | None = None) -> list[int]:
-        """Ids of a prompt; through the chat template when there is one (`chat=False`: as plain text)."""
-        tokenizer = self._need_tokenizer()
-        if chat is None:
-            chat = tokenizer.has_chat_template
-        if not chat:
-            return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
-        return self.encode_chat([{"role": "user", "content": text}])
+    def encode_prompt(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+        """Ids of a prompt; see `prompts.encode_prompt`."""
+        return encode_prompt(self._need_tokenizer(), prompt, chat=chat)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation, laid out for an answer."""
-        tokenizer = self._need_tokenizer()
-        if not tokenizer.has_chat_template:
-            raise RequestError(f"model {self.name} has no chat template; use plain text (chat=False)")
-        return tokenizer.chat(messages, add_generation_prompt=True)
+        return encode_chat(self._need_tokenizer(), messages)
 
     def generate(
         self,
-        text: str,
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         chat: bool | None = None,
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Generation:
-        """Answer `text`.
+        """Answer a prompt.
 
         Args:
-            text: the user's message, or plain text to continue with `chat=False`.
+            prompt: the user's message, or plain text to continue with `chat=False`; or a conversation, as a list of messages
+                such as `{"role": "user", "content": "Hello"}`.
             params: decoding options.
             chat: use the tokenizer's chat template; default: if there is one.
             on_step: sees every denoising step.
@@ -161,32 +155,34 @@ class LanguageModel:
         """
         started = time.perf_counter()
         self._need_tokenizer()
-        ids = self.encode_prompt(text, chat=chat)
+        ids = self.encode_prompt(prompt, chat=chat)
         completion = self.complete(ids, params, on_step=on_step, **options)
         setup_seconds = time.perf_counter() - started - completion.costs.queue_seconds - completion.costs.busy_seconds
         return self._as_generation(len(ids), completion, setup_seconds)
 
     def generate_batch(
         self,
-        texts: Sequence[str],
+        prompts: Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
         chat: bool | None = None,
         mask_id: int | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Answer many texts at once, each exactly as `generate` would, sharing forwards.
+        """Answer many prompts at once, each exactly as `generate` would, sharing forwards.
 
-        Sampled answers to equal texts differ: the first is `generate`'s, those after it are further samples.
+        Sampled answers to equal prompts differ: the first is `generate`'s, those after it are further samples.
         """
         started = time.perf_counter()
         self._need_tokenizer()
-        prompts = [self.encode_prompt(text, chat=chat) for text in texts]
-        requests = distinct_samples(self.request(ids, params, **options) for ids in prompts)
+        if isinstance(prompts, str):
+            raise RequestError(f"prompts is {prompts!r:.60}; it must be a list of prompts")
+        encoded = [self.encode_prompt(prompt, chat=chat) for prompt in prompts]
+        requests = distinct_samples(self.request(ids, params, **options) for ids in encoded)
         engine = self.engine(mask_id=mask_id)
         setup_seconds = time.perf_counter() - started
         completions = engine.run(requests)
-        return [self._as_generation(len(ids), each, setup_seconds) for ids, each in zip(prompts, completions, strict=True)]
+        return [self._as_generation(len(ids), each, setup_seconds) for ids, each in zip(encoded, completions, strict=True)]
 
     def infill(
         self,
@@ -301,7 +297,7 @@ class LanguageModel:
         return Request(
             ids=tuple(ids),
             params=resolved,
-            eos_ids=frozenset([eos_id] if isinstance(eos_id, int) else self.eos_ids if eos_id is None else eos_id),
+            eos_ids=frozenset([eos_id] if isinstance(eos_id, (int, str)) else self.eos_ids if eos_id is None else eos_id),
             control_stops={control_tokens[text]: text for text in params.stop if text in control_tokens},
             grammar=self._grammar(params) if grammar is None else grammar,
             sample=sample,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, Guess
@@ -96,7 +97,7 @@ class Request:
         check_vocabulary([token for token in self.ids if token is not None], config)
         check_vocabulary(list(params.logit_bias), config, "logit_bias")
         check_vocabulary(params.stop_token_ids, config, "stop_token_ids")
-        check_vocabulary(sorted(self.eos_ids), config, "eos_id")
+        check_vocabulary(list(self.eos_ids), config, "eos_id")
         if len(self.ids) + params.max_new_tokens > config.max_positions:
             raise RequestError(
                 f"prompt of {len(self.ids)} tokens plus {params.max_new_tokens} new ones exceeds the context of "
@@ -126,11 +127,11 @@ def distinct_samples(requests: Iterable[Request]) -> list[Request]:
     return numbered
 
 
-def check_vocabulary(ids: Sequence[int], config: ModelConfig, where: str = "prompt") -> None:
+def check_vocabulary(ids: Sequence[Any], config: ModelConfig, where: str = "prompt") -> None:
     """Raises: RequestError: a token outside the vocabulary."""
-    outside = [token for token in ids if not 0 <= token < config.vocab_size]
+    outside = [token for token in ids if not isinstance(token, Integral) or not 0 <= int(token) < config.vocab_size]
     if outside:
-        raise RequestError(f"{where} token {outside[0]} is outside the vocabulary (0..{config.vocab_size - 1})")
+        raise RequestError(f"{where} token {outside[0]!r} is outside the vocabulary (0..{config.vocab_size - 1})")
 
 
 @dataclass(frozen=True)

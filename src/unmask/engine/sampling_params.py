@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -103,7 +103,7 @@ class Option:
             if self.kind in (bool, str) and not isinstance(value, self.kind):
                 raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
             return
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, Real if self.kind is float else Integral):
             raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
         low, high = self.minimum, self.maximum
         number: Any = value
@@ -285,6 +285,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None or (option.default is not None and not option.default_text):
                 option.check(value)
+        _check_bias(self.logit_bias)
         if "" in self.stop:
             raise RequestError("stop holds an empty string; it would end every completion at once")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
@@ -346,6 +347,13 @@ class SamplingParams:
         if given.setdefault("speculative", possible):
             given.setdefault("threshold", SPECULATIVE_THRESHOLD)
         return ResolvedParams(**given)
+
+
+def _check_bias(bias: Any) -> None:
+    for pair in bias.items() if isinstance(bias, Mapping) else [bias]:
+        numbers = isinstance(pair, tuple) and isinstance(pair[0], Integral) and isinstance(pair[1], Real)
+        if not numbers or math.isnan(pair[1]):
+            raise RequestError(f"logit_bias holds {pair!r}; it must map token ids to numbers")
 
 
 @dataclass(frozen=True, kw_only=True)

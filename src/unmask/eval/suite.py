@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 from unmask.engine.llm import LanguageModel
@@ -129,6 +130,8 @@ class EvalRun:
     def tasks(self, selection: Selection, on_progress: OnProgress) -> dict[str, Any]:
         """Run tasks; the content of `results.json`, with lm-eval's results under `harness`."""
         results: dict[str, Any] = {"tasks": {}}
+        if selection.own and selection.harness:
+            _harness().check_names(selection.harness)
         if selection.own:
             results = self._own(selection.own, self.folder, on_progress)
         if selection.harness:
@@ -181,11 +184,16 @@ class EvalRun:
         )
 
     def _lm_eval(self, names: Sequence[str], folder: Path) -> dict[str, Any]:
-        try:
-            from unmask.eval.harness import run_harness
-        except ImportError as error:
-            raise ConfigError(f"lm-eval is not installed ({error}); run: pip install 'unmask[eval]'") from error
-        return run_harness(self.model, names, folder, limit=self.limit, **self.harness)
+        results: dict[str, Any] = _harness().run_harness(self.model, names, folder, limit=self.limit, **self.harness)
+        return results
+
+
+def _harness() -> ModuleType:
+    try:
+        from unmask.eval import harness
+    except ImportError as error:
+        raise ConfigError(f"lm-eval is not installed ({error}); run: pip install 'unmask[eval]'") from error
+    return harness
 
 
 def _main_metric(results: Mapping[str, Any], task: str) -> tuple[float, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -229,7 +230,7 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["nothing", "./a/b", "a/b/c", "", "/no/such/folder", "../x"])
+@pytest.mark.parametrize("name", ["nothing", "./a/b", "a/b/c", "", "/no/such/folder", "../x", "models/x.gguf"])
 def test_other_names_are_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
@@ -240,7 +241,7 @@ def test_other_names_are_refused_without_asking_the_hub(name: str, monkeypatch: 
 def test_an_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
-    def download(repo: str, *, allow_patterns: list[str]) -> str:
+    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.update(repo=repo, patterns=allow_patterns)
         return str(tmp_path)
 
@@ -250,6 +251,36 @@ def test_an_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch, tm
     wanted = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
     kept = huggingface_hub.utils.filter_repo_objects([*wanted, "pytorch_model.bin"], allow_patterns=asked["patterns"])
     assert list(kept) == wanted
+
+
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy"}])
+def test_without_a_network_only_the_cache_is_asked(proxies: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: Any) -> None:
+        raise OSError("Name or service not known")
+
+    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s [Retry 1/5].")
+        assert local_files_only == (not proxies)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the snapshot\nand more")
+
+    monkeypatch.setattr(hub.socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with refused(CheckpointError, "'owner/name'", "snapshot" if proxies else "https://huggingface.co"):
+        resolve("owner/name")
+
+
+def test_what_lies_on_the_disk_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    assert resolve("owner/model") == Path("owner/model")
+    (tmp_path / "owner" / "weights.bin").touch()
+    with refused(CheckpointError, "owner/weights.bin", "folder"):
+        resolve("owner/weights.bin")
+    (tmp_path / "owner" / "x.gguf").write_bytes(b"GGUF")
+    with refused(CheckpointError, "owner/x.gguf", "GGUF"):
+        resolve("owner/x.gguf", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nsecond line"), ValueError(""), huggingface_hub.errors.HfHubHTTPError])

@@ -175,7 +175,7 @@ def save_adapter(model: Transformer, folder: Path, *, base: str) -> None:
         # Both even where they are one: PEFT would leave the head as it was if only the embedding were stored.
         tensors |= _vocabulary_tensors(model)
         modules_to_save = [family_of(model.config).embedding.rpartition(".")[2], _HEAD]
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    base = str(Path(base).resolve()) if Path(base).exists() else base
     modules = [name.removesuffix(".weight") for name in stored_tensors(model.config)]
     specs = specs_of(tensors)
     settings = write_settings(loras, modules, base=base, modules_to_save=modules_to_save)

@@ -49,7 +49,7 @@ class GGUFFile:
         try:
             reader = GGUFReader(path)
         except (OSError, ValueError, IndexError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not a complete GGUF file ({error}); install it again") from error
+            raise CheckpointError(f"{path} is not a complete GGUF file ({error}); get it again") from error
         self.metadata: Mapping[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         architecture = self._get("general.architecture")
         if architecture != "llama":
@@ -99,9 +99,9 @@ class GGUFFile:
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "attention_bias": False,
             "mlp_bias": False,
-            "bos_token_id": int(self._get("tokenizer.ggml.bos_token_id")),
-            "eos_token_id": int(self._get("tokenizer.ggml.eos_token_id")),
-            "pad_token_id": int(self._get("tokenizer.ggml.padding_token_id")),
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
             "torch_dtype": "float32",
         }
 
@@ -126,10 +126,12 @@ class GGUFFile:
         """Content of tokenizer_config.json: named tokens and the chat template."""
         tokens = self._get("tokenizer.ggml.tokens")
         named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in named.items()}
+        template = self.metadata.get("tokenizer.chat_template")
         return {
-            **{name: tokens[int(self._get(f"tokenizer.ggml.{key}_token_id"))] for name, key in named.items()},
+            **{name: tokens[id_] for name, id_ in ids.items() if id_ is not None},
             "add_prefix_space": False,
-            "chat_template": self._get("tokenizer.chat_template"),
+            **({} if template is None else {"chat_template": template}),
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(self._get("llama.context_length")),
             # The generic class takes tokenizer.json as it is; GPT2's own would replace the digit splitting.
@@ -138,7 +140,7 @@ class GGUFFile:
 
     def _get(self, key: str) -> Any:
         if key not in self.metadata:
-            raise CheckpointError(f"{self.path} lacks the metadata key {key!r}; install it again")
+            raise CheckpointError(f"{self.path} lacks the metadata key {key!r}; get it again")
         return self.metadata[key]
 
     def _disk_name(self, gguf_name: str) -> str:

@@ -12,14 +12,19 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import json
+import logging
 import os
 import re
+import socket
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import huggingface_hub
+import huggingface_hub.errors
 import torch
 
 from unmask.errors import CheckpointError
@@ -58,7 +63,8 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     A folder that holds a delta to the embedded base (`delta.bin`, `metadata.json`) is unpacked into the cache.
 
     Args:
-        model: a folder, one of `EMBEDDED_MODELS`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        model: a folder, a GGUF file, one of `EMBEDDED_MODELS`, or a Hugging Face id such as `Qwen/Qwen3-0.6B`. What exists
+            on disk is never looked up on the hub.
         cache: where unpacked embedded models are kept; None: `$UNMASK_CACHE`, else `~/.cache/unmask`.
 
     Raises:
@@ -71,20 +77,27 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return _unpack_delta(folder, folder.name, cache_folder(cache)) if (folder / DELTA).is_file() else folder
+    if model and folder.is_file():
+        if folder.suffix != ".gguf":
+            raise CheckpointError(f"{model} is a file; give the folder of a model, or a GGUF file")
+        source = GGUFSource(folder, _sha256(folder))
+        return _unpacked_gguf(folder.stem, source, cache_folder(cache))
     if is_hub_id(model):
-        with _hub_errors(model):
-            return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
+        with _hub_access(model) as offline:
+            return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=offline))
     raise unknown_model(model, EMBEDDED_MODELS)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a Hugging Face id, `owner/name`."""
-    return _HUB_ID.fullmatch(name) is not None
+    """Whether `name` has the form of a Hugging Face id, `owner/name`; one that ends in .gguf is a file's."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf")
 
 
 def unknown_model(model: str, known: Iterable[str]) -> CheckpointError:
     """The error for a reference that is nothing of what a reference may be; `known` lists the names that need no download."""
-    return CheckpointError(f"{model!r} is neither a folder, nor a Hugging Face id (owner/name), nor one of {', '.join(known)}")
+    return CheckpointError(
+        f"{model!r} is neither a folder, nor a GGUF file, nor a Hugging Face id (owner/name), nor one of {', '.join(known)}"
+    )
 
 
 def fetch_config(model: str) -> Path:
@@ -93,20 +106,40 @@ def fetch_config(model: str) -> Path:
     Raises:
         CheckpointError: nothing of that name, or the hub is out of reach.
     """
-    with _hub_errors(model):
-        return Path(huggingface_hub.hf_hub_download(model, "config.json")).parent
+    with _hub_access(model) as offline:
+        return Path(huggingface_hub.hf_hub_download(model, "config.json", local_files_only=offline)).parent
 
 
 @contextlib.contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    """Turn any failure of the hub's client into a one-line `CheckpointError`."""
+def _hub_access(model: str) -> Iterator[bool]:
+    """Whether to use the cache only, as there is no network; failures of the hub's client become a `CheckpointError`."""
+    # Its client logs a line for each of its attempts, over half a minute of them where there is no network.
+    logger = logging.getLogger("huggingface_hub")
+    level, offline = logger.level, not _hub_has_address()
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        yield offline
     except Exception as error:  # the client raises its own, its transport's and the file system's errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if offline and isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            reason = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and the model is not in the cache"
         raise CheckpointError(
             f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
         ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _hub_has_address() -> bool:
+    """Whether the hub's host name can be resolved; behind a proxy, that is the proxy's matter."""
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return False
+    return True
 
 
 def base_name(folder: Path) -> str | None:
@@ -162,8 +195,11 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 def _embedded(cache: Path) -> Path:
-    source = embedded_gguf()
-    target = cache / f"{EMBEDDED}-{source.sha256[:12]}-v{CACHE_VERSION}"
+    return _unpacked_gguf(EMBEDDED, embedded_gguf(), cache)
+
+
+def _unpacked_gguf(name: str, source: GGUFSource, cache: Path) -> Path:
+    target = cache / f"{name}-{source.sha256[:12]}-v{CACHE_VERSION}"
     return build_once(target, lambda folder: _unpack_gguf(source, folder))
 
 
