@@ -60,6 +60,13 @@ def test_quality(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureF
     assert "tokens per forward" in capsys.readouterr().out
 
 
+def test_sampling(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("sampling", tmp_path, *(word for kind, model in models.items() for word in (f"--{kind}", model)), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["diffusion"]["top_p"].keys() == {"milliseconds", "ratio"}
+    assert figures["autoregressive"]["greedy"]["ratio"] == 1.0
+
+
 def test_soak(tmp_path: Path) -> None:
     smoke("soak", tmp_path)
     (result,) = tmp_path.glob("soak_*.json")

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmask.diffusion.decode import candidates, entropies, filtered_probabilities
+from plain_sampling import filtered_probabilities
+from unmask.diffusion.decode import candidates, entropies
 from unmask.engine.sampling_params import ResolvedParams
 
 VOCAB = 12

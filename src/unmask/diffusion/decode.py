@@ -1,7 +1,7 @@
 """One pure denoising step: candidates, their confidence, and the decision which to commit and which tokens to edit.
 
-Owns the draw and LLaDA2.1's editing; the policy that chooses what to commit is an argument. Knows logits and numbers only: no
-model, no cache, no global generator.
+Owns the candidates and LLaDA2.1's editing; the policy that chooses what to commit is an argument. Knows logits and numbers
+only: no model, no cache, no global generator.
 
 Legend: N queried positions, V vocabulary.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from unmask.diffusion.draw import DrawOptions, draw
 from unmask.diffusion.noise import NoiseKey
 from unmask.diffusion.objectives import ban_mask
 
@@ -25,41 +25,14 @@ _LARGEST_TEMPERATURE = 1e30
 """Uniform in float32, in which larger ones are infinite."""
 
 
-class DrawOptions(Protocol):
-    """The decoding options of a draw. Temperature 0 is argmax; `top_k` and `top_p` None are off."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int | None: ...
-    @property
-    def top_p(self) -> float | None: ...
-    @property
-    def seed(self) -> int: ...
-
-
 def is_greedy(params: DrawOptions) -> bool:
     """Whether the candidate is the most probable token, the lowest id on ties, whatever the seed."""
     return params.temperature <= GREEDY_TEMPERATURE or params.top_k == 1
 
 
-def filtered_probabilities(logits_NV: Tensor, params: DrawOptions) -> Tensor:
-    """Distribution that a draw uses: temperature, then top-k, then top-p; float32 [N, V].
-
-    Ties at the top-k border keep every tied token; top-p keeps the smallest set whose mass reaches `top_p`, at least one.
-    """
-    logits_NV = logits_NV.float() / min(max(params.temperature, GREEDY_TEMPERATURE), _LARGEST_TEMPERATURE)
-    if params.top_k is not None and params.top_k < logits_NV.shape[-1]:
-        least = logits_NV.topk(params.top_k, dim=-1).values[:, -1:]
-        logits_NV = logits_NV.masked_fill(logits_NV < least, float("-inf"))
-    probabilities_NV = logits_NV.softmax(-1)
-    if params.top_p is not None and params.top_p < 1.0:
-        ordered, order = probabilities_NV.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= params.top_p)
-        probabilities_NV = probabilities_NV.masked_fill(drop, 0.0)
-        probabilities_NV = probabilities_NV / probabilities_NV.sum(-1, keepdim=True)
-    return probabilities_NV
+def scaled_probabilities(logits_NV: Tensor, temperature: float) -> Tensor:
+    """The distribution at a temperature, before filters; float32 [N, V], finite at every temperature."""
+    return (logits_NV.float() / min(max(temperature, GREEDY_TEMPERATURE), _LARGEST_TEMPERATURE)).softmax(-1)
 
 
 def greedy_candidates(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,13 +80,9 @@ def candidates(
     logits_NV = ban_mask(logits_NV, mask_id)
     if is_greedy(params):
         return greedy_candidates(logits_NV)
-    probabilities_NV = filtered_probabilities(logits_NV, params)
-    key = NoiseKey(params.seed if seed is None else seed, torch.zeros_like(positions_N) + sample)
-    u_N = key.uniform("sample", positions_N, step)
-    cdf_NV = probabilities_NV.double().cumsum(-1)
-    draw_N1 = (u_N * cdf_NV[:, -1])[:, None]
-    token_N = torch.searchsorted(cdf_NV, draw_N1, right=True)[:, 0].clamp(max=cdf_NV.shape[-1] - 1)
     logits_NV = logits_NV.float()
+    key = NoiseKey(params.seed if seed is None else seed, torch.zeros_like(positions_N) + sample)
+    token_N = draw(scaled_probabilities(logits_NV, params.temperature), key.uniform("sample", positions_N, step), params)
     return token_N, (logits_NV.gather(1, token_N[:, None])[:, 0] - logits_NV.logsumexp(-1)).exp()
 
 

@@ -134,7 +134,7 @@ def process(
 
 def draw(processed_NV: Tensor, scheduled: Sequence[ScheduledSequence]) -> tuple[Tensor, Tensor]:
     """Tokens int64 [N] and their confidences float32 [N]: one call for all sequences that draw in the same way."""
-    ways = [(each.request.params.temperature, each.request.params.top_k, each.request.params.top_p) for each in scheduled]
+    ways = [(p.temperature, p.min_p, p.top_k, p.top_p) for p in (each.request.params for each in scheduled)]
     keys = torch.tensor(
         [
             (ways.index(way), position, each.step, each.request.noise_seed, each.request.sample)
