@@ -67,6 +67,7 @@ def test_sequences_sample_together_what_they_sample_alone() -> None:
         scheduled((1, 2), start=1),
         scheduled((4,), temperature=0.9, seed=-3, sample=2),
         scheduled((0, 7), temperature=1.4, top_k=9, top_p=0.8),
+        scheduled((0, 7), temperature=1.4, top_k=9, top_p=0.8, min_p=0.6),
         scheduled((2,), policy="entropy"),
         scheduled((5,), logprobs=1),
     ]

@@ -126,7 +126,7 @@ def _descending(p_NS: Tensor) -> Tensor:
     """Sorted rows; on a CPU by NumPy, which sorts numbers without their places many times faster."""
     if p_NS.device.type != "cpu":
         return p_NS.sort(dim=-1, descending=True).values
-    return torch.from_numpy(np.sort(p_NS.numpy(), axis=-1)).flip(-1)
+    return torch.from_numpy(np.sort(p_NS.detach().numpy(), axis=-1)).flip(-1)
 
 
 def _kept(sorted_NS: Tensor, params: DrawOptions) -> tuple[Tensor, Tensor, Tensor]:
