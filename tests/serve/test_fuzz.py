@@ -24,7 +24,7 @@ from unmask.serve import guard
 from unmask.serve.config import ServerConfig
 from unmask.serve.protocol.fields import Diffusion
 
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill", "/v1/responses", "/v1/messages")
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/infill", "/v1/responses", "/v1/messages", "/infill")
 KEY = "a-key"
 
 
@@ -43,6 +43,8 @@ def client(server: Live) -> Iterator[httpx2.Client]:
 
 def is_error(response: httpx2.Response) -> bool:
     error = response.json()["error"]
+    if response.request.url.path.startswith("/api/"):
+        return response.json().keys() == {"error"} and "\n" not in error
     if response.request.url.path.startswith("/v1/messages"):
         return response.json()["type"] == "error" and set(error) == {"type", "message"} and "\n" not in error["message"]
     return set(error) == {"message", "type", "param", "code"} and bool(error["message"]) and "\n" not in error["message"]
@@ -118,6 +120,9 @@ FIELDS = {
     "/v1/completions": ("prompt", "echo", "best_of", "suffix", "logprobs", "stop", "n", "stream", "logit_bias", "diffusion"),
     "/v1/infill": ("text", "hole", "tokens", "seed", "diffusion"),
     "/v1/tokenize": ("prompt", "messages", "model"),
+    "/infill": ("input_prefix", "input_suffix", "input_extra", "prompt", "n_predict", "stop", "response_fields", "seed"),
+    "/api/chat": ("messages", "tools", "options", "format", "think", "keep_alive", "logprobs", "top_logprobs", "diffusion"),
+    "/api/generate": ("prompt", "suffix", "system", "raw", "options", "format", "images", "context", "template"),
     "/v1/responses": (
         "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "top_logprobs", "include", "stream",
         "store", "previous_response_id", "truncation", "reasoning", "metadata", "diffusion", "temperature", "conversation",
@@ -134,6 +139,9 @@ WELL = {
     "/v1/completions": {"prompt": "Hi", "max_tokens": 4},
     "/v1/infill": {"text": "The ___ is", "tokens": 2},
     "/v1/tokenize": {"prompt": "Hi"},
+    "/infill": {"input_prefix": "Hi", "input_suffix": "you", "n_predict": 4},
+    "/api/chat": {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_predict": 4}, "stream": False},
+    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 4}, "stream": False},
     "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},

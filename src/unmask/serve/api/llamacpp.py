@@ -12,9 +12,10 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from unmask.errors import UnmaskError
 from unmask.serve.api.choices import mean_logprob
 from unmask.serve.choice import Choice
-from unmask.serve.errors import ERROR_RESPONSES
+from unmask.serve.errors import ERROR_RESPONSES, bad_request
 from unmask.serve.event_stream import SSE, Event, Framing, stream_events
 from unmask.serve.exchange import AppState, Exchange, StateWithRoom, open_exchange, prepare
 from unmask.serve.prepare_text import prepare_completion
@@ -24,6 +25,8 @@ from unmask.serve.served_model import PreparedRequests, ServedModel
 router = APIRouter()
 LENGTHS = (4, 8, 16, 32, 64)
 """Tokens of a hole that are tried, up to `n_predict`: a diffusion model fills a hole whole, and does not end early."""
+_CONTROL = 8
+"""Room for control tokens in a prompt."""
 _FRAMING = Framing(SSE.media_type, SSE.frame)
 
 
@@ -47,8 +50,12 @@ def _prepare(model: ServedModel, body: LlamaInfillRequest) -> PreparedRequests:
     lengths = [most]
     if body.input_suffix and model.language_model.capabilities.infill:
         lengths = [length for length in LENGTHS if length <= most] or [most]
-    room = model.context - most - len(model.tokenizer.encode(body.input_suffix)) - 8  # control tokens of the prompt
-    before = model.tokenizer.encode(body.prefix)[-max(room, 1) :]
+    try:
+        before, after = (model.tokenizer.encode(text) for text in (body.prefix, body.input_suffix))
+    except UnmaskError as error:
+        raise bad_request(str(error), "input_prefix") from error
+    room = model.context - most - len(after) - _CONTROL
+    before = before[-max(room, 1) :]
     bodies = [body.to_completion(model.name, before, length) for length in lengths]
     prepared = [prepare_completion(model, each) for each in bodies]
     return PreparedRequests([request for each in prepared for request in each.requests], prepared[0].prompt_tokens)

@@ -116,8 +116,8 @@ _Write = Callable[[str, Sequence[ToolCall]], dict[str, Any]]
 
 def _chat_message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": text}
-    functions = [{"name": call.function.name, "arguments": json.loads(call.function.arguments)} for call in calls]
-    if functions:
+    if calls:
+        functions = [{"name": call.function.name, "arguments": json.loads(call.function.arguments)} for call in calls]
         message["tool_calls"] = [{"function": {"index": i, **function}} for i, function in enumerate(functions)]
     return {"message": message}
 
@@ -198,8 +198,15 @@ async def _events(state: AppState, http: HttpRequest, prepared: PreparedRequests
 
 def _complete(choice: Choice) -> list[ToolCall]:
     """The tool calls of an answer, without one that its end has cut off: Ollama's arguments are objects."""
-    calls = choice.tool_calls
-    return calls[:-1] if choice.completion is not None and choice.completion.finish_reason == "length" else calls
+    return [call for call in choice.tool_calls if _is_json(call.function.arguments)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_name(model: ServedModel, name: str) -> None:
