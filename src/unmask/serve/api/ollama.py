@@ -30,6 +30,7 @@ from unmask.serve.served_model import PreparedRequests, ServedModel
 router = APIRouter()
 VERSION = "0.12.11"
 """Of Ollama's API as it is spoken here; clients refuse older servers."""
+_RESPONSES: dict[int | str, dict[str, Any]] = {**OTHER_ERROR_RESPONSES, 200: {"content": {JSON_LINES.media_type: {}}}}
 
 
 def ollama_error(error: ApiError) -> dict[str, Any]:
@@ -37,13 +38,13 @@ def ollama_error(error: ApiError) -> dict[str, Any]:
     return {"error": str(error)}
 
 
-@router.post("/api/chat", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
+@router.post("/api/chat", responses=_RESPONSES, response_class=JSONResponse)
 async def post_chat(http: HttpRequest, body: OllamaChatRequest, state: StateWithRoom) -> Response:
     """Answer a conversation; without messages, load or unload the model, which is always there."""
     return await _respond(state, http, body, _chat_message, _prepare_chat if body.messages else None)
 
 
-@router.post("/api/generate", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
+@router.post("/api/generate", responses=_RESPONSES, response_class=JSONResponse)
 async def post_generate(http: HttpRequest, body: OllamaGenerateRequest, state: StateWithRoom) -> Response:
     """Answer a prompt, continue it (`raw`), or fill in what stands between it and a suffix."""
     return await _respond(state, http, body, _response_text, _prepare_generate if body.prompt or body.suffix else None)
