@@ -1,0 +1,182 @@
+// Calls every kernel from several threads at once, for builds under a sanitizer; see test_sanitizers.py.
+//
+// A stand-in for the OpenMP runtime, instrumented like the rest, starts the threads of a parallel region: ThreadSanitizer cannot
+// see how libgomp's wait for each other. Memory is allocated to the byte, so that AddressSanitizer sees what passes an end.
+#include "kernels.cpp"
+
+#include <cstdio>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+struct Team {
+    int count;
+    Barrier barrier;
+    std::mutex mutex;
+    bool begun = false;
+    long next = 0, end = 0;
+};
+static thread_local Team* team;
+static thread_local int thread_number;
+
+extern "C" {
+int omp_get_thread_num() noexcept { return thread_number; }
+int omp_get_num_threads() noexcept { return team->count; }
+
+void GOMP_parallel(void (*region)(void*), void* data, unsigned count, unsigned) {
+    Team own;
+    own.count = int(count);
+    auto run = [&](int number) { team = &own, thread_number = number, region(data); };
+    std::vector<std::thread> others;
+    for (int i = 1; i < own.count; i++) others.emplace_back(run, i);
+    run(0);
+    for (std::thread& other : others) other.join();
+}
+bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) {
+    const std::lock_guard<std::mutex> lock(team->mutex);
+    *from = team->next++, *to = *from + 1;
+    return *from < team->end;
+}
+bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long, long, long* from, long* to) {
+    {
+        const std::lock_guard<std::mutex> lock(team->mutex);
+        if (!team->begun) team->begun = true, team->next = start, team->end = end;
+    }
+    return GOMP_loop_nonmonotonic_dynamic_next(from, to);
+}
+void GOMP_loop_end() { team->barrier.wait(team->count); }
+}
+
+// Random numbers that live as long as the program.
+struct Memory {
+    std::mt19937 random{7};
+    std::deque<std::unique_ptr<float[]>> floats;
+    std::deque<std::unique_ptr<uint8_t[]>> bytes;
+
+    float* real(int64_t count, float low, float high) {
+        floats.emplace_back(new float[count]);
+        for (int64_t i = 0; i < count; i++) floats.back()[i] = std::uniform_real_distribution<float>(low, high)(random);
+        return floats.back().get();
+    }
+    uint8_t* small(int64_t count, int low, int high) {
+        bytes.emplace_back(new uint8_t[count]);
+        for (int64_t i = 0; i < count; i++) bytes.back()[i] = uint8_t(std::uniform_int_distribution<int>(low, high)(random));
+        return bytes.back().get();
+    }
+    // As quantize.py packs a matrix; not its numbers.
+    Linear linear(int64_t inputs, int64_t outputs, int64_t bits, bool bias) {
+        const int64_t step = bits == 8 ? kStep : kGroup;
+        Linear w{nullptr, nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits};
+        const int64_t channels = w.panels() * kLanes;
+        w.weight = small(w.panels() * w.panel_bytes(), 0, 255);
+        if (bits == 4) w.group_scale = small(channels * w.depth / kGroup, 1, 16);
+        w.scale = real(channels, 1e-4f, 2e-3f);
+        if (bias) w.bias = real(channels, -0.1f, 0.1f);
+        return w;
+    }
+    GatedLinear gated(int64_t inputs, int64_t outputs, int64_t bits, int64_t rank, bool bias) {
+        GatedLinear w{linear(inputs, outputs, bits, bias), {}, {}};
+        if (rank) w.in = linear(inputs, rank, 8, false), w.out = linear(rank, outputs, 8, false);
+        return w;
+    }
+};
+
+struct Shape {
+    int64_t hidden, heads, kv_heads, head_dim, ffn, mixed, rank, vocab, bits;
+    bool norms, bias;
+};
+constexpr int64_t kLayers = 2, kSlots = 96;
+
+// What one thread gives: hidden states, keys and values, logits, tokens, probabilities.
+struct Result {
+    std::vector<float> hidden, cache, logits, probabilities;
+    std::vector<int64_t> tokens;
+
+    bool operator==(const Result& o) const {
+        return hidden == o.hidden && cache == o.cache && logits == o.logits && probabilities == o.probabilities && tokens == o.tokens;
+    }
+};
+
+// Scratch memory to the byte, at the alignment that the kernels are given.
+struct Scratch {
+    std::vector<std::unique_ptr<char[], void (*)(void*)>> pieces;
+
+    char* take(int64_t size) {
+        pieces.emplace_back(static_cast<char*>(std::aligned_alloc(64, size)), [](void* p) { std::free(p); });
+        return pieces.back().get();
+    }
+};
+
+static Result call(const Model& m, const Linear& head, int threads, unsigned seed) {
+    std::mt19937 random{seed};
+    std::uniform_real_distribution<float> unit(-1, 1);
+    auto filled = [&](int64_t count) {
+        std::vector<float> out(count);
+        for (float& x : out) x = unit(random);
+        out.shrink_to_fit();
+        return out;
+    };
+    Result result;
+    result.cache = filled(kLayers * 2 * m.kv_heads * kSlots * m.head_dim);
+    // A prompt, then its causal and its noisy part beside another sequence.
+    std::vector<int64_t> one(41), two(19);
+    for (size_t i = 0; i < one.size(); i++) one[i] = int64_t(kSlots - 1 - i);
+    for (size_t i = 0; i < two.size(); i++) two[i] = int64_t(2 * i);
+    const std::vector<std::vector<Segment>> steps = {
+        {{0, 33, 0, 4, 0, one.data()}, {33, 44, 0, 1, 0, two.data()}},
+        {{0, 3, 33, 1, 0, one.data()}, {3, 8, 36, 8, 1, one.data()}, {8, 16, 11, 8, 1, two.data()}},
+    };
+    Scratch scratch;
+    for (const std::vector<Segment>& segments : steps) {
+        const int64_t rows = segments.back().stop;
+        const std::vector<float> cos = filled(rows * m.rotary_dim), sin = filled(rows * m.rotary_dim);
+        result.hidden = filled(rows * m.hidden);
+        const ForwardBatch batch{rows, int64_t(segments.size()), segments.data(), cos.data(), sin.data(), result.hidden.data(),
+                                 {result.cache.data(), kSlots}};
+        unmask_forward(&m, &batch, scratch.take(unmask_forward_bytes(&m, rows, threads)), threads);
+    }
+    const int64_t rows = int64_t(result.hidden.size()) / m.hidden;
+    result.logits.resize(rows * head.outputs), result.tokens.resize(rows), result.probabilities.resize(rows);
+    const int64_t size = unmask_linear_bytes(&head, rows, threads);
+    unmask_linear(&head, result.hidden.data(), rows, m.hidden, result.logits.data(), scratch.take(size), threads);
+    unmask_greedy(&head, result.hidden.data(), rows, m.hidden, 5, result.tokens.data(), result.probabilities.data(),
+                  scratch.take(size), threads);
+    return result;
+}
+
+int main() {
+    const Shape shapes[] = {
+        {64, 4, 2, 16, 96, 2, 0, 61, 8, false, false},    {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false},
+        {48, 3, 1, 10, 40, 1, 16, 1601, 8, true, true},  {48, 3, 3, 8, 128, 8, 8, 770, 4, false, true},
+    };
+    int wrong = 0;
+    for (const Shape& s : shapes) {
+        Memory memory;
+        std::vector<Layer> layers;
+        const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim, attended = s.heads * s.head_dim;
+        for (int64_t i = 0; i < kLayers; i++)
+            layers.push_back({memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias),
+                              memory.gated(attended, s.hidden, s.bits, s.rank, s.bias),
+                              memory.gated(s.hidden, 2 * s.ffn, s.bits, s.rank, s.bias),
+                              memory.gated(s.ffn, s.hidden, s.bits, s.rank, s.bias), memory.real(s.hidden, 0.5f, 1.5f),
+                              memory.real(s.hidden, 0.5f, 1.5f), s.norms ? memory.real(s.head_dim, 0.5f, 1.5f) : nullptr,
+                              s.norms ? memory.real(s.head_dim, 0.5f, 1.5f) : nullptr});
+        const Model model{layers.data(), memory.real(s.hidden, 0.5f, 1.5f), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim,
+                          s.head_dim, s.ffn, s.mixed, s.rank, 1e-6f};
+        const Linear head = memory.linear(s.hidden, s.vocab, 8, false);
+        constexpr int kCallers = 4;
+        std::vector<Result> expected, found(kCallers);
+        for (int i = 0; i < kCallers; i++) expected.push_back(call(model, head, 1, i));
+        for (int threads = 1; threads <= 3; threads++) {
+            std::vector<std::thread> callers;
+            for (int i = 0; i < kCallers; i++) callers.emplace_back([&, i] { found[i] = call(model, head, threads, i); });
+            for (std::thread& caller : callers) caller.join();
+            wrong += !(found == expected);
+        }
+    }
+    if (wrong) std::printf("%d of 12 rounds differ from one thread's\n", wrong);
+    return wrong != 0;
+}
