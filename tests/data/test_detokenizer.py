@@ -90,6 +90,17 @@ def test_what_is_shown_is_the_completions_text(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.sampled_from(["</s>", "<unk>", "a", " ", "</s", ">"]), max_size=6))
+def test_text_never_becomes_a_control_token(tokenizers: dict[str, Tokenizer], kind: str, parts: list[str]) -> None:
+    """Not even where the vocabulary has the control token's spelling among its pieces."""
+    tokenizer, text = tokenizers[kind], f"b{''.join(parts)}"
+    ids = tokenizer.encode(text)
+    assert not set(ids) & tokenizer.eos_ids
+    if kind == "bytes" or "<unk>" not in parts:
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(ids=IDS, cuts=st.lists(st.integers(0, 24)))
 def test_the_cut_does_not_matter(tokenizers: dict[str, Tokenizer], kind: str, ids: list[int], cuts: list[int]) -> None:
     """A slow reader, whose updates are merged, sees the same as a fast one."""

@@ -28,6 +28,7 @@ class Continuation:
         control: the same tokenizer, which reads them as such.
         added: spelling and id of every added token.
         special: ids of the control tokens, which decode to nothing.
+        unknown_id: id of what the tokenizer cannot spell, if it has one.
         prefix_ids: ids before a plain text; what follows them is the start of a text.
     """
 
@@ -37,11 +38,13 @@ class Continuation:
         control: Backend,
         added: Mapping[str, int],
         special: frozenset[int],
+        unknown_id: int | None,
         prefix_ids: Sequence[int],
     ) -> None:
         self._plain, self._control, self._added = plain, control, dict(added)
         self._added_ids = frozenset(added.values())
         self._special, self._prefix_ids = special, list(prefix_ids)
+        self._forgeable = special - {unknown_id}
 
     def encode(self, text: str, after: Sequence[int | None]) -> list[int]:
         """Ids of a text that follows ids; None among these is a token not known yet.
@@ -103,7 +106,13 @@ class Continuation:
         return False
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        if self._forgeable.isdisjoint(encoding.ids):
+            return list(encoding.ids)
+        # Some vocabularies spell control tokens as pieces of a text: such a piece is cut in two.
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        start = next(start for id_, (start, _) in spans if id_ in self._forgeable)
+        return self._encode(text[: start + 1]) + self.encode(text[start + 1 :], [None])
 
     def _decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self._control.decode(list(ids), skip_special_tokens=skip_special))

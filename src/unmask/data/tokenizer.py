@@ -57,7 +57,8 @@ class Tokenizer:
         self._prefix_ids = tuple(id_ for id_ in with_prefix if id_ == self.bos_id)
         added = {token.content: id_ for id_, token in self._added.items()}
         special = frozenset(self._special.values())
-        self._continuation = Continuation(self._plain, self._control, added, special, self._prefix_ids)
+        unknown = self._inner.unk_token_id
+        self._continuation = Continuation(self._plain, self._control, added, special, unknown, self._prefix_ids)
         self._eos_ids: frozenset[int] | None = None
 
     def _read_added_tokens(self) -> None:
