@@ -125,13 +125,21 @@ def best_filling(requests: Sequence[Request], completions: Sequence[Completion],
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     request, filled = requests[best], iter(completions[best].ids)
     ids = [next(filled) if token is None else token for token in request.ids]
-    by_origin = groupby(range(len(ids)), key=lambda position: request.ids[position] is None)
-    holes = [list(positions) for is_hole, positions in by_origin if is_hole]
-    num_prefix = len(tokenizer.prefix_ids)
+    text, fills, before, tokens_per_hole = "", list[str](), list[int](), 0
+    for is_hole, positions in groupby(range(len(ids)), key=lambda position: request.ids[position] is None):
+        part = [ids[position] for position in positions]
+        if is_hole:
+            tokens_per_hole = tokens_per_hole or len(part)
+            fills.append(tokenizer.decode(part, after=before))
+            text += fills[-1]
+        else:
+            # Apart from the fillings, whose broken bytes would spoil it; but within a text.
+            text += tokenizer.decode(part, after=part if fills else ())
+            before = part
     return Infilling(
-        text=tokenizer.decode(ids[num_prefix:]),
-        fills=tuple(tokenizer.decode(ids[hole[0] : hole[-1] + 1], after=ids[: hole[0]]) for hole in holes),
-        tokens_per_hole=len(holes[0]),
+        text=text,
+        fills=tuple(fills),
+        tokens_per_hole=tokens_per_hole,
         score=scores[best],
         forwards=sum(completion.forwards for completion in completions),
         seconds=decoding_seconds([completion.costs for completion in completions]),

@@ -103,20 +103,21 @@ def test_a_cut_answer_ends_its_conversation(model: LanguageModel, tmp_path: Path
 
 
 def test_a_conversation_goes_on_after_a_finished_answer(model: LanguageModel, tmp_path: Path) -> None:
-    everything = range(model.config.vocab_size)
+    half = range(0, model.config.vocab_size, 2)
 
     class Brief(LanguageModel):
-        """Every token ends an answer."""
+        """Every other token ends an answer, but not its first."""
 
         def request(self, *args: Any, **options: Any) -> Request:
-            return super().request(*args, eos_id=everything, **options)
+            return super().request(*args, eos_id=half, min_new_tokens=1, **options)
 
     brief = Brief(model.transformer, model.tokenizer, name="brief")
     write(brief, tmp_path, [chat_job(CONVERSATION)])
     (record,) = read(tmp_path).values()
     users = [message["content"] for message in record["messages"] if message["role"] == "user"]
     assert users == list(CONVERSATION.turns)
-    assert record["tokens"] == 3
+    assert record["ended"]
+    assert record["tokens"] >= 2 * len(users)
 
 
 def test_goes_on_after_a_torn_line(model: LanguageModel, tmp_path: Path) -> None:
