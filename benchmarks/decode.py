@@ -105,14 +105,14 @@ def in_turn(ways: dict[str, Callable[[Task], Any]], tasks: list[Task], repeats: 
         for name, answer in ways.items():
             answers = [answer(task) for task in tasks]
             row = rows[name]
-            row["seconds"].append(sum(each.seconds for each in answers))
+            # A grammar may leave nothing to decide: then there is no forward, and no time is spent on one.
+            row["seconds"].append(max(sum(each.seconds for each in answers), 1e-9))
             row["tokens"] = sum(each.completion_tokens for each in answers)
             row["forwards"] = sum(each.forwards for each in answers)
             row["score"] = 100 * statistics.mean(t.score(a.text) for t, a in zip(tasks, answers, strict=True))
             row["texts"] = [each.text for each in answers]
     for row in rows.values():
         row["tokens_per_second"] = row["tokens"] / statistics.median(row["seconds"])
-        # A grammar may leave nothing to decide: then there is no forward.
         row["tokens_per_forward"] = row["tokens"] / max(row["forwards"], 1)
     return rows
 

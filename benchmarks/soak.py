@@ -96,7 +96,7 @@ def random_request(rng: random.Random, grammars: list[Grammar]) -> Request:
     shared = random.Random(rng.randrange(6))
     ids: list[int | None] = [shared.randrange(256) for _ in range(rng.randrange(1, 40))]
     ids += [rng.randrange(256) for _ in range(rng.randrange(6))]
-    plain = kind >= 0.15
+    plain = kind >= 0.25
     grammar = rng.choice(grammars) if plain and rng.random() < 0.15 else None
     if grammar is None and rng.random() < 0.1:
         place = rng.randrange(len(ids))

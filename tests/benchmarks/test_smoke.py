@@ -96,6 +96,14 @@ def test_serve(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFix
         assert figures["requests"] == 1
 
 
+@pytest.mark.slow
+def test_memory(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("memory", tmp_path, "--model", models["diffusion"], "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["after_requests_mb"] >= figures["ready_mb"] > 0
+    assert figures["longest_wait_beside"] > 0
+
+
 def test_vs_llamacpp_says_what_is_missing(tmp_path: Path) -> None:
     if importlib.util.find_spec("llama_cpp") is not None:
         pytest.skip("llama-cpp-python is installed")
