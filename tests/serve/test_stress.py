@@ -108,7 +108,7 @@ def clean(it: Live) -> Iterator[None]:
     it.wait_idle(30)
     soon(lambda: tasks(it) <= IDLE, f"tasks are left: {tasks(it)}")
     soon(lambda: not it.server.server_state.connections, "connections are left")
-    assert it.worker.is_idle
+    soon(lambda: it.worker.is_idle, "the worker is not idle")
     assert not it.worker.num_requests
 
 
