@@ -28,7 +28,6 @@ from unmask.serve.protocol.ollama import LATEST, OllamaChatRequest, OllamaGenera
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
 router = APIRouter()
-_RESPONSES: dict[int | str, dict[str, Any]] = {**OTHER_ERROR_RESPONSES, 200: {"content": {JSON_LINES.media_type: {}}}}
 VERSION = "0.12.11"
 """Of Ollama's API as it is spoken here; clients refuse older servers."""
 _RESPONSES: dict[int | str, dict[str, Any]] = {**OTHER_ERROR_RESPONSES, 200: {"content": {JSON_LINES.media_type: {}}}}
