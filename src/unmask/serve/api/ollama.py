@@ -24,7 +24,7 @@ from unmask.serve.exchange import AppState, CurrentState, Exchange, StateWithRoo
 from unmask.serve.prepare_chat import prepare_chat
 from unmask.serve.prepare_text import prepare_completion
 from unmask.serve.protocol.messages import ToolCall
-from unmask.serve.protocol.ollama import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaRequest, OllamaShowRequest
+from unmask.serve.protocol.ollama import LATEST, OllamaChatRequest, OllamaGenerateRequest, OllamaModelRequest, OllamaRequest
 from unmask.serve.served_model import PreparedRequests, ServedModel
 
 router = APIRouter()
@@ -70,7 +70,7 @@ async def get_version() -> dict[str, str]:
 
 
 @router.post("/api/show", responses=OTHER_ERROR_RESPONSES)
-async def post_show(body: OllamaShowRequest, state: CurrentState) -> dict[str, Any]:
+async def post_show(body: OllamaModelRequest, state: CurrentState) -> dict[str, Any]:
     """What is known about the model."""
     _check_name(state.model, body.model or body.name)
     model, config = state.model, state.model.language_model.config
@@ -97,8 +97,9 @@ async def post_show(body: OllamaShowRequest, state: CurrentState) -> dict[str, A
 
 @router.post("/api/embed", responses=OTHER_ERROR_RESPONSES)
 @router.post("/api/embeddings", responses=OTHER_ERROR_RESPONSES)
-async def post_embed() -> Response:
+async def post_embed(body: OllamaModelRequest, state: CurrentState) -> Response:
     """Refuses: there are no embeddings here."""
+    _check_name(state.model, body.model or body.name)
     raise bad_request("this model does not support embeddings; it generates text only")
 
 

@@ -174,8 +174,8 @@ class OllamaGenerateRequest(OllamaRequest):
         return CompletionRequest.model_validate(self._fields(model) | texts)
 
 
-class OllamaShowRequest(Body):
-    """Body of /api/show: the model, under its present or its former name."""
+class OllamaModelRequest(Body):
+    """Body that names a model, by the field's present or its former name."""
 
     model: str = ""
     name: str = ""
