@@ -27,7 +27,7 @@ from unmask.models.arch.transformer import Transformer
 
 DEFAULT_CACHE_BLOCK_SIZE = 32
 _KV_CACHE_BYTES = 2**30
-_RETAINED_BYTES = 2**26
+_RETAINED_BYTES = 2**25
 """Of the KV cache on a CPU: what prefixes that no request uses may take of memory, unless requests have needed more."""
 
 
@@ -63,7 +63,7 @@ class Engine:
         cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
             `max_num_seqs` of them. On a CPU, memory is taken as it is used, and by default the prefixes that no request uses
-            are kept in 64 MiB, or as much as requests have used at a time.
+            are kept in 32 MiB, or as much as requests have used at a time.
         max_num_seqs: most requests denoised together.
         max_num_batched_tokens: most tokens of a forward. Longer prompts are prefilled in parts, and so are shorter ones that
             would keep others waiting.
