@@ -73,6 +73,13 @@ def test_soak(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["requests"] == 20
 
 
+def test_tools(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model", mask_id=3, block_size=4, max_positions=4096)
+    smoke("tools", tmp_path, "--model", str(model))
+    (result,) = tmp_path.glob("tools_*.json")
+    assert json.loads(result.read_text())["required"]["calls"] <= 1
+
+
 @pytest.mark.parametrize("script", ["cap", "dpo"])
 def test_training_benchmarks(script: str, models: dict[str, str], tmp_path: Path) -> None:
     smoke(script, tmp_path, "--model", models["diffusion"], "--out", str(tmp_path / "out"))
