@@ -56,12 +56,17 @@ How, and what is missing: docs/reproduction.md.
 ## Limits
 
 A demonstration of the method, not an assistant: as small and as unreliable as its base, taught a handful of generated
-tasks, in which the scores above were taken. {elsewhere} English only.
+tasks, in which the scores above were taken. {elsewhere} {tools} English only.
 Nothing was done about safety.
 """
 
 ELSEWHERE = "Elsewhere it repeats words, drops them, and is wrong about facts."
-ELSEWHERE_GATED = "Elsewhere few drafts hold, so that it is no faster than the model inside it, and it is wrong about facts."
+ELSEWHERE_GATED = (
+    "Elsewhere few drafts are accepted, so that it is no faster than the model inside it, and it is wrong about facts."
+)
+TOOLS = """\
+It does not call tools of its own accord (0 of the 8 questions of `benchmarks/tools.py` with `tool_choice: auto`); with `required` or a
+named function its calls are valid by construction, function and main argument right in {right} of 8."""
 OWN_ANSWERS = "\n| | greedy answers of the fine-tuned model's own to further questions of that split (Apache-2.0) |"
 
 
@@ -104,6 +109,7 @@ def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str
         what=what,
         own="" if rank is None else OWN_ANSWERS,
         elsewhere=ELSEWHERE if rank is None else ELSEWHERE_GATED,
+        tools=TOOLS.format(right=5 if rank is None else 7),
         weights="full weights" if rank is None else f"full weights, then updates of rank {rank} beside frozen ones",
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",

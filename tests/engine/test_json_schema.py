@@ -20,8 +20,9 @@ from unmask.errors import RequestError
 
 BIG = 2**60 + 1
 DATE = {"type": "string", "format": "date"}
-NUMBERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-OTHERS = {**NUMBERS, "additionalProperties": {"type": "boolean"}}
+LISTED = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+NUMBERS = {**LISTED, "additionalProperties": True}
+OTHERS = {**LISTED, "additionalProperties": {"type": "boolean"}}
 
 
 IDS = {
@@ -77,7 +78,14 @@ def accepts(compiler: GrammarCompiler, tokenizer: Tokenizer, schema: Any, text: 
             ['{"xy": 1}', "{}"],
             ['{"\\u0078": "q"}', '{"xy": "q"}'],
         ),
-        ({"type": "object", "properties": {"é": {"const": 1}}}, ['{"é": 1}', '{"e": 2}'], ['{"\\u00e9": 2}', '{"é": 2}']),
+        (LISTED, ['{"a": 1}'], ['{"a": 1, "b": 1}']),
+        ({"properties": {"properties": LISTED}}, ['{"properties": {"a": 1}}', "{}"], ['{"properties": {"a": 1, "b": 1}}']),
+        ({"allOf": [LISTED, {"properties": {"b": {"const": 2}}}]}, ['{"a": 1, "b": 2}'], ['{"a": 1, "b": 1}', '{"b": 2}']),
+        (
+            {"properties": {"é": {"const": 1}}, "additionalProperties": {}},
+            ['{"é": 1}', '{"e": 2}'],
+            ['{"\\u00e9": 2}', '{"é": 2}'],
+        ),
         ({"type": "array", "items": {"type": "null"}, "uniqueItems": False}, ["[null, null]"], []),
         ({"type": "integer", "multipleOf": 1000000}, ["3000000"], ["300000"]),
         ({"const": 123456789.5}, ["123456789.5"], ["123456789.6"]),

@@ -62,7 +62,7 @@ def _engines(caller: LanguageModel, choice: ToolChoice, *, parallel: bool = True
     grammar = form.compile(caller.grammars, FUNCTIONS, choice, parallel=parallel)
     done = caller.complete(ids, max_new_tokens=options.pop("max_tokens"), grammar=grammar, **options)
     received = ReceivedChoice(finish_reason=done.finish_reason)
-    parser = CallParser()
+    parser = CallParser(MODELS)
     for event in [*parser.push(tokenizer.decode(done.ids)), *parser.finish()]:
         match event:
             case Content(text=text):

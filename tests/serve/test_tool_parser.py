@@ -55,6 +55,13 @@ arguments = st.dictionaries(st.text(max_size=5), json_values, max_size=3)
 calls = st.lists(st.tuples(st.from_regex(r"[a-zA-Z0-9_-]{1,64}", fullmatch=True), arguments), min_size=1, max_size=4)
 
 
+class Every:
+    """All names."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 def merged(events: list[Event]) -> list[Event]:
     """Neighbours of one kind as one event."""
     out: list[Event] = []
@@ -70,7 +77,7 @@ def merged(events: list[Event]) -> list[Event]:
 
 
 def parse(*pieces: str, marked: bool = True) -> list[Event]:
-    parser = CallParser(marked=marked)
+    parser = CallParser(Every(), marked=marked)
     events = [event for piece in pieces for event in parser.push(piece)]
     events += parser.finish()
     assert parser.num_calls == sum(isinstance(event, CallStart) for event in events)
@@ -135,7 +142,7 @@ def test_nothing_but_the_form_of_calls_is_lost(text):
 
 
 def test_name_and_arguments_are_handed_on_as_they_come():
-    parser = CallParser()
+    parser = CallParser(Every())
     assert parser.push("Let me see. ") == [Content("Let me see.")]
     assert parser.push("\n<tool") == []
     assert parser.push('_call>\n{"name": "get_weather", "arg') == []
@@ -149,7 +156,7 @@ def test_name_and_arguments_are_handed_on_as_they_come():
 
 
 def test_text_is_held_back_only_while_it_may_begin_a_call():
-    parser = CallParser()
+    parser = CallParser(Every())
     assert parser.push("a <") == [Content("a")]
     assert parser.push("b> <tool_cal") == [Content(" <b>")]
     assert parser.push("led> ") == [Content(" <tool_called>")]
@@ -208,7 +215,14 @@ def test_an_empty_list_is_no_call():
 def test_an_answer_that_is_a_call_needs_no_marker(marked):
     events = [CallStart(0, "f"), CallArguments(0, '{"a": "]}"}')]
     call = '{"name": "f", "arguments": {"a": "]}"}}'
-    for text in (call, f" {call}", f"[{call}]", f"```json\n[{call}]\n```", f"```\n{call}"):
+    for text in (
+        call,
+        f" {call}",
+        f"[{call}]",
+        f"```json\n[{call}]\n```",
+        f"```\n{call}",
+        f'{{"type": "function", "function": {call}}}',
+    ):
         assert merged(parse(*text, marked=marked)) == events, text
     two = merged(parse(*f"[{call}, {call}]", marked=marked))
     assert two == [*events, CallStart(1, "f"), CallArguments(1, '{"a": "]}"}')]
@@ -223,3 +237,9 @@ def test_an_answer_that_begins_as_a_call_but_is_none(marked):
         'See: {"name": "f", "arguments": {}}',
     ):
         assert parse(*text, marked=marked) == [Content(text)]
+
+
+@pytest.mark.parametrize("text", [CALL, '{"name": "get_weather", "arguments": {"city": "Paris"}}', f"So. \n{CALL}\n{CALL}"])
+def test_a_call_of_an_unknown_function_is_content(text):
+    parser = CallParser(["get"])
+    assert merged([event for char in text for event in parser.push(char)] + parser.finish()) == [Content(text)]

@@ -356,7 +356,7 @@ def test_auto_lets_text_and_calls_through(check, style):
         assert auto.whole(text + write(weather, time)), text
         assert not auto.begins(text + "<tool_call>x")
     assert not auto.begins(write(time) + " x")
-    assert not auto.whole(write(("other", "{}")))
+    assert auto.whole(write(("other", "{}"))) == (style == "llama"), "text, where nothing marks calls"
     assert not auto.whole(write(("get_weather", '{"city": "A"')))
 
 
@@ -364,7 +364,14 @@ def test_auto_lets_text_and_calls_through(check, style):
 def test_an_answer_that_begins_as_a_call_of_a_function_is_one(check, style):
     auto, key = check(style), "parameters" if style == "llama" else "arguments"
     call = f'{{"name": "get_weather", "{key}": {CITY}}}'
-    for text in (call, f" {call}", f"[{call}]", f"```json\n[{call}]", f"```\n{call}"):
+    for text in (
+        call,
+        f" {call}",
+        f"[{call}]",
+        f"```json\n[{call}]",
+        f"```\n{call}",
+        f'{{"type": "function", "function": {call}}}',
+    ):
         assert auto.whole(text), text
     assert auto.whole(f"[{call}, {call}]") == (style != "llama")
     assert auto.begins('[{"name": "get_weather"')
@@ -489,7 +496,7 @@ def test_whatever_is_generated_parses(formats, check, style, seed):
         if state.finished:
             break
     assert state.may_end
-    parser = formats[style].parser()
+    parser = formats[style].parser([each.name for each in FUNCTIONS])
     events = [*parser.push(checker.tokenizer.decode(ids)), *parser.finish()]
     assert parser.num_calls >= 1
     assert not any(isinstance(event, Content) for event in events)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.exact_numbers import write_exactly
-from unmask.engine.json_schema import inexact_number, parts, read_schema, rewrite_schema
+from unmask.engine.json_schema import close_objects, inexact_number, parts, read_schema, rewrite_schema
 from unmask.errors import CheckpointError, RequestError
 
 MAX_GRAMMAR_CHARACTERS = 1_000_000
@@ -115,7 +115,8 @@ class GrammarCompiler:
     def json_schema(self, schema: Mapping[str, Any] | str | bool) -> Grammar:
         """Grammar of the JSON texts that a schema (draft 2020-12) accepts, on one line, as `json.dumps` writes them.
 
-        Properties come in the order of the schema. Its top-level `x-guidance` changes the layout (docs/structured.md).
+        Properties come in the order of the schema, and others only where it mentions `additionalProperties`. Its top-level
+        `x-guidance` changes the layout (docs/structured.md).
 
         Args:
             schema: as an object, as JSON text, or True for any JSON value.
@@ -123,7 +124,7 @@ class GrammarCompiler:
         Raises:
             RequestError: not a schema, a keyword or format that is not supported, or one that nothing satisfies.
         """
-        parsed = read_schema(schema)
+        parsed = close_objects(read_schema(schema))
         _check_size("JSON schema", json.dumps(parsed))
 
         def describe(reason: str) -> str:

@@ -63,6 +63,33 @@ def read_schema(schema: object) -> Mapping[str, Any]:
     return {**parsed, "x-guidance": {**ONE_LINE, **layout}}
 
 
+def close_objects(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema in which an object that lists its properties, and says nothing of others, allows no others.
+
+    Models, small ones above all, invent members where they may. A schema that joins several (`allOf`, or `$ref`, `anyOf` or
+    `oneOf` beside properties) stays as it is: closed parts would exclude each other.
+    """
+    joining = {"$ref", "anyOf", "oneOf"}
+    joins = any("allOf" in node or ("properties" in node and node.keys() & joining) for _, node in parts(schema))
+    return schema if joins else _closed(schema)
+
+
+def _closed(node: Any) -> Any:
+    if isinstance(node, list | tuple):
+        return [_closed(each) for each in node]
+    if not isinstance(node, Mapping):
+        return node
+    closed = dict[str, Any]()
+    for key, value in node.items():
+        named = key in _NAMED and isinstance(value, Mapping)
+        closed[key] = value if key in _LITERALS else {k: _closed(v) for k, v in value.items()} if named else _closed(value)
+    names, required = node.get("properties"), node.get("required", [])
+    is_list = isinstance(names, Mapping) and isinstance(required, list) and all(name in names for name in required)
+    if is_list and not node.keys() & {"additionalProperties", "patternProperties", "minProperties"}:
+        closed["additionalProperties"] = False
+    return closed
+
+
 def rewrite_schema(schema: Mapping[str, Any], pointer: str = "#") -> dict[str, Any]:
     """A schema that allows only texts which `schema` allows, whatever llguidance makes of it.
 

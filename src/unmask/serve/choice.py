@@ -55,7 +55,7 @@ class Choice:
         self._forced_call = prepared.forced_call
         self._model = model
         self._detokenizer = IncrementalDetokenizer(model.tokenizer, request.params.stop, after=request.prefix)
-        self._parser = model.call_parser() if prepared.parses_calls else None
+        self._parser = model.call_parser(prepared.callable_names) if prepared.callable_names else None
 
     def take(self, update: Update) -> ChoiceDelta:
         """Take in an update of the engine; what it adds."""

@@ -47,7 +47,8 @@ def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = None if not body.logprobs else body.top_logprobs or 0
     requests = model.requests(body, [ids], limit, model.config.max_tokens, field="messages", logprobs=logprobs, grammar=grammar)
-    return PreparedRequests(requests, len(ids), calling, choice.name is not None)
+    names = tuple(each.name for each in functions) if calling else ()
+    return PreparedRequests(requests, len(ids), names, choice.name is not None)
 
 
 def prompt_ids(model: ServedModel, body: ChatRequest) -> list[int]:

@@ -41,7 +41,7 @@ class PreparedRequests:
     Attributes:
         requests: one per completion, those of one prompt next to each other.
         prompt_tokens: of all prompts, each counted once.
-        parses_calls: whether the text may hold tool calls.
+        callable_names: of the functions that the text may call.
         forced_call: whether the client named the function to call.
         best_of: completions per prompt, of which the `n` best are the answer; None: all are.
         echoed_prompts: texts of the prompts where the completions begin with them.
@@ -49,7 +49,7 @@ class PreparedRequests:
 
     requests: list[Request]
     prompt_tokens: int
-    parses_calls: bool = False
+    callable_names: tuple[str, ...] = ()
     forced_call: bool = False
     best_of: int | None = None
     echoed_prompts: tuple[str, ...] = ()
@@ -111,9 +111,9 @@ class ServedModel:
         table = self._token_bytes
         return table[token] if table is not None else self.tokenizer.decode([token]).encode()
 
-    def call_parser(self) -> CallParser:
-        """A parser of the tool calls in one answer."""
-        return self.tool_format.parser()
+    def call_parser(self, names: Sequence[str]) -> CallParser:
+        """A parser of the calls of these functions in one answer."""
+        return self.tool_format.parser(names)
 
     @cached_property
     def _token_bytes(self) -> tuple[bytes, ...] | None:

@@ -1,13 +1,14 @@
 """`CallParser`: an incremental parser of tool calls in the text of an answer.
 
 Owns the split of final text into content, names of called functions and the JSON text of their arguments. Knows neither tokens
-nor schemas nor which functions exist: text generated under `ToolFormat.grammar` parses by construction; in any other text,
+nor schemas: text generated under `ToolFormat.grammar` parses by construction; in any other text,
 what is no call is content, so that nothing is lost.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 import regex
@@ -16,12 +17,14 @@ from unmask.data.detokenizer import held_back
 
 MARKER, END_MARKER = "<tool_call>", "</tool_call>"
 _HEAD = r'\{\s*"name"\s*:\s*"([a-zA-Z0-9_-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+# OpenAI's object around a function.
+_WRAP = r'(?:\{\s*"type"\s*:\s*"function"\s*,\s*"function"\s*:\s*)?'
 _FIRST = re.compile(rf"\s*{MARKER}\s*\[?\s*{_HEAD}")
 # Opening of an answer that is a call or a list of calls, in a code block or not.
-_OPENING = regex.compile(rf"\s*(?:```(?:json)?\s*)?\[?\s*{_HEAD}")
-_NEXT = re.compile(rf"\s*\}}\s*[,;]?\s*{_HEAD}")
+_OPENING = regex.compile(rf"\s*(?:```(?:json)?\s*)?\[?\s*{_WRAP}{_HEAD}")
+_NEXT = re.compile(rf"\s*(?:\}}\s*){{1,2}}[,;]?\s*{_HEAD}")
 _NO_CALLS = re.compile(rf"\s*{MARKER}\s*\[\s*\]\s*{END_MARKER}")
-_ENDING = re.compile(r"\s*\}?\s*[\],;]?\s*(?:```)?\s*")
+_ENDING = re.compile(r"\s*(?:\}\s*){0,2}[\],;]?\s*(?:```)?\s*")
 _TAG = re.compile(f"{MARKER}|{END_MARKER}")
 
 
@@ -59,14 +62,15 @@ class CallParser:
     that breaks off before that is content.
     """
 
-    def __init__(self, *, marked: bool = True) -> None:
+    def __init__(self, names: Container[str], *, marked: bool = True) -> None:
         """Begin an answer.
 
         Args:
+            names: of the functions; a call of any other is content.
             marked: calls may stand between `<tool_call>` and `</tool_call>`, one or a list, anywhere. With and without, the
                 whole answer may be a call or a list of calls.
         """
-        self._marked = marked
+        self._names, self._marked = names, marked
         self._state = self._opening
         self._pending = ""
         self._events: list[Event] = []
@@ -107,7 +111,7 @@ class CallParser:
     def _opening(self) -> bool:
         """State: at the beginning of the answer. Each state returns whether to process the pending text further."""
         head = _OPENING.match(self._pending, partial=True)
-        if head is None:
+        if head is None or not (head.partial or head[1] in self._names):
             self._state = self._text
         elif not head.partial:
             self._begin(head)
@@ -125,7 +129,7 @@ class CallParser:
 
     def _head(self) -> bool:
         """State: up to the arguments; white space and the marker are held as well, and are content if this is no call."""
-        if head := _FIRST.match(self._pending):
+        if (head := _FIRST.match(self._pending)) and head[1] in self._names:
             self._begin(head)
             return True
         tag = _TAG.search(self._pending, self._pending.index(MARKER) + 1)
@@ -170,7 +174,7 @@ class CallParser:
 
     def _after(self) -> bool:
         """State: after the arguments: the end of the call, and either another call or the end of all calls."""
-        if head := _NEXT.match(self._pending):
+        if (head := _NEXT.match(self._pending)) and head[1] in self._names:
             self._begin(head)
             return True
         tag = _TAG.search(self._pending) if self._marked else None

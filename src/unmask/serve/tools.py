@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from unmask.data.chat import Message, Tool
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.grammar import Grammar, GrammarCompiler
+from unmask.engine.json_schema import close_objects
 from unmask.errors import DataError, RequestError
 from unmask.serve.protocol.messages import FunctionSpec
 from unmask.serve.tool_parser import END_MARKER, MARKER, CallParser
@@ -25,10 +26,9 @@ from unmask.serve.tool_parser import END_MARKER, MARKER, CallParser
 MAX_CALLS = 16
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _OPENING, _NAMED = r"\s*(```(json)?\s*)?", r'\s*\{\s*"name"\s*:\s*'
-_THEN_ARGUMENTS = r'\s*,\s*"(arguments|parameters)"\s*:\s*\{'
+_WRAP = r'\s*\{\s*"type"\s*:\s*"function"\s*,\s*"function"\s*:'
 _STRING, _MAX_DEPTH = re.compile(r'"(?:\\.|[^"\\])*"'), 100
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_PLAIN_KEYWORDS = frozenset({"type", "properties", "required", "title", "description", "$schema", "$defs", "definitions"})
 # The prompt of SmolLM2's model card, word for word, spaces at line ends too: what the model was trained on is its interface.
 _PROMPT = """\
 You are an expert in composing functions. You are given a question and a set of possible functions.\x20
@@ -156,8 +156,8 @@ class ToolFormat:
     def _auto_rules(self, functions: Sequence[tuple[int, FunctionSpec]], begun: str, more: str) -> list[str]:
         """Rules of an answer that is text until the model opens a call, from where on the grammar leads.
 
-        A call is opened by the family's marker anywhere, or by an answer that begins as a call of a given function, alone or in
-        a list, in a code block or not. Text neither has the marker nor begins as any call, so that it parses as text.
+        A call is opened by the family's marker anywhere, or by an answer that begins as a call of a given function: alone or in
+        a list, in OpenAI's `{"type": "function", ...}` or not, in a code block or not.
 
         Args:
             functions: that may be called, with their numbers.
@@ -165,24 +165,21 @@ class ToolFormat:
             more: what may follow the first call of a list.
         """
         names, marker = "|".join(function.name for _, function in functions), self._style.marker
-        no_text = [rf'{_OPENING}\[?{_NAMED}"({names})"', rf'{_OPENING}\[?{_NAMED}"[a-zA-Z0-9_-]{{1,64}}"{_THEN_ARGUMENTS}']
         starts, rules = ["TEXT?"], []
         for index, function in functions:
-            _, _, tail = self._style.call(function.name, "\0").partition(f'"{function.name}"')
-            before, after = tail.split("\0")
-            starts += [f"open_{index} call_tail_{index}", f'list_{index} call_tail_{index} {more} "]"']
-            rules += [
-                f'open_{index}[lazy]: /{_OPENING}{_NAMED}"{function.name}"/',
-                f'list_{index}[lazy]: /{_OPENING}\\[{_NAMED}"{function.name}"/',
-                f"call_tail_{index}: {_quoted(before)} arguments_{index} {_quoted(after)}",
-            ]
+            before, after = self._style.call(function.name, "\0").partition(f'"{function.name}"')[2].split("\0")
+            rules.append(f"tail_{index}: {_quoted(before)} arguments_{index} {_quoted(after)}")
+            for kind, bracket, wrap in (("one", "", ""), ("list", r"\[", ""), ("wrapped", "", _WRAP), ("wraps", r"\[", _WRAP)):
+                rules.append(f'{kind}_{index}[lazy]: /{_OPENING}{bracket}{wrap}{_NAMED}"{function.name}"/')
+                closing = [_quoted("}" if wrap else ""), more if bracket else "", _quoted("]" if bracket else "")]
+                starts.append(" ".join(filter(None, (f"{kind}_{index} tail_{index}", *closing))))
+        no_text = rf'~/{_OPENING}\[?({_WRAP})?{_NAMED}"({names})"(?s:.*)/'
         if marker:
             # A lazy rule ends at the first marker.
             starts.append(f"begun {begun}")
-            rules.append(f"begun[lazy]: /(?s:.*){marker}/")
-            no_text.append(f"(?s:.*){marker}")
-        text = " & ".join(["/(?s:.+)/", *(f"~/{each}(?s:.*)/" for each in no_text)])
-        return [f"start: {' | '.join(starts)}", f"TEXT: {text}", *rules]
+            rules += ["begun[lazy]: BEGUN", f"BEGUN: /(?s:.*){marker}/ & {no_text}"]
+            no_text += f" & ~/(?s:.*){marker}(?s:.*)/"
+        return [f"start: {' | '.join(starts)}", f"TEXT: /(?s:.+)/ & {no_text}", *rules]
 
     def compile(
         self,
@@ -212,9 +209,9 @@ class ToolFormat:
         except RequestError as error:
             raise RequestError(f"tools: {len(functions)} functions exceed one grammar ({error}); give fewer") from error
 
-    def parser(self) -> CallParser:
-        """A parser for one answer."""
-        return CallParser(marked=bool(self._style.marker))
+    def parser(self, names: Container[str]) -> CallParser:
+        """A parser for one answer, in which functions of these names are called."""
+        return CallParser(names, marked=bool(self._style.marker))
 
     @staticmethod
     def _message(message: Message) -> dict[str, Any]:
@@ -327,22 +324,14 @@ def _check_functions(functions: Sequence[FunctionSpec], choice: ToolChoice) -> N
 
 
 def _arguments_schema(index: int, function: FunctionSpec) -> dict[str, Any] | None:
-    """JSON schema of the arguments, to be written on one line; None: the function takes none.
-
-    A schema that only lists properties allows no others, so that a model cannot invent arguments.
-    """
+    """JSON schema of the arguments, to be written on one line; None: the function takes none."""
     parameters = function.parameters
     if not parameters:
         return None
     if parameters.get("type", "object") != "object":
         field = _parameters_field(index, function)
         raise RequestError(f"{field}: type is {str(parameters['type'])[:80]!r}; it must be object")
-    schema = {"type": "object", **parameters, "x-guidance": _LAYOUT}
-    properties, required = parameters.get("properties"), parameters.get("required", [])
-    is_plain = isinstance(properties, Mapping) and isinstance(required, list) and parameters.keys() <= _PLAIN_KEYWORDS
-    if is_plain and all(name in (properties or {}) for name in required):
-        schema["additionalProperties"] = False
-    return schema
+    return {**close_objects({"type": "object", **parameters}), "x-guidance": _LAYOUT}
 
 
 def _parameters_field(index: int, function: FunctionSpec) -> str:
