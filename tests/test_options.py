@@ -19,6 +19,7 @@ import json, runpy, sys
 from types import SimpleNamespace
 from typer.testing import CliRunner
 from unmask.cli.chat_session import settable_options
+from unmask.engine.capabilities import Capabilities
 from unmask.cli.app import app
 from unmask.models.arch.config import ModelConfig
 from unmask.serve.config import ServerConfig
@@ -26,8 +27,9 @@ from unmask.serve.protocol.chat import ChatRequest
 from unmask.serve.protocol.fields import Diffusion
 from unmask.serve.served_model import ServedModel
 
-config = SimpleNamespace(block_size=8, shifted=True)
-model = SimpleNamespace(config=config, is_diffusion=True)
+EVERYTHING = Capabilities(True, True, True, True)
+config = SimpleNamespace(block_size=8, shifted=True, mask_id=1, token_editing=True)
+model = SimpleNamespace(config=config, is_diffusion=True, capabilities=EVERYTHING)
 served = SimpleNamespace(language_model=model, config=ServerConfig(), name="m", created=0, context=9)
 hooks = runpy.run_path(sys.argv[-1])
 print(json.dumps({

@@ -65,8 +65,8 @@ ELSEWHERE_GATED = (
     "Elsewhere few drafts are accepted, so that it is no faster than the model inside it, and it is wrong about facts."
 )
 TOOLS = """\
-It does not call tools of its own accord (0 of the 8 questions of `benchmarks/tools.py` with `tool_choice: auto`); with `required` or a
-named function its calls are valid by construction, function and main argument right in {right} of 8."""
+It does not call tools of its own accord (0 of the 8 questions of `benchmarks/tools.py` with `tool_choice: auto`); with
+`required` or a named function its calls are valid by construction, function and main argument right in {right} of 8."""
 OWN_ANSWERS = "\n| | greedy answers of the fine-tuned model's own to further questions of that split (Apache-2.0) |"
 
 

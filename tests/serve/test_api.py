@@ -42,8 +42,8 @@ def test_unknown_fields_are_ignored_and_named(
 
 
 def test_our_own_section_refuses_them(site: Live) -> None:
-    response = _post(site, {**BODY, "diffusion": {"treshold": 0.9}})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "diffusion.treshold")
+    response = _post(site, {**BODY, "diffusion": {"thresh_old": 0.9}})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "diffusion.thresh_old")
 
 
 @pytest.fixture(scope="module")

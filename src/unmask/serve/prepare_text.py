@@ -70,17 +70,17 @@ def _filling(
     tokenizer, language_model = model.tokenizer, model.language_model
     fim = FimTokens.of(tokenizer)
     try:
-        befores = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        beginnings = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         after = tokenizer.encode(suffix, after=[None])
         if language_model.capabilities.infill:
             tokens = body.max_tokens or DEFAULT_TOKENS
             template = language_model.request((None,), model.params(body, stop=body.stops, logprobs=body.logprobs))
-            requests = [fill_between(template, each, tokens, after, tokenizer, model.context) for each in befores]
+            requests = [fill_between(template, each, tokens, after, tokenizer, model.context) for each in beginnings]
             for request in requests:
                 request.check(language_model.config)
             return distinct_samples(request for request in requests for _ in range(body.n or 1))
         if fim is not None:
-            filled = [fim.prompt(tokenizer.prefix_ids, each, after) for each in befores]
+            filled = [fim.prompt(tokenizer.prefix_ids, each, after) for each in beginnings]
             requests = model.requests(body, filled, body.max_tokens, default_tokens, field="suffix", logprobs=body.logprobs)
             return [replace(each, eos_ids=each.eos_ids | fim.ends) for each in requests]
     except UnmaskError as error:

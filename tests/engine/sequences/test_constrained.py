@@ -68,8 +68,9 @@ class Kit:
 
     def text(self, completion: Completion) -> str:
         """Without the end, everything else spelled out."""
-        ids = [token for token in completion.ids if token != self.eos]
-        assert self.eos not in completion.ids[:-1]
+        ends = {self.eos, *self.tokenizer.eos_ids}
+        ids = [token for token in completion.ids if token not in ends]
+        assert not set(ends) & set(completion.ids[:-1])
         return self.tokenizer.decode(ids, skip_special=False)
 
     def request(self, kind: str, *, ids: Sequence[int] | None = None, **options: Any) -> Request:
