@@ -80,7 +80,7 @@ def test_tools(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["required"]["calls"] <= 1
 
 
-@pytest.mark.parametrize("script", ["cap", "dpo"])
+@pytest.mark.parametrize("script", [pytest.param("cap", marks=pytest.mark.slow), "dpo"])
 def test_training_benchmarks(script: str, models: dict[str, str], tmp_path: Path) -> None:
     smoke(script, tmp_path, "--model", models["diffusion"], "--out", str(tmp_path / "out"))
     (result,) = tmp_path.glob(f"{script}_*.json")
@@ -88,6 +88,7 @@ def test_training_benchmarks(script: str, models: dict[str, str], tmp_path: Path
     assert result.with_suffix(".png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_train_step(models: dict[str, str], tmp_path: Path) -> None:
     smoke("train_step", tmp_path, "--model", models["diffusion"], "--batches", "sft", "--threads", str(torch.get_num_threads()))
     (result,) = tmp_path.glob("train_step_*.json")

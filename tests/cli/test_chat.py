@@ -253,7 +253,7 @@ def test_a_conversation_that_no_longer_fits_says_so_and_loses_nothing(
 
 
 def test_an_answer_takes_what_room_the_context_has(run, diffusion_folder: Path) -> None:
-    result = run("chat", "-m", diffusion_folder, *PLAIN, input=typed("Hello", "/stats"))
+    result = run("chat", "-m", diffusion_folder, *PLAIN, "--ignore-eos", input=typed("Hello", "/stats"))
     assert result.exit_code == 0
     assert "cut: the context is full; " in result.stderr
     prompt = int(re.findall(r"(\d+) tokens, conversation included", result.stderr)[0])

@@ -11,6 +11,7 @@ import unmask
 from unmask.cli.trace import by_step
 
 
+@pytest.mark.filterwarnings("ignore:the model was not trained to edit")
 @pytest.mark.parametrize("options", [(), ("--edit-threshold", 0.3), ("--policy", "entropy"), ("--block-size", 4)])
 def test_a_picture_is_written(run, diffusion_folder: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     out = tmp_path / "new" / "order.png"

@@ -72,7 +72,11 @@ def test_a_control_token_as_a_stop_string_ends_at_that_token(model: LanguageMode
     assert model.tokenizer is not None
     end = model.tokenizer.special_tokens["<|im_end|>"]
     bias = dict.fromkeys(model.tokenizer.special_tokens.values(), -1000000000.0) | {end: 100.0}
-    options: dict[str, Any] = {"max_new_tokens": LENGTH, "logit_bias": bias}
+    options: dict[str, Any] = {
+        "max_new_tokens": LENGTH,
+        "logit_bias": bias,
+        "eos_id": model.tokenizer.special_tokens["<|mask|>"],
+    }
     assert model.complete(PROMPT, **options).ids == (end,) * LENGTH
     for least in (0, 3):
         found = model.complete(PROMPT, stop=("nothing of it", "<|im_end|>"), min_new_tokens=least, **options)
@@ -128,6 +132,6 @@ def test_penalties_under_a_grammar_are_the_same_with_drafts(tokenizer: Tokenizer
         options: dict[str, Any] = {"max_new_tokens": LENGTH, "eos_id": 0, "regex": "[ab]{12}", **penalties}
         expected = autoregressive.complete((1, *PROMPT), **options)
         assert speculative.complete(PROMPT, threshold=0.0, **options).ids == expected.ids
-        assert set(expected.decoded(tokenizer.decode)) <= {"a", "b"}, "where all is banned, the grammar goes on"
+        assert set(expected.text) <= {"a", "b"}, "where all is banned, the grammar goes on"
         texts.append(expected.ids)
     assert len(set(texts)) > 1

@@ -612,7 +612,7 @@ class TestRealServer:
             tab.answer("stopped")
             server.wait_idle()
             tab.ask("long " * 300)
-            expect(tab.answer("failed").locator(".error")).to_contain_text("the context of tiny holds 256")
+            expect(tab.answer("failed").locator(".error")).to_contain_text("maximum context length is 256")
             tab.expect("400")
 
 

@@ -63,6 +63,9 @@ RUNS = {
     "moe-frozen": lambda base: mixture(base, "frozen"),
 }
 
+SLOW = {"cap", "sft-lora", "dpo", "moe-aux", "moe-frozen"}
+"""Each is like another one of the list."""
+
 
 def mixture(base: Path, policy: str) -> Recipe:
     return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=2000, router={"policy": policy, "rate": 0.01})
@@ -104,7 +107,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RUNS])
 def test_a_resumed_run_tells_the_same_history(base: Path, tmp_path: Path, name: str) -> None:
     recipe = RUNS[name](base)
     assert run_recipe(recipe, tmp_path / "whole").finished

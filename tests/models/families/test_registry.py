@@ -90,7 +90,7 @@ def test_published_llada2_config_names_no_mask_token() -> None:
     hf = {key: value for key, value in published_config("llada2-mini").items() if key not in ("mask_token_id", "block_size")}
     assert (read_config(hf).mask_id, read_config(hf).block_size) == (156_895, 32)
     with refused(ConfigError, "vocab_size", 64, "mask_token_id"):
-        read_config({**hf, "vocab_size": 64})
+        read_config({**hf, "vocab_size": 64, "eos_token_id": 1, "pad_token_id": 1})
 
 
 def test_llada2_ends_with_its_pad_token() -> None:
