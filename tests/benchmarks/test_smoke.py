@@ -50,6 +50,7 @@ def test_everyday(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads(result.read_text())["prompts"]) == 10
 
 
+@pytest.mark.slow
 def test_gemm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke("gemm", tmp_path, "--shapes", "out", "--json")
     assert json.loads(capsys.readouterr().out)["figures"]

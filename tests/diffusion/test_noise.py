@@ -105,3 +105,11 @@ def test_counters_broadcast() -> None:
     assert grid.shape == (2, 4)
     assert grid.dtype == torch.float64
     assert float(grid[1, 3]) == one(9, 2, "mask", 20, 3)
+
+
+@given(st.lists(st.tuples(INT64, INT64, INT64), min_size=20, max_size=20), st.sampled_from(TAGS))
+def test_many_numbers_are_those_of_each_alone(keys, tag):
+    """Tensors and Python's integers compute the same."""
+    seed_K, epoch_K, counter_K = torch.tensor(keys).unbind(-1)
+    alone = [NoiseKey(seed, torch.tensor(epoch)).uniform(tag, counter, 3) for seed, epoch, counter in keys]
+    assert torch.equal(NoiseKey(seed_K, epoch_K).uniform(tag, counter_K, 3), torch.stack(alone))

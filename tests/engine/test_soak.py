@@ -6,7 +6,7 @@ import pytest
 from soak import soak
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_few_hundred_random_requests(seed: int) -> None:
     figures = soak(150, seed)
     assert figures["completed"] + figures["aborted"] == 150

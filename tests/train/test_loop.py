@@ -111,7 +111,7 @@ run_recipe(recipe, run, resume=True, on_record=on_record)
 """
 
 
-@pytest.mark.parametrize("kill_at", [5, 11])
+@pytest.mark.parametrize("kill_at", [5, pytest.param(11, marks=pytest.mark.slow)])
 def test_resume_after_sigkill_gives_the_same_losses(
     base: Path, recipe: Recipe, uninterrupted: Path, tmp_path: Path, kill_at: int
 ) -> None:

@@ -9,9 +9,12 @@ from unmask.models.native.build import start_build
 from unmask.models.native.interface import Kernels
 
 VARIANTS = {"native": (), "avx2": ("-mno-avx512f",), "portable": ("-DUNMASK_PORTABLE",)}
+SLOW = ("portable",)  # half a minute to compile
 
 
-@pytest.fixture(scope="session", params=VARIANTS)
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 def any_kernels(request: pytest.FixtureRequest) -> Kernels:
     return _load(*VARIANTS[request.param])
 
