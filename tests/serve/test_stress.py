@@ -456,7 +456,8 @@ def test_memory_and_threads_stay_flat(server: Live) -> None:
         server.wait_idle()
         gc.collect()
         assert process.num_threads() <= threads + 1
-        assert process.memory_info().rss - memory < 24 * 2**20
+        # The KV cache keeps up to 32 MiB of prefixes, which are written as requests come.
+        assert process.memory_info().rss - memory < (24 + 32) * 2**20
         # A job is more than two objects.
         assert len(gc.get_objects()) - objects < 300
 
