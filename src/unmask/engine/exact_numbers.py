@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from unmask.engine.json_schema import ONE_LINE, inexact_number, parts, refusal, rewrite_schema
@@ -57,10 +58,14 @@ class _Writer:
         self.rules: list[str] = []
         self._root, self._prefix = root, prefix
         self._names: dict[str, str] = {}
-        self._shared = {
-            key: {name: each for name, each in root[key].items() if self._inexact(each) is None}
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        """The definitions that llguidance may see: those without such a number."""
+        return {
+            key: {name: each for name, each in self._root[key].items() if self._inexact(each) is None}
             for key in _DEFINITIONS
-            if isinstance(root.get(key), Mapping)
+            if isinstance(self._root.get(key), Mapping)
         }
 
     def value(self, schema: Any, pointer: str) -> str:

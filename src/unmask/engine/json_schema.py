@@ -171,15 +171,18 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _is_exact(number: float) -> bool:
     """Whether llguidance writes this number: an integer within the doubles' exact range, or at most 15 significant digits."""
-    if float(number).is_integer() or isinstance(number, int):
+    if isinstance(number, int) or number.is_integer():
         return abs(number) <= _MAX_EXACT
     return float(f"{number:.15g}") == number and abs(number) > 1e-15
 
 
 def _exact_bounds(schema: dict[str, Any], pointer: str) -> None:
     """A bound that is not exact, or too far for llguidance, moves inward, to the next number that is."""
-    given = {key: schema[key] for key in (*_LOWER, *_UPPER) if _is_number(schema.get(key)) and math.isfinite(schema[key])}
-    moved = {key: _inward(bound, math.inf if key in _LOWER else -math.inf) for key, bound in given.items()}
+    given = {key: schema[key] for key in (*_LOWER, *_UPPER) if _is_number(schema.get(key))}
+    try:
+        moved = {key: _inward(bound, math.inf if key in _LOWER else -math.inf) for key, bound in given.items()}
+    except OverflowError as error:
+        raise refusal(pointer, "a bound is beyond all doubles", "leave it out and check the value afterwards") from error
     lower = max((moved[key] for key in _LOWER if key in moved), default=-math.inf)
     upper = min((moved[key] for key in _UPPER if key in moved), default=math.inf)
     if moved != given and lower > upper:
@@ -213,8 +216,7 @@ def _inward(bound: float, direction: float) -> float:
 def _small_multiple(schema: dict[str, Any], pointer: str) -> None:
     multiple = schema.get("multipleOf")
     if _is_number(multiple):
-        digits = f"{multiple:.17g}" if isinstance(multiple, int) else repr(multiple)
-        significant = digits.partition("e")[0].replace(".", "").strip("-0")
+        significant = repr(multiple).partition("e")[0].replace(".", "").strip("-0")
         if len(significant) > _MAX_MULTIPLE_DIGITS:
             reason = f"multipleOf is {multiple}, with more than {_MAX_MULTIPLE_DIGITS} significant digits"
             raise refusal(pointer, reason, "leave it out and check the value afterwards")
