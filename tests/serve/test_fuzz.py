@@ -84,7 +84,7 @@ def test_it_does_what_its_own_schema_says(server: Live, mode: GenerationMode) ->
             continue
 
         @seed(5)
-        @settings(max_examples=7 if generates else 3, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=12 if generates else 3, suppress_health_check=list(HealthCheck), database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             modest(case.body, rng)
@@ -188,7 +188,7 @@ ANYTHING = st.recursive(
     given_fields=st.dictionaries(st.integers(0, 23), ANYTHING, max_size=4),
     cut=st.integers(0, 400) | st.none(),
 )
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 def test_any_body_gets_an_answer(client: httpx2.Client, path: str, given_fields: dict[int, Any], cut: int | None) -> None:
     fields = FIELDS[path]
     body = {"model": NAME, **WELL[path], **{fields[i % len(fields)]: value for i, value in given_fields.items()}}
@@ -197,7 +197,7 @@ def test_any_body_gets_an_answer(client: httpx2.Client, path: str, given_fields:
 
 
 @given(content=st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-16")))
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_any_bytes_get_an_answer(client: httpx2.Client, content: bytes) -> None:
     assert post(client, "/v1/completions", content) == 400
 

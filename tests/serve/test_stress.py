@@ -447,17 +447,19 @@ def test_memory_and_threads_stay_flat(server: Live) -> None:
                 else:
                     wire.send(body[:-10])
 
+    def resident_after(count: int) -> int:
+        visits(count)
+        server.wait_idle()
+        gc.collect()
+        return process.memory_info().rss
+
     with clean(server):
-        visits(60)
-        server.wait_idle()
-        gc.collect()
-        memory, threads, objects = process.memory_info().rss, process.num_threads(), len(gc.get_objects())
-        visits(150)
-        server.wait_idle()
-        gc.collect()
+        memory, threads, objects = resident_after(60), process.num_threads(), len(gc.get_objects())
+        # Other tests have run in this process, and what they left may be given back or taken once: a leak takes every time.
+        if resident_after(150) - memory >= 24 * 2**20:
+            memory = process.memory_info().rss
+            assert resident_after(150) - memory < 24 * 2**20
         assert process.num_threads() <= threads + 1
-        # The KV cache keeps up to 32 MiB of prefixes, which are written as requests come.
-        assert process.memory_info().rss - memory < (24 + 32) * 2**20
         # A job is more than two objects.
         assert len(gc.get_objects()) - objects < 300
 
