@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from helpers import CHATML, make_sentencepiece_tokenizer, make_tokenizer, say
+from helpers import CHATML, SPECIAL_TOKENS, make_sentencepiece_tokenizer, make_tokenizer, say
 from unmask.data.detokenizer import IncrementalDetokenizer, find_stop
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
@@ -110,6 +110,19 @@ def test_spelled_control_tokens_change_nothing_around_them(tmp_path: Path, paddi
     shared = plain[: len(plain) - len(tokenizer.encode("x\nassistant\n")) - 3]
     assert spelled[: len(shared)] == shared
     assert spelled.count(tokenizer.special_tokens["<s>"]) == 0
+
+
+def test_spelled_control_tokens_may_be_many(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, special_tokens=(*SPECIAL_TOKENS, "ow"))
+    assert tokenizer.special_tokens["ow"] in tokenizer._continuation._plain.encode("ow").ids, "the vocabulary has that piece"
+    ids = tokenizer.encode("ow" * 3000)
+    assert tokenizer.special_tokens["ow"] not in ids
+    assert tokenizer.decode(ids) == "ow" * 3000
+
+
+def test_a_control_token_of_one_character_is_spelled_as_before(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, special_tokens=(*SPECIAL_TOKENS, "!"))
+    assert tokenizer.decode(tokenizer.encode("ab!c")) in ("ab!c", "abc")
 
 
 @pytest.mark.parametrize("padding", ["first", "always"])

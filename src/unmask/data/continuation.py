@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 from tokenizers import Tokenizer as Backend
 
@@ -109,10 +110,13 @@ class Continuation:
         encoding = self._plain.encode(text, add_special_tokens=False)
         if self._forgeable.isdisjoint(encoding.ids):
             return list(encoding.ids)
-        # Some vocabularies spell control tokens as pieces of a text: such a piece is cut in two.
+        # Some vocabularies spell control tokens as pieces of a text: such a piece is cut in two, unless it is one character.
         spans = zip(encoding.ids, encoding.offsets, strict=True)
-        start = next(start for id_, (start, _) in spans if id_ in self._forgeable)
-        return self._encode(text[: start + 1]) + self.encode(text[start + 1 :], [None])
+        cuts = [start + 1 for id_, (start, stop) in spans if id_ in self._forgeable and stop - start > 1]
+        if not cuts:
+            return list(encoding.ids)
+        first, *rest = (text[start:stop] for start, stop in pairwise((0, *cuts, len(text))))
+        return self._encode(first) + [id_ for part in rest for id_ in self.encode(part, [None])]
 
     def _decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self._control.decode(list(ids), skip_special_tokens=skip_special))

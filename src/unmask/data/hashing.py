@@ -68,8 +68,8 @@ def seeded_permutation(length: int, *keys: int) -> NDArray[np.int64]:
 def file_digest(files: Iterable[Path]) -> str:
     """A digest of the contents of files, in their order; where they are and when they were written does not count.
 
-    Of a file of more than 256 MiB its size and 256 pieces of 1 MiB count, its beginning and its end among them: data of any
-    size are digested in seconds.
+    Of a file of more than 256 MiB its size and 256 pieces of 1 MiB count, its beginning and its end among them, so that none
+    takes more than a second or so.
 
     Raises:
         OSError: a file cannot be read.

@@ -224,12 +224,17 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         )
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises: ConfigError: a name that lm-eval does not know, before anything else is evaluated."""
-    manager = TaskManager()
+def check_names(names: Sequence[str]) -> TaskManager:
+    """Where lm-eval's tasks are looked up, for `run_harness`: it takes seconds to make.
+
+    Raises:
+        ConfigError: a name that lm-eval does not know, before anything else is evaluated.
+    """
+    manager = TaskManager(metadata={})
     unknown = [name for name in names if not manager.match_tasks([name]) and not Path(name).exists()]
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is a task neither of ours (unmask eval --list) nor of lm-eval")
+    return manager
 
 
 def run_harness(

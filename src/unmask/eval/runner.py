@@ -186,6 +186,7 @@ def _answer(model: LanguageModel, task: Task, items: Sequence[Item], settings: E
     items, requests = [item for item, _ in fitting], [request for _, request in fitting]
     # A single stream prefills every prompt in full, so that its tokens/s do not depend on what prompts have in common.
     completions = model.engine(max_num_seqs=settings.batch, prefix_cache=settings.batch > 1).run(requests)
+    assert all(each.text is not None for each in completions), "an engine with a tokenizer gives texts"
     answers = [f"{item.answer_prefix}{each.text}" for item, each in zip(items, completions, strict=True)]
     return too_long + [
         EvalSample(

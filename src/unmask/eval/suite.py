@@ -130,12 +130,11 @@ class EvalRun:
     def tasks(self, selection: Selection, on_progress: OnProgress) -> dict[str, Any]:
         """Run tasks; the content of `results.json`, with lm-eval's results under `harness`."""
         results: dict[str, Any] = {"tasks": {}}
-        if selection.own and selection.harness:
-            _harness().check_names(selection.harness)
+        manager = _harness().check_names(selection.harness) if selection.own and selection.harness else None
         if selection.own:
             results = self._own(selection.own, self.folder, on_progress)
         if selection.harness:
-            results["harness"] = self._lm_eval(selection.harness, self.folder)
+            results["harness"] = self._lm_eval(selection.harness, self.folder, manager)
         return results
 
     def suite(self, suite: Suite, on_progress: OnProgress) -> dict[str, Any]:
@@ -183,8 +182,9 @@ class EvalRun:
             self.model, tasks, folder, count=self.count, settings=self.settings, resume=self.resume, on_progress=on_progress
         )
 
-    def _lm_eval(self, names: Sequence[str], folder: Path) -> dict[str, Any]:
-        results: dict[str, Any] = _harness().run_harness(self.model, names, folder, limit=self.limit, **self.harness)
+    def _lm_eval(self, names: Sequence[str], folder: Path, manager: Any = None) -> dict[str, Any]:
+        options = {**self.harness, "manager": manager}
+        results: dict[str, Any] = _harness().run_harness(self.model, names, folder, limit=self.limit, **options)
         return results
 
 

@@ -17,7 +17,7 @@ from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import read_json
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.weights import safetensors_io
-from unmask.models.weights.checkpoint import save_model
+from unmask.models.weights.checkpoint import read_model_config, save_model
 from unmask.models.weights.export import export_model
 from unmask.models.weights.loading import load_model
 
@@ -126,6 +126,15 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_its_own(
     for name in ("exported", "saved"):
         assert read_json(tmp_path / name / "config.json")["tie_word_embeddings"] is False
         assert loads_as(tmp_path / name, model) == [True]
+
+
+def test_a_config_is_read_where_shards_are_missing(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    save_model(model, tmp_path, max_shard_bytes=FEW)
+    next(tmp_path.glob("model-00001-*")).unlink()
+    assert read_model_config(tmp_path) == model.config
+    with refused(CheckpointError, "model-00001"):
+        load_model(tmp_path, dtype=torch.float32)
 
 
 def test_a_tied_head_of_another_shape_is_named(tmp_path: Path) -> None:

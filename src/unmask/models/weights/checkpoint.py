@@ -52,7 +52,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     path = next((folder / name for name in (ADAPTED_CONFIG, CONFIG_NAME) if (folder / name).exists()), None)
     if path is None and (base := base_folder(folder)) is not None:
-        return _with_generation_ends(read_model_config(base), folder)
+        return with_generation_ends(read_model_config(base), folder)
     path = path or folder / CONFIG_NAME
     try:
         config = read_config(read_json(path))
@@ -66,7 +66,7 @@ def read_model_config(folder: Path) -> ModelConfig:
             stacklevel=1,  # one place, so that it is said once
         )
         config = replace(config, tied_head=False)
-    return _with_generation_ends(config, folder)
+    return with_generation_ends(config, folder)
 
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
@@ -143,15 +143,18 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
 
 def _has_own_head(folder: Path, config: ModelConfig) -> bool:
     """Whether the weights in `folder`, if there are any, hold a head that differs from the embedding."""
-    if not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
-        return False
+    if not (folder / SINGLE_NAME).exists():
+        # The index answers without the shards, which a download may still lack.
+        index = read_json(folder / INDEX_NAME) if (folder / INDEX_NAME).exists() else {}
+        if _HEAD not in (index.get("weight_map") or {}):
+            return False
     embedding = f"{family_of(config).embedding}.weight"
     with ExitStack() as stack:
         files = TensorFiles(folder, stack)
         return {_HEAD, embedding} <= files.names and not files.equal(embedding, _HEAD)
 
 
-def _with_generation_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+def with_generation_ends(config: ModelConfig, folder: Path) -> ModelConfig:
     """The config with the end ids of `folder`/generation_config.json after its own."""
     path = folder / GENERATION_CONFIG
     if not path.exists():

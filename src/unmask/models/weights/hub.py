@@ -18,6 +18,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,8 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
     if model and folder.is_file():
         if folder.suffix != ".gguf":
             raise CheckpointError(f"{model} is a file; give the folder of a model, or a GGUF file")
-        source = GGUFSource(folder, _sha256(folder))
-        return _unpacked_gguf(folder.stem, source, cache_folder(cache))
+        target = _unpacked_folder(folder.stem, _sha256(folder), cache_folder(cache))
+        return build_once(target, partial(_unpack_gguf, folder))
     if is_hub_id(model):
         with _hub_access(model) as offline:
             return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=offline))
@@ -195,12 +196,18 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 def _embedded(cache: Path) -> Path:
-    return _unpacked_gguf(EMBEDDED, embedded_gguf(), cache)
+    source = embedded_gguf()
+
+    def build(folder: Path) -> None:
+        if _sha256(source.path) != source.sha256:
+            raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
+        _unpack_gguf(source.path, folder)
+
+    return build_once(_unpacked_folder(EMBEDDED, source.sha256, cache), build)
 
 
-def _unpacked_gguf(name: str, source: GGUFSource, cache: Path) -> Path:
-    target = cache / f"{name}-{source.sha256[:12]}-v{CACHE_VERSION}"
-    return build_once(target, lambda folder: _unpack_gguf(source, folder))
+def _unpacked_folder(name: str, sha256: str, cache: Path) -> Path:
+    return cache / f"{name}-{sha256[:12]}-v{CACHE_VERSION}"
 
 
 def embedded_gguf() -> GGUFSource:
@@ -224,10 +231,8 @@ def embedded_gguf() -> GGUFSource:
     raise CheckpointError(f"package {EMBEDDED_PACKAGE} is installed without its .gguf file; run: {EMBEDDED_REMEDY}")
 
 
-def _unpack_gguf(source: GGUFSource, folder: Path) -> None:
-    if _sha256(source.path) != source.sha256:
-        raise CheckpointError(f"{source.path} is damaged (sha256 differs from its package's); run: {EMBEDDED_REMEDY}")
-    gguf = GGUFFile(source.path)
+def _unpack_gguf(file: Path, folder: Path) -> None:
+    gguf = GGUFFile(file)
     # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
     specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
     hf_config = gguf.hf_config()

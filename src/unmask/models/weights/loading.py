@@ -13,7 +13,7 @@ import torch
 from unmask.errors import CheckpointError
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.weights.adapter import fold_adapter, load_adapter, stored_vocab_size
-from unmask.models.weights.checkpoint import load_checkpoint, read_model_config
+from unmask.models.weights.checkpoint import load_checkpoint, read_model_config, with_generation_ends
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder, resolve
 
 
@@ -40,9 +40,12 @@ def load_model(model: str | Path, *, dtype: torch.dtype, device: torch.device | 
 
 
 def _load_adapted(folder: Path, model: Transformer) -> Transformer:
-    """The adapter in `folder` folded into its base; an `unmask_config.json` there names other special tokens and vocabulary."""
+    """The adapter in `folder` folded into its base.
+
+    An `unmask_config.json` there names other special tokens and vocabulary, a `generation_config.json` further end ids.
+    """
     adapted = read_model_config(folder) if (folder / ADAPTED_CONFIG).exists() else None
-    config = adapted or model.config
+    config = adapted or with_generation_ends(model.config, folder)
     eos_ids = tuple(dict.fromkeys((*config.eos_ids, *model.config.eos_ids)))
     vocab_size = stored_vocab_size(folder, config) or config.vocab_size
     if vocab_size > model.config.vocab_size:

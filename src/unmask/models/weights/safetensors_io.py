@@ -120,16 +120,16 @@ def tensor_index(folder: Path) -> dict[str, Path]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path} has no valid 'weight_map'; fetch or save the checkpoint again")
-    missing: list[str] = []
+    names_in: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{index_path} names {file!r}; shards must lie in the same folder")
         if not (folder / file).exists():
             raise CheckpointError(f"{index_path} names {file}, which does not exist; fetch or save the checkpoint again")
-        names = set(_names_in(folder / file))
-        missing += [f"{name} in {file}" for name, its_file in weight_map.items() if its_file == file and name not in names]
+        names_in[file] = set(_names_in(folder / file))
+    missing = sorted(f"{name} in {file}" for name, file in weight_map.items() if name not in names_in[file])
     if missing:
-        raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
     return {name: folder / file for name, file in weight_map.items()}
 
 
