@@ -10,6 +10,7 @@ from asking import HTTP
 from live import Live
 
 from unmask.engine.llm import LanguageModel
+from unmask.serve.protocol.llamacpp import LlamaInfillRequest
 
 BODY: dict[str, Any] = {
     "input_prefix": "def add(a, b):\n    ",
@@ -84,3 +85,21 @@ def test_nothing_is_filled_where_nothing_is_asked_for(site: Live, changes: dict[
 
 def test_a_long_prefix_loses_its_beginning(site: Live) -> None:
     assert len(ask(site, input_prefix="x y " * 2000).json()["content"]) > 0
+
+
+def test_seed_0_is_a_seed_and_a_negative_one_is_none() -> None:
+    seeds = [LlamaInfillRequest(input_prefix="a", seed=seed).to_completion("tiny", [1], 4).seed for seed in (0, -1, None)]
+    assert seeds == [0, None, None]
+
+
+def test_a_continued_text_begins_with_the_tokenizers_prefix(
+    site: Live, tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny.tokenizer is not None
+    monkeypatch.setattr(tiny.tokenizer, "_prefix_ids", (5,))
+    changes = {"input_suffix": "", "input_extra": [], "prompt": "", "temperature": 0.0, "n_predict": 6}
+    ids = tiny.encode_prompt(BODY["input_prefix"], chat=False)
+    assert ids[0] == 5
+    assert ask(site, **changes).json()["content"] == tiny.tokenizer.decode(
+        tiny.generate_ids(ids, max_new_tokens=6, temperature=0.0), after=ids
+    )

@@ -153,20 +153,27 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.responses = ResponseStore()
-    routers = (router, *(api.router for api in APIS))
-    for each in routers:
+    for each in _routers():
         app.include_router(each)
     app.mount("/page", _PageFiles(directory=_PAGE), name="page")
-    hosts = config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.api_keys else ())
-    paths = {route.path for each in routers for route in each.routes if isinstance(route, APIRoute)}
+    _add_middleware(app, config, metrics, loopback=loopback)
+    return app
+
+
+def _routers() -> tuple[APIRouter, ...]:
+    return (router, *(api.router for api in APIS))
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, loopback: bool) -> None:
+    """The guard around the routes and, for pages of other origins, CORS around both."""
     app.add_middleware(
         Guard,
         metrics=metrics,
-        paths=paths,
+        paths={route.path for each in _routers() for route in each.routes if isinstance(route, APIRoute)},
         error_forms={api.prefix: api.error_form for api in APIS if api.prefix},
         untyped=[api.prefix for api in APIS if api.is_untyped],
         api_keys=config.api_keys,
-        hosts=hosts,
+        hosts=config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.api_keys else ()),
         origins=config.allow_origins,
         max_body=config.max_body,
     )
@@ -178,7 +185,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-unmask-ignored-fields"],
         )
-    return app
 
 
 @asynccontextmanager

@@ -48,7 +48,7 @@ class Choice:
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.completion: Completion | None = None
         self.num_tokens = 0
-        self._lists_end = request.params.prompt_logprobs is not None
+        self._unlisted = () if request.params.prompt_logprobs is not None else request.end_ids
         self._confidences: dict[int, float] = {}
         ids = request.ids
         self._begin = ids.index(None) if None in ids else len(ids)
@@ -65,8 +65,7 @@ class Choice:
             text = self._detokenizer.push(update.new_ids)
         else:
             text = self._detokenizer.finish(update.completion.text_ids, update.completion.text)
-        unlisted = () if self._lists_end else self.request.end_ids
-        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in unlisted))
+        delta = ChoiceDelta(logprobs=tuple(e for e in update.new_logprobs if e.token not in self._unlisted))
         self.logprobs += delta.logprobs
         if self._parser is None:
             delta.text = text

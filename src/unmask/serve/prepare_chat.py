@@ -20,8 +20,13 @@ from unmask.serve.tools import ToolChoice
 _FIELD = re.compile(r"tools\[\d+\][\w.]*|tool_choice")
 
 
-def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
+def prepare_chat(model: ServedModel, body: ChatRequest, *, default_tokens: int | None = None) -> PreparedRequests:
     """Engine requests of a chat completion body.
+
+    Args:
+        model: the served one.
+        body: the request.
+        default_tokens: without a limit in the body, if the context leaves so much room; None: the server's.
 
     Raises:
         ApiError: naming the field at fault.
@@ -46,7 +51,8 @@ def prepare_chat(model: ServedModel, body: ChatRequest) -> PreparedRequests:
             raise bad_request(str(error), "tools" if match is None else match[0]) from error
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = None if not body.logprobs else body.top_logprobs or 0
-    requests = model.requests(body, [ids], limit, model.config.max_tokens, field="messages", logprobs=logprobs, grammar=grammar)
+    default = model.config.max_tokens if default_tokens is None else default_tokens
+    requests = model.requests(body, [ids], limit, default, field="messages", logprobs=logprobs, grammar=grammar)
     names = tuple(each.name for each in functions) if calling else ()
     return PreparedRequests(requests, len(ids), names, choice.name is not None)
 

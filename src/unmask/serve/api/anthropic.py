@@ -79,13 +79,8 @@ async def post_count_tokens(http: HttpRequest, body: CountTokensRequest, state: 
 def _prepared(model: ServedModel, body: MessagesRequest) -> PreparedRequests:
     """The engine request. `max_tokens` is a limit that may exceed what the context leaves, as clients have large defaults."""
     with body.naming_fields():
-        chat = body.chat()
-        try:
-            return prepare_chat(model, chat)
-        except ApiError as error:
-            if error.code != "context_length_exceeded" or (room := model.context - len(prompt_ids(model, chat))) < 1:
-                raise
-        return prepare_chat(model, chat.model_copy(update={"max_completion_tokens": room}))
+        chat = body.chat().model_copy(update={"max_completion_tokens": None})
+        return prepare_chat(model, chat, default_tokens=body.max_tokens)
 
 
 def _num_tokens(model: ServedModel, body: CountTokensRequest) -> int:

@@ -6,8 +6,9 @@ Owns the form of the responses and of the stream.
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter
@@ -34,7 +35,25 @@ async def post_completions(http: HttpRequest, body: CompletionRequest, state: St
     return await respond(state, http, body, _TextForm(state.model, prepared, with_logprobs=body.logprobs is not None))
 
 
+class _Characters:
+    """Counts the characters of tokens that come one after the other."""
+
+    def __init__(self) -> None:
+        self._decode = getincrementaldecoder("utf-8")("replace").decode
+        self._count = 0
+
+    def take(self, spelling: bytes) -> int:
+        """Where the token of these bytes begins."""
+        start = self._count
+        self._count += len(self._decode(spelling))
+        return start
+
+
+@dataclass(frozen=True)
 class _TextForm(ResponseForm):
+    _characters: dict[int, _Characters] = field(default_factory=lambda: defaultdict(_Characters))
+    """By choice; each of its tokens is written once."""
+
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def choice(self, choice: Choice) -> dict[str, Any]:
@@ -43,8 +62,8 @@ class _TextForm(ResponseForm):
     def chunks(self, choice: Choice, delta: ChoiceDelta, *, is_first: bool) -> Iterator[dict[str, Any]]:
         text = self._echo(choice) + delta.text if is_first else delta.text
         if text or delta.logprobs or choice.completion is not None:
-            entries = self._entries(choice)
-            yield self._piece(choice, text, entries if is_first else entries[len(entries) - len(delta.logprobs) :])
+            entries = self._entries(choice) if is_first else [(entry.token, entry) for entry in delta.logprobs]
+            yield self._piece(choice, text, entries)
 
     def _entries(self, choice: Choice) -> list[_Entry]:
         """Tokens so far, those of a scored prompt among them."""
@@ -61,15 +80,13 @@ class _TextForm(ResponseForm):
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def _logprobs(self, choice: Choice, entries: Sequence[_Entry]) -> dict[str, Any]:
-        """The completions API's four lists of the last tokens; `text_offset` counts characters of the text, prompt included."""
-        decode = getincrementaldecoder("utf-8")("replace").decode
-        lengths = [len(decode(self.model.token_bytes(token))) for token, _ in self._entries(choice)]
-        start = len(lengths) - len(entries)
+        """The completions API's four lists of the next tokens; `text_offset` counts characters of the text, prompt included."""
+        characters = self._characters[choice.index]
         return {
             "tokens": [self._name(token) for token, _ in entries],
             "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry in entries],
             "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
-            "text_offset": list(accumulate(lengths, initial=0))[start:-1],
+            "text_offset": [characters.take(self.model.token_bytes(token)) for token, _ in entries],
         }
 
     def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:

@@ -56,6 +56,8 @@ def _prepare(model: ServedModel, body: LlamaInfillRequest) -> PreparedRequests:
         raise bad_request(str(error), "input_prefix") from error
     room = model.context - most - len(after) - _CONTROL
     before = before[-max(room, 1) :]
+    if not body.input_suffix:
+        before = [*model.tokenizer.prefix_ids, *before]  # filling adds them itself
     bodies = [body.to_completion(model.name, before, length) for length in lengths]
     prepared = [prepare_completion(model, each) for each in bodies]
     return PreparedRequests([request for each in prepared for request in each.requests], prepared[0].prompt_tokens)

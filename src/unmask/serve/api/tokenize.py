@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,6 +17,8 @@ from unmask.serve.served_model import ServedModel
 from unmask.serve.tools import ToolChoice
 
 router = APIRouter()
+_CONTEXT = 16
+"""Tokens, more than those that a character or the beginning of a text is made of."""
 
 
 @router.post("/tokenize", include_in_schema=False)
@@ -29,8 +32,7 @@ async def post_tokenize(http: HttpRequest, body: TokenizeRequest, state: Current
     ids = await asyncio.to_thread(_encode, model, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
     if body.return_token_strs:
-        decode = model.tokenizer.decode
-        answer["token_strs"] = [decode([token], skip_special=False, after=ids[:index]) for index, token in enumerate(ids)]
+        answer["token_strs"] = await asyncio.to_thread(_token_strs, model, ids)
     return answer
 
 
@@ -47,6 +49,12 @@ async def post_detokenize(http: HttpRequest, body: DetokenizeRequest, state: Cur
         name = f"tokens[{wrong}]"
         raise bad_request(f"{name}: {body.tokens[wrong]} is no token id; it must be below {size}", name)
     return {"prompt": await asyncio.to_thread(state.model.tokenizer.decode, body.tokens, skip_special=False)}
+
+
+def _token_strs(model: ServedModel, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it, of which a few decide."""
+    decode = model.tokenizer.decode
+    return [decode([token], skip_special=False, after=ids[max(0, index - _CONTEXT) : index]) for index, token in enumerate(ids)]
 
 
 def _encode(model: ServedModel, body: TokenizeRequest) -> list[int]:

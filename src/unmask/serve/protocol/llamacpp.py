@@ -67,4 +67,6 @@ class LlamaInfillRequest(Body):
         given = {name: getattr(self, name) for name in _SAMPLING} | {"repetition_penalty": self.repeat_penalty}
         given["seed"] = self.seed if self.seed is not None and self.seed >= 0 else None
         body = {"model": model, "prompt": before or "", "suffix": self.input_suffix, "max_tokens": tokens, "logprobs": 0}
-        return CompletionRequest.model_validate(body | {name: value for name, value in given.items() if value})
+        return CompletionRequest.model_validate(
+            body | {name: value for name, value in given.items() if value or name == "seed"}
+        )
