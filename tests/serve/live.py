@@ -98,11 +98,16 @@ class Live:
         return worker
 
     def wait_idle(self, seconds: float = 10.0) -> None:
-        """Until nothing is served; then no cache block may be used and the books must agree."""
+        """Until nothing is served, and what follows a response is done (its line in the log, its count in the metrics).
+
+        Then no cache block may be used and the books must agree.
+        """
         engine, end = self.worker.engine, time.monotonic() + seconds
-        while self.worker.num_requests or engine.has_work or engine.pool.num_used:
+        tasks = self.server.server_state.tasks
+        while tasks or self.worker.num_requests or engine.has_work or engine.pool.num_used:
             assert time.monotonic() < end, (
-                f"{self.worker.num_requests} requests, {engine.pool.num_used} cache blocks used, work: {engine.has_work}"
+                f"{len(tasks)} responses, {self.worker.num_requests} requests, "
+                f"{engine.pool.num_used} cache blocks used, work: {engine.has_work}"
             )
             time.sleep(0.01)
         engine.pool.check()

@@ -34,6 +34,7 @@ def test_unknown_fields_are_ignored_and_named(
     monkeypatch.setattr(log, "handlers", [caplog.handler])
     with caplog.at_level(logging.INFO, "unmask.serve"):
         response = _post(site, {**BODY, **UNKNOWN, "stream": True})
+        site.wait_idle()
     assert response.status_code == 200
     assert set(response.headers["x-unmask-ignored-fields"].split(",")) == {"verbosity", "\\xe9", "stream_options.tea"}
     details = next(record.__dict__["details"] for record in caplog.records if "ignored_fields" in record.__dict__["details"])
