@@ -1,4 +1,4 @@
-"""Command-line options and result files that all benchmarks share.
+"""Command-line options, figures with their targets, and result files that all benchmarks share.
 
 `--smoke` is the smallest run that goes through a script; its figures mean nothing. The tests run every script that way.
 """
@@ -7,11 +7,31 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 RESULTS = Path(__file__).parent / "results"
+
+
+class Figure(TypedDict):
+    """A measured value, what it should be at least or at most, and whether it is; without a target, both are None."""
+
+    value: float
+    target: float | None
+    met: bool | None
+
+
+def figure(value: float, target: float | None = None, *, higher_is_better: bool = True) -> Figure:
+    """A measured value beside its target: the least that is wanted where higher is better, else the most."""
+    met = None if target is None else value >= target if higher_is_better else value <= target
+    return {"value": value, "target": target, "met": met}
+
+
+def print_json(figures: Mapping[str, Figure]) -> None:
+    """Print what `--json` prints: one object, a figure by name."""
+    print(json.dumps(figures))
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
