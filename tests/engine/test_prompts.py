@@ -45,6 +45,7 @@ def test_a_conversation_is_laid_out_by_the_template(model: LanguageModel) -> Non
         ("Hello", {"seed": 1.5}, ["seed", 1.5, "whole number"]),
         ("Hello", {"logit_bias": 3}, ["logit_bias", 3]),
         ("Hello", {"logit_bias": {"a": 1.0}}, ["logit_bias", "'a'"]),
+        ("Hello", {"logit_bias": {5: float("inf")}}, ["logit_bias", "inf"]),
         ("Hello", {"eos_id": "x"}, ["eos_id", "'x'"]),
     ],
 )

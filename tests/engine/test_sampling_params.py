@@ -36,6 +36,7 @@ PLAIN = tiny_config("llama")
         ({"temperature": -1.0}, "-1.0", "finite and at least 0"),
         ({"temperature": math.inf}, "inf", "finite and at least 0"),
         ({"temperature": math.nan}, "nan", "finite and at least 0"),
+        ({"temperature": 10**400}, "inf", "finite and at least 0"),
         ({"top_k": 0}, "0", "at least 1"),
         ({"top_k": "5"}, "'5'", "a whole number"),
         ({"top_p": 0.0}, "0.0", "(0, 1]"),

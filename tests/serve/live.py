@@ -40,22 +40,22 @@ CONTEXT = 256
 class _Slow(TorchBackend):
     """A model that takes its time over every forward."""
 
-    def __init__(self, model: Any, seconds: float) -> None:
+    def __init__(self, model: Any, pace: SlowModel) -> None:
         super().__init__(model)
-        self._seconds = seconds
+        self._pace = pace
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
-        time.sleep(self._seconds)
+        time.sleep(self._pace.seconds)
         return super().forward(batch, kv_cache)
 
 
 class SlowModel(LanguageModel):
-    """A language model whose forwards take at least `seconds`."""
+    """A language model whose forwards take at least `seconds`, as set at the time."""
 
     seconds = 0.0
 
     def backend(self, *, wait: bool = False) -> Backend:
-        return _Slow(self.transformer, self.seconds)
+        return _Slow(self.transformer, self)
 
 
 def served_model(

@@ -148,7 +148,8 @@ def test_several_choices_call_for_themselves(office: Live) -> None:
     assert len({str(received.calls) for received in plain.choices}) > 1
 
 
-def test_arguments_are_streamed(desk: OpenAI) -> None:
+def test_arguments_are_streamed(desk: OpenAI, caller: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller, "seconds", 0.02)  # steps that come faster than they are read are sent as one
     chunks = list(
         desk.chat.completions.create(
             model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, stream=True, **SAMPLED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -107,9 +108,11 @@ class Option:
             raise RequestError(f"{self.name} is {value!r}; it must be {_KINDS[self.kind]}")
         low, high = self.minimum, self.maximum
         number: Any = value
+        if self.kind is float and abs(number) > sys.float_info.max:
+            number = math.inf  # also a whole number beyond all floats
         above = low is None or number > low or (number == low and not self.exclusive)
-        if not (math.isfinite(number) and above and (high is None or number <= high)):
-            raise RequestError(f"{self.name} is {value}; it must {self.range}")
+        if not (number < math.inf and above and (high is None or number <= high)):
+            raise RequestError(f"{self.name} is {number}; it must {self.range}")
 
     def parse(self, text: str) -> Any:
         """The value that a text spells.
@@ -352,8 +355,8 @@ class SamplingParams:
 def _check_bias(bias: Any) -> None:
     for pair in bias.items() if isinstance(bias, Mapping) else [bias]:
         numbers = isinstance(pair, tuple) and isinstance(pair[0], Integral) and isinstance(pair[1], Real)
-        if not numbers or math.isnan(pair[1]):
-            raise RequestError(f"logit_bias holds {pair!r}; it must map token ids to numbers")
+        if not numbers or not pair[1] <= sys.float_info.max:
+            raise RequestError(f"logit_bias holds {pair!r}; it must map token ids to numbers, -inf among them")
 
 
 @dataclass(frozen=True, kw_only=True)

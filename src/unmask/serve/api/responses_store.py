@@ -22,7 +22,8 @@ class ResponseStore:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
-        self._entries: OrderedDict[str, str] = OrderedDict()
+        # The response and the items before it; a conversation may be long, and is seldom asked for.
+        self._entries: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._response_of_item: dict[str, str] = {}
 
     def put(self, response: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
@@ -32,11 +33,12 @@ class ResponseStore:
             response: OpenAI's object.
             items: the conversation that it answers.
         """
-        entry = json.dumps([response, items])
-        if len(entry) > self._max_bytes:
+        entry = (json.dumps(response), json.dumps(items))
+        size = sum(map(len, entry))
+        if size > self._max_bytes:
             return
         self._entries[response["id"]] = entry
-        self._num_bytes += len(entry)
+        self._num_bytes += size
         self._response_of_item |= {item["id"]: response["id"] for item in response["output"]}
         while self._num_bytes > self._max_bytes:
             self.delete(next(iter(self._entries)))
@@ -44,12 +46,15 @@ class ResponseStore:
     def get(self, id_: str) -> dict[str, Any] | None:
         """The response; None: unknown or dropped."""
         entry = self._entry(id_)
-        return None if entry is None else entry[0]
+        if entry is None:
+            return None
+        response: dict[str, Any] = json.loads(entry[0])
+        return response
 
     def conversation(self, id_: str) -> list[dict[str, Any]] | None:
         """The items of the conversation up to and with the response's output; None: unknown or dropped."""
         entry = self._entry(id_)
-        return None if entry is None else [*entry[1], *entry[0]["output"]]
+        return None if entry is None else [*json.loads(entry[1]), *json.loads(entry[0])["output"]]
 
     def item(self, id_: str) -> dict[str, Any] | None:
         """An item of some response's output; None: unknown or dropped."""
@@ -61,15 +66,12 @@ class ResponseStore:
         response = self.get(id_)
         if response is None:
             return False
-        self._num_bytes -= len(self._entries.pop(id_))
+        self._num_bytes -= sum(map(len, self._entries.pop(id_)))
         for item in response["output"]:
             del self._response_of_item[item["id"]]
         return True
 
-    def _entry(self, id_: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-        entry = self._entries.get(id_)
-        if entry is None:
-            return None
-        self._entries.move_to_end(id_)
-        response, items = json.loads(entry)
-        return response, items
+    def _entry(self, id_: str) -> tuple[str, str] | None:
+        if id_ in self._entries:
+            self._entries.move_to_end(id_)
+        return self._entries.get(id_)
