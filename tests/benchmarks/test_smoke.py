@@ -74,6 +74,15 @@ def test_soak(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["requests"] == 20
 
 
+@pytest.mark.slow
+def test_startup(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("startup", tmp_path, "--model", models["diffusion"], "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["first_token_cpu_s"]["target"] > figures["import_torch_cpu_s"]["value"] > 0
+    assert all(figure["value"] > 0 for figure in figures.values())
+    assert list(tmp_path.glob("startup_*.json"))
+
+
 def test_tools(tmp_path: Path) -> None:
     model = tiny_folder(tmp_path / "model", mask_id=3, block_size=4, max_positions=4096)
     smoke("tools", tmp_path, "--model", str(model))

@@ -6,6 +6,7 @@ import errno
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,10 +55,27 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from unmask.cli.app import app; "
         "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
-        "print([name for name in ('torch', 'transformers', 'numpy', 'rich.live') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_generate_loads_only_what_it_needs(diffusion_folder: Path) -> None:
+    """What other verbs, other options or a first start need would take longer than the answer."""
+    unwanted = (
+        *("transformers", "torch._dynamo", "sympy", "rich", "fastapi", "httpx", "httpx2", "huggingface_hub", "datasets"),
+        *("pyarrow", "llguidance", "gguf", "zstandard", "matplotlib", "unmask.train", "unmask.serve", "unmask.eval"),
+    )
+    code = (
+        f"import sys; sys.argv[1:] = ['generate', 'hi', '--max-new-tokens', '1', '--model', {str(diffusion_folder)!r}]\n"
+        "from unmask.cli.main import main\n"
+        "try: main()\n"
+        f"finally: print([name for name in {unwanted} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +129,7 @@ def test_ctrl_c_during_imports_is_quiet() -> None:
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'unmask.cli.compare':\n"
+        "        if name == 'unmask.cli.console':\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from unmask.cli.main import main\n"

@@ -7,39 +7,82 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from unmask import __version__
-from unmask.cli.chat import chat
-from unmask.cli.compare import compare
 from unmask.cli.console import Guarded, PanelCommand
-from unmask.cli.demo import demo
-from unmask.cli.eval import eval_
-from unmask.cli.export import export
-from unmask.cli.generate import generate
-from unmask.cli.infill import infill
-from unmask.cli.info import info
-from unmask.cli.merge import merge
-from unmask.cli.serve import serve
-from unmask.cli.sweep import sweep
-from unmask.cli.trace import trace
-from unmask.cli.training import convert, dpo, sft
 from unmask.errors import UnmaskWarning
+
+# The file of each verb, in the order of `--help`.
+_VERBS: Mapping[str, str] = {
+    "generate": "generate", "infill": "infill", "trace": "trace", "chat": "chat", "serve": "serve", "convert": "training",
+    "sft": "training", "dpo": "training", "info": "info", "merge": "merge", "export": "export", "demo": "demo", "eval": "eval",
+    "compare": "compare", "sweep": "sweep",
+}  # fmt: skip
+_RUNS_WITHOUT_ARGUMENTS = frozenset({"chat", "serve", "demo", "eval", "sweep"})
+
+
+class Verbs(MutableMapping[str, Any]):
+    """The commands by name; a verb's file is imported when its command is first taken."""
+
+    def __init__(self, others: Mapping[str, Any]) -> None:
+        self._loaded = dict(others)
+        self._names = dict.fromkeys((*_VERBS, *others))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded and name in self._names:
+            self._loaded[name] = _load_verb(name)
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._loaded[name] = command
+        self._names[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+        self._loaded.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Program(Guarded):
+    """The group of all verbs, each imported when it is run or its help is asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Verbs(self.commands)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs."""
+        return list(self.commands)
+
+
+def _load_verb(name: str) -> TyperCommand:
+    function = getattr(import_module(f"unmask.cli.{_VERBS[name]}"), "eval_" if name == "eval" else name)
+    alone = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    alone.command(name, cls=PanelCommand, no_args_is_help=name not in _RUNS_WITHOUT_ARGUMENTS)(function)
+    command = typer.main.get_command(alone)
+    assert isinstance(command, TyperCommand)
+    return command
+
 
 app = typer.Typer(
     name="unmask",
-    cls=Guarded,
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, infill, trace, chat, serve, convert, sft, dpo, info, merge, export, demo):
-    app.command(cls=PanelCommand, no_args_is_help=verb not in (chat, serve, demo))(verb)
-for named, verb in (("eval", eval_), ("compare", compare), ("sweep", sweep)):
-    app.command(named, cls=PanelCommand, no_args_is_help=verb is compare)(verb)
 
 
 def _print_version(wanted: bool) -> None:

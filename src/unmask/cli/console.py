@@ -36,7 +36,6 @@ class Guarded(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; any other error is a bug and keeps its traceback."""
-        raise_on_interrupt()
         try:
             return super().invoke(ctx)
         except UnmaskError as error:
@@ -53,6 +52,11 @@ class Guarded(TyperGroup):
 
 class PanelCommand(TyperCommand):
     """A command whose help groups its options under the headings of their panels, as plain text."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, which Ctrl-C interrupts from now on."""
+        raise_on_interrupt()
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, those without a panel first."""

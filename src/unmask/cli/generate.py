@@ -48,13 +48,15 @@ def generate(
     A lower --threshold accepts more tokens per step: faster, less careful.
     """
     text = _read_stdin() if prompt == "-" else prompt
-    from unmask.cli.watch import show
-
     language_model = options.load(model, dtype, device, quantize)
     chat = False if raw else None
     ask = partial(language_model.generate, text, params, chat=chat)
-    console, budget = make_console(stderr=as_json), params.resolve(language_model.config).max_new_tokens
+    live = False
     if watch:
+        from unmask.cli.watch import show
+
+        console, budget = make_console(stderr=as_json), params.resolve(language_model.config).max_new_tokens
+        live = is_live(console)
         ids = language_model.encode_prompt(text, chat=chat)
         generation = show(console, language_model, ids, budget, lambda on_step: ask(on_step=on_step))
     else:
@@ -62,16 +64,16 @@ def generate(
     if as_json:
         typer.echo(json.dumps(generation.to_json()))
     else:
-        _print_text(generation, shown=watch, live=watch and is_live(console))
+        _print_text(generation, shown=watch, live=live)
 
 
 def _print_text(generation: Generation, *, shown: bool, live: bool) -> None:
     """The answer, unless it has been shown while it formed, and what it cost, unless the live view said so."""
-    from unmask.cli.watch import costs
-
     if not shown:
         typer.echo(visible(generation.text) if sys.stdout.isatty() else generation.text)
     if sys.stderr.isatty() and not live:
+        from unmask.cli.watch import costs
+
         make_console(stderr=True).print(costs(generation), style="dim")
 
 

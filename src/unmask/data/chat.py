@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
-
+from unmask.data.chat_template import ChatTemplate
 from unmask.errors import DataError
 
 Message = Mapping[str, Any]
@@ -68,14 +67,14 @@ def check_message(message: Message) -> None:
 class Renderer:
     """One tokenizer's chat template."""
 
-    def __init__(self, apply_chat_template: Callable[..., Any], control_tokens: Iterable[str]) -> None:
+    def __init__(self, template: ChatTemplate, control_tokens: Iterable[str]) -> None:
         """Wrap a template.
 
         Args:
-            apply_chat_template: the method of the Hugging Face tokenizer.
+            template: the tokenizer's.
             control_tokens: spellings of the control tokens.
         """
-        self._apply = apply_chat_template
+        self._source = template
         self._control_tokens = sorted(control_tokens, key=lambda token: (-len(token), token))
         self._codes = {token: code for code, token in enumerate(self._control_tokens)}
         pattern = "|".join(re.escape(token) for token in self._control_tokens)
@@ -227,15 +226,15 @@ class Renderer:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        fixed = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         for name in _FIXED_ARGUMENTS & (variables or {}).keys():
             raise DataError(f"{name} is no variable of the chat template; leave it out")
         try:
-            return str(self._apply(messages, **fixed, **(variables or {})))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
+            return self._source.render(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables or {}
+            )
+        except DataError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
-            raise DataError(f"the chat template refuses turns {roles} ({reason}); order or name them as it wants") from error
+            raise DataError(f"the chat template refuses turns {roles} ({error}); order or name them as it wants") from error
 
     def _coded(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not messages:

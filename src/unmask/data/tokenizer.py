@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, without user text ever becoming a control token.
 
-Owns the wrapper around the Hugging Face tokenizer in a folder. Knows no documents, no model and no network. "Control
-tokens" are the tokenizer's special tokens, whose literal spelling in a text would be read as one id.
+Owns what ids texts and conversations become. Knows no documents, no model and no network; how a tokenizer lies in a folder is
+`tokenizer_files`' matter. "Control tokens" are the tokenizer's special tokens, whose literal spelling would be read as one id.
 """
 
 from __future__ import annotations
@@ -15,40 +15,35 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from unmask.data.chat import Message, Renderer, Span, Tool
+from unmask.data.chat_template import ChatTemplate
 from unmask.data.continuation import Continuation
+from unmask.data.tokenizer_files import TokenizerFiles, read_tokenizer, write_tokenizer
 from unmask.errors import CheckpointError, DataError
-from unmask.files import read_json
 
 
 class Tokenizer:
     """A tokenizer from a folder. Make one with `load_tokenizer`."""
 
-    def __init__(self, inner: Any, folder: Path) -> None:
-        """Wrap a `transformers.PreTrainedTokenizerFast`.
+    def __init__(self, files: TokenizerFiles, folder: Path) -> None:
+        """A tokenizer of files that have been read.
 
         Args:
-            inner: the tokenizer.
+            files: the tokenizer; it belongs to this object from now on.
             folder: where it came from, for messages.
 
         Raises:
-            CheckpointError: it has no `tokenizers` backend or no end-of-text token.
+            CheckpointError: it has no end-of-text token.
         """
-        if not inner.is_fast:
-            raise CheckpointError(f"{folder} holds a tokenizer without tokenizer.json; convert it to the fast format")
-        if inner.eos_token_id is None:
+        if "eos_token" not in files.named:
             raise CheckpointError(f"the tokenizer in {folder} has no eos_token; name one in tokenizer_config.json")
-        self._inner = inner
+        self._files = files
         self._folder = folder
         self._start_id: int | None = None
         self._read_backend()
 
     def _read_backend(self) -> None:
         """Two backends, with and without control tokens, instead of one that is switched: encoding is safe in threads."""
-        serialised = self._inner.backend_tokenizer.to_str()
-        self._plain, self._control = Backend.from_str(serialised), Backend.from_str(serialised)
-        for backend in (self._plain, self._control):
-            backend.no_truncation()
-            backend.no_padding()
+        self._control, self._plain = (_with_the_same_parts(self._files.backend) for _ in range(2))
         self._plain.encode_special_tokens = True
         self._read_added_tokens()
         if any(not token.special and token.content in self.chat_template for token in self._added.values()):
@@ -57,14 +52,15 @@ class Tokenizer:
         self._prefix_ids = tuple(id_ for id_ in with_prefix if id_ == self.bos_id)
         added = {token.content: id_ for id_, token in self._added.items()}
         special = frozenset(self._special.values())
-        unknown = self._inner.unk_token_id
+        unknown = self._files.id_of("unk_token")
         self._continuation = Continuation(self._plain, self._control, added, special, unknown, self._prefix_ids)
         self._eos_ids: frozenset[int] | None = None
 
     def _read_added_tokens(self) -> None:
         self._added: dict[int, AddedToken] = self._control.get_added_tokens_decoder()
         self._special = {token.content: id_ for id_, token in self._added.items() if token.special}
-        self._renderer = Renderer(self._inner.apply_chat_template, self._special)
+        template = ChatTemplate(self._files.templates, self._files.named)
+        self._renderer = Renderer(template, self._special)
 
     def _make_closing_token_special(self) -> None:
         """Make the token that ends an answer a control token whatever the files say: no text becomes it, none shows it."""
@@ -88,7 +84,9 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         """Id of the end-of-text token."""
-        return int(self._inner.eos_token_id)
+        id_ = self._files.id_of("eos_token")
+        assert id_ is not None, "named tokens are in the vocabulary"
+        return id_
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -113,7 +111,7 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """Id of the begin-of-text token, if there is one."""
-        return None if self._inner.bos_token_id is None else int(self._inner.bos_token_id)
+        return self._files.id_of("bos_token")
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -123,34 +121,33 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """Id of the padding token; the end-of-text token when there is none."""
-        return self.eos_id if self._inner.pad_token_id is None else int(self._inner.pad_token_id)
+        id_ = self._files.id_of("pad_token")
+        return self.eos_id if id_ is None else id_
 
     @property
     def mask_id(self) -> int | None:
         """Id of the mask token, if there is one."""
-        return None if self._inner.mask_token_id is None else int(self._inner.mask_token_id)
+        return self._files.id_of("mask_token")
 
     @property
     def mask_token(self) -> str | None:
         """Spelling of the mask token, if there is one."""
-        return None if self._inner.mask_token is None else str(self._inner.mask_token)
+        return self._files.named.get("mask_token")
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
-        return self._inner.chat_template is not None
+        return bool(self._files.templates)
 
     @property
     def chat_template(self) -> str:
         """Source of the chat template or templates; empty when there is none."""
-        template = self._inner.chat_template or ""
-        return template if isinstance(template, str) else "\n".join(template.values())
+        return "\n".join(self._files.templates.values())
 
     @property
     def reserved_tokens(self) -> frozenset[str]:
-        """Spellings of the bos, eos, pad, unk, sep and cls tokens."""
-        named = (self._inner.special_tokens_map or {}).items()
-        return frozenset(str(token) for role, token in named if isinstance(token, str) and role != "mask_token")
+        """Spellings of the named tokens, such as bos, eos, pad, unk, sep and cls, but not the mask's."""
+        return frozenset(token for role, token in self._files.named.items() if role != "mask_token")
 
     @property
     def added_tokens(self) -> dict[int, str]:
@@ -301,7 +298,8 @@ class Tokenizer:
 
     def set_mask_token(self, token: str) -> int:
         """Make a token the mask token, appending it if it is new, and return its id."""
-        self._inner.add_special_tokens({"mask_token": token})
+        self._files.named["mask_token"] = token
+        self._files.backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         self._read_backend()
         assert self.mask_id is not None
         return self.mask_id
@@ -316,7 +314,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, mask token and chat template included, into a folder."""
-        self._inner.save_pretrained(str(folder))
+        write_tokenizer(self._files, folder)
 
     def _require_template(self) -> None:
         if not self.has_chat_template:
@@ -350,26 +348,20 @@ def _strip(texts: list[str], spans: Sequence[Span], indexes: range, strip: Calla
             return
 
 
+def _with_the_same_parts(backend: Backend) -> Backend:
+    """A backend with the vocabulary of this one, not a copy of it; it neither truncates nor pads."""
+    copy = Backend(backend.model)
+    copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    copy.post_processor, copy.decoder = backend.post_processor, backend.decoder
+    added = backend.get_added_tokens_decoder()
+    copy.add_tokens([added[id_] for id_ in sorted(added)])
+    return copy
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder, which holds tokenizer.json and its companions; nothing is fetched.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{folder} holds no tokenizer.json; give the folder of a checkpoint with its tokenizer")
-    # Given what it reads of the config, transformers does not import the model's own class, and PyTorch's compiler with it:
-    # seconds and 80 MB.
-    path, config = folder / "config.json", None
-    if path.is_file():
-        values = read_json(path)
-        read = {name: values[name] for name in ("model_type", "model_name", "tokenizer_class") if name in values}
-        config = PreTrainedConfig(**read, name_or_path=str(folder))
-    try:
-        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, config=config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason}); copy it again") from error
-    return Tokenizer(inner, folder)
+    return Tokenizer(read_tokenizer(folder), folder)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
 from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
-from unmask.engine.grammar import Grammar, GrammarCompiler
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.prompts import Prompt, encode_chat, encode_prompt
 from unmask.engine.request import (
@@ -44,6 +43,9 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
+
+if TYPE_CHECKING:
+    from unmask.engine.grammar import Grammar, GrammarCompiler
 
 
 class LanguageModel:
@@ -222,6 +224,8 @@ class LanguageModel:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles JSON schemas, regular expressions and Lark grammars for this model."""
+        from unmask.engine.grammar import GrammarCompiler  # and llguidance, which few requests need
+
         return GrammarCompiler(self._need_tokenizer(), self.eos_ids, self.config.vocab_size)
 
     def generate_ids(
@@ -289,7 +293,7 @@ class LanguageModel:
         Raises:
             RequestError: an option out of range, unknown, or not for this model, or a grammar that does not compile.
         """
-        grammar = options.pop("grammar") if isinstance(options.get("grammar"), Grammar) else None
+        grammar = options.pop("grammar") if _is_compiled(options.get("grammar")) else None
         params = (params or SamplingParams()).replace(**options)
         resolved = params.resolve(self.config, has_holes=None in ids)
         check_capable(self.config, resolved, has_holes=None in ids)
@@ -370,6 +374,15 @@ class LanguageModel:
         if self.tokenizer is None:
             raise RequestError(f"model {self.name} has no tokenizer; use generate_ids, or add tokenizer.json to its folder")
         return self.tokenizer
+
+
+def _is_compiled(grammar: object) -> bool:
+    """Whether an option `grammar` is a compiled one, not its source."""
+    if grammar is None or isinstance(grammar, str):
+        return False
+    from unmask.engine.grammar import Grammar
+
+    return isinstance(grammar, Grammar)
 
 
 def load(

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.diffusion.blocks import num_blocks
 from unmask.diffusion.decode import Decision, Guess
-from unmask.engine.grammar import Grammar
 from unmask.engine.policies import POLICIES
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.config import ModelConfig
+
+if TYPE_CHECKING:
+    from unmask.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 

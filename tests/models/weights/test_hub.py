@@ -264,7 +264,7 @@ def test_without_a_network_only_the_cache_is_asked(proxies: dict[str, str], monk
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the snapshot\nand more")
 
     monkeypatch.setattr(hub.socket, "getaddrinfo", nowhere)
-    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with refused(CheckpointError, "'owner/name'", "snapshot" if proxies else "https://huggingface.co"):
         resolve("owner/name")

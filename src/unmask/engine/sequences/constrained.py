@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision, candidates
-from unmask.engine.grammar import GrammarState
 from unmask.engine.policies import accept
 from unmask.engine.sequences.base import ModelOutput
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
+
+if TYPE_CHECKING:
+    from unmask.engine.grammar import GrammarState
 
 
 class ConstrainedSequence(BlockDiffusionSequence):

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.errors import CheckpointError
 
 MAGIC = b"UNMASKD1"
-_DIGEST_BYTES = 32
+DIGEST_BYTES = 32
 
 Floats = NDArray[np.float32]
 Levels = NDArray[np.int8]
@@ -43,6 +42,8 @@ class Delta:
     """
 
     def __init__(self, encoded: bytes) -> None:
+        import zstandard
+
         header, body = _split(encoded)
         self.base_sha256: str = header["base_sha256"]
         self._max_level: int = header["max_level"]
@@ -112,7 +113,7 @@ def unpack_pairs(pairs: NDArray[np.uint8], count: int, max_level: int) -> Levels
 def _split(encoded: bytes) -> tuple[dict[str, Any], bytes]:
     if not encoded.startswith(MAGIC):
         raise CheckpointError(f"not a delta file: it starts with {encoded[:8]!r}, not {MAGIC!r}; install unmask again")
-    content, digest = encoded[:-_DIGEST_BYTES], encoded[-_DIGEST_BYTES:]
+    content, digest = encoded[:-DIGEST_BYTES], encoded[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise CheckpointError(f"the delta file is damaged or cut short ({len(encoded)} bytes); install unmask again")
     start = len(MAGIC) + 4

@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import socket
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.resources.abc import Traversable
@@ -24,13 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import huggingface_hub
-import huggingface_hub.errors
 import torch
 
 from unmask.errors import CheckpointError
 from unmask.files import atomic_write, bytes_writer, disk_errors, read_json, staging_folder
-from unmask.models.weights.delta import Delta
+from unmask.models.weights.delta import DIGEST_BYTES, Delta
 from unmask.models.weights.gguf_file import GGUFFile
 from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write_checkpoint
 
@@ -84,6 +81,8 @@ def resolve(model: str, *, cache: Path | None = None) -> Path:
         target = _unpacked_folder(folder.stem, _sha256(folder), cache_folder(cache))
         return build_once(target, partial(_unpack_gguf, folder))
     if is_hub_id(model):
+        import huggingface_hub
+
         with _hub_access(model) as offline:
             return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=offline))
     raise unknown_model(model, EMBEDDED_MODELS)
@@ -107,6 +106,8 @@ def fetch_config(model: str) -> Path:
     Raises:
         CheckpointError: nothing of that name, or the hub is out of reach.
     """
+    import huggingface_hub
+
     with _hub_access(model) as offline:
         return Path(huggingface_hub.hf_hub_download(model, "config.json", local_files_only=offline)).parent
 
@@ -114,6 +115,9 @@ def fetch_config(model: str) -> Path:
 @contextlib.contextmanager
 def _hub_access(model: str) -> Iterator[bool]:
     """Whether to use the cache only, as there is no network; failures of the hub's client become a `CheckpointError`."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     # Its client logs a line for each of its attempts, over half a minute of them where there is no network.
     logger = logging.getLogger("huggingface_hub")
     level, offline = logger.level, not _hub_has_address()
@@ -122,8 +126,8 @@ def _hub_access(model: str) -> Iterator[bool]:
         yield offline
     except Exception as error:  # the client raises its own, its transport's and the file system's errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if offline and isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            reason = f"{huggingface_hub.constants.ENDPOINT} cannot be reached, and the model is not in the cache"
+        if offline and isinstance(error, LocalEntryNotFoundError):
+            reason = f"{constants.ENDPOINT} cannot be reached, and the model is not in the cache"
         raise CheckpointError(
             f"cannot get '{model}' from the Hugging Face hub ({reason}); check the name and the network, or give a folder"
         ) from error
@@ -133,8 +137,12 @@ def _hub_access(model: str) -> Iterator[bool]:
 
 def _hub_has_address() -> bool:
     """Whether the hub's host name can be resolved; behind a proxy, that is the proxy's matter."""
-    address = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if urllib.request.getproxies():
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies():
         return True
     try:
         socket.getaddrinfo(address.hostname, address.port or 443)
@@ -251,7 +259,10 @@ def _embedded_delta(name: str, cache: Path) -> Path:
 
 def _unpack_delta(asset: Traversable, name: str, cache: Path) -> Path:
     """The embedded base with a delta applied: `delta.bin`, and `metadata.json` with what changes in the JSON files."""
-    encoded = (asset / DELTA).read_bytes()
+    with (asset / DELTA).open("rb") as file:
+        # A delta ends with a digest of all before it, checked when it is read.
+        file.seek(max(file.seek(0, os.SEEK_END) - DIGEST_BYTES, 0))
+        digest = file.read()
     try:
         metadata = json.loads((asset / METADATA).read_text(encoding="utf-8"))
         changes = {key: metadata[key] for key in ("format", "config", "tokenizer_config")}
@@ -260,9 +271,9 @@ def _unpack_delta(asset: Traversable, name: str, cache: Path) -> Path:
     if changes["format"] != ASSET_FORMAT:
         raise CheckpointError(f"'{name}' has asset format {changes['format']}, not {ASSET_FORMAT}; install unmask again")
     base = _embedded(cache)
-    key = hashlib.sha256(encoded + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(digest + json.dumps(changes, sort_keys=True).encode()).hexdigest()[:12]
     target = cache / f"{name}-{key}-{base.name.removeprefix(EMBEDDED + '-')}"
-    return build_once(target, lambda folder: _apply_delta(encoded, changes, base, folder))
+    return build_once(target, lambda folder: _apply_delta((asset / DELTA).read_bytes(), changes, base, folder))
 
 
 def _apply_delta(encoded: bytes, metadata: Mapping[str, Any], base: Path, folder: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -184,6 +183,8 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory  # here: reading needs nothing of it, and it takes long
+
     extra = {path.name: bytes_writer(_read_extra(path)) for path in extra_files}
     split = split_state_dict_into_shards_factory(
         dict(specs),
