@@ -19,7 +19,7 @@ from unmask.engine.request import distinct_samples
 WAYS = ("plain", "stream", "async", "async stream")
 TWO_WAYS = ("plain", "async stream")
 """Where all four would only be slower."""
-HTTP = httpx2.Client(verify=False)
+HTTP = httpx2.Client(verify=False, timeout=60)
 """For requests that the official client does not make; loading no certificates saves most of their time."""
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
 PARAMETERS: dict[str, dict[str, Any]] = {

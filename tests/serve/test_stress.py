@@ -352,7 +352,7 @@ def test_a_small_request_beside_a_huge_one_waits_for_some_steps_only(server: Liv
 
 
 def test_too_slow_is_504_or_an_error_event(model: SlowModel, brake: Brake) -> None:
-    with live(model, ServerConfig(timeout=0.4, max_concurrent=2)) as it:
+    with live(model, ServerConfig(timeout=1.0, max_concurrent=2)) as it:
         with clean(it):
             brake.hold()
             with Wire(it.url) as wire:
