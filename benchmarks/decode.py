@@ -49,7 +49,7 @@ LOG = Console(stderr=True)
 
 def load(name: str, weights: str) -> LanguageModel:
     model = unmask.load(name, dtype="float32", quantize=None if weights == "float32" else weights)
-    model.backend(wait=True)
+    model.backend()
     return model
 
 

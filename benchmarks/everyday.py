@@ -110,7 +110,7 @@ def compare(speculative: LanguageModel, prompts: Sequence[Prompt], *, rounds: in
     start_id = speculative.config.start_id
     models = {"autoregressive": autoregressive, "speculative": speculative}
     for model in models.values():
-        model.backend(wait=True)  # the kernels may have to be compiled
+        model.backend()  # quantises the weights
     for number, prompt in enumerate(prompts):
         ids = speculative.encode_chat(prompt.messages)
         inputs = {"autoregressive": ids if start_id is None else [start_id, *ids], "speculative": ids}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import platform
 import statistics
 import subprocess
 import tempfile
@@ -29,10 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from unmask.models.native import build
+from unmask.models.native.build import find_target
 from unmask.models.native.interface import Kernels
+from unmask.models.native.library import kernel_variant, load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.quantize import quantize
+from unmask.models.native.variants import FLAGS, SOURCES, variants_of
 
 SHAPES = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 COLD_BYTES = 64 << 20
@@ -165,8 +168,8 @@ def peak_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "peak.cpp", Path(folder) / "peak.so"
         source.write_text(PEAK)
-        include = f"-I{Path(build.__file__).parent}"
-        command = [*build._compiler(), *build._FLAGS, include, "-shared", str(source), "-o", str(library)]
+        flags = variants_of(platform.machine())[kernel_variant() or ""]
+        command = [*find_target().compiler, *FLAGS, *flags, f"-I{SOURCES}", "-shared", str(source), "-o", str(library)]
         subprocess.run(command, check=True)
         rounds = ctypes.CDLL(str(library)).rounds
         rounds.argtypes = [ctypes.c_int64]
@@ -232,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(argv)
     console = Console(stderr=options.json)
-    kernels = Kernels(build.start_build().load())
+    kernels = load_kernels()
     limits = {"bandwidth": read_bandwidth(), "peak": peak_rate()}
     rows, shapes = [int(n) for n in options.rows.split(",")], options.shapes.split(",")
     if options.smoke:

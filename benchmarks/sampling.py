@@ -44,7 +44,7 @@ def seconds_per_forward(model: LanguageModel, ids: Sequence[int], tokens: int, o
 
 def measure(model: LanguageModel, *, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
     """Median CPU seconds of a forward, and of the ratios to greedy decoding in the same round."""
-    model.backend(wait=True)
+    model.backend()
     ids = [7 + number for number in range(24)]
     found: dict[str, list[float]] = {name: [] for name in OPTIONS}
     for number in range(rounds + 1):

@@ -77,7 +77,7 @@ def test_what_the_image_copies_is_there_and_enough_to_install_from() -> None:
     assert all((ROOT / name).exists() for name in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [project["project"]["readme"], *project["project"]["license-files"]]
-    needed += project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    needed += [*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], "hatch_build.py"]
     assert all(any(fnmatch(Path(name).parts[0], entry) for entry in copied) for name in needed)
     makefile = (ROOT / "Makefile").read_text()
     embedded = re.findall(r"^EMBEDDED_MODEL := (.*)$", makefile, re.MULTILINE)

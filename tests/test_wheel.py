@@ -34,7 +34,8 @@ def test_wheel_holds_every_file_of_the_package() -> None:
 def test_sdist_holds_what_tests_and_documentation_need() -> None:
     packed = {file.distribution_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
     assert packed >= tracked("src", "tests", "recipes", "docs", "benchmarks", "scripts", "deploy")
-    assert packed >= {"Makefile", "README.md", "LICENSE", "constraints.txt", "mkdocs.yml"}
+    assert packed >= {"Makefile", "README.md", "LICENSE", "constraints.txt", "mkdocs.yml", "hatch_build.py"}
+    assert not any(path.endswith(".so") for path in packed)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,6 @@ def own(name: str, questions: Sequence[Mapping[str, Any]], path: Path) -> list[M
     todo = [turns[:1] for turns in (question["messages"] for question in questions) if turns[0]["content"] not in done]
     model = unmask.load(name, quantize="auto")
     assert model.tokenizer is not None
-    model.backend(wait=True)
     engine = model.engine(max_num_seqs=32)
     with started.open("a") as file:
         for start in track(range(0, len(todo), BATCH), description="own answers"):

@@ -262,7 +262,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shards = Shards(options.out)
     jobs = make_jobs(max(100, options.tokens // TOKENS_PER_JOB), options.seed, texts, options.continuations)
     model = unmask.load(options.model, quantize=None if options.quantize == "none" else options.quantize)
-    model.backend(wait=True)
     writer = Writer(model, shards, max_num_seqs=options.max_num_seqs, max_new_tokens=options.max_new_tokens)
     started, cpu_started = time.perf_counter(), time.process_time()
 

@@ -39,7 +39,7 @@ class TrainingError(UnmaskError):
 
 
 class BackendError(UnmaskError):
-    """A compute backend cannot be used on this machine: no compiler, or a processor it is not written for."""
+    """A compute backend cannot be used on this machine: not built, or not written for the processor."""
 
 
 class UnmaskWarning(UserWarning):

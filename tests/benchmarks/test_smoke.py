@@ -51,6 +51,15 @@ def test_everyday(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_contention(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("contention", tmp_path, "--model", models["diffusion"], "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"decode", "decode_eager", "train"}
+    assert all(figure["value"] > 0 and figure["target"] == 2.2 for figure in figures.values())
+    assert list(tmp_path.glob("contention_*.json"))
+
+
+@pytest.mark.slow
 def test_gemm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke("gemm", tmp_path, "--shapes", "out", "--json")
     assert json.loads(capsys.readouterr().out)["figures"]

@@ -261,24 +261,19 @@ def test_an_answer_takes_what_room_the_context_has(run, diffusion_folder: Path) 
 
 
 @pytest.mark.parametrize(("given", "passed"), [((), "auto"), (("--quantize", "none"), None), (("--quantize", "int4"), "int4")])
-def test_the_kernels_are_ready_before_the_engine_is_made(
+def test_the_weights_that_were_asked_for_are_loaded(
     run, ar_folder: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], passed: str | None
 ) -> None:
     asked: list[object] = []
-    load, backend = unmask.load, LanguageModel.backend
+    load = unmask.load
 
     def plain_load(model: str, *, quantize: str | None, **options: Any) -> LanguageModel:
         asked.append(quantize)
         return load(model, **options)
 
-    def recorded(self: LanguageModel, *, wait: bool = False) -> Any:
-        asked.append(wait)
-        return backend(self)
-
     monkeypatch.setattr("unmask.load", plain_load)
-    monkeypatch.setattr(LanguageModel, "backend", recorded)
     assert run("chat", "-m", ar_folder, *given, input="").exit_code == 0
-    assert asked[:2] == [passed, True]
+    assert asked == [passed]
 
 
 @pytest.mark.usefixtures("letters")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import unmask
+from unmask.cli.main import SPINNING, limit_spinning
 from unmask.errors import DataError
 
 VERBS = (
@@ -137,6 +138,22 @@ def test_ctrl_c_during_imports_is_quiet() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, SPINNING),
+        ({"GOMP_SPINCOUNT": "7"}, SPINNING | {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_spin_little_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", given)
+    limit_spinning()
+    assert given == expected
 
 
 @pytest.mark.parametrize(("closed", "code", "stderr"), [(">&-", 1, "error: standard output is closed"), ("<&-", 0, "")])

@@ -16,9 +16,9 @@ SECONDS = 0.3
 
 
 class SlowToQuantize(LanguageModel):
-    def backend(self, *, wait: bool = False) -> Backend:
+    def backend(self) -> Backend:
         time.sleep(SECONDS)
-        return super().backend(wait=wait)
+        return super().backend()
 
 
 def test_seconds_are_those_of_decoding(tmp_path: Path) -> None:

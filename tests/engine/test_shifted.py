@@ -290,11 +290,9 @@ def test_the_embedded_gated_model_writes_its_parents_text() -> None:
     """With the weights as they are shipped and with 8-bit ones; in fewer forwards."""
     for quantize in (None, "int8"):
         child = load("smollm2-135m-diffusion", dtype="float32", quantize=quantize)
-        child.backend(wait=True)
         parent = LanguageModel(
             reconfigured(child.transformer, parent_config(child.transformer.config)), None, name="parent", quantize=quantize
         )
-        parent.backend(wait=True)
         for text in ("What is 17 + 25?", "Name three fruits, one to a line."):
             ids = child.encode_prompt(text)
             found = child.complete(ids, max_new_tokens=40)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from helpers import SPECIAL_TOKENS, make_tokenizer
 from tiny import MASK, tiny_model
 from unmask.engine.llm import LanguageModel
+from unmask.models.native.library import kernel_variant
 
 THREADS = 3
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -26,7 +26,7 @@ JOBS = [(tuple((7 * i + j) % MASK for j in range(3 + 7 * i)), options) for i, op
 WEIGHTS = [
     None,
     *(
-        pytest.param(weights, marks=pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"))
+        pytest.param(weights, marks=pytest.mark.skipif(kernel_variant() is None, reason="the CPU kernels are not built"))
         for weights in ("int8", "int4")
     ),
 ]
@@ -37,7 +37,6 @@ def make(weights: str | None) -> LanguageModel:
 
 
 def answers(model: LanguageModel) -> list[Any]:
-    model.backend(wait=True)
     return [model.complete(ids, max_new_tokens=6, **options) for ids, options in JOBS]
 
 

@@ -54,7 +54,7 @@ class SlowModel(LanguageModel):
 
     seconds = 0.0
 
-    def backend(self, *, wait: bool = False) -> Backend:
+    def backend(self) -> Backend:
         return _Slow(self.transformer, self)
 
 

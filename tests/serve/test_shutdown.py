@@ -122,11 +122,11 @@ class Loading(SlowModel):
     gate: threading.Event
     error: Exception | None = None
 
-    def backend(self, *, wait: bool = False) -> Backend:
+    def backend(self) -> Backend:
         assert self.gate.wait(60)
         if self.error is not None:
             raise self.error
-        return super().backend(wait=wait)
+        return super().backend()
 
 
 @pytest.fixture

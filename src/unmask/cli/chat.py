@@ -84,8 +84,6 @@ def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is
     from unmask.cli.chat_local import LocalResponder
 
     language_model = options.load(name, dtype, device, quantize)
-    # One engine serves the whole session, so it must not be made before the kernels for quantised weights are compiled.
-    language_model.backend(wait=True)
     console = make_console()
     return LocalResponder(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
 

@@ -96,7 +96,7 @@ def check_models(*names: str) -> None:
 
 
 def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None) -> LanguageModel:
-    """A model ready to be timed: kernels compiled, one token decoded; `yarn` extends its context by that factor.
+    """A model ready to be timed: weights quantised, one token decoded; `yarn` extends its context by that factor.
 
     Raises:
         ConfigError: it has no tokenizer, or its context cannot be extended.
@@ -111,7 +111,6 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
         model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
-    model.backend(wait=True)
     model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)
     return model
 

@@ -1,6 +1,6 @@
 """The entry point of the `unmask` program: what must hold before anything slow is imported.
 
-Owns closed standard streams, and Ctrl-C until a verb begins. The application is `app`'s.
+Owns closed standard streams, how OpenMP's threads wait, and Ctrl-C until a verb begins. The application is `app`'s.
 """
 
 from __future__ import annotations
@@ -10,14 +10,29 @@ import sys
 
 from unmask.cli.startup import exit_on_interrupt
 
+SPINNING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+"""Rounds of a loop for GNU's OpenMP, milliseconds for LLVM's."""
+
 
 def main() -> None:
     """Run the program."""
     exit_on_interrupt()
     _open_streams()
+    limit_spinning()
     from unmask.cli.app import run
 
     run()
+
+
+def limit_spinning() -> None:
+    """Let PyTorch's threads sleep when they have waited for microseconds, unless the environment says how they wait.
+
+    A thread that spins keeps a core from other programs, and from the very thread that it waits for: beside one busy process a
+    training step then takes several times as long (benchmarks/contention.py). OpenMP reads this when PyTorch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in SPINNING.items():
+            os.environ.setdefault(name, value)
 
 
 def _open_streams() -> None:

@@ -113,9 +113,9 @@ class LanguageModel:
         """The ways of decoding that the model was trained for."""
         return capabilities(self.config)
 
-    def backend(self, *, wait: bool = False) -> Backend:
-        """What computes the forward passes; with quantised weights, `wait` lets the kernels be compiled first."""
-        return TorchBackend(self.transformer) if self._quantized is None else self._quantized.current(wait=wait)
+    def backend(self) -> Backend:
+        """What computes the forward passes; quantises the weights at the first call, if they are to be."""
+        return TorchBackend(self.transformer) if self._quantized is None else self._quantized.backend()
 
     def engine(self, *, mask_id: int | None = None, **options: Any) -> Engine:
         """An engine of this model for many requests at a time; options as of `Engine`."""

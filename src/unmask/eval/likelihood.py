@@ -81,7 +81,7 @@ class LikelihoodEstimator:
     ) -> None:
         if samples < 2:
             raise ConfigError(f"samples is {samples}; it must be at least 2, for a standard error")
-        self._backend, self._config = model.backend(wait=True), model.config
+        self._backend, self._config = model.backend(), model.config
         self._mask_id, self._samples, self._seed = model.config.mask_id, samples, seed
         diffusion_size = model.config.block_size or BLOCK_SIZE if block_size is None else block_size
         self._block_size = 1 if self._mask_id is None else diffusion_size

@@ -196,7 +196,7 @@ async def _engine_running(
 
     def make_engine() -> Engine:
         model.token_bytes(0)  # reads the vocabulary, which would make the first request slow
-        decode, backend = model.tokenizer.decode, model.language_model.backend(wait=True)
+        decode, backend = model.tokenizer.decode, model.language_model.backend()
         return Engine(backend, decode=decode, num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
 
     worker = Worker(

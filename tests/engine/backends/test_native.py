@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,57 +18,44 @@ from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
+from unmask.models.native.interface import Kernels
+from unmask.models.native.library import kernel_variant
 
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+needs_kernels = pytest.mark.skipif(kernel_variant() is None, reason="the CPU kernels are not built")
 
 
 def model(family: str = "llama") -> Any:
     return tiny_model(family, 1, mask_id=MASK, block_size=4)
 
 
-def fail_to_start() -> None:
-    raise BackendError("there is no c++; install one")
+def fail_to_load() -> Kernels:
+    raise BackendError("the CPU kernels are not built; install them")
 
 
-def test_without_a_compiler_the_weights_are_used_as_they_are_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unmask.engine.backends.native.start_build", fail_to_start)
-    with pytest.warns(UnmaskWarning, match=r"c\+\+"):
+def test_without_kernels_the_weights_are_used_as_they_are_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unmask.engine.backends.native.load_kernels", fail_to_load)
+    with pytest.warns(UnmaskWarning, match=r"PyTorch") as caught:
         quantized = LanguageModel(model(), None, name="tiny", quantize="int8")
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = quantized.generate_ids((5, 17, 3), max_new_tokens=9)
     assert found == LanguageModel(model(), None, name="tiny").generate_ids((5, 17, 3), max_new_tokens=9)
 
 
-class SlowBuild:
-    """A compiler at work while `running`."""
-
-    def __init__(self) -> None:
-        self.running = True
-
-    def load(self) -> None:
-        raise BackendError("the CPU kernels did not compile (error: no); set CXX")
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_variant_that_does_not_exist_is_an_error(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_KERNELS", "mmx")
+    with refused(ConfigError, "mmx"):
+        LanguageModel(model(), None, name="tiny", quantize=weights)
 
 
-def test_until_the_compiler_is_done_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = SlowBuild()
-    monkeypatch.setattr("unmask.engine.backends.native.start_build", lambda: build)
-    quantized = QuantizedModel(model(), "int8")
-    with pytest.warns(UnmaskWarning, match="compiled"):
-        assert isinstance(quantized.current(), TorchBackend)
-    build.running = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # one note is enough
-        assert isinstance(quantized.current(), TorchBackend), "a compiler that failed leaves the plain way"
-        assert isinstance(quantized.current(wait=True), TorchBackend)
-
-
-@needs_compiler
+@needs_kernels
 def test_threads_that_ask_at_once_get_the_same_backend() -> None:
     """The weights are packed once."""
     quantized = QuantizedModel(model(), "int8")
     with ThreadPoolExecutor(8) as pool:
-        backends = list(pool.map(lambda _: quantized.current(wait=True), range(16)))
+        backends = list(pool.map(lambda _: quantized.backend(), range(16)))
     assert not isinstance(backends[0], TorchBackend)
     assert all(backend is backends[0] for backend in backends)
 
@@ -80,12 +66,12 @@ def test_what_cannot_be_quantised_is_refused_at_once(family: str, weights: str, 
         QuantizedModel(model(family), weights)
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
     language_model = LanguageModel(model(family), None, name="tiny", quantize=weights)
-    backend = language_model.backend(wait=True)
+    backend = language_model.backend()
     assert not isinstance(backend, TorchBackend)
     generator = torch.Generator().manual_seed(0)
     requests = [
@@ -108,7 +94,7 @@ def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
             assert confidences[0] == confidences[1], "a row's result depends on its neighbours"
 
 
-@needs_compiler
+@needs_kernels
 def test_the_program_answers_with_quantised_weights(tmp_path: Path) -> None:
     from unmask.models.weights.checkpoint import save_model
 
@@ -117,16 +103,16 @@ def test_the_program_answers_with_quantised_weights(tmp_path: Path) -> None:
 
     quantized = unmask.load(tmp_path / "model", dtype="float32", quantize="int8")
     loaded = weakref.ref(quantized.transformer)
-    quantized.backend(wait=True)
+    quantized.backend()
     assert loaded() is None, "the memory of the loaded weights is free"
     plain = unmask.load(tmp_path / "model", dtype="float32")
     assert len(quantized.generate_ids((5, 17, 3), max_new_tokens=8, eos_id=())) == 8
     assert torch.equal(quantized.logits((5, 17, 3)), plain.logits((5, 17, 3))), "logits() reads them again"
 
 
-@needs_compiler
+@needs_kernels
 def test_weights_that_cannot_be_read_again_are_kept() -> None:
     given = model()
     quantized = LanguageModel(given, None, name="tiny", quantize="int8")
-    quantized.backend(wait=True)
+    quantized.backend()
     assert quantized.transformer is given

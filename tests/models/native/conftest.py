@@ -1,32 +1,29 @@
-"""The compiled kernels, in the variant of this machine and in those of lesser ones; compiled once and kept in the cache."""
+"""The CPU kernels, in the variant that this machine takes and in every one that it runs."""
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 
-from unmask.errors import BackendError
-from unmask.models.native.build import start_build
+from unmask.errors import BackendError, ConfigError
 from unmask.models.native.interface import Kernels
+from unmask.models.native.library import load_kernels
+from unmask.models.native.variants import variants_of
 
-VARIANTS = {"native": (), "avx2": ("-mno-avx512f",), "portable": ("-DUNMASK_PORTABLE",)}
-SLOW = ("portable",)  # half a minute to compile
 
-
-@pytest.fixture(
-    scope="session", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
-)
+@pytest.fixture(scope="session", params=variants_of(platform.machine()))
 def any_kernels(request: pytest.FixtureRequest) -> Kernels:
-    return _load(*VARIANTS[request.param])
+    return _load(request.param)
 
 
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
-    return _load()
+    return _load(None)
 
 
-def _load(*flags: str) -> Kernels:
+def _load(name: str | None) -> Kernels:
     try:
-        build = start_build(flags=flags)
-    except BackendError as error:
+        return load_kernels(name)
+    except (BackendError, ConfigError) as error:
         pytest.skip(str(error))
-    return Kernels(build.load())

@@ -1,54 +1,15 @@
 // Calls every kernel from several threads at once, for builds under a sanitizer; see test_sanitizers.py.
 //
-// A stand-in for the OpenMP runtime, instrumented like the rest, starts the threads of a parallel region: ThreadSanitizer cannot
-// see how libgomp's wait for each other. Memory is allocated to the byte, so that AddressSanitizer sees what passes an end.
+// One of the calls has the pool of threads, the others compute alone. Memory is allocated to the byte, so that AddressSanitizer sees
+// what passes an end.
 #include "kernels.cpp"
 
 #include <cstdio>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <thread>
 #include <vector>
-
-struct Team {
-    int count;
-    Barrier barrier;
-    std::mutex mutex;
-    bool begun = false;
-    long next = 0, end = 0;
-};
-static thread_local Team* team;
-static thread_local int thread_number;
-
-extern "C" {
-int omp_get_thread_num() noexcept { return thread_number; }
-int omp_get_num_threads() noexcept { return team->count; }
-
-void GOMP_parallel(void (*region)(void*), void* data, unsigned count, unsigned) {
-    Team own;
-    own.count = int(count);
-    auto run = [&](int number) { team = &own, thread_number = number, region(data); };
-    std::vector<std::thread> others;
-    for (int i = 1; i < own.count; i++) others.emplace_back(run, i);
-    run(0);
-    for (std::thread& other : others) other.join();
-}
-bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) {
-    const std::lock_guard<std::mutex> lock(team->mutex);
-    *from = team->next++, *to = *from + 1;
-    return *from < team->end;
-}
-bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long, long, long* from, long* to) {
-    {
-        const std::lock_guard<std::mutex> lock(team->mutex);
-        if (!team->begun) team->begun = true, team->next = start, team->end = end;
-    }
-    return GOMP_loop_nonmonotonic_dynamic_next(from, to);
-}
-void GOMP_loop_end() { team->barrier.wait(team->count); }
-}
 
 // Random numbers that live as long as the program.
 struct Memory {

@@ -332,7 +332,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other(kernels: Kernels, 
         return hidden_TD, packed.greedy(hidden_TD, None)[0]
 
     expected = [run(batch) for batch in batches]
-    with ThreadPoolExecutor(6) as pool:
+    with threads_set(2), ThreadPoolExecutor(6) as pool:
         for (hidden_TD, token_T), (alone_TD, alone_T) in zip(pool.map(run, batches), expected, strict=True):
             assert torch.equal(hidden_TD, alone_TD)
             assert torch.equal(token_T, alone_T)

@@ -1,4 +1,4 @@
-"""The native backend: quantised weights on the CPU by the compiled kernels, and plain PyTorch until they are there.
+"""The native backend: quantised weights on the CPU by the compiled kernels, and plain PyTorch where there are none.
 
 Owns the choice between the two, and the KV cache as the kernels take it. The kernels are `models.native`'s.
 
@@ -23,8 +23,8 @@ from unmask.engine.backends.torch import TorchBackend, unwritten_tensor
 from unmask.engine.batch import Batch
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
-from unmask.models.native.build import Build, start_build
 from unmask.models.native.interface import Kernels
+from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer, check_packable
 
 BITS = {"int8": 8, "int4": 4}
@@ -51,11 +51,9 @@ class NativeBackend(PackedTransformer):
 
 
 class QuantizedModel:
-    """A model whose weights are quantised as soon as the kernels are compiled.
+    """A model whose weights are quantised when the first engine asks for them; without kernels they are used as they are.
 
-    Compiling takes seconds, once a machine, in a process of its own. Until it is done, requests are served by the weights as
-    they are, so that the first answer never waits for a compiler. A request is computed in one way from beginning to end:
-    `current` is asked when an engine is made. Once the weights are packed, `model` is not needed here any more, and let go of.
+    Once the weights are packed, `model` is not needed here any more, and let go of.
 
     Args:
         model: a dense model on the CPU.
@@ -63,21 +61,22 @@ class QuantizedModel:
         on_packed: called when the weights are packed; who else holds `model` may let go of it.
 
     Raises:
-        ConfigError: another kind of weights, or a model that the kernels do not run.
+        ConfigError: another kind of weights, a model that the kernels do not run, or a variant of the kernels that this
+            processor does not.
     """
 
     def __init__(self, model: Transformer, weights: str, on_packed: Callable[[], None] = lambda: None) -> None:
         if weights not in BITS:
             raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
         check_packable(model, BITS[weights])
-        self._bits, self._weights, self._on_packed = BITS[weights], weights, on_packed
+        self._bits, self._on_packed = BITS[weights], on_packed
         self._backend: TorchBackend | NativeBackend = TorchBackend(model)
-        self._warned, self._lock = False, threading.Lock()
-        self._build: Build | None = None
+        self._kernels: Kernels | None = None
+        self._lock = threading.Lock()
         try:
-            self._build = start_build()
+            self._kernels = load_kernels()
         except BackendError as error:
-            self._warn(f"{error}; computing with the weights as they are")
+            warnings.warn(f"{error}; computing with PyTorch and the weights as they are", UnmaskWarning, stacklevel=3)
 
     @classmethod
     def choose(
@@ -90,40 +89,22 @@ class QuantizedModel:
         """
         if weights == "auto":
             try:
-                return cls(model, "int8", on_packed)
+                check_packable(model, BITS["int8"])
             except ConfigError:
                 return None
-        return None if weights is None else cls(model, weights, on_packed)
+        return None if weights is None else cls(model, "int8" if weights == "auto" else weights, on_packed)
 
-    def current(self, *, wait: bool = False) -> Backend:
-        """The fastest way to compute that is ready; `wait` lets the compiler finish first."""
-        build = self._build
-        if build is None:
-            return self._backend
-        if build.running and not wait:
-            self._warn(
-                f"the CPU kernels for {self._weights} weights are being compiled (once, some seconds); until then the weights "
-                "are used as they are"
-            )
-            return self._backend
+    def backend(self) -> Backend:
+        """What computes; packs the weights at the first call."""
         with self._lock:
-            if self._build is not None:
-                assert isinstance(self._backend, TorchBackend), "there is a build until the weights are packed"
-                try:
-                    with torch.no_grad():
-                        self._backend = NativeBackend(self._backend.model, self._bits, Kernels(build.load()))
-                except BackendError as error:
-                    self._warn(f"{error}; computing with the weights as they are")
-                else:
-                    self._on_packed()
-                    _trim_heap()
-                self._build = None
+            if self._kernels is not None:
+                assert isinstance(self._backend, TorchBackend), "there are kernels to pack for until the weights are packed"
+                with torch.no_grad():
+                    self._backend = NativeBackend(self._backend.model, self._bits, self._kernels)
+                self._kernels = None
+                self._on_packed()
+                _trim_heap()
         return self._backend
-
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            warnings.warn(message, UnmaskWarning, stacklevel=3)
-        self._warned = True
 
 
 def _trim_heap() -> None:

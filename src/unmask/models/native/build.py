@@ -1,132 +1,168 @@
-"""Compilation of the C++ kernels on the user's machine, once, and loading them.
+"""Compilation of the CPU kernels when the package is installed, for this machine or for another.
 
-Owns the compiler's command line and the cache of compiled libraries. Knows nothing of models: what the functions mean is in
-`packed`.
+    python -m unmask.models.native.build [--target aarch64-linux] [--folder libraries] [VARIANT ...]
+
+Owns the compiler's command lines and the tags of wheels. hatch_build.py calls it; imports nothing but the standard library.
+What is compiled is `variants`', which library is used is `library`'s.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import argparse
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from unmask.models.native.variants import FLAGS, LIBRARIES, SOURCES, library_name, usable_macro, variants_of
 
-from unmask.errors import BackendError
-from unmask.models.weights.hub import cache_folder
+# Cross compilation by PyPI's ziglang, to the oldest systems that PyTorch's wheels run on.
+TARGETS = {
+    "x86_64-linux": "x86_64-linux-gnu.2.28",
+    "aarch64-linux": "aarch64-linux-gnu.2.28",
+    "aarch64-macos": "aarch64-macos.11.0",
+}
 
-_SOURCE = Path(__file__).parent / "kernels.cpp"
-# Whether a * b + c is contracted is up to the compiler, tile by tile; the kernels promise the same bits in every tile.
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
-# Part of a library's key, so that a cache shared by several machines never serves an illegal instruction (-march=native).
-_CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+
+class CompilerError(Exception):
+    """There is no compiler, or it failed."""
 
 
 @dataclass(frozen=True)
-class Build:
-    """A compilation under way or finished; `process` is None when the library was already there."""
+class Target:
+    """A machine to compile for.
 
-    library: Path
-    log: Path
-    process: subprocess.Popen[bytes] | None
+    Attributes:
+        machine: its processor, as of `platform.machine()`.
+        compiler: the command of its C++ compiler.
+        platform: tag of its wheels; None: Linux, with the C library that the compiled libraries need.
+    """
 
-    @property
-    def running(self) -> bool:
-        """Whether the compiler is still at work."""
-        return self.process is not None and self.process.poll() is None
+    machine: str
+    compiler: tuple[str, ...]
+    platform: str | None
 
-    def load(self) -> ctypes.CDLL:
-        """The compiled library; waits for the compiler where it still runs.
-
-        Raises:
-            BackendError: the compiler failed, or the library cannot be loaded.
-        """
-        if self.process is not None and self.process.wait() != 0:
-            lines = self.log.read_text(errors="replace").splitlines()
-            reason = next((line for line in lines if "error" in line), "no message")
-            raise BackendError(f"the CPU kernels did not compile ({reason}); set CXX to a C++17 compiler with OpenMP")
-        try:
-            return ctypes.CDLL(str(self.library))
-        except OSError as error:
-            raise BackendError(f"the compiled CPU kernels cannot be loaded ({error}); delete {self.library}") from error
+    def tag(self, libraries: Sequence[Path]) -> str:
+        """The wheel's tag: any Python 3, no ABI of Python's, this platform."""
+        if self.platform is not None:
+            return f"py3-none-{self.platform}"
+        needed = [int(minor) for path in libraries for minor in re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())]
+        return f"py3-none-{f'manylinux_2_{max(17, *needed)}' if needed else 'linux'}_{self.machine}"
 
 
-def start_build(*, cache: Path | None = None, flags: Sequence[str] = ()) -> Build:
-    """Start the compiler in a separate process, unless the cache holds a library of the same source, flags and processor.
-
-    Args:
-        cache: folder of compiled libraries; None: as of `hub.cache_folder`.
-        flags: further compiler flags, for tests of the portable variants.
-
-    Returns:
-        The build; call `load` when it is no longer running.
+def find_target(name: str | None = None) -> Target:
+    """One of TARGETS, or this machine.
 
     Raises:
-        BackendError: the processor or the system is not one the kernels are written for, or there is no compiler.
+        CompilerError: another name, or no compiler.
     """
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise BackendError(
-            f"the CPU kernels run on x86-64 Linux, not on {platform.machine()} {sys.platform}; use plain PyTorch"
-        )
-    compiler = _compiler()
-    command = [*compiler, *_FLAGS, *flags]
-    openmp = _openmp_library()
-    folder = cache_folder(cache) / "native"
-    library = folder / f"kernels-{build_key(command, openmp)}.so"
-    log = library.with_suffix(".log")
-    if library.exists():
-        return Build(library, log, None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(f"no folder for the compiled CPU kernels ({error}); set UNMASK_CACHE to one") from error
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
-    # Two steps, because -fopenmp when linking would bring in the system's OpenMP beside the one torch has loaded.
-    compile_ = [*command, "-c", str(_SOURCE), "-o", f"{temporary}.o"]
-    link = [*compiler, "-shared", f"{temporary}.o", "-o", str(temporary), openmp]
-    steps = (compile_, link, ["mv", str(temporary), str(library)])
-    clean = shlex.join(["rm", "-f", str(temporary), f"{temporary}.o"])
-    script = f"{' && '.join(map(shlex.join, steps))}; status=$?; {clean}; exit $status"
-    try:
-        with log.open("wb") as errors:
-            process = subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.DEVNULL, stderr=errors)
-    except OSError as error:
-        raise BackendError(f"the C++ compiler did not start ({error}); use plain PyTorch") from error
-    return Build(library, log, process)
+    if name is not None:
+        if name not in TARGETS:
+            raise CompilerError(f"target {name!r} is unknown; use one of {', '.join(TARGETS)}")
+        machine = name.partition("-")[0]
+        compiler = (sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[name])
+        return Target(machine, compiler, "macosx_11_0_arm64" if name.endswith("macos") else None)
+    wheel = None if sys.platform == "linux" else re.sub(r"[-.]", "_", sysconfig.get_platform())
+    return Target(platform.machine(), _compiler(), wheel)
 
 
-def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    for candidate in (named,) if named else (["c++"], ["g++"], ["clang++"]):
+def _compiler() -> tuple[str, ...]:
+    named = tuple(shlex.split(os.environ.get("CXX", "")))
+    for candidate in (named,) if named else (("c++",), ("g++",), ("clang++",)):
         if shutil.which(candidate[0]):
             return candidate
-    what = f"CXX={named[0]} is not there" if named else "there is no c++, g++ or clang++"
-    raise BackendError(f"{what}; install a C++ compiler for the fast CPU kernels, or use plain PyTorch")
+    raise CompilerError(f"CXX={named[0]} is not there" if named else "there is no c++, g++ or clang++")
 
 
-def _openmp_library() -> str:
-    """Path of the OpenMP runtime that torch has loaded, so that both share one thread pool; else the compiler's flag."""
-    paths = {f"/{line.partition('/')[2]}" for line in Path("/proc/self/maps").read_text().splitlines()}
-    runtimes = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")))
-    # Other packages may have brought their own.
-    torchs = [path for path in runtimes if Path(torch.__file__).parent.parent in Path(path).parents and "torch" in path]
-    return (torchs or runtimes or ["-fopenmp"])[0]
+def compile_kernels(target: Target, folder: Path, names: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
+    """Compile the variants that a folder lacks, and remove those of other sources.
+
+    Args:
+        target: the machine and its compiler.
+        folder: of the libraries.
+        names: of variants; none: all for this kind of processor.
+
+    Returns:
+        The libraries that are there now, and a line about each variant that the compiler could not make.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    variants = {name: flags for name, flags in variants_of(target.machine).items() if not names or name in names}
+    libraries, problems = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        builds = {name: pool.submit(_update, folder, name, flags, target) for name, flags in variants.items()}
+    for name, build in builds.items():
+        try:
+            libraries.append(build.result())
+        except CompilerError as error:
+            problems.append(f"kernels {name} did not compile: {error}")
+    return libraries, problems
 
 
-def build_key(command: Sequence[str], openmp: str) -> str:
-    """A hash of all that the compiled library depends on: the compiler, the command, the processor and the sources."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    cpu = [line for line in cpuinfo if line.partition(":")[0].strip() in _CPU_FIELDS]
-    digest = hashlib.sha256(repr((list(command), version, openmp, cpu)).encode())
-    for source in sorted(path for path in _SOURCE.parent.iterdir() if path.suffix in (".h", ".cpp")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+def _update(folder: Path, variant: str, flags: Sequence[str], target: Target) -> Path:
+    """A variant's library in a folder, compiled if it is not there; one of other sources is removed."""
+    library = folder / library_name(variant, flags)
+    if not library.exists():
+        compile_library(library, variant, flags, target)
+    for other in folder.glob(f"{variant}-*.so"):
+        if other != library:
+            other.unlink(missing_ok=True)
+    return library
+
+
+def compile_library(library: Path, variant: str, flags: Sequence[str], target: Target) -> None:
+    """Compile one library.
+
+    Args:
+        library: the file to write, at once when it is complete.
+        variant: whose question `usable.cpp` answers.
+        flags: of the compiler, for the kernels.
+        target: the machine and its compiler.
+
+    Raises:
+        CompilerError: the compiler's first error.
+    """
+    # What is linked statically is not asked of the machine that the library runs on.
+    static = ("-static-libstdc++", "-static-libgcc") if target.platform is None else ()
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        usable, kernels, linked = (str(Path(scratch, name)) for name in ("usable.o", "kernels.o", "linked.so"))
+        for command in (
+            (*FLAGS, usable_macro(variant), "-c", str(SOURCES / "usable.cpp"), "-o", usable),
+            # Hidden: libraries of other programs with names like ours are none of our business.
+            (*FLAGS, "-fvisibility=hidden", *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", kernels),
+            ("-shared", *static, usable, kernels, "-pthread", "-o", linked),
+        ):
+            done = subprocess.run((*target.compiler, *command), capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                lines = [*done.stderr.splitlines(), f"exit status {done.returncode}"]
+                raise CompilerError(next((line for line in lines if "error" in line), lines[0]))
+        Path(linked).replace(library)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile from the command line; says what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="all by default")
+    parser.add_argument("--target", choices=TARGETS, help="another machine, through ziglang [default: this one]")
+    parser.add_argument("--folder", type=Path, default=LIBRARIES)
+    options = parser.parse_args(argv)
+    try:
+        libraries, problems = compile_kernels(find_target(options.target), options.folder, options.variants)
+    except CompilerError as error:
+        print(f"warning: the CPU kernels are not built: {error}; install a C++ compiler, then: make kernels", file=sys.stderr)
+        return
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    print(f"CPU kernels: {', '.join(path.name for path in libraries) or 'none for this processor'}")
+
+
+if __name__ == "__main__":
+    main()

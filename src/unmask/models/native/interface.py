@@ -60,9 +60,10 @@ class ForwardBatch(Structure):
 
 
 class Kernels:
-    """The functions of the compiled library, with their argument types."""
+    """The functions of a compiled library, with their argument types; `variant` names its instruction set."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        self.variant = variant
         self.forward_bytes, self.forward = library.unmask_forward_bytes, library.unmask_forward
         self.linear_bytes, self.linear, self.greedy = (
             library.unmask_linear_bytes, library.unmask_linear, library.unmask_greedy,

@@ -1,10 +1,7 @@
 // Forward pass of a dense transformer over quantised weights, and its vocabulary head: the C ABI that `packed.py` calls.
 //
-// One parallel region per call. A layer is a few phases with a barrier between them: phases over rows (norm, rotary, SwiGLU,
-// quantisation), over output channels (matrix products) and over (segment, kv head, rows) items (attention). No phase's result
-// depends on how it is shared out.
-#include <omp.h>
-
+// A layer is a few loops that threads share: over rows (norm, rotary, SwiGLU, quantisation), over output channels (matrix
+// products) and over (segment, kv head, rows) items (attention). No result depends on who computes what.
 #include "attention.h"
 #include "gemm.h"
 #include "head.h"
@@ -13,6 +10,9 @@
 struct GatedLinear {
     Linear base, in, out;
 };
+
+// The least that a thread takes of a loop: panels of a product as tiles take them, and rows.
+constexpr int64_t kPanelGrain = kTilePanels > 1 ? kTilePanels : 2, kRowGrain = 1;
 
 struct Layer {
     GatedLinear qkv, out, gate_up, down;
@@ -152,13 +152,12 @@ INLINE void mix(float* x, int64_t size, int64_t count) {
         count == 8 ? mix_block<8>(block) : count == 4 ? mix_block<4>(block) : mix_block<2>(block);
 }
 
-// One thread's part of one forward pass.
+// One forward pass.
 struct Forward {
     const Model& m;
     const ForwardBatch& step;
     const Workspace& work;
-    Worker worker;
-    float* scratch = work.scratch + worker.index * work.scratch_floats;
+    const Team& team;
 
     void run() const {
         find_slots();
@@ -175,32 +174,31 @@ struct Forward {
             gate(l.down);
             product(l.down, work.gated, {step.hidden, m.hidden, true});
         }
-        const Range rows = worker.share_of(step.rows);
-        for (int64_t r = rows.from; r < rows.to; r++) {
+        for (int64_t r = 0; r < step.rows; r++) {
             float* x = step.hidden + r * m.hidden;
             rms_norm(x, m.final_norm, m.hidden, m.eps, x);
         }
     }
 
+    float* scratch_of(int thread) const { return work.scratch + thread * work.scratch_floats; }
+
     void find_slots() const {
-        if (worker.index == 0)
-            for (int64_t i = 0; i < step.num_segments; i++) {
-                const Segment& s = step.segments[i];
-                for (int64_t r = s.start; r < s.stop; r++) work.slots[r] = s.slots + s.past + r - s.start;
-            }
+        for (int64_t i = 0; i < step.num_segments; i++) {
+            const Segment& s = step.segments[i];
+            for (int64_t r = s.start; r < s.stop; r++) work.slots[r] = s.slots + s.past + r - s.start;
+        }
     }
 
     void product(const GatedLinear& w, const Rows8& a, const Target& to) const {
-        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
-        const Range panels = worker.share_of(w.base.panels());
-        gemm(w.base, a, {0, step.rows}, panels, to, unpacked);
-        for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
-            if (const Segment& s = step.segments[i]; s.noisy)
-                gemm(w.out, work.low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
-        worker.wait();
+        team.share(w.base.panels(), kPanelGrain, [&](Range panels, int thread) {
+            gemm(w.base, a, {0, step.rows}, panels, to, work.unpacked + thread * work.unpacked_bytes);
+            for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
+                if (const Segment& s = step.segments[i]; s.noisy)
+                    gemm(w.out, work.low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
+        });
     }
 
-    // The first product of an update, over those of this thread's quantised rows that are noisy.
+    // The first product of an update, over those of some quantised rows that are noisy.
     void lower(const GatedLinear& w, const Rows8& a, Range rows) const {
         for (int64_t i = 0; w.in.weight && i < step.num_segments; i++) {
             const Segment& s = step.segments[i];
@@ -212,31 +210,33 @@ struct Forward {
     }
 
     void normalize(const float* weight, const GatedLinear& next) const {
-        const Range rows = worker.share_of(step.rows);
-        for (int64_t r = rows.from; r < rows.to; r++) {
-            rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
-            quantize_row(scratch, m.hidden, work.normed, r);
-        }
-        lower(next, work.normed, rows);
-        worker.wait();
+        team.share(step.rows, kRowGrain, [&](Range rows, int thread) {
+            float* scratch = scratch_of(thread);
+            for (int64_t r = rows.from; r < rows.to; r++) {
+                rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
+                quantize_row(scratch, m.hidden, work.normed, r);
+            }
+            lower(next, work.normed, rows);
+        });
     }
 
     void quantize(const float* x, int64_t width, const Rows8& to, const GatedLinear& next) const {
-        const Range rows = worker.share_of(step.rows);
-        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
-        lower(next, to, rows);
-        worker.wait();
+        team.share(step.rows, kRowGrain, [&](Range rows, int) {
+            for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
+            lower(next, to, rows);
+        });
     }
 
     void gate(const GatedLinear& next) const {
-        const Range rows = worker.share_of(step.rows);
-        for (int64_t r = rows.from; r < rows.to; r++) {
-            swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
-            mix(scratch, m.ffn, m.mixed);
-            quantize_row(scratch, m.ffn, work.gated, r);
-        }
-        lower(next, work.gated, rows);
-        worker.wait();
+        team.share(step.rows, kRowGrain, [&](Range rows, int thread) {
+            float* scratch = scratch_of(thread);
+            for (int64_t r = rows.from; r < rows.to; r++) {
+                swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
+                mix(scratch, m.ffn, m.mixed);
+                quantize_row(scratch, m.ffn, work.gated, r);
+            }
+            lower(next, work.gated, rows);
+        });
     }
 
     float* stored(int64_t layer, int64_t value, int64_t head) const {
@@ -245,37 +245,48 @@ struct Forward {
 
     // Norms and rotates queries and keys, and writes keys and values to their slots.
     void place_keys(const Layer& l, int64_t layer) const {
-        const Range rows = worker.share_of(step.rows);
-        for (int64_t r = rows.from; r < rows.to; r++) {
-            float* head = work.qkv + r * m.qkv();
-            for (int64_t h = 0; h < m.heads + m.kv_heads; h++, head += m.head_dim) {
-                if (l.query_norm) rms_norm(head, h < m.heads ? l.query_norm : l.key_norm, m.head_dim, m.eps, head);
-                rotate(head, step.cos + r * m.rotary_dim, step.sin + r * m.rotary_dim, m.rotary_dim);
-            }
-            const float* keys = head - m.kv_heads * m.head_dim;
-            for (int64_t h = 0; h < 2 * m.kv_heads; h++)
-                memcpy(stored(layer, h / m.kv_heads, h % m.kv_heads) + *work.slots[r] * m.head_dim, keys + h * m.head_dim,
-                       m.head_dim * sizeof(float));
+        team.share(step.rows, kRowGrain, [&](Range rows, int) {
+            for (int64_t r = rows.from; r < rows.to; r++) place_keys_of(r, l, layer);
+        });
+    }
+
+    void place_keys_of(int64_t row, const Layer& l, int64_t layer) const {
+        float* head = work.qkv + row * m.qkv();
+        for (int64_t h = 0; h < m.heads + m.kv_heads; h++, head += m.head_dim) {
+            if (l.query_norm) rms_norm(head, h < m.heads ? l.query_norm : l.key_norm, m.head_dim, m.eps, head);
+            rotate(head, step.cos + row * m.rotary_dim, step.sin + row * m.rotary_dim, m.rotary_dim);
         }
-        worker.wait();
+        const float* keys = head - m.kv_heads * m.head_dim;
+        for (int64_t h = 0; h < 2 * m.kv_heads; h++)
+            memcpy(stored(layer, h / m.kv_heads, h % m.kv_heads) + *work.slots[row] * m.head_dim, keys + h * m.head_dim,
+                   m.head_dim * sizeof(float));
     }
 
     void attend_all(int64_t layer) const {
-        const int64_t heads = m.heads / m.kv_heads, size = m.head_dim;
-        const AttentionScratch buffers(scratch, size);
-        int64_t item = 0;
-        for (int64_t i = 0; i < step.num_segments; i++) {
-            const Segment& s = step.segments[i];
-            const int64_t lanes = (s.stop - s.start) * heads;
-            for (int64_t g = 0; g < m.kv_heads; g++)
-                for (int64_t from = 0; from < lanes; from += kQueryLanes, item++) {
-                    if (item % worker.count != worker.index) continue;
-                    const int64_t to = std::min(from + kQueryLanes, lanes), at = g * heads * size;
-                    attend(s, {stored(layer, 0, g), stored(layer, 1, g)},
-                           {work.qkv + at, work.heads + at, m.qkv(), m.attended(), heads, size, from, to}, buffers);
-                }
-        }
-        worker.wait();
+        int64_t items = 0;
+        for (int64_t i = 0; i < step.num_segments; i++) items += pieces_of(step.segments[i]) * m.kv_heads;
+        team.share(items, 1, [&](Range range, int thread) {
+            const AttentionScratch buffers(scratch_of(thread), m.head_dim);
+            int64_t first = 0;  // item of the segment
+            for (int64_t i = 0; i < step.num_segments; i++) {
+                const int64_t pieces = pieces_of(step.segments[i]), after = first + pieces * m.kv_heads;
+                for (int64_t item = std::max(range.from, first); item < std::min(range.to, after); item++)
+                    attend_some(step.segments[i], layer, (item - first) / pieces, (item - first) % pieces, buffers);
+                first = after;
+            }
+        });
+    }
+
+    // Vectors of (row, head) lanes of a segment and a kv head.
+    int64_t pieces_of(const Segment& s) const {
+        return ((s.stop - s.start) * (m.heads / m.kv_heads) + kQueryLanes - 1) / kQueryLanes;
+    }
+
+    void attend_some(const Segment& s, int64_t layer, int64_t group, int64_t piece, const AttentionScratch& buffers) const {
+        const int64_t heads = m.heads / m.kv_heads, lanes = (s.stop - s.start) * heads;
+        const int64_t from = piece * kQueryLanes, to = std::min(from + kQueryLanes, lanes), at = group * heads * m.head_dim;
+        attend(s, {stored(layer, 0, group), stored(layer, 1, group)},
+               {work.qkv + at, work.heads + at, m.qkv(), m.attended(), heads, m.head_dim, from, to}, buffers);
     }
 };
 
@@ -297,8 +308,15 @@ struct LinearWorkspace {
         scratch = arena.take<float>(threads * kHeadRows * kChunk);
         unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
     }
+
+    void quantize(const float* x, int64_t count, int64_t width, const Team& team) const {
+        team.share(count, kRowGrain, [&](Range range, int) {
+            for (int64_t r = range.from; r < range.to; r++) quantize_row(x + r * width, width, rows, r);
+        });
+    }
 };
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t unmask_forward_bytes(const Model* model, int64_t rows, int threads) {
@@ -310,9 +328,8 @@ int64_t unmask_forward_bytes(const Model* model, int64_t rows, int threads) {
 void unmask_forward(const Model* model, const ForwardBatch* step, void* buffer, int threads) {
     Arena arena{static_cast<char*>(buffer)};
     const Workspace work(*model, step->rows, threads, arena);
-    Barrier barrier;
-#pragma omp parallel num_threads(threads)
-    Forward{*model, *step, work, {omp_get_thread_num(), omp_get_num_threads(), barrier}}.run();
+    const Team team(threads);
+    Forward{*model, *step, work, team}.run();
 }
 
 int64_t unmask_linear_bytes(const Linear* w, int64_t count, int threads) {
@@ -325,16 +342,11 @@ int64_t unmask_linear_bytes(const Linear* w, int64_t count, int threads) {
 void unmask_linear(const Linear* w, const float* x, int64_t count, int64_t width, float* out, void* buffer, int threads) {
     Arena arena{static_cast<char*>(buffer)};
     const LinearWorkspace work(*w, count, threads, arena);
-    Barrier barrier;
-#pragma omp parallel num_threads(threads)
-    {
-        const Worker worker{omp_get_thread_num(), omp_get_num_threads(), barrier};
-        const Range rows = worker.share_of(count);
-        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, work.rows, r);
-        worker.wait();
-        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
-        gemm(*w, work.rows, {0, count}, worker.share_of(w->panels()), {out, w->outputs}, unpacked);
-    }
+    const Team team(threads);
+    work.quantize(x, count, width, team);
+    team.share(w->panels(), kPanelGrain, [&](Range panels, int thread) {
+        gemm(*w, work.rows, {0, count}, panels, {out, w->outputs}, work.unpacked + thread * work.unpacked_bytes);
+    });
 }
 
 // The likeliest token of each row but `banned` (none: outputs), the lowest of equals, and its probability.
@@ -342,17 +354,12 @@ void unmask_greedy(const Linear* head, const float* hidden, int64_t count, int64
                    float* probabilities, void* buffer, int threads) {
     Arena arena{static_cast<char*>(buffer)};
     const LinearWorkspace work(*head, count, threads, arena);
-    Barrier barrier;
-#pragma omp parallel num_threads(threads)
-    {
-        const Worker worker{omp_get_thread_num(), omp_get_num_threads(), barrier};
-        const Range rows = worker.share_of(count);
-        for (int64_t r = rows.from; r < rows.to; r++) quantize_row(hidden + r * width, width, work.rows, r);
-        worker.wait();
-        float* logits = work.scratch + worker.index * kHeadRows * kChunk;
-        uint8_t* unpacked = work.unpacked + worker.index * work.unpacked_bytes;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t chunk = 0; chunk < work.chunks; chunk++) {
+    const Team team(threads);
+    work.quantize(hidden, count, width, team);
+    team.share(work.chunks, 1, [&](Range chunks, int thread) {
+        float* logits = work.scratch + thread * kHeadRows * kChunk;
+        uint8_t* unpacked = work.unpacked + thread * work.unpacked_bytes;
+        for (int64_t chunk = chunks.from; chunk < chunks.to; chunk++) {
             const int64_t first = chunk * kChunk, size = std::min(kChunk, head->outputs - first);
             const Range panels = {chunk * kChunkPanels, std::min((chunk + 1) * kChunkPanels, head->panels())};
             for (int64_t from = 0; from < count; from += kHeadRows) {
@@ -365,12 +372,13 @@ void unmask_greedy(const Linear* head, const float* hidden, int64_t count, int64
                 }
             }
         }
-        for (int64_t r = rows.from; r < rows.to; r++) {
-            Best best = work.best[r];
-            for (int64_t chunk = 1; chunk < work.chunks; chunk++) best = join(best, work.best[chunk * count + r]);
-            tokens[r] = best.token;
-            probabilities[r] = 1.0f / best.total;
-        }
+    });
+    for (int64_t r = 0; r < count; r++) {
+        Best best = work.best[r];
+        for (int64_t chunk = 1; chunk < work.chunks; chunk++) best = join(best, work.best[chunk * count + r]);
+        tokens[r] = best.token;
+        probabilities[r] = 1.0f / best.total;
     }
 }
 }
+#pragma GCC visibility pop
