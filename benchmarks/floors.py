@@ -16,6 +16,7 @@ import torch
 from unmask.models.arch.config import ModelConfig
 from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
+from unmask.models.native.packing import pack_matrix
 
 BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
 
@@ -53,7 +54,7 @@ def probes(rows: int = 512, size: int = 2048, read_bytes: int = 2**28) -> dict[s
     big = torch.ones(read_bytes, dtype=torch.uint8).view(torch.int64)
     a, b = torch.randn(rows, size), torch.randn(size, size)
     a8, b8 = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((rows, size), (size, size)))
-    packed = PackedLinear(b, None, 8, load_kernels())
+    packed = PackedLinear(pack_matrix(b, 8), load_kernels())
     operations = 2 * rows * size * size
     return {
         "read": (lambda: big.sum(), read_bytes),

@@ -34,6 +34,7 @@ from unmask.models.native.build import find_target
 from unmask.models.native.interface import Kernels
 from unmask.models.native.library import kernel_variant, load_kernels
 from unmask.models.native.linear import PackedLinear
+from unmask.models.native.packing import pack_matrix
 from unmask.models.native.quantize import quantize
 from unmask.models.native.variants import FLAGS, SOURCES, variants_of
 
@@ -119,7 +120,7 @@ def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
         return product
 
     def ours(bits: int) -> Callable[[int], Product]:
-        return lambda _: PackedLinear(weight, None, bits, kernels)
+        return lambda _: PackedLinear(pack_matrix(weight, bits), kernels)
 
     def plain(_: int) -> Product:
         w = weight.clone()

@@ -17,6 +17,7 @@ from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.interface import Kernels
+from unmask.models.native.packing import pack_model
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
@@ -121,7 +122,7 @@ def plain_forward(model: Transformer, batch: Batch, kv_cache: Tensor, noisy_T: T
 def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
     """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
     child = child_of(name, parent_of(name, num_layers=1))
-    packed = NativeBackend(child, bits, any_kernels, rotate=False)
+    packed = NativeBackend(pack_model(child, bits, rotate=False), any_kernels)
     a, b, c, d = slots_of(14, 21, 50, 80)
     batch = batch_of(
         noisy(text(3, masks=True), 0, a), clean(text(21), 0, b), clean(text(9), 0, c), noisy(text(41, masks=True), 9, c),
@@ -149,7 +150,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
 def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
     """Rotated or not, what is left is the error of rounding."""
     child = child_of(name, parent_of(name))
-    packed, (slots,) = NativeBackend(child, bits, kernels, rotate=rotate), slots_of(64)
+    packed, (slots,) = NativeBackend(pack_model(child, bits, rotate=rotate), kernels), slots_of(64)
     batch = batch_of(clean(text(24), 0, slots), noisy(text(40, masks=True), 24, slots))
     logits = packed.logits(packed.forward(batch, new_kv_cache(child.config)))
     expected = child.head(plain_forward(child, batch, new_kv_cache(child.config), batch.is_noisy_T))
@@ -162,7 +163,9 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
 def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
     """Alone, and with noisy rows before, between and behind them, some of their own sequence."""
     parent = parent_of(name)
-    packed, packed_parent = (NativeBackend(model, bits, kernels, rotate=rotate) for model in (child_of(name, parent), parent))
+    packed, packed_parent = (
+        NativeBackend(pack_model(model, bits, rotate=rotate), kernels) for model in (child_of(name, parent), parent)
+    )
     a, b, c, d = slots_of(50, 17, 33, 8)
     parts = clean(text(40), 0, a), clean(text(1), 0, b), clean(text(16), 1, b), clean(text(25), 0, c)
     kv_cache = new_kv_cache(parent.config)
@@ -185,7 +188,7 @@ def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: i
 @pytest.mark.parametrize("name", MODELS)
 def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """With 1, 2 and 3 threads, after its context in the same forward or an earlier one, at other slots, block by block."""
-    packed = NativeBackend(child_of(name, parent_of(name)), bits, any_kernels)
+    packed = NativeBackend(pack_model(child_of(name, parent_of(name)), bits), any_kernels)
     sizes = ((8, 8), (24, 40), (0, 16), (16, 1))
     places = slots_of(*(context + count for context, count in sizes))
     contexts = [clean(text(context), 0, slots) for (context, _), slots in zip(sizes, places, strict=True)]
@@ -220,7 +223,7 @@ def test_updates_of_zero_change_no_bit(kernels: Kernels, name: str, bits: int, r
 
     def run(model: Transformer) -> tuple[Tensor, Tensor]:
         kv_cache = new_kv_cache(model.config)
-        return NativeBackend(model, bits, kernels, rotate=rotate).forward(batch, kv_cache), kv_cache
+        return NativeBackend(pack_model(model, bits, rotate=rotate), kernels).forward(batch, kv_cache), kv_cache
 
     before = run(parent)
     assert all(map(torch.equal, run(child), before))

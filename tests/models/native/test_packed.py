@@ -23,6 +23,7 @@ from unmask.models.arch.config import ModelConfig, RopeConfig
 from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.interface import Kernels
+from unmask.models.native.packing import pack_model
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
@@ -135,7 +136,7 @@ def prompt_and(packed: NativeBackend, reference: Reference, count: int, seed: in
 def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int) -> None:
     """One layer, to rounding; a row errs more where an activation lay between two integers and was rounded the other way."""
     model = model_of(name, num_layers=1)
-    packed, reference = NativeBackend(model, bits, any_kernels, rotate=False), Reference(model, bits)
+    packed, reference = NativeBackend(pack_model(model, bits, rotate=False), any_kernels), Reference(model, bits)
     everything = []
     for count in (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 200):
         repeats = [prompt_and(packed, reference, count, seed) for seed in range(5 if count < 8 else 1)]
@@ -156,7 +157,7 @@ def test_equals_the_plain_arithmetic(any_kernels: Kernels, name: str, bits: int)
 def test_layers_are_run_in_order(kernels: Kernels, name: str) -> None:
     """Three layers, where one activation rounded the other way reaches every later row: close, not equal."""
     model = model_of(name, num_layers=3)
-    hidden, stored = prompt_and(NativeBackend(model, 8, kernels, rotate=False), Reference(model, 8), 32, seed=0)
+    hidden, stored = prompt_and(NativeBackend(pack_model(model, 8, rotate=False), kernels), Reference(model, 8), 32, seed=0)
     assert hidden.mean() < 4e-2
     assert stored.mean() < 4e-2
 
@@ -168,7 +169,7 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, rotate: bool
     """Rotated or not, what is left is the error of rounding."""
     model = model_of(name)
     packed, kv_cache, plain = (
-        NativeBackend(model, bits, kernels, rotate=rotate),
+        NativeBackend(pack_model(model, bits, rotate=rotate), kernels),
         *(new_kv_cache(model.config) for _ in range(2)),
     )
     batch = batch_of((random_tokens(64), 0, 16, range(64)))
@@ -198,7 +199,7 @@ def run_with_threads(count: int, packed: NativeBackend, batch: Batch) -> tuple[T
 def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """Alone with its sequence, among others, with other slots, in smaller forwards, and with other numbers of threads."""
     model = model_of(name)
-    packed = NativeBackend(model, bits, any_kernels)
+    packed = NativeBackend(pack_model(model, bits), any_kernels)
     texts = [random_tokens(n, seed=n) for n in (40, 1, 64, 9, 17)]
     bounds = torch.tensor([0, *(len(t) for t in texts)]).cumsum(0).tolist()
     together = [(text, 0, 8, range(bounds[i], bounds[i + 1])) for i, text in enumerate(texts)]
@@ -226,7 +227,7 @@ def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, 
 def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
     """A later token changes exactly the rows that may see it."""
     model = model_of("llama")
-    packed = NativeBackend(model, 8, kernels)
+    packed = NativeBackend(pack_model(model, 8), kernels)
     tokens, slots = random_tokens(70), range(70)
     before = packed.forward(batch_of((tokens, 0, block_size, slots)), new_kv_cache(model.config))
     tokens[43] = (tokens[43] + 1) % 60
@@ -238,7 +239,7 @@ def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
 @pytest.mark.parametrize("banned_id", [None, 3, 767, 768, 1558])
 def test_greedy_is_the_argmax_of_the_logits(any_kernels: Kernels, banned_id: int | None) -> None:
     model = model_of("qwen2")
-    packed = NativeBackend(model, 8, any_kernels)
+    packed = NativeBackend(pack_model(model, 8), any_kernels)
     for count in (1, 8, 65, 130):
         hidden = torch.randn(count, model.config.hidden_size, generator=torch.Generator().manual_seed(count))
         logits = packed.logits(hidden)
@@ -257,7 +258,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens_unless_banned(kernels: Kernels)
     hidden = torch.randn(1, model.config.hidden_size)
     twins = (40, 41, 780, 1558)
     model.embed.weight[list(twins)] = hidden / hidden.norm() * 20
-    packed = NativeBackend(model, 8, kernels, rotate=False)
+    packed = NativeBackend(pack_model(model, 8, rotate=False), kernels)
     assert packed.greedy(hidden)[0].item() == 40
     assert packed.greedy(hidden, 40)[0].item() == 41
     # Three or four equal shares.
@@ -268,7 +269,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens_unless_banned(kernels: Kernels)
 def test_extreme_logits_have_finite_probabilities(kernels: Kernels) -> None:
     model = model_of("qwen2")
     model.embed.weight.mul_(1e4)
-    packed = NativeBackend(model, 8, kernels, rotate=False)
+    packed = NativeBackend(pack_model(model, 8, rotate=False), kernels)
     hidden = torch.cat((torch.zeros(1, model.config.hidden_size), torch.ones(1, model.config.hidden_size) * 100))
     tokens, probability = packed.greedy(hidden)
     assert tokens[0] == 0
@@ -279,8 +280,8 @@ def test_extreme_logits_have_finite_probabilities(kernels: Kernels) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
     model = tiny_model(family).requires_grad_(False)
-    exact = NativeBackend(model.bfloat16().float(), 8, kernels)
-    packed = NativeBackend(model.bfloat16(), 8, kernels)
+    exact = NativeBackend(pack_model(model.bfloat16().float(), 8), kernels)
+    packed = NativeBackend(pack_model(model.bfloat16(), 8), kernels)
     batch = batch_of((random_tokens(5), 0, 4, range(5)))
     torch.testing.assert_close(
         packed.forward(batch, new_kv_cache(model.config)),
@@ -292,12 +293,12 @@ def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
 
 def test_unsupported_models_are_named(kernels: Kernels) -> None:
     with refused(ConfigError, "dense"):
-        NativeBackend(tiny_model("llada2"), 8, kernels)
+        NativeBackend(pack_model(tiny_model("llada2"), 8), kernels)
     with refused(ConfigError, "3-bit"):
-        NativeBackend(tiny_model("llama"), 3, kernels)
+        NativeBackend(pack_model(tiny_model("llama"), 3), kernels)
     model = tiny_model("llama").requires_grad_(False)
     with refused(ConfigError, "float32"):
-        NativeBackend(model, 8, kernels).forward(batch_of(([1], 0, 1, [0])), new_kv_cache(model.config).double())
+        NativeBackend(pack_model(model, 8), kernels).forward(batch_of(([1], 0, 1, [0])), new_kv_cache(model.config).double())
 
 
 TEXT = """Photosynthesis is how plants, algae and some bacteria turn light into chemical energy. Chlorophyll in leaves absorbs
@@ -311,7 +312,7 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
     model = unmask.load("smollm2-135m-converted", dtype="float32")
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(TEXT)
-    packed = NativeBackend(model.transformer, bits, kernels)
+    packed = NativeBackend(pack_model(model.transformer, bits), kernels)
     c = model.config
     kv_cache = torch.zeros(c.num_layers, 2, c.num_kv_heads, len(ids), c.head_dim)
     logits = packed.logits(packed.forward(batch_of((ids, 0, 32, range(len(ids)))), kv_cache))
@@ -324,7 +325,7 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
 @pytest.mark.parametrize("bits", [8, 4])
 def test_calls_from_several_threads_do_not_disturb_each_other(kernels: Kernels, bits: int) -> None:
     """Of growing sizes, so that a shared workspace would be replaced while others compute in it."""
-    packed = NativeBackend(model_of("llama"), bits, kernels)
+    packed = NativeBackend(pack_model(model_of("llama"), bits), kernels)
     batches = [batch_of((random_tokens(count, count), 0, 1, range(count))) for count in (1, 3, 8, 20, 60, 150) * 3]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
+from unmask.models.native.packing import pack_matrix
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def threads() -> Iterator[None]:
 def linear(kernels: Kernels) -> tuple[PackedLinear, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(1000, 64, generator=generator), torch.randn(9, 64, generator=generator)
-    return PackedLinear(weight, None, 8, kernels), x
+    return PackedLinear(pack_matrix(weight, 8), kernels), x
 
 
 def running_threads() -> int:

@@ -25,7 +25,8 @@ from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.interface import Kernels
 from unmask.models.native.library import load_kernels
-from unmask.models.native.packed import PackedTransformer, check_packable
+from unmask.models.native.packed import PackedTransformer
+from unmask.models.native.packing import check_packable, pack_model
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -68,7 +69,7 @@ class QuantizedModel:
     def __init__(self, model: Transformer, weights: str, on_packed: Callable[[], None] = lambda: None) -> None:
         if weights not in BITS:
             raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
-        check_packable(model, BITS[weights])
+        check_packable(model.config, model.embed.weight.device, BITS[weights])
         self._bits, self._on_packed = BITS[weights], on_packed
         self._backend: TorchBackend | NativeBackend = TorchBackend(model)
         self._kernels: Kernels | None = None
@@ -89,7 +90,7 @@ class QuantizedModel:
         """
         if weights == "auto":
             try:
-                check_packable(model, BITS["int8"])
+                check_packable(model.config, model.embed.weight.device, BITS["int8"])
             except ConfigError:
                 return None
         return None if weights is None else cls(model, "int8" if weights == "auto" else weights, on_packed)
@@ -100,7 +101,7 @@ class QuantizedModel:
             if self._kernels is not None:
                 assert isinstance(self._backend, TorchBackend), "there are kernels to pack for until the weights are packed"
                 with torch.no_grad():
-                    self._backend = NativeBackend(self._backend.model, self._bits, self._kernels)
+                    self._backend = NativeBackend(pack_model(self._backend.model, self._bits), self._kernels)
                 self._kernels = None
                 self._on_packed()
                 _trim_heap()

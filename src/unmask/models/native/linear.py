@@ -11,24 +11,27 @@ from collections.abc import Callable
 from ctypes import byref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.models.native import interface
-from unmask.models.native.quantize import PANEL, pack, quantize
+from unmask.models.native.quantize import PackedMatrix
 
 
 class PackedLinear:
     """`x W^T + b` with 8-bit activations, one scale a row, and 8- or 4-bit weights."""
 
-    def __init__(self, weight_VK: Tensor, bias_V: Tensor | None, bits: int, kernels: interface.Kernels) -> None:
-        matrix = pack(quantize(weight_VK.detach(), bits))
-        bias = None if bias_V is None else F.pad(bias_V.detach().float(), (0, -len(bias_V) % PANEL))
-        self._tensors = (matrix.weight, matrix.group_scale, matrix.scale, bias)
-        self._kernels, self._outputs, self._inputs = kernels, matrix.outputs, weight_VK.shape[1]
+    def __init__(self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None) -> None:
+        """Point the kernels to a matrix.
+
+        Args:
+            matrix: packed.
+            kernels: the compiled library.
+            bias: float32, padded to panels (`pack_bias`).
+        """
+        self._tensors = (matrix, bias)
+        self._kernels, self._outputs, self._depth = kernels, matrix.outputs, matrix.depth
         self._workspace = interface.Workspace()
-        addresses = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
-        self.struct = interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)
+        self._struct = linear_struct(matrix, bias)
 
     @torch.no_grad()
     def __call__(self, x_NK: Tensor) -> Tensor:
@@ -47,7 +50,14 @@ class PackedLinear:
 
     def _run(self, kernel: Callable[..., None], x_NK: Tensor, *arguments: int) -> None:
         assert x_NK.ndim == 2
-        assert x_NK.shape[1] == self._inputs
+        assert x_NK.shape[1] <= self._depth
         x_NK, threads = x_NK.float().contiguous(), torch.get_num_threads()
-        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self.struct), len(x_NK), threads))
-        kernel(byref(self.struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
+        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self._struct), len(x_NK), threads))
+        kernel(byref(self._struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
+
+
+def linear_struct(matrix: PackedMatrix, bias: Tensor | None) -> interface.Linear:
+    """The C structure of a matrix and its bias, which must outlive it."""
+    tensors = (matrix.weight, matrix.group_scale, matrix.scale, bias)
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)
