@@ -28,7 +28,7 @@ CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("ma
 help: ## Show this list
 	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
 	@echo
-	@echo "Start here:  make demo   watch the embedded model answer by denoising, then convert one yourself (10 minutes)"
+	@echo "Start here:  make demo   watch the embedded model answer by denoising, then convert one yourself (3 minutes)"
 	@echo "             make test   check that everything works on this machine (a few minutes)"
 	@echo
 	@echo "Each target sets up .venv by itself the first time (some minutes, mostly PyTorch) and reuses it afterwards."
@@ -60,7 +60,7 @@ $(KERNELS): $(KERNEL_SOURCES) | $(STAMP)
 	@$(BUILD_KERNELS)
 	@mkdir -p $(@D) && touch $@
 
-demo: $(STAMP) $(KERNELS) ## Answers by denoising, autoregressive and diffusion side by side, and a two-minute conversion
+demo: $(STAMP) $(KERNELS) ## Answers by denoising, against the same weights token by token, and a conversion (3 minutes)
 	@$(BIN)/unmask demo $(ARGS)
 
 test: $(STAMP) $(KERNELS) ## Tests, without the slow ones and those that need a GPU

@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name, folder in runs.items():
-        model = unmask.load(folder)
+        model = unmask.load(folder, quantize="none")
         results[name] = {t: measure(model, float(t), options.count, name) for t in options.thresholds.split(",")}
     last = {
         name: [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "validation"][-1] for name, run in runs.items()

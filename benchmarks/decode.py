@@ -1,37 +1,33 @@
-"""Decoding speed: PERFORMANCE targets D2-D6, each against its floor or its rival, measured in turn in one process.
+"""Decoding speed against floors measured in the same run, and against the engine itself: targets D3 to D6.
 
     python benchmarks/decode.py [--quick] [--json] [--only D3,D5] [--threads 2]
 
-D2  diffusion against the same engine decoding the autoregressive parent, each at its best precision and, for diffusion,
-    block size and threshold among those that score within 2 points of its best; structured answers (JSON by a schema, both
-    sides with the same grammar) and short facts. Tokens/s, tokens per forward with every forward counted, and the score.
-    What the grammar itself gives: the same prompts without it.
-D3  one denoising forward against max(bytes of weights / bandwidth, operations / rate), measured in the same run.
-D4  the engine against decoding without a cache, the same tokens: the reference in float32, and the 8-bit kernels.
-D5  eight requests at once against one after the other, the same tokens.
-D6  reading a prompt of 2,048 tokens against the floor, attention's operations included.
+D3  one denoising forward with its head at 1, 8, 16, 32 and 64 rows and the model's block, context 256, against
+    max(bytes of weights / read bandwidth, operations / rate): at most 1.5 times.
+D4  512 tokens with the KV cache against the same without one, the same tokens (the reference in float32; with 8-bit weights
+    the engine, made to forget after each step): at least 10 times as fast.
+D5  eight requests at once against one after the other, the same tokens: at least 4 times the throughput.
+D6  reading a prompt of 2,048 tokens against the floor, attention's operations included: at most 1.5 times.
 
-Texts of D2 are in the result file: speed means nothing without them. Writes benchmarks/results/.
+float32 is the path of `--quantize none`, int8 that of `--quantize auto`. `everyday.py` measures D2, `vs_llamacpp.py` D1.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import arguments, results_path, write_results
+from common import Figure, arguments, figure, print_json, results_path, write_results
 from floors import Machine, machine, seconds_of
 from rich.console import Console
 from rich.table import Table
-from tasks import Task, extraction, facts
+from tasks import extraction, facts
 
 import unmask
 from unmask.engine.backends.base import Backend
@@ -43,97 +39,20 @@ from unmask.engine.request import Completion, Request
 from unmask.models.arch.config import ModelConfig
 
 WEIGHTS = ("float32", "int8", "int4")
-FREE = ", without grammar"
 LOG = Console(stderr=True)
 
 
+class Measured(NamedTuple):
+    """Figures by name, and what they were made of."""
+
+    figures: dict[str, Figure]
+    details: dict[str, Any]
+
+
 def load(name: str, weights: str) -> LanguageModel:
-    model = unmask.load(name, dtype="float32", quantize=None if weights == "float32" else weights)
+    model = unmask.load(name, dtype="float32", quantize="none" if weights == "float32" else weights)
     model.backend()
     return model
-
-
-def measure_d2(names: tuple[str, str], quick: bool, smoke: bool) -> dict[str, Any]:
-    """Speed at equal or better score, structured and free."""
-    count = 1 if smoke else 4 if quick else 8
-    suites = {"structured": extraction(count), "facts": facts(count)}
-    sides: dict[str, tuple[LanguageModel, dict[str, Any]]] = {}
-    for kind in ("int8",) if quick else WEIGHTS:
-        sides[f"AR {kind}"] = (load(names[0], kind), {})
-        child = load(names[1], kind)
-        # With other weights a forward costs more here: one row is enough to see it.
-        sizes = (8, 16) if kind == "int8" and not quick else (8,)
-        bars = (0.95, 0.6) if kind == "int8" else (0.6,)
-        for size, bar in itertools.product(sizes, bars):
-            sides[f"diffusion {kind}, block {size}, threshold {bar}"] = (child, {"block_size": size, "threshold": bar})
-    length = 4 if smoke else 64
-    ways = {name: way(model, max_new_tokens=length, **options) for name, (model, options) in sides.items()}
-    found: dict[str, Any] = {"target": 2.1, "suites": {}}
-    plain = [name for name in sides if name == "AR int8" or name.startswith("diffusion int8, block 8")]
-    free = {f"{name}{FREE}": way(sides[name][0], free=True, max_new_tokens=length, **sides[name][1]) for name in plain}
-    for suite, tasks in suites.items():
-        rows = in_turn(ways | (free if suite == "structured" else {}), tasks, 1 if smoke else 3 if quick else 5)
-        formed = {name: row for name, row in rows.items() if not name.endswith(FREE)}
-        autoregressive = best({n: r for n, r in formed.items() if n.startswith("AR")})
-        diffusion = best({n: r for n, r in formed.items() if n.startswith("diffusion")})
-        ratios = [a / d for a, d in zip(rows[autoregressive]["seconds"], rows[diffusion]["seconds"], strict=True)]
-        share = rows[diffusion]["tokens"] / rows[autoregressive]["tokens"]
-        found["suites"][suite] = {
-            "ratio": statistics.median(ratios) * share, "autoregressive": autoregressive, "diffusion": diffusion, "ways": rows,
-            "answers_per_second_ratio": statistics.median(ratios),
-        }  # fmt: skip
-        print_d2(suite, rows, autoregressive, diffusion, found["suites"][suite]["ratio"])
-    found["value"] = found["suites"]["structured"]["ratio"]
-    return found
-
-
-def way(model: LanguageModel, *, free: bool = False, max_new_tokens: int = 64, **options: Any) -> Callable[[Task], Any]:
-    """How to answer a task; `free`: without the grammar of its answer."""
-
-    def answer(task: Task) -> Any:
-        return model.generate(task.prompt, max_new_tokens=max_new_tokens, json_schema=None if free else task.schema, **options)
-
-    return answer
-
-
-def in_turn(ways: dict[str, Callable[[Task], Any]], tasks: list[Task], repeats: int) -> dict[str, dict[str, Any]]:
-    """Every way answers all tasks, the ways in turn, after one answer to warm up."""
-    rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
-    for answer in ways.values():
-        answer(tasks[0])
-    for _ in range(repeats):
-        for name, answer in ways.items():
-            answers = [answer(task) for task in tasks]
-            row = rows[name]
-            # A grammar may leave nothing to decide: then there is no forward, and no time is spent on one.
-            row["seconds"].append(max(sum(each.seconds for each in answers), 1e-9))
-            row["tokens"] = sum(each.completion_tokens for each in answers)
-            row["forwards"] = sum(each.forwards for each in answers)
-            row["score"] = 100 * statistics.mean(t.score(a.text) for t, a in zip(tasks, answers, strict=True))
-            row["texts"] = [each.text for each in answers]
-    for row in rows.values():
-        row["tokens_per_second"] = row["tokens"] / statistics.median(row["seconds"])
-        row["tokens_per_forward"] = row["tokens"] / max(row["forwards"], 1)
-    return rows
-
-
-def best(rows: dict[str, dict[str, Any]]) -> str:
-    """The fastest way whose score is within 2 points of the best of its side."""
-    top = max(row["score"] for row in rows.values())
-    good = {name: row for name, row in rows.items() if row["score"] >= top - 2}
-    return max(good, key=lambda name: good[name]["tokens_per_second"])
-
-
-def print_d2(suite: str, rows: dict[str, Any], autoregressive: str, diffusion: str, ratio: float) -> None:
-    table = Table(title=f"D2 {suite}: {ratio:.2f}x (target 2.1x)")
-    for column in ("", "tokens/s", "tokens per forward", "score", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, row in rows.items():
-        chosen = name in (autoregressive, diffusion)
-        seconds = f"{statistics.median(row['seconds']):.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
-        cells = (f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_forward']:.2f}", f"{row['score']:.0f}", seconds)
-        table.add_row(f"{name} *" if chosen else name, *cells)
-    LOG.print(table)
 
 
 def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
@@ -150,12 +69,12 @@ def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[],
     return run, run()
 
 
-def measure_d3(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str, Any]:
+def measure_d3(name: str, floors: Machine, quick: bool, smoke: bool) -> Measured:
     """A denoising forward with its head, over rows and weights; and what a step is made of."""
     table = Table(title="D3: one denoising forward, context 256 (ms; target 1.5x the floor)")
     for column in ("weights", "rows", "layers", "attention", "head", "sum", "floor", "ratio"):
         table.add_column(column, justify="right")
-    rows_of = {}
+    figures, details = dict[str, Figure](), dict[str, Any]()
     size = load(name, "float32").config.block_size or 32
     counts = {1, size} if smoke else {1, 8, 16, 32, 64, size}
     for weights in ("int8",) if quick else WEIGHTS:
@@ -167,15 +86,15 @@ def measure_d3(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str
             head = partial(backend.greedy, hidden, mask_id)
             works = (run, bare, torch.inference_mode()(head))
             rounds = [one_round(floors, works, backend.config, weights, rows) for _ in range(1 if smoke else 9)]
-            figures = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-            rows_of[f"{weights}, {rows}"] = figures
-            cells = (f"{1e3 * figures[key]:.1f}" for key in ("layers", "attention", "head", "sum", "floor"))
-            table.add_row(weights, str(rows), *cells, f"{figures['ratio']:.2f}")
+            medians = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+            details[f"{weights}, {rows}"] = medians
+            figures[f"D3 {weights}, {rows} rows"] = figure(medians["ratio"], 1.5, higher_is_better=False)
+            cells = (f"{1e3 * medians[key]:.1f}" for key in ("layers", "attention", "head", "sum", "floor"))
+            table.add_row(weights, str(rows), *cells, f"{medians['ratio']:.2f}")
     LOG.print(table)
-    at_block = [figures["ratio"] for key, figures in rows_of.items() if key.endswith(f", {size}")]
     python = measure_python(load(name, "int8"))
     LOG.print(f"A step of a request beside the model (sampling, bookkeeping, Python): {1e3 * python:.2f} ms")
-    return {"value": min(at_block), "target": 1.5, "rows": rows_of, "python_seconds": python}
+    return Measured(figures, {**details, "python_seconds": python})
 
 
 def one_round(
@@ -224,10 +143,10 @@ class Timed:
         self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
 
 
-def measure_d4(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
+def measure_d4(name: str, quick: bool, smoke: bool) -> Measured:
     """The engine against decoding without a cache: the reference in float32, and the 8-bit kernels without theirs."""
     count, runs = (8, 1) if smoke else (96, 1) if quick else (512, 3)
-    found: dict[str, Any] = {"target": 10.0, "tokens": count}
+    figures, details = dict[str, Figure](), dict[str, Any]({"tokens": count})
     for weights in ("float32", "int8"):
         model = load(name, weights)
         ids = tuple(model.encode_prompt("Write a long story about the sea."))
@@ -245,9 +164,9 @@ def measure_d4(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
         ratio = uncached / statistics.median(cached)
         times = f"uncached {uncached:.1f} s, cached {statistics.median(cached):.1f} s"
         LOG.print(f"D4: {count} tokens, {weights}, identical; {times}: {ratio:.1f}x (target 10x)")
-        found[weights] = {"ratio": ratio, "cached": cached, "uncached": uncached}
-        found["value"] = ratio
-    return found
+        details[weights] = {"cached": cached, "uncached": uncached}
+        figures[f"D4 {weights}"] = figure(ratio, 10.0)
+    return Measured(figures, details)
 
 
 def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
@@ -263,8 +182,8 @@ def forgetful(model: LanguageModel, request: Request) -> tuple[int, ...]:
             engine.scheduler.preempt(sequence)
 
 
-def measure_d5(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
-    """Eight requests at once against one after the other."""
+def measure_d5(name: str, floors: Machine, quick: bool, smoke: bool) -> Measured:
+    """Eight requests at once against one after the other, and what the floors alone would allow."""
     model = load(name, "int8")
     prompts = [task.prompt for task in (*facts(4), *extraction(4))]
     requests = [model.request(model.encode_prompt(text), max_new_tokens=4 if smoke else 48, eos_id=()) for text in prompts]
@@ -278,13 +197,21 @@ def measure_d5(name: str, quick: bool, smoke: bool) -> dict[str, Any]:
     pairs = [(seconds_of(alone, 1)[0], seconds_of(together, 1)[0]) for _ in range(1 if smoke else 3 if quick else 5)]
     ratio = statistics.median(one / many for one, many in pairs)
     same = [a.ids == b.ids for a, b in zip(together(), alone(), strict=True)]
-    LOG.print(f"D5: eight requests, {sum(same)} of 8 identical: {ratio:.2f}x the throughput of one (target 4x)")
-    return {"value": ratio, "target": 4.0, "pairs": pairs, "identical": sum(same)}
+    floors.measure(3)
+    size = model.config.block_size or 1
+    one, eight = (floors.floor(model.config, "int8", rows, rows) for rows in (size, 8 * size))
+    bound = 8 * one / eight
+    LOG.print(
+        f"D5: eight requests, {sum(same)} of 8 identical: {ratio:.2f}x the throughput of one (target 4x; {bound:.2f}x by the "
+        f"floors at {size} and {8 * size} rows)"
+    )
+    figures = {"D5 int8": figure(ratio, 4.0), "D5 identical": figure(sum(same), 8.0), "D5 by the floors": figure(bound)}
+    return Measured(figures, {"pairs": pairs})
 
 
-def measure_d6(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str, Any]:
+def measure_d6(name: str, floors: Machine, quick: bool, smoke: bool) -> Measured:
     """A prompt of 2,048 tokens through the engine's own prefill."""
-    best_ratio, rows_of, length = float("inf"), {}, 64 if smoke else 2048
+    figures, details, length = dict[str, Figure](), dict[str, Any](), 64 if smoke else 2048
     for weights in ("int8",) if quick else ("float32", "int8"):
         model = load(name, weights)
         config = model.config
@@ -303,22 +230,21 @@ def measure_d6(name: str, floors: Machine, quick: bool, smoke: bool) -> dict[str
         pairs = sum((position // size + 1) * size for position in range(length + size))
         operations = 4 * pairs * config.num_layers * config.num_heads * config.head_dim
         floor = products + operations / floors.rates["float32"]
-        rows_of[weights] = {"seconds": seconds, "floor": floor, "products_only": products, "ratio": seconds / floor}
-        best_ratio = min(best_ratio, seconds / floor)
+        details[weights] = {"seconds": seconds, "floor": floor, "products_only": products}
+        figures[f"D6 {weights}"] = figure(seconds / floor, 1.5, higher_is_better=False)
         LOG.print(
             f"D6: {length:,} tokens, {weights}: {seconds:.2f} s, floor {floor:.2f} s ({products:.2f} s without attention): "
             f"{seconds / floor:.2f}x (target 1.5x)"
         )
-    return {"value": best_ratio, "target": 1.5, "rows": rows_of}
+    return Measured(figures, details)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-converted")
-    parser.add_argument("--autoregressive", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true", help="8-bit weights only, fewer prompts and repeats")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
-    parser.add_argument("--only", default="D2,D3,D4,D5,D6")
+    parser.add_argument("--only", default="D3,D4,D5,D6")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
     quick, smoke = options.quick or options.smoke, options.smoke
@@ -327,24 +253,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     floors = Machine(smoke=smoke)
     rates = ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in floors.rates.items())
     LOG.print(f"{json.dumps(machine())}\nread bandwidth {floors.bytes_per_second / 1e9:.1f} GB/s, large products: {rates}")
-    names = (options.autoregressive, options.model)
-    work: dict[str, Callable[[], dict[str, Any]]] = {
-        "D2": lambda: measure_d2(names, quick, smoke),
+    work: dict[str, Callable[[], Measured]] = {
         "D3": lambda: measure_d3(options.model, floors, quick, smoke),
         "D4": lambda: measure_d4(options.model, quick, smoke),
-        "D5": lambda: measure_d5(options.model, quick, smoke),
+        "D5": lambda: measure_d5(options.model, floors, quick, smoke),
         "D6": lambda: measure_d6(options.model, floors, quick, smoke),
     }
     wanted = options.only.split(",")
-    figures: dict[str, Any] = {name: measure() for name, measure in work.items() if name in wanted}
+    measured = {name: measure() for name, measure in work.items() if name in wanted}
+    figures = {name: each for of_target in measured.values() for name, each in of_target.figures.items()}
     out = results_path(options.results, "decode_quick" if quick else "decode")
     before = json.loads(out.read_text()) if out.exists() else {}
-    measured = {"machine": machine(), "bytes_per_second": floors.bytes_per_second, "rates": floors.rates}
-    everything = {**before, **measured, **figures}  # with --only, the rest of today's figures stay
-    write_results(out, everything)
+    about = {"machine": machine(), "bytes_per_second": floors.bytes_per_second, "rates": floors.rates}
+    # With --only, the rest of today's figures stay.
+    write_results(out, {**before, **about, **{name: each._asdict() for name, each in measured.items()}})
     if options.json:
-        json.dump({name: {"value": row["value"], "target": row["target"]} for name, row in figures.items()}, sys.stdout)
-        print()
+        print_json(figures)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, tokens = (1, 6) if options.smoke else (options.rounds, 32)
     results: dict[str, Any] = {"machine": machine(), "target": TARGET}
     for kind in ("autoregressive", "diffusion"):
-        model = unmask.load(getattr(options, kind), dtype="float32", quantize=None if options.smoke else "int8")
+        model = unmask.load(getattr(options, kind), dtype="float32", quantize="none" if options.smoke else "int8")
         results[kind] = measure(model, rounds=rounds, tokens=tokens)
     write_results(results_path(options.results, "sampling"), results)
     if options.json:

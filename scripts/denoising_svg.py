@@ -42,7 +42,7 @@ class Cell:
 
 def cells(name: str) -> tuple[list[Cell], int, int]:
     """An answer as cells, its number of tokens and of forwards."""
-    model = unmask.load(name)
+    model = unmask.load(name, quantize="none")
     answer = model.generate(QUESTION, max_new_tokens=48, trace=True)
     assert answer.trace is not None
     assert model.tokenizer is not None

@@ -52,7 +52,7 @@ def own(name: str, questions: Sequence[Mapping[str, Any]], path: Path) -> list[M
     kept = [json.loads(line) for line in started.read_text().splitlines()] if started.exists() else []
     done = {record["messages"][0]["content"] for record in kept}
     todo = [turns[:1] for turns in (question["messages"] for question in questions) if turns[0]["content"] not in done]
-    model = unmask.load(name, quantize="auto")
+    model = unmask.load(name)
     assert model.tokenizer is not None
     engine = model.engine(max_num_seqs=32)
     with started.open("a") as file:

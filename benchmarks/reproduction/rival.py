@@ -1,6 +1,7 @@
 """llama.cpp, asked line by line: `{"ids": [...], "tokens": n}` in; out what `turns.Answer` holds.
 
     python benchmarks/reproduction/rival.py FILE.gguf THREADS
+    python benchmarks/reproduction/rival.py --quantize Q4_0 FILE.gguf OUT.gguf     # nothing is asked: weights of another kind
 
 Needs llama-cpp-python and nothing of ours, so that it may live in an environment of its own. Greedy; an end-of-text token does
 not end an answer: how long it is, is not the question here. The first line out says the version.
@@ -8,6 +9,7 @@ not end an answer: how long it is, is not the question here. The first line out 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -16,7 +18,20 @@ from itertools import islice
 import llama_cpp
 
 
+def quantize(kind: str, source: str, out: str) -> None:
+    """Write the weights of a GGUF file as another kind, by llama.cpp's own quantiser, from quantised ones too."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.allow_requantize = True
+    status = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
+    if status != 0:
+        sys.exit(f"error: llama.cpp's quantiser failed ({status}) on {source}")
+
+
 def main() -> None:
+    if sys.argv[1] == "--quantize":
+        quantize(*sys.argv[2:])
+        return
     path, threads = sys.argv[1], int(sys.argv[2])
     model = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
     print(json.dumps(llama_cpp.__version__), flush=True)

@@ -80,7 +80,7 @@ def by_turns(child: str, control: str, python: str | None, decoding: SamplingPar
     and `p90` are of the questions' own ratios, which a machine that is shared with others disturbs less.
     """
     # 8-bit where the CPU's kernels allow it; the control ignores how blocks are decoded.
-    models = {name: unmask.load(path, quantize="auto") for name, path in (("child", child), ("control", control))}
+    models = {name: unmask.load(path) for name, path in (("child", child), ("control", control))}
     taken: list[tuple[str, dict[str, Answer]]] = []
     with llama(python) if python is not None else _nobody() as (version, rival):
         for task in mini5_tasks():
@@ -118,7 +118,7 @@ def by_turns(child: str, control: str, python: str | None, decoding: SamplingPar
 
 def compare_settings(child: str, settings: Sequence[SamplingParams], per_task: int) -> list[float]:
     """Tokens/s of each setting over the first validation questions of every task, every question answered in all in turn."""
-    model = unmask.load(child, quantize="auto")
+    model = unmask.load(child)
     items = [item for task in mini5_tasks() for item in task.items("validation", per_task)]
     answer(model, request_of(model, items[0], settings[0]))
     taken: list[list[Answer]] = [[] for _ in settings]

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--continuations", type=float, default=0.35, help="share of continuations among the prompts")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of all answers of a conversation together")
     parser.add_argument("--max-num-seqs", type=int, default=48, help="answered at the same time")
-    parser.add_argument("--quantize", default="int8", help="int8, auto, or none")
+    parser.add_argument("--quantize", default="int8", help="auto, none, int8 or int4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("--seed", type=int, default=0)
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
     shards = Shards(options.out)
     jobs = make_jobs(max(100, options.tokens // TOKENS_PER_JOB), options.seed, texts, options.continuations)
-    model = unmask.load(options.model, quantize=None if options.quantize == "none" else options.quantize)
+    model = unmask.load(options.model, quantize=options.quantize)
     writer = Writer(model, shards, max_num_seqs=options.max_num_seqs, max_new_tokens=options.max_new_tokens)
     started, cpu_started = time.perf_counter(), time.process_time()
 

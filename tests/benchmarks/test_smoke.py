@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ def smoke(script: str, results: Path, *arguments: str) -> None:
 
 
 def test_decode(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    smoke("decode", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"], "--json")
+    smoke("decode", tmp_path, "--model", models["diffusion"], "--json")
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == {"D2", "D3", "D4", "D5", "D6"}
+    assert {name.split()[0] for name in figures} == {"D3", "D4", "D5", "D6"}
     assert all(figure["value"] >= 0 for figure in figures.values())
+    assert figures["D5 identical"] == {"value": 8, "target": 8.0, "met": True}
     assert list(tmp_path.glob("decode_quick_*.json"))
 
 
@@ -131,8 +133,56 @@ def test_memory(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFi
     assert figures["longest_wait_beside"] > 0
 
 
+FAKE_LLAMA = """
+import ctypes, shutil
+__version__, LLAMA_FTYPE_MOSTLY_Q4_0, LLAMA_FTYPE_MOSTLY_Q8_0 = "fake", 2, 7
+
+class Params(ctypes.Structure):
+    _fields_ = [("ftype", ctypes.c_int), ("allow_requantize", ctypes.c_bool)]
+
+llama_model_quantize_default_params = Params
+
+def llama_model_quantize(source, out, params):
+    shutil.copyfile(source, out)
+    return 0
+
+class Llama:
+    def __init__(self, path, **options):
+        assert open(path).read() == "weights"
+
+    def reset(self):
+        pass
+
+    def generate(self, ids, temp):
+        while True:
+            yield 1
+"""
+
+
+def test_vs_llamacpp(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a llama.cpp that answers at once."""
+    (tmp_path / "llama_cpp.py").write_text(FAKE_LLAMA)
+    (tmp_path / "weights.gguf").write_text("weights")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    named = {"model": models["diffusion"], "autoregressive": models["autoregressive"], "llama-python": sys.executable}
+    arguments = {**named, "gguf": str(tmp_path / "weights.gguf"), "cache": str(tmp_path / "cache")}
+    smoke("vs_llamacpp", tmp_path, *(word for name, value in arguments.items() for word in (f"--{name}", value)), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert {name for name in figures if "llama.cpp" in name} == {
+        f"tokens/s, llama.cpp {kind}" for kind in ("Q4_1", "Q4_0", "Q8_0")
+    }
+    assert figures["D1 ours, default model"]["target"] == 4.0
+
+
 def test_vs_llamacpp_says_what_is_missing(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llama_cpp") is not None:
-        pytest.skip("llama-cpp-python is installed")
     with pytest.raises(SystemExit, match="llama-cpp-python"):
         smoke("vs_llamacpp", tmp_path)
+
+
+def test_quantization(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("quantization", tmp_path, "--models", ",".join(models.values()), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert len(figures) == len(models) * 2 * 2
+    assert all(0 <= figure["value"] <= 1 for name, figure in figures.items() if name.endswith("agreement"))

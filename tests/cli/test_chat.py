@@ -260,16 +260,18 @@ def test_an_answer_takes_what_room_the_context_has(run, diffusion_folder: Path) 
     assert int(re.findall(r"answers: 1, (\d+) tokens", result.stderr)[0]) == 256 - prompt
 
 
-@pytest.mark.parametrize(("given", "passed"), [((), "auto"), (("--quantize", "none"), None), (("--quantize", "int4"), "int4")])
+@pytest.mark.parametrize(
+    ("given", "passed"), [((), "auto"), (("--quantize", "none"), "none"), (("--quantize", "int4"), "int4")]
+)
 def test_the_weights_that_were_asked_for_are_loaded(
-    run, ar_folder: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], passed: str | None
+    run, ar_folder: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], passed: str
 ) -> None:
     asked: list[object] = []
     load = unmask.load
 
-    def plain_load(model: str, *, quantize: str | None, **options: Any) -> LanguageModel:
+    def plain_load(model: str, *, quantize: str, **options: Any) -> LanguageModel:
         asked.append(quantize)
-        return load(model, **options)
+        return load(model, quantize="none", **options)
 
     monkeypatch.setattr("unmask.load", plain_load)
     assert run("chat", "-m", ar_folder, *given, input="").exit_code == 0

@@ -7,20 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from runs import tiny_folder
 from unmask.cli import demo_conversion
 from unmask.cli.demo import MARK, QUESTIONS
+from unmask.cli.demo_comparison import verdict
 from unmask.cli.demo_conversion import PROMPTS, plan_conversion, terminal_plot
 from unmask.errors import CheckpointError
 from unmask.models.weights.hub import EMBEDDED, EMBEDDED_DIFFUSION
 
 
+@pytest.fixture(scope="module")
+def speculative_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion model inside an autoregressive one."""
+    folder = tmp_path_factory.mktemp("models") / "speculative"
+    return tiny_folder(folder, mask_id=3, block_size=4, start_id=0, gated_lora_rank=2)
+
+
 @pytest.fixture(autouse=True)
-def tiny_models(ar_folder: Path, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_models(ar_folder: Path, speculative_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from unmask.cli import demo
 
     assert (demo.AUTOREGRESSIVE_MODEL, demo.DIFFUSION_MODEL) == (EMBEDDED, EMBEDDED_DIFFUSION)
     monkeypatch.setattr(demo, "AUTOREGRESSIVE_MODEL", str(ar_folder))
-    monkeypatch.setattr(demo, "DIFFUSION_MODEL", str(diffusion_folder))
+    monkeypatch.setattr(demo, "DIFFUSION_MODEL", str(speculative_folder))
 
 
 @pytest.fixture
@@ -36,8 +45,9 @@ def test_whole_demo(run, tmp_path: Path, monkeypatch) -> None:
     assert "\x1b" not in result.stdout[result.stdout.index("Side by side") :]
     for question in QUESTIONS:
         assert f"> {question}" in result.stdout
-    assert "autoregressive" in result.stdout
+    assert result.stdout.count("the same text") == len(QUESTIONS)
     assert result.stdout.count("tokens per forward") == len(QUESTIONS)
+    assert "Speculative decoding was" in result.stdout
     assert f"plot     {out / 'conversion' / 'loss.png'}" in result.stdout
     assert (out / "conversion" / "loss.png").exists()
     assert "┤" in result.stdout, "the terminal plot"
@@ -68,6 +78,19 @@ def test_without_the_diffusion_model_the_rest_runs_and_the_end_is_1(
 def test_without_the_autoregressive_model_there_is_no_demo(fails, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("unmask.cli.demo.AUTOREGRESSIVE_MODEL", "no-such-model")
     assert "no-such-model" in fails("demo", "--out", tmp_path / "demo")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ((2.1, 1.05), "faster on 2 of 2 prompts (2.10, 1.05 times the tokens/s)"),
+        ((2.1, 0.9, 1.0), "faster on 1 of 3 prompts (2.10 times the tokens/s) and slower on 1 of 3 prompts (0.90 times"),
+        ((0.9, 0.804), "slower on 2 of 2 prompts (0.90, 0.80 times the tokens/s)"),
+        ((1.004, 0.996), "as fast,"),
+    ],
+)
+def test_verdict_holds_on_every_prompt(ratios: tuple[float, ...], said: str) -> None:
+    assert verdict(ratios).startswith(f"Speculative decoding was {said}")
 
 
 @pytest.mark.parametrize("minutes", [0, -1, "nan", "inf"])

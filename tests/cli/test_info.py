@@ -38,6 +38,13 @@ def test_words_for_people(run, ar_folder: Path, diffusion_folder: Path) -> None:
     assert lines["block"] == "size       8 tokens"
 
 
+def test_what_decodes_by_default_is_told(run, diffusion_folder: Path) -> None:
+    auto = json.loads(run("info", diffusion_folder, "--json").stdout)["auto"]
+    assert auto["quantize"] == ("int8" if auto["device"] == "cpu" else "none")
+    assert "--quantize none: " in run("info", diffusion_folder).stdout
+    assert json.loads(run("info", "llada2-mini", "--json").stdout)["auto"]["quantize"] == "none"
+
+
 def test_config_alone_is_enough(run, own_folder: Path) -> None:
     before = json.loads(run("info", own_folder, "--json").stdout)
     for path in own_folder.iterdir():

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import unmask
+from unmask.cli.app import app
 from unmask.cli.main import SPINNING, limit_spinning
 from unmask.errors import DataError
 
@@ -50,6 +52,13 @@ def test_help_of_a_verb_teaches_with_an_example(run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
     assert f"\n  unmask {verb}" in result.stdout
+
+
+def test_all_verbs_decode_with_the_same_weights_by_default() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    defaults = {verb: each.default for verb in VERBS for each in commands[verb].params if each.name == "quantize"}
+    decoding = ("generate", "infill", "trace", "chat", "serve", "eval", "compare", "sweep")
+    assert defaults == dict.fromkeys(decoding, "auto")
 
 
 def test_help_loads_nothing_heavy() -> None:

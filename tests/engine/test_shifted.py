@@ -288,7 +288,7 @@ def test_watched_steps_give_the_completion() -> None:
 @pytest.mark.slow
 def test_the_embedded_gated_model_writes_its_parents_text() -> None:
     """With the weights as they are shipped and with 8-bit ones; in fewer forwards."""
-    for quantize in (None, "int8"):
+    for quantize in ("none", "int8"):
         child = load("smollm2-135m-diffusion", dtype="float32", quantize=quantize)
         parent = LanguageModel(
             reconfigured(child.transformer, parent_config(child.transformer.config)), None, name="parent", quantize=quantize

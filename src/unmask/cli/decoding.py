@@ -9,11 +9,12 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unmask.cli.console import pick_device
+from unmask.engine import quantization
 from unmask.engine.sampling_params import Option, Panel, SamplingParams, Surface
 from unmask.errors import RequestError
 
@@ -32,8 +33,12 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.", rich_help_panel="Model")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel="Model")]
 Quantize = Annotated[
-    Literal["auto", "none", "int8", "int4"],
-    typer.Option(help="Decode with quantised weights; auto: int8 on a CPU where the model allows it.", rich_help_panel="Model"),
+    quantization.Quantize,
+    typer.Option(
+        help="Weights that decode; auto: int8 by the CPU kernels where they run the model and no --dtype is given, else none "
+        "(as they are).",
+        rich_help_panel="Model",
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.", rich_help_panel="Output")
@@ -44,7 +49,7 @@ def load(model: str, dtype: str, device: str, quantize: str) -> LanguageModel:
     """The model that `--model`, `--dtype`, `--device` and `--quantize` name."""
     import unmask
 
-    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=None if quantize == "none" else quantize)
+    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
 
 
 def with_sampling_options(

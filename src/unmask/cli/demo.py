@@ -6,21 +6,20 @@ Owns the order of the steps and the text between them. Each step runs the same c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unmask.cli.console import is_live, make_console, program, visible
+from unmask.cli.console import is_live, make_console, program
 from unmask.cli.decoding import CONVERTED_MODEL, DIFFUSION_MODEL
+from unmask.cli.info import find_config
 from unmask.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.engine.generation import Generation
     from unmask.engine.llm import LanguageModel
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"
@@ -34,14 +33,14 @@ MARK = "MADE-BY-UNMASK-DEMO.txt"
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(help="Minutes that the conversion may take.")] = 2.0,
+    minutes: Annotated[float, typer.Option(help="Minutes that the conversion may take.")] = 1.5,
     skip_conversion: Annotated[bool, typer.Option("--skip-conversion", help="Only generate and compare.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the conversion; replaced by every run.")] = Path("out/demo"),
 ) -> None:
-    """Show generation, a comparison and a conversion in a few minutes.
+    """Show generation, a comparison and a conversion in about three minutes.
 
-    Answers three questions with the diffusion model, compares speed and text with the autoregressive model, and converts the
-    autoregressive model in a short training run.
+    Answers three questions with the default model and settings, compares speed and text with the same weights decoded token by
+    token, and converts an autoregressive model in a short training run.
 
     \b
     unmask demo
@@ -51,74 +50,60 @@ def demo(
     if not 0 < minutes < float("inf"):
         raise ConfigError(f"--minutes is {minutes}; it must be positive")
     if not skip_conversion:
+        find_config(AUTOREGRESSIVE_MODEL)  # missing: it is said at once
         _check_replaceable(out)
 
-    import unmask
-
     console = make_console()
-    _say(console, f"Loading {AUTOREGRESSIVE_MODEL} and {DIFFUSION_MODEL} (unpacked into a cache the first time)")
-    models = {"autoregressive": unmask.load(AUTOREGRESSIVE_MODEL)}
-    try:
-        models["diffusion"] = unmask.load(DIFFUSION_MODEL)
-    except CheckpointError as error:
-        console.print(f"Continuing without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
-    answers = _answer(console, models)
-    _say(console, "Side by side")
-    _print_table(console, answers)
+    model = _open(console)
+    if model is not None:
+        _show(console, model)
     if not skip_conversion:
-        _convert(console, models["autoregressive"], out, minutes)
-    if "diffusion" not in models:
+        _convert(console, out, minutes)
+    if model is None:
         typer.echo(f"error: the demo is not complete: '{DIFFUSION_MODEL}' is missing", err=True)
         raise typer.Exit(1)
     _say(console, f"Generate:  {program()} generate 'How do plants grow?' --watch")
     console.print(f"Chat with it in a browser:  {program()} serve   then open http://127.0.0.1:8000/", soft_wrap=True)
 
 
-def _answer(console: Console, models: Mapping[str, LanguageModel]) -> dict[str, list[Generation]]:
-    """Show how the last model answers the questions, then let the others answer for comparison."""
+def _open(console: Console) -> LanguageModel | None:
+    """The speculative model as every verb opens it, ready to be timed; None where it is missing."""
+    import unmask
+
+    _say(console, f"Loading {DIFFUSION_MODEL} (unpacked into a cache the first time)")
+    try:
+        model = unmask.load(DIFFUSION_MODEL)
+    except CheckpointError as error:
+        console.print(f"Continuing without diffusion answers: {' '.join(str(error).splitlines())}", soft_wrap=True)
+        return None
+    model.backend()
+    return model
+
+
+def _show(console: Console, model: LanguageModel) -> None:
+    """Answer the questions live, then compare with decoding token by token."""
     from rich.text import Text
 
-    from unmask.cli.watch import MASKED_GLYPH, STYLES
+    from unmask.cli.demo_comparison import ROUNDS, compare, print_comparisons
+    from unmask.cli.watch import MASKED_GLYPH, STYLES, show
 
-    for model in models.values():
-        model.generate(QUESTIONS[0], max_new_tokens=1)  # warm-up, so that the first answer is not slower
-    *others, (shown_name, shown) = models.items()
-    if shown_name == "diffusion" and is_live(console):
+    if is_live(console):
         states = (("accepted", STYLES["accepted"]), ("candidate", STYLES["candidate"]), (MASKED_GLYPH, STYLES["masked"]))
         console.print(Text.assemble(states[0], ", committed, ", states[1], ", ", states[2], " masked"))
-    shown_answers = [_watch(console, shown, question) for question in QUESTIONS]
-    answers = {}
-    for name, model in others:
-        _say(console, f"The same questions to {AUTOREGRESSIVE_MODEL}, one token per forward, not shown live ...")
-        answers[name] = [model.generate(question, max_new_tokens=ANSWER_TOKENS) for question in QUESTIONS]
-    return {**answers, shown_name: shown_answers}
+    for question in QUESTIONS:
+        _say(console, f"> {question}")
+        ask = partial(model.generate, question, max_new_tokens=ANSWER_TOKENS)
+        show(console, model, model.encode_prompt(question), ANSWER_TOKENS, lambda on_step, ask=ask: ask(on_step=on_step))
+    precision = "the weights as they are" if model.quantize == "none" else f"{model.quantize} weights"
+    _say(
+        console,
+        f"Side by side: speculative and token by token, {precision} on both sides, {ROUNDS} answers each, not shown ...",
+    )
+    print_comparisons(console, model, compare(model, QUESTIONS, ANSWER_TOKENS))
 
 
-def _watch(console: Console, model: LanguageModel, question: str) -> Generation:
-    from unmask.cli.watch import show
-
-    _say(console, f"> {question}")
-    ask = partial(model.generate, question, max_new_tokens=ANSWER_TOKENS)
-    return show(console, model, model.encode_prompt(question), ANSWER_TOKENS, lambda on_step: ask(on_step=on_step))
-
-
-def _print_table(console: Console, answers: Mapping[str, Sequence[Generation]]) -> None:
-    """The models' answers and speeds in neighbouring columns."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_lines=True, width=min(console.width, 120))
-    table.add_column("", max_width=20)
-    for name in answers:
-        table.add_column(name, ratio=1)
-    for question, *row in zip(QUESTIONS, *answers.values(), strict=True):
-        table.add_row(Text(question, style="bold"), *(Text(visible(answer.text.strip())) for answer in row))
-        figures = (f"{each.tokens_per_second:.1f}\n{each.tokens_per_forward:.2f}\n{each.forwards}" for each in row)
-        table.add_row("tokens/s\ntokens per forward\nforwards", *figures)
-    console.print(table)
-
-
-def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes: float) -> None:
+def _convert(console: Console, out: Path, minutes: float) -> None:
+    import unmask
     from unmask.cli.demo_conversion import PROMPTS, plan_conversion, run_conversion, terminal_plot, write_answers
 
     _say(console, f"Converting {AUTOREGRESSIVE_MODEL} to block diffusion, in about {minutes:g} min")
@@ -129,6 +114,7 @@ def _convert(console: Console, autoregressive: LanguageModel, out: Path, minutes
         "Made by `unmask demo`, whose next run replaces this whole folder. Keep no files of your own in it.\n"
     )
     answers = out / "answers.jsonl"
+    autoregressive = unmask.load(AUTOREGRESSIVE_MODEL)
     num_tokens = write_answers(autoregressive, answers)
     own = f"{len(PROMPTS)} answers of the model itself ({num_tokens} tokens) in {answers}"
     console.print(f"data     {own}, and generated sums", soft_wrap=True)

@@ -104,11 +104,10 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
     import unmask
     from unmask.models.arch.yarn import stretch_context
 
-    model = load(name, dtype, device, quantize if yarn is None else "none")
+    model = load(name, dtype, device, quantize)
     if yarn is not None:
-        weights = None if quantize == "none" else quantize
         extended = stretch_context(model.transformer, yarn)
-        model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=weights)
+        model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=model.quantize)
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
     model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)

@@ -29,7 +29,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = "none",
+    quantize: options.Quantize = "auto",
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,

@@ -29,7 +29,7 @@ def infill(
     tokens: Annotated[str, typer.Option(help="Tokens of a hole, as 8, or as 2-12 to keep the likeliest length.")] = "1-8",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = "none",
+    quantize: options.Quantize = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Fill the holes of a text, reading what stands on both sides: what a left-to-right model cannot do.

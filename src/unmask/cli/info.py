@@ -1,6 +1,7 @@
-"""`unmask info`: what a model is, from its config.json alone.
+"""`unmask info`: what a model is, from its config.json alone, and what decodes it by default on this machine.
 
-Owns the figures shown of an architecture. Weights are looked at only where they lie in the folder, and never read.
+Owns the figures shown of an architecture, and what quantised weights were measured to cost the embedded models. Weights are
+looked at only where they lie in the folder, and never read.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.console import make_console
+from unmask.cli.console import make_console, pick_device
 
 if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
+COST_OF_INT8: dict[str, tuple[float, float]] = {}
+"""Of the embedded models: share of positions whose likeliest token stays, and relative change of perplexity, against float32
+(`benchmarks/quantization.py`, own answers)."""
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -28,7 +32,7 @@ def info(
 ) -> None:
     """Describe a model.
 
-    Architecture, parameters, memory in each precision, mask token, block size.
+    Architecture, parameters, memory in each precision, mask token, block size, and the weights that decode by default here.
 
     \b
     unmask info smollm2-135m
@@ -41,7 +45,7 @@ def info(
     config, folder = find_config(model)
     base = None if folder is None else base_name(folder)
     weights = None if folder is None or base is not None else _weights(folder, config)
-    facts = describe(config)
+    facts = {**describe(config), "auto": _auto(model, config)}
     if as_json:
         typer.echo(json.dumps({"model": model, **facts, "adapter_of": base, "weights_on_disk": weights}))
         return
@@ -90,6 +94,24 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _auto(model: str, config: ModelConfig) -> dict[str, Any]:
+    """What `--quantize auto` and `--dtype auto` pick on this machine, and what int8 was measured to cost."""
+    import torch
+
+    from unmask.engine.quantization import decoding_weights
+    from unmask.models.dtypes import dtype_name, parse_dtype
+
+    device = pick_device("auto")
+    agreement, change = COST_OF_INT8.get(model, (None, None))
+    return {
+        "device": device,
+        "quantize": decoding_weights("auto", config, torch.device(device)),
+        "dtype": dtype_name(parse_dtype("auto", device)),
+        "int8_same_likeliest_token": agreement,
+        "int8_change_of_perplexity": change,
+    }
+
+
 def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
     from unmask.models.families.registry import PUBLISHED, published_config, read_config
@@ -104,6 +126,20 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     if is_hub_id(model):
         return read_model_config(fetch_config(model)), None
     raise unknown_model(model, (*EMBEDDED_MODELS, *PUBLISHED))
+
+
+def _words_of(auto: dict[str, Any]) -> str:
+    """What decodes by default, for people."""
+    if auto["quantize"] == "none":
+        return f"the weights as they are, {auto['dtype']} on {auto['device']}"
+    if auto["int8_same_likeliest_token"] is None:
+        cost = "cost not measured: benchmarks/quantization.py"
+    else:
+        cost = (
+            f"likeliest token as in float32 at {auto['int8_same_likeliest_token']:.1%} of positions, "
+            f"perplexity {auto['int8_change_of_perplexity']:+.1%}"
+        )
+    return f"{auto['quantize']} weights ({cost}); --quantize none: {auto['dtype']}"
 
 
 def _weights(folder: Path, config: ModelConfig) -> dict[str, int] | None:
@@ -144,6 +180,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: dict[str, int] | 
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
         *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),
         ("context", f"{config.max_positions:,} tokens"),
+        ("decodes with", _words_of(facts["auto"])),
         ("other keys (kept)", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]
     if weights is not None:

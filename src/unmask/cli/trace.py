@@ -35,7 +35,7 @@ def trace(
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as plain text, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-    quantize: options.Quantize = "none",
+    quantize: options.Quantize = "auto",
 ) -> None:
     """Plot the order in which the tokens of an answer are decoded.
 

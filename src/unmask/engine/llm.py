@@ -28,14 +28,8 @@ from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.prompts import Prompt, encode_chat, encode_prompt
-from unmask.engine.request import (
-    Completion,
-    OnStep,
-    Request,
-    TokenLogprob,
-    check_vocabulary,
-    distinct_samples,
-)
+from unmask.engine.quantization import decoding_weights
+from unmask.engine.request import Completion, OnStep, Request, TokenLogprob, check_vocabulary, distinct_samples
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -59,12 +53,13 @@ class LanguageModel:
         transformer: the weights.
         tokenizer: None: only calls that take and give ids work.
         name: what to call it in messages.
-        quantize: "int8" or "int4": decode with quantised weights on the CPU; "auto": int8 where that works; None: with the
-            weights as they are.
+        quantize: "int8" or "int4": decode with quantised weights on the CPU; "auto": int8 where the CPU kernels run the model;
+            "none": with the weights as they are.
         reload: reads `transformer` again. With it, quantised weights take the place of the loaded ones in memory.
 
     Attributes:
         config: the architecture and special token ids.
+        quantize: the weights that decode: "int8", "int4" or "none".
     """
 
     def __init__(
@@ -73,7 +68,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         *,
         name: str,
-        quantize: str | None = None,
+        quantize: str = "none",
         reload: Callable[[], Transformer] | None = None,
     ) -> None:
         self._transformer: Transformer | None = transformer.eval()
@@ -81,7 +76,8 @@ class LanguageModel:
         self._reload, self.config, self.tokenizer, self.name = reload, transformer.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
-        self._quantized = QuantizedModel.choose(transformer, quantize, self._release)
+        self.quantize = decoding_weights(quantize, self.config, transformer.embed.weight.device)
+        self._quantized = None if self.quantize == "none" else QuantizedModel(transformer, self.quantize, self._release)
 
     @property
     def transformer(self) -> Transformer:
@@ -310,7 +306,7 @@ class LanguageModel:
         )
 
     def score(self, text: str, *, after: str = "", alternatives: int = 0) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of the tokens of a text, teacher-forced; they sum to its log-likelihood in nats.
+        """Log-probabilities of the tokens of a text by the weights as loaded, teacher-forced; their sum is its log-likelihood.
 
         Args:
             text: what to score.
@@ -318,19 +314,21 @@ class LanguageModel:
             alternatives: likeliest tokens to list at each position, at most 20.
 
         Returns:
-            An entry per token: exact where the context attends causally, else by the chain rule (`BlockScoringSequence`).
+            Nats per token: exact where the context attends causally, else by the chain rule (`BlockScoringSequence`).
 
         Raises:
             RequestError: no tokenizer, nothing to score, or more than the context holds.
         """
         ids, given = (self.encode_prompt(each, chat=False) for each in (after + text, after))
         first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, given, strict=False)))
-        scores = self.complete(ids, max_new_tokens=0, prompt_logprobs=alternatives).prompt_logprobs or ()
+        request = self.request(ids, max_new_tokens=0, prompt_logprobs=alternatives)
+        engine = Engine(self.transformer, num_tokens=request.canvas_length + request.params.block_size, prefix_cache=False)
+        scores = engine.run([request])[0].prompt_logprobs or ()
         return tuple(score for score in scores[first:] if score is not None)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], *, block_size: int | None = None) -> Tensor:
-        """Logits of a sequence under the block-causal mask.
+        """Logits of a sequence under the block-causal mask, of the weights as loaded, whatever decodes.
 
         Args:
             ids: tokens, masks among them or not.
@@ -385,9 +383,7 @@ def _is_compiled(grammar: object) -> bool:
     return isinstance(grammar, Grammar)
 
 
-def load(
-    model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", quantize: str | None = None
-) -> LanguageModel:
+def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", quantize: str = "auto") -> LanguageModel:
     """Load a model for generation.
 
     Args:
@@ -395,8 +391,9 @@ def load(
             `smollm2-135m-diffusion`, `smollm2-135m-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
-        quantize: "int8" or "int4": decode with quantised weights (dense models on the CPU); "auto": int8 where that works.
-            They take the place of the loaded ones, which `transformer` and `logits` read from the folder again.
+        quantize: what decodes. "int8" or "int4": quantised weights (dense models on the CPU); they take the place of the loaded
+            ones, which `transformer`, `logits` and `score` read from the folder again. "none": the weights as they are.
+            "auto": int8 where the CPU kernels run the model and no dtype is asked for, else none.
 
     Returns:
         The model; its tokenizer is None when the folder has none.
@@ -405,6 +402,8 @@ def load(
         CheckpointError: unknown, incomplete or damaged model.
         ConfigError: unsupported architecture, dtype or quantisation.
     """
+    if quantize == "auto" and dtype != "auto":
+        quantize = "none"  # quantised weights would decode in another number format than the one that is asked for
     folder = resolve(str(model))
     read = partial(load_model, folder, dtype=parse_dtype(dtype, device), device=device)
     source = tokenizer_folder(folder)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from unmask.engine.llm import LanguageModel
+from unmask.models.dtypes import dtype_name
 
 PACKAGES = (
     *("unmask", "torch", "transformers", "tokenizers", "llguidance", "numpy"),
@@ -30,8 +31,14 @@ def weights_digest(model: LanguageModel) -> str:
 
 
 def about_model(model: LanguageModel) -> dict[str, Any]:
-    """The model of a result: name, hash of the weights, and whether it is a diffusion model."""
-    return {"name": model.name, "weights": weights_digest(model), "diffusion": model.is_diffusion}
+    """The model of a result: name, hash of the weights as loaded, what decodes them, and whether it is a diffusion model."""
+    return {
+        "name": model.name,
+        "weights": weights_digest(model),
+        "dtype": dtype_name(model.transformer.embed.weight.dtype),
+        "quantize": model.quantize,
+        "diffusion": model.is_diffusion,
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -126,9 +126,10 @@ def _about(side: str, results: Mapping[str, Any]) -> str:
     model, settings, where = results["model"], results["settings"], results["environment"]
     kind = "diffusion" if model["diffusion"] else "autoregressive"
     decoding = ", ".join(f"{name} {value}" for name, value in settings["decoding"].items()) or "defaults"
+    precision = model["dtype"] if model["quantize"] == "none" else model["quantize"]
     packages = ", ".join(f"{name} {where['packages'].get(name)}" for name in ("unmask", "torch"))
     return (
-        f"{side} is {model['name']} ({kind}, weights {model['weights'][:12]}), decoding: {decoding}, "
+        f"{side} is {model['name']} ({kind}, weights {model['weights'][:12]} in {precision}), decoding: {decoding}, "
         f"batch {settings['batch']}; {where['cpu']}, {where['threads']} threads, {packages}."
     )
 

@@ -33,10 +33,10 @@ def fail_to_load() -> Kernels:
 
 
 def test_without_kernels_the_weights_are_used_as_they_are_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unmask.engine.backends.native.load_kernels", fail_to_load)
+    monkeypatch.setattr("unmask.models.native.library.load_kernels", fail_to_load)
     with pytest.warns(UnmaskWarning, match=r"PyTorch") as caught:
         quantized = LanguageModel(model(), None, name="tiny", quantize="int8")
-    assert len(caught) == 1
+    assert (len(caught), quantized.quantize) == (1, "none")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = quantized.generate_ids((5, 17, 3), max_new_tokens=9)
@@ -63,7 +63,7 @@ def test_threads_that_ask_at_once_get_the_same_backend() -> None:
 @pytest.mark.parametrize(("family", "weights", "name"), [("llama", "int3", "int3"), ("llada2", "int8", "dense")])
 def test_what_cannot_be_quantised_is_refused_at_once(family: str, weights: str, name: str) -> None:
     with refused(ConfigError, name):
-        QuantizedModel(model(family), weights)
+        LanguageModel(model(family), None, name="tiny", quantize=weights)
 
 
 @needs_kernels

@@ -1,6 +1,7 @@
-"""The native backend: quantised weights on the CPU by the compiled kernels, and plain PyTorch where there are none.
+"""The native backend: quantised weights on the CPU by the compiled kernels.
 
-Owns the choice between the two, and the KV cache as the kernels take it. The kernels are `models.native`'s.
+Owns when weights are packed, and the KV cache as the kernels take it. The kernels are `models.native`'s; when they are used,
+`engine.quantization` says.
 
 Legend: N sequences, M cache blocks of a sequence, K keys of a sequence, L layers, G kv heads, S slots
 of a cache block or head dim.
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,14 +21,12 @@ from torch import Tensor
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend, unwritten_tensor
 from unmask.engine.batch import Batch
-from unmask.errors import BackendError, ConfigError, UnmaskWarning
+from unmask.engine.quantization import BITS
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.interface import Kernels
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer
-from unmask.models.native.packing import check_packable, pack_model
-
-BITS = {"int8": 8, "int4": 4}
+from unmask.models.native.packing import pack_model
 
 
 class NativeBackend(PackedTransformer):
@@ -52,48 +50,21 @@ class NativeBackend(PackedTransformer):
 
 
 class QuantizedModel:
-    """A model whose weights are quantised when the first engine asks for them; without kernels they are used as they are.
+    """A model whose weights are quantised when the first engine asks for them.
 
     Once the weights are packed, `model` is not needed here any more, and let go of.
 
     Args:
-        model: a dense model on the CPU.
-        weights: "int8" or "int4".
+        model: that the kernels run.
+        weights: "int8" or "int4", as of `decoding_weights`.
         on_packed: called when the weights are packed; who else holds `model` may let go of it.
-
-    Raises:
-        ConfigError: another kind of weights, a model that the kernels do not run, or a variant of the kernels that this
-            processor does not.
     """
 
     def __init__(self, model: Transformer, weights: str, on_packed: Callable[[], None] = lambda: None) -> None:
-        if weights not in BITS:
-            raise ConfigError(f"weights cannot be quantised to {weights!r}; use one of {', '.join(BITS)}, or auto")
-        check_packable(model.config, model.embed.weight.device, BITS[weights])
         self._bits, self._on_packed = BITS[weights], on_packed
         self._backend: TorchBackend | NativeBackend = TorchBackend(model)
-        self._kernels: Kernels | None = None
+        self._kernels: Kernels | None = load_kernels()
         self._lock = threading.Lock()
-        try:
-            self._kernels = load_kernels()
-        except BackendError as error:
-            warnings.warn(f"{error}; computing with PyTorch and the weights as they are", UnmaskWarning, stacklevel=3)
-
-    @classmethod
-    def choose(
-        cls, model: Transformer, weights: str | None, on_packed: Callable[[], None] = lambda: None
-    ) -> QuantizedModel | None:
-        """What a user asked for: int8, int4, "auto" (int8 where the kernels run the model) or None, the weights as they are.
-
-        Raises:
-            ConfigError: another kind of weights, or, but for auto, a model that the kernels do not run.
-        """
-        if weights == "auto":
-            try:
-                check_packable(model.config, model.embed.weight.device, BITS["int8"])
-            except ConfigError:
-                return None
-        return None if weights is None else cls(model, "int8" if weights == "auto" else weights, on_packed)
 
     def backend(self) -> Backend:
         """What computes; packs the weights at the first call."""

@@ -1,0 +1,57 @@
+"""The choice of the weights that decode: what `quantize` means for a model on a device.
+
+Owns the names, the rule of "auto", and what happens without kernels. Imports nothing slow: the command line declares its option
+from here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+from unmask.errors import BackendError, ConfigError, UnmaskWarning
+
+if TYPE_CHECKING:
+    import torch
+
+    from unmask.models.arch.config import ModelConfig
+
+Quantize = Literal["auto", "none", "int8", "int4"]
+"""As a user says it; "none": the weights as they are."""
+BITS = {"int8": 8, "int4": 4}
+
+
+def decoding_weights(quantize: str, config: ModelConfig, device: torch.device) -> str:
+    """The weights that decode: "int8", "int4" or "none".
+
+    "auto" is int8 where the CPU kernels run the model, else none. Where the kernels are missing, all is none, and a note says so.
+
+    Args:
+        quantize: one of `Quantize`.
+        config: of the model.
+        device: of its weights.
+
+    Raises:
+        ConfigError: another value; but for auto, a model that the kernels do not run; or a variant of the kernels that this
+            processor does not run.
+    """
+    if quantize == "none":
+        return "none"
+    weights = "int8" if quantize == "auto" else quantize
+    if weights not in BITS:
+        raise ConfigError(f"quantize is {quantize!r}; use auto, none, {' or '.join(BITS)}")
+    from unmask.models.native import library
+    from unmask.models.native.packing import check_packable
+
+    try:
+        check_packable(config, device, BITS[weights])
+    except ConfigError:
+        if quantize == "auto":
+            return "none"
+        raise
+    try:
+        library.load_kernels()
+    except BackendError as error:
+        warnings.warn(f"{error}; computing with PyTorch and the weights as they are", UnmaskWarning, stacklevel=3)
+        return "none"
+    return weights

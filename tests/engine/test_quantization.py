@@ -1,0 +1,54 @@
+"""`quantize`: what auto picks, and which calls never see quantised weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import unmask
+from helpers import refused
+from runs import tiny_folder
+from tiny import tiny_model
+from unmask.engine.llm import LanguageModel
+from unmask.engine.quantization import decoding_weights
+from unmask.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", mask_id=3, block_size=4)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", "int8"), ("qwen2", "int8"), ("qwen3", "int8"), ("llada2", "none")])
+def test_auto_is_int8_where_the_kernels_run_the_model(family: str, expected: str) -> None:
+    config = tiny_model(family, 1).config
+    assert decoding_weights("auto", config, torch.device("cpu")) == expected
+    assert decoding_weights("auto", config, torch.device("cuda")) == "none"
+
+
+def test_auto_is_the_default_and_gives_way_to_a_dtype(folder: Path) -> None:
+    assert unmask.load(folder).quantize == "int8"
+    assert unmask.load(folder, dtype="float32").quantize == "none"
+    assert unmask.load(folder, dtype=torch.float32).quantize == "none"
+    assert unmask.load(folder, dtype="float32", quantize="int8").quantize == "int8"
+    assert unmask.load(folder, quantize="none").quantize == "none"
+
+
+@pytest.mark.parametrize("quantize", ["int3", "None", ""])
+def test_an_unknown_kind_of_weights_is_refused(folder: Path, quantize: str) -> None:
+    with refused(ConfigError, f"quantize is {quantize!r}"):
+        unmask.load(folder, quantize=quantize)
+
+
+def test_weights_given_as_a_transformer_are_used_as_they_are() -> None:
+    assert LanguageModel(tiny_model("llama", 1), None, name="tiny").quantize == "none"
+
+
+def test_logits_and_scores_are_those_of_the_loaded_weights(folder: Path) -> None:
+    quantised, plain = (unmask.load(folder, quantize=quantize) for quantize in ("int8", "none"))
+    quantised.generate("say 1", max_new_tokens=4)
+    ids = plain.encode_prompt("say 1")
+    assert torch.equal(quantised.logits(ids), plain.logits(ids))
+    assert quantised.score("and 2", after="1 ") == plain.score("and 2", after="1 ")
