@@ -159,14 +159,13 @@ class Llama:
 """
 
 
-def test_vs_llamacpp(
-    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vs_llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With a llama.cpp that answers at once."""
+    model = str(tiny_folder(tmp_path / "model", max_positions=4096))
     (tmp_path / "llama_cpp.py").write_text(FAKE_LLAMA)
     (tmp_path / "weights.gguf").write_text("weights")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    named = {"model": models["diffusion"], "autoregressive": models["autoregressive"], "llama-python": sys.executable}
+    named = {"model": model, "autoregressive": model, "llama-python": sys.executable}
     arguments = {**named, "gguf": str(tmp_path / "weights.gguf"), "cache": str(tmp_path / "cache")}
     smoke("vs_llamacpp", tmp_path, *(word for name, value in arguments.items() for word in (f"--{name}", value)), "--json")
     figures = json.loads(capsys.readouterr().out)

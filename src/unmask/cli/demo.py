@@ -6,7 +6,6 @@ Owns the order of the steps and the text between them. Each step runs the same c
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,9 @@ from unmask.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from unmask.engine.generation import Generation
     from unmask.engine.llm import LanguageModel
+    from unmask.engine.request import OnStep
 
 AUTOREGRESSIVE_MODEL = "smollm2-135m"
 QUESTIONS = (
@@ -91,9 +92,12 @@ def _show(console: Console, model: LanguageModel) -> None:
         states = (("accepted", STYLES["accepted"]), ("candidate", STYLES["candidate"]), (MASKED_GLYPH, STYLES["masked"]))
         console.print(Text.assemble(states[0], ", committed, ", states[1], ", ", states[2], " masked"))
     for question in QUESTIONS:
+
+        def ask(on_step: OnStep, question: str = question) -> Generation:
+            return model.generate(question, max_new_tokens=ANSWER_TOKENS, on_step=on_step)
+
         _say(console, f"> {question}")
-        ask = partial(model.generate, question, max_new_tokens=ANSWER_TOKENS)
-        show(console, model, model.encode_prompt(question), ANSWER_TOKENS, lambda on_step, ask=ask: ask(on_step=on_step))
+        show(console, model, model.encode_prompt(question), ANSWER_TOKENS, ask)
     precision = "the weights as they are" if model.quantize == "none" else f"{model.quantize} weights"
     _say(
         console,
