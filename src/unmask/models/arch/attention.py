@@ -183,10 +183,12 @@ class Attention(nn.Module):
         """Rotated queries [B, H, T, S], rotated keys and values [B, G, T, S]; `noisy_BT` as in `Transformer.forward`."""
         batch, length, _ = x_BTD.shape
         heads = apply(self.qkv, x_BTD, noisy_BT).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        if self.query_norm is None or self.key_norm is None:
+            qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+            q, k = apply_rope(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+            return q, k, v
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        return apply_rope(self.query_norm(q), cos, sin), apply_rope(self.key_norm(k), cos, sin), v
 
     def merge(self, heads_BHTS: Tensor, noisy_BT: Tensor | None = None) -> Tensor:
         """Output projection of the attended heads: [B, T, D]."""

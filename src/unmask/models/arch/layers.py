@@ -28,8 +28,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., size]; returns the same shape and dtype."""
+        if not torch.is_grad_enabled():
+            return _normalise(x, self.weight, self.eps)[0]
         out: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x / rms(x) * weight`, and 1 / rms(x) of each row."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed: Tensor = (x * scale).to(x.dtype)
+    return normed.mul_(weight), scale
 
 
 class _Normalise(torch.autograd.Function):
@@ -37,12 +48,9 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        out, scale = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        normed: Tensor = (x * scale).to(x.dtype)
-        return normed.mul_(weight)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -98,8 +106,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, noisy_BT: Tensor | None = None) -> Tensor:
         """Apply to `x_BTD`; returns [B, T, D]."""
-        gated: Tensor = _Gate.apply(apply(self.gate_up, x_BTD, noisy_BT))  # type: ignore[no-untyped-call]
+        gate_up = apply(self.gate_up, x_BTD, noisy_BT)
+        gated: Tensor = _Gate.apply(gate_up) if torch.is_grad_enabled() else _gate(gate_up)  # type: ignore[no-untyped-call]
         return apply(self.down, gated, noisy_BT)
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of `gate | up` [..., 2F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _Gate(torch.autograd.Function):
@@ -108,8 +123,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gate(gate_up)
 
     @staticmethod
     @once_differentiable
