@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
@@ -125,7 +126,7 @@ class _Progress:
     def generation(self) -> Generation:
         """The reply for the live view."""
         seconds = time.perf_counter() - self._started
-        return Generation.from_completion(self._completion, self._text, self._prompt_tokens, seconds)
+        return Generation.from_completion(replace(self._completion, text=self._text), self._prompt_tokens, seconds=seconds)
 
     def reply(self, *, is_full: bool, shown_live: bool) -> ChatReply:
         """The reply for the session; `is_full`: the context, not `max_new_tokens`, limits its length."""

@@ -36,12 +36,13 @@ class Generation:
 
     @classmethod
     def from_completion(
-        cls, completion: Completion, text: str, prompt_tokens: int, seconds: float, setup_seconds: float = 0.0
+        cls, completion: Completion, prompt_tokens: int, *, seconds: float | None = None, setup_seconds: float = 0.0
     ) -> Generation:
-        """Text and costs of a completion that took so many seconds."""
-        count = len(completion.ids)
+        """Text and costs of a completion; `seconds`: where they are others than the engine's."""
+        assert completion.text is not None, "an engine with a tokenizer gives texts"
+        count, seconds = len(completion.ids), completion.costs.busy_seconds if seconds is None else seconds
         return cls(
-            text=text,
+            text=completion.text,
             ids=completion.ids,
             prompt_tokens=prompt_tokens,
             completion_tokens=count,

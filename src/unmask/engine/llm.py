@@ -29,7 +29,7 @@ from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.prompts import Prompt, encode_chat, encode_prompt
 from unmask.engine.quantization import decoding_weights
-from unmask.engine.request import Completion, OnStep, Request, TokenLogprob, check_vocabulary, distinct_samples
+from unmask.engine.request import Completion, OnStep, Request, TokenLogprob, check_vocabulary, distinct_samples, is_compiled
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
@@ -152,11 +152,10 @@ class LanguageModel:
             RequestError: no tokenizer, an option out of range, or a prompt longer than the context.
         """
         started = time.perf_counter()
-        self._need_tokenizer()
         ids = self.encode_prompt(prompt, chat=chat)
         completion = self.complete(ids, params, on_step=on_step, **options)
         setup_seconds = time.perf_counter() - started - completion.costs.queue_seconds - completion.costs.busy_seconds
-        return self._as_generation(len(ids), completion, setup_seconds)
+        return Generation.from_completion(completion, len(ids), setup_seconds=setup_seconds)
 
     def generate_batch(
         self,
@@ -180,7 +179,10 @@ class LanguageModel:
         engine = self.engine(mask_id=mask_id)
         setup_seconds = time.perf_counter() - started
         completions = engine.run(requests)
-        return [self._as_generation(len(ids), each, setup_seconds) for ids, each in zip(encoded, completions, strict=True)]
+        return [
+            Generation.from_completion(each, len(ids), setup_seconds=setup_seconds)
+            for ids, each in zip(encoded, completions, strict=True)
+        ]
 
     def infill(
         self,
@@ -289,7 +291,7 @@ class LanguageModel:
         Raises:
             RequestError: an option out of range, unknown, or not for this model, or a grammar that does not compile.
         """
-        grammar = options.pop("grammar") if _is_compiled(options.get("grammar")) else None
+        grammar = options.pop("grammar") if is_compiled(options.get("grammar")) else None
         params = (params or SamplingParams()).replace(**options)
         resolved = params.resolve(self.config, has_holes=None in ids)
         check_capable(self.config, resolved, has_holes=None in ids)
@@ -363,24 +365,10 @@ class LanguageModel:
             return self.grammars.regex(params.regex)
         return None if params.grammar is None else self.grammars.lark(params.grammar)
 
-    def _as_generation(self, prompt_tokens: int, completion: Completion, setup_seconds: float) -> Generation:
-        assert completion.text is not None, "an engine with a tokenizer gives texts"
-        seconds = completion.costs.busy_seconds
-        return Generation.from_completion(completion, completion.text, prompt_tokens, seconds, setup_seconds)
-
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(f"model {self.name} has no tokenizer; use generate_ids, or add tokenizer.json to its folder")
         return self.tokenizer
-
-
-def _is_compiled(grammar: object) -> bool:
-    """Whether an option `grammar` is a compiled one, not its source."""
-    if grammar is None or isinstance(grammar, str):
-        return False
-    from unmask.engine.grammar import Grammar
-
-    return isinstance(grammar, Grammar)
 
 
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", quantize: str = "auto") -> LanguageModel:

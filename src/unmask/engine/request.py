@@ -260,3 +260,12 @@ def finish(generated: Sequence[int], request: Request, forwards: int) -> Complet
             stop = request.control_stops.get(token)
             return Completion(ids[: index + 1], "stop", forwards, stop=stop, end_token=token)
     return Completion(ids, "length", forwards)
+
+
+def is_compiled(grammar: object) -> bool:
+    """Whether an option `grammar` is a compiled one, not its source."""
+    if grammar is None or isinstance(grammar, str):
+        return False
+    from unmask.engine.grammar import Grammar
+
+    return isinstance(grammar, Grammar)
