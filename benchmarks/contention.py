@@ -45,7 +45,7 @@ def busy_process() -> Iterator[None]:
         process.wait()
 
 
-def decode(options: Namespace, weights: str | None, tokens: int) -> Callable[[], Any]:
+def decode(options: Namespace, weights: str, tokens: int) -> Callable[[], Any]:
     """Writes an answer of so many tokens."""
     import unmask
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     long, short = (2, 2) if options.smoke else (128, 24)
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "decode": lambda: decode(options, "int8", long),
-        "decode_eager": lambda: decode(options, None, short),
+        "decode_eager": lambda: decode(options, "none", short),
         "train": lambda: train(options),
     }
     found: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,9 @@ from tiny import tiny_model
 from unmask.engine.llm import LanguageModel
 from unmask.engine.quantization import decoding_weights
 from unmask.errors import ConfigError
+from unmask.models.native.library import kernel_variant
+
+needs_kernels = pytest.mark.skipif(kernel_variant() is None, reason="the CPU kernels are not built")
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", mask_id=3, block_size=4)
 
 
+@needs_kernels
 @pytest.mark.parametrize(("family", "expected"), [("llama", "int8"), ("qwen2", "int8"), ("qwen3", "int8"), ("llada2", "none")])
 def test_auto_is_int8_where_the_kernels_run_the_model(family: str, expected: str) -> None:
     config = tiny_model(family, 1).config
@@ -28,6 +32,7 @@ def test_auto_is_int8_where_the_kernels_run_the_model(family: str, expected: str
     assert decoding_weights("auto", config, torch.device("cuda")) == "none"
 
 
+@needs_kernels
 def test_auto_is_the_default_and_gives_way_to_a_dtype(folder: Path) -> None:
     assert unmask.load(folder).quantize == "int8"
     assert unmask.load(folder, dtype="float32").quantize == "none"

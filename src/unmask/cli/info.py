@@ -100,6 +100,7 @@ def _auto(model: str, config: ModelConfig) -> dict[str, Any]:
 
     from unmask.engine.quantization import decoding_weights
     from unmask.models.dtypes import dtype_name, parse_dtype
+    from unmask.models.native.library import kernel_variant
 
     device = pick_device("auto")
     agreement, change = COST_OF_INT8.get(model, (None, None))
@@ -107,6 +108,7 @@ def _auto(model: str, config: ModelConfig) -> dict[str, Any]:
         "device": device,
         "quantize": decoding_weights("auto", config, torch.device(device)),
         "dtype": dtype_name(parse_dtype("auto", device)),
+        "kernels": kernel_variant(),
         "int8_same_likeliest_token": agreement,
         "int8_change_of_perplexity": change,
     }
@@ -130,16 +132,14 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
 
 def _words_of(auto: dict[str, Any]) -> str:
     """What decodes by default, for people."""
+    kernels = f"CPU kernels: {auto['kernels'] or 'not built'}"
     if auto["quantize"] == "none":
-        return f"the weights as they are, {auto['dtype']} on {auto['device']}"
-    if auto["int8_same_likeliest_token"] is None:
-        cost = "cost not measured: benchmarks/quantization.py"
-    else:
-        cost = (
-            f"likeliest token as in float32 at {auto['int8_same_likeliest_token']:.1%} of positions, "
-            f"perplexity {auto['int8_change_of_perplexity']:+.1%}"
-        )
-    return f"{auto['quantize']} weights ({cost}); --quantize none: {auto['dtype']}"
+        return f"the weights as they are, {auto['dtype']} on {auto['device']} ({kernels})"
+    cost = "cost not measured: benchmarks/quantization.py"
+    if auto["int8_same_likeliest_token"] is not None:
+        same, change = auto["int8_same_likeliest_token"], auto["int8_change_of_perplexity"]
+        cost = f"likeliest token as in float32 at {same:.1%} of positions, perplexity {change:+.1%}"
+    return f"{auto['quantize']} weights ({kernels}; {cost}); --quantize none: {auto['dtype']}"
 
 
 def _weights(folder: Path, config: ModelConfig) -> dict[str, int] | None:

@@ -24,7 +24,7 @@ BITS = {"int8": 8, "int4": 4}
 def decoding_weights(quantize: str, config: ModelConfig, device: torch.device) -> str:
     """The weights that decode: "int8", "int4" or "none".
 
-    "auto" is int8 where the CPU kernels run the model, else none. Where the kernels are missing, all is none, and a note says so.
+    "auto" is int8 where the CPU kernels run the model, else none. Without kernels everything is none, and a note says so.
 
     Args:
         quantize: one of `Quantize`.
