@@ -1,12 +1,20 @@
-"""D2: everyday prompts, speculative decoding against the same weights decoded autoregressively, by turns.
+"""D2: whole answers, drafting against decoding the same weights token by token, by turns.
 
-    python benchmarks/everyday.py [--model smollm2-135m-diffusion] [--rounds 2] [--json]
+    python benchmarks/everyday.py [--model smollm2-135m-diffusion] [--sections everyday in-domain copying] [--rounds 2] [--json]
 
-`everyday_prompts.jsonl` holds 100 prompts of ten kinds, written by hand, that nobody trains on. For each prompt both sides
-answer one after the other (A B, then B A), one request at a time, nothing cached, the time for the prompt included. A
-prompt's ratio is of the tokens/s over its rounds. Printed for each kind and overall: the median ratio, tokens per forward
-(every forward counted), the accepted length (draft tokens accepted per verifying forward), and how many texts are identical;
-and the deciles of the ratio over all prompts.
+Sections: `everyday_prompts.jsonl` holds 100 prompts of ten kinds, written by hand, that nobody trains on; in-domain prompts are
+of the kinds that the drafts were trained on (`tasks.py`); `copy_prompts.jsonl` holds prompts whose answers repeat them: edits,
+extraction, code, quotations. To each prompt three sides answer one after the other (A B C, then C B A), one request at a time,
+nothing cached, the time for the prompt included:
+
+- plain: autoregressive, no drafts. What the others are compared with;
+- lookup: autoregressive, with drafts from prompt lookup;
+- speculative: the model itself, which drafts with masks and by lookup.
+
+Each side keeps one engine, as a server does: what it learns of costs and acceptance serves the next prompt. A prompt's ratio is
+of the tokens/s over its rounds. Printed by kind of prompt: the median ratio, tokens per forward (every forward counted), drafts
+accepted in a forward, the share of identical texts; and the deciles of the ratio over all prompts, with the drafts verified and
+the masks run in a forward beside its plain token.
 """
 
 from __future__ import annotations
@@ -15,8 +23,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,118 +33,153 @@ from common import arguments, results_path, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tasks import extraction, facts
 
 import unmask
+from unmask.engine.costs import MeasuredCosts
+from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.arch.transformer import reconfigured
 
-PROMPTS = Path(__file__).with_name("everyday_prompts.jsonl")
-TARGET_MEDIAN, TARGET_KIND, TARGET_DECILE = 1.5, 1.0, 0.97
-LOG = Console(stderr=True, width=120)
+HERE = Path(__file__).parent
+SECTIONS = ("everyday", "in-domain", "copying")
+DRAFTING = ("lookup", "speculative")
+TARGET_MEDIAN, TARGET_DECILE = 1.5, 0.97
+LOG = Console(stderr=True, width=140)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt: a conversation that ends with a user's turn."""
+    """A conversation that ends with a user's turn."""
 
     id: str
     kind: str
     messages: list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """An answer: its token ids, the forwards it took, and the seconds.
+class RecordedCosts(MeasuredCosts):
+    """Costs that also count what forwards hold beside one token of each sequence."""
 
-    Attributes:
-        ids: up to and including the end-of-sequence token.
-        forwards: all of them, prefill included.
-        verifying: forwards after the first token that decided tokens.
-        accepted: draft tokens accepted in these.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = self.verify_tokens = self.mask_tokens = 0
+
+    def observe(self, counts_F: Sequence[int], seconds: float) -> None:
+        super().observe(counts_F, seconds)
+        tokens, noisy, _ = counts_F
+        self.forwards, self.mask_tokens = self.forwards + 1, self.mask_tokens + noisy
+        self.verify_tokens += tokens - noisy - 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids up to and including the end, the forwards and accepted drafts they took, and the seconds."""
 
     ids: tuple[int, ...]
     forwards: int
-    verifying: int
     accepted: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Both sides' answers to one prompt, one of each per round."""
+@dataclass
+class Side:
+    """A model, decoding options, and an engine that stays.
 
-    prompt: Prompt
-    autoregressive: list[Timing]
-    speculative: list[Timing]
+    Attributes:
+        start: ids before the prompt.
+        clock: that measures answers; the engine learns its costs by the wall's.
+    """
 
-    @property
-    def ratio(self) -> float:
-        """Speculative tokens/s over autoregressive tokens/s."""
-        return _speed(self.speculative) / _speed(self.autoregressive)
+    model: LanguageModel
+    clock: Callable[[], float]
+    start: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_identical(self) -> bool:
-        """Whether all answers are the same tokens."""
-        return len({timing.ids for timing in self.autoregressive + self.speculative}) == 1
+    def __post_init__(self) -> None:
+        self.model.backend()  # quantises the weights
+        self.costs = RecordedCosts()
+        self.engine: Engine = self.model.engine(max_num_seqs=1, prefix_cache=False, costs=self.costs)
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        """Answer one prompt."""
+        request = self.model.request((*self.start, *ids), max_new_tokens=max_new_tokens, **self.options)
+        started = self.clock()
+        (completion,) = self.engine.run([request])
+        seconds = self.clock() - started
+        return Answer(completion.ids, completion.forwards, completion.costs.accepted_drafts, seconds)
 
 
-def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
-    """All held-out prompts."""
+Answers = dict[str, list[Answer]]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a file."""
     return [Prompt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def answer(model: LanguageModel, ids: Sequence[int], max_new_tokens: int) -> Timing:
-    """Answer one prompt in a fresh engine."""
-    engine = model.engine(max_num_seqs=1, prefix_cache=False)
-    request = model.request(tuple(ids), max_new_tokens=max_new_tokens)
-    num_new: list[int] = []
-    completion = None
-    started = time.perf_counter()
-    for update in engine.stream(request):
-        num_new.append(len(update.new_ids))
-        completion = update.completion or completion
-    seconds = time.perf_counter() - started
-    assert completion is not None
-    verified = [count for count in num_new if count][1:]
-    return Timing(completion.ids, completion.forwards, len(verified), sum(verified) - len(verified), seconds)
+def prompts_of(section: str, per_kind: int) -> list[Prompt]:
+    """The section's first prompts of each kind."""
+    if section == "in-domain":
+        tasks = {"extraction": extraction(per_kind, seed=5), "fact": facts(per_kind)}
+        return [
+            Prompt(f"{kind}-{number}", kind, [{"role": "user", "content": task.prompt}])
+            for kind, each in tasks.items()
+            for number, task in enumerate(each)
+        ]
+    by_kind: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(HERE / ("everyday_prompts.jsonl" if section == "everyday" else "copy_prompts.jsonl")):
+        by_kind.setdefault(prompt.kind, []).append(prompt)
+    return [prompt for kind in by_kind.values() for prompt in kind[:per_kind]]
 
 
-def compare(speculative: LanguageModel, prompts: Sequence[Prompt], *, rounds: int, max_new_tokens: int) -> Iterator[Pair]:
-    """Both sides' answers to every prompt, by turns; before the first, each answers once unseen."""
+def sides_of(speculative: LanguageModel, clock: Callable[[], float]) -> dict[str, Side]:
+    """A model that drafts for its own parent, and that parent twice."""
     parent = reconfigured(speculative.transformer, parent_config(speculative.transformer.config))
     autoregressive = LanguageModel(parent, None, name="autoregressive", quantize="auto")
-    start_id = speculative.config.start_id
-    models = {"autoregressive": autoregressive, "speculative": speculative}
-    for model in models.values():
-        model.backend()  # quantises the weights
-    for number, prompt in enumerate(prompts):
-        ids = speculative.encode_chat(prompt.messages)
-        inputs = {"autoregressive": ids if start_id is None else [start_id, *ids], "speculative": ids}
-        answers: dict[str, list[Timing]] = {side: [] for side in models}
-        if number == 0:
-            for side, model in models.items():
-                answer(model, inputs[side], max_new_tokens)
-        for round_number in range(rounds):
-            order = list(models) if round_number % 2 == 0 else list(reversed(models))
-            for side in order:
-                answers[side].append(answer(models[side], inputs[side], max_new_tokens))
-        yield Pair(prompt, **answers)
-
-
-def summarize(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Median ratio, tokens per forward, accepted length, tokens/s of both sides and the share of identical texts."""
-    timings = [timing for pair in pairs for timing in pair.speculative]
-    verifying = sum(timing.verifying for timing in timings)
+    start = () if speculative.config.start_id is None else (speculative.config.start_id,)
     return {
-        "prompts": len(pairs),
-        "median_ratio": statistics.median(pair.ratio for pair in pairs),
-        "tokens_per_forward": sum(len(timing.ids) for timing in timings) / sum(timing.forwards for timing in timings),
-        "accepted_length": sum(timing.accepted for timing in timings) / max(1, verifying),
-        "autoregressive_tokens_per_second": _speed([timing for pair in pairs for timing in pair.autoregressive]),
-        "speculative_tokens_per_second": _speed(timings),
-        "identical": sum(pair.is_identical for pair in pairs) / len(pairs),
+        "plain": Side(autoregressive, clock, start, {"prompt_lookup": False}),
+        "lookup": Side(autoregressive, clock, start),
+        "speculative": Side(speculative, clock),
+    }
+
+
+def compare(
+    sides: dict[str, Side], tokenizer: LanguageModel, prompts: Sequence[Prompt], *, rounds: int, max_new_tokens: int
+) -> Iterator[tuple[Prompt, Answers]]:
+    """All sides' answers to every prompt, by turns; before the first, each answers once unseen."""
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.encode_chat(prompt.messages)
+        answers: Answers = {name: [] for name in sides}
+        for round_number in range(-1 if number == 0 else 0, rounds):
+            order = list(sides) if round_number % 2 == 0 else list(reversed(sides))
+            for name in order:
+                found = sides[name].answer(ids, max_new_tokens)
+                if round_number >= 0:
+                    answers[name].append(found)
+        yield prompt, answers
+
+
+def speed(answers: Sequence[Answer]) -> float:
+    """Tokens/s over all of these together."""
+    return sum(len(answer.ids) for answer in answers) / sum(answer.seconds for answer in answers)
+
+
+def summarize(answered: Sequence[Answers], side: str) -> dict[str, float]:
+    """Ratio, tokens per forward, accepted drafts per forward, tokens/s of both and the share of identical texts."""
+    ratios = [speed(each[side]) / speed(each["plain"]) for each in answered]
+    all_of_side = [answer for each in answered for answer in each[side]]
+    forwards = sum(answer.forwards for answer in all_of_side)
+    return {
+        "prompts": len(answered),
+        "median_ratio": statistics.median(ratios),
+        "least_ratio": min(ratios),
+        "tokens_per_forward": sum(len(answer.ids) for answer in all_of_side) / forwards,
+        "accepted_per_forward": sum(answer.accepted for answer in all_of_side) / forwards,
+        "plain_tokens_per_second": speed([answer for each in answered for answer in each["plain"]]),
+        "tokens_per_second": speed(all_of_side),
+        "identical": sum(len({a.ids for a in each[side] + each["plain"]}) == 1 for each in answered) / len(answered),
     }
 
 
@@ -145,76 +188,90 @@ def deciles(ratios: Sequence[float]) -> list[float]:
     return statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else list(ratios) * 9
 
 
-def figures(kinds: Mapping[str, Mapping[str, float]], tenths: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Every figure with its target; one without a target is met by definition and says null."""
-    overall = kinds["all"]
+def figures(section: str, side: str, overall: dict[str, float], tenths: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Every figure with its target; one without a target says null."""
+    drafts = section == "everyday" and side == "speculative"
     values = {
-        "median_ratio": (overall["median_ratio"], TARGET_MEDIAN),
+        "median_ratio": (overall["median_ratio"], TARGET_MEDIAN if drafts else None),
         "first_decile": (tenths[0], TARGET_DECILE),
         "identical": (overall["identical"], 1.0),
         "tokens_per_forward": (overall["tokens_per_forward"], None),
-        "accepted_length": (overall["accepted_length"], None),
-        **{f"median_ratio_{kind}": (row["median_ratio"], TARGET_KIND) for kind, row in kinds.items() if kind != "all"},
     }
     return {
-        name: {"value": value, "target": target, "met": None if target is None else value >= target}
+        f"{section}_{side}_{name}": {"value": value, "target": target, "met": None if target is None else value >= target}
         for name, (value, target) in values.items()
     }
 
 
-def table(kinds: Mapping[str, Mapping[str, float]]) -> Table:
-    """One line per kind."""
-    made = Table("kind", "prompts", "median ratio", "tokens/forward", "accepted length", "AR tokens/s", "tokens/s", "identical")
-    for kind, row in kinds.items():
-        made.add_row(
-            kind,
-            f"{row['prompts']:.0f}",
-            f"{row['median_ratio']:.2f}x",
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['accepted_length']:.2f}",
-            f"{row['autoregressive_tokens_per_second']:.0f}",
-            f"{row['speculative_tokens_per_second']:.0f}",
-            f"{row['identical']:.0%}",
-        )
+def table(section: str, rows: dict[tuple[str, str], dict[str, float]]) -> Table:
+    """One line per side and kind."""
+    made = Table(
+        section, "side", "prompts", "median", "least", "tokens/forward", "accepted", "plain/s", "tokens/s", "identical"
+    )
+    for (side, kind), row in rows.items():
+        counts = (f"{row['tokens_per_forward']:.2f}", f"{row['accepted_per_forward']:.2f}")
+        speeds = (f"{row['plain_tokens_per_second']:.0f}", f"{row['tokens_per_second']:.0f}", f"{row['identical']:.0%}")
+        ratios = (f"{row['median_ratio']:.2f}x", f"{row['least_ratio']:.2f}x")
+        made.add_row(kind, side, f"{row['prompts']:.0f}", *ratios, *counts, *speeds)
     return made
+
+
+def measure(section: str, sides: dict[str, Side], model: LanguageModel, options: Any) -> dict[str, Any]:
+    """One section: the table is printed, the figures are returned with what they are made of."""
+    prompts = prompts_of(section, options.per_kind)
+    limits = {"rounds": options.rounds, "max_new_tokens": options.max_new_tokens}
+    compared = compare(sides, model, prompts, **limits)
+    answered = list(track(compared, description=section, total=len(prompts), console=LOG))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[str, Any] = {"figures": {}, "deciles": {}, "forwards": {}}
+    for side in DRAFTING:
+        for kind in dict.fromkeys(prompt.kind for prompt in prompts):
+            rows[side, kind] = summarize([each for prompt, each in answered if prompt.kind == kind], side)
+        rows[side, "all"] = summarize([each for _, each in answered], side)
+        tenths = deciles([speed(each[side]) / speed(each["plain"]) for _, each in answered])
+        found["figures"] |= figures(section, side, rows[side, "all"], tenths)
+        found["deciles"][side] = tenths
+        costs = sides[side].costs
+        found["forwards"][side] = {
+            "verify_tokens": costs.verify_tokens / max(costs.forwards, 1),
+            "mask_tokens": costs.mask_tokens / max(costs.forwards, 1),
+        }
+    LOG.print(table(section, rows))
+    for side in DRAFTING:
+        held = found["forwards"][side]
+        LOG.print(f"{side}: deciles " + " ".join(f"{value:.2f}" for value in found["deciles"][side]))
+        LOG.print(f"{side}: {held['verify_tokens']:.2f} drafts verified and {held['mask_tokens']:.2f} masks a forward so far")
+    found["rows"] = {f"{side} {kind}": row for (side, kind), row in rows.items()}
+    return found
+
+
+def clock_of(options: Any) -> Callable[[], float]:
+    """What measures seconds."""
+    return time.process_time if options.cpu_time else time.perf_counter
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-diffusion", help="a model that drafts for its own parent")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--rounds", type=int, default=2, help="answers of each side to each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--per-kind", type=int, default=10, help="prompts of each kind")
     parser.add_argument("--threads", type=int, help="[default: all cores]")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU: beside other processes, with --threads 1")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
     options = parser.parse_args(argv)
     if options.smoke:
         options.rounds, options.max_new_tokens, options.per_kind = 1, 8, 1
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    by_kind: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts():
-        by_kind.setdefault(prompt.kind, []).append(prompt)
-    prompts = [prompt for kind in by_kind.values() for prompt in kind[: options.per_kind]]
     model = unmask.load(options.model, quantize="auto")
-    answered = compare(model, prompts, rounds=options.rounds, max_new_tokens=options.max_new_tokens)
-    pairs = list(track(answered, description="everyday prompts", total=len(prompts), console=LOG))
-    kinds = {kind: summarize([pair for pair in pairs if pair.prompt.kind == kind]) for kind in by_kind}
-    kinds["all"] = summarize(pairs)
-    tenths = deciles([pair.ratio for pair in pairs])
-    LOG.print(table(kinds))
-    LOG.print("deciles of the ratio: " + " ".join(f"{value:.2f}" for value in tenths))
-    result = figures(kinds, tenths)
-    by_prompt = {pair.prompt.id: {"ratio": pair.ratio, "tokens": len(pair.speculative[0].ids)} for pair in pairs}
-    content = {"figures": result, "kinds": kinds, "deciles": tenths, "threads": torch.get_num_threads(), "prompts": by_prompt}
+    sides = sides_of(model, clock_of(options))
+    sections = {section: measure(section, sides, model, options) for section in options.sections}
+    content = {"threads": torch.get_num_threads(), "sections": sections}
     write_results(results_path(options.results, "everyday"), content)
     if options.json:
-        json.dump(result, sys.stdout)
-
-
-def _speed(timings: Sequence[Timing]) -> float:
-    """Tokens/s over all of these together."""
-    return sum(len(timing.ids) for timing in timings) / sum(timing.seconds for timing in timings)
+        json.dump({name: figure for each in sections.values() for name, figure in each["figures"].items()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
 """What holds for every test: the same examples of Hypothesis each time, a Ctrl-C that interrupts, and one plain tokenizer.
 
-No example has a deadline, which a busy machine would miss.
+No example has a deadline, which a busy machine would miss; and no number of drafts depends on how long a forward took.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from helpers import make_tokenizer
 from unmask.data.tokenizer import Tokenizer
+from unmask.engine.costs import CostTable
 
 settings.register_profile("unmask", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("unmask")
 
 # Shells start jobs in the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _given_costs() -> Iterator[None]:
+    """Forwards are taken to cost the same whatever they hold, so that the same requests take the same forwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("engine", "llm"):
+            patch.setattr(f"unmask.engine.{module}.MeasuredCosts", CostTable)
+        yield
 
 
 @pytest.fixture(scope="session")

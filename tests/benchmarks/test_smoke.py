@@ -45,11 +45,21 @@ def test_everyday(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_folder(tmp_path / "model", **shape)
     smoke("everyday", tmp_path, "--model", str(model), "--json")
     figures = json.loads(capsys.readouterr().out)
-    assert sum(name.startswith("median_ratio_") for name in figures) == 10
-    assert figures["identical"] == {"value": 1.0, "target": 1.0, "met": True}
-    assert figures["tokens_per_forward"]["value"] > 0
+    assert len(figures) == 3 * 2 * 4  # sections, sides, figures
+    assert figures["everyday_speculative_identical"] == {"value": 1.0, "target": 1.0, "met": True}
+    assert figures["copying_lookup_tokens_per_forward"]["value"] > 0
     (result,) = tmp_path.glob("everyday_*.json")
-    assert len(json.loads(result.read_text())["prompts"]) == 10
+    rows = json.loads(result.read_text())["sections"]["everyday"]["rows"]
+    assert rows["lookup all"]["prompts"] == 10
+
+
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape: dict[str, Any] = {"mask_id": 3, "block_size": 4, "start_id": 0, "gated_lora_rank": 2, "max_positions": 1024}
+    smoke("load", tmp_path, "--model", str(tiny_folder(tmp_path / "model", **shape)), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"1_auto", "4_auto"}
+    (result,) = tmp_path.glob("load_*.json")
+    assert json.loads(result.read_text())["clients"]["4"]["always"]["identical"] == 1.0
 
 
 @pytest.mark.slow

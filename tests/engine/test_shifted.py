@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel, load
 from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, ResolvedParams
-from unmask.engine.sequences.base import Guess, ModelOutput
-from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
 from unmask.models.arch.gated_lora import add_gated_lora, is_gated_lora, parent_config
@@ -39,7 +36,7 @@ def shifted(family: str, block_size: int = 4) -> Transformer:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_of_one_decode_as_the_parent_does(family: str) -> None:
     """Token by token, in no more forwards."""
-    rules = ResolvedParams(block_size=1, steps=1)
+    rules = ResolvedParams(block_size=1, steps=1, prompt_lookup=False)
     (parent,) = Engine(AUTOREGRESSIVE[family]).run(
         [Request((START, *PROMPT), rules.replace(max_new_tokens=20, logit_bias={MASK: float("-inf")}))]
     )
@@ -140,68 +137,27 @@ def test_gated_lora_changes_drafts_and_no_text(family: str, block_size: int) -> 
         assert [each.trace for each in found] != [each.trace for each in others]
 
 
-def test_speculative_decoding_takes_at_most_a_forward_a_token_and_fewer_where_drafts_are_accepted() -> None:
-    """A model that predicts the same token everywhere: every draft is accepted."""
+def repeating() -> Transformer:
+    """A model that predicts the same token everywhere, and is sure of it."""
     model = shifted("llama")
     with torch.no_grad():
         for block in model.blocks:
             block.attention.out.weight.zero_()
             block.mlp.down.weight.zero_()
         model.embed.weight[:] = model.embed.weight[7]
+        model.head_weight[:] = -model.embed.weight[7]
+        model.head_weight[7] = model.embed.weight[7]
+    return model
+
+
+def test_speculative_decoding_takes_at_most_a_forward_a_token_and_fewer_where_drafts_are_accepted() -> None:
+    model = repeating()
     for block_size, threshold in ((4, 0.0), (8, 0.0), (4, 1.0), (1, 0.0)):
-        rules = ResolvedParams(block_size=block_size, threshold=threshold, **SPECULATIVE)
+        rules = ResolvedParams(block_size=block_size, threshold=threshold, prompt_lookup=False, **SPECULATIVE)
         (found,) = Engine(model).run([Request(PROMPT, rules.replace(max_new_tokens=17))])
         assert found.forwards <= (17 if threshold == 1.0 else -(-17 // block_size)), (block_size, threshold)
         assert found.costs.prefill_forwards == 0
-
-
-def test_a_forward_verifies_the_drafts_of_the_one_before() -> None:
-    rules = ResolvedParams(block_size=4, threshold=0.5, **SPECULATIVE)
-    sequence = SpeculativeSequence(Request(PROMPT[:5], rules.replace(max_new_tokens=9)), 0, MASK, 4)
-
-    def forward(tokens: list[int], confidence: list[float]) -> list[int]:
-        """The new tokens and drafts after a forward."""
-        scheduled = sequence.schedule(64)
-        assert scheduled is not None
-        sequence.apply(scheduled, ModelOutput(Guess(scheduled.queries, tokens, confidence), None))
-        return [token for token in sequence.tokens[5:] if token != MASK]
-
-    # The prompt and a block; the confidence of the third guess is too low for a draft.
-    assert forward([10, 11, 12, 13], [0.9, 0.8, 0.7, 0.4]) == [10, 11, 12]
-    # Both drafts are accepted, and one token more is decided; three new drafts follow.
-    assert forward([11, 12, 13, 14, 15, 16], [0.1] * 3 + [0.6] * 3) == [10, 11, 12, 13, 14, 15, 16]
-    # The second one is not: the drafts after it are dropped.
-    assert forward([14, 20, 21, 22, 23], [0.9] * 5) == [10, 11, 12, 13, 14, 20]
-    assert sequence.completion is None
-    assert forward([21, 22, 23], [0.9] * 3) == [10, 11, 12, 13, 14, 20, 21, 22, 23]
-    assert forward([22, 23], [0.9] * 2) == [10, 11, 12, 13, 14, 20, 21, 22, 23]
-    assert sequence.completion is not None
-    assert sequence.completion.costs.edits == 0, "a rejected draft was never decided, so nothing was edited"
-
-
-def test_the_number_of_draft_tokens_is_halved_while_nothing_is_drafted() -> None:
-    sequence = SpeculativeSequence(
-        Request(PROMPT[:5], ResolvedParams(block_size=8, threshold=0.5, **SPECULATIVE, max_new_tokens=40)), 0, MASK, 4
-    )
-
-    def forward(targets: list[int], confidence: float) -> int:
-        """A forward with these target tokens, and drafts 20 of this confidence; its number of draft tokens."""
-        scheduled = sequence.schedule(64)
-        assert scheduled is not None
-        count = scheduled.stop - scheduled.causal_end
-        tokens, confidences = [*targets, *[20] * count], [1.0] * len(targets) + [confidence] * count
-        sequence.apply(scheduled, ModelOutput(Guess(scheduled.queries, tokens, confidences), None))
-        return count
-
-    counts = [forward([10], 0.4) for _ in range(5)]
-    assert counts[0] == 7
-    assert all(after == max(1, before // 2) for before, after in pairwise(counts))
-    # A draft brings them all back; a draft that is not accepted counts for nothing.
-    assert forward([10], 0.6) == 1
-    assert forward([20, 10], 0.6) == 7
-    assert forward([10, *[20] * 7], 0.4) == 7
-    assert forward([10], 0.4) == 7
-    assert forward([10], 0.4) < 7
+        assert found.costs.accepted_drafts == len(found.ids) - found.forwards
 
 
 @pytest.mark.parametrize(
@@ -229,7 +185,7 @@ def test_shifted_models_decode_speculatively_by_default() -> None:
     model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
     chosen = model.request(PROMPT)
     assert chosen.params.speculative
-    assert chosen.params.threshold == SPECULATIVE_THRESHOLD
+    assert chosen.params.threshold == SPECULATIVE_THRESHOLD == 0.0
     assert model.request(PROMPT, threshold=0.9).params.threshold == 0.9
     assert not model.request(PROMPT, speculative=False).params.speculative
     assert not plain.request(PROMPT).params.speculative

@@ -6,18 +6,21 @@ sequences), in `sequences` (which tokens) and in `runner` (how they are computed
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unmask.data.detokenizer import Decode
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend
+from unmask.engine.costs import ForwardCosts, MeasuredCosts
+from unmask.engine.drafting import DraftPlanner
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
 from unmask.engine.runner import Runner
 from unmask.engine.scheduler import Scheduler
-from unmask.engine.sequences.autoregressive import AutoregressiveSequence
-from unmask.engine.sequences.base import DecodingSequence
+from unmask.engine.sequences.base import DecodingSequence, ScheduledSequence
 from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.engine.sequences.constrained import ConstrainedSequence
 from unmask.engine.sequences.scoring import BlockScoringSequence, CausalScoringSequence, ScoringSequence
@@ -68,6 +71,8 @@ class Engine:
         max_num_batched_tokens: most tokens of a forward. Longer prompts are prefilled in parts, and so are shorter ones that
             would keep others waiting.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
+        costs: of forwards, by which the numbers of draft tokens are chosen; default: learnt from the engine's own forwards.
+            They decide the speed, and no text.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Engine:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
         prefix_cache: bool = True,
+        costs: ForwardCosts | None = None,
     ) -> None:
         backend = TorchBackend(model) if isinstance(model, Transformer) else model
         self.config = backend.config
@@ -104,6 +110,8 @@ class Engine:
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
         self.pool = BlockPool(num_cache_blocks, num_retained)
+        self.costs = MeasuredCosts() if costs is None else costs
+        self._planner = DraftPlanner(self.costs)
         self.scheduler = Scheduler(
             self.pool,
             size,
@@ -111,6 +119,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefill_chunk=backend.prefill_chunk,
             prefix_cache=prefix_cache,
+            plan_drafts=self._plan_drafts,
         )
         self.runner = Runner(backend, num_cache_blocks, size, self.mask_id)
         self._sequences: dict[int, DecodingSequence] = {}
@@ -147,13 +156,12 @@ class Engine:
         kind: type[DecodingSequence]
         if scoring:
             kind = CausalScoringSequence if self.mask_id is None or self.config.shifted else BlockScoringSequence
-        elif self.mask_id is None:
-            kind = AutoregressiveSequence
-        elif request.params.speculative:
+        elif self.mask_id is None or request.params.speculative:
             kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
-        return kind(request, number, self.mask_id, self.cache_block_size, self._decode, shifted=self.config.shifted)
+        options: dict[str, Any] = {"shifted": self.config.shifted, "history": self._planner.history}
+        return kind(request, number, self.mask_id, self.cache_block_size, self._decode, **options)
 
     def _enter(self, sequence: DecodingSequence) -> DecodingSequence:
         """Let a sequence wait for its turn, unless it has ended; one that has scored its prompt makes room for decoding."""
@@ -197,6 +205,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One forward for everyone who takes part in it; nothing if there is no work."""
+        started = time.perf_counter()
         updates, self._unread = self._unread, []
         # A grammar may leave no choice at all: such a request has ended without a forward.
         updates += [self._update(sequence) for sequence in list(self._sequences.values()) if sequence.completion is not None]
@@ -214,7 +223,27 @@ class Engine:
                 if sequence.completion is not None:
                     sequence = self._enter(sequence)
                 updates.append(self._update(sequence))
+        self._observe(work, time.perf_counter() - started)
         return updates
+
+    def _plan_drafts(self, sequences: Sequence[DecodingSequence], num_beside: int) -> None:
+        """Choose the drafts of those that draft."""
+        drafting = [sequence for sequence in sequences if isinstance(sequence, SpeculativeSequence)]
+        beside = sum(each.num_missing for each in sequences if not isinstance(each, SpeculativeSequence))
+        self._planner.plan(drafting, num_beside + beside)
+
+    def _observe(self, work: Sequence[tuple[DecodingSequence, ScheduledSequence]], seconds: float) -> None:
+        """What a forward costs that decides tokens by verifying drafts and does nothing else."""
+        counts = [0, 0, 0]
+        for sequence, scheduled in work:
+            count = scheduled.stop - scheduled.start
+            if not isinstance(sequence, SpeculativeSequence) or len(scheduled.queries) != count:
+                return
+            counts[0] += count
+            counts[1] += scheduled.stop - scheduled.causal_end
+            counts[2] += count if sequence.is_drawn else 0
+        if work:
+            self.costs.observe(counts, seconds)
 
     def abort(self, number: int) -> None:
         """End a request without a completion; its cache blocks are free at once. One that has ended is left alone."""

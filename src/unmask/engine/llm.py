@@ -24,6 +24,7 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import QuantizedModel
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
+from unmask.engine.costs import MeasuredCosts
 from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
@@ -78,6 +79,7 @@ class LanguageModel:
             tokenizer.set_start_token(self.config.start_id)
         self.quantize = decoding_weights(quantize, self.config, transformer.embed.weight.device)
         self._quantized = None if self.quantize == "none" else QuantizedModel(transformer, self.quantize, self._release)
+        self._costs = MeasuredCosts()  # what one engine has learnt, the next knows
 
     @property
     def transformer(self) -> Transformer:
@@ -116,7 +118,7 @@ class LanguageModel:
     def engine(self, *, mask_id: int | None = None, **options: Any) -> Engine:
         """An engine of this model for many requests at a time; options as of `Engine`."""
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        return Engine(self.backend(), mask_id=mask_id, decode=decode, **options)
+        return Engine(self.backend(), mask_id=mask_id, decode=decode, **{"costs": self._costs, **options})
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
         """Ids of a prompt; see `prompts.encode_prompt`."""

@@ -15,7 +15,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.diffusion.blocks import num_blocks
-from unmask.diffusion.decode import Decision, Guess
+from unmask.diffusion.decode import Decision, Guess, is_greedy
 from unmask.engine.policies import POLICIES
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
@@ -115,6 +115,14 @@ class Request:
             raise RequestError("speculative takes a shifted model (converted with shift: true); leave it out")
 
 
+def needs_logits(request: Request) -> bool:
+    """Whether a request needs more than the most probable token and its probability."""
+    params = request.params
+    bans_ends = bool(request.eos_ids | request.end_ids) and (params.min_new_tokens > 0 or None in request.ids)
+    processed = bool(params.logit_bias) or params.has_penalties or request.grammar is not None or bans_ends
+    return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
+
+
 def distinct_samples(requests: Iterable[Request]) -> list[Request]:
     """The same requests, in order, those of one prompt and seed numbered on by `sample`, so that no two draw the same.
 
@@ -202,13 +210,15 @@ class Costs:
     """What a request cost.
 
     `prefill_forwards` are those that decided nothing; `cached_tokens` prompt tokens whose keys and values were there
-    already; times are in seconds: waiting, until the first denoising step, and from there to the end.
+    already; `accepted_drafts` tokens that were drafted and verified; times are in seconds: waiting, until the first denoising
+    step, and from there to the end.
     """
 
     prefill_forwards: int = 0
     edits: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    accepted_drafts: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     denoise_seconds: float = 0.0

@@ -15,12 +15,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from unmask.diffusion.decode import Guess, candidates, entropies, is_greedy
+from unmask.diffusion.decode import Guess, candidates, entropies
 from unmask.engine.backends.base import Backend
 from unmask.engine.logprobs import token_logprobs
 from unmask.engine.penalties import penalize
 from unmask.engine.policies import POLICIES
-from unmask.engine.request import Request, TokenLogprob
+from unmask.engine.request import TokenLogprob, needs_logits
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
 
 _SCORED_LOGITS = 2**22
@@ -89,14 +89,6 @@ class Sampler:
             )
             guess = Guess(each.queries, tokens[part], confidences[part], entropy)
             yield ModelOutput(guess, logits_NV[part], processed_NV[part])
-
-
-def needs_logits(request: Request) -> bool:
-    """Whether a request needs more than the most probable token and its probability."""
-    params = request.params
-    bans_ends = bool(request.eos_ids | request.end_ids) and (params.min_new_tokens > 0 or None in request.ids)
-    processed = bool(params.logit_bias) or params.has_penalties or request.grammar is not None or bans_ends
-    return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
 
 
 def process(

@@ -37,8 +37,8 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 32
 THRESHOLD = 0.95
-SPECULATIVE_THRESHOLD = 0.7
-"""Of draft tokens: they are verified, so it decides the speed and not the text."""
+SPECULATIVE_THRESHOLD = 0.0
+"""Of draft tokens: which of them are verified is chosen by what they are worth."""
 _KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
 _UNIONS = (UnionType, Union)
 _WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
@@ -209,7 +209,7 @@ class SamplingParams:
     )
     threshold: float | None = _option(
         "Accept every token whose probability is above this; lower is faster and less careful.", "Diffusion",
-        default_text=f"{THRESHOLD}; {SPECULATIVE_THRESHOLD} when speculative", minimum=0, maximum=1,
+        default_text=f"{THRESHOLD}; none when speculative", minimum=0, maximum=1,
     )  # fmt: skip
     steps: int | None = _option("Most denoising steps per block.", "Diffusion", default_text="the block size", minimum=1)
     policy: str = _option(
@@ -231,6 +231,10 @@ class SamplingParams:
     speculative: bool | None = _option(
         "Self-speculative decoding: drafts are verified, so that the text is that of decoding token by token.", "Speculative",
         default_text="on for shifted models, unless a policy or editing is given",
+    )  # fmt: skip
+    prompt_lookup: bool = _option(
+        "Draft what followed earlier occurrences of the last tokens: the same text, sooner where it repeats the prompt.",
+        "Speculative", True,
     )  # fmt: skip
     json_schema: Mapping[str, Any] | str | bool | None = _option(
         "The answer is JSON that this schema accepts.", "Structured output", None, frozenset(("cli",)), is_file=True

@@ -9,6 +9,7 @@ and keeps everything it has decided.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from unmask.engine.kv_cache import BlockPool
@@ -31,6 +32,8 @@ class Scheduler:
         max_num_batched_tokens: most tokens of a forward.
         prefill_chunk: tokens that sequences which prefill may take beside those that decode; see `Backend.prefill_chunk`.
         prefix_cache: share cache blocks of equal prefixes.
+        plan_drafts: told which sequences decide tokens in this forward, and the number of tokens beside theirs, before they are
+            asked for their parts.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         prefill_chunk: int,
         prefix_cache: bool,
+        plan_drafts: Callable[[Sequence[DecodingSequence], int], None] = lambda sequences, num_beside: None,
     ) -> None:
+        self._plan_drafts = plan_drafts
         self.pool, self.cache_block_size, self.prefix_cache = pool, cache_block_size, prefix_cache
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.prefill_chunk = prefill_chunk
@@ -74,13 +79,21 @@ class Scheduler:
         work: list[tuple[DecodingSequence, ScheduledSequence]] = []
         prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
         budget = self.max_num_batched_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.last_served, s.order)):
-            if sequence in self.running and sequence not in prefilling:
-                budget -= self._serve(sequence, budget, work)
+        decoding = [sequence for sequence in self.running if sequence not in prefilling]
+        self._plan_drafts(decoding, 0)
+        needed = {sequence.number: sequence.num_missing for sequence in decoding}
+        for sequence in sorted(decoding, key=lambda s: (s.last_served, s.order)):
+            least = needed.pop(sequence.number)
+            if sequence in self.running:
+                # Drafts take what the others leave.
+                budget -= self._serve(sequence, max(budget - sum(needed.values()), min(budget, least)), work)
         prefilling = [sequence for sequence in prefilling if sequence in self.running]
         prefilling += self._admit_waiting(budget - sum(sequence.min_tokens for sequence in prefilling))
         for sequence, share in self._shares(prefilling, budget):
             if sequence in self.running:
+                if share >= sequence.num_missing:  # the rest of its prompt, and what it drafts behind it
+                    self._plan_drafts([sequence], self.max_num_batched_tokens - budget + sequence.num_missing - 1)
+                    share = budget
                 budget -= self._serve(sequence, min(share, budget), work)
         assert work or not (self.running or self.waiting), "nothing can be scheduled"
         return work

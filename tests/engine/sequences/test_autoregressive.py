@@ -1,4 +1,4 @@
-"""Next-token decoding against a plain loop without a cache, alone and in batches."""
+"""Next-token decoding against a plain loop without a cache, alone and in batches; drafts are `test_speculative.py`'s."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from helpers import refused
-from tiny import FAMILIES, VOCAB, prompt_of, tiny_model, with_params
+from tiny import FAMILIES, VOCAB, tiny_model, with_params
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion, DecodingStep, Request
@@ -20,8 +21,12 @@ from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 
 MODELS = {family: tiny_model(family, 4, torch.float64) for family in FAMILIES}
-GREEDY = ResolvedParams()
-SAMPLED = ResolvedParams(temperature=1.2, top_k=25, top_p=0.9, seed=6)
+GREEDY = ResolvedParams(prompt_lookup=False)
+SAMPLED = GREEDY.replace(temperature=1.2, top_k=25, top_p=0.9, seed=6)
+
+
+def prompt_of(length: int, max_new_tokens: int, *eos: int, rules: ResolvedParams = GREEDY) -> Request:
+    return tiny.prompt_of(length, max_new_tokens, *eos, rules=rules)
 
 
 def generate_batch(model: Transformer, requests: Sequence[Request], **options: Any) -> list[Completion]:
@@ -123,7 +128,8 @@ def test_a_batch_equals_its_sequences_one_by_one(family: str, rules: ResolvedPar
 )
 def test_cache_blocks_chunks_and_preemption_change_no_token(options: dict[str, Any]) -> None:
     model = MODELS["llama"]
-    prompts = [*mixed_prompts(model), *mixed_prompts(model, SAMPLED)]
+    drafted = [with_params(prompt, prompt_lookup=True) for prompt in mixed_prompts(model)]
+    prompts = [*mixed_prompts(model), *mixed_prompts(model, SAMPLED), *drafted]
     found = generate_batch(model, prompts, **options)
     assert [(c.ids, c.finish_reason) for c in found] == [
         (c.ids, c.finish_reason) for c in (naive(model, prompt) for prompt in prompts)

@@ -67,7 +67,8 @@ class TorchBackend:
         return PaddedAttend(batch, kv_cache)
 
     def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
-        noisy_BT = None if self.config.gated_lora_rank is None else batch.is_noisy_T[None]
+        gated = self.config.gated_lora_rank is not None and batch.segments_C6[:, 4].any()
+        noisy_BT = batch.is_noisy_T[None] if gated else None
         attend = self.attend(batch, kv_cache)
         hidden: Tensor = self.model(batch.tokens_T[None], batch.positions_T[None], attend, noisy_BT=noisy_BT)
         return hidden[0]

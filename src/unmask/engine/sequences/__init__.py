@@ -1,1 +1,1 @@
-"""Sequences being decoded: autoregressive, block diffusion, constrained, speculative."""
+"""Sequences being decoded: speculative (autoregressive among them), block diffusion, constrained, scoring."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unmask.data.detokenizer import Decode, find_stop
 from unmask.diffusion.decode import Guess
+from unmask.engine.drafting import DraftHistory
 from unmask.engine.kv_cache import PrefixHashes
 from unmask.engine.logprobs import token_logprobs
 from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, Request, TokenLogprob, finish
@@ -88,6 +89,7 @@ class DecodingSequence(ABC):
         cache_block_size: tokens in a cache block.
         decode: text of ids, for stop strings and the completion's text.
         shifted: the model's context attends causally (`ModelConfig.shifted`).
+        history: what other requests have shown of drafts.
 
     Attributes:
         tokens: the canvas by position; a mask where undecided.
@@ -106,7 +108,9 @@ class DecodingSequence(ABC):
         decode: Decode | None = None,
         *,
         shifted: bool = False,
+        history: DraftHistory | None = None,
     ) -> None:
+        self._history = DraftHistory() if history is None else history
         self.request, self.number, self.mask_id, self._decode, self._shifted = request, number, mask_id, decode, shifted
         self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size)
         self.committed = 0
@@ -119,7 +123,7 @@ class DecodingSequence(ABC):
         self.step = 0
         self.last_step: DecodingStep | None = None
         self.last_served = 0
-        self.forwards = self._prefills = self._edits = self.cached_tokens = self.preemptions = 0
+        self.forwards = self._prefills = self._edits = self.cached_tokens = self.preemptions = self._accepted_drafts = 0
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.completion: Completion | None = None
         self._logprobs: dict[int, TokenLogprob] = {}
@@ -324,7 +328,8 @@ class DecodingSequence(ABC):
     def _costs(self) -> Costs:
         times = [*self._times, *[time.perf_counter()] * (4 - len(self._times))]
         queue, prefill, denoise = (late - early for early, late in itertools.pairwise(times))
-        return Costs(self._prefills, self._edits, self.cached_tokens, self.preemptions, queue, prefill, denoise)
+        counts = (self._prefills, self._edits, self.cached_tokens, self.preemptions, self._accepted_drafts)
+        return Costs(*counts, queue, prefill, denoise)
 
     def _report(self, step: DecodingStep) -> None:
         self.last_step = step

@@ -1,46 +1,63 @@
-"""A sequence of self-speculative decoding in one forward: the text of autoregressive decoding, several tokens at a time.
+"""A sequence decoded autoregressively, token by token or, by verified drafts, several tokens in one forward.
 
-Owns its state between forwards. A shifted model's causal tokens predict exactly what its weights would, decoding token by
-token; its mask tokens draft what comes after. What one forward drafts, the next one verifies.
+Owns its state between forwards. Its text is what the model's causal tokens predict: that of decoding token by token. Drafts
+come from masks that a shifted model runs behind its causal tokens (self-speculative decoding), and from what followed earlier
+occurrences of the same tokens (prompt lookup), for any model. Which of them pay is `engine.drafting`'s matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision
-from unmask.engine.request import DecodingStep
+from unmask.engine.costs import Floats
+from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftOptions, DraftPlan, DraftPrices
+from unmask.engine.lookup import PromptLookup
+from unmask.engine.request import DecodingStep, needs_logits
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
 _EVERYTHING = 2**40
 """A block size whose first block holds all positions."""
+_MOST_LOOKED_UP = 16
+_LOOKUP_PRIORS = (0.3, 0.5, 0.65, 0.8, 0.9)
+"""Of acceptance, by the length of the match: 2 tokens, 3, 4, 5 or 6, more."""
+_CONFIDENCES, _DISTANCES = 10, 4
+_FIRST_INTERVAL, _LONGEST_INTERVAL = 4, 32
+"""Forwards without masks before a probe."""
 
 
 class SpeculativeSequence(DecodingSequence):
-    """Drafts a block in one pass and accepts of it what the next, causal pass predicts itself.
+    """Verifies drafts: accepts of them what the causal pass predicts itself.
 
-    Tokens of a forward, with `v` decided and `d` drafted: the verify tokens, causal, up to position v + d, decide the accepted
-    drafts and one more token; the mask tokens after them, a block at most with the last verify token, draft on. Drafts after a
-    rejected one are forgotten, and so is what was drafted after them. A draft is kept only where its probability and those of
-    all before it are above the threshold: a wrong one costs the forward's other drafts. Where none is kept, the next forward
-    has half as many mask tokens, down to one: text that cannot be drafted costs little more than decoding it token by token.
+    Tokens of a forward, with `v` decided and `d` drafts: the verify tokens, causal, decide the accepted drafts and one more
+    token; in a shifted model, mask tokens after them draft on. Drafts after a rejected one are forgotten, and so is what was
+    drafted after them. Drafts that are not verified stay as long as the text agrees with them. Without drafts and masks a
+    forward is that of decoding token by token.
 
     A drawn token depends on the logits, the seed and the position, so that sampling is verified like the rest: a draft is
     accepted if it is the target token, the one that its verify token draws. A grammar limits the target tokens, and adds what
     it leaves no choice about.
 
-    Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923).
+    Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923); prompt lookup
+    decoding (A. Saxena, 2023).
     """
 
     def _begin(self) -> None:
         prompt, params = [token for token in self.request.ids if token is not None], self.request.params
-        self._num_decided, self._num_drafts, self._num_masks = len(prompt), 0, params.block_size - 1
-        assert self.mask_id is not None, "shifted models have a mask token"
-        self.tokens = prompt + [self.mask_id] * params.max_new_tokens
+        self.tokens, self._num_decided = prompt, len(prompt)
+        self._length = len(prompt) + params.max_new_tokens
+        self._lag = 0 if self._shifted else 1  # a shifted model's row reads the token before the one it predicts
+        self._estimates = DraftEstimates(self._history)
+        self._pending: list[Draft] = []
+        self._lookup: PromptLookup | None = None
+        self._plan = NO_DRAFTS
+        self._idle = self._interval = _FIRST_INTERVAL
+        self.is_drawn = needs_logits(self.request)
         if self._add_forced():
             self._finish()
 
@@ -50,108 +67,212 @@ class SpeculativeSequence(DecodingSequence):
 
     @property
     def num_final(self) -> int:
-        return self._num_decided
-
-    @property
-    def _causal_end(self) -> int:
-        """End of the verify tokens: one for each draft, and one more."""
-        return min(self._num_decided + self._num_drafts + 1, len(self.tokens))
+        return self._num_decided - self._lag
 
     @property
     def reach(self) -> int:
-        if self.request.end_ids.intersection(self.tokens[self._num_decided : self._causal_end]):
-            return self._causal_end  # what is drafted ends there
-        return min(self._causal_end + self._num_masks, len(self.tokens))
+        # One more than is final: that row's hidden state predicts the next token.
+        return self.num_final + 1
 
     def schedule(self, budget: int) -> ScheduledSequence | None:
-        start, causal_end = self.committed, self._causal_end
+        start, causal_end = self.committed, self.reach
         if causal_end - start > budget:
-            chunk = min(budget, self._num_decided - start)
+            chunk = min(budget, self.num_final - start)
             return self._scheduled(start, start + chunk, causal_end=causal_end) if chunk > 0 else None
-        queries = tuple(range(self._num_decided, min(self.reach, start + budget)))
-        return self._scheduled(start, queries[-1] + 1, queries, causal_end=causal_end, allowed=self._allowed())
+        drafts = [draft.token for draft in self._plan.drafts][: budget - (causal_end - start)]
+        causal_end += len(drafts)
+        stop = min(causal_end + self._plan.num_masks, start + budget)
+        queries = tuple(range(self._num_decided, stop + self._lag))
+        masks = [] if self.mask_id is None else [self.mask_id] * (len(queries) - len(drafts))
+        self.tokens[self._num_decided :] = [*drafts, *masks]
+        rows, allowed = tuple(position - self._lag for position in queries), self._allowed(drafts)
+        return self._scheduled(start, stop, queries, logits_positions=rows, causal_end=causal_end, allowed=allowed)
 
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
         self._count(scheduled)
         if output is None:
             self.committed = scheduled.stop
             return
-        causal_end, guess = scheduled.causal_end, output.guess
-        predicted = dict(zip(guess.positions, guess.tokens, strict=True))
-        confidences = dict(zip(guess.positions, guess.confidences, strict=True))
-        drafted = range(self._num_decided, causal_end - 1)
-        accepted_length = len(list(takewhile(lambda p: self.tokens[p] == predicted[p], drafted)))
-        last = self._num_decided + accepted_length
-        target_token = predicted[last]
-        self.committed = last + 1
-        # Mask tokens have read the drafts: what they predict counts only where all of those are accepted.
-        masks = range(causal_end, scheduled.stop) if last + 1 == causal_end else range(0)
-        drafts = [predicted[p] for p in takewhile(lambda p: confidences[p] > self.request.params.threshold, masks)]
-        if masks:
-            self._num_masks = self.request.params.block_size - 1 if drafts else max(1, self._num_masks // 2)
-        self._write(last, [target_token, *drafts])
-        self._decide(last + 1)
-        self._record(scheduled, output)
+        self._plan, first = NO_DRAFTS, self._num_decided
+        targets, confidences = output.guess.tokens, output.guess.confidences
+        drafts = self.tokens[first : scheduled.causal_end + self._lag - 1]
+        num_accepted = next((i for i, token in enumerate(drafts) if token != targets[i]), len(drafts))
+        num_masks = scheduled.stop - scheduled.causal_end
+        self._accepted_drafts += num_accepted
+        self.committed = first + num_accepted + 1 - self._lag
+        self._decide(targets[: num_accepted + 1])
+        # Masks have read the drafts: what they predict counts only where all of those are accepted.
+        if num_masks and num_accepted == len(drafts):
+            self._draft(targets[len(drafts) + 1 :], confidences[len(drafts) + 1 :])
+        self._idle = 0 if num_masks else self._idle + 1
+        self._add_forced()
+        self._record(scheduled, output, first, num_accepted + 1)
         self._finish()
         self._check_grammar()
 
-    def _allowed(self) -> dict[int, Tensor]:
-        """What the grammar allows at the verify tokens, by query; drafts are free."""
+    @property
+    def wants_probe(self) -> bool:
+        """Whether it has run no masks for some forwards, and could."""
+        return not self._plan.num_masks and self._idle >= self._interval and self._most_masks(self._plan.drafts) > 0
+
+    def probe(self) -> None:
+        """Run a mask in the next forward, beside the drafts that it verifies."""
+        self._plan = replace(self._plan, num_masks=1)
+        self._interval = min(2 * self._interval, _LONGEST_INTERVAL)
+
+    def follow_plan(self, plan: DraftPlan) -> None:
+        """Take part in the next forward like this."""
+        self._plan = plan
+        if plan.num_masks:
+            self._interval = _FIRST_INTERVAL
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether it has drafts, or can run masks."""
+        if self._lookup is None and self.request.params.prompt_lookup:
+            self._lookup = PromptLookup(self.tokens[: self._num_decided])
+        has_drafts = bool(self._pending) or (self._lookup is not None and self._lookup.length > 0)
+        return (has_drafts and self._room > 0) or self._most_masks(()) > 0
+
+    def draft_options(self, prices: DraftPrices) -> DraftOptions | None:
+        """All numbers of pending drafts and masks, and all numbers of looked-up drafts.
+
+        Args:
+            prices: of verify tokens and masks.
+        """
+        room = self._room
+        pending, found = self._until_end(self._pending[:room]), self._looked_up(room)
+        num_masks = self._most_masks(())
+        worth_M = self._estimates.worth(num_masks, prices.verify) if num_masks else np.zeros(1)
+        if len(worth_M) > 1 and worth_M[1] <= prices.mask:
+            worth_M = worth_M[:1]  # nor are further masks, which are worth less
+        if not pending and not found and len(worth_M) == 1:
+            return None
+        chain_D = np.cumprod([1.0, *(draft.probability for draft in pending)])
+        found_L = np.cumprod([draft.probability for draft in found])
+        now_D = np.cumsum(chain_D) - 1.0
+        gain_DM = now_D[:, None] + chain_D[:, None] * worth_M
+        gain_DM[:, 0] += _left_over(chain_D, prices.verify)
+        d_DM, m_DM = np.indices(gain_DM.shape)
+        if pending and pending[-1].token in self.request.end_ids:
+            gain_DM[-1, 1:] = -np.inf
+        gain_DM[d_DM + m_DM > room] = -np.inf
+        count_L, none_L = np.arange(1, len(found) + 1), np.zeros(len(found), dtype=np.int64)
+        d_O, m_O = np.concatenate((d_DM.ravel(), count_L)), np.concatenate((m_DM.ravel(), none_L))
+        found_gain_L = np.cumsum(found_L)
+        plans = [DraftPlan(tuple(pending[:d]), m) for d in range(len(chain_D)) for m in range(len(worth_M))]
+        plans += [DraftPlan(tuple(found[:d])) for d in range(1, len(found) + 1)]
+        return DraftOptions(
+            gain_O=np.concatenate((gain_DM.ravel(), found_gain_L)),
+            now_O=np.concatenate((now_D[d_DM.ravel()], found_gain_L)),
+            counts_OF=np.stack((d_O + m_O, m_O, self.is_drawn * (d_O + m_O)), axis=1),
+            plans=plans,
+        )
+
+    def _most_masks(self, drafts: Sequence[Draft]) -> int:
+        """Masks that the next forward has room for after these drafts: a block with the last verify token at most."""
+        if self.mask_id is None or any(draft.token in self.request.end_ids for draft in drafts):
+            return 0
+        return max(0, min(self.request.params.block_size - 1, self._room - len(drafts)))
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may follow the one that is decided next."""
+        return self._length - self._num_decided - 1
+
+    def _until_end(self, drafts: list[Draft]) -> list[Draft]:
+        """Drafts up to the first that ends the completion."""
+        ends = [i for i, draft in enumerate(drafts) if draft.token in self.request.end_ids]
+        return drafts[: ends[0] + 1] if ends else drafts
+
+    def _looked_up(self, room: int) -> list[Draft]:
+        """Drafts that continue an earlier occurrence."""
+        if self._lookup is None:
+            return []
+        length = self._lookup.length
+        tokens = self._lookup.draft(min(room, _MOST_LOOKED_UP))
+        return self._until_end([self._lookup_draft(token, length + i) for i, token in enumerate(tokens)])
+
+    def _lookup_draft(self, token: int, length: int) -> Draft:
+        kind = min(length - 2, 3) if length < 7 else 4
+        return self._estimates.draft(token, ("lookup", kind, 0), _LOOKUP_PRIORS[kind])
+
+    def _draft(self, tokens: Sequence[int], confidences: Sequence[float]) -> None:
+        """Keep what masks have drafted, up to the first that is not above the request's threshold."""
+        drafts = [
+            self._estimates.draft(token, ("masks", int(_CONFIDENCES * confidence), min(i, _DISTANCES)), confidence)
+            for i, (token, confidence) in enumerate(zip(tokens, confidences, strict=True))
+        ]
+        threshold = self.request.params.threshold
+        num_kept = next((i for i, confidence in enumerate(confidences) if confidence <= threshold), len(drafts))
+        self._pending = drafts[:num_kept]
+        self._estimates.record_masks(self._pending, len(drafts))
+
+    def _decide(self, tokens: Iterable[int]) -> None:
+        """These tokens follow the decided ones."""
+        decided = list(tokens)
+        self.tokens[self._num_decided :] = decided
+        self._num_decided += len(decided)
+        self._learn(decided)
+        for token in decided:
+            self._follow(token)
+            if token in self.request.end_ids:
+                break
+
+    def _learn(self, tokens: Iterable[int]) -> None:
+        """Drafts have turned out right or wrong, verified or not."""
+        for token in tokens:
+            if self._pending:
+                draft, *rest = self._pending
+                self._estimates.record(draft, draft.token == token)
+                self._pending = rest if draft.token == token else []
+            if self._lookup is not None:
+                if (expected := self._lookup.next) is not None:
+                    self._estimates.record(self._lookup_draft(expected, self._lookup.length), expected == token)
+                self._lookup.append(token)
+
+    def _add_forced(self) -> bool:
+        """Decide what the grammar leaves no choice about; whether there was anything."""
+        forced = self._take_forced(self._num_decided, self._length - self._num_decided)
+        self.tokens[self._num_decided :] = forced
+        self._num_decided += len(forced)
+        self._learn(forced)
+        return bool(forced)
+
+    def _allowed(self, drafts: Sequence[int]) -> dict[int, Tensor]:
+        """What the grammar allows at the verify tokens, by query; what masks draft is free."""
         allowed: dict[int, Tensor] = {}
         if self.grammar is None:
             return allowed
         state = self.grammar.copy()
-        for index, token in enumerate(self.tokens[self._num_decided : self._causal_end]):
+        for index in range(len(drafts) + 1):
             allowed[index] = state.allowed()
-            if index == self._num_drafts or token in self.request.end_ids or not state.accepts(token):
+            if index == len(drafts) or drafts[index] in self.request.end_ids or not state.accepts(drafts[index]):
                 break  # a draft that is not allowed is not accepted
             try:
-                state.advance(token)
+                state.advance(drafts[index])
                 state.allowed()
             except RequestError:
                 break  # raised for this request where the draft is accepted
         return allowed
 
-    def _write(self, start: int, tokens: Sequence[int]) -> None:
-        """These tokens from `start` on, and masks after them."""
-        assert self.mask_id is not None
-        room = len(self.tokens) - start
-        fitting = tokens[:room]
-        self.tokens[start:] = [*fitting, *[self.mask_id] * (room - len(fitting))]
-        self._num_drafts = start + len(fitting) - self._num_decided
-
-    def _decide(self, stop: int) -> None:
-        """Everything below `stop` is decided, and what a grammar adds to it; drafts after it stay as far as they agree."""
-        new = self.tokens[self._num_decided : stop]
-        self._num_drafts -= stop - self._num_decided
-        self._num_decided = stop
-        for token in new:
-            self._follow(token)
-            if token in self.request.end_ids:
-                break
-        self._add_forced()
-
-    def _add_forced(self) -> bool:
-        """Decide what the grammar leaves no choice about; whether there was anything."""
-        start, drafts = self._num_decided, self.tokens[self._num_decided :][: self._num_drafts]
-        forced = self._take_forced(start, len(self.tokens) - start)
-        if forced:
-            agree = drafts[: len(forced)] == forced[: len(drafts)]
-            self._write(start, [*forced, *(drafts[len(forced) :] if agree else [])])
-            self._num_decided += len(forced)
-            self._num_drafts -= len(forced)
-        return bool(forced)
-
     def _finish(self) -> None:
         self._end(range(len(self.request.ids), self._num_decided))
 
-    def _record(self, scheduled: ScheduledSequence, output: ModelOutput) -> None:
+    def _record(self, scheduled: ScheduledSequence, output: ModelOutput, first: int, num_targets: int) -> None:
         """Log-probabilities and the step, where they are asked for; drafts are shown as guesses."""
-        first = scheduled.queries[0]
-        self._note_logprobs(range(first, self.committed), output)
+        self._note_logprobs(range(first, first + num_targets), output)
         if self.watched:
-            positions = range(first, max(scheduled.stop, self._num_decided))
+            positions = range(first, max(scheduled.queries[-1] + 1, self._num_decided))
             undecided = [p >= self._num_decided for p in range(positions.stop)]
             decision = Decision({p: self.tokens[p] for p in range(first, self._num_decided)})
             fixed = [False] * positions.stop
             self._report(DecodingStep.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))
+
+
+def _left_over(chain_D: Floats, price: float) -> Floats:
+    """What drafts are worth to the next forward where only 0, 1, ... are verified; the first of the others is decided there."""
+    worth_D = np.zeros_like(chain_D)
+    for d in range(len(chain_D) - 2):
+        worth_D[d] = np.maximum(chain_D[d + 2 :] - price * chain_D[d + 1], 0.0).sum()
+    return worth_D

@@ -1,0 +1,71 @@
+"""Relative costs of forwards: a given table, and what an engine learns from its own forwards."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from unmask.engine.costs import CostTable, ForwardCosts, MeasuredCosts
+
+
+def cost(costs: ForwardCosts, *counts: int) -> float:
+    return float(costs.relative(np.array([counts]))[0])
+
+
+def test_a_table_is_interpolated_and_goes_on_by_its_last_slope() -> None:
+    table = CostTable({1: 10.0, 5: 12.0, 9: 20.0}, noisy={0: 0.0, 1: 3.0, 3: 4.0}, drawn={0: 0.0, 2: 1.0})
+    assert [cost(table, n, 0, 0) for n in (1, 3, 5, 7, 9, 10)] == pytest.approx([10, 11, 12, 16, 20, 22])
+    assert [cost(table, 1, n, 0) for n in (0, 1, 2, 3, 5)] == pytest.approx([10, 13, 13.5, 14, 15])
+    assert cost(table, 3, 1, 3) == pytest.approx(11 + 3 + 1.5)
+    assert cost(CostTable(), 64, 7, 64) == cost(CostTable(), 1, 0, 0) == 1.0
+    table.observe((1, 0, 0), 7.0)
+    assert cost(table, 1, 0, 0) == 10.0
+
+
+def seconds(counts: tuple[int, int, int], *, scale: float = 1.0) -> float:
+    """A machine: 12 ms, 5 for each further token, 4 for the first noisy one and 1 for each, 2 for each drawn one."""
+    tokens, noisy, drawn = counts
+    return scale * (0.012 + 0.005 * (tokens - 1) + 0.004 * (noisy > 0) + 0.001 * noisy + 0.002 * drawn)
+
+
+def test_costs_are_learnt_from_few_forwards_with_noise_and_outliers() -> None:
+    drawn_from, costs = np.random.default_rng(0), MeasuredCosts()
+    for number in range(60):
+        counts = (1 + number % 8, number % 8 // 2, 0)
+        outlier = 5.0 if number % 13 == 12 else 1.0
+        costs.observe(counts, seconds(counts) * outlier * (1 + 0.05 * drawn_from.standard_normal()))
+    plain = cost(costs, 1, 0, 0)
+    for counts in ((2, 0, 0), (4, 2, 0), (8, 3, 0)):
+        assert cost(costs, *counts) / plain == pytest.approx(seconds(counts) / seconds((1, 0, 0)), rel=0.15), counts
+
+
+def test_relative_costs_outlast_a_machine_that_gets_slower_and_long_texts_without_drafts() -> None:
+    costs = MeasuredCosts()
+    for scale in (1.0, 3.0, 1.0):
+        for number in range(200):
+            counts = (1, 0, 0) if number % 4 else (6, 3, 0)
+            costs.observe(counts, seconds(counts, scale=scale))
+        expected = seconds((6, 3, 0)) / seconds((1, 0, 0))
+        assert cost(costs, 6, 3, 0) / cost(costs, 1, 0, 0) == pytest.approx(expected, rel=0.1)
+        for _ in range(500):
+            costs.observe((1, 0, 0), seconds((1, 0, 0), scale=scale))
+        assert cost(costs, 6, 3, 0) / cost(costs, 1, 0, 0) == pytest.approx(expected, rel=0.1)
+
+
+def test_no_token_is_ever_free_of_cost_or_worse() -> None:
+    costs = MeasuredCosts()
+    for counts in ((1, 0, 0), (8, 4, 8), (32, 0, 0), (64, 16, 0)) * 20:
+        costs.observe(counts, 0.01 / counts[0])
+    found = [cost(costs, n, 0, 0) for n in range(1, 80)]
+    assert all(after >= before - 1e-9 for before, after in pairwise(found))
+
+
+def test_before_anything_is_measured_drafts_are_out_of_the_question() -> None:
+    costs = MeasuredCosts()
+    plain, drafts = costs.relative(np.array([[1, 0, 0], [2, 0, 0]]))
+    assert drafts > 1e6 * plain
+    costs.observe((1, 0, 0), 0.01)
+    plain, drafts = costs.relative(np.array([[1, 0, 0], [2, 0, 0]]))
+    assert plain < drafts < 2 * plain

@@ -1,0 +1,210 @@
+"""Which drafts are verified and how many masks are run: the best that a forward's time buys, on sequences without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.engine.costs import CostTable, ForwardCosts
+from unmask.engine.drafting import (
+    Draft,
+    DraftEstimates,
+    DraftHistory,
+    Drafting,
+    DraftOptions,
+    DraftPlan,
+    DraftPlanner,
+    DraftPrices,
+    choose,
+)
+
+DEAR = CostTable({1: 1.0, 2: 1.6, 3: 2.2})
+CHEAP = CostTable({1: 1.0, 64: 1.3}, noisy={0: 0.0, 1: 0.1, 64: 0.2})
+
+
+def options_of(chain: Sequence[float], worth: Sequence[float]) -> DraftOptions:
+    """Drafts with these probabilities, and masks of this worth where all drafts are accepted."""
+    accepted = np.cumprod([1.0, *chain])
+    pairs = list(product(range(len(accepted)), range(len(worth) + 1)))
+    now = [float(accepted[1 : d + 1].sum()) for d, _ in pairs]
+    later = [float(accepted[d] * sum(worth[:m])) for d, m in pairs]
+    counts = np.array([[d + m, m, 0] for d, m in pairs])
+    plans = [DraftPlan(tuple(draft(p) for p in chain[:d]), m) for d, m in pairs]
+    return DraftOptions(np.array(now) + later, np.array(now), counts, plans)
+
+
+def draft(probability: float) -> Draft:
+    return Draft(7, probability, ("masks", 5, 1), probability)
+
+
+def score(options: Sequence[DraftOptions], chosen: Sequence[int], costs: ForwardCosts, rate: float) -> float:
+    counts = np.array([len(options), 0, 0]) + sum(o.counts_OF[i] for o, i in zip(options, chosen, strict=True))
+    gain = sum(o.gain_O[i] for o, i in zip(options, chosen, strict=True))
+    return float(gain - rate * costs.relative(counts[None])[0])
+
+
+def best_score(options: Sequence[DraftOptions], costs: ForwardCosts, rate: float) -> float:
+    """By trying all there is."""
+    gain_A, counts_AF = np.zeros(1), np.array([[len(options), 0, 0]])
+    for each in options:
+        gain_A = np.add.outer(gain_A, each.gain_O).ravel()
+        counts_AF = (counts_AF[:, None] + each.counts_OF).reshape(-1, 3)
+    return float((gain_A - rate * costs.relative(counts_AF)).max())
+
+
+PROBABILITY = st.floats(0.05, 0.98)
+OPTIONS = st.builds(options_of, st.lists(PROBABILITY, max_size=3), st.lists(st.floats(0.0, 1.0), max_size=2))
+SLOPE = st.floats(0.0, 1.0)
+
+
+@st.composite
+def convex_costs(draw: st.DrawFn) -> CostTable:
+    """Tokens get dearer, as on a machine that computes as much as it can; so do noisy ones."""
+    slopes, noisy = sorted(draw(st.lists(SLOPE, min_size=3, max_size=3))), sorted(draw(st.lists(SLOPE, min_size=2, max_size=2)))
+    return CostTable(
+        {1: 1.0, 3: 1 + 2 * slopes[0], 6: 1 + 2 * slopes[0] + 3 * slopes[1], 7: 1 + 2 * slopes[0] + 3 * slopes[1] + slopes[2]},
+        noisy={0: 0.0, 2: 2 * noisy[0], 3: 2 * noisy[0] + noisy[1]},
+    )
+
+
+@given(OPTIONS, convex_costs(), st.floats(0.2, 3.0), st.floats(0.0, 2.0))
+def test_one_sequence_gets_the_best_there_is(options: DraftOptions, costs: CostTable, rate: float, fixed: float) -> None:
+    """For any costs: also where the first mask costs more than the others."""
+    for each in (costs, CostTable(costs.tokens, {0: 0.0, 1: fixed, 8: fixed + 0.5})):
+        chosen = choose([options], each, np.array([1, 0, 0]), rate)
+        assert score([options], chosen, each, rate) == pytest.approx(best_score([options], each, rate))
+
+
+@given(st.lists(OPTIONS, min_size=2, max_size=3), convex_costs(), st.floats(0.2, 3.0))
+def test_several_sequences_get_nearly_the_best_there_is(options: list[DraftOptions], costs: CostTable, rate: float) -> None:
+    """And never less than without drafts."""
+    chosen = choose(options, costs, np.array([len(options), 0, 0]), rate)
+    found, best = score(options, chosen, costs, rate), best_score(options, costs, rate)
+    nothing = score(options, [0] * len(options), costs, rate)
+    assert found >= nothing - 1e-9
+    assert best - found <= 0.1 * (best - nothing) + 0.05
+
+
+WITHOUT_MASKS = st.lists(PROBABILITY, max_size=3).map(lambda chain: options_of(chain, ()))
+
+
+@given(st.lists(WITHOUT_MASKS, min_size=2, max_size=3), convex_costs())
+def test_drafts_of_several_sequences_are_chosen_as_by_brute_force(options: list[DraftOptions], costs: CostTable) -> None:
+    """Without masks, where marginal gains fall and marginal costs rise."""
+    for rate in (0.3, 1.0, 2.0):
+        chosen = choose(options, costs, np.array([len(options), 0, 0]), rate)
+        assert score(options, chosen, costs, rate) == pytest.approx(best_score(options, costs, rate), abs=0.02)
+
+
+def test_a_fixed_cost_is_paid_where_several_share_it() -> None:
+    costs = CostTable({1: 1.0, 64: 1.63}, noisy={0: 0.0, 1: 1.0, 64: 1.0})
+    one = options_of((), (0.4, 0.3))
+    assert choose([one], costs, np.array([1, 0, 0]), 1.0) == [0]
+    assert all(choose([one] * 6, costs, np.array([6, 0, 0]), 1.0))
+
+
+class Scripted:
+    """A sequence with given options; keeps what it was told."""
+
+    is_drawn = False
+
+    def __init__(self, options: DraftOptions | None, *, wants_probe: bool = False) -> None:
+        self.options, self._wants_probe = options, wants_probe
+        self.plans: list[DraftPlan] = []
+        self.probes = 0
+
+    @property
+    def wants_probe(self) -> bool:
+        return self._wants_probe
+
+    @property
+    def may_draft(self) -> bool:
+        return True
+
+    def draft_options(self, prices: DraftPrices) -> DraftOptions | None:
+        return self.options
+
+    def follow_plan(self, plan: DraftPlan) -> None:
+        self.plans.append(plan)
+
+    def probe(self) -> None:
+        self.probes += 1
+
+
+def planned(costs: ForwardCosts, sequences: Sequence[Scripted], steps: int = 30) -> None:
+    planner, drafting = DraftPlanner(costs), list[Drafting](sequences)
+    for _ in range(steps):
+        planner.plan(drafting)
+
+
+@pytest.mark.parametrize(("costs", "num_drafts", "num_masks"), [(DEAR, 1, 0), (CHEAP, 2, 2)])
+def test_what_is_dear_is_left_out(costs: CostTable, num_drafts: int, num_masks: int) -> None:
+    """Where masks are run, a doubtful draft before them is better drafted anew."""
+    sequence = Scripted(options_of((0.9, 0.6, 0.5), (0.6, 0.5)))
+    planned(costs, [sequence])
+    assert (len(sequence.plans[-1].drafts), sequence.plans[-1].num_masks) == (num_drafts, num_masks)
+
+
+def test_under_load_only_near_certain_drafts_are_verified() -> None:
+    """Each token more costs what a token costs: drafting cannot pay, unless it is sure."""
+    costs = CostTable({1: 1.0, 2: 1.1, 64: 7.4}, noisy={0: 0.0, 1: 0.2, 64: 2.0})
+    doubtful = [Scripted(options_of((0.7, 0.6), (0.5, 0.4))) for _ in range(63)]
+    sure = Scripted(options_of((0.98,), ()))
+    planned(costs, [*doubtful, sure])
+    assert all(plan == DraftPlan() for sequence in doubtful for plan in sequence.plans)
+    assert len(sure.plans[-1].drafts) == 1
+    alone = Scripted(options_of((0.7, 0.6), (0.5, 0.4)))
+    planned(costs, [alone])
+    assert len(alone.plans[-1].drafts) == 2
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_probes_take_a_hundredth_of_the_time(count: int) -> None:
+    sequences = [Scripted(None, wants_probe=True) for _ in range(count)]
+    planned(CostTable({1: 1.0, 64: 1 + 63 * 0.2}, noisy={0: 0.0, 1: 0.3, 2: 0.3}), sequences, steps=2000)
+    probes = sum(sequence.probes for sequence in sequences)
+    cost = probes * 0.2 / (1 + (count - 1) * 0.2)
+    assert probes > 10
+    assert cost <= 2000 * 0.01 + 2
+
+
+def test_a_request_starts_from_what_others_have_shown_and_goes_by_its_own() -> None:
+    history = DraftHistory()
+    first = DraftEstimates(history)
+    key, prior = ("masks", 9, 1), 0.9
+    assert first.draft(7, key, prior).probability == pytest.approx(0.9)
+    for _ in range(40):
+        first.record(first.draft(7, key, prior), False)
+    second = DraftEstimates(history)
+    assert second.draft(7, key, prior).probability < 0.2
+    for _ in range(40):
+        second.record(second.draft(7, key, prior), True)
+    assert second.draft(7, key, prior).probability > 0.7
+    assert second.draft(7, ("lookup", 3, 0), 0.5).probability == pytest.approx(0.5), "sources do not mix"
+
+
+def test_masks_are_worth_what_they_have_drafted_less_the_price_of_verifying_it() -> None:
+    history = DraftHistory()
+    estimates = DraftEstimates(history)
+    for _ in range(20):
+        estimates.record_masks([draft(0.8), draft(0.5)], 3)
+    free, dear = estimates.worth(3, 0.0), estimates.worth(3, 0.5)
+    assert free[0] == dear[0] == 0.0
+    assert free[1:] == pytest.approx([0.8, 1.2, 1.2], abs=0.1)
+    assert dear[1:] == pytest.approx([0.3, 0.3, 0.3], abs=0.1)
+    for _ in range(20):
+        estimates.record_masks([draft(0.1)], 1)
+    assert estimates.worth(3, 0.2)[-1] < 0.1
+    assert len(estimates.worth(100, 0.2)) <= 101
+
+
+def test_one_mask_that_drafts_well_makes_more_of_them_worth_trying() -> None:
+    estimates = DraftEstimates(DraftHistory())
+    before = estimates.worth(7, 0.15)[7]
+    estimates.record_masks([draft(0.95)], 1)
+    assert estimates.worth(7, 0.15)[7] > before + 1
