@@ -77,6 +77,11 @@ def test_gemm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["figures"]
 
 
+def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("attention", tmp_path, "--json")
+    assert json.loads(capsys.readouterr().out).keys() == {"head_2", "attention_2_32"}
+
+
 def test_quality(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke("quality", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"])
     assert "tokens per forward" in capsys.readouterr().out

@@ -18,7 +18,7 @@ INLINE Best best_of(const float* logits, int64_t count, int64_t first) {
     Ints at = {};
     for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
         const Floats x = load<Floats>(logits + i);
-        at = x > peak ? splat(int32_t(i)) : at;
+        at = select(x > peak, splat(int32_t(i)), at);
         peak = larger(peak, x);
     }
     Best best = {max_of(peak), 0, count};
@@ -32,13 +32,13 @@ INLINE Best best_of(const float* logits, int64_t count, int64_t first) {
     Floats total = {};
     for (int64_t i = 0; i < whole; i += kLanes) total += exp_(load<Floats>(logits + i) - best.peak);
     best.total = sum_of(total);
-    for (int64_t i = whole; i < count; i++) best.total += exp_(splat(logits[i] - best.peak))[0];
+    for (int64_t i = whole; i < count; i++) best.total += exp_of(logits[i] - best.peak);
     return best;
 }
 
 static Best join(const Best& a, const Best& b) {
     if (b.peak == -std::numeric_limits<float>::infinity()) return a;
     const float peak = std::max(a.peak, b.peak);
-    const float total = a.total * std::exp(a.peak - peak) + b.total * std::exp(b.peak - peak);
+    const float total = a.total * exp_of(a.peak - peak) + b.total * exp_of(b.peak - peak);
     return {peak, total, b.peak > a.peak ? b.token : a.token};
 }

@@ -2,6 +2,9 @@
 //
 // A layer is a few loops that threads share: over rows (norm, rotary, SwiGLU, quantisation), over output channels (matrix
 // products) and over (segment, kv head, rows) items (attention). No result depends on who computes what.
+#include <atomic>
+#include <new>
+
 #include "attention.h"
 #include "gemm.h"
 #include "head.h"
@@ -60,8 +63,16 @@ struct Arena {
     }
     Rows8 take_rows(int64_t rows, int64_t width) {
         const int64_t stride = (width + 63) / 64 * 64 + 64;  // off powers of two, where rows would share cache sets
-        return {take<int8_t>(rows * stride), take<float>(rows), take<int32_t>(rows), stride};
+        return {take<Input>(rows * stride), take<float>(rows), take<int32_t>(rows), stride};
     }
+};
+
+// Attention to one context that several threads share: how many of its parts are done, and their results.
+constexpr int64_t kMaxParts = 128;
+
+struct AttentionParts {
+    std::atomic<int64_t>* done;  // [groups of parts], 0 between layers
+    float* results;              // [kMaxParts] Partials
 };
 
 struct Workspace {
@@ -69,7 +80,8 @@ struct Workspace {
     float* low;  // noisy rows after the first matrix of gated LoRA
     Rows8 normed, attended, gated, low8;
     const int64_t** slots;  // of each row's own key
-    float* scratch;         // one piece a thread
+    AttentionParts parts;
+    float* scratch;  // one piece a thread
     int64_t scratch_floats;
     uint8_t* unpacked;
     int64_t unpacked_bytes;
@@ -84,6 +96,8 @@ struct Workspace {
         low = arena.take<float>(rows * m.rank);
         low8 = arena.take_rows(m.rank ? rows : 0, m.rank);
         slots = arena.take<const int64_t*>(rows);
+        parts.done = arena.take<std::atomic<int64_t>>(kMaxParts);
+        parts.results = arena.take<float>(kMaxParts * Partial::floats(m.head_dim));
         scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
         scratch = arena.take<float>(threads * scratch_floats);
         unpacked_bytes = 0;
@@ -160,7 +174,7 @@ struct Forward {
     const Team& team;
 
     void run() const {
-        find_slots();
+        prepare();
         for (int64_t layer = 0; layer < m.num_layers; layer++) {
             const Layer& l = m.layers[layer];
             normalize(l.attention_norm, l.qkv);
@@ -182,11 +196,12 @@ struct Forward {
 
     float* scratch_of(int thread) const { return work.scratch + thread * work.scratch_floats; }
 
-    void find_slots() const {
+    void prepare() const {
         for (int64_t i = 0; i < step.num_segments; i++) {
             const Segment& s = step.segments[i];
             for (int64_t r = s.start; r < s.stop; r++) work.slots[r] = s.slots + s.past + r - s.start;
         }
+        for (int64_t i = 0; i < kMaxParts; i++) new (work.parts.done + i) std::atomic<int64_t>(0);
     }
 
     void product(const GatedLinear& w, const Rows8& a, const Target& to) const {
@@ -262,31 +277,67 @@ struct Forward {
                    m.head_dim * sizeof(float));
     }
 
-    void attend_all(int64_t layer) const {
+    // How attention is shared out: lanes of a segment and a kv head, and a part of the keys each where those are too few items.
+    struct Sharing {
+        int64_t lanes;
+        bool by_parts;
         int64_t items = 0;
-        for (int64_t i = 0; i < step.num_segments; i++) items += pieces_of(step.segments[i]) * m.kv_heads;
-        team.share(items, 1, [&](Range range, int thread) {
+    };
+
+    // Calls f(segment, kv head, from, to, parts) for every group of lanes.
+    template <class F>
+    void each_group(const Sharing& sharing, F f) const {
+        const int64_t heads = m.heads / m.kv_heads;
+        for (int64_t i = 0; i < step.num_segments; i++) {
+            const Segment& s = step.segments[i];
+            const int64_t count = (s.stop - s.start) * heads;
+            for (int64_t g = 0; g < m.kv_heads; g++)
+                for (int64_t from = 0; from < count; from += sharing.lanes) {
+                    const int64_t to = std::min(from + sharing.lanes, count);
+                    f(s, g, from, to, sharing.by_parts ? chunks_of(s.visible((to - 1) / heads)) : 1);
+                }
+        }
+    }
+
+    Sharing share_attention() const {
+        const int64_t wanted = 3 * team.threads(), each = (step.rows * m.heads + wanted - 1) / wanted;
+        Sharing sharing = {std::min((each + kNative - 1) / kNative * kNative, kQueryLanes), true};
+        int64_t groups = 0;
+        each_group(sharing, [&](const Segment&, int64_t, int64_t, int64_t, int64_t parts) { groups++, sharing.items += parts; });
+        if (team.threads() == 1 || groups >= wanted || sharing.items > kMaxParts) sharing = {sharing.lanes, false, groups};
+        return sharing;
+    }
+
+    void attend_all(int64_t layer) const {
+        const Sharing sharing = share_attention();
+        team.share(sharing.items, 1, [&](Range range, int thread) {
             const AttentionScratch buffers(scratch_of(thread), m.head_dim);
-            int64_t first = 0;  // item of the segment
-            for (int64_t i = 0; i < step.num_segments; i++) {
-                const int64_t pieces = pieces_of(step.segments[i]), after = first + pieces * m.kv_heads;
-                for (int64_t item = std::max(range.from, first); item < std::min(range.to, after); item++)
-                    attend_some(step.segments[i], layer, (item - first) / pieces, (item - first) % pieces, buffers);
-                first = after;
-            }
+            int64_t first = 0, group = 0;
+            each_group(sharing, [&](const Segment& s, int64_t g, int64_t from, int64_t to, int64_t parts) {
+                const int64_t heads = m.heads / m.kv_heads, at = g * heads * m.head_dim;
+                const HeadCache head = {stored(layer, 0, g), stored(layer, 1, g)};
+                const Queries queries = {work.qkv + at, work.heads + at, m.qkv(), m.attended(), heads, m.head_dim, from, to};
+                const Lanes lanes{s, head, queries, buffers};
+                for (int64_t item = std::max(range.from, first); item < std::min(range.to, first + parts); item++) {
+                    if (parts == 1) lanes.attend();
+                    else attend_part(lanes, first, parts, item - first, group);
+                }
+                first += parts, group++;
+            });
         });
     }
 
-    // Vectors of (row, head) lanes of a segment and a kv head.
-    int64_t pieces_of(const Segment& s) const {
-        return ((s.stop - s.start) * (m.heads / m.kv_heads) + kQueryLanes - 1) / kQueryLanes;
-    }
-
-    void attend_some(const Segment& s, int64_t layer, int64_t group, int64_t piece, const AttentionScratch& buffers) const {
-        const int64_t heads = m.heads / m.kv_heads, lanes = (s.stop - s.start) * heads;
-        const int64_t from = piece * kQueryLanes, to = std::min(from + kQueryLanes, lanes), at = group * heads * m.head_dim;
-        attend(s, {stored(layer, 0, group), stored(layer, 1, group)},
-               {work.qkv + at, work.heads + at, m.qkv(), m.attended(), heads, m.head_dim, from, to}, buffers);
+    // One chunk of keys; who finishes the last one joins them in order.
+    void attend_part(const Lanes& lanes, int64_t first, int64_t count, int64_t chunk, int64_t group) const {
+        const int64_t floats = Partial::floats(m.head_dim);
+        float* results = work.parts.results + first * floats;
+        lanes.read_queries();
+        lanes.attend_chunk(chunk, Partial(results + chunk * floats));
+        if (work.parts.done[group].fetch_add(1, std::memory_order_acq_rel) + 1 < count) return;
+        work.parts.done[group].store(0, std::memory_order_relaxed);
+        memcpy(lanes.s.sum.peak, results, floats * sizeof(float));
+        for (int64_t c = 1; c < count; c++) join(lanes.s.sum, Partial(results + c * floats), lanes.vectors, m.head_dim);
+        lanes.write();
     }
 };
 

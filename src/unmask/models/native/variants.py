@@ -28,7 +28,9 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "portable": (),
         "avx2": _AVX2,
+        "avxvnni": (*_AVX2, "-mavxvnni"),
         "avx512vnni": _AVX512,
+        "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     },
     "aarch64": {
         "neon": (),

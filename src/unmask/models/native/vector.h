@@ -1,43 +1,120 @@
 // Sixteen lanes of float or int32, and the few operations the kernels need.
 //
-// GCC's vector extensions compile to AVX-512, AVX2 or plain code; only the 8-bit dot product and the fused multiply-add are
-// spelled out. Define UNMASK_PORTABLE to use no intrinsics at all.
+// A register holds kNative lanes; `Twice` puts registers together to sixteen. (GCC takes vectors of sixteen lanes on any
+// processor, but where no register holds them it keeps them in memory and compares lane by lane.)
 //
-// Every result must be the same bits whatever the tile shape, so the build forbids contracting a * b + c behind our back
-// (-ffp-contract=off) and each lane sees the same operations in the same order in every variant of a kernel.
+// Every result must be the same bits whatever the tile shape and the processor, so the build forbids contracting a * b + c behind
+// our back (-ffp-contract=off), and each lane sees the same operations in the same order in every variant of a kernel.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
-#if defined(UNMASK_PORTABLE)
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#define UNMASK_VNNI 1
+// The instruction set that the build's flags allow, unless a test names one to emulate. UNMASK_PORTABLE: no intrinsics at all.
+#if defined(UNMASK_EMULATE)
+#include "emulate.h"
+#elif defined(UNMASK_PORTABLE)
+#elif defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define UNMASK_AVX512 1
+#if defined(__AMX_INT8__)
+#define UNMASK_AMX 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define UNMASK_AVX2 1
-#include <immintrin.h>
+#if defined(__AVXVNNI__)
+#define UNMASK_AVXVNNI 1
+#endif
+#else
+#define UNMASK_SSE2 1
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#if defined(UNMASK_AVX512)
+constexpr int kNative = 16, kRegisters = 32;
+#elif defined(UNMASK_AVX2)
+constexpr int kNative = 8, kRegisters = 16;
+#else
+constexpr int kNative = 4, kRegisters = 16;
+#endif
+typedef float NativeFloats __attribute__((vector_size(4 * kNative)));
+typedef int32_t NativeInts __attribute__((vector_size(4 * kNative)));
 
+template <class V>
+struct Twice {
+    V lo, hi;
+    static constexpr int kHalf = sizeof(V) / 4;
+    auto operator[](int lane) const { return lane < kHalf ? lo[lane] : hi[lane - kHalf]; }
+};
+template <class V, int times>
+struct Repeat {
+    using type = Twice<typename Repeat<V, times / 2>::type>;
+};
+template <class V>
+struct Repeat<V, 1> {
+    using type = V;
+};
+using Floats = Repeat<NativeFloats, kLanes / kNative>::type;
+using Ints = Repeat<NativeInts, kLanes / kNative>::type;
+
+// Operators of two vectors, and of a vector and a number in every lane.
+#define UNMASK_OPERATOR(op)                                                                                     \
+    template <class V>                                                                                          \
+    INLINE auto operator op(Twice<V> a, Twice<V> b)->Twice<decltype(a.lo op b.lo)> {                            \
+        return {a.lo op b.lo, a.hi op b.hi};                                                                    \
+    }                                                                                                           \
+    template <class V, class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>                              \
+    INLINE auto operator op(Twice<V> a, T b)->Twice<decltype(a.lo op b)> {                                      \
+        return {a.lo op b, a.hi op b};                                                                          \
+    }
+UNMASK_OPERATOR(+)
+UNMASK_OPERATOR(-)
+UNMASK_OPERATOR(*)
+UNMASK_OPERATOR(/)
+UNMASK_OPERATOR(<)
+UNMASK_OPERATOR(>)
+UNMASK_OPERATOR(<<)
+#undef UNMASK_OPERATOR
+template <class V>
+INLINE Twice<V> operator-(Twice<V> x) {
+    return {-x.lo, -x.hi};
+}
+template <class V, class T>
+INLINE Twice<V>& operator+=(Twice<V>& a, T b) {
+    return a = a + b;
+}
+
+template <class V>
+constexpr bool kIsTwice = false;
+template <class V>
+constexpr bool kIsTwice<Twice<V>> = true;
+
+// Register by register: a copy of them together would go through memory.
 template <class V, class T>
 INLINE V load(const T* from) {
-    V out;
-    memcpy(&out, from, sizeof(V));
-    return out;
+    if constexpr (kIsTwice<V>) {
+        using Half = decltype(V::lo);
+        return {load<Half>(from), load<Half>(from + sizeof(Half) / sizeof(T))};
+    } else {
+        V out;
+        memcpy(&out, from, sizeof(V));
+        return out;
+    }
 }
 
 template <class V, class T>
 INLINE void store(T* to, V value) {
-    memcpy(to, &value, sizeof(V));
+    if constexpr (kIsTwice<V>)
+        store(to, value.lo), store(to + sizeof(value.lo) / sizeof(T), value.hi);
+    else
+        memcpy(to, &value, sizeof(V));
 }
 
 INLINE int lanes_left(int64_t i, int64_t size) { return size - i < kLanes ? int(size - i) : kLanes; }
@@ -45,89 +122,128 @@ INLINE int lanes_left(int64_t i, int64_t size) { return size - i < kLanes ? int(
 // The first `count` lanes; the others are zero.
 INLINE Floats load_some(const float* from, int count) {
     if (count >= kLanes) return load<Floats>(from);
-    Floats out = {};
-    memcpy(&out, from, count * sizeof(float));
-    return out;
+    float lanes[kLanes] = {};
+    memcpy(lanes, from, count * sizeof(float));
+    return load<Floats>(lanes);
 }
 
 INLINE void store_some(float* to, Floats value, int count) {
     if (count >= kLanes) return store(to, value);
-    memcpy(to, &value, count * sizeof(float));
+    float lanes[kLanes];
+    store(lanes, value);
+    memcpy(to, lanes, count * sizeof(float));
 }
 
+// A number in every lane of V.
 template <class V, class T>
 INLINE V splat_to(T x) {
-    return V{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    if constexpr (kIsTwice<V>) {
+        const auto half = splat_to<decltype(V::lo)>(x);
+        return {half, half};
+    } else {
+        return x - V{};  // not x + V{}, which would lose the sign of -0
+    }
 }
 INLINE Floats splat(float x) { return splat_to<Floats>(x); }
 INLINE Ints splat(int32_t x) { return splat_to<Ints>(x); }
-INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-INLINE Floats bits_to_floats(Ints x) { return (Floats)x; }
-INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-// a * b + c with one rounding where the processor has that.
-INLINE Floats fma(Floats a, Floats b, Floats c) {
-#if defined(UNMASK_VNNI)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(UNMASK_AVX2)
-    __m256 x[2], y[2], z[2];
-    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
-    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-    return load<Floats>(z);
-#else
-    return a * b + c;
-#endif
+// Lanes of `a` where `mask` is set, of `b` elsewhere.
+template <class M, class V>
+INLINE V select(M mask, V a, V b) {
+    if constexpr (kIsTwice<V>)
+        return {select(mask.lo, a.lo, b.lo), select(mask.hi, a.hi, b.hi)};
+    else
+        return mask ? a : b;
+}
+template <class V>
+INLINE V larger(V a, V b) {
+    return select(a > b, a, b);
+}
+template <class V>
+INLINE V smaller(V a, V b) {
+    return select(a < b, a, b);
 }
 
-// sum[lane] += weights[4 lane .. 4 lane + 3] . the four signed bytes in `four`, exactly.
-INLINE Ints dot4(Ints sum, const uint8_t* weights, int32_t four) {
-#if defined(UNMASK_VNNI)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(weights), _mm512_set1_epi32(four));
-#elif defined(UNMASK_AVX2)
-    // maddubs saturates at 16 bits: the low seven bits and the top bit of the weights go separately, so that neither can.
-    const __m256i a = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), top = _mm256_set1_epi8(char(0x80));
-    __m256i part[2];
-    for (int i = 0; i < 2; i++) {
-        const __m256i w = _mm256_loadu_si256((const __m256i*)weights + i);
-        const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_andnot_si256(top, w), a), ones);
-        const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(top, w), a), ones);
-        part[i] = _mm256_add_epi32(low, high);
-    }
-    return sum + load<Ints>(part);
-#else
-    int8_t a[4];
-    memcpy(a, &four, 4);
-    for (int lane = 0; lane < kLanes; lane++)
-        for (int i = 0; i < 4; i++) sum[lane] += int32_t(weights[4 * lane + i]) * a[i];
-    return sum;
-#endif
-}
-
+INLINE NativeFloats to_floats(NativeInts x) { return __builtin_convertvector(x, NativeFloats); }
+INLINE NativeFloats bits_to_floats(NativeInts x) { return (NativeFloats)x; }
+INLINE NativeFloats magnitude(NativeFloats x) { return (NativeFloats)((NativeInts)x & 0x7fffffff); }
 // Nearest integer, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves it in the low mantissa bits.
-INLINE Ints nearest(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
+INLINE NativeInts nearest(NativeFloats x) { return (NativeInts)(x + 12582912.0f) - 0x4b400000; }
+
+// a * b + c with one rounding.
+INLINE NativeFloats fma(NativeFloats a, NativeFloats b, NativeFloats c) {
+#if defined(UNMASK_AVX512)
+    return (NativeFloats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(UNMASK_AVX2)
+    return (NativeFloats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    // In double the product is exact. The sum is rounded to odd, so that rounding it again, to float, errs in no case.
+    for (int lane = 0; lane < kNative; lane++) {
+        const double product = double(a[lane]) * b[lane], term = c[lane], sum = product + term, part = sum - product;
+        const double error = (product - (sum - part)) + (term - part);
+        int64_t bits;
+        memcpy(&bits, &sum, 8);
+        if ((error > 0 || error < 0) && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1 : -1;
+        double odd;
+        memcpy(&odd, &bits, 8);
+        a[lane] = float(odd);
+    }
+    return a;
+#endif
+}
+
+template <class V>
+INLINE auto to_floats(Twice<V> x) -> Twice<decltype(to_floats(x.lo))> {
+    return {to_floats(x.lo), to_floats(x.hi)};
+}
+template <class V>
+INLINE auto bits_to_floats(Twice<V> x) -> Twice<decltype(bits_to_floats(x.lo))> {
+    return {bits_to_floats(x.lo), bits_to_floats(x.hi)};
+}
+template <class V>
+INLINE auto nearest(Twice<V> x) -> Twice<decltype(nearest(x.lo))> {
+    return {nearest(x.lo), nearest(x.hi)};
+}
+template <class V>
+INLINE Twice<V> magnitude(Twice<V> x) {
+    return {magnitude(x.lo), magnitude(x.hi)};
+}
+template <class V>
+INLINE Twice<V> fma(Twice<V> a, Twice<V> b, Twice<V> c) {
+    return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
 
 // e^x to about one unit in the last place; exactly 1 at 0 and exactly 0 below -87, so that what a mask hides adds nothing.
-INLINE Floats exp_(Floats x) {
-    const Floats bounded = larger(x, splat(-87.0f)), capped = bounded < 88.0f ? bounded : splat(88.0f);
-    const Ints n = nearest(capped * 1.44269504f);
-    const Floats nf = to_floats(n);
-    const Floats r = fma(nf, splat(2.12194440e-4f), fma(nf, splat(-0.693359375f), capped));
-    Floats p = splat(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f}) p = fma(p, r, splat(c));
+template <class V>
+INLINE V exp_(V x) {
+    const V lowest = splat_to<V>(-87.0f), capped = smaller(larger(x, lowest), splat_to<V>(88.0f));
+    const auto n = nearest(capped * 1.44269504f);
+    const V nf = to_floats(n);
+    const V r = fma(nf, splat_to<V>(2.12194440e-4f), fma(nf, splat_to<V>(-0.693359375f), capped));
+    V p = splat_to<V>(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f}) p = fma(p, r, splat_to<V>(c));
     p = fma(p * r, r, r) + 1.0f;
-    return x < -87.0f ? Floats{} : p * bits_to_floats((n + 127) << 23);
+    return select(x < lowest, V{}, p * bits_to_floats((n + 127) << 23));
 }
+INLINE float exp_of(float x) { return exp_(splat_to<NativeFloats>(x))[0]; }
 
-// Horizontal reductions, always in the same order.
-INLINE float sum_of(Floats x) {
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+// Horizontal reductions, always in the same order: lane i with lane i + 8, then i + 4, ...
+template <class V>
+INLINE auto sum_of(V x) {
+    if constexpr (kIsTwice<V>) {
+        return sum_of(x.lo + x.hi);
+    } else {
+        for (int half = kNative / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; i++) x[i] += x[i + half];
+        return x[0];
+    }
 }
-
-INLINE float max_of(Floats x) {
-    for (int half = 8; half > 0; half /= 2)
+INLINE float max_of(NativeFloats x) {
+    for (int half = kNative / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
+}
+template <class V>
+INLINE float max_of(Twice<V> x) {
+    return max_of(larger(x.lo, x.hi));
 }

@@ -1,0 +1,83 @@
+// Products of four inputs and sixteen channels: what the tiles of a matrix product are made of, by instruction set.
+//
+// Sums of a panel lie in kParts registers. `weights_of` reads one register's channels, `inputs_of` four inputs of a row into every
+// lane, `dot` adds their products, exactly. Without an instruction for bytes they are widened to 16 bits, and four inputs take two
+// passes: 0 and 2, then 1 and 3; rows are stored in that order, see `store_inputs`.
+#pragma once
+
+#include "vector.h"
+
+#if defined(UNMASK_AVX512) || defined(UNMASK_AVXVNNI)
+typedef int8_t Input;
+constexpr int kPasses = 1;
+#elif defined(UNMASK_AVX2) || defined(UNMASK_SSE2)
+typedef int16_t Input;
+constexpr int kPasses = 2;
+#else
+typedef int8_t Input;
+constexpr int kPasses = 1;
+#endif
+
+// Rows and panels of a tile: as many sums as fit the registers beside the weights, an input and a product.
+#if defined(UNMASK_AMX)
+constexpr int kTileRows = 4, kTilePanels = 4;  // more rows are amx.h's
+#elif defined(UNMASK_AVX512)
+constexpr int kTileRows = 8, kTilePanels = 3;
+#elif defined(UNMASK_AVX2)
+constexpr int kTileRows = 6, kTilePanels = 1;
+#else
+constexpr int kTileRows = 2, kTilePanels = 1;
+#endif
+
+constexpr int kParts = kLanes / kNative;
+
+// Weights are bytes w + kWeightOffset; the offset's part of a sum is taken off at its start.
+constexpr int32_t kWeightOffset = 128;
+
+INLINE NativeInts weights_of(const uint8_t* from, int pass) {
+    const NativeInts bytes = load<NativeInts>(from);
+    if (kPasses == 1) return bytes;
+    typedef uint16_t Shorts __attribute__((vector_size(4 * kNative)));
+    return pass == 0 ? bytes & 0x00ff00ff : (NativeInts)((Shorts)bytes >> 8);
+}
+
+INLINE NativeInts inputs_of(const Input* from, int pass) { return splat_to<NativeInts>(load<int32_t>(from + 2 * pass)); }
+
+// Keeps the compiler from adding up products of many steps first, for which there are no registers.
+#define UNMASK_ADDED(sum) asm("" : "+x"(sum))
+
+INLINE NativeInts dot(NativeInts sum, NativeInts weights, NativeInts inputs) {
+#if defined(UNMASK_AVX512)
+    return (NativeInts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)inputs);
+#elif defined(UNMASK_AVXVNNI)
+    return (NativeInts)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)inputs);
+#elif defined(UNMASK_AVX2)
+    sum += (NativeInts)_mm256_madd_epi16((__m256i)weights, (__m256i)inputs);
+    UNMASK_ADDED(sum);
+    return sum;
+#elif defined(UNMASK_SSE2)
+    sum += (NativeInts)_mm_madd_epi16((__m128i)weights, (__m128i)inputs);
+    UNMASK_ADDED(sum);
+    return sum;
+#else
+    for (int lane = 0; lane < kNative; lane++)
+        for (int i = 0; i < 32; i += 8) sum[lane] += (weights[lane] >> i & 255) * int8_t(inputs[lane] >> i);
+    return sum;
+#endif
+}
+
+// Stores integers of a quantised row as `inputs_of` reads them.
+INLINE void store_inputs(Input* to, NativeInts x) {
+    typedef Input Narrow __attribute__((vector_size(kNative * sizeof(Input))));
+#if defined(UNMASK_AVX2) && !defined(UNMASK_AVXVNNI)
+    x = (NativeInts)_mm256_shuffle_epi32((__m256i)x, _MM_SHUFFLE(3, 1, 2, 0));
+#elif defined(UNMASK_SSE2)
+    x = (NativeInts)_mm_shuffle_epi32((__m128i)x, _MM_SHUFFLE(3, 1, 2, 0));
+#endif
+    store(to, __builtin_convertvector(x, Narrow));
+}
+template <class V>
+INLINE void store_inputs(Input* to, Twice<V> x) {
+    store_inputs(to, x.lo);
+    store_inputs(to + sizeof(V) / 4, x.hi);
+}
