@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from unmask.engine.generation import Generation
-    from unmask.engine.llm import LanguageModel, load
+    from unmask.engine.llm import LanguageModel
+    from unmask.engine.loading import load
     from unmask.engine.sampling_params import SamplingParams
     from unmask.errors import UnmaskError
 
@@ -25,7 +26,7 @@ _HOMES = {
     "LanguageModel": "unmask.engine.llm",
     "SamplingParams": "unmask.engine.sampling_params",
     "UnmaskError": "unmask.errors",
-    "load": "unmask.engine.llm",
+    "load": "unmask.engine.loading",
 }
 
 

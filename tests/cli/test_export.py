@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from helpers import make_tokenizer, refused
 from tiny import tiny_model
 from unmask.cli.export import shard_bytes
-from unmask.engine.llm import load
+from unmask.engine.loading import load
 from unmask.errors import ConfigError
 from unmask.models.weights.adapter import attach_lora, save_adapter
 from unmask.models.weights.checkpoint import save_model

@@ -14,7 +14,7 @@ from models.weights.saved import saved_base
 from tiny import tiny_config
 from unmask.data.end_ids import end_ids
 from unmask.data.tokenizer import Tokenizer
-from unmask.engine.llm import load
+from unmask.engine.loading import load
 from unmask.errors import CheckpointError, RequestError, UnmaskWarning
 from unmask.models.weights.adapter import attach_lora, save_adapter
 from unmask.models.weights.checkpoint import read_model_config

@@ -13,7 +13,8 @@ from helpers import refused
 from tiny import FAMILIES, MASK, tiny_model
 from unmask.diffusion.decode import candidates
 from unmask.engine.engine import Engine
-from unmask.engine.llm import LanguageModel, load
+from unmask.engine.llm import LanguageModel
+from unmask.engine.loading import load
 from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, ResolvedParams
 from unmask.errors import RequestError

@@ -48,8 +48,9 @@ AsJson = Annotated[
 def load(model: str, dtype: str, device: str, quantize: str) -> LanguageModel:
     """The model that `--model`, `--dtype`, `--device` and `--quantize` name."""
     import unmask
+    from unmask.cli.packing_line import PackingLine
 
-    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize)
+    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine())
 
 
 def with_sampling_options(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from unmask.data.chat import Message
 from unmask.data.end_ids import end_ids
-from unmask.data.tokenizer import Tokenizer, load_tokenizer
+from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.backends.base import Backend
-from unmask.engine.backends.native import QuantizedModel
+from unmask.engine.backends.native import NativeBackend, quantized
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
 from unmask.engine.costs import MeasuredCosts
@@ -35,9 +34,6 @@ from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
-from unmask.models.dtypes import parse_dtype
-from unmask.models.weights.hub import resolve, tokenizer_folder
-from unmask.models.weights.loading import load_model
 
 if TYPE_CHECKING:
     from unmask.engine.grammar import Grammar, GrammarCompiler
@@ -51,12 +47,12 @@ class LanguageModel:
     once, each with an engine of its own.
 
     Args:
-        transformer: the weights.
+        weights: as loaded, or quantised for the CPU kernels, and then with `reload`.
         tokenizer: None: only calls that take and give ids work.
         name: what to call it in messages.
-        quantize: "int8" or "int4": decode with quantised weights on the CPU; "auto": int8 where the CPU kernels run the model;
-            "none": with the weights as they are.
-        reload: reads `transformer` again. With it, quantised weights take the place of the loaded ones in memory.
+        quantize: what becomes of loaded weights. "int8" or "int4": they are quantised on the CPU; "auto": to int8 where the CPU
+            kernels run the model; "none": they decode as they are.
+        reload: reads the weights of quantised ones, when `transformer` is asked for.
 
     Attributes:
         config: the architecture and special token ids.
@@ -65,36 +61,35 @@ class LanguageModel:
 
     def __init__(
         self,
-        transformer: Transformer,
+        weights: Transformer | NativeBackend,
         tokenizer: Tokenizer | None,
         *,
         name: str,
         quantize: str = "none",
         reload: Callable[[], Transformer] | None = None,
     ) -> None:
-        self._transformer: Transformer | None = transformer.eval()
-        self._reloading = threading.Lock()
-        self._reload, self.config, self.tokenizer, self.name = reload, transformer.config, tokenizer, name
+        self.config, self.tokenizer, self.name = weights.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
-        self.quantize = decoding_weights(quantize, self.config, transformer.embed.weight.device)
-        self._quantized = None if self.quantize == "none" else QuantizedModel(transformer, self.quantize, self._release)
         self._costs = MeasuredCosts()  # what one engine has learnt, the next knows
+        self._transformer: Transformer | None = None
+        self._reload, self._reloading = reload, threading.Lock()
+        self._native = weights if isinstance(weights, NativeBackend) else None
+        if not isinstance(weights, NativeBackend):
+            self._transformer = weights.eval()
+            kind = decoding_weights(quantize, self.config, weights.embed.weight.device)
+            self._native = None if kind == "none" else quantized(weights, kind)
+        self.quantize = "none" if self._native is None else f"int{self._native.bits}"
 
     @property
     def transformer(self) -> Transformer:
-        """The weights as loaded; read again where quantised ones have taken their place."""
+        """The weights as loaded; read when they are first asked for where quantised ones decode."""
         with self._reloading:
             transformer = self._transformer
             if transformer is None:
-                assert self._reload is not None, "only what can be read again is released"
+                assert self._reload is not None, "quantised weights alone come with what reads the others"
                 transformer = self._transformer = self._reload().eval()
             return transformer
-
-    def _release(self) -> None:
-        """The weights are quantised: the loaded ones are seldom needed."""
-        if self._reload is not None:
-            self._transformer = None
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -112,8 +107,8 @@ class LanguageModel:
         return capabilities(self.config)
 
     def backend(self) -> Backend:
-        """What computes the forward passes; quantises the weights at the first call, if they are to be."""
-        return TorchBackend(self.transformer) if self._quantized is None else self._quantized.backend()
+        """What computes the forward passes."""
+        return TorchBackend(self.transformer) if self._native is None else self._native
 
     def engine(self, *, mask_id: int | None = None, **options: Any) -> Engine:
         """An engine of this model for many requests at a time; options as of `Engine`."""
@@ -371,31 +366,3 @@ class LanguageModel:
         if self.tokenizer is None:
             raise RequestError(f"model {self.name} has no tokenizer; use generate_ids, or add tokenizer.json to its folder")
         return self.tokenizer
-
-
-def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", quantize: str = "auto") -> LanguageModel:
-    """Load a model for generation.
-
-    Args:
-        model: a folder (of a model, or of an adapter), a Hugging Face id, or an embedded model (`smollm2-135m`,
-            `smollm2-135m-diffusion`, `smollm2-135m-converted`).
-        dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
-        device: "cpu", "cuda", ...
-        quantize: what decodes. "int8" or "int4": quantised weights (dense models on the CPU); they take the place of the loaded
-            ones, which `transformer`, `logits` and `score` read from the folder again. "none": the weights as they are.
-            "auto": int8 where the CPU kernels run the model and no dtype is asked for, else none.
-
-    Returns:
-        The model; its tokenizer is None when the folder has none.
-
-    Raises:
-        CheckpointError: unknown, incomplete or damaged model.
-        ConfigError: unsupported architecture, dtype or quantisation.
-    """
-    if quantize == "auto" and dtype != "auto":
-        quantize = "none"  # quantised weights would decode in another number format than the one that is asked for
-    folder = resolve(str(model))
-    read = partial(load_model, folder, dtype=parse_dtype(dtype, device), device=device)
-    source = tokenizer_folder(folder)
-    tokenizer = None if source is None else load_tokenizer(source)
-    return LanguageModel(read(), tokenizer, name=str(model), quantize=quantize, reload=read)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import unmask
 from helpers import refused
 from tiny import MASK, tiny_model
-from unmask.engine.backends.native import QuantizedModel
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.errors import BackendError, ConfigError, UnmaskWarning
 from unmask.models.native.interface import Kernels
 from unmask.models.native.library import kernel_variant
+from unmask.models.weights.checkpoint import save_model
 
 needs_kernels = pytest.mark.skipif(kernel_variant() is None, reason="the CPU kernels are not built")
 
@@ -48,16 +47,6 @@ def test_a_variant_that_does_not_exist_is_an_error(weights: str, monkeypatch: py
     monkeypatch.setenv("UNMASK_KERNELS", "mmx")
     with refused(ConfigError, "mmx"):
         LanguageModel(model(), None, name="tiny", quantize=weights)
-
-
-@needs_kernels
-def test_threads_that_ask_at_once_get_the_same_backend() -> None:
-    """The weights are packed once."""
-    quantized = QuantizedModel(model(), "int8")
-    with ThreadPoolExecutor(8) as pool:
-        backends = list(pool.map(lambda _: quantized.backend(), range(16)))
-    assert not isinstance(backends[0], TorchBackend)
-    assert all(backend is backends[0] for backend in backends)
 
 
 @pytest.mark.parametrize(("family", "weights", "name"), [("llama", "int3", "int3"), ("llada2", "int8", "dense")])
@@ -94,25 +83,38 @@ def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
             assert confidences[0] == confidences[1], "a row's result depends on its neighbours"
 
 
-@needs_kernels
-def test_the_program_answers_with_quantised_weights(tmp_path: Path) -> None:
-    from unmask.models.weights.checkpoint import save_model
-
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     save_model(model("qwen3"), tmp_path / "model")
-    import unmask
+    return tmp_path / "model"
 
-    quantized = unmask.load(tmp_path / "model", dtype="float32", quantize="int8")
-    loaded = weakref.ref(quantized.transformer)
-    quantized.backend()
-    assert loaded() is None, "the memory of the loaded weights is free"
-    plain = unmask.load(tmp_path / "model", dtype="float32")
+
+@needs_kernels
+def test_the_program_answers_with_quantised_weights(folder: Path) -> None:
+    quantized = unmask.load(folder, dtype="float32", quantize="int8")
+    plain = unmask.load(folder, dtype="float32")
     assert len(quantized.generate_ids((5, 17, 3), max_new_tokens=8, eos_id=())) == 8
-    assert torch.equal(quantized.logits((5, 17, 3)), plain.logits((5, 17, 3))), "logits() reads them again"
+    assert torch.equal(quantized.logits((5, 17, 3)), plain.logits((5, 17, 3))), "logits() reads the others"
+    assert quantized.transformer is quantized.transformer
+
+
+@needs_kernels
+def test_packed_weights_of_the_cache_decode_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time the weights of the folder are not read."""
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unmask.models.native.packed_cache._LEAST_BYTES", 0)
+    parts: list[int] = []
+    first = unmask.load(folder, quantize="int8", on_packing=lambda done, total: parts.append(done))
+    assert parts == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr("unmask.engine.loading.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+        second = unmask.load(folder, quantize="int8")
+    assert second.config == first.config
+    assert second.generate_ids((5, 17, 3), max_new_tokens=8) == first.generate_ids((5, 17, 3), max_new_tokens=8)
 
 
 @needs_kernels
 def test_weights_that_cannot_be_read_again_are_kept() -> None:
     given = model()
     quantized = LanguageModel(given, None, name="tiny", quantize="int8")
-    quantized.backend()
     assert quantized.transformer is given

@@ -13,7 +13,7 @@ from torch import nn
 from helpers import disk_full, make_tokenizer, refused
 from models.weights.saved import loads_as, saved_base
 from tiny import FAMILIES, causal_logits, perturb, tiny_model
-from unmask.engine.llm import load
+from unmask.engine.loading import load
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer, resize_vocabulary

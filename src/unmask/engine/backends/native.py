@@ -1,6 +1,6 @@
 """The native backend: quantised weights on the CPU by the compiled kernels.
 
-Owns when weights are packed, and the KV cache as the kernels take it. The kernels are `models.native`'s; when they are used,
+Owns how a model comes to the kernels, and the KV cache as they take it. The kernels are `models.native`'s; when they are used,
 `engine.quantization` says.
 
 Legend: N sequences, M cache blocks of a sequence, K keys of a sequence, L layers, G kv heads, S slots
@@ -10,23 +10,22 @@ of a cache block or head dim.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unmask.engine.backends.base import Backend
-from unmask.engine.backends.torch import TorchBackend, unwritten_tensor
+from unmask.engine.backends.torch import unwritten_tensor
 from unmask.engine.batch import Batch
 from unmask.engine.quantization import BITS
 from unmask.models.arch.transformer import Transformer
-from unmask.models.native.interface import Kernels
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer
-from unmask.models.native.packing import pack_model
+from unmask.models.native.packed_cache import PackedCache
+from unmask.models.native.packing import OnLayer, pack_model
 
 
 class NativeBackend(PackedTransformer):
@@ -49,34 +48,29 @@ class NativeBackend(PackedTransformer):
         return self.run(batch.tokens_T, batch.positions_T, batch.segments_C6, slots_NK, kv_cache)
 
 
-class QuantizedModel:
-    """A model whose weights are quantised when the first engine asks for them.
+def quantized(model: Transformer, weights: str) -> NativeBackend:
+    """A loaded model, quantised to "int8" or "int4", as of `decoding_weights`."""
+    return NativeBackend(pack_model(model, BITS[weights]), load_kernels())
 
-    Once the weights are packed, `model` is not needed here any more, and let go of.
+
+def open_quantized(
+    folder: Path, weights: str, dtype: torch.dtype, load: Callable[[], Transformer], on_packing: OnLayer
+) -> NativeBackend:
+    """The model in a folder, quantised: its packed weights are mapped from the cache, where they are put the first time.
 
     Args:
-        model: that the kernels run.
+        folder: of a model or an adapter.
         weights: "int8" or "int4", as of `decoding_weights`.
-        on_packed: called when the weights are packed; who else holds `model` may let go of it.
+        dtype: of what is quantised.
+        load: gives it; called only where the cache does not hold the packed weights.
+        on_packing: sees the progress.
     """
-
-    def __init__(self, model: Transformer, weights: str, on_packed: Callable[[], None] = lambda: None) -> None:
-        self._bits, self._on_packed = BITS[weights], on_packed
-        self._backend: TorchBackend | NativeBackend = TorchBackend(model)
-        self._kernels: Kernels | None = load_kernels()
-        self._lock = threading.Lock()
-
-    def backend(self) -> Backend:
-        """What computes; packs the weights at the first call."""
-        with self._lock:
-            if self._kernels is not None:
-                assert isinstance(self._backend, TorchBackend), "there are kernels to pack for until the weights are packed"
-                with torch.no_grad():
-                    self._backend = NativeBackend(pack_model(self._backend.model, self._bits), self._kernels)
-                self._kernels = None
-                self._on_packed()
-                _trim_heap()
-        return self._backend
+    cache = PackedCache(folder, BITS[weights], dtype)
+    packed = cache.open()
+    if packed is None:
+        packed = cache.pack(load, on_packing)
+        _trim_heap()
+    return NativeBackend(packed, load_kernels())
 
 
 def _trim_heap() -> None:

@@ -35,13 +35,14 @@ class PackedCache:
         folder: of a model or an adapter.
         bits: 8 or 4.
         dtype: of the weights that are quantised.
-        least_bytes: models with less in their files are packed every time.
+        least_bytes: models with less in their files are packed every time; None: as much as is read and packed in no time.
     """
 
-    def __init__(self, folder: Path, bits: int, dtype: torch.dtype, *, least_bytes: int = _LEAST_BYTES) -> None:
+    def __init__(self, folder: Path, bits: int, dtype: torch.dtype, *, least_bytes: int | None = None) -> None:
         self._folder, self._bits = folder.resolve(), bits
+        least = _LEAST_BYTES if least_bytes is None else least_bytes
         files = list(_files(self._folder))
-        self._is_kept = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") >= least_bytes
+        self._is_kept = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") >= least
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         self._identity = hashlib.sha256(repr((stats, _code_digest())).encode()).hexdigest()
         place = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]

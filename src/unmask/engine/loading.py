@@ -1,0 +1,59 @@
+"""`load`: a `LanguageModel` from a folder, a Hugging Face id or the name of an embedded model.
+
+Owns which weights are read: quantised ones from the cache where they decode, and then no others until somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from unmask.data.tokenizer import load_tokenizer
+from unmask.engine.backends.native import open_quantized
+from unmask.engine.llm import LanguageModel
+from unmask.engine.quantization import decoding_weights
+from unmask.models.dtypes import parse_dtype
+from unmask.models.weights.checkpoint import read_model_config
+from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.models.weights.loading import load_model
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    quantize: str = "auto",
+    on_packing: Callable[[int, int], None] = lambda done, total: None,
+) -> LanguageModel:
+    """Load a model for generation.
+
+    Args:
+        model: a folder (of a model, or of an adapter), a Hugging Face id, or an embedded model (`smollm2-135m`,
+            `smollm2-135m-diffusion`, `smollm2-135m-converted`).
+        dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
+        device: "cpu", "cuda", ...
+        quantize: what decodes. "int8" or "int4": quantised weights (dense models on the CPU); the others are read from the
+            folder when `transformer`, `logits` or `score` need them. "none": the weights as they are. "auto": int8 where the
+            CPU kernels run the model and no dtype is asked for, else none.
+        on_packing: called with (parts done, parts in all) while weights are quantised, which happens once a model.
+
+    Returns:
+        The model; its tokenizer is None when the folder has none.
+
+    Raises:
+        CheckpointError: unknown, incomplete or damaged model.
+        ConfigError: unsupported architecture, dtype or quantisation.
+    """
+    if quantize == "auto" and dtype != "auto":
+        quantize = "none"  # quantised weights would decode in another number format than the one that is asked for
+    folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
+    read = partial(load_model, folder, dtype=read_dtype, device=device)
+    source = tokenizer_folder(folder)
+    tokenizer = None if source is None else load_tokenizer(source)
+    kind = "none" if quantize == "none" else decoding_weights(quantize, read_model_config(folder), torch.device(device))
+    weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, read, on_packing)
+    return LanguageModel(weights, tokenizer, name=str(model), reload=read)
