@@ -27,6 +27,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
+from unmask.models.native.packing import pack_matrix, pack_model
 
 TARGET = 1.5
 CONFIG = ModelConfig(
@@ -49,7 +50,7 @@ def attention_seconds(backend: NativeBackend, rows: int, context: int) -> float:
 
 def head_seconds(head: PackedLinear, rows: int) -> float:
     """Seconds of the likeliest tokens of `rows` hidden states."""
-    hidden = torch.randn(rows, head.struct.depth, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(rows, head.depth, generator=torch.Generator().manual_seed(0))
     return min(seconds_of(partial(head.greedy, hidden, None), 3))
 
 
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows_of, contexts, options.repeats = [2], [32], 1
     console, floors = Console(file=sys.stderr if options.json else sys.stdout), Machine(smoke=options.smoke)
     kernels = load_kernels()
-    backend = NativeBackend(Transformer(CONFIG).requires_grad_(False), 8, kernels)
-    head = PackedLinear(torch.ones(*((64, 64) if options.smoke else HEAD)), None, 8, kernels)
+    backend = NativeBackend(pack_model(Transformer(CONFIG), 8), kernels)
+    head = PackedLinear(pack_matrix(torch.ones(*((64, 64) if options.smoke else HEAD)), 8), kernels)
     works: list[tuple[str, int, int | None, Callable[[], float], Callable[[], float]]] = []
     for rows in rows_of:
         works.append(("head", rows, None, partial(head_seconds, head, rows), partial(head_floor, floors, rows)))

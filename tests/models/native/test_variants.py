@@ -16,6 +16,7 @@ from unmask.engine.backends.native import NativeBackend
 from unmask.models.native.build import compile_library, find_target
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
+from unmask.models.native.packing import pack_bias, pack_matrix, pack_model
 from unmask.models.native.variants import SOURCES, VARIANTS, usable_macro
 
 X86 = VARIANTS["x86_64"]
@@ -57,7 +58,7 @@ def test_products_are_the_same_bits_in_every_variant(kernels: Kernels, other_ker
     generator = torch.Generator().manual_seed(bits)
     for inputs, outputs in ((16, 16), (30, 33), (64, 64), (100, 20), (200, 115), (576, 80)):
         weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
-        ours, other = (PackedLinear(weight, bias, bits, k) for k in (kernels, other_kernels))
+        ours, other = (PackedLinear(pack_matrix(weight, bits), k, bias=pack_bias(bias)) for k in (kernels, other_kernels))
         for rows in itertools.chain(range(1, 41), (64, 65, 300)):
             x = torch.randn(rows, inputs, generator=generator)
             assert torch.equal(other(x), ours(x)), (inputs, outputs, rows)
@@ -70,7 +71,8 @@ def test_products_are_the_same_bits_in_every_variant(kernels: Kernels, other_ker
 def test_a_forward_is_the_same_bits_in_every_variant(kernels: Kernels, other_kernels: Kernels, name: str, bits: int) -> None:
     """Norms, rotary embedding, attention and exponentials included: every variant rounds a * b + c once."""
     model = model_of(name)
-    ours, other = (NativeBackend(model, bits, k) for k in (kernels, other_kernels))
+    weights = pack_model(model, bits)
+    ours, other = (NativeBackend(weights, k) for k in (kernels, other_kernels))
     batch = batch_of((random_tokens(150), 0, 8, range(150)), (random_tokens(5, seed=1), 0, 1, range(150, 155)))
     kv_cache, other_kv_cache = new_kv_cache(model.config), new_kv_cache(model.config)
     hidden = ours.forward(batch, kv_cache)

@@ -18,7 +18,7 @@ from unmask.models.native.quantize import PackedMatrix
 
 
 class PackedLinear:
-    """`x W^T + b` with 8-bit activations, one scale a row, and 8- or 4-bit weights."""
+    """`x W^T + b` with 8-bit activations, one scale a row, and 8- or 4-bit weights; `depth` is K, padded."""
 
     def __init__(self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None) -> None:
         """Point the kernels to a matrix.
@@ -29,7 +29,7 @@ class PackedLinear:
             bias: float32, padded to panels (`pack_bias`).
         """
         self._tensors = (matrix, bias)
-        self._kernels, self._outputs, self._depth = kernels, matrix.outputs, matrix.depth
+        self._kernels, self._outputs, self.depth = kernels, matrix.outputs, matrix.depth
         self._workspace = interface.Workspace()
         self._struct = linear_struct(matrix, bias)
 
@@ -50,7 +50,7 @@ class PackedLinear:
 
     def _run(self, kernel: Callable[..., None], x_NK: Tensor, *arguments: int) -> None:
         assert x_NK.ndim == 2
-        assert x_NK.shape[1] <= self._depth
+        assert x_NK.shape[1] <= self.depth
         x_NK, threads = x_NK.float().contiguous(), torch.get_num_threads()
         buffer = self._workspace.address(self._kernels.linear_bytes(byref(self._struct), len(x_NK), threads))
         kernel(byref(self._struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
