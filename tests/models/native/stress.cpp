@@ -49,7 +49,7 @@ struct Shape {
     int64_t hidden, heads, kv_heads, head_dim, ffn, mixed, rank, vocab, bits;
     bool norms, bias;
 };
-constexpr int64_t kLayers = 2, kSlots = 96;
+constexpr int64_t kLayers = 2, kSlots = 1200;
 
 // What one thread gives: hidden states, keys and values, logits, tokens, probabilities.
 struct Result {
@@ -83,11 +83,13 @@ static Result call(const Model& m, const Linear& head, int threads, unsigned see
     Result result;
     result.cache = filled(kLayers * 2 * m.kv_heads * kSlots * m.head_dim);
     // A prompt, then its causal and its noisy part beside another sequence.
-    std::vector<int64_t> one(41), two(19);
+    std::vector<int64_t> one(41), two(19), three(1100);
     for (size_t i = 0; i < one.size(); i++) one[i] = int64_t(kSlots - 1 - i);
     for (size_t i = 0; i < two.size(); i++) two[i] = int64_t(2 * i);
+    for (size_t i = 0; i < three.size(); i++) three[i] = int64_t(40 + i);  // so many that threads share them
     const std::vector<std::vector<Segment>> steps = {
         {{0, 33, 0, 4, 0, one.data()}, {33, 44, 0, 1, 0, two.data()}},
+        {{0, 2, 1098, 1, 0, three.data()}},
         {{0, 3, 33, 1, 0, one.data()}, {3, 8, 36, 8, 1, one.data()}, {8, 16, 11, 8, 1, two.data()}},
     };
     Scratch scratch;

@@ -223,6 +223,24 @@ def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, 
         assert torch.equal(alone[:, :, :, slots[: len(text)]], kv_cache[:, :, :, bounds[i] : bounds[i + 1]])
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_long_context_is_the_same_bits_with_any_number_of_threads(any_kernels: Kernels, rows: int) -> None:
+    """Its keys are summed in parts that threads share, and equal the plain sum."""
+    model, context = model_of("qwen2", num_layers=1), 2500
+    packed = NativeBackend(pack_model(model, 8, rotate=False), any_kernels)
+    c, generator = model.config, torch.Generator().manual_seed(rows)
+    kv_cache = torch.randn(c.num_layers, 2, c.num_kv_heads, context + rows, c.head_dim, generator=generator)
+    slots = torch.randperm(context + rows, generator=generator).tolist()
+    batch = batch_of((random_tokens(rows), context, 8, slots))
+    with threads_set(1):
+        expected = packed.forward(batch, kv_cache)
+    for threads in (2, 3, 5):
+        with threads_set(threads):
+            assert torch.equal(packed.forward(batch, kv_cache), expected)
+    plain = Reference(model, 8).forward(batch, kv_cache.clone())
+    assert row_errors(expected, plain).median() < 1e-5
+
+
 @pytest.mark.parametrize("block_size", [1, 5, 32])
 def test_block_causal_visibility(kernels: Kernels, block_size: int) -> None:
     """A later token changes exactly the rows that may see it."""
