@@ -1,4 +1,5 @@
-// Calls every kernel from several threads at once, for builds under a sanitizer; see test_sanitizers.py.
+// Calls every kernel from several threads at once, for builds under a sanitizer (test_sanitizers.py), or once, for builds for
+// another processor (test_arm.py).
 //
 // One of the calls has the pool of threads, the others compute alone. Memory is allocated to the byte, so that AddressSanitizer sees
 // what passes an end.
@@ -110,35 +111,85 @@ static Result call(const Model& m, const Linear& head, int threads, unsigned see
     return result;
 }
 
-int main() {
+// A random model and its vocabulary head.
+struct Case {
+    Memory memory;
+    std::vector<Layer> layers;
+    Model model;
+    Linear head;
+
+    explicit Case(const Shape& s) {
+        const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim, attended = s.heads * s.head_dim;
+        auto norm = [&](int64_t size) { return memory.real(size, 0.5f, 1.5f); };
+        for (int64_t i = 0; i < kLayers; i++) {
+            Layer l{};
+            l.qkv = memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias);
+            l.out = memory.gated(attended, s.hidden, s.bits, s.rank, s.bias);
+            l.gate_up = memory.gated(s.hidden, 2 * s.ffn, s.bits, s.rank, s.bias);
+            l.down = memory.gated(s.ffn, s.hidden, s.bits, s.rank, s.bias);
+            l.attention_norm = norm(s.hidden), l.mlp_norm = norm(s.hidden);
+            if (s.norms) l.query_norm = norm(s.head_dim), l.key_norm = norm(s.head_dim);
+            layers.push_back(l);
+        }
+        model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.ffn, s.mixed,
+                 s.rank, 1e-6f};
+        head = memory.linear(s.hidden, s.vocab, 8, false);
+    }
+};
+
+// What depends on every bit of some numbers.
+template <class T>
+static void print_digest(const std::vector<T>& numbers) {
+    uint64_t digest = 14695981039346656037u;
+    for (size_t i = 0; i < numbers.size() * sizeof(T); i++)
+        digest = (digest ^ reinterpret_cast<const unsigned char*>(numbers.data())[i]) * 1099511628211u;
+    std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+}
+
+// Forwards, and products of every number of rows that tiles treat in a way of its own.
+static void print_digests(const Shape& s) {
+    Case made(s);
+    const Result result = call(made.model, made.head, 1, 0);
+    for (const std::vector<float>* numbers : {&result.hidden, &result.cache, &result.logits, &result.probabilities})
+        print_digest(*numbers);
+    print_digest(result.tokens);
+    const Linear w = made.memory.linear(s.ffn, s.vocab, s.bits, true);
+    for (int64_t rows = 1; rows <= 40; rows++) {
+        Scratch scratch;
+        std::vector<float> out(rows * w.outputs);
+        const float* x = made.memory.real(rows * s.ffn, -1, 1);
+        unmask_linear(&w, x, rows, s.ffn, out.data(), scratch.take(unmask_linear_bytes(&w, rows, 1)), 1);
+        print_digest(out);
+    }
+}
+
+// 0 if overlapping calls give what one thread gives.
+static int check_threads(const Shape& s) {
+    Case made(s);
+    constexpr int kCallers = 4;
+    std::vector<Result> expected, found(kCallers);
+    for (int i = 0; i < kCallers; i++) expected.push_back(call(made.model, made.head, 1, i));
+    int wrong = 0;
+    for (int threads = 1; threads <= 3; threads++) {
+        std::vector<std::thread> callers;
+        for (int i = 0; i < kCallers; i++)
+            callers.emplace_back([&, i] { found[i] = call(made.model, made.head, threads, i); });
+        for (std::thread& caller : callers) caller.join();
+        wrong += !(found == expected);
+    }
+    return wrong;
+}
+
+// Without arguments checks threads; with any prints digests of results, to compare with those of another build.
+int main(int count, char**) {
     const Shape shapes[] = {
         {64, 4, 2, 16, 96, 2, 0, 61, 8, false, false},    {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false},
         {48, 3, 1, 10, 40, 1, 16, 1601, 8, true, true},  {48, 3, 3, 8, 128, 8, 8, 770, 4, false, true},
     };
     int wrong = 0;
-    for (const Shape& s : shapes) {
-        Memory memory;
-        std::vector<Layer> layers;
-        const int64_t qkv = (s.heads + 2 * s.kv_heads) * s.head_dim, attended = s.heads * s.head_dim;
-        for (int64_t i = 0; i < kLayers; i++)
-            layers.push_back({memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias),
-                              memory.gated(attended, s.hidden, s.bits, s.rank, s.bias),
-                              memory.gated(s.hidden, 2 * s.ffn, s.bits, s.rank, s.bias),
-                              memory.gated(s.ffn, s.hidden, s.bits, s.rank, s.bias), memory.real(s.hidden, 0.5f, 1.5f),
-                              memory.real(s.hidden, 0.5f, 1.5f), s.norms ? memory.real(s.head_dim, 0.5f, 1.5f) : nullptr,
-                              s.norms ? memory.real(s.head_dim, 0.5f, 1.5f) : nullptr});
-        const Model model{layers.data(), memory.real(s.hidden, 0.5f, 1.5f), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim,
-                          s.head_dim, s.ffn, s.mixed, s.rank, 1e-6f};
-        const Linear head = memory.linear(s.hidden, s.vocab, 8, false);
-        constexpr int kCallers = 4;
-        std::vector<Result> expected, found(kCallers);
-        for (int i = 0; i < kCallers; i++) expected.push_back(call(model, head, 1, i));
-        for (int threads = 1; threads <= 3; threads++) {
-            std::vector<std::thread> callers;
-            for (int i = 0; i < kCallers; i++) callers.emplace_back([&, i] { found[i] = call(model, head, threads, i); });
-            for (std::thread& caller : callers) caller.join();
-            wrong += !(found == expected);
-        }
+    for (const Shape& shape : shapes) {
+        if (count > 1) print_digests(shape);
+        else wrong += check_threads(shape);
     }
     if (wrong) std::printf("%d of 12 rounds differ from one thread's\n", wrong);
     return wrong != 0;

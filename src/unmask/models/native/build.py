@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from unmask.models.native.variants import FLAGS, LIBRARIES, SOURCES, library_name, usable_macro, variants_of
+from unmask.models.native.variants import ARMV8_2, FLAGS, LIBRARIES, SOURCES, library_name, usable_macro, variants_of
 
 # Cross compilation by PyPI's ziglang, to the oldest systems that PyTorch's wheels run on.
 TARGETS = {
@@ -45,11 +45,13 @@ class Target:
         machine: its processor, as of `platform.machine()`.
         compiler: the command of its C++ compiler.
         platform: tag of its wheels; None: Linux, with the C library that the compiled libraries need.
+        armv8_2: the compiler's word for that architecture.
     """
 
     machine: str
     compiler: tuple[str, ...]
     platform: str | None
+    armv8_2: str = ARMV8_2
 
     def tag(self, libraries: Sequence[Path]) -> str:
         """The wheel's tag: any Python 3, no ABI of Python's, this platform."""
@@ -70,7 +72,7 @@ def find_target(name: str | None = None) -> Target:
             raise CompilerError(f"target {name!r} is unknown; use one of {', '.join(TARGETS)}")
         machine = name.partition("-")[0]
         compiler = (sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[name])
-        return Target(machine, compiler, "macosx_11_0_arm64" if name.endswith("macos") else None)
+        return Target(machine, compiler, "macosx_11_0_arm64" if name.endswith("macos") else None, "-mcpu=generic+v8_2a")
     wheel = None if sys.platform == "linux" else re.sub(r"[-.]", "_", sysconfig.get_platform())
     return Target(platform.machine(), _compiler(), wheel)
 
@@ -131,6 +133,7 @@ def compile_library(library: Path, variant: str, flags: Sequence[str], target: T
         CompilerError: the compiler's first error.
     """
     # What is linked statically is not asked of the machine that the library runs on.
+    flags = [flag.replace(ARMV8_2, target.armv8_2) for flag in flags]
     static = ("-static-libstdc++", "-static-libgcc") if target.platform is None else ()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         usable, kernels, linked = (str(Path(scratch, name)) for name in ("usable.o", "kernels.o", "linked.so"))

@@ -23,7 +23,7 @@ constexpr int kPasses = 1;
 constexpr int kTileRows = 4, kTilePanels = 4;  // more rows are amx.h's
 #elif defined(UNMASK_AVX512)
 constexpr int kTileRows = 8, kTilePanels = 3;
-#elif defined(UNMASK_AVX2)
+#elif defined(UNMASK_AVX2) || defined(UNMASK_NEON)
 constexpr int kTileRows = 6, kTilePanels = 1;
 #else
 constexpr int kTileRows = 2, kTilePanels = 1;
@@ -31,11 +31,16 @@ constexpr int kTileRows = 2, kTilePanels = 1;
 
 constexpr int kParts = kLanes / kNative;
 
-// Weights are bytes w + kWeightOffset; the offset's part of a sum is taken off at its start.
+// Weights are multiplied as w + kWeightOffset; the offset's part of a sum is taken off at its start.
+#if defined(UNMASK_NEON) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int32_t kWeightOffset = 0;
+#else
 constexpr int32_t kWeightOffset = 128;
+#endif
 
 INLINE NativeInts weights_of(const uint8_t* from, int pass) {
     const NativeInts bytes = load<NativeInts>(from);
+    if (kWeightOffset == 0) return bytes ^ int32_t(0x80808080);
     if (kPasses == 1) return bytes;
     typedef uint16_t Shorts __attribute__((vector_size(4 * kNative)));
     return pass == 0 ? bytes & 0x00ff00ff : (NativeInts)((Shorts)bytes >> 8);
@@ -59,6 +64,15 @@ INLINE NativeInts dot(NativeInts sum, NativeInts weights, NativeInts inputs) {
     sum += (NativeInts)_mm_madd_epi16((__m128i)weights, (__m128i)inputs);
     UNMASK_ADDED(sum);
     return sum;
+#elif defined(UNMASK_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+    return (NativeInts)vusdotq_s32((int32x4_t)sum, (uint8x16_t)weights, (int8x16_t)inputs);
+#elif defined(UNMASK_NEON) && defined(__ARM_FEATURE_DOTPROD)
+    return (NativeInts)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, (int8x16_t)inputs);
+#elif defined(UNMASK_NEON)
+    // Two products of signed bytes fit into 16 bits, as no input is -128.
+    const int8x16_t w = (int8x16_t)weights, x = (int8x16_t)inputs;
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return (NativeInts)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
 #else
     for (int lane = 0; lane < kNative; lane++)
         for (int i = 0; i < 32; i += 8) sum[lane] += (weights[lane] >> i & 255) * int8_t(inputs[lane] >> i);

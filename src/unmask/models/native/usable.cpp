@@ -1,6 +1,6 @@
 // Whether this processor runs a variant of the kernels: linked into each variant's library, for whoever has to choose.
 //
-// Compiled for any x86-64, with -DUNMASK_VARIANT_AMX or the like to say which variant it speaks for. Features are read and then
+// Compiled for any processor of its kind, with -DUNMASK_VARIANT_AMX or the like to say which variant it speaks for. Features are read and then
 // tried, with SIGILL caught: some virtual machines advertise instructions that they do not have.
 #include <csetjmp>
 #include <csignal>
@@ -9,6 +9,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 #if defined(UNMASK_VARIANT_AMX)
 #include <sys/syscall.h>
@@ -52,6 +57,25 @@ constexpr int kSum = 4 * 200 * -3;
 
 #if defined(UNMASK_VARIANT_PORTABLE) || defined(UNMASK_VARIANT_NEON)
 extern "C" int unmask_usable() { return 1; }
+
+#elif defined(UNMASK_VARIANT_NEON_DOTPROD) || defined(UNMASK_VARIANT_NEON_I8MM)
+#if defined(__APPLE__)
+static bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+}
+static bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+static bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+static bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+static bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }    // HWCAP2_I8MM
+#endif
+#if defined(UNMASK_VARIANT_NEON_I8MM)
+extern "C" int unmask_usable() { return has_dotprod() && has_i8mm(); }
+#else
+extern "C" int unmask_usable() { return has_dotprod(); }
+#endif
 
 #elif defined(UNMASK_VARIANT_AVX2) || defined(UNMASK_VARIANT_AVXVNNI)
 #if defined(UNMASK_VARIANT_AVX2)

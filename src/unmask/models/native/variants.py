@@ -20,6 +20,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi",
 )  # fmt: skip
 
+ARMV8_2 = "-march=armv8.2-a"
 _AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 
@@ -34,6 +35,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {
         "neon": (),
+        "neon_dotprod": (f"{ARMV8_2}+dotprod",),
+        "neon_i8mm": (f"{ARMV8_2}+dotprod+i8mm",),
     },
 }
 

@@ -32,6 +32,9 @@
 #else
 #define UNMASK_SSE2 1
 #endif
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define UNMASK_NEON 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -41,6 +44,8 @@ constexpr int kLanes = 16;
 constexpr int kNative = 16, kRegisters = 32;
 #elif defined(UNMASK_AVX2)
 constexpr int kNative = 8, kRegisters = 16;
+#elif defined(UNMASK_NEON)
+constexpr int kNative = 4, kRegisters = 32;
 #else
 constexpr int kNative = 4, kRegisters = 16;
 #endif
@@ -176,6 +181,8 @@ INLINE NativeFloats fma(NativeFloats a, NativeFloats b, NativeFloats c) {
     return (NativeFloats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(UNMASK_AVX2)
     return (NativeFloats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(UNMASK_NEON)
+    return (NativeFloats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     // In double the product is exact. The sum is rounded to odd, so that rounding it again, to float, errs in no case.
     for (int lane = 0; lane < kNative; lane++) {
