@@ -3,7 +3,7 @@
     python benchmarks/everyday.py [--model smollm2-135m-diffusion] [--sections everyday in-domain copying] [--rounds 2] [--json]
 
 Sections: `everyday_prompts.jsonl` holds 100 prompts of ten kinds, written by hand, that nobody trains on; in-domain prompts are
-of the kinds that the drafts were trained on (`tasks.py`); `copy_prompts.jsonl` holds prompts whose answers repeat them: edits,
+of the kinds that the drafts were trained on (mini-5); `copy_prompts.jsonl` holds prompts whose answers repeat them: edits,
 extraction, code, quotations. To each prompt three sides answer one after the other (A B C, then C B A), one request at a time,
 nothing cached, the time for the prompt included:
 
@@ -33,16 +33,16 @@ from common import arguments, results_path, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tasks import extraction, facts
 
 import unmask
 from unmask.engine.costs import MeasuredCosts
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
+from unmask.eval.mini5.tasks import mini5_tasks
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.arch.transformer import reconfigured
 
-HERE = Path(__file__).parent
+EVERYDAY, COPYING = (Path(__file__).with_name(f"{name}_prompts.jsonl") for name in ("everyday", "copy"))
 SECTIONS = ("everyday", "in-domain", "copying")
 DRAFTING = ("lookup", "speculative")
 TARGET_MEDIAN, TARGET_DECILE = 1.5, 0.97
@@ -113,7 +113,7 @@ class Side:
 Answers = dict[str, list[Answer]]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path = EVERYDAY) -> list[Prompt]:
     """Prompts of a file."""
     return [Prompt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -121,14 +121,13 @@ def read_prompts(path: Path) -> list[Prompt]:
 def prompts_of(section: str, per_kind: int) -> list[Prompt]:
     """The section's first prompts of each kind."""
     if section == "in-domain":
-        tasks = {"extraction": extraction(per_kind, seed=5), "fact": facts(per_kind)}
         return [
-            Prompt(f"{kind}-{number}", kind, [{"role": "user", "content": task.prompt}])
-            for kind, each in tasks.items()
-            for number, task in enumerate(each)
+            Prompt(item.id, task.name, [{"role": "user", "content": item.prompt}])
+            for task in mini5_tasks()
+            for item in task.items("test", per_kind)
         ]
     by_kind: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts(HERE / ("everyday_prompts.jsonl" if section == "everyday" else "copy_prompts.jsonl")):
+    for prompt in read_prompts(EVERYDAY if section == "everyday" else COPYING):
         by_kind.setdefault(prompt.kind, []).append(prompt)
     return [prompt for kind in by_kind.values() for prompt in kind[:per_kind]]
 

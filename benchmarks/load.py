@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import arguments, results_path, write_results
-from everyday import HERE, Side, clock_of, read_prompts, sides_of
+from everyday import Side, clock_of, read_prompts, sides_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.sides = list(dict.fromkeys(["plain", *options.sides]))
     model = unmask.load(options.model, quantize="auto")
     sides = sides_of(model, clock_of(options))
-    prompts = [model.encode_chat(prompt.messages) for prompt in read_prompts(HERE / "everyday_prompts.jsonl")]
+    prompts = [model.encode_chat(prompt.messages) for prompt in read_prompts()]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     with Progress(console=LOG, transient=True) as progress:
         for clients in progress.track(options.clients, description="clients"):
