@@ -164,6 +164,13 @@ class Tokenizer:
         """The id a new token would get."""
         return max(self._control.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def check_rows(self, vocab_size: int) -> None:
+        """Raise CheckpointError where a model of so many rows has none for a token."""
+        if self.next_free_id > vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {self.next_free_id} tokens, the model {vocab_size} rows; use the model's own"
+            )
+
     @property
     def identity(self) -> str:
         """A digest of all that decides which ids a text or a conversation becomes."""

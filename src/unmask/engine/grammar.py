@@ -23,7 +23,7 @@ from torch import Tensor
 from unmask.data.tokenizer import Tokenizer
 from unmask.engine.exact_numbers import write_exactly
 from unmask.engine.json_schema import close_objects, inexact_number, parts, read_schema, rewrite_schema
-from unmask.errors import CheckpointError, RequestError
+from unmask.errors import RequestError
 
 MAX_GRAMMAR_CHARACTERS = 1_000_000
 _MAX_LOCATED_CHARACTERS = 4_000_000
@@ -91,10 +91,7 @@ class GrammarCompiler:
         ends = sorted(set(eos_ids))
         if not ends or ends[0] < 0 or ends[-1] >= vocab_size:
             raise RequestError(f"end-of-sequence ids are {ends}; give at least one, all in 0..{vocab_size - 1}")
-        if tokenizer.next_free_id > vocab_size:
-            raise CheckpointError(
-                f"the tokenizer has {tokenizer.next_free_id} tokens, the model {vocab_size} rows; use the model's own"
-            )
+        tokenizer.check_rows(vocab_size)
         control = {*tokenizer.special_tokens.values(), *ends}
         if tokenizer.mask_id is not None:
             control.add(tokenizer.mask_id)

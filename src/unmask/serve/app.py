@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, FastAPI
@@ -195,7 +196,9 @@ async def _engine_running(
     config = model.config
 
     def make_engine() -> Engine:
-        model.token_bytes(0)  # reads the vocabulary, which would make the first request slow
+        model.tokenizer.check_rows(model.language_model.config.vocab_size)
+        # The vocabulary's bytes take half a second, which few first requests need.
+        Thread(target=model.token_bytes, args=(0,), name="vocabulary", daemon=True).start()
         decode, backend = model.tokenizer.decode, model.language_model.backend()
         return Engine(backend, decode=decode, num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
 
