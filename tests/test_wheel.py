@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+
+from unmask.models.native.variants import variants_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +59,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "100"}
+    """Without the checkout, and without a compiler."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")}
+    return kept | {"COLUMNS": "100", "PATH": os.devnull}
 
 
 def output(*command: object, folder: Path) -> str:
@@ -75,6 +80,8 @@ def test_installed_wheel_works_outside_the_checkout(program: Path, tmp_path: Pat
     assert "--minutes" in output(program, "demo", "--help", folder=tmp_path)
     assert "134" in output(program, "info", "smollm2-135m", folder=tmp_path)
     assert output(program, "generate", "hi", "--max-new-tokens", "4", folder=tmp_path).strip()
+    variant = "from unmask.models.native.library import kernel_variant; print(kernel_variant())"
+    assert output(program.with_name("python"), "-c", variant, folder=tmp_path).strip() in variants_of(platform.machine())
     assert "mini-5" in output(program, "eval", "--list", folder=tmp_path)
 
 
