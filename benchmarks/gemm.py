@@ -131,8 +131,18 @@ def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
         w = weight.clone()
         return lambda x: F.linear(x, w)
 
+    def packed_float(_: int) -> Product:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # packed for 8 rows, it serves all counts alike
+
+        def product(x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            return out
+
+        return product
+
     return {
         "float32": Way([plain(i) for i in copies], weight, False),
+        "onednn float32": Way([packed_float(i) for i in copies], weight, False),
         "_int_mm": Way([int_mm(i) for i in copies], eight.dequantize(), True),
         "onednn qlinear": Way([onednn(i) for i in copies], eight.dequantize(), True),
         "_weight_int8pack_mm": Way([weight_only(i) for i in copies], eight.dequantize(), False),

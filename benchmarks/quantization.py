@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from common import Figure, arguments, figure, print_json, results_path, write_results
-from everyday import read_prompts
+from everyday import prompts_of
 from floors import machine
 from rich.console import Console
 from rich.table import Table
@@ -64,9 +64,8 @@ def open_model(name: str, weights: str) -> LanguageModel:
 
 def own_answers(model: LanguageModel, count: int, max_new_tokens: int) -> list[Passage]:
     """Prompts with the model's greedy answers."""
-    prompts = read_prompts()
     passages = []
-    for prompt in prompts[:: max(1, len(prompts) // count)][:count]:
+    for prompt in prompts_of("everyday", -(-count // 10))[:count]:
         ids = model.encode_chat(prompt.messages)
         passages.append(Passage((*ids, *model.generate_ids(ids, max_new_tokens=max_new_tokens)), len(ids)))
     return passages

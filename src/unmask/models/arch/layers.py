@@ -38,7 +38,7 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x / rms(x) * weight`, and 1 / rms(x) of each row."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scale.square_().div_(float(x.shape[-1])).add_(eps).rsqrt_()
     normed: Tensor = (x * scale).to(x.dtype)
     return normed.mul_(weight), scale
 
