@@ -18,7 +18,7 @@ from unmask.engine.quantization import decoding_weights
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
-from unmask.models.weights.loading import load_model
+from unmask.models.weights.loading import load_model, load_parts
 
 
 def load(
@@ -55,5 +55,6 @@ def load(
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
     kind = "none" if quantize == "none" else decoding_weights(quantize, read_model_config(folder), torch.device(device))
-    weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, read, on_packing)
+    parts = partial(load_parts, folder, dtype=read_dtype)
+    weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read)

@@ -107,7 +107,7 @@ def test_packed_weights_of_the_cache_decode_alone(folder: Path, tmp_path: Path, 
     first = unmask.load(folder, quantize="int8", on_packing=lambda done, total: parts.append(done))
     assert parts == [1, 2, 3]
     with monkeypatch.context() as patch:
-        patch.setattr("unmask.engine.loading.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+        patch.setattr("unmask.engine.loading.load_parts", lambda *_, **__: pytest.fail("the weights were read"))
         second = unmask.load(folder, quantize="int8")
     assert second.config == first.config
     assert second.generate_ids((5, 17, 3), max_new_tokens=8) == first.generate_ids((5, 17, 3), max_new_tokens=8)

@@ -16,14 +16,13 @@ from torch import Tensor
 from tiny import tiny_model
 from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.models.arch.gated_lora import add_gated_lora
-from unmask.models.arch.transformer import Transformer
 from unmask.models.native import packed_cache
 from unmask.models.native.packed_cache import PackedCache, packed_folder
 from unmask.models.native.packed_file import map_packed, write_packed
 from unmask.models.native.packing import PackedWeights, pack_model
 from unmask.models.native.quantize import PackedMatrix
-from unmask.models.weights.checkpoint import save_model
-from unmask.models.weights.loading import load_model
+from unmask.models.weights.checkpoint import ModelParts, save_model
+from unmask.models.weights.loading import load_parts
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +40,8 @@ def cache_of(folder: Path, bits: int = 8) -> PackedCache:
     return PackedCache(folder, bits, torch.float32, least_bytes=0)
 
 
-def loader(folder: Path) -> Callable[[], Transformer]:
-    return lambda: load_model(folder, dtype=torch.float32)
+def loader(folder: Path) -> Callable[[], ModelParts]:
+    return lambda: load_parts(folder, dtype=torch.float32)
 
 
 def assert_same(found: PackedWeights | None, expected: PackedWeights) -> None:

@@ -26,6 +26,7 @@ from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer
 from unmask.models.native.packed_cache import PackedCache
 from unmask.models.native.packing import OnLayer, pack_model
+from unmask.models.weights.checkpoint import ModelParts
 
 
 class NativeBackend(PackedTransformer):
@@ -54,7 +55,7 @@ def quantized(model: Transformer, weights: str) -> NativeBackend:
 
 
 def open_quantized(
-    folder: Path, weights: str, dtype: torch.dtype, load: Callable[[], Transformer], on_packing: OnLayer
+    folder: Path, weights: str, dtype: torch.dtype, load: Callable[[], ModelParts], on_packing: OnLayer
 ) -> NativeBackend:
     """The model in a folder, quantised: its packed weights are mapped from the cache, where they are put the first time.
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from unmask.errors import CheckpointError, UnmaskWarning
-from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.native.packed_file import map_packed, read_facts, write_packed
-from unmask.models.native.packing import OnLayer, PackedWeights, pack_model
+from unmask.models.native.packing import OnLayer, PackedWeights, pack_parts
+from unmask.models.weights.checkpoint import ModelParts
 from unmask.models.weights.hub import base_folder, cache_folder
 
 # The files that decide what the weights are.
@@ -53,7 +53,7 @@ class PackedCache:
         facts = read_facts(self.path) if self._is_kept else None
         return map_packed(self.path) if facts is not None and facts.get("identity") == self._identity else None
 
-    def pack(self, load: Callable[[], Transformer], on_layer: OnLayer = lambda done, total: None) -> PackedWeights:
+    def pack(self, load: Callable[[], ModelParts], on_layer: OnLayer = lambda done, total: None) -> PackedWeights:
         """Pack the model and keep the result for `open`; where that fails, a warning says why, and nothing else changes.
 
         Args:
@@ -61,9 +61,9 @@ class PackedCache:
             on_layer: sees the progress.
 
         Raises:
-            ConfigError: as of `pack_model`.
+            CheckpointError, ConfigError: as of `load` and `pack_model`.
         """
-        weights = pack_model(load(), self._bits, consume=True, on_layer=on_layer)
+        weights = pack_parts(load(), self._bits, on_layer)
         if not self._is_kept:
             return weights
         try:

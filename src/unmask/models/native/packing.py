@@ -22,6 +22,7 @@ from unmask.models.arch.layers import FeedForward, GatedLoraLinear, RMSNorm
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.quantize import PANEL, PackedMatrix, QuantizedMatrix, pack, quantize
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
+from unmask.models.weights.checkpoint import ModelParts
 
 Change = Callable[[Tensor], Tensor]
 OnLayer = Callable[[int, int], None]
@@ -52,11 +53,7 @@ class PackedWeights:
     vectors: dict[str, Tensor]
 
 
-@torch.no_grad()
-def pack_model(
-    model: Transformer, bits: int, *, rotate: bool | None = None, consume: bool = False,
-    on_layer: OnLayer = lambda done, total: None,
-) -> PackedWeights:  # fmt: skip
+def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> PackedWeights:
     """Quantise a llama, qwen2 or qwen3 model for the kernels.
 
     Args:
@@ -64,23 +61,47 @@ def pack_model(
         bits: 8, or 4 for the layers and 8 for the vocabulary head.
         rotate: spread outliers of the hidden states over all channels first; None: with 8 bits. With 4 bits it costs more in
             weights, which lose their quiet groups, than it gains in activations.
-        consume: let go of each layer's weights once they are packed; the model is of no use afterwards.
-        on_layer: sees the progress.
 
     Raises:
         ConfigError: a routed model, another number of bits, or a model that is not on the CPU.
     """
-    check_packable(model.config, model.embed.weight.device, bits)
+    return _pack(ModelParts(model, lambda prefix: None), bits, rotate=rotate, release=lambda part: None)
+
+
+def pack_parts(parts: ModelParts, bits: int, on_layer: OnLayer = lambda done, total: None) -> PackedWeights:
+    """Quantise a model that is loaded layer by layer, as `pack_model` does; the weights of packed layers are let go of.
+
+    Args:
+        parts: used up.
+        bits: 8 or 4.
+        on_layer: sees the progress.
+    """
+    return _pack(parts, bits, release=lambda part: None if part is None else part.to("meta"), on_layer=on_layer)
+
+
+@torch.no_grad()
+def _pack(
+    parts: ModelParts, bits: int, *, release: Callable[[nn.Module | None], object], rotate: bool | None = None,
+    on_layer: OnLayer = lambda done, total: None,
+) -> PackedWeights:  # fmt: skip
+    model = parts.model
+    check_packable(model.config, model.inv_freq.device, bits)
     rotates = bits == 8 if rotate is None else rotate
     packer = _Packer(model.config, bits, Rotation(model.config.hidden_size) if rotates else None)
+    num_parts = len(model.blocks) + 1
+    # The largest matrices first, while little else is in memory.
+    for name in ("embed.", "norm.", "lm_head.", "mask_vector"):
+        parts.fill(name)
+    packer.add_vocabulary(model)
+    for matrix in (model.embed, model.lm_head):
+        release(matrix)
+    on_layer(1, num_parts)
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
+        parts.fill(f"blocks.{number}.")
         packer.add_block(f"blocks.{number}.", block)
-        if consume:
-            block.to("meta")
-        on_layer(number + 1, len(model.blocks) + 1)
-    packer.add_vocabulary(model)
-    on_layer(len(model.blocks) + 1, len(model.blocks) + 1)
+        release(block)
+        on_layer(number + 2, num_parts)
     return PackedWeights(model.config, bits, model.rope_factor, rotates, packer.matrices, packer.vectors)
 
 

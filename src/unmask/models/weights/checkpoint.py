@@ -7,9 +7,9 @@ matter, what tensors are called on disk `families`'.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +71,48 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
     """Load the whole model in `folder`, strictly: every tensor of the architecture, none besides. See `loading.load_model`."""
+    parts = open_parts(folder, dtype=dtype, device=device)
+    parts.fill("")
+    return parts.model
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model whose weights are loaded part by part.
+
+    Attributes:
+        model: on the meta device, but for what has been loaded.
+        fill: loads the parameters whose names begin so.
+    """
+
+    model: Transformer
+    fill: Callable[[str], None]
+
+
+def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelParts:
+    """The model in `folder`, checked as by `load_checkpoint`, its weights still to be loaded."""
     config = read_model_config(folder)
     stored = stored_tensors(config)
     check_tensors(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
-    state = {
-        name: torch.empty(tensor.shape, dtype=parameter_dtype(name, dtype), device=device)
-        for name, tensor in model.state_dict().items()
-    }
-    with ExitStack() as stack:
-        files = TensorFiles(folder, stack)
-        for name, tensor in stored.items():
-            tensor.view(state).copy_(files.read(name))
-    model.load_state_dict(state, strict=True, assign=True)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.inv_freq = rope_frequencies(config.rope, config.rotary_dim)[0].to(device)
-    return model
+
+    def fill(prefix: str) -> None:
+        state = {
+            name: torch.empty(shape, dtype=parameter_dtype(name, dtype), device=device)
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
+        with ExitStack() as stack:
+            files = TensorFiles(folder, stack)  # closed after each part: the pages that were read leave memory
+            for name, tensor in stored.items():
+                if tensor.parameter in state:
+                    tensor.view(state).copy_(files.read(name))
+        model.load_state_dict(state, strict=False, assign=True)
+
+    return ModelParts(model, fill)
 
 
 def save_model(

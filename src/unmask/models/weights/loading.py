@@ -13,7 +13,13 @@ import torch
 from unmask.errors import CheckpointError
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.weights.adapter import fold_adapter, load_adapter, stored_vocab_size
-from unmask.models.weights.checkpoint import load_checkpoint, read_model_config, with_generation_ends
+from unmask.models.weights.checkpoint import (
+    ModelParts,
+    load_checkpoint,
+    open_parts,
+    read_model_config,
+    with_generation_ends,
+)
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder, resolve
 
 
@@ -37,6 +43,13 @@ def load_model(model: str | Path, *, dtype: torch.dtype, device: torch.device | 
     if base is None:
         return load_checkpoint(folder, dtype=dtype, device=device)
     return _load_adapted(folder, load_model(base, dtype=dtype, device=device))
+
+
+def load_parts(folder: Path, *, dtype: torch.dtype) -> ModelParts:
+    """The model in a folder, to be loaded part by part on the CPU; that of an adapter is loaded at once. See `load_model`."""
+    if base_folder(folder) is None:
+        return open_parts(folder, dtype=dtype)
+    return ModelParts(load_model(folder, dtype=dtype), lambda prefix: None)
 
 
 def _load_adapted(folder: Path, model: Transformer) -> Transformer:
