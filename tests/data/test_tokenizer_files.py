@@ -112,6 +112,7 @@ def test_chat_templates_by_their_file(tmp_path: Path) -> None:
             {"default": "one"} if template == "one" else {"default": "d", "tool_use": "t"}
         )
         check_against_transformers(tmp_path)
+    make_tokenizer(tmp_path / "again")
     load_tokenizer(tmp_path).save(tmp_path / "again")
     assert read_tokenizer(tmp_path / "again").templates == {"default": "d", "tool_use": "t"}
     (tmp_path / "chat_template.jinja").write_text("file")

@@ -87,8 +87,10 @@ def write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
     config.pop("chat_template", None)
     if set(files.templates) == {DEFAULT}:
         (folder / _TEMPLATE).write_text(files.templates[DEFAULT], encoding="utf-8", newline="")
-    elif files.templates:
-        config["chat_template"] = [{"name": name, "template": text} for name, text in files.templates.items()]
+    else:
+        (folder / _TEMPLATE).unlink(missing_ok=True)  # an earlier tokenizer's, which would be read first
+        if files.templates:
+            config["chat_template"] = [{"name": name, "template": text} for name, text in files.templates.items()]
     content = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(content, encoding="utf-8")
     files.backend.save(str(folder / TOKENIZER))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -100,4 +101,5 @@ def _remove_orphans(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         facts = read_facts(path)
         if facts is None or not Path(facts["source"]).is_dir():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's
+                path.unlink()
