@@ -45,12 +45,14 @@ class Target:
         machine: its processor, as of `platform.machine()`.
         compiler: the command of its C++ compiler.
         platform: tag of its wheels; None: Linux, with the C library that the compiled libraries need.
+        link: flags of the linker: nothing of C++ is asked of the machine that the library runs on.
         armv8_2: the compiler's word for that architecture.
     """
 
     machine: str
     compiler: tuple[str, ...]
     platform: str | None
+    link: tuple[str, ...]
     armv8_2: str = ARMV8_2
 
     def tag(self, libraries: Sequence[Path]) -> str:
@@ -72,9 +74,11 @@ def find_target(name: str | None = None) -> Target:
             raise CompilerError(f"target {name!r} is unknown; use one of {', '.join(TARGETS)}")
         machine = name.partition("-")[0]
         compiler = (sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[name])
-        return Target(machine, compiler, "macosx_11_0_arm64" if name.endswith("macos") else None, "-mcpu=generic+v8_2a")
-    wheel = None if sys.platform == "linux" else re.sub(r"[-.]", "_", sysconfig.get_platform())
-    return Target(platform.machine(), _compiler(), wheel)
+        wheel = "macosx_11_0_arm64" if name.endswith("macos") else None
+        return Target(machine, compiler, wheel, ("-nostdlib++",), "-mcpu=generic+v8_2a")
+    if sys.platform == "linux":
+        return Target(platform.machine(), _compiler(), None, ("-static-libstdc++", "-static-libgcc"))
+    return Target(platform.machine(), _compiler(), re.sub(r"[-.]", "_", sysconfig.get_platform()), ())
 
 
 def _compiler() -> tuple[str, ...]:
@@ -132,16 +136,14 @@ def compile_library(library: Path, variant: str, flags: Sequence[str], target: T
     Raises:
         CompilerError: the compiler's first error.
     """
-    # What is linked statically is not asked of the machine that the library runs on.
     flags = [flag.replace(ARMV8_2, target.armv8_2) for flag in flags]
-    static = ("-static-libstdc++", "-static-libgcc") if target.platform is None else ()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         usable, kernels, linked = (str(Path(scratch, name)) for name in ("usable.o", "kernels.o", "linked.so"))
         for command in (
             (*FLAGS, usable_macro(variant), "-c", str(SOURCES / "usable.cpp"), "-o", usable),
             # Hidden: libraries of other programs with names like ours are none of our business.
             (*FLAGS, "-fvisibility=hidden", *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", kernels),
-            ("-shared", *static, usable, kernels, "-pthread", "-o", linked),
+            ("-shared", *target.link, usable, kernels, "-pthread", "-o", linked),
         ):
             done = subprocess.run((*target.compiler, *command), capture_output=True, text=True, check=False)
             if done.returncode != 0:

@@ -113,6 +113,13 @@ struct Finish {
     }
 };
 
+// Unless every loop over sums is unrolled, clang keeps them in memory. GCC does not, and is slower with longer code.
+#if defined(__clang__)
+#define UNMASK_UNROLL_IN_CLANG _Pragma("unroll")
+#else
+#define UNMASK_UNROLL_IN_CLANG
+#endif
+
 // R rows by P panels, kept in registers.
 template <int R, int P>
 static void gemm_tile(const Linear& w, const uint8_t* weights, int64_t panel, const Rows8& a, int64_t row, const Target& to,
@@ -122,7 +129,9 @@ static void gemm_tile(const Linear& w, const uint8_t* weights, int64_t panel, co
     const Input* q[(R + 2) / 3];  // of every third row: an address can say one or two strides from there
     for (int i = 0; 3 * i < R; i++) q[i] = a.q + (row + 3 * i) * stride;
     NativeInts sums[R][kSums];
+    UNMASK_UNROLL_IN_CLANG
     for (int r = 0; r < R; r++)
+        UNMASK_UNROLL_IN_CLANG
         for (int p = 0; p < kSums; p++) sums[r][p] = splat_to<NativeInts>(-kWeightOffset * a.sum[row + r]);
     for (int64_t k = 0; k < w.depth; k += kStep, weights += kStep * kLanes) {
         ahead.fetch();
@@ -143,8 +152,10 @@ static void gemm_tile(const Linear& w, const uint8_t* weights, int64_t panel, co
             }
         for (int i = 0; 3 * i < R; i++) q[i] += kStep;
     }
+    UNMASK_UNROLL_IN_CLANG
     for (int p = 0; p < P; p++) {
         const Finish finish(w, a, to, panel + p);
+        UNMASK_UNROLL_IN_CLANG
         for (int r = 0; r < R; r++) finish.row(load<Ints>(sums[r] + p * kParts), row + r);
     }
 }
