@@ -1,7 +1,7 @@
 // Attention of some rows of one sequence to its keys, which lie anywhere in the KV cache; rotary embedding and the per-head norm.
 //
-// The lanes are (row, head) pairs that share a kv head, so keys and values are read as they lie, softmax needs no horizontal step,
-// and a lane's result cannot depend on its neighbours. Keys come in tiles aligned to position 0; a key that a row may not see has
+// Queries are (row, head) pairs that share a kv head. Scores are computed with a query in each lane, what is made of values with a
+// dimension in each lane: so both are read as they lie, softmax needs no horizontal step, and no sum depends on other queries. Keys come in tiles aligned to position 0; a key that a row may not see has
 // probability exactly 0, which leaves its sums unchanged.
 #pragma once
 
@@ -14,10 +14,6 @@ constexpr int64_t kKeyTile = 64, kQueryLanes = 48;
 // Keys are summed in chunks, and chunks joined in order, whoever computes them: so threads can share one long context.
 constexpr int64_t kKeyChunk = 1024;
 INLINE int64_t chunks_of(int64_t keys) { return (keys + kKeyChunk - 1) / kKeyChunk; }
-// Sums in registers at a time: of some keys, or dimensions of a value, by up to kStrip vectors of lanes.
-constexpr int kStrip = 3;
-constexpr int outer_rows(int vectors) { return vectors == 1 || kRegisters == 32 ? 8 : 4; }
-constexpr int64_t kKeyStep = 8;  // tiles of keys are filled up to a multiple
 
 // Rows start..stop of a forward are positions past, past + 1, ... of one sequence; its key at position p lies at slots[p].
 struct Segment {
@@ -53,8 +49,8 @@ struct Queries {
     }
 };
 
-// A softmax of some keys and its sum of values, by lane: the largest score, the sum of exp(score - largest), and [size] sums of
-// exp(score - largest) * value.
+// A softmax of some keys and its sum of values, by query: the largest score, the sum of exp(score - largest), and the sums of
+// exp(score - largest) * value, [queries][size].
 struct Partial {
     float *peak, *total, *out;
 
@@ -71,85 +67,106 @@ struct AttentionScratch {
         : query(from), score(from + size * kQueryLanes), part(score + kKeyTile * kQueryLanes), sum(part.peak + Partial::floats(size)) {}
 };
 
-// out[i][lane] (+)= sum over j of broadcast(a(i, j)) * b[j][lane], for I values of i and V vectors of lanes.
-template <int I, int V, bool kAdd, class A>
-INLINE void outer_tile(float* out, const float* b, int64_t count, A a) {
-    NativeFloats sums[I][V];
-#pragma GCC unroll 8
-    for (int i = 0; i < I; i++)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) sums[i][v] = kAdd ? load<NativeFloats>(out + i * kQueryLanes + v * kNative) : NativeFloats{};
-    for (int64_t j = 0; j < count; j++) {
-        NativeFloats row[V];
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) row[v] = load<NativeFloats>(b + j * kQueryLanes + v * kNative);
-#pragma GCC unroll 8
-        for (int i = 0; i < I; i++) {
-            const NativeFloats x = splat_to<NativeFloats>(a(i, j));
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sums[i][v] = fma(x, row[v], sums[i][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < I; i++)
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) store(out + i * kQueryLanes + v * kNative, sums[i][v]);
-}
-
 // The keys or values of a tile, wherever they lie.
 struct KeyTile {
     const float* rows[kKeyTile];
     int64_t count;
 
+    // Rows behind the last one repeat it, so that whole tiles can be computed; nobody looks at their scores.
     void gather(const float* from, const Segment& segment, int64_t first, int64_t last, int64_t size) {
         count = std::max<int64_t>(0, std::min(kKeyTile, last - first));
         for (int64_t k = 0; k < count; k++) rows[k] = from + segment.slots[first + k] * size;
-        // So that scores need no tile for the last few; those of the fillings are not used.
-        for (int64_t k = count; k % kKeyStep; k++) rows[k] = rows[count - 1];
-    }
-    // Starts to fetch some rows, so that they arrive while others are used.
-    void prefetch(int64_t from, int64_t rows_count, int64_t size) const {
-        for (int64_t k = from; k < std::min(from + rows_count, count); k++)
-            for (int64_t i = 0; i < size; i += kLanes) __builtin_prefetch(rows[k] + i, 0, 2);
+        std::fill(rows + count, rows + kKeyTile, count ? rows[count - 1] : from);
     }
 };
 
-// Scores of a tile of keys, and outputs += probabilities x values: the same product, with rows and columns swapped. Of V vectors
-// of lanes from `lane` on.
-template <int V>
-static void score_keys(const AttentionScratch& s, const KeyTile& keys, const KeyTile& upcoming, int64_t lane, int64_t size) {
-    constexpr int kTall = outer_rows(V);
-    const float* const* rows = keys.rows;
-    for (int64_t i = 0; i < keys.count; i += kTall) {
-        if (lane == 0) upcoming.prefetch(i, kTall, size);
-        outer_tile<kTall, V, false>(s.score + i * kQueryLanes + lane, s.query + lane, size,
-                                    [=](int k, int64_t j) { return rows[i + k][j]; });
+// Scores of kTall keys for V vectors of queries. Meanwhile the rows of `upcoming` start to arrive.
+template <int kTall, int V>
+INLINE void score_tile(float* score, const float* query, const float* const* keys, const float* const* upcoming, int64_t size) {
+    NativeFloats sums[kTall][V] = {};
+    for (int64_t start = 0; start < size; start += kLanes) {
+        for (int k = 0; upcoming && k < kTall; k++) __builtin_prefetch(upcoming[k] + start, 0, 2);
+        for (int64_t i = start; i < std::min(start + kLanes, size); i++) {
+            NativeFloats row[V];
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) row[v] = load<NativeFloats>(query + i * kQueryLanes + v * kNative);
+#pragma GCC unroll 8
+            for (int k = 0; k < kTall; k++) {
+                const NativeFloats x = splat_to<NativeFloats>(keys[k][i]);
+#pragma GCC unroll 3
+                for (int v = 0; v < V; v++) sums[k][v] = fma(x, row[v], sums[k][v]);
+            }
+        }
     }
+#pragma GCC unroll 8
+    for (int k = 0; k < kTall; k++)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) store(score + k * kQueryLanes + v * kNative, sums[k][v]);
 }
 
 template <int V>
-static void add_values(float* out, const float* score, const KeyTile& values, const KeyTile& upcoming, int64_t lane, int64_t size) {
-    constexpr int kTall = outer_rows(V);
-    const float* const* rows = values.rows;
-    out += lane, score += lane;
+static void score_strip(const AttentionScratch& s, const KeyTile& keys, const KeyTile& upcoming, int64_t lane, int64_t size) {
+    constexpr int kTall = V == 1 || kRegisters == 32 ? 8 : 4;
+    for (int64_t k = 0; k < keys.count; k += kTall)
+        score_tile<kTall, V>(s.score + k * kQueryLanes + lane, s.query + lane, keys.rows + k, lane ? nullptr : upcoming.rows + k, size);
+}
+
+static void score_keys(const AttentionScratch& s, const KeyTile& keys, const KeyTile& upcoming, int64_t vectors, int64_t size) {
+    for (int64_t v = 0; v < vectors; v += 3) {
+        const auto strip = vectors - v >= 3 ? score_strip<3> : vectors - v == 2 ? score_strip<2> : score_strip<1>;
+        strip(s, keys, upcoming, v * kNative, size);
+    }
+}
+
+// out[q][i..] += sum over keys of p[key][q] * value[key][i..], for Q queries and V vectors of dimensions.
+template <int Q, int V>
+INLINE void value_tile(float* out, const float* p, const KeyTile& values, const KeyTile* upcoming, int64_t i, int64_t size) {
+    NativeFloats sums[Q][V];
+#pragma GCC unroll 3
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sums[q][v] = load<NativeFloats>(out + q * size + i + v * kNative);
+    for (int64_t k = 0; k < values.count; k++) {
+        if (upcoming)
+            for (int at = 0; at < V * kNative; at += kLanes) __builtin_prefetch(upcoming->rows[k] + i + at, 0, 2);
+        NativeFloats x[Q];
+#pragma GCC unroll 3
+        for (int q = 0; q < Q; q++) x[q] = splat_to<NativeFloats>(p[k * kQueryLanes + q]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            const NativeFloats row = load<NativeFloats>(values.rows[k] + i + v * kNative);
+#pragma GCC unroll 3
+            for (int q = 0; q < Q; q++) sums[q][v] = fma(x[q], row, sums[q][v]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(out + q * size + i + v * kNative, sums[q][v]);
+}
+
+template <int Q>
+static void add_strip(float* out, const float* p, const KeyTile& values, const KeyTile* upcoming, int64_t size) {
+    constexpr int kWide = Q == 1 ? 8 : 4;
     int64_t i = 0;
-    for (; i + kTall <= size; i += kTall) {
-        if (lane == 0) upcoming.prefetch(i, kTall, size);
-        outer_tile<kTall, V, true>(out + i * kQueryLanes, score, values.count,
-                                   [=](int k, int64_t j) { return rows[j][i + k]; });
-    }
+    for (; i + kWide * kNative <= size; i += kWide * kNative) value_tile<Q, kWide>(out, p, values, upcoming, i, size);
+    for (; i + kNative <= size; i += kNative) value_tile<Q, 1>(out, p, values, upcoming, i, size);
     for (; i < size; i++)
-        outer_tile<1, V, true>(out + i * kQueryLanes, score, values.count, [=](int, int64_t j) { return rows[j][i]; });
+        for (int q = 0; q < Q; q++)
+            for (int64_t k = 0; k < values.count; k++)
+                out[q * size + i] = fma_of(p[k * kQueryLanes + q], values.rows[k][i], out[q * size + i]);
 }
 
-// Calls one of the two for all vectors of lanes.
-#define UNMASK_STRIPS(function, vectors, ...)                                                                 \
-    for (int64_t v = 0; v < vectors; v += kStrip)                                                             \
-        (vectors - v >= kStrip ? function<kStrip> : vectors - v == 2 ? function<2> : function<1>)(__VA_ARGS__)
+static void add_values(float* out, const float* p, const KeyTile& values, const KeyTile& upcoming, int64_t queries, int64_t size) {
+    for (int64_t q = 0; q < queries; q += 3) {
+        const auto strip = queries - q >= 3 ? add_strip<3> : queries - q == 2 ? add_strip<2> : add_strip<1>;
+        strip(out + q * size, p + q, values, q ? nullptr : &upcoming, size);
+    }
+}
 
-// Turns a tile of scores of one vector of lanes into probabilities relative to the new peak, and rescales what was summed under
-// the old one. `visible`: keys that each lane may see.
-INLINE void update(const Partial& to, float* score, NativeInts visible, int64_t first_key, int64_t count, int64_t lane, int64_t size) {
+// Turns a tile of scores of one vector of queries into probabilities relative to the new peak; what was summed under the old one
+// is to be multiplied by `shrink`. `visible`: keys that each query may see.
+INLINE NativeFloats update(const Partial& to, float* score, NativeInts visible, int64_t first_key, int64_t count, int64_t lane) {
     const NativeFloats hidden = splat_to<NativeFloats>(-std::numeric_limits<float>::infinity());
     const NativeFloats before = load<NativeFloats>(to.peak + lane);
     NativeFloats peak = before;
@@ -169,35 +186,47 @@ INLINE void update(const Partial& to, float* score, NativeInts visible, int64_t 
     }
     store(to.peak + lane, peak);
     store(to.total + lane, total);
-    float* out = to.out + lane;
-    for (int64_t i = 0; i < size; i++) store(out + i * kQueryLanes, load<NativeFloats>(out + i * kQueryLanes) * shrink);
+    return shrink;
 }
 
-// Adds what was summed over later keys.
-INLINE void join(const Partial& to, const Partial& part, int64_t vectors, int64_t size) {
-    for (int64_t lane = 0; lane < vectors * kNative; lane += kNative) {
-        const auto a = load<NativeFloats>(to.peak + lane), b = load<NativeFloats>(part.peak + lane), peak = larger(a, b);
-        const NativeFloats mine = exp_(a - peak), its = exp_(b - peak);
-        store(to.peak + lane, peak);
-        for (int64_t i = lane; i < (1 + size) * kQueryLanes; i += kQueryLanes)  // the total, then the values' sums
-            store(to.total + i, load<NativeFloats>(to.total + i) * mine + load<NativeFloats>(part.total + i) * its);
+// row = row * factor, unless that changes nothing.
+INLINE void scale_row(float* row, float factor, int64_t size) {
+    if (factor == 1) return;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int count = lanes_left(i, size);
+        store_some(row + i, load_some(row + i, count) * factor, count);
     }
 }
 
-// The queries of some lanes of a segment and a kv head.
+// Adds what was summed over later keys.
+INLINE void join(const Partial& to, const Partial& part, int64_t queries, int64_t size) {
+    for (int64_t q = 0; q < queries; q++) {
+        const float peak = std::max(to.peak[q], part.peak[q]);
+        const float mine = exp_of(to.peak[q] - peak), its = exp_of(part.peak[q] - peak);
+        to.peak[q] = peak;
+        to.total[q] = to.total[q] * mine + part.total[q] * its;
+        float *row = to.out + q * size, *other = part.out + q * size;
+        for (int64_t i = 0; i < size; i += kLanes) {
+            const int count = lanes_left(i, size);
+            store_some(row + i, load_some(row + i, count) * mine + load_some(other + i, count) * its, count);
+        }
+    }
+}
+
+// Attention of some queries of a segment and a kv head.
 struct Lanes {
     const Segment& segment;
     const HeadCache& head;
     const Queries& q;
     const AttentionScratch& s;
-    const int64_t vectors = (q.to - q.from + kNative - 1) / kNative, last = segment.visible((q.to - 1) / q.heads);
+    const int64_t count = q.to - q.from, vectors = (count + kNative - 1) / kNative, last = segment.visible((q.to - 1) / q.heads);
 
     // The attention of these lanes to all they see.
     void attend() const {
         read_queries();
         for (int64_t chunk = 0; chunk < chunks_of(last); chunk++) {
             attend_chunk(chunk, chunk ? s.part : s.sum);
-            if (chunk) join(s.sum, s.part, vectors, q.size);
+            if (chunk) join(s.sum, s.part, count, q.size);
         }
         write();
     }
@@ -222,24 +251,23 @@ struct Lanes {
         KeyTile keys, values;
         keys.gather(head.keys, segment, chunk * kKeyChunk, end, size);
         for (int64_t first = chunk * kKeyChunk; first < end; first += kKeyTile) {
-            const int64_t count = keys.count;
+            const int64_t tile = keys.count;
             values.gather(head.values, segment, first, end, size);
-            UNMASK_STRIPS(score_keys, vectors, s, keys, values, v * kNative, size);
-            for (int64_t lane = 0; lane < vectors * kNative; lane += kNative)
-                update(to, s.score, load<NativeInts>(visible + lane), first, count, lane, size);
+            score_keys(s, keys, values, vectors, size);
+            float shrink[kQueryLanes];
+            for (int64_t lane = 0; lane < count; lane += kNative)
+                store(shrink + lane, update(to, s.score, load<NativeInts>(visible + lane), first, tile, lane));
+            for (int64_t lane = 0; lane < count; lane++) scale_row(to.out + lane * size, shrink[lane], size);
             keys.gather(head.keys, segment, first + kKeyTile, end, size);
-            UNMASK_STRIPS(add_values, vectors, to.out, s.score, values, keys, v * kNative, size);
+            add_values(to.out, s.score, values, keys, count, size);
         }
     }
 
     void write() const {
-        float inverse[kQueryLanes];
-        for (int64_t lane = 0; lane < vectors * kNative; lane += kNative)
-            store(inverse + lane, splat_to<NativeFloats>(1.0f) / load<NativeFloats>(s.sum.total + lane));
         q.each_lane([&](int64_t lane, int64_t row, int64_t offset) {
             float* to = q.out + (segment.start + row) * q.out_stride + offset;
-            for (int64_t i = 0; i < q.size; i++) to[i] = s.sum.out[i * kQueryLanes + lane] * inverse[lane];
+            memcpy(to, s.sum.out + lane * q.size, q.size * sizeof(float));
+            scale_row(to, 1.0f / s.sum.total[lane], q.size);
         });
     }
 };
-#undef UNMASK_STRIPS

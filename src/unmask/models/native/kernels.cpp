@@ -336,7 +336,7 @@ struct Forward {
         if (work.parts.done[group].fetch_add(1, std::memory_order_acq_rel) + 1 < count) return;
         work.parts.done[group].store(0, std::memory_order_relaxed);
         memcpy(lanes.s.sum.peak, results, floats * sizeof(float));
-        for (int64_t c = 1; c < count; c++) join(lanes.s.sum, Partial(results + c * floats), lanes.vectors, m.head_dim);
+        for (int64_t c = 1; c < count; c++) join(lanes.s.sum, Partial(results + c * floats), lanes.count, m.head_dim);
         lanes.write();
     }
 };

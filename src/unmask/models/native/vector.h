@@ -232,6 +232,9 @@ INLINE V exp_(V x) {
     p = fma(p * r, r, r) + 1.0f;
     return select(x < lowest, V{}, p * bits_to_floats((n + 127) << 23));
 }
+INLINE float fma_of(float a, float b, float c) {
+    return fma(splat_to<NativeFloats>(a), splat_to<NativeFloats>(b), splat_to<NativeFloats>(c))[0];
+}
 INLINE float exp_of(float x) { return exp_(splat_to<NativeFloats>(x))[0]; }
 
 // Horizontal reductions, always in the same order: lane i with lane i + 8, then i + 4, ...
