@@ -35,14 +35,12 @@ from rich.table import Table
 
 import unmask
 from unmask.engine.llm import LanguageModel
-from unmask.engine.sampling_params import SamplingParams
-from unmask.eval.mini5.tasks import mini5_tasks
-from unmask.eval.runner import request_of
 from unmask.models.weights.hub import cache_folder, embedded_gguf
 
 RIVAL = Path(__file__).parent / "reproduction" / "rival.py"
 SHIPPED, REQUANTISED = "Q4_1", ("Q4_0", "Q8_0")
 AUTOREGRESSIVE, DEFAULT = "ours, token by token", "ours, default model"
+SECTIONS = ("everyday", "in-domain")
 MAX_TOKENS = 96
 TARGET = 4.0
 LOG = Console(stderr=True)
@@ -69,16 +67,11 @@ Ask = Callable[[Question, int], Speed]
 
 def questions(models: Mapping[str, LanguageModel], per_kind: int) -> list[Question]:
     """So many prompts of every kind."""
-    by_kind: dict[str, list[Question]] = {}
-    for prompt in prompts_of("everyday", per_kind):
-        ids = {name: tuple(model.encode_chat(prompt.messages)) for name, model in models.items()}
-        by_kind.setdefault(prompt.kind, []).append(Question("everyday", ids))
-    for task in mini5_tasks():
-        for item in task.items("test", per_kind):
-            requests = {name: request_of(model, item, SamplingParams()) for name, model in models.items()}
-            ids = {name: tuple(id_ for id_ in request.ids if id_ is not None) for name, request in requests.items()}
-            by_kind.setdefault(task.name, []).append(Question("in-domain", ids))
-    return [question for kind in by_kind.values() for question in kind[:per_kind]]
+    return [
+        Question(section, {name: tuple(model.encode_chat(prompt.messages)) for name, model in models.items()})
+        for section in SECTIONS
+        for prompt in prompts_of(section, per_kind)
+    ]
 
 
 def ours(name: str, model: LanguageModel) -> Ask:
@@ -155,24 +148,23 @@ def tokens_per_second(speeds: Sequence[Speed]) -> float:
 
 def report(asked: Sequence[Question], taken: Mapping[str, Sequence[Speed]]) -> dict[str, Figure]:
     """The table, and the figures: tokens/s of each side, and ours over llama.cpp's best."""
-    kinds = ("everyday", "in-domain")
     rates = {
         name: {
             "all": tokens_per_second(speeds),
-            **{k: tokens_per_second([s for s, q in zip(speeds, asked, strict=True) if q.kind == k]) for k in kinds},
+            **{k: tokens_per_second([s for s, q in zip(speeds, asked, strict=True) if q.kind == k]) for k in SECTIONS},
         }
         for name, speeds in taken.items()
     }
     best = max((name for name in rates if name.startswith("llama.cpp")), key=lambda name: rates[name]["all"])
     table = Table(title=f"D1: tokens/s, prompt included (and times {best})")
-    for column in ("", "all", *kinds):
+    for column in ("", "all", *SECTIONS):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rates.items():
-        table.add_row(name, *(f"{row[kind]:.1f} ({row[kind] / rates[best][kind]:.2f}x)" for kind in ("all", *kinds)))
+        table.add_row(name, *(f"{row[kind]:.1f} ({row[kind] / rates[best][kind]:.2f}x)" for kind in ("all", *SECTIONS)))
     LOG.print(table)
     figures = {f"tokens/s, {name}": figure(row["all"]) for name, row in rates.items()}
     for name in (AUTOREGRESSIVE, DEFAULT):
-        for kind in kinds:
+        for kind in SECTIONS:
             figures[f"D1 {name}, {kind}"] = figure(rates[name][kind] / rates[best][kind])
         figures[f"D1 {name}"] = figure(rates[name]["all"] / rates[best]["all"], TARGET)
     return figures
