@@ -18,7 +18,11 @@ from unmask.cli.console import make_console, pick_device
 if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
-COST_OF_INT8: dict[str, tuple[float, float]] = {}
+COST_OF_INT8 = {
+    "smollm2-135m": (0.957, 0.010),
+    "smollm2-135m-diffusion": (0.984, 0.006),
+    "smollm2-135m-converted": (0.961, 0.017),
+}
 """Of the embedded models: share of positions whose likeliest token stays, and relative change of perplexity, against float32
 (`benchmarks/quantization.py`, own answers)."""
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
