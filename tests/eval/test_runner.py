@@ -56,6 +56,7 @@ def test_scores_and_speeds(model: ScriptedModel, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["environment"]["packages"]["unmask"]
     assert len(results["model"]["weights"]) == 32
+    assert (results["model"]["quantize"], results["model"]["dtype"]) == ("none", "float32")
 
 
 def test_a_whole_split_is_not_limited(model: ScriptedModel, tmp_path: Path) -> None:
