@@ -76,7 +76,7 @@ def find_target(name: str | None = None) -> Target:
         compiler = (sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[name])
         wheel = "macosx_11_0_arm64" if name.endswith("macos") else None
         return Target(machine, compiler, wheel, ("-nostdlib++",), "-mcpu=generic+v8_2a")
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return Target(platform.machine(), _compiler(), None, ("-static-libstdc++", "-static-libgcc"))
     return Target(platform.machine(), _compiler(), re.sub(r"[-.]", "_", sysconfig.get_platform()), ())
 
