@@ -27,6 +27,7 @@ _STRENGTH = 4.0
 """Observations that a prior is worth."""
 _MEMORY = 0.95
 """Of a request's observations, what counts after one more."""
+_NOTHING_SEEN = np.zeros(4)
 _HIGHEST = 0.98
 _LONGEST = 32
 """Distances for which the worth of masks is kept."""
@@ -110,20 +111,21 @@ class DraftEstimates:
 
     def __init__(self, history: DraftHistory) -> None:
         self._history = history
-        self._sums: dict[Source, tuple[float, float]] = {}
+        self._sums: dict[Source, Floats] = {}  # accepted, expected to be, rejected, expected to be
         self._outcomes = Outcomes(_NUM_OWN)
 
     def draft(self, token: int, key: Key, prior: float) -> Draft:
-        """A draft with its probability: the prior as all requests correct it, and that as this request does."""
-        accepted, expected = self._sums.get(key[0], (0.0, 0.0))
-        ratio = (accepted + _STRENGTH) / (expected + _STRENGTH)
-        return Draft(token, min(_HIGHEST, self._history.probability(key, prior) * ratio), key, prior)
+        """A draft with its probability: the prior as all requests correct it, and the odds as this request does."""
+        probability = min(self._history.probability(key, prior), _HIGHEST)
+        accepted, expected, rejected, feared = self._sums.get(key[0], _NOTHING_SEEN) + _STRENGTH
+        odds = probability / (1 - probability) * (accepted / expected) * (feared / rejected)
+        return Draft(token, min(odds / (1 + odds), _HIGHEST), key, prior)
 
     def record(self, draft: Draft, accepted: bool) -> None:
         """A draft, all before it being accepted, turned out right or wrong, whether it was verified or not."""
-        before, expected = self._sums.get(draft.key[0], (0.0, 0.0))
-        expected = _MEMORY * expected + self._history.probability(draft.key, draft.prior)
-        self._sums[draft.key[0]] = _MEMORY * before + accepted, expected
+        expected = self._history.probability(draft.key, draft.prior)
+        seen = np.array([accepted, expected, not accepted, 1 - expected])
+        self._sums[draft.key[0]] = _MEMORY * self._sums.get(draft.key[0], _NOTHING_SEEN) + seen
         self._history.record(draft.key, accepted)
 
     def record_masks(self, drafts: Sequence[Draft], num_masks: int) -> None:
