@@ -30,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import unmask
-from unmask.engine.costs import CostTable, ForwardCosts, MeasuredCosts
+from unmask.engine.costs import CostTable
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion
 
@@ -59,13 +59,13 @@ class Loaded:
     Args:
         side: model and options.
         clients: most requests at once.
-        costs: of forwards.
+        always: more tokens cost a forward nothing; else costs are learnt, and kept from level to level.
     """
 
-    def __init__(self, side: Side, clients: int, costs: ForwardCosts) -> None:
+    def __init__(self, side: Side, clients: int, *, always: bool) -> None:
         self.side = side
-        limits: dict[str, Any] = {"max_num_seqs": clients, "prefix_cache": False, "costs": costs}
-        self.engine: Engine = side.model.engine(**limits)
+        limits: dict[str, Any] = {"max_num_seqs": clients, "prefix_cache": False}
+        self.engine: Engine = side.model.engine(**limits, **({"costs": CostTable()} if always else {}))
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Answer them all."""
@@ -80,13 +80,12 @@ class Loaded:
 
 def measure(sides: dict[str, Side], prompts: list[list[int]], clients: int, options: Any) -> dict[str, dict[str, Any]]:
     """Every side at one level, by turns."""
-    given: dict[str, ForwardCosts] = {"plain": MeasuredCosts(), "auto": MeasuredCosts(), "always": CostTable()}
     side_of = {"plain": sides["plain"], "auto": sides["speculative"], "always": sides["speculative"]}
-    loaded = {name: Loaded(side_of[name], clients, given[name]) for name in options.sides}
+    loaded = {name: Loaded(side_of[name], clients, always=name == "always") for name in options.sides}
     chosen = [prompts[i % len(prompts)] for i in range(clients)]
     runs: dict[str, list[Run]] = {name: [] for name in loaded}
     for each in loaded.values():
-        each.run(chosen[: max(1, clients // 4)], 8)  # so that nobody pays for warming up
+        each.run(chosen, 8)  # so that nobody pays for warming up, or for learning what forwards cost
     for number in range(options.rounds):
         for name in list(loaded) if number % 2 == 0 else list(reversed(loaded)):
             runs[name].append(loaded[name].run(chosen, options.max_new_tokens))

@@ -112,6 +112,7 @@ class Scripted:
     """A sequence with given options; keeps what it was told."""
 
     is_drawn = False
+    num_idle = 0
 
     def __init__(self, options: DraftOptions | None, *, wants_probe: bool = False) -> None:
         self.options, self._wants_probe = options, wants_probe

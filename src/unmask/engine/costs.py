@@ -22,7 +22,7 @@ _FAR = 2.0**20
 _NO_EXTRA: Mapping[int, float] = {0: 0.0}
 # Before anything is measured, relative to a forward of one token: each further token, more from the ninth on, any noisy token
 # (gated LoRA is read), each of them, and each token whose candidate takes all logits.
-_PRIOR = np.array([0.12, 0.0, 0.25, 0.05, 0.1])
+_PRIOR = np.array([0.15, 0.08, 0.25, 0.05, 0.1])
 _PRIOR_ERROR = np.array([0.2, 0.1, 0.3, 0.1, 0.2])
 _KINK = 8
 _NOISE, _DRIFT = 0.1, 1e-3

@@ -12,7 +12,7 @@ Legend: O options of a sequence, F features of a forward (`engine.costs`), D dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -36,8 +36,10 @@ _FIRST_OUTCOME = 0.5
 _NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
 _SHARE_OF_PROBES = 0.01
 """Of the time, what masks may cost that are run to see whether masks would pay."""
-_MOST_CREDIT = 2.0
+_MOST_CREDIT = 0.5
 _RATE_MEMORY = 0.9
+_PROMISING = 0.7
+"""Drafts less probable than this share of the price of a verify token are no option: the price is a mean."""
 _PRICED = 3
 """Verify tokens of a sequence whose mean cost is the price of one."""
 _CHANGES = 8
@@ -181,6 +183,22 @@ class DraftOptions:
     plans: Sequence[DraftPlan]
 
 
+def promising(drafts: Iterable[Draft], price: float) -> list[Draft]:
+    """The first drafts, as far as verifying them may pay.
+
+    Args:
+        drafts: in order; no more of them are looked at than needed.
+        price: of a verify token, in tokens.
+    """
+    found, chain = list[Draft](), 1.0
+    for draft in drafts:
+        chain *= draft.probability
+        if chain <= _PROMISING * price:
+            break
+        found.append(draft)
+    return found
+
+
 class DraftPrices(NamedTuple):
     """What a token more in the forward costs, in tokens that decoding writes in that time.
 
@@ -199,6 +217,7 @@ class Drafting(Protocol):
     Attributes:
         is_drawn: its candidates take all logits.
         may_draft: it has drafts, or can run masks.
+        num_idle: forwards since it ran masks.
         wants_probe: it has run no masks for some forwards, and could.
     """
 
@@ -207,6 +226,9 @@ class Drafting(Protocol):
 
     @property
     def may_draft(self) -> bool: ...
+
+    @property
+    def num_idle(self) -> int: ...
 
     @property
     def wants_probe(self) -> bool: ...
@@ -239,21 +261,23 @@ class DraftPlanner:
         self._gain = 1.0  # tokens per cost over that without drafts, of late
         self._credit = _MOST_CREDIT  # for probes, in forwards without drafts
 
-    def plan(self, sequences: Sequence[Drafting], num_beside: int = 0) -> None:
+    def plan(self, sequences: Sequence[Drafting], num_beside: int = 0, num_running: int = 0) -> None:
         """Tell each sequence what to do in the next forward.
 
         Args:
             sequences: one plain token each.
             num_beside: other tokens of the forward.
+            num_running: sequences, of this forward or not, that share the engine's time; at least these.
         """
         able = [sequence for sequence in sequences if sequence.may_draft]
         if not able:
             return
         count, drawn = len(sequences), sum(sequence.is_drawn for sequence in sequences)
-        plain_F = np.array([count + num_beside, 0, drawn])
-        counts_KF = plain_F + np.array([[-num_beside, 0, 0], [0, 0, 0], [_PRICED * count, 0, 0], [1, 1, 0], [2, 2, 0]])
+        plain_F, running = np.array([count + num_beside, 0, drawn]), max(count, num_running)
+        usual = running - count - num_beside
+        counts_KF = plain_F + np.array([[usual, 0, 0], [0, 0, 0], [_PRICED * count, 0, 0], [1, 1, 0], [2, 2, 0]])
         base, plain, dearer, one_mask, two_masks = self.costs.relative(counts_KF).tolist()
-        rate = self._gain * count / base
+        rate = self._gain * running / base
         prices = DraftPrices(rate * (dearer - plain) / (_PRICED * count), rate * (two_masks - one_mask))
         options = list[tuple[Drafting, DraftOptions]]()
         for sequence in able:
@@ -267,22 +291,19 @@ class DraftPlanner:
             planned_F += each.counts_OF[option]
             gained += float(each.now_O[option])
         if not num_beside:
-            gain = max(1.0, (count + gained) / float(self.costs.relative(planned_F[None])[0]) * base / count)
+            gain = max(1.0, (1 + gained / count) * plain / float(self.costs.relative(planned_F[None])[0]))
             self._gain = _RATE_MEMORY * self._gain + (1 - _RATE_MEMORY) * gain
         self._probe(able, planned_F, base)
 
     def _probe(self, sequences: Sequence[Drafting], planned_F: Counts, base: float) -> None:
-        """Let sequences run a mask each, as far as the credit pays for it."""
+        """Let the sequence that has waited longest run a mask, if the credit pays for it."""
         self._credit = min(self._credit + _SHARE_OF_PROBES, _MOST_CREDIT)
-        for sequence in sequences:
-            if sequence.wants_probe:
-                probing_F = planned_F + _ONE_MASK
-                before, after = self.costs.relative(np.array([planned_F, probing_F])).tolist()
-                if (after - before) / base > self._credit:
-                    return
-                sequence.probe()
+        waiting = [sequence for sequence in sequences if sequence.wants_probe]
+        if waiting:
+            before, after = self.costs.relative(np.array([planned_F, planned_F + _ONE_MASK])).tolist()
+            if (after - before) / base <= self._credit:
+                max(waiting, key=lambda sequence: sequence.num_idle).probe()
                 self._credit -= (after - before) / base
-                planned_F = probing_F
 
 
 def choose(options: Sequence[DraftOptions], costs: ForwardCosts, plain_F: Counts, rate: float) -> list[int]:

@@ -230,7 +230,7 @@ class Engine:
         """Choose the drafts of those that draft."""
         drafting = [sequence for sequence in sequences if isinstance(sequence, SpeculativeSequence)]
         beside = sum(each.num_missing for each in sequences if not isinstance(each, SpeculativeSequence))
-        self._planner.plan(drafting, num_beside + beside)
+        self._planner.plan(drafting, num_beside + beside, len(self.scheduler.running))
 
     def _observe(self, work: Sequence[tuple[DecodingSequence, ScheduledSequence]], seconds: float) -> None:
         """What a forward costs that decides tokens by verifying drafts and does nothing else."""

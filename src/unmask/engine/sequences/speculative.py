@@ -7,7 +7,7 @@ occurrences of the same tokens (prompt lookup), for any model. Which of them pay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unmask.diffusion.decode import Decision
 from unmask.engine.costs import Floats
-from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftOptions, DraftPlan, DraftPrices
+from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftOptions, DraftPlan, DraftPrices, promising
 from unmask.engine.lookup import PromptLookup
 from unmask.engine.request import DecodingStep, needs_logits
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
@@ -56,7 +56,7 @@ class SpeculativeSequence(DecodingSequence):
         self._pending: list[Draft] = []
         self._lookup: PromptLookup | None = None
         self._plan = NO_DRAFTS
-        self._idle = self._interval = _FIRST_INTERVAL
+        self.num_idle = self._interval = _FIRST_INTERVAL
         self.is_drawn = needs_logits(self.request)
         if self._add_forced():
             self._finish()
@@ -104,7 +104,7 @@ class SpeculativeSequence(DecodingSequence):
         # Masks have read the drafts: what they predict counts only where all of those are accepted.
         if num_masks and num_accepted == len(drafts):
             self._draft(targets[len(drafts) + 1 :], confidences[len(drafts) + 1 :])
-        self._idle = 0 if num_masks else self._idle + 1
+        self.num_idle = 0 if num_masks else self.num_idle + 1
         self._add_forced()
         self._record(scheduled, output, first, num_accepted + 1)
         self._finish()
@@ -113,7 +113,7 @@ class SpeculativeSequence(DecodingSequence):
     @property
     def wants_probe(self) -> bool:
         """Whether it has run no masks for some forwards, and could."""
-        return not self._plan.num_masks and self._idle >= self._interval and self._most_masks(self._plan.drafts) > 0
+        return not self._plan.num_masks and self.num_idle >= self._interval and self._most_masks(self._plan.drafts) > 0
 
     def probe(self) -> None:
         """Run a mask in the next forward, beside the drafts that it verifies."""
@@ -141,7 +141,8 @@ class SpeculativeSequence(DecodingSequence):
             prices: of verify tokens and masks.
         """
         room = self._room
-        pending, found = self._until_end(self._pending[:room]), self._looked_up(room)
+        pending = promising(self._until_end(self._pending[:room]), prices.verify)
+        found = promising(self._until_end(self._looked_up(room)), prices.verify)
         num_masks = self._most_masks(())
         worth_M = self._estimates.worth(num_masks, prices.verify) if num_masks else np.zeros(1)
         if len(worth_M) > 1 and worth_M[1] <= prices.mask:
@@ -180,18 +181,18 @@ class SpeculativeSequence(DecodingSequence):
         """Tokens that may follow the one that is decided next."""
         return self._length - self._num_decided - 1
 
-    def _until_end(self, drafts: list[Draft]) -> list[Draft]:
+    def _until_end(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Drafts up to the first that ends the completion."""
-        ends = [i for i, draft in enumerate(drafts) if draft.token in self.request.end_ids]
-        return drafts[: ends[0] + 1] if ends else drafts
+        for draft in drafts:
+            yield draft
+            if draft.token in self.request.end_ids:
+                return
 
-    def _looked_up(self, room: int) -> list[Draft]:
+    def _looked_up(self, room: int) -> Iterator[Draft]:
         """Drafts that continue an earlier occurrence."""
-        if self._lookup is None:
-            return []
-        length = self._lookup.length
-        tokens = self._lookup.draft(min(room, _MOST_LOOKED_UP))
-        return self._until_end([self._lookup_draft(token, length + i) for i, token in enumerate(tokens)])
+        if self._lookup is not None:
+            for i, token in enumerate(self._lookup.draft(min(room, _MOST_LOOKED_UP)), start=self._lookup.length):
+                yield self._lookup_draft(token, i)
 
     def _lookup_draft(self, token: int, length: int) -> Draft:
         kind = min(length - 2, 3) if length < 7 else 4
