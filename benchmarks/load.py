@@ -64,8 +64,8 @@ class Loaded:
 
     def __init__(self, side: Side, clients: int, *, always: bool) -> None:
         self.side = side
-        limits: dict[str, Any] = {"max_num_seqs": clients, "prefix_cache": False}
-        self.engine: Engine = side.model.engine(**limits, **({"costs": CostTable()} if always else {}))
+        limits: dict[str, Any] = {"max_num_seqs": clients, "prefix_cache": False} | ({"costs": CostTable()} if always else {})
+        self.engine: Engine = side.model.engine(**limits)
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Answer them all."""
