@@ -46,6 +46,10 @@ class UnmaskWarning(UserWarning):
     """Something works, but not in the way that was asked for."""
 
 
+class UnmaskNote(Warning):
+    """Something takes its time, once; nothing is wrong."""
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Put a location, such as a file and a line, before the message of a DataError."""

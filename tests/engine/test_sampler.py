@@ -51,8 +51,8 @@ def test_processing_favours_bans_and_allows() -> None:
 def test_a_ban_holds_whatever_the_bias() -> None:
     only_one_V = torch.arange(8) == 1
     batch = [
-        scheduled((3,), logit_bias={7: INFINITY}, eos=(7,), min_new_tokens=2),
-        scheduled((8,), logit_bias={2: INFINITY}, allowed={0: only_one_V}),
+        scheduled((3,), logit_bias={7: 3e38}, eos=(7,), min_new_tokens=2),
+        scheduled((8,), logit_bias={2: 3e38}, allowed={0: only_one_V}),
     ]
     processed = process(torch.zeros(2, 8), batch, 0)
     assert processed[0, 7] == -INFINITY

@@ -253,7 +253,8 @@ def test_models(site: Live, client: OpenAI) -> None:
     diffusion = {"block_size": 8, "threshold": 0.95}
     assert retrieved.model_extra == {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
     for name, option in SamplingParams.options().items():
-        assert (name in options) == ("page" in option.surfaces and name != "speculative"), "no speculation without shift"
+        causal = name in ("speculative", "prompt_lookup")
+        assert (name in options) == ("page" in option.surfaces and not causal), "no speculation without shift"
     assert (options["threshold"]["default"], options["steps"]["default"], options["seed"]["default"]) == (0.95, 8, None)
     with pytest.raises(NotFoundError) as caught:
         client.models.retrieve("gpt/other")

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from unmask import __version__
 from unmask.cli.console import Guarded, PanelCommand
-from unmask.errors import UnmaskWarning
+from unmask.errors import UnmaskNote, UnmaskWarning
 
 # The file of each verb, in the order of `--help`.
 _VERBS: Mapping[str, str] = {
@@ -125,5 +125,5 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
 ) -> None:
     """Print our warnings as one line; hide those of libraries, which concern developers."""
-    if issubclass(category, UnmaskWarning):
+    if issubclass(category, (UnmaskWarning, UnmaskNote)):
         typer.echo(f"note: {message}", err=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 _WITH_TOOLS = "tool_use"
+_TAKEN = frozenset(("messages", "tools", "add_generation_prompt", "chat_template", "tokenize"))
+"""What is no variable that a request may set: it has a field of its own, or chooses the template itself."""
 # The names under which a message's reasoning is passed; templates read the first, some the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -49,10 +51,13 @@ class ChatTemplate:
         """The conversation as text; fields of messages that are None are left out.
 
         Raises:
-            DataError: the template refuses the messages, or is no valid Jinja; or there are several without a default.
+            DataError: the template refuses the messages, or is no valid Jinja; or there are several without a default; or a
+                variable has the name of something else.
         """
         from jinja2 import TemplateError
 
+        if taken := _TAKEN.intersection(variables):
+            raise DataError(f"{min(taken)} is no variable of the chat template; use another name")
         name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in self._sources else DEFAULT
         if name not in self._sources:
             raise DataError(f"chat templates are named {', '.join(self._sources)}; one of them must be '{DEFAULT}'")

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from unmask.errors import CheckpointError, UnmaskWarning
+from unmask.errors import CheckpointError, UnmaskNote
 from unmask.files import atomic_write, bytes_writer, disk_errors, read_json, staging_folder
 from unmask.models.weights.delta import DIGEST_BYTES, Delta
 from unmask.models.weights.gguf_file import GGUFFile
@@ -294,7 +294,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """`target`, built in a temporary folder and renamed into place: of two processes the first to finish wins."""
     if target.is_dir():
         return target
-    warnings.warn(f"unpacking {target.name} into {target.parent}, once: some seconds", UnmaskWarning, stacklevel=2)
+    warnings.warn(f"unpacking {target.name} into {target.parent}, once: some seconds", UnmaskNote, stacklevel=2)
     with staging_folder(target) as stage:
         build(stage)
         with disk_errors(target):
