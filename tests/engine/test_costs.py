@@ -54,6 +54,19 @@ def test_relative_costs_outlast_a_machine_that_gets_slower_and_long_texts_withou
         assert cost(costs, 6, 3, 0) / cost(costs, 1, 0, 0) == pytest.approx(expected, rel=0.1)
 
 
+def test_a_machine_that_reads_weights_once_for_a_few_tokens() -> None:
+    """Four tokens take as long as one, then each takes a fifth more: as with AVX2."""
+    curve = CostTable({1: 10.0, 4: 10.0, 5: 12.0})
+    drawn_from, costs = np.random.default_rng(0), MeasuredCosts()
+    for _ in range(200):
+        tokens = int(drawn_from.integers(4, 12))
+        costs.observe((tokens, 0, 0), cost(curve, tokens, 0, 0) / 1e3 * (1 + 0.05 * drawn_from.standard_normal()))
+    for tokens in (5, 6, 8, 11):
+        assert cost(costs, tokens, 0, 0) / cost(costs, 4, 0, 0) == pytest.approx(cost(curve, tokens, 0, 0) / 10.0, rel=0.1), (
+            tokens
+        )
+
+
 def test_no_token_is_ever_free_of_cost_or_worse() -> None:
     costs = MeasuredCosts()
     for counts in ((1, 0, 0), (8, 4, 8), (32, 0, 0), (64, 16, 0)) * 20:

@@ -20,11 +20,12 @@ Floats = NDArray[np.floating[Any]]
 
 _FAR = 2.0**20
 _NO_EXTRA: Mapping[int, float] = {0: 0.0}
-# Before anything is measured, relative to a forward of one token: each further token, more from the ninth on, any noisy token
-# (gated LoRA is read), each of them, and each token whose candidate takes all logits.
-_PRIOR = np.array([0.15, 0.08, 0.25, 0.05, 0.1])
-_PRIOR_ERROR = np.array([0.2, 0.1, 0.3, 0.1, 0.2])
-_KINK = 8
+# Numbers of tokens beyond which one more may have another cost: weights are read once for a few, then products count.
+_KINKS = np.array([1, 4, 8, 16])
+# Before anything is measured, relative to a forward of one token: each further token, what it costs more past the other kinks,
+# any noisy token (gated LoRA is read), each of them, and each token whose candidate takes all logits.
+_PRIOR = np.array([0.1, 0.1, 0.03, 0.0, 0.25, 0.05, 0.1])
+_PRIOR_ERROR = np.array([0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2])
 _NOISE, _DRIFT = 0.1, 1e-3
 _SPEED_RATE = 0.1
 _OUTLIER = 1.5
@@ -78,7 +79,7 @@ def _interpolated(curve: Mapping[int, float], counts_K: Counts) -> Floats:
 
 
 class MeasuredCosts:
-    """Costs learnt from an engine's own forwards: linear in the features, with a kink, by a Kalman filter.
+    """Costs learnt from an engine's own forwards: linear in the features, with kinks, by a Kalman filter.
 
     The seconds of a forward are divided by the present speed of the machine, a running mean in which forwards of few tokens
     count most; outliers are clipped. Forwards of one token say nothing on what more of them cost, and so nothing is forgotten
@@ -116,14 +117,14 @@ class MeasuredCosts:
         found_P = self._parameters_P + gain_P * error
         self._covariance_PP = covariance_PP - np.outer(gain_P, spread_P)
         # No forward gets cheaper by a token more.
-        self._parameters_P = np.maximum(found_P, (0.0, -max(found_P[0], 0.0), 0.0, 0.0, 0.0))
+        slopes = np.maximum(np.cumsum(found_P[: len(_KINKS)]), 0.0)
+        self._parameters_P = np.concatenate((np.diff(slopes, prepend=0.0), np.maximum(found_P[len(_KINKS) :], 0.0)))
 
 
 def _inputs(counts_KF: Counts) -> Floats:
     """Of the linear model, [K, P]."""
     x_KP = np.empty((len(counts_KF), len(_PRIOR)))
-    x_KP[:, 0] = counts_KF[:, 0] - 1
-    x_KP[:, 1] = np.maximum(counts_KF[:, 0] - _KINK, 0)
-    x_KP[:, 2] = counts_KF[:, 1] > 0
-    x_KP[:, 3:] = counts_KF[:, 1:]
+    x_KP[:, : len(_KINKS)] = np.maximum(counts_KF[:, :1] - _KINKS, 0)
+    x_KP[:, len(_KINKS)] = counts_KF[:, 1] > 0
+    x_KP[:, len(_KINKS) + 1 :] = counts_KF[:, 1:]
     return x_KP
