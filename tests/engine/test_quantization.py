@@ -38,7 +38,7 @@ def test_auto_is_the_default_and_gives_way_to_a_dtype(folder: Path) -> None:
     assert unmask.load(folder, dtype="float32").quantize == "none"
     assert unmask.load(folder, dtype=torch.float32).quantize == "none"
     assert unmask.load(folder, dtype="float32", quantize="int8").quantize == "int8"
-    assert unmask.load(folder, quantize="none").quantize == "none"
+    assert unmask.load(folder, quantize="none").quantize == unmask.load(folder, quantize=None).quantize == "none"
 
 
 @pytest.mark.parametrize("quantize", ["int3", "None", ""])
@@ -49,6 +49,7 @@ def test_an_unknown_kind_of_weights_is_refused(folder: Path, quantize: str) -> N
 
 def test_weights_given_as_a_transformer_are_used_as_they_are() -> None:
     assert LanguageModel(tiny_model("llama", 1), None, name="tiny").quantize == "none"
+    assert LanguageModel(tiny_model("llama", 1), None, name="tiny", quantize=None).quantize == "none"
 
 
 def test_logits_and_scores_are_those_of_the_loaded_weights(folder: Path) -> None:

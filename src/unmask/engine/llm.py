@@ -65,7 +65,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         *,
         name: str,
-        quantize: str = "none",
+        quantize: str | None = "none",
         reload: Callable[[], Transformer] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.name = weights.config, tokenizer, name

@@ -26,7 +26,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
-    quantize: str = "auto",
+    quantize: str | None = "auto",
     on_packing: Callable[[int, int], None] = lambda done, total: None,
 ) -> LanguageModel:
     """Load a model for generation.
@@ -54,7 +54,7 @@ def load(
     read = partial(load_model, folder, dtype=read_dtype, device=device)
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
-    kind = "none" if quantize == "none" else decoding_weights(quantize, read_model_config(folder), torch.device(device))
+    kind = "none" if quantize in (None, "none") else decoding_weights(quantize, read_model_config(folder), torch.device(device))
     parts = partial(load_parts, folder, dtype=read_dtype)
     weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read)

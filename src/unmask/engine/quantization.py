@@ -21,13 +21,13 @@ Quantize = Literal["auto", "none", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 
 
-def decoding_weights(quantize: str, config: ModelConfig, device: torch.device) -> str:
+def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.device) -> str:
     """The weights that decode: "int8", "int4" or "none".
 
     "auto" is int8 where the CPU kernels run the model, else none. Without kernels everything is none, and a note says so.
 
     Args:
-        quantize: one of `Quantize`.
+        quantize: one of `Quantize`; None is "none".
         config: of the model.
         device: of its weights.
 
@@ -35,7 +35,7 @@ def decoding_weights(quantize: str, config: ModelConfig, device: torch.device) -
         ConfigError: another value; but for auto, a model that the kernels do not run; or a variant of the kernels that this
             processor does not run.
     """
-    if quantize == "none":
+    if quantize is None or quantize == "none":
         return "none"
     weights = "int8" if quantize == "auto" else quantize
     if weights not in BITS:
