@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, results_path, write_results
+from common import Figure, arguments, figure, print_json, results_path, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,9 +37,8 @@ import unmask
 from unmask.engine.costs import MeasuredCosts
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
+from unmask.engine.parent import parent_of
 from unmask.eval.mini5.tasks import mini5_tasks
-from unmask.models.arch.gated_lora import parent_config
-from unmask.models.arch.transformer import reconfigured
 
 EVERYDAY, COPYING = (Path(__file__).with_name(f"{name}_prompts.jsonl") for name in ("everyday", "copy"))
 SECTIONS = ("everyday", "in-domain", "copying")
@@ -134,9 +132,7 @@ def prompts_of(section: str, per_kind: int) -> list[Prompt]:
 
 def sides_of(speculative: LanguageModel, clock: Callable[[], float]) -> dict[str, Side]:
     """A model that drafts for its own parent, and that parent twice."""
-    parent = reconfigured(speculative.transformer, parent_config(speculative.transformer.config))
-    autoregressive = LanguageModel(parent, None, name="autoregressive", quantize="auto")
-    start = () if speculative.config.start_id is None else (speculative.config.start_id,)
+    autoregressive, start = parent_of(speculative)
     return {
         "plain": Side(autoregressive, clock, start, {"prompt_lookup": False}),
         "lookup": Side(autoregressive, clock, start),
@@ -187,18 +183,14 @@ def deciles(ratios: Sequence[float]) -> list[float]:
     return statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else list(ratios) * 9
 
 
-def figures(section: str, side: str, overall: dict[str, float], tenths: Sequence[float]) -> dict[str, dict[str, Any]]:
+def figures(section: str, side: str, overall: dict[str, float], tenths: Sequence[float]) -> dict[str, Figure]:
     """Every figure with its target; one without a target says null."""
     drafts = section == "everyday" and side == "speculative"
-    values = {
-        "median_ratio": (overall["median_ratio"], TARGET_MEDIAN if drafts else None),
-        "first_decile": (tenths[0], TARGET_DECILE),
-        "identical": (overall["identical"], 1.0),
-        "tokens_per_forward": (overall["tokens_per_forward"], None),
-    }
     return {
-        f"{section}_{side}_{name}": {"value": value, "target": target, "met": None if target is None else value >= target}
-        for name, (value, target) in values.items()
+        f"{section}_{side}_median_ratio": figure(overall["median_ratio"], TARGET_MEDIAN if drafts else None),
+        f"{section}_{side}_first_decile": figure(tenths[0], TARGET_DECILE),
+        f"{section}_{side}_identical": figure(overall["identical"], 1.0),
+        f"{section}_{side}_tokens_per_forward": figure(overall["tokens_per_forward"]),
     }
 
 
@@ -270,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = {"threads": torch.get_num_threads(), "sections": sections}
     write_results(results_path(options.results, "everyday"), content)
     if options.json:
-        json.dump({name: figure for each in sections.values() for name, figure in each["figures"].items()}, sys.stdout)
+        print_json({name: value for each in sections.values() for name, value in each["figures"].items()})
 
 
 if __name__ == "__main__":

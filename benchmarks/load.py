@@ -15,15 +15,13 @@ greatest of a round), tokens per forward of a request, and the share of texts th
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import arguments, results_path, write_results
+from common import arguments, figure, print_json, results_path, write_results
 from everyday import Side, clock_of, read_prompts, sides_of
 from rich.console import Console
 from rich.progress import Progress
@@ -127,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[str(clients)] = measure(sides, prompts, clients, options)
     show(found)
     figures = {
-        f"{clients}_{name}": {"value": row["ratio"], "target": TARGET, "met": row["ratio"] >= TARGET}
+        f"{clients}_{name}": figure(row["ratio"], TARGET)
         for clients, rows in found.items()
         for name, row in rows.items()
         if name == "auto"
@@ -135,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = {"figures": figures, "clients": found, "threads": torch.get_num_threads()}
     write_results(results_path(options.results, "load"), content)
     if options.json:
-        json.dump(figures, sys.stdout)
+        print_json(figures)
 
 
 def show(found: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -28,8 +28,7 @@ from unmask.diffusion.objectives import ban_mask
 from unmask.engine.backends.base import Backend
 from unmask.engine.batch import Batch, SequenceSlice
 from unmask.engine.llm import LanguageModel
-from unmask.models.arch.gated_lora import parent_config
-from unmask.models.arch.transformer import reconfigured
+from unmask.engine.parent import parent_of
 
 PROSE = Path(__file__).parents[1] / "docs" / "concepts.md"
 LOG = Console(stderr=True, width=120)
@@ -56,8 +55,7 @@ def open_model(name: str, weights: str) -> LanguageModel:
     is_dtype = weights in ("float32", "bfloat16")
     model = unmask.load(name, dtype=weights if is_dtype else "float32", quantize="none" if is_dtype else weights)
     if model.config.gated_lora_rank is not None:
-        parent = reconfigured(model.transformer, parent_config(model.config))
-        model = LanguageModel(parent, unmask.load(name).tokenizer, name=name, quantize=model.quantize)
+        model = parent_of(model, unmask.load(name).tokenizer).model
     model.backend()
     return model
 

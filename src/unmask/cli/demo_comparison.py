@@ -16,9 +16,8 @@ from rich.text import Text
 
 from unmask.cli.console import visible
 from unmask.engine.llm import LanguageModel
+from unmask.engine.parent import parent_of
 from unmask.engine.request import Completion
-from unmask.models.arch.gated_lora import parent_config
-from unmask.models.arch.transformer import reconfigured
 
 ROUNDS = 5
 """Answers of each side to each prompt."""
@@ -51,16 +50,14 @@ def compare(model: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -
     Raises:
         ConfigError: a model without gated LoRA.
     """
-    parent = reconfigured(model.transformer, parent_config(model.config))
-    autoregressive = LanguageModel(parent, None, name=f"{model.name}, token by token", quantize=model.quantize)
-    start = () if model.config.start_id is None else (model.config.start_id,)
+    parent, start = parent_of(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_id": model.eos_ids}
     comparisons = []
     for number, prompt in enumerate(prompts):
         ids = model.encode_prompt(prompt)
         answers: tuple[list[Completion], list[Completion]] = ([], [])
         for _ in range(ROUNDS + (number == 0)):
-            answers[0].append(autoregressive.complete((*start, *ids), prompt_lookup=False, **options))
+            answers[0].append(parent.complete((*start, *ids), prompt_lookup=False, **options))
             answers[1].append(model.complete(ids, **options))
         # The very first answers also make room for the weights.
         comparisons.append(Comparison(prompt, *(tuple(side[-ROUNDS:]) for side in answers)))

@@ -102,12 +102,15 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
         ConfigError: it has no tokenizer, or its context cannot be extended.
     """
     import unmask
+    from unmask.engine.quantization import for_dtype
     from unmask.models.arch.yarn import stretch_context
 
-    model = load(name, dtype, device, quantize)
+    model = load(name, dtype, device, quantize if yarn is None else "none")
     if yarn is not None:
         extended = stretch_context(model.transformer, yarn)
-        model = unmask.LanguageModel(extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=model.quantize)
+        model = unmask.LanguageModel(
+            extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=for_dtype(quantize, dtype)
+        )
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
     model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)

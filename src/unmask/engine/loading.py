@@ -14,7 +14,7 @@ import torch
 from unmask.data.tokenizer import load_tokenizer
 from unmask.engine.backends.native import open_quantized
 from unmask.engine.llm import LanguageModel
-from unmask.engine.quantization import decoding_weights
+from unmask.engine.quantization import decoding_weights, for_dtype
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
@@ -48,13 +48,11 @@ def load(
         CheckpointError: unknown, incomplete or damaged model.
         ConfigError: unsupported architecture, dtype or quantisation.
     """
-    if quantize == "auto" and dtype != "auto":
-        quantize = "none"  # quantised weights would decode in another number format than the one that is asked for
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
     read = partial(load_model, folder, dtype=read_dtype, device=device)
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
-    kind = "none" if quantize in (None, "none") else decoding_weights(quantize, read_model_config(folder), torch.device(device))
+    kind = decoding_weights(for_dtype(quantize, dtype), read_model_config(folder), torch.device(device))
     parts = partial(load_parts, folder, dtype=read_dtype)
     weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read)

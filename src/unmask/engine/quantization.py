@@ -21,6 +21,14 @@ Quantize = Literal["auto", "none", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 
 
+def for_dtype(quantize: str | None, dtype: object) -> str | None:
+    """`quantize` where weights are loaded in this dtype: "auto" is "none" unless the dtype is "auto", too.
+
+    Quantised weights would decode in another number format than the one that is asked for.
+    """
+    return "none" if quantize == "auto" and dtype != "auto" else quantize
+
+
 def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.device) -> str:
     """The weights that decode: "int8", "int4" or "none".
 
