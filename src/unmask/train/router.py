@@ -106,7 +106,7 @@ class RouterMonitor:
                 return None
             if self._counting:
                 flat_P = (self._kind_N[:, None] * self._num_experts + indices_NA).flatten()
-                counts = torch.bincount(flat_P, minlength=3 * self._num_experts)
+                counts = flat_P.new_zeros(3 * self._num_experts).scatter_add_(0, flat_P, torch.ones_like(flat_P))
                 self._load_KLE[:, layer] += counts.view(3, self._num_experts)
             if self.policy != "aux" or not torch.is_grad_enabled():
                 return None

@@ -54,15 +54,27 @@ def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Grouped matrix product [P, F]: rows of `x_PD`, sorted by expert, times their expert's matrix.
 
     `ends_E` (int32) is where each expert's rows end. What the grouped kernel does not support (float64, rows that are not a
-    multiple of 16 bytes) runs expert by expert.
+    multiple of 16 bytes, no rows at all) runs expert by expert.
     """
     ragged = any(size * weight_EFD.element_size() % 16 for size in weight_EFD.shape[1:])
-    if ragged or x_PD.dtype == torch.float64:
+    if ragged or x_PD.dtype == torch.float64 or not len(x_PD):
         starts = [0, *ends_E.tolist()]
         spans = zip(starts, starts[1:], weight_EFD, strict=False)
         return torch.cat([F.linear(x_PD[a:b], weight_FD) for a, b, weight_FD in spans])
     out: Tensor = F.grouped_mm(x_PD, weight_EFD.transpose(1, 2), offs=ends_E)
     return out
+
+
+class RunExperts(Protocol):
+    """The feed-forward [P, D] of rows `x_PD` sorted by expert; `ends_E` (int32) is where each expert's rows end."""
+
+    def __call__(self, x_PD: Tensor, ends_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor: ...
+
+
+def run_experts(x_PD: Tensor, ends_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """`down(silu(gate x) * up x)` of each row by its expert, all experts being here."""
+    gate_PF, up_PF = grouped_linear(x_PD, gate_up_EFD, ends_E).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate_PF) * up_PF, down_EDF, ends_E)
 
 
 class RouterObserver(Protocol):
@@ -98,6 +110,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.expert_size))
         self.shared = FeedForward(hidden_size, moe.expert_size * moe.num_shared) if moe.num_shared else None
         self.observer: RouterObserver | None = None
+        self.run_experts: RunExperts = run_experts
         for weight in (self.router, self.gate_up, self.down):
             nn.init.normal_(weight, std=0.02)
 
@@ -115,14 +128,13 @@ class MoE(nn.Module):
         extra_loss = None if self.observer is None else self.observer(logits_NE, indices_NA)
         if extra_loss is not None:
             weights_NA = _AuxiliaryLoss.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]
-        experts_P = indices_NA.flatten()
-        order_P = experts_P.argsort(stable=True)
-        ends_E = torch.bincount(experts_P, minlength=self.moe.num_experts).cumsum(0).to(torch.int32)
-        tokens_P = order_P // self.moe.num_active
-        gate_PF, up_PF = grouped_linear(x_ND[tokens_P], self.gate_up, ends_E).chunk(2, dim=-1)
-        out_PD = grouped_linear(F.silu(gate_PF) * up_PF, self.down, ends_E)
+        experts_P, order_P = indices_NA.flatten().sort(stable=True)
+        # No shape depends on the data: `bincount` would stop fake and meta tensors.
+        number_E = torch.arange(self.moe.num_experts, device=experts_P.device)
+        ends_E = torch.searchsorted(experts_P, number_E, right=True, out_int32=True)
+        out_PD = self.run_experts(x_ND[order_P // self.moe.num_active], ends_E, self.gate_up, self.down)
         # Back in token order, then weighted and summed in the weights' float32: no scatter, so the order is fixed.
-        out_NAD = out_PD[order_P.argsort()].view(*indices_NA.shape, -1)
+        out_NAD = out_PD[order_P.argsort()].view(*indices_NA.shape, x_ND.shape[-1])
         out_ND = (out_NAD * weights_NA[..., None]).sum(1).to(x_ND.dtype)
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
