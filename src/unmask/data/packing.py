@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unmask.data.documents import Document, Sample, SampleStream, State
+from unmask.data.documents import Document, Resumable, Sample, SampleStream, State
 from unmask.errors import ConfigError, DataError
 
 SEGMENT_STRIDE = 1 << 40
@@ -160,6 +160,17 @@ class Segment:
         return Segment(epoch=state["epoch"], ordinal=state["ordinal"], tokens=tokens, maskable=maskable)
 
 
+class RowStream(Resumable, Protocol):
+    """An endless, deterministic series of rows: documents packed as they are read, or rows packed beforehand."""
+
+    stats: PackingStats
+    batch_tokens: int
+    """Document tokens in all rows of the last batch, those outside of its `part` as well."""
+
+    def next_rows(self, num_rows: int, part: slice = ...) -> PackedRows:
+        """Rows `part` of the next batch of `num_rows`."""
+
+
 class Packer(ABC):
     """Base class of packers, which fill rows from a stream of samples."""
 
@@ -176,27 +187,35 @@ class Packer(ABC):
         self._row_length, self._pad_id = row_length, pad_id
         self._waiting: list[Segment] = []
         self._ended = False
-        self.stats = PackingStats()
+        self.stats, self.batch_tokens = PackingStats(), 0
 
-    def next_rows(self, num_rows: int) -> PackedRows:
-        """The next rows.
+    def next_rows(self, num_rows: int, part: slice = slice(None)) -> PackedRows:
+        """Rows of the next batch.
 
         Args:
-            num_rows: how many, a multiple of `group_size`.
+            num_rows: rows of the batch, a multiple of `group_size`.
+            part: which of them are laid out; the others are packed and counted.
 
         Returns:
-            `num_rows` rows; fewer, down to none, only when the stream has ended.
+            All of `part`; when the stream has ended, those that there are, down to none.
 
         Raises:
             ConfigError: `num_rows` is not positive, or no such multiple.
             DataError: the stream could not be read, or holds nothing maskable.
         """
+        return lay_out(self.next_segments(num_rows)[part], self._row_length, pad_id=self._pad_id)
+
+    def next_segments(self, num_rows: int) -> list[list[Segment]]:
+        """The documents of the next rows, as by `next_rows`."""
         if num_rows < 1 or num_rows % self.group_size:
             raise ConfigError(f"num_rows is {num_rows}; it must be a positive multiple of {self.group_size}")
         rows: list[list[Segment]] = []
         while len(rows) < num_rows and (group := self._next_group()):
             rows += group
-        return self._lay_out(rows)
+        self.batch_tokens = sum(len(segment) for row in rows for segment in row)
+        padding = len(rows) * self._row_length - self.batch_tokens
+        self._count(rows=len(rows), packed_tokens=self.batch_tokens, padded_tokens=padding)
+        return rows
 
     def state_dict(self) -> State:
         """The position in the stream, the waiting segments and the counts, JSON-able."""
@@ -276,20 +295,21 @@ class Packer(ABC):
         before: dict[str, Any] = asdict(self.stats)
         self.stats = replace(self.stats, **{name: before[name] + count for name, count in counts.items()})
 
-    def _lay_out(self, rows: list[list[Segment]]) -> PackedRows:
-        shape = (len(rows), self._row_length)
-        arrays: dict[str, NDArray[Any]] = {field.name: np.zeros(shape, dtype=np.int64) for field in fields(PackedRows)}
-        arrays |= {"tokens_RL": np.full(shape, self._pad_id, dtype=np.int64), "maskable_RL": np.zeros(shape, dtype=np.bool_)}
-        for number, row in enumerate(rows):
-            start = 0
-            for segment_id, segment in enumerate(row, start=1):
-                identity = {"segment_RL": segment_id, "epoch_RL": segment.epoch, "ordinal_RL": segment.ordinal}
-                content = {"tokens_RL": segment.tokens, "maskable_RL": segment.maskable, "position_RL": np.arange(len(segment))}
-                for name, value in (*identity.items(), *content.items()):
-                    arrays[name][number, start : start + len(segment)] = value
-                start += len(segment)
-            self._count(rows=1, packed_tokens=start, padded_tokens=self._row_length - start)
-        return PackedRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+def lay_out(rows: Sequence[Sequence[Segment]], row_length: int, *, pad_id: int) -> PackedRows:
+    """Rows of the documents in each."""
+    shape = (len(rows), row_length)
+    arrays: dict[str, NDArray[Any]] = {field.name: np.zeros(shape, dtype=np.int64) for field in fields(PackedRows)}
+    arrays |= {"tokens_RL": np.full(shape, pad_id, dtype=np.int64), "maskable_RL": np.zeros(shape, dtype=np.bool_)}
+    for number, row in enumerate(rows):
+        start = 0
+        for segment_id, segment in enumerate(row, start=1):
+            identity = {"segment_RL": segment_id, "epoch_RL": segment.epoch, "ordinal_RL": segment.ordinal}
+            content = {"tokens_RL": segment.tokens, "maskable_RL": segment.maskable, "position_RL": np.arange(len(segment))}
+            for name, value in (*identity.items(), *content.items()):
+                arrays[name][number, start : start + len(segment)] = value
+            start += len(segment)
+    return PackedRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 class RowPacker(Packer):

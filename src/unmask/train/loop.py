@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from unmask.data.packing import PackedRows, Packer
+from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, TrainingError
@@ -35,7 +35,7 @@ class Components:
     model: Transformer
     objective: Objective
     router: RouterMonitor | None
-    packer: Packer
+    packer: RowStream
     validation: PackedRows | None
     recipe: Recipe
     tokenizer: Tokenizer

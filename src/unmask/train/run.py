@@ -7,21 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from unmask.data.documents import DocumentStream
-from unmask.data.end_ids import end_ids
-from unmask.data.holdout import Split
-from unmask.data.mask_token import choose_mask_token
-from unmask.data.packing import PackedRows, Packer, RowPacker
-from unmask.data.pairs import PairPacker
-from unmask.data.sources import open_source
-from unmask.data.tokenizer import Tokenizer, load_tokenizer
+from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import ConfigError
-from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
@@ -34,13 +26,13 @@ from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.recipe import Recipe
 from unmask.train.router import RouterMonitor
+from unmask.train.rows import open_rows, validation_rows
 from unmask.train.sections import TrainSection
 from unmask.train.state import list_checkpoints, save_model
+from unmask.train.tokens import training_config
 
 ADAPTER = "adapter"
 """Folder, inside the run's, of the PEFT files that a run with LoRA leaves beside the folded model."""
-
-_ANY_CHAT = [{"role": "user", "content": "x"}]
 
 
 @dataclass(frozen=True)
@@ -109,12 +101,11 @@ def build_components(recipe: Recipe) -> Components:
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
-    mask_id = _set_mask_token(model, tokenizer, recipe)
+    config = training_config(model.config, tokenizer, recipe)
+    if config.vocab_size > model.config.vocab_size:
+        resize_vocabulary(model, config.vocab_size)
+    model.config = config
     reference = _reference(model, recipe)
-    if model.config.start_id is not None:
-        tokenizer.set_start_token(model.config.start_id)
-    # What training teaches to end with is saved with the model.
-    model.config = replace(model.config, eos_ids=end_ids(model.config, tokenizer))
     model = _gated_lora(model, train)
     if train.lora is not None:
         attach_lora(model, seed=train.seed, **train.lora.model_dump())
@@ -124,8 +115,8 @@ def build_components(recipe: Recipe) -> Components:
     backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
     if train.attention != "auto":
         backend = train.attention
-    objective = recipe.objective.build(Setting(model, train, backend, router, mask_id, reference))
-    packer, validation = _packer(recipe, tokenizer, held_out=False), _validation_rows(recipe, tokenizer)
+    objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference))
+    packer, validation = open_rows(recipe, tokenizer), validation_rows(recipe, tokenizer)
     return Components(model, objective, router, packer, validation, recipe, tokenizer)
 
 
@@ -136,50 +127,6 @@ def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:
     if recipe.train.lora is not None:
         return ReferencePolicy(model, lambda: adapters_off(model))
     return ReferencePolicy(deepcopy(model).requires_grad_(False).eval())
-
-
-def _set_mask_token(model: Transformer, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
-    """Id of the mask token: the diffusion model's own, the recipe's, or an unused token; the model grows if it must.
-
-    None for a model that stays autoregressive.
-    """
-    own, objective = model.config.mask_id, recipe.objective
-    if objective.autoregressive:
-        if own is not None:
-            raise ConfigError(
-                f"{recipe.model} is a diffusion model; objective.kind {objective.kind} takes an autoregressive one"
-            )
-        return None
-    if own is None and recipe.schedule is None:
-        raise ConfigError(
-            f"{recipe.model} is autoregressive: fine-tuning needs a diffusion model; convert it first (unmask convert), "
-            "give the recipe a schedule of block sizes, or train it as it is (objective.kind next_token)"
-        )
-    if own is not None and recipe.mask_token is None and own in tokenizer.added_tokens:
-        token = tokenizer.added_tokens[own]
-    else:
-        token = recipe.mask_token or choose_mask_token(tokenizer, model.config.vocab_size).token
-    mask_id = tokenizer.set_mask_token(token)
-    if own is not None and mask_id != own:
-        raise ConfigError(f"mask token {token} has id {mask_id}, the model was trained with {own}; leave mask_token out")
-    if mask_id >= model.config.vocab_size:
-        resize_vocabulary(model, mask_id + 1)
-    start_id = _start_token(model.config, tokenizer, recipe)
-    model.config = model.config.with_diffusion(mask_id=mask_id, block_size=recipe.decode_block_size, start_id=start_id)
-    return mask_id
-
-
-def _start_token(config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe) -> int | None:
-    """The token a shifted model reads before a document: what its parent's documents begin with. None: not shifted."""
-    if config.shifted:
-        return config.start_id
-    if recipe.shift:
-        if config.mask_id is not None:
-            raise ConfigError(f"{recipe.model} was converted without shift; leave shift out, or convert its parent anew")
-        chat = tokenizer.chat(_ANY_CHAT, add_generation_prompt=True) if tokenizer.has_chat_template else []
-        candidates = (*chat[:1], *tokenizer.prefix_ids[:1], config.bos_id, *config.eos_ids)
-        return next((token for token in candidates if token is not None), 0)
-    return None
 
 
 def _gated_lora(model: Transformer, train: TrainSection) -> Transformer:
@@ -209,29 +156,3 @@ def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
         )
     policy = policy or ("bias" if train.lora is None else "frozen")
     return RouterMonitor(model, policy, rate=train.router.rate, aux_weight=train.router.aux_weight)
-
-
-def _packer(recipe: Recipe, tokenizer: Tokenizer, *, held_out: bool) -> Packer:
-    """Rows of one side of the split: the mixture of the recipe's sources, packed, or pair by pair."""
-    data, pairs = recipe.data, recipe.objective.needs_reference
-    eos_fill = recipe.objective.eos_fill(recipe.block_size)
-    share = data.validation_share if data.validation_rows else 0.0
-    sources = [
-        Split(
-            open_source(source, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=eos_fill),
-            share,
-            held_out=held_out,
-        )
-        for number, source in enumerate(data.sources)
-    ]
-    stream = DocumentStream(sources, [source.weight for source in data.sources], epochs=1 if held_out else None)
-    packer = PairPacker if pairs else RowPacker
-    return packer(stream, data.row_length, pad_id=tokenizer.pad_id, overlong=data.overlong)
-
-
-def _validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> PackedRows | None:
-    """Held-out rows; None when the recipe wants none, or the data are too few to spare any."""
-    if not recipe.data.validation_rows or not recipe.data.validation_share:
-        return None
-    rows = _packer(recipe, tokenizer, held_out=True).next_rows(recipe.data.validation_rows)
-    return rows if rows.num_rows else None
