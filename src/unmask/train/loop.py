@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,18 @@ from unmask.models.arch.transformer import Transformer
 from unmask.train.metrics import MetricLog, MetricRecord
 from unmask.train.objectives.base import Figure, Objective
 from unmask.train.optim import MasterAdamW, learning_rate
+from unmask.train.parallel.whole import fill, on_main
+from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.state import TrainState, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from unmask.train.state import (
+    TrainState,
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,20 @@ class Components:
     validation: PackedRows | None
     recipe: Recipe
     tokenizer: Tokenizer
+    skeleton: Transformer | None = None
+    """Of a model that is divided over ranks: what it is gathered in to be saved."""
+
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self.objective.setting.world
+
+    def whole_model(self) -> Transformer:
+        """The model to be saved, complete on the main rank; all ranks must ask."""
+        if self.skeleton is None:
+            return self.model
+        fill(self.skeleton, self.model, self.world)
+        return self.skeleton
 
 
 def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) -> MetricRecord:
@@ -53,27 +78,36 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
     Returns:
         `loss` (nats) and the objective's figures; none of them, nor the gradient, depends on how the batch is split.
     """
-    batches = [objective.prepare(part, phase, step) for part in objective.setting.micro_batches(rows)]
+    setting = objective.setting
+    batches = [objective.prepare(part, phase, step) for part in setting.micro_batches(setting.share(rows))]
     # A single micro-batch brings the counts of the global batch along; of several they are needed before the first backward.
     single = batches[0].forward() if len(batches) == 1 else None
     parts = [batch.counts() for batch in batches] if single is None else [tuple(term.count for term in single.terms)]
-    counts = [sum(column) for column in zip(*parts, strict=True)]
-    # With several devices, `counts` (and the figures) are what has to be summed over them.
-    loss, figures = 0.0, []
+    # Gathered in the order of the rows, and not summed by rank, so that sums are the same to the bit on every layout.
+    counts = [sum(column) for column in zip(*chain.from_iterable(setting.world.gather(parts)), strict=True)]
+    results: list[tuple[float, Mapping[str, Figure]]] = []
     for batch in batches:
         output = single or batch.forward()
         first, *others = [term.sum / max(count, 1) for term, count in zip(output.terms, counts, strict=True)]
         partial_loss = sum(others, start=first)
         partial_loss.backward()
-        loss += float(partial_loss.detach())
-        figures.append(output.figures)
-    return {"loss": loss, **_means(figures)}
+        results.append((float(partial_loss.detach()), output.figures))
+    setting.world.sum_gradients(setting.model.parameters())
+    losses, figures = zip(*chain.from_iterable(setting.world.gather(results)), strict=True)
+    return {"loss": sum(losses), **_means(figures)}
 
 
 @torch.no_grad()
 def evaluate(objective: Objective, rows: PackedRows, phase: Phase) -> MetricRecord:
-    """Figures of held-out rows under fixed noise, among them `nelbo` (nats per token)."""
-    return _means(objective.evaluate(part, phase) for part in objective.setting.micro_batches(rows))
+    """Figures of held-out rows under fixed noise, among them `nelbo` (nats per token); data ranks share the batches."""
+    world, batches = objective.setting.world, list(objective.setting.micro_batches(rows))
+    figures: list[Mapping[str, Figure]] = []
+    for start in range(0, len(batches), world.dims.data):
+        number = start + world.index("data")
+        # Every rank takes part in every forward pass: one that has no batch left repeats the first, for nothing.
+        part = objective.evaluate(batches[number if number < len(batches) else 0], phase)
+        figures.append(part if number < len(batches) else {})
+    return _means(chain.from_iterable(zip(*world.gather(figures), strict=True)))
 
 
 def _means(parts: Iterable[Mapping[str, Figure]]) -> MetricRecord:
@@ -107,8 +141,12 @@ class Trainer:
         self.components, self.run_folder = components, run
         self.recipe, self.train = components.recipe, components.recipe.train
         self.schedule = components.recipe.blocks
+        self.world = components.world
         self.optimizer = MasterAdamW(
-            components.model.named_parameters(), betas=self.train.betas, weight_decay=self.train.weight_decay
+            components.model.named_parameters(),
+            betas=self.train.betas,
+            weight_decay=self.train.weight_decay,
+            world=self.world,
         )
         self.step, self.tokens = 0, 0
         self._packer_state: dict[str, Any] = components.packer.state_dict()
@@ -159,14 +197,14 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train until the budget is spent (True) or `should_stop` returns True (False); a checkpoint exists either way."""
-        with MetricLog(self.run_folder, from_step=self.step) as log:
+        with MetricLog(self.run_folder, from_step=self.step) if self.world.is_main else nullcontext() as log:
             while not self.finished:
                 before = self.phase_index
                 self._emit(log, self.train_step())
                 phase_ended = self.finished or self.phase_index != before
                 if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
-                stop = self._should_stop()
+                stop = self.world.any(self._should_stop())
                 if phase_ended or stop or self.step % self.train.checkpoint_every == 0:
                     self.save()
                 if stop:
@@ -174,18 +212,24 @@ class Trainer:
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint and drop those no longer wanted."""
+        """Write a checkpoint and drop those no longer wanted; on several ranks the main one writes."""
         recipe = self.recipe.model_dump(mode="json")
         state = TrainState(self.step, self.tokens, self._packer_state, recipe, self._tokenizer_identity, self._validation)
         routers = {} if self.components.router is None else self.components.router.state_tensors()
-        tensors = {**self.optimizer.state_tensors(), **routers}
-        path = save_checkpoint(self.run_folder, state, tensors, self.components.model, self.components.tokenizer)
-        prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
-        return path
+        tensors = {name: self.world.full(tensor) for name, tensor in self.optimizer.state_tensors().items()} | routers
+        model = self.components.whole_model()
 
-    def _emit(self, log: MetricLog, record: MetricRecord) -> None:
-        log.write(record)
-        self._on_record(record)
+        def write() -> None:
+            save_checkpoint(self.run_folder, state, tensors, model, self.components.tokenizer)
+            prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
+
+        on_main(self.world, write)
+        return checkpoint_folder(self.run_folder, self.step)
+
+    def _emit(self, log: MetricLog | None, record: MetricRecord) -> None:
+        if log is not None:
+            log.write(record)
+            self._on_record(record)
 
     def train_step(self) -> MetricRecord:
         """One optimiser step over the global batch; returns its metrics."""

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unmask.train.parallel.world import World
 from unmask.train.sections import TrainSection
 
 _STATE_NAMES = {"step": "step", "exp_avg": "moment1", "exp_avg_sq": "moment2"}
@@ -22,17 +23,27 @@ class MasterAdamW:
     """AdamW whose weights, gradients and moments are float32 whatever the model computes in.
 
     Each backward pass adds its gradient to the float32 master and frees the model's own, so that accumulation over
-    micro-batches never rounds to bfloat16. Where the model is float32 already, master and model share memory.
-    Matrices decay; norms, biases and other vectors do not.
+    micro-batches never rounds to bfloat16. Where the model is float32 already, master and model share memory; so they do on
+    several ranks, where a master is this rank's shard of a parameter. Matrices decay; norms, biases and other vectors do not.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        world: World | None = None,
+    ) -> None:
+        self._world = world or World.single()
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, parameter in named:
             if not parameter.requires_grad:
                 continue
             master = parameter
-            if parameter.dtype != torch.float32:
+            if self._world.size > 1:
+                master = nn.Parameter(self._world.local(parameter.detach()))
+            elif parameter.dtype != torch.float32:
                 master = nn.Parameter(parameter.detach().float())
                 parameter.register_post_accumulate_grad_hook(partial(_collect, master))
             self._pairs[name] = (parameter, master)
@@ -44,49 +55,58 @@ class MasterAdamW:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The master weights, whose `.grad` holds the accumulated gradients."""
+        """The master weights of this rank, whose `.grad` holds the accumulated gradients once `clip` was called."""
         return [master for _, master in self._pairs.values()]
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients to at most `max_norm`; returns their norm before, a float32 scalar."""
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        """Scale the gradients of all ranks to at most `max_norm`; returns their norm before, a float32 scalar."""
+        pairs = self._pairs.values()
+        gradients = [master.grad if parameter.grad is None else parameter.grad for parameter, master in pairs]
+        norm = self._world.norm([gradient for gradient in gradients if gradient is not None])
+        for parameter, master in pairs:
+            if parameter is not master and parameter.grad is not None:
+                master.grad = self._world.local(parameter.grad)
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return norm
 
     def drop_gradients(self) -> None:
         """Discard the accumulated gradients."""
         self._adamw.zero_grad()
+        for parameter, _ in self._pairs.values():
+            parameter.grad = None
 
     def step(self, learning_rate: float) -> None:
-        """Update the masters, copy them to the model, drop the gradients."""
+        """Update the masters, copy them to a model of narrower dtype, drop the gradients."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
         self.drop_gradients()
         with torch.no_grad():
             for parameter, master in self._pairs.values():
-                if parameter is not master:
+                if parameter.dtype != master.dtype:
                     parameter.copy_(master)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """State for a resumed run, by name: `master.*`, `moment1.*`, `moment2.*`, `step.*`."""
+        """State for a resumed run, by name: `master.*`, `moment1.*`, `moment2.*`, `step.*`; sharded like the parameters."""
         tensors: dict[str, Tensor] = {}
-        for name, (_, master) in self._pairs.items():
-            tensors[f"master.{name}"] = master.detach()
-            state = self._adamw.state.get(master, {})
-            tensors |= {f"{_STATE_NAMES[key]}.{name}": tensor for key, tensor in state.items()}
+        for name, (parameter, master) in self._pairs.items():
+            state = {"master": master.detach()}
+            state |= {_STATE_NAMES[key]: tensor for key, tensor in self._adamw.state.get(master, {}).items()}
+            for kind, tensor in state.items():
+                tensors[f"{kind}.{name}"] = tensor if kind == "step" else self._world.sharded(tensor, parameter)
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state of `state_tensors`; the model's weights are copied from the masters."""
+        """Restore the state of `state_tensors`, of whole tensors; the model's weights are copied from the masters."""
         with torch.no_grad():
             for name, (parameter, master) in self._pairs.items():
-                master.copy_(tensors[f"master.{name}"])
-                if parameter is not master:
+                master.copy_(self._world.shard_of(tensors[f"master.{name}"], parameter))
+                if parameter.dtype != master.dtype:
                     parameter.copy_(master)
                 if f"step.{name}" in tensors:
-                    state = {
-                        key: tensors[f"{saved}.{name}"].to(master.device, copy=True) for key, saved in _STATE_NAMES.items()
-                    }
-                    self._adamw.state[master] = state
+                    state = {key: tensors[f"{saved}.{name}"] for key, saved in _STATE_NAMES.items()}
+                    state |= {key: self._world.shard_of(state[key], parameter) for key in state if key != "step"}
+                    self._adamw.state[master] = {key: tensor.to(master.device, copy=True) for key, tensor in state.items()}
 
 
 def _collect(master: nn.Parameter, parameter: Tensor) -> None:

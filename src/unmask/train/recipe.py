@@ -18,6 +18,7 @@ from unmask.train.objectives.denoise import DenoiseSection
 from unmask.train.objectives.draft import DraftSection
 from unmask.train.objectives.next_token import NextTokenSection
 from unmask.train.objectives.preference import PreferenceSection
+from unmask.train.parallel.dims import ParallelSection
 from unmask.train.sections import DataSection, Positive, ScheduleSection, Section, TrainSection
 
 
@@ -44,6 +45,7 @@ class Recipe(Section):
         DenoiseSection(), discriminator="kind"
     )
     train: TrainSection
+    parallel: ParallelSection = ParallelSection()
 
     @property
     def block_size(self) -> int:

@@ -24,6 +24,9 @@ from unmask.train.forward import AttentionBackend
 from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
+from unmask.train.parallel.apply import parallelize
+from unmask.train.parallel.whole import on_main, skeleton_of
+from unmask.train.parallel.world import World, open_world
 from unmask.train.recipe import Recipe
 from unmask.train.router import RouterMonitor
 from unmask.train.rows import open_rows, validation_rows
@@ -72,21 +75,42 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    if not resume and holds_run(out):
+    with open_world(recipe.parallel, _device(recipe.train)) as world:
+        return _run(recipe, out, world, resume, on_record, should_stop)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    resume: bool,
+    on_record: Callable[[MetricRecord], None],
+    should_stop: Callable[[], bool],
+) -> RunResult:
+    world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.needs_reference)
+    if not resume and any(world.gather_all(holds_run(out))):
         raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
-    components = build_components(recipe)
+    components = build_components(recipe, world)
     trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
     trainer.resume()
+    plot = None
     try:
         finished = trainer.fit()
     finally:
-        plot = plot_run(out)
+        if world.is_main:
+            plot = plot_run(out)
     if finished:
-        save_model(components.model, components.tokenizer, out)
-        if recipe.train.lora is not None:
-            save_adapter(components.model, out / ADAPTER, base=recipe.model)
-            components.tokenizer.save(out / ADAPTER)
+        model = components.whole_model()
+        on_main(world, lambda: _save_result(components, model, out))
     return RunResult(finished, out, plot, trainer.step, trainer.tokens, components.packer.stats.summary)
+
+
+def _save_result(components: Components, model: Transformer, out: Path) -> None:
+    """Write the trained model, and its adapter if it has one."""
+    save_model(model, components.tokenizer, out)
+    if components.recipe.train.lora is not None:
+        save_adapter(model, out / ADAPTER, base=components.recipe.model)
+        components.tokenizer.save(out / ADAPTER)
 
 
 def holds_run(folder: Path) -> bool:
@@ -94,13 +118,15 @@ def holds_run(folder: Path) -> bool:
     return bool(list_checkpoints(folder)) or (folder / "config.json").exists()
 
 
-def build_components(recipe: Recipe) -> Components:
-    """Load the model, give it a mask token, open and split the data, build the objective."""
-    train = recipe.train
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
+def build_components(recipe: Recipe, world: World | None = None) -> Components:
+    """Load the model, give it a mask token, divide it over the ranks, open and split the data, build the objective."""
+    train, world = recipe.train, world or World.single()
+    device = _device(train)
+    compute_dtype = parse_dtype(train.compute_dtype, device)
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
-    model = load_model(folder, dtype=parse_dtype(train.compute_dtype, device), device=device)
+    # Several ranks shard the master weights, and gather them in the compute dtype.
+    model = load_model(folder, dtype=compute_dtype if world.size == 1 else torch.float32, device=device)
     config = training_config(model.config, tokenizer, recipe)
     if config.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, config.vocab_size)
@@ -111,13 +137,22 @@ def build_components(recipe: Recipe) -> Components:
         attach_lora(model, seed=train.seed, **train.lora.model_dump())
     model.activation_checkpointing = train.activation_checkpointing
     model.train()
+    skeleton = None if world.size == 1 else skeleton_of(model, compute_dtype)
     router = _router(model, train)
+    parallelize(model, world, compute_dtype=compute_dtype)
+    if reference is not None and reference.model is not model:
+        parallelize(reference.model, world, compute_dtype=compute_dtype)
     backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
     if train.attention != "auto":
         backend = train.attention
-    objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference))
+    objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference, world))
     packer, validation = open_rows(recipe, tokenizer), validation_rows(recipe, tokenizer)
-    return Components(model, objective, router, packer, validation, recipe, tokenizer)
+    return Components(model, objective, router, packer, validation, recipe, tokenizer, skeleton)
+
+
+def _device(train: TrainSection) -> str:
+    """The type of device that the run computes on."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
 
 
 def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:

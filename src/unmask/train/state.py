@@ -45,13 +45,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").exists())
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
 def save_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights (adapters folded in), config and tokenizer as a Hugging Face folder."""
     checkpoint.save_model(model, folder)
     tokenizer.save(folder)
 
 
-def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], model: Transformer, tokenizer: Tokenizer) -> Path:
+def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], model: Transformer, tokenizer: Tokenizer) -> None:
     """Write a checkpoint beside its final name, then rename it into place.
 
     Args:
@@ -60,13 +65,10 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
         tensors: optimiser state.
         model, tokenizer: contents of `model/`.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         TrainingError: the disk is full or not writable; earlier checkpoints stay untouched.
     """
-    final = run / "checkpoints" / f"step-{state.step:07d}"
+    final = checkpoint_folder(run, state.step)
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,7 +81,6 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
     except (OSError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume") from error
-    return final
 
 
 def load_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:

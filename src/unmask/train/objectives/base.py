@@ -4,7 +4,7 @@ Owns the interface between objectives and loop. Knows nothing of optimisers, che
 
 An objective never divides by a batch. Each term of its loss, and each figure, is a sum and a count per micro-batch; the loop
 adds them up and divides by the counts of the *global* batch (`loop.accumulate`). So neither loss nor gradient depends on how a
-batch is split, and several devices only have to add up their counts. The counts of the loss are needed before the first
+batch is split, over micro-batches or over devices. The counts of the loss are needed before the first
 backward pass: gradients are then right as they accumulate, together with those of router losses, which are normalised already,
 and are never scaled afterwards.
 
@@ -28,6 +28,7 @@ from unmask.diffusion.corrupt import Stream, embedding_noise
 from unmask.diffusion.objectives import TokenScores, nelbo, token_nll, token_scores
 from unmask.models.arch.transformer import Transformer
 from unmask.train.forward import AttentionBackend, predicted_hidden
+from unmask.train.parallel.world import World
 from unmask.train.router import RouterMonitor
 from unmask.train.sections import DataSection, Section, TrainSection
 
@@ -78,7 +79,10 @@ class ReferencePolicy:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What objectives work with. `router`: None for a dense model; `mask_id`: None for one that stays autoregressive."""
+    """What objectives work with.
+
+    `router`: None for a dense model; `mask_id`: None for one that stays autoregressive; `world`: the ranks that share the rows.
+    """
 
     model: Transformer
     train: TrainSection
@@ -86,6 +90,14 @@ class Setting:
     router: RouterMonitor | None = None
     mask_id: int | None = None
     reference: ReferencePolicy | None = None
+    world: World = field(default_factory=World.single)
+
+    def share(self, rows: PackedRows) -> PackedRows:
+        """The rows of a global batch that this rank trains on; every data rank has equally many."""
+        count, rest = divmod(rows.num_rows, self.world.dims.data)
+        assert not rest, f"{rows.num_rows} rows for {self.world.dims.data} data ranks"
+        first = self.world.index("data") * count
+        return rows.rows(first, first + count)
 
     def micro_batches(self, rows: PackedRows) -> Iterator[PackedRows]:
         """The rows in parts of `train.micro_rows`, on the model's device."""

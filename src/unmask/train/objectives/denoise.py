@@ -79,8 +79,8 @@ class DenoiseObjective(Objective):
                 "leave it out"
             )
         self._masks, self._ar_loss_weight, self._cap = masks, ar_loss_weight, cap
-        embedding = setting.model.embed.weight.detach().float()
-        self._initial_noise = float(embedding.norm(dim=1).mean()) * masks.mask_noise_scale
+        norm_V = setting.model.embed.weight.detach().float().norm(dim=1)
+        self._initial_noise = float(setting.world.full(norm_V).mean()) * masks.mask_noise_scale
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
         setting, steps = self.setting, self._masks.mask_noise_steps

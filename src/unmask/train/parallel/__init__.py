@@ -1,0 +1,1 @@
+"""Training on many devices: the only package that knows that devices come in numbers."""

@@ -1,0 +1,118 @@
+"""Parallel dimensions: over how many processes data, rows, matrices, layers and experts are divided.
+
+Owns the recipe's `parallel:` section and the rules it obeys. Knows neither processes nor torch.distributed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from unmask.errors import ConfigError
+from unmask.train.sections import Positive, Section
+
+if TYPE_CHECKING:
+    from unmask.models.arch.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degrees of parallelism; their product, without `expert`, is the number of processes.
+
+    Attributes:
+        data_replicate: copies of the model, each trained on other rows (HSDP; DDP where `data_shard` is 1).
+        data_shard: ranks that each hold a shard of every parameter and train on other rows (FSDP).
+        context: ranks that divide the positions of a row.
+        tensor: ranks that divide each matrix.
+        pipeline: ranks that divide the layers.
+        expert: ranks, among those of `data_shard` and `context`, that divide the experts of a mixture.
+    """
+
+    data_replicate: int = 1
+    data_shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shards % self.expert:
+            raise ConfigError(
+                f"parallel.expert is {self.expert}; it must divide parallel.data_shard x parallel.context, {self.shards}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return prod((self.data_replicate, self.data_shard, self.context, self.tensor, self.pipeline))
+
+    @property
+    def data(self) -> int:
+        """Ranks, or groups of ranks, that train on different rows."""
+        return self.data_replicate * self.data_shard
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which FSDP divides a parameter."""
+        return self.data_shard * self.context
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise ConfigError when the model cannot be divided so."""
+        moe = config.moe
+        if self.expert > 1 and moe is None:
+            raise ConfigError(f"parallel.expert is {self.expert}, but the model has no routed experts; use 1")
+        rules = [
+            ("tensor", self.tensor, "key-value heads", config.num_kv_heads),
+            ("tensor", self.tensor, "feed-forward channels", config.ffn_size),
+            ("tensor x parallel.context", self.tensor * self.context, "key-value heads", config.num_kv_heads),
+        ]
+        if moe is not None:
+            rules.append(("expert", self.expert, "experts", moe.num_experts))
+        for name, degree, parts, count in rules:
+            if count % degree:
+                raise ConfigError(f"parallel.{name} is {degree}; it must divide the model's {count} {parts}")
+        if self.pipeline > config.num_layers:
+            raise ConfigError(f"parallel.pipeline is {self.pipeline}, but the model has {config.num_layers} layers; use fewer")
+
+    def check_rows(self, batch_rows: int, *, pairs: bool) -> None:
+        """Raise ConfigError when the ranks cannot have equally many rows of a batch, or pairs of rows."""
+        unit = self.data * (2 if pairs else 1)
+        if batch_rows % unit:
+            what = "pairs of rows" if pairs else "rows"
+            raise ConfigError(
+                f"train.batch_rows is {batch_rows}, which {self.data} data ranks cannot divide into equally many {what}; use a "
+                f"multiple of {unit}"
+            )
+
+
+class ParallelSection(Section):
+    """How a run is divided over processes; their number is given when it is started (`--nproc`, torchrun)."""
+
+    data_replicate: Positive = Field(1, description="copies of the model, each trained on other rows")
+    data_shard: Positive | Literal["auto"] = Field(
+        "auto",
+        description="ranks that each hold a shard of every parameter (FSDP) and train on other rows [default: the processes "
+        "that the other keys leave]",
+    )
+    context: Positive = Field(1, description="ranks that divide the positions of a row")
+    tensor: Positive = Field(1, description="ranks that divide each matrix")
+    pipeline: Positive = Field(1, description="ranks that divide the layers")
+    expert: Positive = Field(1, description="ranks, of data_shard and context, that divide the experts of a mixture")
+
+    def dims(self, num_processes: int) -> ParallelDims:
+        """The dimensions of a run of `num_processes`; raises ConfigError when they make another number."""
+        degrees = self.model_dump()
+        named = prod(degrees[name] for name in ("data_replicate", "context", "tensor", "pipeline"))
+        if self.data_shard == "auto":
+            degrees["data_shard"] = max(num_processes // named, 1)
+        dims = ParallelDims(**degrees)
+        if dims.size != num_processes:
+            product = " x ".join(f"{name} {degrees[name]}" for name in degrees if name != "expert" and degrees[name] > 1)
+            raise ConfigError(
+                f"parallel makes {dims.size} processes ({product or 'all keys are 1'}), but the run has {num_processes}; "
+                f"start {dims.size} (--nproc, or torchrun), or change the keys"
+            )
+        return dims

@@ -1,0 +1,32 @@
+"""Fully sharded data parallelism (FSDP2), and with replicas HSDP.
+
+Owns which parameters are gathered together, and their precision. Shards are float32 (or float64) and *are* the master weights;
+they are gathered in the compute dtype, and gradients are summed, never averaged, in the dtype of the shards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.checkpoint import parameter_dtype
+from unmask.train.parallel.world import World
+
+
+def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype) -> None:
+    """Shard the model in place: every block by itself, and the rest, which the head reads after the last block, as one."""
+    mesh = world.mesh["data_replicate", "shard"] if world.dims.data_replicate > 1 else world.mesh["shard"]
+    shard_dtype = model.embed.weight.dtype
+    # Inputs are in the compute dtype already, but for what must stay wide.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=shard_dtype, cast_forward_inputs=False)
+    # Routers compute in float32 whatever the others do; small, they are on every rank.
+    wide = {parameter for name, parameter in model.named_parameters() if parameter_dtype(name, compute_dtype) != compute_dtype}
+    modules: list[nn.Module] = [*model.blocks, model]
+    for module in modules:
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=wide)
+        sharded.set_gradient_divide_factor(1.0)
+        # Other operations than the sum exist on NCCL only.
+        sharded.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "head")

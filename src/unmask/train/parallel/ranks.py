@@ -1,0 +1,154 @@
+"""The world of a run of several processes, on torch.distributed.
+
+Owns process groups and device meshes, and how they are started and ended. Imported only when a run has more than one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.world import GroupName, World
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up, unless told otherwise."""
+
+
+class Ranks(World):
+    """The world of several processes; the default process group is there already."""
+
+    def __init__(self, dims: ParallelDims, device: str) -> None:
+        """Lay the ranks out: tensor innermost, then context, shards, replicas, and pipeline stages outermost.
+
+        Args:
+            dims: their product is the number of processes.
+            device: type of the device that each of them computes on.
+        """
+        self.dims, self.rank = dims, dist.get_rank()
+        outer = (dims.pipeline, dims.data_replicate)
+        ranks = init_device_mesh(device, (dims.size,), mesh_dim_names=("ranks",))
+        rows = _divide(ranks, (*outer, dims.data_shard, dims.context, dims.tensor), _ROWS)
+        self._mesh = _divide(ranks, (*outer, dims.shards, dims.tensor), _DENSE)
+        self._expert_mesh = _divide(ranks, (*outer, dims.shards // dims.expert, dims.expert, dims.tensor), _EXPERTS)
+        self._groups: dict[GroupName, DeviceMesh] = {
+            "data": rows["data_replicate", "data_shard"]._flatten("data"),
+            "predictions": rows["data_replicate", "data_shard", "context"]._flatten("predictions"),
+            "context": rows["context"],
+            "tensor": self._mesh["tensor"],
+            "pipeline": rows["pipeline"],
+            "expert": self._expert_mesh["expert"],
+        }
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self._mesh
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        return self._expert_mesh
+
+    def index(self, name: GroupName) -> int:
+        return self._groups[name].get_local_rank()
+
+    def group(self, name: GroupName) -> dist.ProcessGroup:
+        return self._groups[name].get_group()
+
+    def gather(self, value: T) -> list[T]:
+        return _gather(value, self.group("predictions"))
+
+    def gather_all(self, value: T) -> list[T]:
+        return _gather(value, None)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def full(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def sharded(self, local: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return local
+        layout = (like.device_mesh, like.placements)
+        return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
+
+    def shard_of(self, tensor: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return tensor
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+    def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
+        for name in names:
+            dist.all_reduce(tensor, group=self.group(name))
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        plain = [parameter for parameter in parameters if parameter.requires_grad and not isinstance(parameter, DTensor)]
+        if not plain:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        self.sum_tensor(total, "predictions")
+        for parameter, part in zip(plain, total.split([gradient.numel() for gradient in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        # Gradients of one mesh, sharded over the same dimensions of it, are summed together.
+        together: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+        for gradient in gradients:
+            key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
+            if isinstance(gradient, DTensor):
+                sharded = (number for number, placement in enumerate(gradient.placements) if not placement.is_replicate())
+                key = (gradient.device_mesh, tuple(sharded))
+            together.setdefault(key, []).append(self.local(gradient))
+        squares = []
+        for (mesh, sharded_dims), shards in together.items():
+            square = nn.utils.get_total_norm(shards).square()
+            for number in sharded_dims:
+                assert mesh is not None
+                dist.all_reduce(square, group=mesh.get_group(number))
+            squares.append(square)
+        total = torch.stack(squares).sum()
+        if self.dims.pipeline > 1:
+            self.sum_tensor(total, "pipeline")
+        return total.sqrt()
+
+
+_ROWS = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
+_DENSE = ("pipeline", "data_replicate", "shard", "tensor")
+_EXPERTS = ("pipeline", "data_replicate", "expert_shard", "expert", "tensor")
+
+
+def _divide(ranks: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return ranks._unflatten("ranks", shape, names)
+
+
+def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values  # type: ignore[return-value]
+
+
+@contextmanager
+def joined(dims: ParallelDims, device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+    """The world of the processes that torchrun (or `--nproc`) started, of which this is one; left at the end."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield Ranks(dims, device)
+    finally:
+        dist.destroy_process_group()

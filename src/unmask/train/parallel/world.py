@@ -1,0 +1,128 @@
+"""The world of a run: its processes as one of them sees them.
+
+Owns what a run of one process and one of many do differently outside the model: sums over ranks, agreement, who writes files.
+The world of many processes is in `ranks`, which alone imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from unmask.train.parallel.dims import ParallelDims, ParallelSection
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+GroupName = Literal["data", "context", "tensor", "pipeline", "expert", "predictions"]
+"""A group of ranks that differ in one dimension only: `data` (both of them), ...; `predictions`: in data and context."""
+
+
+class World:
+    """The world of a single process, and the interface of every world."""
+
+    dims = ParallelDims()
+    rank = 0
+
+    @staticmethod
+    def single() -> World:
+        """The world of one process."""
+        return World()
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return self.dims.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    def index(self, name: GroupName) -> int:
+        """This process's place, from 0, in its group of that name."""
+        return 0
+
+    def group(self, name: GroupName) -> ProcessGroup:
+        """The process group of that name that this process is in."""
+        raise AssertionError("a single process has no groups")
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """Mesh of the dense parameters, with dimensions pipeline, data_replicate, shard (data_shard x context), tensor."""
+        raise AssertionError("a single process has no mesh")
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """Mesh of routed experts, with dimensions pipeline, data_replicate, expert_shard, expert, tensor."""
+        raise AssertionError("a single process has no mesh")
+
+    def gather(self, value: T) -> list[T]:
+        """The values (anything picklable) of the ranks that hold different predictions, in the order of the rows."""
+        return [value]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over the ranks that hold different predictions."""
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
+
+    def gather_all(self, value: T) -> list[T]:
+        """The values of all ranks."""
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return any(self.gather_all(flag))
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor of which this rank may hold a shard; every rank that holds one must ask."""
+        return tensor
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The shard of a tensor that this rank holds, in the same memory."""
+        return tensor
+
+    def sharded(self, local: Tensor, like: Tensor) -> Tensor:
+        """The tensor that is laid out as `like`, of which this rank holds `local`."""
+        return local
+
+    def shard_of(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor, laid out as `like`."""
+        return tensor
+
+    def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
+        """Sum a tensor, in place, over the groups of these names."""
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients of parameters that no shards are made of, over the ranks that hold different predictions."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients of all ranks, those that several ranks hold counted once."""
+        return nn.utils.get_total_norm(gradients)
+
+
+@contextmanager
+def open_world(parallel: ParallelSection, device: str) -> Iterator[World]:
+    """The world of this process: of those that torchrun or `--nproc` started, or of itself alone.
+
+    Raises:
+        ConfigError: the recipe's dimensions make another number of processes.
+    """
+    dims = parallel.dims(int(os.environ.get("WORLD_SIZE", "1")))
+    if dims.size == 1:
+        yield World.single()
+        return
+    # Imported here: a run of one process needs none of it.
+    from unmask.train.parallel.ranks import joined
+
+    with joined(dims, device) as world:
+        yield world

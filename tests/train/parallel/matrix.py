@@ -1,0 +1,143 @@
+"""The matrix of layouts: one optimiser step's losses, figures and gradients on several ranks, to compare with one process.
+
+A case is a layout, an objective and what is trained; all in float64. Knows no layout in particular.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from processes import Pool
+from tiny import MASK, Rows, pack, perturb, text, tiny_model
+from unmask.data.packing import PackedRows
+from unmask.diffusion.blocks import Phase
+from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.adapter import adapters_off, attach_lora
+from unmask.train.loop import accumulate, evaluate
+from unmask.train.metrics import MetricRecord
+from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
+from unmask.train.parallel.apply import parallelize
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.world import World
+from unmask.train.recipe import Recipe, parse_recipe
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "denoise": {"kind": "denoise", "mask_noise_steps": 4},
+    "cap": {"kind": "denoise", "mask_noise_steps": 0, "cap": {"weight": 0.7, "temperature": 0.8}},
+    "ar_loss": {"kind": "denoise", "mask_noise_steps": 0, "ar_loss_weight": 0.5},
+    "draft": {"kind": "draft", "mask_noise_steps": 0},
+    "preference": {"kind": "preference", "mask_samples": 2},
+    "next_token": {"kind": "next_token"},
+}
+START = 1
+BATCH_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, an objective of `OBJECTIVES` and what is trained: "full", "lora" or "gated"."""
+
+    dims: ParallelDims
+    objective: str = "denoise"
+    trained: str = "full"
+    family: str = "llama"
+    block_size: int | None = 4
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        degrees = "-".join(f"{name}{value}" for name, value in vars(self.dims).items() if value > 1)
+        return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one optimiser step and an evaluation give."""
+
+    figures: MetricRecord
+    held_out: MetricRecord
+    gradients: dict[str, Tensor]
+
+
+def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) -> None:
+    """Run the case on its ranks and on one process: losses, figures and gradients must agree."""
+    expected = step(case, World.single())
+    results = pool.run(case.dims.size, _step_of_rank, case)
+    for found in results:
+        for name, figure in (expected.figures | expected.held_out).items():
+            assert abs((found.figures | found.held_out)[name] - figure) <= tolerance * max(1.0, abs(figure)), name
+    gradients = results[0].gradients
+    assert gradients.keys() == expected.gradients.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    assert scale > 0
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
+
+
+def step(case: Case, world: World) -> Result:
+    """One step of the case on the ranks of a world; gradients are whole on the main one."""
+    objective, rows = _objective(case, world), _rows(case)
+    phase = Phase("decay", case.block_size, 1000)
+    figures = accumulate(objective, rows, phase, 0)
+    model = objective.setting.model
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    whole = {name: world.full(gradient) for name, gradient in gradients.items()}
+    held_out = evaluate(objective, rows.rows(0, 6), phase)
+    return Result(figures, held_out, whole if world.is_main else {})
+
+
+def _step_of_rank(case: Case) -> Result:
+    from unmask.train.parallel.ranks import Ranks
+
+    return step(case, Ranks(case.dims, "cpu"))
+
+
+def _objective(case: Case, world: World) -> Objective:
+    recipe = _recipe(case)
+    autoregressive = recipe.objective.autoregressive
+    shifted = case.objective in ("ar_loss", "draft") or case.trained == "gated"
+    diffusion = {} if autoregressive else {"mask_id": MASK, "start_id": START if shifted else None}
+    model = tiny_model(case.family, 2, torch.float64, **(diffusion | case.model))
+    reference = ReferencePolicy(deepcopy(model).requires_grad_(False))
+    if case.trained == "gated":
+        model = perturb(add_gated_lora(model, 2, seed=0))
+    elif case.trained == "lora":
+        attach_lora(model, rank=2, alpha=4.0, seed=0, train_embedding=case.objective != "preference")
+        perturb(model)
+        lora: Transformer = model
+        reference = ReferencePolicy(model, lambda: adapters_off(lora))
+    model.activation_checkpointing = recipe.train.activation_checkpointing
+    parallelize(model, world, compute_dtype=torch.float64)
+    if reference.model is not model and recipe.objective.needs_reference:
+        parallelize(reference.model, world, compute_dtype=torch.float64)
+    mask_id = None if autoregressive else MASK
+    return recipe.objective.build(Setting(model, recipe.train, "blocked", None, mask_id, reference, world))
+
+
+def _recipe(case: Case) -> Recipe:
+    values = {
+        "model": "none",
+        "decode_block_size": 4,
+        "data": {"row_length": 16, "overlong": "truncate", "sources": [{"kind": "jsonl", "path": "none"}]},
+        "objective": OBJECTIVES[case.objective],
+        "train": {"tokens": 1000, "batch_rows": BATCH_ROWS, "micro_rows": 2, **case.train},
+    }
+    return parse_recipe(values, "test")
+
+
+def _rows(case: Case) -> PackedRows:
+    if case.objective == "preference":
+        sides = [text(9 + (number + side) % 5, 2 * number + side, prompt=3) for number in range(4) for side in (0, 1)]
+        rows = pack([[side] for side in sides], 16)
+        rows.ordinal_RL.copy_(rows.ordinal_RL // 2)  # A pair shares its noise.
+    else:
+        # The last row is padding.
+        docs = [[text(5 + number, 2 * number, prompt=2), text(8 - number // 2, 2 * number + 1)] for number in range(7)]
+        rows = pack([*docs, []], 16)
+    return PackedRows(**{name: getattr(rows, name) for name in Rows.__dataclass_fields__})

@@ -1,0 +1,44 @@
+"""FSDP and HSDP: the losses, figures and gradients of one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from matrix import Case, assert_equals_one_process
+from processes import Pool
+from unmask.train.parallel.dims import ParallelDims
+
+SHARD2 = ParallelDims(data_shard=2)
+HYBRID = ParallelDims(data_replicate=2, data_shard=2)
+
+QUICK = [
+    Case(SHARD2, model={"tied_head": True}),
+    Case(SHARD2, "cap", "lora", train={"activation_checkpointing": True}),
+    Case(HYBRID, "draft", "gated"),
+]
+SLOW = [
+    *(Case(SHARD2, block_size=size) for size in (1, None)),
+    Case(SHARD2, "preference"),
+    Case(SHARD2, "preference", "lora"),
+    Case(SHARD2, "next_token", model={"tied_head": True}),
+    Case(SHARD2, "ar_loss", "full"),
+    Case(SHARD2, "denoise", "gated", train={"activation_checkpointing": True}),
+    Case(SHARD2, "draft", "lora"),
+    Case(SHARD2, "denoise", "full", "llada2"),
+    Case(HYBRID, "denoise", "lora"),
+    Case(HYBRID, "cap", "full", "llada2"),
+    Case(HYBRID, "preference"),
+    Case(HYBRID, "next_token", "lora"),
+    Case(ParallelDims(data_replicate=2), "denoise"),
+]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
+    assert_equals_one_process(pool, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
+    assert_equals_one_process(pool, case)
