@@ -71,7 +71,7 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
 
     Args:
         objective: what is minimised.
-        rows: the global batch.
+        rows: of the global batch, those of this rank.
         phase: where the run stands in its block-size schedule.
         step: optimiser steps before this one.
 
@@ -79,7 +79,7 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
         `loss` (nats) and the objective's figures; none of them, nor the gradient, depends on how the batch is split.
     """
     setting = objective.setting
-    batches = [objective.prepare(part, phase, step) for part in setting.micro_batches(setting.share(rows))]
+    batches = [objective.prepare(part, phase, step) for part in setting.micro_batches(rows)]
     # A single micro-batch brings the counts of the global batch along; of several they are needed before the first backward.
     single = batches[0].forward() if len(batches) == 1 else None
     parts = [batch.counts() for batch in batches] if single is None else [tuple(term.count for term in single.terms)]
@@ -235,12 +235,13 @@ class Trainer:
         """One optimiser step over the global batch; returns its metrics."""
         started = time.perf_counter()
         phase = self.schedule.phases[self.phase_index]
-        rows = self.components.packer.next_rows(self.train.batch_rows)
+        packer, setting = self.components.packer, self.components.objective.setting
+        rows = packer.next_rows(self.train.batch_rows, setting.share(self.train.batch_rows))
         if not self.recipe.data.document_mask:
             rows = rows.joined()
         router = self.components.router
         if router is not None:
-            router.begin_step(rows.num_tokens)
+            router.begin_step(packer.batch_tokens)
         figures = accumulate(self.components.objective, rows, phase, self.step)
         loss, norm = figures["loss"], float(self.optimizer.clip(self.train.clip_norm))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -254,10 +255,10 @@ class Trainer:
         self.optimizer.step(rate)
         loads = {} if router is None else router.end_step()
         self.step += 1
-        self.tokens += rows.num_tokens
-        self._packer_state = self.components.packer.state_dict()
+        self.tokens += packer.batch_tokens
+        self._packer_state = packer.state_dict()
         seconds = time.perf_counter() - started
-        speed = {"seconds": seconds, "tokens_per_second": rows.num_tokens / seconds}
+        speed = {"seconds": seconds, "tokens_per_second": packer.batch_tokens / seconds}
         figures = {"row_length": rows.tokens_RL.shape[1], **figures, "grad_norm": norm, "learning_rate": rate, **loads, **speed}
         return self._record("train", phase, figures)
 

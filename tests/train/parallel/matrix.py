@@ -84,8 +84,10 @@ def step(case: Case, world: World) -> Result:
     """One step of the case on the ranks of a world; gradients are whole on the main one."""
     objective, rows = _objective(case, world), _rows(case)
     phase = Phase("decay", case.block_size, 1000)
-    figures = accumulate(objective, rows, phase, 0)
-    model = objective.setting.model
+    setting = objective.setting
+    own = setting.share(rows.num_rows)
+    figures = accumulate(objective, rows.rows(own.start, own.stop), phase, 0)
+    model = setting.model
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: world.full(gradient) for name, gradient in gradients.items()}
     held_out = evaluate(objective, rows.rows(0, 6), phase)

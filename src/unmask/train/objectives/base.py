@@ -92,12 +92,12 @@ class Setting:
     reference: ReferencePolicy | None = None
     world: World = field(default_factory=World.single)
 
-    def share(self, rows: PackedRows) -> PackedRows:
-        """The rows of a global batch that this rank trains on; every data rank has equally many."""
-        count, rest = divmod(rows.num_rows, self.world.dims.data)
-        assert not rest, f"{rows.num_rows} rows for {self.world.dims.data} data ranks"
+    def share(self, batch_rows: int) -> slice:
+        """Which rows of a global batch this rank trains on; every data rank has equally many."""
+        count, rest = divmod(batch_rows, self.world.dims.data)
+        assert not rest, f"{batch_rows} rows for {self.world.dims.data} data ranks"
         first = self.world.index("data") * count
-        return rows.rows(first, first + count)
+        return slice(first, first + count)
 
     def micro_batches(self, rows: PackedRows) -> Iterator[PackedRows]:
         """The rows in parts of `train.micro_rows`, on the model's device."""
