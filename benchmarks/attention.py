@@ -42,7 +42,7 @@ def attention_seconds(backend: NativeBackend, rows: int, context: int) -> float:
     """Seconds of a forward of `rows` rows after `context` cached tokens, less those of one after none."""
     seconds = []
     for past in (context, 0):
-        batch = Batch.build([SequenceSlice([5] * rows, past, [0], rows)], past + rows, backend.device)
+        batch = Batch([SequenceSlice([5] * rows, past, [0], rows)], past + rows, backend.device)
         kv_cache = backend.new_kv_cache(1, past + rows).fill_(0.5)
         seconds.append(min(seconds_of(partial(backend.forward, batch, kv_cache), 3)))
     return max(seconds[0] - seconds[1], 0.0)

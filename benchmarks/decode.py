@@ -60,7 +60,7 @@ def one_forward(backend: Backend, rows: int, context: int) -> tuple[Callable[[],
     config = backend.config
     kv_cache = backend.new_kv_cache(1, context + rows).normal_()
     tokens = torch.randint(0, config.vocab_size, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = Batch.build([SequenceSlice(tokens, context, [0], rows)], context + rows, backend.device)
+    batch = Batch([SequenceSlice(tokens, context, [0], rows)], context + rows, backend.device)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:

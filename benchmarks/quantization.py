@@ -101,7 +101,7 @@ def predict(backend: Backend, passage: Passage) -> Predictions:
 def forward(backend: Backend, ids: Sequence[int], block_size: int) -> Tensor:
     """Hidden states [T, D] of a sequence that attends block-causally."""
     kv_cache = backend.new_kv_cache(1, len(ids))
-    return backend.forward(Batch.build([SequenceSlice(ids, 0, [0], block_size)], len(ids), backend.device), kv_cache)
+    return backend.forward(Batch([SequenceSlice(ids, 0, [0], block_size)], len(ids), backend.device), kv_cache)
 
 
 def measure(name: str, weights: Sequence[str], count: int, length: int) -> dict[str, Figure]:

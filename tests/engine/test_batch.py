@@ -29,7 +29,7 @@ def test_every_token_is_described(shapes: list[tuple[int, int, int, int]], size:
         )
         for i, (count, start, block, causal_end) in enumerate(shapes)
     ]
-    batch = Batch.build(slices, size, "cpu")
+    batch = Batch(slices, size, "cpu")
     expected = []
     for each in slices:
         num_keys = each.start + len(each.tokens)
@@ -64,7 +64,7 @@ def check_segments(batch: Batch, slices: list[SequenceSlice]) -> None:
 
 
 def test_types_are_those_of_paged_kernels() -> None:
-    batch = Batch.build([SequenceSlice([5, 6], 3, [9, 2], 4)], 4, "cpu")
+    batch = Batch([SequenceSlice([5, 6], 3, [9, 2], 4)], 4, "cpu")
     assert batch.tokens_T.dtype == batch.positions_T.dtype == batch.slot_mapping_T.dtype == torch.int64
     assert batch.cu_seqlens_q.dtype == batch.cu_seqlens_k.dtype == batch.block_table_NM.dtype == torch.int32
     assert batch.num_visible_keys_T.dtype == torch.int32
@@ -75,6 +75,6 @@ def test_types_are_those_of_paged_kernels() -> None:
 
 def test_cache_blocks_beyond_the_last_key_do_not_matter() -> None:
     """A sequence may have allocated more than it fills."""
-    batch = Batch.build([SequenceSlice([5], 3, [4, 9], 4), SequenceSlice([5], 8, [6, 7, 8], 4)], 4, "cpu")
+    batch = Batch([SequenceSlice([5], 3, [4, 9], 4), SequenceSlice([5], 8, [6, 7, 8], 4)], 4, "cpu")
     assert batch.is_consecutive_N.tolist() == [True, True]
     assert batch.sees_all_N.tolist() == [True, True]

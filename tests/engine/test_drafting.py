@@ -16,7 +16,6 @@ from unmask.engine.drafting import (
     DraftEstimates,
     DraftHistory,
     Drafting,
-    DraftOptions,
     DraftPlan,
     DraftPlanner,
     DraftPrices,
@@ -27,33 +26,35 @@ DEAR = CostTable({1: 1.0, 2: 1.6, 3: 2.2})
 CHEAP = CostTable({1: 1.0, 64: 1.3}, noisy={0: 0.0, 1: 0.1, 64: 0.2})
 
 
-def options_of(chain: Sequence[float], worth: Sequence[float]) -> DraftOptions:
+def options_of(chain: Sequence[float], worth: Sequence[float]) -> list[DraftPlan]:
     """Drafts with these probabilities, and masks of this worth where all drafts are accepted."""
     accepted = np.cumprod([1.0, *chain])
-    pairs = list(product(range(len(accepted)), range(len(worth) + 1)))
-    now = [float(accepted[1 : d + 1].sum()) for d, _ in pairs]
-    later = [float(accepted[d] * sum(worth[:m])) for d, m in pairs]
-    counts = np.array([[d + m, m, 0] for d, m in pairs])
-    plans = [DraftPlan(tuple(draft(p) for p in chain[:d]), m) for d, m in pairs]
-    return DraftOptions(np.array(now) + later, np.array(now), counts, plans)
+    plans = []
+    for d, m in product(range(len(accepted)), range(len(worth) + 1)):
+        now = float(accepted[1 : d + 1].sum())
+        plans.append(DraftPlan(tuple(draft(p) for p in chain[:d]), m, now + float(accepted[d]) * sum(worth[:m]), now))
+    return plans
 
 
 def draft(probability: float) -> Draft:
     return Draft(7, probability, ("masks", 5, 1), probability)
 
 
-def score(options: Sequence[DraftOptions], chosen: Sequence[int], costs: ForwardCosts, rate: float) -> float:
-    counts = np.array([len(options), 0, 0]) + sum(o.counts_OF[i] for o, i in zip(options, chosen, strict=True))
-    gain = sum(o.gain_O[i] for o, i in zip(options, chosen, strict=True))
-    return float(gain - rate * costs.relative(counts[None])[0])
+def chosen_of(options: Sequence[Sequence[DraftPlan]], costs: ForwardCosts, rate: float) -> list[DraftPlan]:
+    return choose(options, [False] * len(options), costs, (len(options), 0, 0), rate)
 
 
-def best_score(options: Sequence[DraftOptions], costs: ForwardCosts, rate: float) -> float:
+def score(chosen: Sequence[DraftPlan], costs: ForwardCosts, rate: float) -> float:
+    tokens = len(chosen) + sum(plan.num_tokens for plan in chosen)
+    return sum(plan.gain for plan in chosen) - rate * costs.cost(tokens, sum(plan.num_masks for plan in chosen), 0)
+
+
+def best_score(options: Sequence[Sequence[DraftPlan]], costs: ForwardCosts, rate: float) -> float:
     """By trying all there is."""
     gain_A, counts_AF = np.zeros(1), np.array([[len(options), 0, 0]])
     for each in options:
-        gain_A = np.add.outer(gain_A, each.gain_O).ravel()
-        counts_AF = (counts_AF[:, None] + each.counts_OF).reshape(-1, 3)
+        gain_A = np.add.outer(gain_A, [plan.gain for plan in each]).ravel()
+        counts_AF = (counts_AF[:, None] + [[plan.num_tokens, plan.num_masks, 0] for plan in each]).reshape(-1, 3)
     return float((gain_A - rate * costs.relative(counts_AF)).max())
 
 
@@ -73,19 +74,18 @@ def convex_costs(draw: st.DrawFn) -> CostTable:
 
 
 @given(OPTIONS, convex_costs(), st.floats(0.2, 3.0), st.floats(0.0, 2.0))
-def test_one_sequence_gets_the_best_there_is(options: DraftOptions, costs: CostTable, rate: float, fixed: float) -> None:
+def test_one_sequence_gets_the_best_there_is(options: list[DraftPlan], costs: CostTable, rate: float, fixed: float) -> None:
     """For any costs: also where the first mask costs more than the others."""
     for each in (costs, CostTable(costs.tokens, {0: 0.0, 1: fixed, 8: fixed + 0.5})):
-        chosen = choose([options], each, np.array([1, 0, 0]), rate)
-        assert score([options], chosen, each, rate) == pytest.approx(best_score([options], each, rate))
+        chosen = chosen_of([options], each, rate)
+        assert score(chosen, each, rate) == pytest.approx(best_score([options], each, rate))
 
 
 @given(st.lists(OPTIONS, min_size=2, max_size=3), convex_costs(), st.floats(0.2, 3.0))
-def test_several_sequences_get_nearly_the_best_there_is(options: list[DraftOptions], costs: CostTable, rate: float) -> None:
+def test_several_sequences_get_nearly_the_best_there_is(options: list[list[DraftPlan]], costs: CostTable, rate: float) -> None:
     """And never less than without drafts."""
-    chosen = choose(options, costs, np.array([len(options), 0, 0]), rate)
-    found, best = score(options, chosen, costs, rate), best_score(options, costs, rate)
-    nothing = score(options, [0] * len(options), costs, rate)
+    found, best = score(chosen_of(options, costs, rate), costs, rate), best_score(options, costs, rate)
+    nothing = score([each[0] for each in options], costs, rate)
     assert found >= nothing - 1e-9
     assert best - found <= 0.1 * (best - nothing) + 0.05
 
@@ -94,18 +94,18 @@ WITHOUT_MASKS = st.lists(PROBABILITY, max_size=3).map(lambda chain: options_of(c
 
 
 @given(st.lists(WITHOUT_MASKS, min_size=2, max_size=3), convex_costs())
-def test_drafts_of_several_sequences_are_chosen_as_by_brute_force(options: list[DraftOptions], costs: CostTable) -> None:
+def test_drafts_of_several_sequences_are_chosen_as_by_brute_force(options: list[list[DraftPlan]], costs: CostTable) -> None:
     """Without masks, where marginal gains fall and marginal costs rise."""
     for rate in (0.3, 1.0, 2.0):
-        chosen = choose(options, costs, np.array([len(options), 0, 0]), rate)
-        assert score(options, chosen, costs, rate) == pytest.approx(best_score(options, costs, rate), abs=0.02)
+        chosen = chosen_of(options, costs, rate)
+        assert score(chosen, costs, rate) == pytest.approx(best_score(options, costs, rate), abs=0.02)
 
 
 def test_a_fixed_cost_is_paid_where_several_share_it() -> None:
     costs = CostTable({1: 1.0, 64: 1.63}, noisy={0: 0.0, 1: 1.0, 64: 1.0})
     one = options_of((), (0.4, 0.3))
-    assert choose([one], costs, np.array([1, 0, 0]), 1.0) == [0]
-    assert all(choose([one] * 6, costs, np.array([6, 0, 0]), 1.0))
+    assert chosen_of([one], costs, 1.0) == [DraftPlan()]
+    assert all(plan.num_masks for plan in chosen_of([one] * 6, costs, 1.0))
 
 
 class Scripted:
@@ -114,7 +114,7 @@ class Scripted:
     is_drawn = False
     num_idle = 0
 
-    def __init__(self, options: DraftOptions | None, *, wants_probe: bool = False) -> None:
+    def __init__(self, options: list[DraftPlan], *, wants_probe: bool = False) -> None:
         self.options, self._wants_probe = options, wants_probe
         self.plans: list[DraftPlan] = []
         self.probes = 0
@@ -127,7 +127,7 @@ class Scripted:
     def may_draft(self) -> bool:
         return True
 
-    def draft_options(self, prices: DraftPrices) -> DraftOptions | None:
+    def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
         return self.options
 
     def follow_plan(self, plan: DraftPlan) -> None:
@@ -166,7 +166,7 @@ def test_under_load_only_near_certain_drafts_are_verified() -> None:
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_probes_take_a_hundredth_of_the_time(count: int) -> None:
-    sequences = [Scripted(None, wants_probe=True) for _ in range(count)]
+    sequences = [Scripted([DraftPlan()], wants_probe=True) for _ in range(count)]
     planned(CostTable({1: 1.0, 64: 1 + 63 * 0.2}, noisy={0: 0.0, 1: 0.3, 2: 0.3}), sequences, steps=2000)
     probes = sum(sequence.probes for sequence in sequences)
     cost = probes * 0.2 / (1 + (count - 1) * 0.2)
@@ -194,18 +194,19 @@ def test_masks_are_worth_what_they_have_drafted_less_the_price_of_verifying_it()
     estimates = DraftEstimates(history)
     for _ in range(20):
         estimates.record_masks([draft(0.8), draft(0.5)], 3)
-    free, dear = estimates.worth(3, 0.0), estimates.worth(3, 0.5)
+    free, dear = (estimates.worth(3, DraftPrices(price, 0.0)) for price in (0.0, 0.5))
     assert free[0] == dear[0] == 0.0
     assert free[1:] == pytest.approx([0.8, 1.2, 1.2], abs=0.1)
-    assert dear[1:] == pytest.approx([0.3, 0.3, 0.3], abs=0.1)
+    assert dear == pytest.approx([0.0, 0.3], abs=0.1), "as far as they are worth anything"
     for _ in range(20):
         estimates.record_masks([draft(0.1)], 1)
-    assert estimates.worth(3, 0.2)[-1] < 0.1
-    assert len(estimates.worth(100, 0.2)) <= 101
+    assert estimates.worth(3, DraftPrices(0.2, 0.0))[-1] < 0.1
+    assert estimates.worth(3, DraftPrices(0.2, 0.1)) == [0.0], "not worth the price of a mask"
 
 
 def test_one_mask_that_drafts_well_makes_more_of_them_worth_trying() -> None:
     estimates = DraftEstimates(DraftHistory())
-    before = estimates.worth(7, 0.15)[7]
+    prices = DraftPrices(0.15, 0.0)
+    before = estimates.worth(7, prices)[-1]
     estimates.record_masks([draft(0.95)], 1)
-    assert estimates.worth(7, 0.15)[7] > before + 1
+    assert estimates.worth(7, prices)[7] > before + 1

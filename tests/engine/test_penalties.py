@@ -20,7 +20,7 @@ from unmask.engine.llm import LanguageModel
 from unmask.engine.penalties import REPEATED
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Request
-from unmask.engine.sampler import needs_logits, process
+from unmask.engine.sampler import process
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.engine.sequences.base import ScheduledSequence
 from unmask.models.arch.transformer import Transformer
@@ -217,7 +217,7 @@ def test_more_tokens_than_the_vocabulary_repeat_where_nothing_else_is_left() -> 
 
 
 def test_no_penalty_needs_no_logits() -> None:
-    assert not needs_logits(Request(PROMPT))
+    assert not Request(PROMPT).needs_logits
     assert not ResolvedParams(repetition_penalty=1, frequency_penalty=0).has_penalties
     for options in PENALTIES:
-        assert needs_logits(Request(PROMPT, ResolvedParams(**options)))
+        assert Request(PROMPT, ResolvedParams(**options)).needs_logits

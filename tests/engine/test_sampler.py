@@ -11,7 +11,7 @@ from tiny import MASK, tiny_model
 from unmask.diffusion.decode import candidates, entropies
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.request import Request
-from unmask.engine.sampler import Sampler, needs_logits, process
+from unmask.engine.sampler import Sampler, process
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.engine.sequences.base import ScheduledSequence
 
@@ -86,6 +86,6 @@ def test_sequences_sample_together_what_they_sample_alone() -> None:
         tokens, confidences = candidates(logits, *key, sample=each.request.sample, seed=each.request.noise_seed)
         assert list(output.guess.tokens) == tokens.tolist()
         torch.testing.assert_close(torch.tensor(output.guess.confidences), confidences)
-        assert (output.logits_NV is not None) == needs_logits(each.request)
+        assert (output.logits_NV is not None) == each.request.needs_logits
         if params.policy == "entropy":
             torch.testing.assert_close(torch.tensor(output.guess.entropies), entropies(logits, MASK))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,7 @@ from torch import Tensor
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """Consecutive positions of one sequence, to be run in a forward.
 
     Attributes:
@@ -41,99 +42,145 @@ class SequenceSlice:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One forward over T tokens of N sequences, in order.
+    """One forward over T tokens of N sequences, in order. Each of the arrays is made when a backend first asks for it.
 
     Attributes:
-        tokens_T: int64 ids.
-        positions_T: int64, counted from the start of the sequence.
-        slot_mapping_T: int64 slot of the KV cache that each token's own key and value are written to.
-        cu_seqlens_q: int32 [N + 1], cumulative number of tokens.
-        cu_seqlens_k: int32 [N + 1], cumulative number of keys: those in the cache and the forward's own.
-        block_table_NM: int32 cache blocks of each sequence, padded with 0.
-        num_visible_keys_T: int32; a token attends to this many first keys of its sequence. That one number expresses causal and
-            block-causal attention, and attention within one block.
-        is_noisy_T: bool, tokens that are being denoised; they pass the gated LoRA of a model that has one.
-        max_seqlen_q: most tokens of a sequence.
-        max_seqlen_k: most keys of a sequence.
+        slices: one a sequence.
         cache_block_size: tokens in a cache block.
-        num_queries_N: `cu_seqlens_q` as lengths, on the host.
-        num_keys_N: `cu_seqlens_k` as lengths, on the host.
-        sees_all_N: whether every token of the sequence attends to all of its keys, on the host.
-        is_consecutive_N: whether the sequence's cache blocks are neighbours in the KV cache, on the host.
-        host_block_table_NM: `block_table_NM` on the host.
-        segments_C6: int64 on the host, for kernels whose mask has one form per call. A segment is a sequence, or its causal and
-            its noisy part: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1), sequence.
+        device: of the tensors; what is said to be on the host is an array.
     """
 
-    tokens_T: Tensor
-    positions_T: Tensor
-    slot_mapping_T: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    block_table_NM: Tensor
-    num_visible_keys_T: Tensor
-    is_noisy_T: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
+    slices: Sequence[SequenceSlice]
     cache_block_size: int
-    num_queries_N: Ints
-    num_keys_N: Ints
-    sees_all_N: NDArray[np.bool_]
-    is_consecutive_N: NDArray[np.bool_]
-    host_block_table_NM: NDArray[np.int32]
-    segments_C6: Ints
+    device: torch.device | str = "cpu"
 
-    @classmethod
-    def build(cls, slices: Sequence[SequenceSlice], cache_block_size: int, device: torch.device | str) -> Batch:
-        """The batch of these slices, one a sequence; one copy a tensor to `device`."""
-        sizes = [(len(s.tokens), s.start, s.mask_block_size, s.causal_end) for s in slices]
-        num_queries, start, mask_block_size, causal_end = np.array(sizes, dtype=np.int64).T
-        num_keys, ends = start + num_queries, np.cumsum(num_queries)
-        tables = np.zeros((len(slices), max(len(s.block_table) for s in slices)), dtype=np.int32)
-        for row, each in zip(tables, slices, strict=True):
-            row[: len(each.block_table)] = each.block_table
-        is_unused_NM = np.arange(tables.shape[1]) * cache_block_size >= num_keys[:, None]
-        # By token: its sequence, its position, and whether it stands before `causal_end`.
-        sequence_T = np.repeat(np.arange(len(slices)), num_queries)
-        positions_T = np.arange(len(sequence_T)) + (num_keys - ends)[sequence_T]
-        noisy_T = positions_T >= causal_end[sequence_T]
-        size_T = np.where(noisy_T, mask_block_size[sequence_T], 1)
-        visible_T = np.minimum((positions_T // size_T + 1) * size_T, num_keys[sequence_T])
-        slot_mapping_T = tables[sequence_T, positions_T // cache_block_size] * np.int64(cache_block_size)
-        slot_mapping_T += positions_T % cache_block_size
-        tokens_T = np.fromiter(chain.from_iterable(s.tokens for s in slices), np.int64, len(sequence_T))
+    @cached_property
+    def tokens_T(self) -> Tensor:
+        """int64 ids."""
+        tokens = self.slices[0].tokens if len(self.slices) == 1 else list(chain.from_iterable(s.tokens for s in self.slices))
+        return self._tensor(np.array(tokens, dtype=np.int64))
 
-        def tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(array).to(device=device, dtype=dtype)
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """int64, counted from the start of the sequence."""
+        return self._tensor(self._host_positions_T)
 
-        return cls(
-            tokens_T=tensor(tokens_T, torch.int64),
-            positions_T=tensor(positions_T, torch.int64),
-            slot_mapping_T=tensor(slot_mapping_T, torch.int64),
-            cu_seqlens_q=tensor(np.concatenate(([0], ends)), torch.int32),
-            cu_seqlens_k=tensor(np.concatenate(([0], np.cumsum(num_keys))), torch.int32),
-            block_table_NM=tensor(tables, torch.int32),
-            num_visible_keys_T=tensor(visible_T, torch.int32),
-            is_noisy_T=tensor(noisy_T, torch.bool),
-            max_seqlen_q=int(num_queries.max()),
-            max_seqlen_k=int(num_keys.max()),
-            cache_block_size=cache_block_size,
-            num_queries_N=num_queries,
-            num_keys_N=num_keys,
-            sees_all_N=visible_T[ends - num_queries] == num_keys,
-            is_consecutive_N=((np.diff(tables) == 1) | is_unused_NM[:, 1:]).all(1),
-            host_block_table_NM=tables,
-            segments_C6=_segments(start, num_queries, mask_block_size, causal_end),
-        )
+    @cached_property
+    def slot_mapping_T(self) -> Tensor:
+        """int64 slot of the KV cache that each token's own key and value are written to."""
+        size = np.int64(self.cache_block_size)
+        blocks_T = self.host_block_table_NM[self._sequence_T, self._host_positions_T // size]
+        return self._tensor(blocks_T * size + self._host_positions_T % size)
 
+    @cached_property
+    def cu_seqlens_q(self) -> Tensor:
+        """int32 [N + 1], cumulative number of tokens."""
+        return self._tensor(np.array([0, *np.cumsum(self.num_queries_N)], dtype=np.int32))
 
-def _segments(start_N: Ints, num_queries_N: Ints, mask_block_size_N: Ints, causal_end_N: Ints) -> Ints:
-    """`Batch.segments_C6`: of every sequence the causal part and the noisy one, unless it is empty."""
-    stop_N = np.cumsum(num_queries_N)
-    border_N = stop_N - num_queries_N + np.clip(causal_end_N - start_N, 0, num_queries_N)
-    one_N, sequence_N = np.ones_like(start_N), np.arange(len(start_N))
-    position_N = start_N + border_N - (stop_N - num_queries_N)
-    causal = np.stack((stop_N - num_queries_N, border_N, start_N, one_N, 0 * one_N, sequence_N), 1)
-    noisy = np.stack((border_N, stop_N, position_N, mask_block_size_N, one_N, sequence_N), 1)
-    both = np.stack((causal, noisy), 1).reshape(-1, 6)
-    return np.ascontiguousarray(both[both[:, 0] < both[:, 1]])
+    @cached_property
+    def cu_seqlens_k(self) -> Tensor:
+        """int32 [N + 1], cumulative number of keys: those in the cache and the forward's own."""
+        return self._tensor(np.array([0, *np.cumsum(self.num_keys_N)], dtype=np.int32))
+
+    @cached_property
+    def block_table_NM(self) -> Tensor:
+        """int32 cache blocks of each sequence, padded with 0."""
+        return self._tensor(self.host_block_table_NM)
+
+    @cached_property
+    def num_visible_keys_T(self) -> Tensor:
+        """int32; a token attends to this many first keys of its sequence. That one number expresses causal and block-causal
+        attention, and attention within one block."""
+        return self._tensor(self._host_visible_T.astype(np.int32))
+
+    @cached_property
+    def is_noisy_T(self) -> Tensor:
+        """bool, tokens that are being denoised; they pass the gated LoRA of a model that has one."""
+        return self._tensor(self._host_noisy_T)
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Most tokens of a sequence."""
+        return int(self.num_queries_N.max())
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Most keys of a sequence."""
+        return int(self.num_keys_N.max())
+
+    @cached_property
+    def num_queries_N(self) -> Ints:
+        """`cu_seqlens_q` as lengths, on the host."""
+        return np.array([len(each.tokens) for each in self.slices], dtype=np.int64)
+
+    @cached_property
+    def num_keys_N(self) -> Ints:
+        """`cu_seqlens_k` as lengths, on the host."""
+        return np.array([each.start + len(each.tokens) for each in self.slices], dtype=np.int64)
+
+    @cached_property
+    def sees_all_N(self) -> NDArray[np.bool_]:
+        """Whether every token of the sequence attends to all of its keys, on the host."""
+        first_N = np.cumsum(self.num_queries_N) - self.num_queries_N
+        sees_all_N: NDArray[np.bool_] = self._host_visible_T[first_N] == self.num_keys_N
+        return sees_all_N
+
+    @cached_property
+    def is_consecutive_N(self) -> NDArray[np.bool_]:
+        """Whether the sequence's cache blocks are neighbours in the KV cache, on the host."""
+        tables = self.host_block_table_NM
+        is_unused_NM = np.arange(tables.shape[1]) * self.cache_block_size >= self.num_keys_N[:, None]
+        is_consecutive_N: NDArray[np.bool_] = ((np.diff(tables) == 1) | is_unused_NM[:, 1:]).all(1)
+        return is_consecutive_N
+
+    @cached_property
+    def host_block_table_NM(self) -> NDArray[np.int32]:
+        """`block_table_NM` on the host."""
+        if len(self.slices) == 1:
+            return np.array([self.slices[0].block_table], dtype=np.int32)
+        longest = max(len(each.block_table) for each in self.slices)
+        return np.array([[*each.block_table, *[0] * (longest - len(each.block_table))] for each in self.slices], dtype=np.int32)
+
+    @cached_property
+    def segments_C6(self) -> Ints:
+        """int64 on the host, for kernels whose mask has one form per call. A segment is a sequence, or its causal and its
+        noisy part: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1), sequence."""
+        segments, row = list[tuple[int, ...]](), 0
+        for number, (tokens, start, _, mask_block_size, causal_end) in enumerate(self.slices):
+            stop = row + len(tokens)
+            border = row + min(max(causal_end - start, 0), len(tokens))
+            if border > row:
+                segments.append((row, border, start, 1, 0, number))
+            if stop > border:
+                segments.append((border, stop, start + border - row, mask_block_size, 1, number))
+            row = stop
+        return np.array(segments, dtype=np.int64)
+
+    @cached_property
+    def _host_positions_T(self) -> Ints:
+        if len(self.slices) == 1:
+            tokens, start = self.slices[0][:2]
+            return np.arange(start, start + len(tokens))
+        return np.fromiter(chain.from_iterable(range(s.start, s.start + len(s.tokens)) for s in self.slices), np.int64)
+
+    @cached_property
+    def _sequence_T(self) -> Ints:
+        """By token, its sequence."""
+        return np.repeat(np.arange(len(self.slices)), self.num_queries_N)
+
+    @cached_property
+    def _host_noisy_T(self) -> NDArray[np.bool_]:
+        """By token, whether it stands at or behind `causal_end`."""
+        noisy_T: NDArray[np.bool_] = self._host_positions_T >= np.array([s.causal_end for s in self.slices])[self._sequence_T]
+        return noisy_T
+
+    @cached_property
+    def _host_visible_T(self) -> Ints:
+        size_T = np.array([each.mask_block_size for each in self.slices], dtype=np.int64)[self._sequence_T]
+        size_T = np.where(self._host_noisy_T, size_T, 1)
+        visible_T: Ints = np.minimum((self._host_positions_T // size_T + 1) * size_T, self.num_keys_N[self._sequence_T])
+        return visible_T
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device == "cpu" or tensor.device == self.device else tensor.to(self.device)

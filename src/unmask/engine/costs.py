@@ -8,8 +8,12 @@ Legend: K forwards, F features of a forward (tokens, noisy tokens, tokens whose 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,25 +22,38 @@ from numpy.typing import NDArray
 Counts = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
-_FAR = 2.0**20
 _NO_EXTRA: Mapping[int, float] = {0: 0.0}
 # Numbers of tokens beyond which one more may have another cost: weights are read once for a few, then products count.
-_KINKS = np.array([1, 4, 8, 16])
-# Before anything is measured, relative to a forward of one token: each further token, what it costs more past the other kinks,
-# any noisy token (gated LoRA is read), each of them, and each token whose candidate takes all logits.
-_PRIOR = np.array([0.1, 0.1, 0.03, 0.0, 0.25, 0.05, 0.1])
-_PRIOR_ERROR = np.array([0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2])
+_KINKS = (1, 4, 8, 16)
+_VNNI = (0.09, -0.06, -0.01, 0.03, 0.15, 0.02, 0.1)
+_PRIORS: dict[str | None, tuple[float, ...]] = {
+    "avx2": (0.08, 0.07, 0.0, 0.02, 0.25, 0.05, 0.1),
+    **dict.fromkeys(("avxvnni", "avx512vnni", "amx"), _VNNI),
+    None: (0.1, 0.1, 0.03, 0.0, 0.25, 0.05, 0.1),
+}
+"""By the kind of kernels (None: any other), before anything is measured, relative to a forward of one token: each further
+token, what it costs more past the other kinks, any noisy token (gated LoRA is read), each of them, and each token whose
+candidate takes all logits."""
+_PRIOR_ERRORS = np.array([0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2])
 _NOISE, _DRIFT = 0.1, 1e-3
-_SPEED_RATE = 0.1
+_NUM_RECENT, _QUANTILE = 16, 0.3
 _OUTLIER = 1.5
-_UNKNOWN = 1e9
+_SLOWER = 0.2
+"""What a forward that took longer than expected counts: another process may have been why."""
+_ABSURD = 1e6
+_LEAST_SURE = 0.3
+"""Of the prior's errors, what costs learnt in another process are uncertain by at least: the machine may have changed."""
 
 
 class ForwardCosts(Protocol):
-    """Relative costs of forwards that decode."""
+    """Relative costs of forwards that decode. Increasing in every feature."""
+
+    def cost(self, tokens: int, noisy: int, drawn: int) -> float:
+        """Of one forward, up to a common factor."""
+        ...
 
     def relative(self, counts_KF: Counts) -> Floats:
-        """Cost of each forward [K], up to a common factor. Increasing in every feature."""
+        """The same of several [K]."""
         ...
 
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
@@ -61,70 +78,111 @@ class CostTable:
     noisy: Mapping[int, float] = field(default_factory=lambda: _NO_EXTRA)
     drawn: Mapping[int, float] = field(default_factory=lambda: _NO_EXTRA)
 
+    def cost(self, tokens: int, noisy: int, drawn: int) -> float:
+        curves = self._curves
+        return _interpolated(curves[0], tokens) + _interpolated(curves[1], noisy) + _interpolated(curves[2], drawn)
+
     def relative(self, counts_KF: Counts) -> Floats:
-        curves = (self.tokens, self.noisy, self.drawn)
-        costs_K: Floats = np.sum([_interpolated(curve, counts_KF[:, i]) for i, curve in enumerate(curves)], axis=0)
-        return costs_K
+        return np.array([self.cost(*counts) for counts in counts_KF.tolist()])
 
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
         """Changes nothing."""
 
+    @cached_property
+    def _curves(self) -> tuple[list[tuple[int, float]], ...]:
+        return tuple(sorted(curve.items()) for curve in (self.tokens, self.noisy, self.drawn))
 
-def _interpolated(curve: Mapping[int, float], counts_K: Counts) -> Floats:
-    numbers, costs = np.array(sorted(curve.items()), dtype=np.float64).T
-    slope = 0.0 if len(numbers) == 1 else (costs[-1] - costs[-2]) / (numbers[-1] - numbers[-2])
-    last = costs[-1] + slope * (_FAR - numbers[-1])
-    costs_K: Floats = np.interp(counts_K, [*numbers, _FAR], [*costs, last])
-    return costs_K
+
+def _interpolated(curve: Sequence[tuple[int, float]], number: int) -> float:
+    right = min(bisect_right(curve, (number, np.inf)), len(curve) - 1)
+    if right == 0 or number <= curve[0][0]:
+        return curve[0][1]
+    (before, low), (after, high) = curve[right - 1 : right + 1]
+    return low + (high - low) / (after - before) * (number - before)
 
 
 class MeasuredCosts:
     """Costs learnt from an engine's own forwards: linear in the features, with kinks, by a Kalman filter.
 
-    The seconds of a forward are divided by the present speed of the machine, a running mean in which forwards of few tokens
-    count most; outliers are clipped. Forwards of one token say nothing on what more of them cost, and so nothing is forgotten
-    by them. Before the first forward, whatever has drafts is taken to be dearer than any gain.
+    The seconds of a forward are divided by those that one of one token takes at present, a low quantile of the last forwards in
+    which those of few tokens count most. A forward that took longer than expected counts less than one that took less time, and
+    outliers are clipped: what is learnt are the costs of forwards that no other process disturbed.
+
+    Args:
+        kernels: the kind of kernels, whose usual costs hold before anything is measured; None: unknown.
     """
 
-    def __init__(self) -> None:
-        self._parameters_P, self._covariance_PP = _PRIOR.copy(), np.diag(_PRIOR_ERROR**2)
+    def __init__(self, kernels: str | None = None) -> None:
+        self._parameters_P: tuple[float, ...] = _PRIORS.get(kernels, _PRIORS[None])
+        self._covariance_PP = np.diag(_PRIOR_ERRORS**2)
         self._drift_PP = _DRIFT * self._covariance_PP
-        self._seconds: float | None = None  # of a forward of one token, at present
-        self._num_plain = 0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_NUM_RECENT)  # seconds of a forward of one token, and weights
+
+    def cost(self, tokens: int, noisy: int, drawn: int) -> float:
+        parameters = self._parameters_P
+        total = 1.0
+        for kink, slope in zip(_KINKS, parameters, strict=False):
+            if tokens <= kink:
+                break
+            total += slope * (tokens - kink)
+        if noisy:
+            total += parameters[-3] + parameters[-2] * noisy
+        return total + parameters[-1] * drawn
 
     def relative(self, counts_KF: Counts) -> Floats:
-        costs_K: Floats = 1.0 + _inputs(counts_KF) @ self._parameters_P
-        if self._seconds is None:
-            costs_K[(counts_KF > counts_KF.min(0)).any(1)] = _UNKNOWN
+        costs_K: Floats = 1.0 + _inputs(counts_KF) @ np.array(self._parameters_P)
         return costs_K
 
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
-        x_P = _inputs(np.array([counts_F]))[0]
-        predicted = 1.0 + float(x_P @ self._parameters_P)
-        if self._seconds is None:
-            self._seconds = seconds / predicted
-        ratio = min(max(seconds / (self._seconds * predicted), 1 / _OUTLIER), _OUTLIER)
-        self._num_plain += counts_F[0] == 1
-        self._seconds *= ratio ** (max(_SPEED_RATE, 1 / (self._num_plain + 1)) / predicted**2)
-        if counts_F[0] > 1:
-            self._learn(x_P, predicted, predicted * (ratio - 1.0))
+        tokens, noisy, drawn = counts_F
+        predicted = self.cost(tokens, noisy, drawn)
+        if tokens > 1 and self._recent:
+            ratio = min(max(seconds / (self._seconds() * predicted), 1 / _OUTLIER), _OUTLIER)
+            self._learn(_inputs(np.array([counts_F]))[0], predicted, predicted * (ratio - 1.0), _SLOWER if ratio > 1 else 1.0)
+        self._recent.append((seconds / predicted, predicted**-2))
 
-    def _learn(self, x_P: Floats, predicted: float, error: float) -> None:
+    def state(self) -> dict[str, list[float]]:
+        """What has been learnt, for JSON."""
+        return {"parameters": list(self._parameters_P), "errors": np.sqrt(self._covariance_PP.diagonal()).tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Start from what has been learnt before, by another engine or process.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no such state; nothing has changed.
+        """
+        parameters_P, error_P = (np.array(state[name], dtype=np.float64) for name in ("parameters", "errors"))
+        for values_P in (parameters_P, error_P):
+            if values_P.shape != _PRIOR_ERRORS.shape or not (np.isfinite(values_P) & (np.abs(values_P) < _ABSURD)).all():
+                raise ValueError(f"costs are {values_P}; they must be {len(_PRIOR_ERRORS)} numbers")
+        self._parameters_P = _increasing(parameters_P)
+        self._covariance_PP = np.diag(np.maximum(error_P, _LEAST_SURE * _PRIOR_ERRORS) ** 2)
+
+    def _seconds(self) -> float:
+        """Of a forward of one token, at present."""
+        recent = sorted(self._recent)
+        reached = list(accumulate(weight for _, weight in recent))
+        return recent[bisect_left(reached, _QUANTILE * reached[-1])][0]
+
+    def _learn(self, x_P: Floats, predicted: float, error: float, weight: float) -> None:
         """A step of the filter. Engines in other threads may read and take one meanwhile: arrays are replaced, not changed."""
         covariance_PP = self._covariance_PP + self._drift_PP
         spread_P = covariance_PP @ x_P
-        gain_P = spread_P / ((_NOISE * predicted) ** 2 + x_P @ spread_P)
-        found_P = self._parameters_P + gain_P * error
+        gain_P = spread_P / ((_NOISE * predicted) ** 2 / weight + x_P @ spread_P)
         self._covariance_PP = covariance_PP - np.outer(gain_P, spread_P)
-        # No forward gets cheaper by a token more.
-        slopes = np.maximum(np.cumsum(found_P[: len(_KINKS)]), 0.0)
-        self._parameters_P = np.concatenate((np.diff(slopes, prepend=0.0), np.maximum(found_P[len(_KINKS) :], 0.0)))
+        self._parameters_P = _increasing(np.array(self._parameters_P) + gain_P * error)
+
+
+def _increasing(parameters_P: Floats) -> tuple[float, ...]:
+    """The parameters, so that no forward gets cheaper by a token more."""
+    slopes = np.maximum(np.cumsum(parameters_P[: len(_KINKS)]), 0.0)
+    return (*np.diff(slopes, prepend=0.0).tolist(), *np.maximum(parameters_P[len(_KINKS) :], 0.0).tolist())
 
 
 def _inputs(counts_KF: Counts) -> Floats:
     """Of the linear model, [K, P]."""
-    x_KP = np.empty((len(counts_KF), len(_PRIOR)))
-    x_KP[:, : len(_KINKS)] = np.maximum(counts_KF[:, :1] - _KINKS, 0)
+    x_KP = np.empty((len(counts_KF), len(_PRIOR_ERRORS)))
+    x_KP[:, : len(_KINKS)] = np.maximum(counts_KF[:, :1] - np.array(_KINKS), 0)
     x_KP[:, len(_KINKS)] = counts_KF[:, 1] > 0
     x_KP[:, len(_KINKS) + 1 :] = counts_KF[:, 1:]
     return x_KP

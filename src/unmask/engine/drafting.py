@@ -1,33 +1,36 @@
 """Drafting: how many draft tokens each request verifies in the next forward, and how many masks it runs to draft on.
 
 Owns the estimates of acceptance, learnt from what requests show, and the choice that makes most of a forward's time. Knows
-neither models nor caches; a sequence says what it could do (`DraftOptions`) and is told what to do.
+neither models nor caches; a sequence says what it could do (`DraftPlan`) and is told what to do.
 
 Over a long time, most tokens per second are written by the forwards of greatest `tokens - rate * cost`, where `rate` is the
 tokens per cost that decoding reaches at present. Counted as tokens are also those that drafts made now are worth to the next
 forward, less what verifying them will cost.
 
-Legend: O options of a sequence, F features of a forward (`engine.costs`), D drafts + 1, M masks + 1.
+Legend: F features of a forward (`engine.costs`), K options of all sequences together, S sequences.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from unmask.engine.costs import Counts, Floats, ForwardCosts
+from unmask.engine.costs import ForwardCosts
 
 Source = Literal["masks", "lookup"]
 Key = tuple[Source, int, int]
 
 _STRENGTH = 4.0
 """Observations that a prior is worth."""
-_MEMORY = 0.95
-"""Of a request's observations, what counts after one more."""
-_NOTHING_SEEN = np.zeros(4)
+_MEMORY, _LONG_MEMORY = 0.95, 0.997
+"""Of a request's observations and of those of all requests, what counts after one more."""
+_NOTHING_SEEN = (0.0, 0.0, 0.0, 0.0)
 _HIGHEST = 0.98
 _LONGEST = 32
 """Distances for which the worth of masks is kept."""
@@ -42,13 +45,13 @@ _PROMISING = 0.7
 """Drafts less probable than this share of the price of a verify token are no option: the price is a mean."""
 _PRICED = 3
 """Verify tokens of a sequence whose mean cost is the price of one."""
+_LEAST_PRICE = 1e-3
+"""Of a token, where it costs the forward nothing: of those the likeliest come first."""
 _CHANGES = 8
 """Most changes of a sequence's option in one choice, on average."""
-_ONE_MASK = np.array([1, 1, 0])
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """A draft token that waits to be verified, or to be seen right or wrong as the text goes on.
 
     Attributes:
@@ -71,116 +74,123 @@ class Outcomes:
     """
 
     def __init__(self, size: int) -> None:
-        self._chains = np.zeros((size, _LONGEST))
-        self.count = 0
+        self.chains: deque[tuple[float, ...]] = deque(maxlen=size)
+        self._sums: tuple[float, list[float]] = (0.0, [])
 
-    def add(self, chain: Floats) -> None:
-        """One more [_LONGEST]; the oldest is forgotten."""
-        self._chains[self.count % len(self._chains)] = chain
-        self.count += 1
+    def add(self, chain: tuple[float, ...]) -> None:
+        """One more, of `_LONGEST`; the oldest is forgotten."""
+        self.chains.append(chain)
+        self._sums = (0.0, [])
 
-    def surplus(self, num_masks: int, price: float) -> tuple[int, Floats]:
-        """How many are kept, and the sum over them of what each draft exceeds the price by [num_masks]."""
-        kept = min(self.count, len(self._chains))
-        return kept, np.maximum(self._chains[:kept, :num_masks] - price, 0.0).sum(0)
+    def surplus(self, distance: int, price: float) -> float:
+        """The sum over the outcomes of what a draft exceeds the price by."""
+        if self._sums[0] != price:
+            self._sums = (price, [])
+        _, sums = self._sums
+        while len(sums) <= distance:
+            i = len(sums)
+            sums.append(sum([chain[i] - price for chain in list(self.chains) if chain[i] > price]))
+        return sums[distance]
 
 
 class DraftHistory:
-    """What the requests of an engine have shown of drafts: the prior of the next request."""
+    """What the requests of a model have shown of drafts: the prior of the next request."""
 
     def __init__(self) -> None:
-        self._counts: dict[Key, tuple[float, float]] = {}
+        self.counts: dict[Key, tuple[float, float]] = {}
         self.outcomes = Outcomes(_NUM_OTHERS)
-        self.outcomes.add(_FIRST_OUTCOME ** np.arange(1, _LONGEST + 1))
+        self.outcomes.add(tuple(_FIRST_OUTCOME ** (1 + i) for i in range(_LONGEST)))
 
     def probability(self, key: Key, prior: float) -> float:
         """Of acceptance, from all requests."""
-        accepted, seen = self._counts.get(key, (0.0, 0.0))
+        accepted, seen = self.counts.get(key, (0.0, 0.0))
         return (accepted + _STRENGTH * prior) / (seen + _STRENGTH)
 
     def record(self, key: Key, accepted: bool) -> None:
         """A draft of this kind, all before it being accepted, turned out right or wrong."""
-        before, seen = self._counts.get(key, (0.0, 0.0))
-        self._counts[key] = before + accepted, seen + 1
+        before, seen = self.counts.get(key, (0.0, 0.0))
+        self.counts[key] = _LONG_MEMORY * before + accepted, _LONG_MEMORY * seen + 1
 
 
 class DraftEstimates:
     """A request's own view: acceptance and the worth of masks, starting from what other requests have shown.
 
     Args:
-        history: shared by the requests of an engine.
+        history: shared by the requests of a model.
     """
 
     def __init__(self, history: DraftHistory) -> None:
         self._history = history
-        self._sums: dict[Source, Floats] = {}  # accepted, expected to be, rejected, expected to be
+        self._sums: dict[Source, tuple[float, float, float, float]] = {}  # accepted, expected to be, rejected, expected to be
         self._outcomes = Outcomes(_NUM_OWN)
 
     def draft(self, token: int, key: Key, prior: float) -> Draft:
         """A draft with its probability: the prior as all requests correct it, and the odds as this request does."""
         probability = min(self._history.probability(key, prior), _HIGHEST)
-        accepted, expected, rejected, feared = self._sums.get(key[0], _NOTHING_SEEN) + _STRENGTH
-        odds = probability / (1 - probability) * (accepted / expected) * (feared / rejected)
+        accepted, expected, rejected, feared = self._sums.get(key[0], _NOTHING_SEEN)
+        odds = probability / (1 - probability) * ((accepted + _STRENGTH) / (expected + _STRENGTH))
+        odds *= (feared + _STRENGTH) / (rejected + _STRENGTH)
         return Draft(token, min(odds / (1 + odds), _HIGHEST), key, prior)
 
     def record(self, draft: Draft, accepted: bool) -> None:
         """A draft, all before it being accepted, turned out right or wrong, whether it was verified or not."""
-        expected = self._history.probability(draft.key, draft.prior)
-        seen = np.array([accepted, expected, not accepted, 1 - expected])
-        self._sums[draft.key[0]] = _MEMORY * self._sums.get(draft.key[0], _NOTHING_SEEN) + seen
+        likely = self._history.probability(draft.key, draft.prior)
+        before, expected, rejected, feared = self._sums.get(draft.key[0], _NOTHING_SEEN)
+        self._sums[draft.key[0]] = (
+            _MEMORY * before + accepted,
+            _MEMORY * expected + likely,
+            _MEMORY * rejected + (not accepted),
+            _MEMORY * feared + 1 - likely,
+        )
         self._history.record(draft.key, accepted)
 
     def record_masks(self, drafts: Sequence[Draft], num_masks: int) -> None:
         """So many masks (at least one) have been run, and these drafts were kept."""
-        outcome, count = np.zeros(_LONGEST), min(num_masks, _LONGEST)
-        chain = np.cumprod([draft.probability for draft in drafts[:count]])
-        outcome[: len(chain)] = chain
+        count = min(num_masks, _LONGEST)
+        chain = list(accumulate((draft.probability for draft in drafts[:count]), mul))
         if len(chain) == count:  # more masks might have drafted on as well
-            outcome[count:] = chain[-1] ** (1 + np.arange(1, _LONGEST - count + 1) / count)
+            step = chain[-1] ** (1 / count)
+            chain += [chain[-1] * step**i for i in range(1, _LONGEST - count + 1)]
+        outcome = (*chain, *[0.0] * (_LONGEST - len(chain)))
         self._outcomes.add(outcome)
         self._history.outcomes.add(outcome)
 
-    def worth(self, num_masks: int, price: float) -> Floats:
-        """Tokens that 0, 1, ... masks are expected to be worth to the next forward [num_masks + 1].
-
-        Args:
-            num_masks: most masks; of a great number, those that anything is known of.
-            price: of a verify token, in tokens: a draft that is less probable will not be verified.
-        """
-        num_others, others = self._history.outcomes.surplus(num_masks, price)
-        num_own, own = self._outcomes.surplus(num_masks, price)
-        mean = (own + _OTHERS_WEIGHT / num_others * others) / (num_own + _OTHERS_WEIGHT)
-        worth = np.zeros(len(mean) + 1)
-        np.cumsum(mean, out=worth[1:])
+    def worth(self, num_masks: int, prices: DraftPrices) -> list[float]:
+        """Tokens that 0, 1, ... masks are expected to be worth to the next forward, as far as one more may pay: at most
+        num_masks + 1 numbers."""
+        others, total = self._history.outcomes, len(self._outcomes.chains) + _OTHERS_WEIGHT
+        share, worth = _OTHERS_WEIGHT / len(others.chains), [0.0]
+        for distance in range(min(num_masks, _LONGEST)):
+            own = self._outcomes.surplus(distance, prices.verify)
+            more = (own + share * others.surplus(distance, prices.verify)) / total
+            if more <= (_PROMISING if distance else 1.0) * prices.mask:
+                break  # further ones are worth less
+            worth.append(worth[-1] + more)
         return worth
 
 
-@dataclass(frozen=True)
-class DraftPlan:
-    """What a sequence does in the next forward beside its plain token: drafts to verify, then masks to draft on."""
+class DraftPlan(NamedTuple):
+    """What a sequence does in the next forward beside its plain token: drafts to verify, then masks to draft on.
+
+    Attributes:
+        drafts: to verify.
+        num_masks: to run.
+        gain: expected tokens beyond the plain one, later ones included.
+        now: those of the next forward alone.
+    """
 
     drafts: tuple[Draft, ...] = ()
     num_masks: int = 0
+    gain: float = 0.0
+    now: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the forward, beyond the plain one."""
+        return len(self.drafts) + self.num_masks
 
 
 NO_DRAFTS = DraftPlan()
-
-
-@dataclass(frozen=True, eq=False)
-class DraftOptions:
-    """What a sequence could do; the first option is nothing.
-
-    Attributes:
-        gain_O: expected tokens beyond the plain one, later ones included.
-        now_O: those of the next forward alone.
-        counts_OF: what the forward holds beyond the plain token.
-        plans: of each option.
-    """
-
-    gain_O: Floats
-    now_O: Floats
-    counts_OF: Counts
-    plans: Sequence[DraftPlan]
 
 
 def promising(drafts: Iterable[Draft], price: float) -> list[Draft]:
@@ -233,8 +243,8 @@ class Drafting(Protocol):
     @property
     def wants_probe(self) -> bool: ...
 
-    def draft_options(self, prices: DraftPrices) -> DraftOptions | None:
-        """What may pay at these prices; None: nothing."""
+    def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
+        """What may pay at these prices; the first is to do nothing."""
         ...
 
     def follow_plan(self, plan: DraftPlan) -> None:
@@ -252,6 +262,7 @@ class DraftPlanner:
 
     Args:
         costs: of forwards.
+        history: of drafts.
     """
 
     costs: ForwardCosts
@@ -272,41 +283,44 @@ class DraftPlanner:
         able = [sequence for sequence in sequences if sequence.may_draft]
         if not able:
             return
-        count, drawn = len(sequences), sum(sequence.is_drawn for sequence in sequences)
-        plain_F, running = np.array([count + num_beside, 0, drawn]), max(count, num_running)
-        usual = running - count - num_beside
-        counts_KF = plain_F + np.array([[usual, 0, 0], [0, 0, 0], [_PRICED * count, 0, 0], [1, 1, 0], [2, 2, 0]])
-        base, plain, dearer, one_mask, two_masks = self.costs.relative(counts_KF).tolist()
+        cost, count, drawn = self.costs.cost, len(sequences), sum(sequence.is_drawn for sequence in sequences)
+        tokens, running = count + num_beside, max(count, num_running)
+        base, plain = cost(running, 0, drawn), cost(tokens, 0, drawn)
         rate = self._gain * running / base
-        prices = DraftPrices(rate * (dearer - plain) / (_PRICED * count), rate * (two_masks - one_mask))
-        options = list[tuple[Drafting, DraftOptions]]()
+        prices = DraftPrices(
+            rate * (cost(tokens + _PRICED * count, 0, drawn) - plain) / (_PRICED * count),
+            rate * (cost(tokens + 2, 2, drawn) - cost(tokens + 1, 1, drawn)),
+        )
+        drafting, options = list[Drafting](), list[Sequence[DraftPlan]]()
         for sequence in able:
             sequence.follow_plan(NO_DRAFTS)
-            if (each := sequence.draft_options(prices)) is not None:
-                options.append((sequence, each))
-        chosen = choose([each for _, each in options], self.costs, plain_F, rate)
-        planned_F, gained = plain_F.copy(), 0.0
-        for (sequence, each), option in zip(options, chosen, strict=True):
-            sequence.follow_plan(each.plans[option])
-            planned_F += each.counts_OF[option]
-            gained += float(each.now_O[option])
+            if len(each := sequence.draft_options(prices)) > 1:
+                drafting.append(sequence)
+                options.append(each)
+        noisy, gained = 0, 0.0
+        if options:
+            chosen = choose(options, [each.is_drawn for each in drafting], self.costs, (tokens, 0, drawn), rate)
+            for sequence, plan in zip(drafting, chosen, strict=True):
+                sequence.follow_plan(plan)
+                tokens, noisy, gained = tokens + plan.num_tokens, noisy + plan.num_masks, gained + plan.now
+                drawn += plan.num_tokens if sequence.is_drawn else 0
         if not num_beside:
-            gain = max(1.0, (1 + gained / count) * plain / float(self.costs.relative(planned_F[None])[0]))
+            gain = max(1.0, (1 + gained / count) * plain / cost(tokens, noisy, drawn))
             self._gain = _RATE_MEMORY * self._gain + (1 - _RATE_MEMORY) * gain
-        self._probe(able, planned_F, base)
-
-    def _probe(self, sequences: Sequence[Drafting], planned_F: Counts, base: float) -> None:
-        """Let the sequence that has waited longest run a mask, if the credit pays for it."""
         self._credit = min(self._credit + _SHARE_OF_PROBES, _MOST_CREDIT)
-        waiting = [sequence for sequence in sequences if sequence.wants_probe]
-        if waiting:
-            before, after = self.costs.relative(np.array([planned_F, planned_F + _ONE_MASK])).tolist()
-            if (after - before) / base <= self._credit:
-                max(waiting, key=lambda sequence: sequence.num_idle).probe()
-                self._credit -= (after - before) / base
+        dearer = (cost(tokens + 1, noisy + 1, drawn) - cost(tokens, noisy, drawn)) / base
+        if dearer <= self._credit and (waiting := [sequence for sequence in able if sequence.wants_probe]):
+            max(waiting, key=lambda sequence: sequence.num_idle).probe()
+            self._credit -= dearer
 
 
-def choose(options: Sequence[DraftOptions], costs: ForwardCosts, plain_F: Counts, rate: float) -> list[int]:
+def choose(
+    options: Sequence[Sequence[DraftPlan]],
+    is_drawn: Sequence[bool],
+    costs: ForwardCosts,
+    plain: tuple[int, int, int],
+    rate: float,
+) -> list[DraftPlan]:
     """An option for each sequence, so that `gain - rate * cost` of the forward is greatest.
 
     One sequence at a time changes its option, as gains most for what it costs, until no change is for the better: from
@@ -314,31 +328,50 @@ def choose(options: Sequence[DraftOptions], costs: ForwardCosts, plain_F: Counts
     counts; for one sequence it is the maximum.
 
     Args:
-        options: of each sequence.
+        options: of each sequence; the first is nothing.
+        is_drawn: of each sequence.
         costs: of the forward.
-        plain_F: the forward in which nobody drafts.
+        plain: what the forward holds in which nobody drafts.
         rate: tokens per cost.
     """
-    if not options:
-        return []
+    tokens, noisy, drawn = plain
+
+    def if_all_did(plan: DraftPlan, count: int, is_drawn: bool) -> float:
+        more = count * plan.num_tokens
+        cost = costs.cost(tokens + more, noisy + count * plan.num_masks, drawn + (more if is_drawn else 0))
+        return count * plan.gain - rate * cost
+
     count = len(options)
-    climb = _Climb(options, costs, plain_F, rate)
-    starts = [[0] * count]
+    alike = [
+        max(range(len(each)), key=lambda i: if_all_did(each[i], count, one_drawn))
+        for each, one_drawn in zip(options, is_drawn, strict=True)
+    ]
     if count > 1:
-        starts.append([
-            int(np.argmax(count * each.gain_O - rate * costs.relative(plain_F + count * each.counts_OF))) for each in options
-        ])  # fmt: skip
-    return max((climb(start) for start in starts), key=lambda end: end[0])[1]
+        climb = _Climb(options, is_drawn, costs, plain, rate)
+        alike = max((climb(start) for start in ([0] * count, alike)), key=lambda end: end[0])[1]
+    return [each[i] for each, i in zip(options, alike, strict=True)]
 
 
 class _Climb:
-    """Changes one option at a time. Legend: K options of all sequences together, S sequences."""
+    """Changes one option at a time."""
 
-    def __init__(self, options: Sequence[DraftOptions], costs: ForwardCosts, plain_F: Counts, rate: float) -> None:
-        self._costs, self._plain_F, self._rate = costs, plain_F, rate
-        self._gain_K = np.concatenate([each.gain_O for each in options])
-        self._counts_KF = np.concatenate([each.counts_OF for each in options])
-        sizes = [len(each.gain_O) for each in options]
+    def __init__(
+        self,
+        options: Sequence[Sequence[DraftPlan]],
+        is_drawn: Sequence[bool],
+        costs: ForwardCosts,
+        plain: tuple[int, int, int],
+        rate: float,
+    ) -> None:
+        self._costs, self._plain_F, self._rate = costs, np.array(plain), rate
+        rows = [
+            (plan.gain, plan.num_tokens, plan.num_masks, plan.num_tokens if one_drawn else 0)
+            for each, one_drawn in zip(options, is_drawn, strict=True)
+            for plan in each
+        ]
+        rows_K4 = np.array(rows)
+        self._gain_K, self._counts_KF = rows_K4[:, 0], rows_K4[:, 1:].astype(np.int64)
+        sizes = [len(each) for each in options]
         self._owner_K, self._first_S = np.repeat(np.arange(len(sizes)), sizes), np.cumsum([0, *sizes[:-1]])
 
     def __call__(self, start: Sequence[int]) -> tuple[float, list[int]]:
@@ -353,7 +386,9 @@ class _Climb:
             better_K = more_K > self._rate * dearer_K + 1e-9
             if not better_K.any():
                 break
-            best = int(np.argmax(np.where(better_K, more_K / np.maximum(dearer_K, 1e-9), -np.inf)))
+            added_K = self._counts_KF[:, 0] - self._counts_KF[current_K, 0]
+            price_K = np.maximum(dearer_K + _LEAST_PRICE * added_K, 1e-9)
+            best = int(np.argmax(np.where(better_K, more_K / price_K, -np.inf)))
             chosen_S[self._owner_K[best]] = best
         total_F = self._plain_F + self._counts_KF[chosen_S].sum(0)
         value = self._gain_K[chosen_S].sum() - self._rate * self._costs.relative(total_F[None])[0]

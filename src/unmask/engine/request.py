@@ -88,6 +88,14 @@ class Request:
         key = " ".join(map(str, (self.params.seed, *self.ids)))
         return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), signed=True)
 
+    @cached_property
+    def needs_logits(self) -> bool:
+        """Whether it needs more than the most probable token and its probability."""
+        params = self.params
+        bans_ends = bool(self.eos_ids | self.end_ids) and (params.min_new_tokens > 0 or None in self.ids)
+        processed = bool(params.logit_bias) or params.has_penalties or self.grammar is not None or bans_ends
+        return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
+
     def check(self, config: ModelConfig) -> None:
         """Raises: RequestError: nothing to decide, a token outside the vocabulary, or more than the context holds."""
         params, holes = self.params, None in self.ids
@@ -113,14 +121,6 @@ class Request:
             raise RequestError("speculative does not go with holes; leave one of them out")
         if params.speculative and not config.shifted:
             raise RequestError("speculative takes a shifted model (converted with shift: true); leave it out")
-
-
-def needs_logits(request: Request) -> bool:
-    """Whether a request needs more than the most probable token and its probability."""
-    params = request.params
-    bans_ends = bool(request.eos_ids | request.end_ids) and (params.min_new_tokens > 0 or None in request.ids)
-    processed = bool(params.logit_bias) or params.has_penalties or request.grammar is not None or bans_ends
-    return processed or params.logprobs is not None or not is_greedy(params) or POLICIES[params.policy].needs_entropy
 
 
 def distinct_samples(requests: Iterable[Request]) -> list[Request]:

@@ -41,5 +41,5 @@ class Runner:
             )
             for each in scheduled
         ]
-        batch = Batch.build(slices, self.cache_block_size, self.backend.device)
+        batch = Batch(slices, self.cache_block_size, self.backend.device)
         return self.sampler.sample(self.backend.forward(batch, self.kv_cache), scheduled)

@@ -20,9 +20,11 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.logprobs import token_logprobs
 from unmask.engine.penalties import penalize
 from unmask.engine.policies import POLICIES
-from unmask.engine.request import TokenLogprob, needs_logits
+from unmask.engine.request import TokenLogprob
 from unmask.engine.sequences.base import ModelOutput, ScheduledSequence
 
+_Chosen = tuple[int, list[int], ScheduledSequence]
+"""A sequence's place in the forward, the rows of its queries, and itself."""
 _SCORED_LOGITS = 2**22
 """Most logits of targets at a time: 16 MiB of float32."""
 
@@ -44,21 +46,21 @@ class Sampler:
         The head runs twice at most: once for the sequences that only need the most probable token, once for all others;
         and in parts for targets, of which there may be as many as the forward has tokens.
         """
-        starts = accumulate((each.stop - each.start for each in scheduled), initial=0)
-        rows = [
-            [start + position - each.start for position in each.logits_positions]
-            for each, start in zip(scheduled, starts, strict=False)
-        ]
-        outputs: list[ModelOutput | None] = [
-            self._scored(hidden_TD, indices, each) if each.targets else None
-            for indices, each in zip(rows, scheduled, strict=True)
-        ]
-        for sampled, with_logits in ((self._greedy, False), (self._drawn, True)):
-            drawing = [i for i, each in enumerate(scheduled) if each.queries and not each.targets]
-            chosen = [i for i in drawing if needs_logits(scheduled[i].request) == with_logits]
+        outputs: list[ModelOutput | None] = [None] * len(scheduled)
+        greedy, drawn, start = list[_Chosen](), list[_Chosen](), 0
+        for i, each in enumerate(scheduled):
+            rows = [start + position - each.start for position in each.logits_positions]
+            start += each.stop - each.start
+            if each.targets:
+                outputs[i] = self._scored(hidden_TD, rows, each)
+            elif each.queries:
+                (drawn if each.request.needs_logits else greedy).append((i, rows, each))
+        for sampled, chosen in ((self._greedy, greedy), (self._drawn, drawn)):
             if chosen:
-                hidden_ND = hidden_TD[torch.tensor([row for i in chosen for row in rows[i]], device=hidden_TD.device)]
-                for i, output in zip(chosen, sampled(hidden_ND, [scheduled[i] for i in chosen]), strict=True):
+                rows = [row for _, of_sequence, _ in chosen for row in of_sequence]
+                in_order = rows == list(range(len(hidden_TD)))
+                hidden_ND = hidden_TD if in_order else hidden_TD[torch.tensor(rows, device=hidden_TD.device)]
+                for (i, _, _), output in zip(chosen, sampled(hidden_ND, [each for *_, each in chosen]), strict=True):
                     outputs[i] = output
         return outputs
 
@@ -75,8 +77,11 @@ class Sampler:
     def _greedy(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
         token_N, confidence_N = self.backend.greedy(hidden_ND, self.mask_id)
         tokens, confidences = token_N.tolist(), confidence_N.tolist()
-        for each, part in zip(scheduled, _parts(scheduled), strict=True):
-            yield ModelOutput(Guess(each.queries, tokens[part], confidences[part]))
+        start = 0
+        for each in scheduled:
+            stop = start + len(each.queries)
+            yield ModelOutput(Guess(each.queries, tokens[start:stop], confidences[start:stop]))
+            start = stop
 
     def _drawn(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
         logits_NV = self.backend.logits(hidden_ND)

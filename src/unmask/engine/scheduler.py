@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.sequences.base import DecodingSequence, ScheduledSequence
@@ -77,16 +76,19 @@ class Scheduler:
         """
         self.clock += 1
         work: list[tuple[DecodingSequence, ScheduledSequence]] = []
-        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
+        prefilling, decoding = list[DecodingSequence](), list[DecodingSequence]()
+        for sequence in self.running:
+            (prefilling if sequence.is_prefilling else decoding).append(sequence)
         budget = self.max_num_batched_tokens
-        decoding = [sequence for sequence in self.running if sequence not in prefilling]
         self._plan_drafts(decoding, 0)
-        needed = {sequence.number: sequence.num_missing for sequence in decoding}
-        for sequence in sorted(decoding, key=lambda s: (s.last_served, s.order)):
-            least = needed.pop(sequence.number)
+        decoding.sort(key=lambda s: (s.last_served, s.order))
+        needed = [sequence.num_missing for sequence in decoding]
+        others = sum(needed)
+        for sequence, least in zip(decoding, needed, strict=True):
+            others -= least
             if sequence in self.running:
                 # Drafts take what the others leave.
-                budget -= self._serve(sequence, max(budget - sum(needed.values()), min(budget, least)), work)
+                budget -= self._serve(sequence, max(budget - others, min(budget, least)), work)
         prefilling = [sequence for sequence in prefilling if sequence in self.running]
         prefilling += self._admit_waiting(budget - sum(sequence.min_tokens for sequence in prefilling))
         for sequence, share in self._shares(prefilling, budget):
@@ -135,19 +137,20 @@ class Scheduler:
     def _serve(self, sequence: DecodingSequence, budget: int, work: list[tuple[DecodingSequence, ScheduledSequence]]) -> int:
         """Put it into the forward if there is room for its tokens and their cache blocks; returns how many tokens."""
         scheduled = sequence.schedule(budget)
-        if scheduled is None or not self._provide(sequence, scheduled.stop, [served for served, _ in work]):
+        if scheduled is None or not self._provide(sequence, scheduled.stop, work):
             return 0
         sequence.last_served = self.clock
-        work.append((sequence, replace(scheduled, block_table=tuple(sequence.block_table))))
+        work.append((sequence, scheduled))
         return scheduled.stop - scheduled.start
 
-    def _provide(self, sequence: DecodingSequence, stop: int, scheduled: list[DecodingSequence]) -> bool:
+    def _provide(self, sequence: DecodingSequence, stop: int, work: list[tuple[DecodingSequence, ScheduledSequence]]) -> bool:
         """Allocate cache blocks for all positions below `stop`."""
         while len(sequence.block_table) * self.cache_block_size < stop:
             cache_block = self.pool.allocate(sequence.block_table[-1] if sequence.block_table else None)
             if cache_block is not None:
                 sequence.block_table.append(cache_block)
                 continue
+            scheduled = [each for each, _ in work]
             newer = [s for s in self.running if s.order > sequence.order and s not in scheduled]
             if not newer:
                 return False

@@ -179,7 +179,7 @@ class LikelihoodEstimator:
 
     def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         self.forwards += 1
-        return self._backend.forward(Batch.build(slices, self._block_size, self._backend.device), self._kv_cache)
+        return self._backend.forward(Batch(slices, self._block_size, self._backend.device), self._kv_cache)
 
     def _causal(self, ids: Sequence[int], first: int) -> float:
         """Sum of next-token log-probabilities."""

@@ -41,7 +41,7 @@ def slice_of(block_table: list[int], start: int, stop: int, block_size: int, cau
 
 
 def batch_of(*slices: SequenceSlice, size: int = 1) -> Batch:
-    return Batch.build(slices, size, "cpu")
+    return Batch(slices, size, "cpu")
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, past: int, block_size: int, causal_end: int = 0) -> Tensor:

@@ -38,8 +38,7 @@ class Forwards:
         self.sequence = sequence
 
     def plans(self) -> list[DraftPlan]:
-        options = self.sequence.draft_options(FREE) if self.sequence.may_draft else None
-        return [] if options is None else list(options.plans)
+        return self.sequence.draft_options(FREE) if self.sequence.may_draft else []
 
     def pending(self) -> list[int]:
         """Tokens that masks have drafted and that still may be verified."""
@@ -118,9 +117,7 @@ def test_drafts_end_with_the_text_and_with_the_room() -> None:
     forward = Forwards(sequence)
     forward([10, 11, 12, 13], masks=3)
     assert forward.pending() == [11, 12]
-    options = sequence.draft_options(FREE)
-    assert options is not None
-    possible = [plan for plan, gain in zip(options.plans, options.gain_O, strict=True) if gain > -1]
+    possible = sequence.draft_options(FREE)
     assert max(len(plan.drafts) + plan.num_masks for plan in possible) == 2
     assert not any(plan.num_masks for plan in possible if len(plan.drafts) == 2), "nothing is drafted behind an end"
 

@@ -87,7 +87,7 @@ def batch_of(*parts: Part) -> Batch:
         SequenceSlice(tokens, past, slots, block_size, 0 if noisy else past + len(tokens))
         for tokens, past, noisy, block_size, slots in parts
     ]
-    return Batch.build(slices, 1, "cpu")
+    return Batch(slices, 1, "cpu")
 
 
 def clean(tokens: Sequence[int], past: int, slots: Sequence[int]) -> Part:

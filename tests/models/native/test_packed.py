@@ -109,7 +109,7 @@ class Reference:
 
 def batch_of(*parts: tuple[Sequence[int], int, int, Sequence[int]]) -> Batch:
     """A batch of sequences `(tokens, first position, block size, slots)`."""
-    return Batch.build([SequenceSlice(tokens, past, slots, size) for tokens, past, size, slots in parts], 1, "cpu")
+    return Batch([SequenceSlice(tokens, past, slots, size) for tokens, past, size, slots in parts], 1, "cpu")
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -10,9 +10,10 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,8 +28,7 @@ from unmask.errors import RequestError
 NOTHING_LEFT = "logit_bias and min_new_tokens ban all that the grammar allows here; leave one of them out"
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """Positions `start..stop` of one sequence in a forward, with all that the runner and the sampler need of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class ScheduledSequence:
         allowed: what the grammar allows, bool [V], by index into `queries`.
         targets: tokens given for the queries; where there are any, their log-probabilities are wanted in place of candidates.
         left_to_right: a query's context is what stands before it; False: all that is decided (see `engine.penalties`).
-        block_table: cache blocks in order; the scheduler adds them.
+        block_table: cache blocks in order; the scheduler adds to them what the forward needs.
     """
 
     request: Request
@@ -59,11 +59,10 @@ class ScheduledSequence:
     allowed: Mapping[int, Tensor]
     targets: tuple[int, ...] = ()
     left_to_right: bool = False
-    block_table: tuple[int, ...] = ()
+    block_table: Sequence[int] = ()
 
 
-@dataclass(frozen=True)
-class ModelOutput:
+class ModelOutput(NamedTuple):
     """Candidates for the queries of a scheduled sequence.
 
     Attributes:
@@ -228,6 +227,7 @@ class DecodingSequence(ABC):
             allowed=allowed,
             left_to_right=self.left_to_right,
             targets=targets,
+            block_table=self.block_table,
         )
 
     @property
@@ -296,6 +296,8 @@ class DecodingSequence(ABC):
         Args:
             positions: of the completion so far, in order.
         """
+        if self._goes_on(positions):
+            return
         completion = finish([self.tokens[position] for position in positions], self.request, self.forwards)
         # What a grammar completes beyond the budget is cut, and so is no sentence.
         stopped = completion.finish_reason == "stop" or (self.is_whole and len(positions) <= self.request.num_wanted)
@@ -324,6 +326,17 @@ class DecodingSequence(ABC):
                 costs=costs,
                 trace=trace,
             )
+
+    def _goes_on(self, positions: Sequence[int]) -> bool:
+        """Whether nothing of this ends it, as after most steps: what is new is final then."""
+        if self.request.params.stop or self.grammar is not None or len(positions) >= self.request.num_wanted:
+            return False
+        new = [self.tokens[position] for position in positions[len(self._final_ids) :]]
+        if not self.request.end_ids.isdisjoint(new):
+            return False
+        self._final_ids += new
+        self._final_at = positions
+        return True
 
     def _costs(self) -> Costs:
         times = [*self._times, *[time.perf_counter()] * (4 - len(self._times))]

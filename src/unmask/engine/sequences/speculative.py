@@ -8,16 +8,15 @@ occurrences of the same tokens (prompt lookup), for any model. Which of them pay
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 
-import numpy as np
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision
-from unmask.engine.costs import Floats
-from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftOptions, DraftPlan, DraftPrices, promising
+from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftPlan, DraftPrices, promising
 from unmask.engine.lookup import PromptLookup
-from unmask.engine.request import DecodingStep, needs_logits
+from unmask.engine.request import DecodingStep
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
@@ -57,7 +56,7 @@ class SpeculativeSequence(DecodingSequence):
         self._lookup: PromptLookup | None = None
         self._plan = NO_DRAFTS
         self.num_idle = self._interval = _FIRST_INTERVAL
-        self.is_drawn = needs_logits(self.request)
+        self.is_drawn = self.request.needs_logits
         if self._add_forced():
             self._finish()
 
@@ -117,7 +116,7 @@ class SpeculativeSequence(DecodingSequence):
 
     def probe(self) -> None:
         """Run a mask in the next forward, beside the drafts that it verifies."""
-        self._plan = replace(self._plan, num_masks=1)
+        self._plan = self._plan._replace(num_masks=1)
         self._interval = min(2 * self._interval, _LONGEST_INTERVAL)
 
     def follow_plan(self, plan: DraftPlan) -> None:
@@ -134,41 +133,31 @@ class SpeculativeSequence(DecodingSequence):
         has_drafts = bool(self._pending) or (self._lookup is not None and self._lookup.length > 0)
         return (has_drafts and self._room > 0) or self._most_masks(()) > 0
 
-    def draft_options(self, prices: DraftPrices) -> DraftOptions | None:
-        """All numbers of pending drafts and masks, and all numbers of looked-up drafts.
+    def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
+        """All numbers of pending drafts and masks, and all numbers of looked-up drafts; the first is to do nothing.
 
         Args:
             prices: of verify tokens and masks.
         """
         room = self._room
-        pending = promising(self._until_end(self._pending[:room]), prices.verify)
+        pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
         found = promising(self._until_end(self._looked_up(room)), prices.verify)
-        num_masks = self._most_masks(())
-        worth_M = self._estimates.worth(num_masks, prices.verify) if num_masks else np.zeros(1)
-        if len(worth_M) > 1 and worth_M[1] <= prices.mask:
-            worth_M = worth_M[:1]  # nor are further masks, which are worth less
-        if not pending and not found and len(worth_M) == 1:
-            return None
-        chain_D = np.cumprod([1.0, *(draft.probability for draft in pending)])
-        found_L = np.cumprod([draft.probability for draft in found])
-        now_D = np.cumsum(chain_D) - 1.0
-        gain_DM = now_D[:, None] + chain_D[:, None] * worth_M
-        gain_DM[:, 0] += _left_over(chain_D, prices.verify)
-        d_DM, m_DM = np.indices(gain_DM.shape)
-        if pending and pending[-1].token in self.request.end_ids:
-            gain_DM[-1, 1:] = -np.inf
-        gain_DM[d_DM + m_DM > room] = -np.inf
-        count_L, none_L = np.arange(1, len(found) + 1), np.zeros(len(found), dtype=np.int64)
-        d_O, m_O = np.concatenate((d_DM.ravel(), count_L)), np.concatenate((m_DM.ravel(), none_L))
-        found_gain_L = np.cumsum(found_L)
-        plans = [DraftPlan(tuple(pending[:d]), m) for d in range(len(chain_D)) for m in range(len(worth_M))]
-        plans += [DraftPlan(tuple(found[:d])) for d in range(1, len(found) + 1)]
-        return DraftOptions(
-            gain_O=np.concatenate((gain_DM.ravel(), found_gain_L)),
-            now_O=np.concatenate((now_D[d_DM.ravel()], found_gain_L)),
-            counts_OF=np.stack((d_O + m_O, m_O, self.is_drawn * (d_O + m_O)), axis=1),
-            plans=plans,
-        )
+        worth = self._estimates.worth(self._most_masks(()), prices)
+        plans, now = list[DraftPlan](), 0.0
+        chains = list(accumulate((draft.probability for draft in pending), mul, initial=1.0))
+        ends = bool(pending) and pending[-1].token in self.request.end_ids
+        for count, chain in enumerate(chains):
+            drafts, now = tuple(pending[:count]), now + chain if count else 0.0
+            plans.append(DraftPlan(drafts, 0, now + _left_over(chains[count + 1 :], prices.verify), now))
+            if not (ends and count == len(pending)):
+                most = min(len(worth) - 1, room - count)
+                plans += [DraftPlan(drafts, m, now + chain * worth[m], now) for m in range(1, most + 1)]
+        now, chain = 0.0, 1.0
+        for count, draft in enumerate(found, 1):
+            chain *= draft.probability
+            now += chain
+            plans.append(DraftPlan(tuple(found[:count]), 0, now, now))
+        return plans
 
     def _most_masks(self, drafts: Sequence[Draft]) -> int:
         """Masks that the next forward has room for after these drafts: a block with the last verify token at most."""
@@ -271,9 +260,11 @@ class SpeculativeSequence(DecodingSequence):
             self._report(DecodingStep.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))
 
 
-def _left_over(chain_D: Floats, price: float) -> Floats:
-    """What drafts are worth to the next forward where only 0, 1, ... are verified; the first of the others is decided there."""
-    worth_D = np.zeros_like(chain_D)
-    for d in range(len(chain_D) - 2):
-        worth_D[d] = np.maximum(chain_D[d + 2 :] - price * chain_D[d + 1], 0.0).sum()
-    return worth_D
+def _left_over(chain: Sequence[float], price: float) -> float:
+    """What drafts are worth to the next forward that this one does not verify; the first of them is decided by this one.
+
+    Args:
+        chain: of each, the probability that it and all before it are accepted.
+        price: of a verify token, in tokens.
+    """
+    return sum([max(later - price * chain[0], 0.0) for later in chain[1:]])

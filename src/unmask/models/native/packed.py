@@ -4,7 +4,7 @@ Owns one forward of packed weights (`packing`). Knows nothing of requests or dec
 and keys and values live in the caller's KV cache.
 
 Legend: T tokens, C segments, N sequences or selected rows, D hidden, V vocabulary, K inputs of a matrix or keys of a sequence,
-L layers, G kv heads, P slots, S head dim.
+L layers, G kv heads, P slots or positions, R rotated dims, S head dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from ctypes import addressof, byref
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +25,8 @@ from unmask.models.native.packing import PackedWeights
 from unmask.models.native.rotation import mixed_channels
 
 Ints = NDArray[np.int64]
+_FIRST_POSITIONS = 512
+"""Whose cosines and sines are at hand from the start."""
 
 
 class PackedTransformer:
@@ -48,6 +49,7 @@ class PackedTransformer:
         self._kernels, self._weights = kernels, weights
         self._embed_VD, self._inv_freq = weights.vectors["embed"], weights.vectors["inv_freq"]
         self._rope_factor = weights.rope_factor
+        self._rope_PR = self._rope_table(_FIRST_POSITIONS)
         self._layers = (interface.Layer * config.num_layers)(*(self._layer(number) for number in range(config.num_layers)))
         self._head = PackedLinear(weights.matrices["head"], kernels)
         self._model = interface.Model(
@@ -85,13 +87,13 @@ class PackedTransformer:
             raise ConfigError(
                 f"the KV cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; it must be contiguous float32 [L, 2, G, P, S]"
             )
-        hidden_TD = F.embedding(tokens_T, self._embed_VD).float()
-        cos, sin = rope_cos_sin(positions_T[None], self._inv_freq, self._rope_factor, torch.float32)
+        hidden_TD = self._embed_VD.index_select(0, tokens_T).float()
+        cos_TR, sin_TR = self._cos_sin(positions_T)
         # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
         segments = segments_C6.copy()
         segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
         step = interface.ForwardBatch(
-            len(hidden_TD), len(segments), segments.ctypes.data, cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr(),
+            len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.data_ptr(), sin_TR.data_ptr(), hidden_TD.data_ptr(),
             kv_cache.data_ptr(), kv_cache.shape[3],
         )  # fmt: skip
         threads = torch.get_num_threads()
@@ -114,6 +116,19 @@ class PackedTransformer:
             int64 [N] tokens, the lowest of equals, and float32 [N] probabilities.
         """
         return self._head.greedy(hidden_ND, banned_id)
+
+    def _cos_sin(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at these positions, each [T, R], from tables that grow with the positions seen. Calls from several
+        threads may replace them meanwhile."""
+        tables = self._rope_PR
+        if (longest := int(positions_T.max())) >= len(tables[0]):
+            tables = self._rope_PR = self._rope_table(2 * longest)
+        cos_PR, sin_PR = tables
+        return cos_PR.index_select(0, positions_T), sin_PR.index_select(0, positions_T)
+
+    def _rope_table(self, count: int) -> tuple[Tensor, Tensor]:
+        cos, sin = rope_cos_sin(torch.arange(count)[None], self._inv_freq, self._rope_factor, torch.float32)
+        return cos[0, 0], sin[0, 0]
 
     def _layer(self, number: int) -> interface.Layer:
         prefix, norms = f"blocks.{number}.", ("attention_norm", "mlp_norm", "query_norm", "key_norm")
