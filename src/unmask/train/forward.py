@@ -9,7 +9,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,20 @@ def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
     return FlexAttend(mask)
 
 
+class Layers(Protocol):
+    """Hidden states of a stream, or of a part of it: a `Transformer`, or some of its layers."""
+
+    def __call__(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attend: Attend,
+        *,
+        input_noise: Tensor | None = None,
+        noisy_BT: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 def predicted_hidden(
     model: Transformer,
     stream: Stream,
@@ -49,32 +63,40 @@ def predicted_hidden(
     `noise_BTD` is added to the embeddings; `router` counts which experts the tokens are sent to.
     """
     if model.config.gated_lora_rank is not None:
-        return _gated_hidden(model, stream, backend, noise_BTD)[stream.predict]
+        return gated_hidden(model, model, stream, backend, noise_BTD)[stream.predict]
+    return stream_hidden(model, stream, backend, noise_BTD, router)[stream.predict]
+
+
+def stream_hidden(
+    layers: Layers, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None, router: RouterMonitor | None
+) -> Tensor:
+    """Hidden states [B, T, D] of a stream; the arguments are those of `predicted_hidden`."""
     attend = make_attend(stream.index, backend)
     with nullcontext() if router is None else router.watching(stream):
-        hidden_BTD: Tensor = model(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
-    return hidden_BTD[stream.predict]
+        return layers(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
 
 
-def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None) -> Tensor:
-    """Hidden states of the noisy copies of a model with gated LoRA.
+def gated_hidden(
+    clean_layers: Layers, noisy_layers: Layers, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None
+) -> Tensor:
+    """Hidden states of the noisy copies, which come first in the stream, of a model with gated LoRA.
 
     The clean copy passes through frozen weights only, so it runs first, without a graph, and leaves its keys and values.
     """
     index = stream.index
-    count = int((index.copy_BT[0] != CLEAN).sum())
+    count = num_noisy(stream)
     noisy, clean = (slice(None), slice(count)), (slice(None), slice(count, None))
     assert bool((stream.predict[1] < count).all()), "the clean copy predicts nothing here"
-    clean_kv: list[tuple[Tensor, Tensor]] = []
+    clean_kv: dict[int, tuple[Tensor, Tensor]] = {}
     if count < index.copy_BT.shape[1]:
         over_clean = make_attend(index[clean], backend)
 
         def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            clean_kv.append((k_BGTS, v_BGTS))
+            clean_kv[layer] = (k_BGTS, v_BGTS)
             return over_clean(layer, q_BHTS, k_BGTS, v_BGTS)
 
         with torch.no_grad():
-            model(stream.tokens_BT[clean], stream.position_BT[clean], attend_clean)
+            clean_layers(stream.tokens_BT[clean], stream.position_BT[clean], attend_clean)
     over_all = DenseAttend(dense_mask(index, queries=index[noisy]))
 
     def attend_noisy(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
@@ -85,5 +107,9 @@ def _gated_hidden(model: Transformer, stream: Stream, backend: AttentionBackend,
 
     noise = None if noise_BTD is None else noise_BTD[noisy]
     noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
-    out: Tensor = model(stream.tokens_BT[noisy], stream.position_BT[noisy], attend_noisy, input_noise=noise, noisy_BT=noisy_BT)
-    return out
+    return noisy_layers(stream.tokens_BT[noisy], stream.position_BT[noisy], attend_noisy, input_noise=noise, noisy_BT=noisy_BT)
+
+
+def num_noisy(stream: Stream) -> int:
+    """Positions of the noisy copies, which come first."""
+    return int((stream.index.copy_BT[0] != CLEAN).sum())

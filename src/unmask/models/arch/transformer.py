@@ -8,6 +8,7 @@ Legend: B batch, T tokens, D hidden, V vocabulary, N selected positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -42,6 +43,35 @@ class Block(nn.Module):
         q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
         x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), noisy_BT)
         return x_BTD + apply(self.mlp, self.mlp_norm(x_BTD), noisy_BT)
+
+
+def embed_tokens(
+    embed: nn.Embedding, mask_vector: Tensor | None, config: ModelConfig, tokens_BT: Tensor, input_noise: Tensor | None
+) -> Tensor:
+    """What the first layer reads; a `mask_vector` replaces the embedding of the mask token, `input_noise` is added."""
+    x_BTD: Tensor = embed(tokens_BT)
+    if mask_vector is not None:
+        assert config.mask_id is not None
+        x_BTD = torch.where(tokens_BT.eq(config.mask_id)[..., None], mask_vector, x_BTD)
+    return x_BTD if input_noise is None else x_BTD + input_noise.to(x_BTD.dtype)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x_BTD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    attend: Attend,
+    noisy_BT: Tensor | None,
+    *,
+    checkpointing: bool,
+) -> Tensor:
+    """Hidden states after some layers; `rope` are cosines and sines, `checkpointing` recomputes each layer for its gradient."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x_BTD = checkpoint(block, x_BTD, *rope, attend, noisy_BT, use_reentrant=False)
+        else:
+            x_BTD = block(x_BTD, *rope, attend, noisy_BT)
+    return x_BTD
 
 
 class Transformer(nn.Module):
@@ -96,20 +126,11 @@ class Transformer(nn.Module):
         Returns:
             [B, T, D] hidden states in the compute dtype.
         """
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = embed_tokens(self.embed, self.mask_vector, self.config, tokens_BT, input_noise)
         if self.mask_vector is None:
             noisy_BT = None
-        else:
-            assert self.config.mask_id is not None
-            x_BTD = torch.where(tokens_BT.eq(self.config.mask_id)[..., None], self.mask_vector, x_BTD)
-        if input_noise is not None:
-            x_BTD = x_BTD + input_noise.to(x_BTD.dtype)
-        cos, sin = rope_cos_sin(positions_BT, self.inv_freq, self.rope_factor, x_BTD.dtype)
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, attend, noisy_BT, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, cos, sin, attend, noisy_BT)
+        rope = rope_cos_sin(positions_BT, self.inv_freq, self.rope_factor, x_BTD.dtype)
+        x_BTD = run_blocks(self.blocks, x_BTD, rope, attend, noisy_BT, checkpointing=self.activation_checkpointing)
         out: Tensor = self.norm(x_BTD)
         return out
 

@@ -105,42 +105,69 @@ class Setting:
         for start in range(0, rows.num_rows, size):
             yield rows.rows(start, start + size).to(self.model.embed.weight.device)
 
-    def nll(self, stream: Stream, noise_norm: float = 0.0) -> Tensor:
-        """Negative log-likelihood [N] (float32, nats) of the targets, with noise of this norm on masked embeddings."""
-        return token_nll(self.model.head, self._hidden(stream, noise_norm), stream.target_N, self.mask_id)
+    def nll(self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood [N] (float32, nats) of the targets.
 
-    def scores(self, stream: Stream, noise_norm: float = 0.0, *, temperature: float = 1.0) -> TokenScores:
-        """Scores of the predictions: likelihood, entropy at `temperature`, confidence."""
-        hidden_ND = self._hidden(stream, noise_norm)
+        Args:
+            stream: the input and its targets.
+            noise_norm: norm of the noise on masked embeddings.
+            hidden_ND: the hidden states of the predictions, where the model has run already.
+        """
+        hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
+        return token_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id)
+
+    def scores(
+        self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None, *, temperature: float = 1.0
+    ) -> TokenScores:
+        """Scores of the predictions: likelihood, entropy at `temperature`, confidence; other arguments as of `nll`."""
+        hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
         return token_scores(self.model.head, hidden_ND, stream.target_N, self.mask_id, temperature=temperature)
 
     def _hidden(self, stream: Stream, noise_norm: float) -> Tensor:
-        """Hidden states [N, D] of the predictions; only forward passes with gradient count in the routers' load."""
-        noise_BTD = None
-        if noise_norm > 0:
-            assert self.mask_id is not None
-            noise_BTD = embedding_noise(stream, self.mask_id, self.model.config.hidden_size, noise_norm, self.train.seed)
-        router = self.router if torch.is_grad_enabled() else None
-        return predicted_hidden(self.model, stream, self.backend, noise_BTD, router)
+        """Hidden states [N, D] of the predictions."""
+        noise_BTD = self.embedding_noise(stream, noise_norm)
+        return predicted_hidden(self.model, stream, self.backend, noise_BTD, self.counting_router)
+
+    def embedding_noise(self, stream: Stream, norm: float) -> Tensor | None:
+        """Noise [B, T, D] of this norm for masked embeddings; None for norm 0."""
+        if norm <= 0:
+            return None
+        assert self.mask_id is not None
+        return embedding_noise(stream, self.mask_id, self.model.config.hidden_size, norm, self.train.seed)
+
+    @property
+    def counting_router(self) -> RouterMonitor | None:
+        """The monitor of the routers; None without gradient: only forward passes that train count in their load."""
+        return self.router if torch.is_grad_enabled() else None
 
 
 @dataclass(frozen=True, eq=False)
-class WeightedNll(MicroBatch):
-    """A loss of one term, `sum_i weight_i nll_i / count`, over the predictions of a stream.
+class StreamBatch(MicroBatch):
+    """A micro-batch whose loss is a function of one stream's hidden states.
 
     `noise_norm` is that of the mask-embedding noise; None: without, and not logged.
     """
 
     setting: Setting
     stream: Stream
+    noise_norm: float | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def forward(self, hidden_ND: Tensor | None = None) -> Output:
+        """Run the model, with gradient, or go on from the `hidden_ND` that stages of a pipeline have computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedNll(StreamBatch):
+    """A loss of one term, `sum_i weight_i nll_i / count`, over the predictions of a stream."""
+
     count: float
-    noise_norm: float | None = None
 
     def counts(self) -> tuple[float, ...]:
         return (self.count,)
 
-    def forward(self) -> Output:
-        nll_N = self.setting.nll(self.stream, self.noise_norm or 0.0)
+    def forward(self, hidden_ND: Tensor | None = None) -> Output:
+        nll_N = self.setting.nll(self.stream, self.noise_norm or 0.0, hidden_ND)
         return Output((LossTerm(nelbo(nll_N, self.stream.weight_N), self.count),), self._noise_figure())
 
     def _noise_figure(self) -> dict[str, Figure]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
@@ -91,8 +92,8 @@ class DenoiseObjective(Objective):
         # Linear decay to zero. Source: LLaDA2.0 section 3; scale and length are ours.
         noise_norm = self._initial_noise * max(0.0, 1 - step / steps) if steps else 0.0
         if self._cap is None:
-            return WeightedNll(setting, stream, stream.num_maskable, noise_norm)
-        return CapBatch(setting, stream, stream.num_maskable, noise_norm, cap=self._cap)
+            return WeightedNll(setting, stream, stream.num_maskable, noise_norm=noise_norm)
+        return CapBatch(setting, stream, stream.num_maskable, noise_norm=noise_norm, cap=self._cap)
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         return held_out_nelbo(self.setting, rows, phase)
@@ -114,8 +115,8 @@ class CapBatch(WeightedNll):
             masked = self._scores().first(self.stream.num_masked)
         return (self.count, int(masked.correct_N.sum()))
 
-    def forward(self) -> Output:
-        scores = self._scores()
+    def forward(self, hidden_ND: Tensor | None = None) -> Output:
+        scores = self._scores(hidden_ND)
         masked = scores.first(self.stream.num_masked)
         terms = (
             LossTerm(nelbo(scores.nll_N, self.stream.weight_N), self.count),
@@ -123,8 +124,8 @@ class CapBatch(WeightedNll):
         )
         return Output(terms, {**self._confidence_figures(masked), **self._noise_figure()})
 
-    def _scores(self) -> TokenScores:
-        return self.setting.scores(self.stream, self.noise_norm or 0.0, temperature=self.cap.temperature)
+    def _scores(self, hidden_ND: Tensor | None = None) -> TokenScores:
+        return self.setting.scores(self.stream, self.noise_norm or 0.0, hidden_ND, temperature=self.cap.temperature)
 
     def _confidence_figures(self, scores: TokenScores) -> dict[str, Figure]:
         """Figures of predictions: how many are correct, how sure the model is of those, and how many it is confident of.

@@ -6,6 +6,7 @@ Legend: R rows, N predictions, P pairs (R = 2P: chosen and rejected alternate), 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
-from unmask.diffusion.corrupt import Stream, corrupt
+from unmask.diffusion.corrupt import corrupt
 from unmask.diffusion.objectives import elbo_gains, preference_loss
 from unmask.errors import ConfigError
-from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
+from unmask.train.objectives.base import Figure, LossTerm, Objective, Output, Setting, StreamBatch
 from unmask.train.objectives.masking import VALIDATION_SEED, MaskingSection, held_out_nelbo
 from unmask.train.sections import DataSection, Positive, TrainSection
 
@@ -75,29 +76,31 @@ class PreferenceObjective(Objective):
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceBatch(MicroBatch):
+class PreferenceBatch(StreamBatch):
     """Pairs of rows under noise; `shape` is (rows, noise samples)."""
 
-    setting: Setting
-    stream: Stream
     shape: tuple[int, int]
     beta: float
 
     def counts(self) -> tuple[float, ...]:
         return (self.shape[0] // 2,)
 
-    def forward(self) -> Output:
-        margin_PS = self._margins()
+    def forward(self, hidden_ND: Tensor | None = None) -> Output:
+        margin_PS = self._margins(self.reference_N, self.setting.nll(self.stream, hidden_ND=hidden_ND))
         loss_P = preference_loss(margin_PS.mean(1), self.beta)
         return Output((LossTerm(loss_P.sum(), len(loss_P)),), self._figures(margin_PS.detach()))
 
-    def _margins(self) -> Tensor:
-        """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
-        setting, stream, reference = self.setting, self.stream, self.setting.reference
+    @cached_property
+    def reference_N(self) -> Tensor:
+        """Negative log-likelihoods [N] (nats) of the reference."""
+        reference = self.setting.reference
         assert reference is not None
         with torch.no_grad(), reference.context():
-            reference_N = replace(setting, model=reference.model).nll(stream)
-        policy_N = setting.nll(stream)
+            return replace(self.setting, model=reference.model).nll(self.stream)
+
+    def _margins(self, reference_N: Tensor, policy_N: Tensor) -> Tensor:
+        """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
+        stream = self.stream
         sample_N = stream.index.copy_BT[stream.predict] - 1
         gain_RS = elbo_gains(policy_N, reference_N, stream.weight_N, stream.predict[0], sample_N, self.shape)
         return gain_RS[0::2] - gain_RS[1::2]
