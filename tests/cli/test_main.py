@@ -25,6 +25,7 @@ VERBS = (
     "convert",
     "sft",
     "dpo",
+    "pack",
     "info",
     "merge",
     "export",

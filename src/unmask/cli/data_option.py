@@ -13,7 +13,10 @@ from unmask.errors import ConfigError
 
 GENERATED_PREFIX = "reasoning_gym:"
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}
-_WAYS = "use a .jsonl, .parquet or .txt file, a folder of such, a Hugging Face dataset id, or reasoning_gym:FAMILY"
+_WAYS = (
+    "use a .jsonl, .parquet or .txt file, a folder of such or of packed rows, a Hugging Face dataset id, or "
+    "reasoning_gym:FAMILY"
+)
 
 
 def source_of(data: str) -> dict[str, object]:
@@ -34,7 +37,9 @@ def source_of(data: str) -> dict[str, object]:
         raise ConfigError(f"--data is empty; {_WAYS}")
     path = Path(data).expanduser()
     if path.is_dir():
-        return {"kind": _kind_of_folder(path), "path": data}
+        from unmask.data.packed import is_packed
+
+        return {"kind": "packed" if is_packed(path) else _kind_of_folder(path), "path": data}
     if path.suffix in _KINDS:
         return {"kind": _KINDS[path.suffix], "path": data}
     if path.exists():

@@ -71,8 +71,8 @@ def showing_progress(
 
 
 @contextmanager
-def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total) of a job called `what`: a bar, in a terminal only."""
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A function to call with (done, total or None) of a job called `what`: a bar with the time left, in a terminal only."""
     with Progress(console=console, disable=not is_live(console)) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -53,7 +53,7 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
         overrides: Overrides = None,
         resume: Resume = False,
     ) -> None:
-        plan = _plan(name, recipe, model, data, overrides or [], out if resume else None)
+        plan = make_plan(name, recipe, model, data, overrides or [], out if resume else None)
         pick_device(plan.train.device)
         check_paths(source.path for source in plan.data.sources)
         _report(plan, _run(name, plan, out, resume=resume))
@@ -77,10 +77,10 @@ def _report(plan: Recipe, result: RunResult) -> None:
     console.print(f"try it   {try_command(result.folder)}", soft_wrap=True)
 
 
-def _plan(
+def make_plan(
     verb: str, recipe: Path | None, model: str | None, data: str | None, overrides: list[str], run: Path | None
 ) -> Recipe:
-    """The recipe of the options; without any, that of the run to resume."""
+    """The recipe of a verb's options; without any, that of the run to resume."""
     from unmask.train.recipe import load_recipe, parse_recipe
 
     has_options = recipe is not None or model is not None or data is not None or bool(overrides)

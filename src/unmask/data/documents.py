@@ -78,6 +78,10 @@ class Source(Resumable, Protocol):
     def epoch(self) -> int:
         """Epoch of the next document, from 0."""
 
+    @property
+    def num_documents(self) -> int | None:
+        """Documents of one epoch, about; None: not known beforehand."""
+
     def next_document(self) -> Document:
         """The next document; raises StopIteration after the last of a source that ends, DataError for unreadable data."""
 
@@ -127,6 +131,12 @@ class DocumentStream:
     def num_samples(self) -> int:
         """How many samples have been handed out; the ordinal of the next one."""
         return sum(self._counts)
+
+    @property
+    def num_documents(self) -> int | None:
+        """Documents of one pass over every source, about; None: not known beforehand."""
+        counts = [source.num_documents for source in self._sources]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     def __iter__(self) -> DocumentStream:
         return self

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from unmask.data.documents import Document
+from unmask.data.documents import Document, Source
 from unmask.data.shapes import Conversation, Example, Fields, PlainText, read_example, read_pair
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import DataError, located
@@ -128,3 +128,12 @@ class DocumentEncoder:
         if not ids or ids[-1] not in self.tokenizer.eos_ids:
             ids.append(self.tokenizer.eos_id)
         return ids, [True] * len(ids)
+
+
+class RecordSource(Source, Protocol):
+    """A source of records that its encoder makes documents of."""
+
+    encoder: DocumentEncoder
+
+    def next_record(self) -> tuple[Mapping[str, Any], str]:
+        """The next record and its location, for messages; moves on as `next_document` does."""

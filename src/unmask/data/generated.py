@@ -12,10 +12,10 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from unmask.data.documents import Document
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.hashing import hash_ints, hash_text
 from unmask.data.indexed import EpochSource
+from unmask.data.records import Record
 from unmask.errors import ConfigError
 
 Families = Mapping[str, Mapping[str, Any]]
@@ -37,8 +37,8 @@ class GeneratedSource(EpochSource):
         Raises:
             ConfigError: an unknown family, or a configuration it does not accept.
         """
-        self._families, self._encoder, self._seed = dict(families), encoder, seed
-        super().__init__(name, items_per_epoch)
+        self._families, self._seed = dict(families), seed
+        super().__init__(name, encoder, items_per_epoch)
 
     @cached_property
     def identity(self) -> str:
@@ -49,12 +49,12 @@ class GeneratedSource(EpochSource):
         """Open the families' datasets, which generate an item when it is read."""
         self._datasets = {family: self._open_family(family, config) for family, config in self._families.items()}
 
-    def _document(self, index: int) -> Document:
+    def _record(self, index: int) -> tuple[Record, str]:
         family = list(self._datasets)[index % len(self._datasets)]
         entry = self._datasets[family][index // len(self._datasets)]
-        fields = self._encoder.fields
+        fields = self.encoder.fields
         record = {fields.prompt: entry["question"], fields.response[0]: entry["answer"]}
-        return self._encoder.encode(record, f"{self.name} {family} item {index} of epoch {self.epoch}")
+        return record, f"{self.name} {family} item {index} of epoch {self.epoch}"
 
     def _open_family(self, family: str, config: Mapping[str, Any]) -> Any:
         import reasoning_gym
@@ -67,7 +67,7 @@ class GeneratedSource(EpochSource):
         if reserved:
             raise ConfigError(f"{reserved[0]} of family {family} is set by the source; remove it and use items_per_epoch")
         seed = hash_ints(self._seed, hash_text(family), self.epoch) >> 33
-        size = -(-len(self) // len(self._families))
+        size = -(-self.num_documents // len(self._families))
         try:
             return reasoning_gym.create_dataset(family, **config, seed=seed, size=size)
         except (TypeError, ValueError, AssertionError) as error:

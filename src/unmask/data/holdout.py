@@ -38,6 +38,12 @@ class Split:
     def epoch(self) -> int:
         return self._source.epoch
 
+    @property
+    def num_documents(self) -> int | None:
+        total = self._source.num_documents
+        share = self._share if self._held_out else 1 - self._share
+        return None if total is None else round(total * share)
+
     def next_document(self) -> Document:
         """The next document on this side.
 

@@ -56,7 +56,7 @@ class HuggingFaceSource:
         """
         from datasets import load_dataset_builder
 
-        self.name, self._encoder = name, encoder
+        self.name, self.encoder = name, encoder
         self._seed, self._window_size, self._shuffle = seed, window, shuffle
         with _reading(f"dataset {name} cannot be opened", "check its id, subset and split"):
             builder = load_dataset_builder(name, name=subset)
@@ -76,10 +76,28 @@ class HuggingFaceSource:
         self._open_shard(None)
         self._skip_empty()
 
+    @property
+    def num_documents(self) -> int | None:
+        """Not known before the stream ends."""
+        return None
+
     def next_document(self) -> Document:
         """The next document; raises DataError when it cannot be read or used."""
-        where = f"{self.name} shard {self._shard_number()} window {self._window_index} record {self._order[self._cursor]}"
-        document = self._encoder.encode(self._window[self._order[self._cursor]], where)
+        document = self.encoder.encode(*self._record())
+        self._move_on()
+        return document
+
+    def next_record(self) -> tuple[Record, str]:
+        """The next record and its location, to be encoded elsewhere; raises DataError when it cannot be read."""
+        record = self._record()
+        self._move_on()
+        return record
+
+    def _record(self) -> tuple[Record, str]:
+        number = self._order[self._cursor]
+        return self._window[number], f"{self.name} shard {self._shard_number()} window {self._window_index} record {number}"
+
+    def _move_on(self) -> None:
         self._cursor += 1
         self._num_in_epoch += 1
         if self._cursor == len(self._window):
@@ -87,7 +105,6 @@ class HuggingFaceSource:
             self._window_start = self._shard.state_dict()
             self._read_window()
             self._skip_empty()
-        return document
 
     def state_dict(self) -> State:
         """Epoch, shard, start of the window, and position in it."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from unmask.data.documents import Document, State
 from unmask.data.encoding import DocumentEncoder
 from unmask.data.hashing import file_digest, seeded_permutation
-from unmask.data.records import Records
+from unmask.data.records import Record, Records
 from unmask.errors import DataError
 
 REMEDY = "put the same data back, or start a run in another folder"
@@ -23,12 +23,13 @@ _CACHED_TOKENS = 1 << 26
 class EpochSource(ABC):
     """Base class of sources with a fixed number of documents an epoch, which are a function of the epoch's number."""
 
-    def __init__(self, name: str, num_documents: int) -> None:
-        self.name, self.epoch = name, 0
+    def __init__(self, name: str, encoder: DocumentEncoder, num_documents: int) -> None:
+        self.name, self.encoder, self.epoch = name, encoder, 0
         self._num_documents, self._cursor = num_documents, 0
         self._open_epoch()
 
-    def __len__(self) -> int:
+    @property
+    def num_documents(self) -> int:
         """Documents in one epoch."""
         return self._num_documents
 
@@ -42,17 +43,30 @@ class EpochSource(ABC):
         """Prepare the documents of `self.epoch`."""
 
     @abstractmethod
+    def _record(self, index: int) -> tuple[Record, str]:
+        """Record `index` of the epoch, and its location."""
+
     def _document(self, index: int) -> Document:
         """Document `index` of the epoch."""
+        return self.encoder.encode(*self._record(index))
+
+    def next_record(self) -> tuple[Record, str]:
+        """The next record and its location, to be encoded elsewhere; raises DataError when it cannot be read."""
+        record = self._record(self._cursor)
+        self._move_on()
+        return record
 
     def next_document(self) -> Document:
         """The next document; raises DataError when it cannot be read or used."""
         document = self._document(self._cursor)
+        self._move_on()
+        return document
+
+    def _move_on(self) -> None:
         self._cursor += 1
         if self._cursor == self._num_documents:
             self.epoch, self._cursor = self.epoch + 1, 0
             self._open_epoch()
-        return document
 
     def state_dict(self) -> State:
         """Epoch and position in it, and what the data were."""
@@ -89,11 +103,11 @@ class IndexedSource(EpochSource):
             seed: seed of the orders.
             shuffle: a new order in each epoch; False: the order of the records.
         """
-        self._records, self._encoder = records, encoder
+        self._records = records
         self._seed, self._shuffle = seed, shuffle
         self._cache: dict[int, Document] = {}
         self._room = _CACHED_TOKENS
-        super().__init__(name, len(records))
+        super().__init__(name, encoder, len(records))
 
     @cached_property
     def identity(self) -> str:
@@ -103,11 +117,15 @@ class IndexedSource(EpochSource):
         length = len(self._records)
         self._order = seeded_permutation(length, self._seed, self.epoch).tolist() if self._shuffle else range(length)
 
+    def _record(self, index: int) -> tuple[Record, str]:
+        number = int(self._order[index])
+        return self._records.read(number), self._records.where(number)
+
     def _document(self, index: int) -> Document:
         number = int(self._order[index])
         if number in self._cache:
             return self._cache[number]
-        document = self._encoder.encode(self._records.read(number), self._records.where(number))
+        document = super()._document(index)
         size = len(document) + (0 if document.rejected is None else len(document.rejected))
         if size <= self._room:
             self._cache[number] = document

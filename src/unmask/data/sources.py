@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from unmask.data.documents import Source
-from unmask.data.encoding import DocumentEncoder, Supervise
+from unmask.data.encoding import DocumentEncoder, RecordSource, Supervise
 from unmask.data.generated import GeneratedSource
 from unmask.data.huggingface import HuggingFaceSource
 from unmask.data.indexed import IndexedSource
@@ -19,12 +18,14 @@ from unmask.data.shapes import Fields, Shape
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import ConfigError
 
-Kind = Literal["text", "jsonl", "parquet", "huggingface", "reasoning_gym"]
+Kind = Literal["text", "jsonl", "parquet", "huggingface", "reasoning_gym", "packed"]
 
 _FILE_KINDS = ("text", "jsonl", "parquet")
 _RECORD_KINDS = ("jsonl", "parquet", "huggingface")
+_DOCUMENT_KINDS = ("text", *_RECORD_KINDS, "reasoning_gym")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("path", "shuffle"), (*_FILE_KINDS, "huggingface")),
+    **dict.fromkeys(("path", "shuffle"), (*_FILE_KINDS, "huggingface", "packed")),
+    **dict.fromkeys(("weight", "supervise", "eos_fill"), _DOCUMENT_KINDS),
     **dict.fromkeys(("id", "subset", "split", "shuffle_window"), ("huggingface",)),
     **dict.fromkeys(("families", "items_per_epoch"), ("reasoning_gym",)),
     **dict.fromkeys(("text_field", "messages_field", "prompt_field", "response_field", "shape"), _RECORD_KINDS),
@@ -42,8 +43,8 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Kind = Field(description="text, jsonl, parquet, huggingface or reasoning_gym")
-    path: str | None = Field(None, description="a file, a folder, or a pattern; for huggingface a local folder")
+    kind: Kind = Field(description="text, jsonl, parquet, huggingface or reasoning_gym; packed: rows of unmask pack")
+    path: str | None = Field(None, description="a file, a folder, or a pattern; for huggingface and packed a folder")
     id: str | None = Field(None, description="huggingface: the dataset's id on the hub, owner/name")
     subset: str | None = Field(None, description="huggingface: configuration of the dataset")
     split: str = Field("train", description="huggingface: split of the dataset")
@@ -67,7 +68,7 @@ class SourceConfig(BaseModel):
             # A value equal to the default passes: a dumped configuration, which holds them all, can be read again.
             if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect on a {self.kind} source; remove it (it is for {', '.join(kinds)})")
-        if self.kind in _FILE_KINDS and self.path is None:
+        if self.kind in (*_FILE_KINDS, "packed") and self.path is None:
             raise ValueError(f"a {self.kind} source has no path; name a file, folder or pattern")
         if self.kind == "huggingface" and (self.path is None) == (self.id is None):
             raise ValueError("a huggingface source has both or neither of id and path; give one of them")
@@ -89,11 +90,11 @@ class SourceConfig(BaseModel):
 
 def open_source(
     config: SourceConfig, tokenizer: Tokenizer, seed: int, *, pairs: bool = False, eos_fill: int | None = None
-) -> Source:
+) -> RecordSource:
     """Open a source.
 
     Args:
-        config: section of the recipe.
+        config: section of the recipe, of documents (packed rows are read by `packed.PackedFolder`).
         tokenizer: encodes its texts; its mask token, if set, must not occur in them.
         seed: seed of the order of documents, or of the documents themselves where they are generated.
         pairs: every record is a preference and gives a document with a `rejected` one; otherwise a preference gives its
@@ -107,6 +108,7 @@ def open_source(
         DataError: the data do not exist, are empty, or have a record that cannot be used.
         ConfigError: a family of problems is unknown or refuses its configuration, or a kind of source has no pairs.
     """
+    assert config.kind != "packed", "rows are no documents"
     if pairs and config.kind in ("text", "reasoning_gym"):
         raise ConfigError(f"a {config.kind} source holds no preferences; use jsonl, parquet or huggingface")
     encoder = DocumentEncoder(

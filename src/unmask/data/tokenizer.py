@@ -41,6 +41,9 @@ class Tokenizer:
         self._start_id: int | None = None
         self._read_backend()
 
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[TokenizerFiles, Path, int | None]]:
+        return _restored, (self._files, self._folder, self._start_id)
+
     def _read_backend(self) -> None:
         """Two backends, with and without control tokens, instead of one that is switched: encoding is safe in threads."""
         self._control, self._plain = (_with_the_same_parts(self._files.backend) for _ in range(2))
@@ -363,6 +366,14 @@ def _with_the_same_parts(backend: Backend) -> Backend:
     added = backend.get_added_tokens_decoder()
     copy.add_tokens([added[id_] for id_ in sorted(added)])
     return copy
+
+
+def _restored(files: TokenizerFiles, folder: Path, start_id: int | None) -> Tokenizer:
+    """A tokenizer that was sent to another process."""
+    tokenizer = Tokenizer(files, folder)
+    if start_id is not None:
+        tokenizer.set_start_token(start_id)
+    return tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

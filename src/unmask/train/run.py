@@ -29,7 +29,7 @@ from unmask.train.parallel.whole import on_main, skeleton_of
 from unmask.train.parallel.world import World, open_world
 from unmask.train.recipe import Recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.rows import open_rows, validation_rows
+from unmask.train.rows import training_rows, validation_rows
 from unmask.train.sections import TrainSection
 from unmask.train.state import list_checkpoints, save_model
 from unmask.train.tokens import training_config
@@ -146,7 +146,7 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     if train.attention != "auto":
         backend = train.attention
     objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference, world))
-    packer, validation = open_rows(recipe, tokenizer), validation_rows(recipe, tokenizer)
+    packer, validation = training_rows(recipe, tokenizer), validation_rows(recipe, tokenizer)
     return Components(model, objective, router, packer, validation, recipe, tokenizer, skeleton)
 
 

@@ -34,6 +34,16 @@ class DataSection(Section):
     document_mask: bool = Field(True, description="false: documents packed into a row attend to each other, for comparison")
     overlong: Overlong = Field("split", description="a document longer than a row: split into rows, truncate or drop it")
 
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        packed = [source.path for source in self.sources if source.kind == "packed"]
+        if packed and len(self.sources) > 1:
+            raise ConfigError(
+                f"data.sources names packed rows ({packed[0]}) beside {len(self.sources) - 1} other sources; packed rows are "
+                "read alone: pack the mixture"
+            )
+        return self
+
 
 class PhaseSection(Section):
     """A phase of warmup or decay: a block size and its share of the tokens."""
