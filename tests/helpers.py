@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.sampling_params import Option, SamplingParams
 from unmask.errors import UnmaskError
+from unmask.models.weights.room import Memory
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -31,6 +32,12 @@ CORPUS = (
     "The quick brown fox jumps over the lazy dog. State the final answer to the following arithmetic problem: 12 + 34 =",
     "user assistant system Hello, how are you? I am fine, thank you. What is 2 + 3? The answer is 5.\n\n",
 )
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let the machine have so much free memory."""
+    for module in ("models.weights.room", "engine.room", "engine.engine"):
+        monkeypatch.setattr(f"unmask.{module}.available_memory", lambda device: Memory(num_bytes, "free memory"))
 
 
 def make_tokenizer(

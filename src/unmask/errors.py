@@ -42,6 +42,10 @@ class BackendError(UnmaskError):
     """A compute backend cannot be used on this machine: not built, or not written for the processor."""
 
 
+class RoomError(UnmaskError):
+    """A model, its KV cache or its training needs more memory than there is."""
+
+
 class UnmaskWarning(UserWarning):
     """Something works, but not in the way that was asked for."""
 

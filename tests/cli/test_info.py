@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,12 @@ def test_config_alone_is_enough(run, own_folder: Path) -> None:
         if path.name != "config.json":
             path.unlink()
     after = json.loads(run("info", own_folder, "--json").stdout)
-    assert after == before | {"weights_on_disk": None}
+    assert after | _free(after) == before | {"weights_on_disk": None} | _free(before)
+
+
+def _free(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that do not depend on how much memory is free at the moment."""
+    return {"auto": {name: value for name, value in facts["auto"].items() if name != "available_bytes"}}
 
 
 def test_ignored_keys_are_listed(run, own_folder: Path) -> None:

@@ -20,7 +20,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from unmask.cli.startup import raise_on_interrupt
 from unmask.engine.sampling_params import SamplingParams
-from unmask.errors import ConfigError, RequestError, TrainingError, UnmaskError
+from unmask.errors import ConfigError, RequestError, RoomError, TrainingError, UnmaskError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,12 @@ class PanelCommand(TyperCommand):
 
 def fail(error: UnmaskError) -> NoReturn:
     """Print an error as one line on standard error and exit with its code."""
-    text = with_flags(str(error)) if isinstance(error, RequestError) else str(error)
+    text = str(error)
+    if isinstance(error, RequestError):
+        text = with_flags(text)
+    elif isinstance(error, RoomError):
+        text = re.sub(r"\b(dtype|quantize)(?= (?:float|bfloat|int)\d)", _flag, text)
+        text = text.replace("num_tokens, or fewer max_new_tokens", "--cache-tokens, or a lower --max-new-tokens")
     typer.echo(f"error: {' '.join(text.splitlines())}", err=True)
     raise typer.Exit(error.exit_code)
 

@@ -103,16 +103,23 @@ def _auto(model: str, config: ModelConfig) -> dict[str, Any]:
     import torch
 
     from unmask.engine.quantization import decoding_weights
+    from unmask.engine.room import DecodingRoom
     from unmask.models.dtypes import dtype_name, parse_dtype
     from unmask.models.native.library import kernel_variant
+    from unmask.models.weights import room
 
     device = pick_device("auto")
+    dtype, memory = parse_dtype("auto", device), room.available_memory(device)
+    options = DecodingRoom(config, dtype, torch.device(device)).options()
     agreement, change = COST_OF_INT8.get(model, (None, None))
     return {
         "device": device,
         "quantize": decoding_weights("auto", config, torch.device(device)),
-        "dtype": dtype_name(parse_dtype("auto", device)),
+        "dtype": dtype_name(dtype),
         "kernels": kernel_variant(),
+        "available_bytes": None if memory is None else memory.num_bytes,
+        "needed_bytes": options,
+        "fits": [name for name, size in options.items() if room.fits(size, memory)],
         "int8_same_likeliest_token": agreement,
         "int8_change_of_perplexity": change,
     }
@@ -132,6 +139,18 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     if is_hub_id(model):
         return read_model_config(fetch_config(model)), None
     raise unknown_model(model, (*EMBEDDED_MODELS, *PUBLISHED))
+
+
+def _room(auto: dict[str, Any]) -> str:
+    """What can be loaded here, for people."""
+    from rich.filesize import decimal
+
+    if auto["available_bytes"] is None:
+        return "not known"
+    fitting = [f"--{name}" for name in auto["fits"]]
+    least = min(auto["needed_bytes"], key=auto["needed_bytes"].__getitem__)
+    can = ", ".join(fitting) if fitting else f"nothing fits: --{least} needs {decimal(auto['needed_bytes'][least])}"
+    return f"{decimal(max(auto['available_bytes'], 0))} on {auto['device']}: {can}"
 
 
 def _words_of(auto: dict[str, Any]) -> str:
@@ -185,6 +204,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: dict[str, int] | 
         *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),
         ("context", f"{config.max_positions:,} tokens"),
         ("decodes with", _words_of(facts["auto"])),
+        ("room", _room(facts["auto"])),
         ("other keys (kept)", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]
     if weights is not None:

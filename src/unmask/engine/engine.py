@@ -27,6 +27,8 @@ from unmask.engine.sequences.scoring import BlockScoringSequence, CausalScoringS
 from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.models.arch.transformer import Transformer
+from unmask.models.dtypes import dtype_name
+from unmask.models.weights.room import RESERVE, Memory, available_memory, check_room, kv_cache_bytes
 
 DEFAULT_CACHE_BLOCK_SIZE = 32
 _KV_CACHE_BYTES = 2**30
@@ -66,7 +68,8 @@ class Engine:
         cache_block_size: tokens in a block of the KV cache; default: the model's block size.
         num_tokens: tokens that the cache holds; default: what fits 1 GiB, but at least one full context and no more than
             `max_num_seqs` of them. On a CPU, memory is taken as it is used, and by default the prefixes that no request uses
-            are kept in 32 MiB, or as much as requests have used at a time.
+            are kept in 32 MiB, or as much as requests have used at a time. By default no more than fits into memory; a number
+            that does not is refused.
         max_num_seqs: most requests denoised together.
         max_num_batched_tokens: most tokens of a forward. Longer prompts are prefilled in parts, and so are shorter ones that
             would keep others waiting.
@@ -107,6 +110,7 @@ class Engine:
         ):
             if value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
+        self._check_room(backend, num_tokens)
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
         self.pool = BlockPool(num_cache_blocks, num_retained)
@@ -310,10 +314,26 @@ class Engine:
         return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs, prompt_logprobs)
 
     def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
-        config = self.config
-        fitting = min(_KV_CACHE_BYTES // self._bytes_per_token(backend), max_num_seqs * config.max_positions)
-        return max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE)
+        config, per_token = self.config, self._bytes_per_token(backend)
+        fitting = min(_KV_CACHE_BYTES // per_token, max_num_seqs * config.max_positions)
+        wanted, memory = max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE), available_memory(backend.device)
+        return wanted if memory is None else max(min(wanted, _tokens_that_fit(memory, per_token)), 1)
+
+    def _check_room(self, backend: Backend, num_tokens: int) -> None:
+        """Refuse a KV cache that does not fit into memory."""
+        per_token = self._bytes_per_token(backend)
+
+        def others() -> dict[str, int]:
+            memory = available_memory(backend.device)
+            most = 0 if memory is None else _tokens_that_fit(memory, per_token)
+            return {f"at most {most:,} tokens (num_tokens, or fewer max_new_tokens)": most * per_token} if most > 0 else {}
+
+        what = f"a KV cache of {num_tokens:,} tokens"
+        check_room(what, {dtype_name(backend.dtype): num_tokens * per_token}, backend.device, others)
 
     def _bytes_per_token(self, backend: Backend) -> int:
-        config = self.config
-        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * backend.dtype.itemsize
+        return kv_cache_bytes(self.config, backend.dtype, 1)
+
+
+def _tokens_that_fit(memory: Memory, per_token: int) -> int:
+    return (memory.num_bytes - RESERVE) // per_token

@@ -15,9 +15,10 @@ from unmask.data.tokenizer import load_tokenizer
 from unmask.engine.backends.native import open_quantized
 from unmask.engine.llm import LanguageModel
 from unmask.engine.quantization import decoding_weights, for_dtype
+from unmask.engine.room import DecodingRoom
 from unmask.models.dtypes import parse_dtype
-from unmask.models.weights.checkpoint import read_model_config
-from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.models.weights.checkpoint import ModelParts, read_model_config
+from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model, load_parts
 
 
@@ -47,12 +48,23 @@ def load(
     Raises:
         CheckpointError: unknown, incomplete or damaged model.
         ConfigError: unsupported architecture, dtype or quantisation.
+        RoomError: the model does not fit into memory; no weight has been read.
     """
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
+    config = read_model_config(folder)
+    kind = decoding_weights(for_dtype(quantize, dtype), config, torch.device(device))
+    room = DecodingRoom(config, read_dtype, torch.device(device))
     read = partial(load_model, folder, dtype=read_dtype, device=device)
+
+    def parts() -> ModelParts:
+        room.check(str(model), kind, packs=True, whole=base_folder(folder) is not None)
+        return load_parts(folder, dtype=read_dtype)
+
+    if kind == "none":
+        room.check(str(model), kind)
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
-    kind = decoding_weights(for_dtype(quantize, dtype), read_model_config(folder), torch.device(device))
-    parts = partial(load_parts, folder, dtype=read_dtype)
     weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
+    if kind != "none":
+        room.check(str(model), kind)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read)

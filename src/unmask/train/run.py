@@ -18,6 +18,7 @@ from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
+from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.train.forward import AttentionBackend
@@ -28,6 +29,7 @@ from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.whole import on_main, skeleton_of
 from unmask.train.parallel.world import World, open_world
 from unmask.train.recipe import Recipe
+from unmask.train.room import check_training_room
 from unmask.train.router import RouterMonitor
 from unmask.train.rows import training_rows, validation_rows
 from unmask.train.sections import TrainSection
@@ -125,6 +127,8 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     compute_dtype = parse_dtype(train.compute_dtype, device)
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
+    if world.size == 1:
+        check_training_room(recipe, read_model_config(folder), compute_dtype, device)
     # Several ranks shard the master weights, and gather them in the compute dtype.
     model = load_model(folder, dtype=compute_dtype if world.size == 1 else torch.float32, device=device)
     config = training_config(model.config, tokenizer, recipe)

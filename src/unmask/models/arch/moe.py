@@ -112,7 +112,8 @@ class MoE(nn.Module):
         self.observer: RouterObserver | None = None
         self.run_experts: RunExperts = run_experts
         for weight in (self.router, self.gate_up, self.down):
-            nn.init.normal_(weight, std=0.02)
+            if not weight.is_meta:  # as in `Transformer`
+                nn.init.normal_(weight, std=0.02)
 
     def router_logits(self, x_ND: Tensor) -> Tensor:
         """Router logits in at least float32: casting them to bfloat16 would choose other experts."""

@@ -21,6 +21,7 @@ from unmask.models.weights.checkpoint import (
     with_generation_ends,
 )
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder, resolve
+from unmask.models.weights.room import check_weights
 
 
 def load_model(model: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
@@ -37,10 +38,12 @@ def load_model(model: str | Path, *, dtype: torch.dtype, device: torch.device | 
     Raises:
         CheckpointError: there is no such model; an adapter does not fit its base; or anything is missing, unexpected,
             misshapen or corrupt. Tensors are named, all of them at once.
+        RoomError: the weights do not fit into memory; none has been touched.
     """
     folder = resolve(model) if isinstance(model, str) else model
     base = base_folder(folder)
     if base is None:
+        check_weights(folder, read_model_config(folder), dtype, device)
         return load_checkpoint(folder, dtype=dtype, device=device)
     return _load_adapted(folder, load_model(base, dtype=dtype, device=device))
 

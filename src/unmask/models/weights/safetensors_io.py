@@ -129,7 +129,8 @@ def tensor_index(folder: Path) -> dict[str, Path]:
     missing = sorted(f"{name} in {file}" for name, file in weight_map.items() if name not in names_in[file])
     if missing:
         raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
-    return {name: folder / file for name, file in weight_map.items()}
+    paths = {file: folder / file for file in names_in}
+    return {name: paths[file] for name, file in weight_map.items()}
 
 
 def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,102 @@
+"""Room for decoding: what a model takes of memory with each kind of weights, and what to expect where it is paged from disk.
+
+Owns the choice of what else could be loaded where a model does not fit. The sums and the limits are `models.weights.room`'s.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from unmask.engine.quantization import BITS
+from unmask.errors import ConfigError, UnmaskNote
+from unmask.models.arch.config import ModelConfig
+from unmask.models.dtypes import dtype_name
+from unmask.models.weights.room import (
+    available_memory,
+    check_room,
+    fits,
+    in_words,
+    kv_cache_bytes,
+    packed_bytes,
+    packing_bytes,
+    weight_bytes,
+)
+
+FIRST_TOKENS = 2048
+"""Tokens of the KV cache that a model must have room for when it is loaded; larger caches are checked when they are made."""
+
+
+@dataclass(frozen=True)
+class DecodingRoom:
+    """What decoding with a model takes of memory.
+
+    Attributes:
+        config: of the model.
+        dtype: of weights that decode as they are, and of those that are quantised.
+        device: of the weights.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def options(self) -> Mapping[str, int]:
+        """Bytes of loading the model in each way it can be loaded here, the KV cache included, best quality first."""
+        wide, narrow = torch.float32, torch.bfloat16
+        options = {f"dtype {dtype_name(each)}": weight_bytes(self.config, each) + self._cache(each) for each in (wide, narrow)}
+        if is_packable(self.config, self.device):
+            cache = self._cache(wide)
+            options |= {f"quantize {name}": packing_bytes(self.config, narrow, bits) + cache for name, bits in BITS.items()}
+        return options
+
+    def check(self, name: str, weights: str, *, packs: bool = False, whole: bool = False) -> None:
+        """Refuse what does not fit.
+
+        Args:
+            name: of the model, for the message.
+            weights: that decode: "int8", "int4" or "none".
+            packs: the weights are to be quantised now. Else quantised ones are mapped from a file: where they exceed memory, a
+                note says what to expect.
+            whole: they are loaded at once before that.
+
+        Raises:
+            RoomError: it does not fit.
+        """
+        if weights == "none":
+            needs = {f"weights in {dtype_name(self.dtype)}": weight_bytes(self.config, self.dtype)}
+            check_room(name, needs | self._cache_need(self.dtype), self.device, self.options)
+            return
+        needs = {}
+        if packs:
+            needs[f"quantising to {weights}"] = packing_bytes(self.config, self.dtype, BITS[weights], whole=whole)
+        check_room(name, needs | self._cache_need(torch.float32), self.device, self.options)
+        packed, memory = packed_bytes(self.config, self.dtype, BITS[weights]), available_memory(self.device)
+        if not packs and memory is not None and not fits(packed, memory):
+            warnings.warn(
+                f"{name} has {in_words(packed)} of {weights} weights, and there are {in_words(memory.num_bytes)} of "
+                f"{memory.where}: they are read from disk as they are needed, up to all of them for every forward",
+                UnmaskNote,
+                stacklevel=3,
+            )
+
+    def _cache(self, dtype: torch.dtype) -> int:
+        return kv_cache_bytes(self.config, dtype, min(FIRST_TOKENS, self.config.max_positions))
+
+    def _cache_need(self, dtype: torch.dtype) -> dict[str, int]:
+        return {f"KV cache of {min(FIRST_TOKENS, self.config.max_positions):,} tokens": self._cache(dtype)}
+
+
+def is_packable(config: ModelConfig, device: torch.device) -> bool:
+    """Whether the CPU kernels are there and run the model."""
+    from unmask.models.native.library import kernel_variant
+    from unmask.models.native.packing import check_packable
+
+    try:
+        check_packable(config, device, 8)
+    except ConfigError:
+        return False
+    return kernel_variant() is not None
