@@ -8,7 +8,7 @@ Legend: K kinds of token (masked, visible), L routed layers, E experts, N tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -35,8 +35,28 @@ class RouterMonitor:
         so that the gradient does not depend on how a batch is split.
     """
 
-    def __init__(self, model: Transformer, policy: RouterPolicy, *, rate: float, aux_weight: float) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        policy: RouterPolicy,
+        *,
+        rate: float,
+        aux_weight: float,
+        sum_over_ranks: Callable[[Tensor], None] = lambda load_KLE: None,
+        expert_ranks: int = 1,
+    ) -> None:
+        """Monitor the routers of a model.
+
+        Args:
+            model: with routed layers.
+            policy: what changes.
+            rate: policy `bias`: change of the selection bias per step.
+            aux_weight: policy `aux`: weight of the loss.
+            sum_over_ranks: sums counts, in place, over the ranks that see other tokens or hold other layers.
+            expert_ranks: ranks that the experts are divided over.
+        """
         self.policy = policy
+        self._sum_over_ranks, self._expert_ranks = sum_over_ranks, expert_ranks
         self._rate, self._aux_weight = rate, aux_weight
         self._mask_id = -1 if model.config.mask_id is None else model.config.mask_id
         self._layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
@@ -70,11 +90,13 @@ class RouterMonitor:
             self._counting = False
 
     def end_step(self) -> dict[str, float]:
-        """Update the selection biases (policy `bias`) and return the loads of the step.
+        """Update the selection biases (policy `bias`) and return the loads of the step, of all ranks' tokens.
 
         `load_masked`, `load_visible`: tokens of the busiest expert over the mean, in the worst layer (1: balanced).
         `idle_masked`, `idle_visible`: share of experts that received no token.
+        `load_rank`, where experts are on several: tokens of the busiest rank over the mean, in the worst layer.
         """
+        self._sum_over_ranks(self._load_KLE)
         load_LE = self._load_KLE[:PADDING].sum(0)
         mean_L1 = load_LE.double().mean(1, keepdim=True)
         if self.policy == "bias":
@@ -87,6 +109,9 @@ class RouterMonitor:
             counts_LE = self._load_KLE[kind].double()
             metrics[f"load_{name}"] = float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)).max())
             metrics[f"idle_{name}"] = float((counts_LE == 0).double().mean())
+        if self._expert_ranks > 1:
+            load_LR = load_LE.double().unflatten(1, (self._expert_ranks, -1)).sum(2)
+            metrics["load_rank"] = float((load_LR.amax(1) / load_LR.mean(1).clamp(min=1e-9)).max())
         return metrics
 
     def state_tensors(self) -> dict[str, Tensor]:

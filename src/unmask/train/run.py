@@ -142,7 +142,7 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     model.activation_checkpointing = train.activation_checkpointing
     model.train()
     skeleton = None if world.size == 1 else skeleton_of(model, compute_dtype)
-    router = _router(model, train)
+    router = _router(model, train, world)
     parallelize(model, world, compute_dtype=compute_dtype)
     if reference is not None and reference.model is not model:
         parallelize(reference.model, world, compute_dtype=compute_dtype)
@@ -182,7 +182,7 @@ def _gated_lora(model: Transformer, train: TrainSection) -> Transformer:
     return train_gated_lora(model)
 
 
-def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
+def _router(model: Transformer, train: TrainSection, world: World) -> RouterMonitor | None:
     """The monitor of the routers of a mixture of experts; None for a dense model."""
     policy = train.router.policy
     if model.config.moe is None:
@@ -194,4 +194,11 @@ def _router(model: Transformer, train: TrainSection) -> RouterMonitor | None:
             f"train.router.policy is {policy}, but adapters leave routers alone; use frozen, or train without LoRA"
         )
     policy = policy or ("bias" if train.lora is None else "frozen")
-    return RouterMonitor(model, policy, rate=train.router.rate, aux_weight=train.router.aux_weight)
+    return RouterMonitor(
+        model,
+        policy,
+        rate=train.router.rate,
+        aux_weight=train.router.aux_weight,
+        sum_over_ranks=lambda load_KLE: world.sum_tensor(load_KLE, "predictions", "pipeline"),
+        expert_ranks=world.dims.expert,
+    )

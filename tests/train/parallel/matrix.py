@@ -26,6 +26,7 @@ from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
+from unmask.train.router import RouterMonitor, RouterPolicy
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "denoise": {"kind": "denoise", "mask_noise_steps": 4},
@@ -41,7 +42,7 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, an objective of `OBJECTIVES` and what is trained: "full", "lora" or "gated"."""
+    """A layout, an objective of `OBJECTIVES` and what is trained: "full", "lora" or "gated"; a mixture's router policy."""
 
     dims: ParallelDims
     objective: str = "denoise"
@@ -50,10 +51,11 @@ class Case:
     block_size: int | None = 4
     train: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    router: RouterPolicy | None = None
 
     def __str__(self) -> str:
         degrees = "-".join(f"{name}{value}" for name, value in vars(self.dims).items() if value > 1)
-        return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}"
+        return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}-{self.router}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Result:
     figures: MetricRecord
     held_out: MetricRecord
     gradients: dict[str, Tensor]
+    router: dict[str, Tensor]
 
 
 def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) -> None:
@@ -72,6 +75,7 @@ def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) 
     for found in results:
         for name, figure in (expected.figures | expected.held_out).items():
             assert abs((found.figures | found.held_out)[name] - figure) <= tolerance * max(1.0, abs(figure)), name
+        assert all(torch.equal(found.router[name], tensor) for name, tensor in expected.router.items())
     gradients = results[0].gradients
     assert gradients.keys() == expected.gradients.keys()
     scale = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
@@ -86,12 +90,17 @@ def step(case: Case, world: World) -> Result:
     phase = Phase("decay", case.block_size, 1000)
     setting = objective.setting
     own = setting.share(rows.num_rows)
+    if setting.router is not None:
+        setting.router.begin_step(rows.num_tokens)
     figures = accumulate(objective, rows.rows(own.start, own.stop), phase, 0)
+    if setting.router is not None:
+        figures |= setting.router.end_step()
     model = setting.model
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: world.full(gradient) for name, gradient in gradients.items()}
     held_out = evaluate(objective, rows.rows(0, 6), phase)
-    return Result(figures, held_out, whole if world.is_main else {})
+    router = {} if setting.router is None else setting.router.state_tensors()
+    return Result(figures, held_out, whole if world.is_main else {}, router)
 
 
 def _step_of_rank(case: Case) -> Result:
@@ -115,11 +124,26 @@ def _objective(case: Case, world: World) -> Objective:
         lora: Transformer = model
         reference = ReferencePolicy(model, lambda: adapters_off(lora))
     model.activation_checkpointing = recipe.train.activation_checkpointing
+    router = None if case.router is None else _router(model, case.router, world)
     parallelize(model, world, compute_dtype=torch.float64)
     if reference.model is not model and recipe.objective.needs_reference:
         parallelize(reference.model, world, compute_dtype=torch.float64)
     mask_id = None if autoregressive else MASK
-    return recipe.objective.build(Setting(model, recipe.train, "blocked", None, mask_id, reference, world))
+    return recipe.objective.build(Setting(model, recipe.train, "blocked", router, mask_id, reference, world))
+
+
+def _router(model: Transformer, policy: RouterPolicy, world: World) -> RouterMonitor:
+    """A monitor whose shares of the step before, which the auxiliary loss takes, are uneven."""
+
+    def sum_over_ranks(load_KLE: Tensor) -> None:
+        world.sum_tensor(load_KLE, "predictions", "pipeline")
+
+    router = RouterMonitor(model, policy, rate=0.01, aux_weight=0.5, sum_over_ranks=sum_over_ranks)
+    state = router.state_tensors()
+    share_LE = state["router.share"]
+    shares = torch.rand(share_LE.shape, generator=torch.Generator().manual_seed(0))
+    router.load_state_tensors(state | {"router.share": shares / shares.sum(1, keepdim=True)})
+    return router
 
 
 def _recipe(case: Case) -> Recipe:

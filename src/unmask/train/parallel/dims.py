@@ -71,6 +71,13 @@ class ParallelDims:
         ]
         if moe is not None:
             rules.append(("expert", self.expert, "experts", moe.num_experts))
+            if self.expert > 1 and moe.num_experts % self.shards:
+                # Ranks that hold the same experts divide each of them.
+                ranks, what = self.shards // self.expert, "data_shard x parallel.context / parallel.expert"
+                rules += [
+                    (what, ranks, "hidden channels", config.hidden_size),
+                    (what, ranks, "channels of an expert", 2 * moe.expert_size),
+                ]
         for name, degree, parts, count in rules:
             if count % degree:
                 raise ConfigError(f"parallel.{name} is {degree}; it must divide the model's {count} {parts}")

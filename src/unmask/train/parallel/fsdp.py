@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.checkpoint import parameter_dtype
+from unmask.train.parallel.expert import expert_placement
 from unmask.train.parallel.world import World
 
 
@@ -23,9 +24,10 @@ def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype) -> 
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=shard_dtype, cast_forward_inputs=False)
     # Routers compute in float32 whatever the others do; small, they are on every rank.
     wide = {parameter for name, parameter in model.named_parameters() if parameter_dtype(name, compute_dtype) != compute_dtype}
+    placement = expert_placement(model, world) if world.dims.expert > 1 else None
     modules: list[nn.Module] = [*model.blocks, model]
     for module in modules:
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=wide)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=wide, shard_placement_fn=placement)
         sharded.set_gradient_divide_factor(1.0)
         # Other operations than the sum exist on NCCL only.
         sharded.set_force_sum_reduction_for_comms(True)
