@@ -48,24 +48,26 @@ def token_nll(
         chunk: positions projected at once.
 
     Returns:
-        float32 [N] in nats.
+        [N] in nats, float32 (of float64 logits float64).
     """
 
     def nll(part_ND: Tensor, part_N: Tensor) -> Tensor:
         nll_N: Tensor = _CrossEntropy.apply(head(part_ND), part_N, mask_id)  # type: ignore[no-untyped-call]
         return nll_N
 
-    return torch.cat(_in_chunks(nll, hidden_ND, target_N, chunk))
+    return torch.cat(in_chunks(nll, hidden_ND, target_N, chunk))
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits [N, V] with the mask token banned, float32; one [N, V] buffer holds log p, then the gradient."""
+    """Cross-entropy of logits [N, V] with the mask token banned, at least float32; one [N, V] buffer holds log p, then the
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, mask_id: int | None) -> Tensor:
-        log_p_NV = torch.empty_like(logits_NV, dtype=torch.float32)
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        log_p_NV = torch.empty_like(logits_NV, dtype=wide)
         for logits, log_p in zip(logits_NV.split(_CACHED), log_p_NV.split(_CACHED), strict=True):
-            torch.log_softmax(ban_mask(logits.float(), mask_id), -1, out=log_p)
+            torch.log_softmax(ban_mask(logits.to(wide), mask_id), -1, out=log_p)
         ctx.save_for_backward(log_p_NV, target_N)
         ctx.dtype = logits_NV.dtype
         return -log_p_NV.gather(1, target_N[:, None])[:, 0]
@@ -80,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_NV.to(ctx.dtype), None, None
 
 
-def _in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:
+def in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:
     """`score` of the predictions, `chunk` at a time; with more than one chunk each is recomputed in the backward pass."""
     if len(target_N) <= chunk:
         return [score(hidden_ND, target_N)]
@@ -92,8 +94,8 @@ def _in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N
 class TokenScores:
     """Scores of the predictions at N masked positions.
 
-    `nll_N` (nats, float32) and `entropy_N` (nats, float32, zero where the argmax is wrong) carry gradients; `correct_N` (bool):
-    the most probable token is the clean one; `confidence_N` (float32): its probability.
+    `nll_N` (nats) and `entropy_N` (nats, zero where the argmax is wrong) carry gradients; `correct_N` (bool): the most probable
+    token is the clean one; `confidence_N`: its probability. All are float32, of float64 logits float64.
     """
 
     nll_N: Tensor
@@ -125,7 +127,8 @@ def token_scores(
     """
 
     def score(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits_NV = ban_mask(head(part_ND).float(), mask_id)
+        logits_NV = head(part_ND)
+        logits_NV = ban_mask(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), mask_id)
         log_z_N = logits_NV.logsumexp(-1)
         nll_N = log_z_N - logits_NV.gather(1, part_N[:, None])[:, 0]
         best = logits_NV.detach().max(-1)
@@ -133,7 +136,7 @@ def token_scores(
         entropy_N = torch.zeros_like(nll_N).masked_scatter(correct_N, entropy(logits_NV[correct_N] / temperature))
         return nll_N, entropy_N, correct_N, (best.values - log_z_N.detach()).exp()
 
-    columns = zip(*_in_chunks(score, hidden_ND, target_N, chunk), strict=True)
+    columns = zip(*in_chunks(score, hidden_ND, target_N, chunk), strict=True)
     return TokenScores(*(torch.cat(column) for column in columns))
 
 

@@ -9,7 +9,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask,
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.arch.transformer import Transformer
 from unmask.train.router import RouterMonitor
+
+if TYPE_CHECKING:
+    from unmask.train.parallel.context import ContextShard
 
 AttentionBackend = Literal["dense", "blocked", "flex"]
 
@@ -57,32 +60,50 @@ def predicted_hidden(
     backend: AttentionBackend,
     noise_BTD: Tensor | None = None,
     router: RouterMonitor | None = None,
+    context: ContextShard | None = None,
 ) -> Tensor:
     """Hidden states [N, D] of the stream's predictions.
 
-    `noise_BTD` is added to the embeddings; `router` counts which experts the tokens are sent to.
+    `noise_BTD` is added to the embeddings; `router` counts which experts the tokens are sent to; `context` is this rank's share
+    of the positions, which the predictions must belong to (None: all of them).
     """
+    at = stream.predict if context is None else context.local(stream).predict
     if model.config.gated_lora_rank is not None:
-        return gated_hidden(model, model, stream, backend, noise_BTD)[stream.predict]
-    return stream_hidden(model, stream, backend, noise_BTD, router)[stream.predict]
+        return gated_hidden(model, model, stream, backend, noise_BTD, context)[at]
+    return stream_hidden(model, stream, backend, noise_BTD, router, context)[at]
 
 
 def stream_hidden(
-    layers: Layers, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None, router: RouterMonitor | None
+    layers: Layers,
+    stream: Stream,
+    backend: AttentionBackend,
+    noise_BTD: Tensor | None,
+    router: RouterMonitor | None,
+    context: ContextShard | None = None,
 ) -> Tensor:
-    """Hidden states [B, T, D] of a stream; the arguments are those of `predicted_hidden`."""
+    """Hidden states [B, T, D] of a stream, or of this rank's share of it; the arguments are those of `predicted_hidden`."""
     attend = make_attend(stream.index, backend)
-    with nullcontext() if router is None else router.watching(stream):
+    watched = stream
+    if context is not None:
+        layers, watched = context.divide(layers), context.local(stream)
+    with nullcontext() if router is None else router.watching(watched):
         return layers(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
 
 
 def gated_hidden(
-    clean_layers: Layers, noisy_layers: Layers, stream: Stream, backend: AttentionBackend, noise_BTD: Tensor | None
+    clean_layers: Layers,
+    noisy_layers: Layers,
+    stream: Stream,
+    backend: AttentionBackend,
+    noise_BTD: Tensor | None,
+    context: ContextShard | None = None,
 ) -> Tensor:
     """Hidden states of the noisy copies, which come first in the stream, of a model with gated LoRA.
 
     The clean copy passes through frozen weights only, so it runs first, without a graph, and leaves its keys and values.
     """
+    if context is not None:
+        clean_layers, noisy_layers = context.divide(clean_layers), context.divide(noisy_layers)
     index = stream.index
     count = num_noisy(stream)
     noisy, clean = (slice(None), slice(count)), (slice(None), slice(count, None))

@@ -24,6 +24,7 @@ from unmask.train.metrics import MetricRecord
 from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.layouts import Layout, tensor_layouts
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor, RouterPolicy
@@ -97,7 +98,11 @@ def step(case: Case, world: World) -> Result:
         figures |= setting.router.end_step()
     model = setting.model
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    whole = {name: world.full(gradient) for name, gradient in gradients.items()}
+    layouts = tensor_layouts(model)
+    whole = {
+        name: layouts.get(name, Layout()).restore(world.full(gradient), world.dims.tensor)
+        for name, gradient in gradients.items()
+    }
     held_out = evaluate(objective, rows.rows(0, 6), phase)
     router = {} if setting.router is None else setting.router.state_tensors()
     return Result(figures, held_out, whole if world.is_main else {}, router)

@@ -40,6 +40,7 @@ def test_experts_are_divided_over_data_and_context_ranks() -> None:
     ("dims", "family", "words"),
     [
         (ParallelDims(tensor=4), "llama", ["parallel.tensor", "4", "2 key-value heads"]),
+        (ParallelDims(tensor=2, context=4), "llama", ["parallel.tensor x parallel.context", "8", "4 attention heads"]),
         (ParallelDims(pipeline=4), "llama", ["parallel.pipeline", "4", "2 layers"]),
         (ParallelDims(data_shard=2, expert=2), "llama", ["parallel.expert", "no routed experts"]),
         (ParallelDims(data_shard=3, expert=3), "llada2", ["parallel.expert", "3", "8 experts"]),

@@ -17,7 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ from unmask.train.forward import AttentionBackend, predicted_hidden
 from unmask.train.parallel.world import World
 from unmask.train.router import RouterMonitor
 from unmask.train.sections import DataSection, Section, TrainSection
+
+if TYPE_CHECKING:
+    from unmask.train.parallel.context import ContextShard
+    from unmask.train.parallel.vocabulary import VocabularyShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,19 +119,28 @@ class Setting:
             hidden_ND: the hidden states of the predictions, where the model has run already.
         """
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
-        return token_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id)
+        if self._vocabulary is None:
+            return token_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id)
+        from unmask.train.parallel.vocabulary import parallel_nll
+
+        return parallel_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id, self._vocabulary)
 
     def scores(
         self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None, *, temperature: float = 1.0
     ) -> TokenScores:
         """Scores of the predictions: likelihood, entropy at `temperature`, confidence; other arguments as of `nll`."""
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
-        return token_scores(self.model.head, hidden_ND, stream.target_N, self.mask_id, temperature=temperature)
+        scored = (self.model.head, hidden_ND, stream.target_N, self.mask_id)
+        if self._vocabulary is None:
+            return token_scores(*scored, temperature=temperature)
+        from unmask.train.parallel.vocabulary import parallel_scores
+
+        return parallel_scores(*scored, self._vocabulary, temperature=temperature)
 
     def _hidden(self, stream: Stream, noise_norm: float) -> Tensor:
         """Hidden states [N, D] of the predictions."""
         noise_BTD = self.embedding_noise(stream, noise_norm)
-        return predicted_hidden(self.model, stream, self.backend, noise_BTD, self.counting_router)
+        return predicted_hidden(self.model, stream, self.backend, noise_BTD, self.counting_router, self.context)
 
     def embedding_noise(self, stream: Stream, norm: float) -> Tensor | None:
         """Noise [B, T, D] of this norm for masked embeddings; None for norm 0."""
@@ -134,6 +148,37 @@ class Setting:
             return None
         assert self.mask_id is not None
         return embedding_noise(stream, self.mask_id, self.model.config.hidden_size, norm, self.train.seed)
+
+    def own_predictions(self, stream: Stream) -> Stream:
+        """The stream with the predictions of this rank's positions; what is counted once, one rank counts."""
+        return stream if self.context is None else self.context.share(stream)
+
+    def over_context(self, part: Tensor) -> Tensor:
+        """The sum, with its gradient, of what each of the ranks that divide the positions has a part of."""
+        return part if self.context is None else self.context.sum(part)
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank counts what all ranks that divide the positions of its rows have."""
+        return self.world.index("context") == 0
+
+    @cached_property
+    def context(self) -> ContextShard | None:
+        """This rank's share of the positions; None: all of them."""
+        if self.world.dims.context == 1:
+            return None
+        from unmask.train.parallel.context import ContextShard
+
+        return ContextShard(self.world.group("context"), self.world.index("context"), self.world.dims.context)
+
+    @cached_property
+    def _vocabulary(self) -> VocabularyShard | None:
+        """This rank's share of the vocabulary; None: all of it."""
+        if self.world.dims.tensor == 1:
+            return None
+        from unmask.train.parallel.tensor import vocabulary_shard
+
+        return vocabulary_shard(self.model.config, self.world.mesh["tensor"])
 
     @property
     def counting_router(self) -> RouterMonitor | None:

@@ -80,15 +80,16 @@ class DenoiseObjective(Objective):
                 "leave it out"
             )
         self._masks, self._ar_loss_weight, self._cap = masks, ar_loss_weight, cap
-        norm_V = setting.model.embed.weight.detach().float().norm(dim=1)
-        self._initial_noise = float(setting.world.full(norm_V).mean()) * masks.mask_noise_scale
+        # Tensor ranks pad the vocabulary.
+        norm_V = setting.world.full(setting.model.embed.weight.detach().float().norm(dim=1))[: setting.model.config.vocab_size]
+        self._initial_noise = float(norm_V.mean()) * masks.mask_noise_scale
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
         setting, steps = self.setting, self._masks.mask_noise_steps
         config = self._masks.corruption(
             setting, phase, complementary=self._masks.complementary, ar_loss_weight=self._ar_loss_weight
         )
-        stream = corrupt(rows, config, setting.train.seed)
+        stream = setting.own_predictions(corrupt(rows, config, setting.train.seed))
         # Linear decay to zero. Source: LLaDA2.0 section 3; scale and length are ours.
         noise_norm = self._initial_noise * max(0.0, 1 - step / steps) if steps else 0.0
         if self._cap is None:

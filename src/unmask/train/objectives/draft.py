@@ -66,14 +66,18 @@ class DraftObjective(Objective):
         share = self._section.denoise_share
         if int((step + 1) * share) > int(step * share):
             return self._denoise.prepare(rows, phase, step)
-        stream = draft_stream(rows, self._layout(phase, self._section.cuts))
-        return WeightedNll(self.setting, stream, float(stream.weight_N.sum()))
+        stream = self.setting.own_predictions(draft_stream(rows, self._layout(phase, self._section.cuts)))
+        return WeightedNll(self.setting, stream, float(stream.weight_N.double().sum()))
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         """`nelbo`: nats per draft token, unweighted; `accepted_length`: mean number of correct drafts of a block."""
-        stream = draft_stream(rows, self._layout(phase, 1))
+        whole = draft_stream(rows, self._layout(phase, 1))
+        stream = self.setting.own_predictions(whole)
         scores = self.setting.scores(stream)
-        lengths = accepted_lengths(stream, scores.correct_N)
+        correct_BT = torch.zeros(whole.tokens_BT.shape, device=whole.tokens_BT.device)
+        correct_BT[stream.predict] = scores.correct_N.float()
+        correct_N = self.setting.over_context(correct_BT)[whole.predict].bool()
+        lengths = accepted_lengths(whole, correct_N) if self.setting.counts_rows else []
         return {
             "nelbo": Figure(float(scores.nll_N.sum()), stream.num_maskable),
             "accepted_length": Figure(sum(lengths), len(lengths)),

@@ -51,7 +51,7 @@ def held_out_nelbo(setting: Setting, rows: PackedRows, phase: Phase) -> dict[str
     assert setting.mask_id is not None
     start_id = setting.model.config.start_id
     config = CorruptionConfig(setting.mask_id, phase.block_size, complementary=True, sampling="fixed_count", start_id=start_id)
-    stream = corrupt(rows, config, VALIDATION_SEED)
+    stream = setting.own_predictions(corrupt(rows, config, VALIDATION_SEED))
     nll_N = setting.nll(stream)
     figures = {"nelbo": Figure(float(nelbo(nll_N, stream.weight_N)), stream.num_maskable)}
     quarter_N = (stream.t_N * 4).ceil().clamp(1, 4).long().cpu()

@@ -31,9 +31,9 @@ class NextTokenObjective(Objective):
     """Mean negative log-likelihood of the next token under causal attention."""
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
-        stream = next_token_stream(rows)
+        stream = self.setting.own_predictions(next_token_stream(rows))
         return WeightedNll(self.setting, stream, stream.num_maskable)
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
-        stream = next_token_stream(rows)
+        stream = self.setting.own_predictions(next_token_stream(rows))
         return {"nelbo": Figure(float(self.setting.nll(stream).sum()), stream.num_maskable)}

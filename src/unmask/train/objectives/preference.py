@@ -72,7 +72,8 @@ class PreferenceObjective(Objective):
     def _batch(self, rows: PackedRows, phase: Phase, seed: int) -> PreferenceBatch:
         config = self._section.corruption(self.setting, phase)
         shape = (rows.num_rows, config.num_copies)
-        return PreferenceBatch(self.setting, corrupt(rows, config, seed), shape, self._section.beta)
+        stream = self.setting.own_predictions(corrupt(rows, config, seed))
+        return PreferenceBatch(self.setting, stream, shape, self._section.beta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +84,15 @@ class PreferenceBatch(StreamBatch):
     beta: float
 
     def counts(self) -> tuple[float, ...]:
-        return (self.shape[0] // 2,)
+        return (self.shape[0] // 2 if self.setting.counts_rows else 0,)
 
     def forward(self, hidden_ND: Tensor | None = None) -> Output:
         margin_PS = self._margins(self.reference_N, self.setting.nll(self.stream, hidden_ND=hidden_ND))
         loss_P = preference_loss(margin_PS.mean(1), self.beta)
-        return Output((LossTerm(loss_P.sum(), len(loss_P)),), self._figures(margin_PS.detach()))
+        # Ranks that divide the positions all have these losses: one of them counts.
+        counted = float(self.setting.counts_rows)
+        figures = self._figures(margin_PS.detach()) if counted else {}
+        return Output((LossTerm(loss_P.sum() * counted, len(loss_P) * counted),), figures)
 
     @cached_property
     def reference_N(self) -> Tensor:
@@ -102,7 +106,8 @@ class PreferenceBatch(StreamBatch):
         """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""
         stream = self.stream
         sample_N = stream.index.copy_BT[stream.predict] - 1
-        gain_RS = elbo_gains(policy_N, reference_N, stream.weight_N, stream.predict[0], sample_N, self.shape)
+        own_RS = elbo_gains(policy_N, reference_N, stream.weight_N, stream.predict[0], sample_N, self.shape)
+        gain_RS = setting.over_context(own_RS)
         return gain_RS[0::2] - gain_RS[1::2]
 
     def _figures(self, margin_PS: Tensor) -> dict[str, Figure]:

@@ -1,6 +1,7 @@
 """Parallelism from outside: what turns a model of one process into that of one rank.
 
-Owns the order in which the dimensions are applied. Each is a module of its own.
+Owns the order in which the dimensions are applied. Each is a module of its own; context parallelism divides the stream instead
+of the model (`train.forward`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
     if world.size == 1:
         return model
     # Imported here: a run of one process needs none of it.
-    from unmask.train.parallel.context import apply_context
     from unmask.train.parallel.expert import apply_expert
     from unmask.train.parallel.fsdp import apply_fsdp
     from unmask.train.parallel.pipeline import apply_pipeline
@@ -42,7 +42,5 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
         apply_expert(model, world)
     if dims.pipeline > 1:
         apply_pipeline(model, world)
-    if dims.context > 1:
-        apply_context(model, world)
     apply_fsdp(model, world, compute_dtype)
     return model

@@ -66,10 +66,12 @@ class ParallelDims:
             raise ConfigError(f"parallel.expert is {self.expert}, but the model has no routed experts; use 1")
         rules = [
             ("tensor", self.tensor, "key-value heads", config.num_kv_heads),
-            ("tensor", self.tensor, "feed-forward channels", config.ffn_size),
-            ("tensor x parallel.context", self.tensor * self.context, "key-value heads", config.num_kv_heads),
+            ("tensor x parallel.context", self.tensor * self.context, "attention heads", config.num_heads),
         ]
+        if moe is None or moe.num_dense_layers:
+            rules.append(("tensor", self.tensor, "feed-forward channels", config.ffn_size))
         if moe is not None:
+            rules.append(("tensor", self.tensor, "channels of shared experts", moe.expert_size * moe.num_shared))
             rules.append(("expert", self.expert, "experts", moe.num_experts))
             if self.expert > 1 and moe.num_experts % self.shards:
                 # Ranks that hold the same experts divide each of them.

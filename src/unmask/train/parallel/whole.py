@@ -12,6 +12,7 @@ from torch import nn
 from unmask.errors import UnmaskError
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.checkpoint import parameter_dtype
+from unmask.train.parallel.layouts import Layout, tensor_layouts
 from unmask.train.parallel.world import World
 
 
@@ -27,8 +28,9 @@ def skeleton_of(model: Transformer, dtype: torch.dtype) -> Transformer:
 def fill(skeleton: Transformer, model: Transformer, world: World) -> None:
     """Gather the parameters of a sharded model in its skeleton, on the main rank's CPU; all ranks take part."""
     state, dtypes = {}, {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    layouts = tensor_layouts(skeleton)
     for name, tensor in model.state_dict().items():
-        full = world.full(tensor.detach())
+        full = layouts.get(name, Layout()).restore(world.full(tensor.detach()), world.dims.tensor)
         if world.is_main:
             state[name] = full.to("cpu", dtypes[name])
     if world.is_main:

@@ -1,0 +1,101 @@
+"""Context parallelism: positions dealt over ranks, and the losses, figures and gradients of one process."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matrix import Case, assert_equals_one_process
+from processes import Pool
+from tiny import MASK, pack, text
+from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
+from unmask.train.parallel.context import ContextShard
+from unmask.train.parallel.dims import ParallelDims
+
+TWO = ParallelDims(context=2)
+FOUR = ParallelDims(context=4)
+SHARDED = ParallelDims(data_shard=2, context=2)
+CHECKPOINTING = {"activation_checkpointing": True}
+
+QUICK = [Case(TWO, "cap", "lora", train=CHECKPOINTING), Case(SHARDED, "draft", "gated")]
+SLOW = [
+    *(Case(TWO, block_size=size) for size in (1, None)),
+    Case(TWO, "preference"),
+    Case(TWO, "preference", "lora"),
+    Case(TWO, "next_token"),
+    Case(TWO, "denoise", "gated", train=CHECKPOINTING),
+    Case(TWO, "denoise", "full", "llada2"),
+    Case(FOUR, "ar_loss"),
+    Case(FOUR, "draft", "lora"),
+    Case(FOUR, "cap", "gated"),
+    Case(FOUR, "denoise", "full", "qwen3"),
+    Case(SHARDED, "denoise"),
+    Case(SHARDED, "cap", "full", "llada2"),
+    Case(SHARDED, "preference"),
+    Case(SHARDED, "next_token", "lora"),
+]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
+    assert_equals_one_process(pool, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
+    assert_equals_one_process(pool, case)
+
+
+def shards(size: int) -> list[ContextShard]:
+    """Every rank's share; nothing here is exchanged."""
+    return [ContextShard(cast(Any, None), rank, size) for rank in range(size)]
+
+
+def stream_of(length: int) -> Stream:
+    rows = pack([[text(length, 0, prompt=2)], [text(length // 2, 1)]], length)
+    return corrupt(rows, CorruptionConfig(MASK, 4, complementary=True), 0)
+
+
+@given(st.integers(1, 5), st.integers(1, 40))
+def test_every_position_has_one_rank_and_all_ranks_equally_many(size: int, length: int) -> None:
+    dealt = [shard.positions(length) for shard in shards(size)]
+    assert len({len(positions) for positions in dealt}) == 1
+    together = torch.cat(dealt)
+    assert sorted(together[together < length].tolist()) == list(range(length))
+    assert len(together) < length + size
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_predictions_are_shared_out_evenly_with_their_targets(size: int) -> None:
+    stream = stream_of(512)
+    shares = [shard.share(stream) for shard in shards(size)]
+    counts = [len(share.target_N) for share in shares]
+    assert sum(counts) == len(stream.target_N)
+    assert max(counts) - min(counts) <= 0.2 * sum(counts) / size
+    assert sum(share.num_maskable for share in shares) == stream.num_maskable
+    taken = [
+        (int(row), int(column), int(target))
+        for share in shares
+        for row, column, target in zip(*share.predict, share.target_N, strict=True)
+    ]
+    row_N, column_N = stream.predict
+    assert sorted(taken) == sorted(zip(row_N.tolist(), column_N.tolist(), stream.target_N.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_runs_its_positions_and_padding_is_no_document(size: int) -> None:
+    stream = stream_of(21)
+    for shard in shards(size):
+        local = shard.local(stream)
+        positions = shard.positions(stream.tokens_BT.shape[1])
+        real = positions < stream.tokens_BT.shape[1]
+        assert torch.equal(local.tokens_BT[:, real], stream.tokens_BT[:, positions[real]])
+        assert not local.index.document_BT[:, ~real].any()
+        row_N, column_N = local.predict
+        assert torch.equal(positions[column_N], shard.share(stream).predict[1])
+        assert bool((local.tokens_BT[row_N, column_N] == MASK).all())
