@@ -107,7 +107,7 @@ class PreferenceBatch(StreamBatch):
         stream = self.stream
         sample_N = stream.index.copy_BT[stream.predict] - 1
         own_RS = elbo_gains(policy_N, reference_N, stream.weight_N, stream.predict[0], sample_N, self.shape)
-        gain_RS = setting.over_context(own_RS)
+        gain_RS = self.setting.over_context(own_RS)
         return gain_RS[0::2] - gain_RS[1::2]
 
     def _figures(self, margin_PS: Tensor) -> dict[str, Figure]:
