@@ -15,8 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from unmask import __version__
-from unmask.cli.console import Guarded, PanelCommand
-from unmask.errors import UnmaskNote, UnmaskWarning
+from unmask.cli.console import Guarded, PanelCommand, show_warning
 
 # The file of each verb, in the order of `--help`.
 _VERBS: Mapping[str, str] = {
@@ -117,13 +116,5 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         # For a character that the terminal cannot encode, print a question mark instead of failing.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     app()
-
-
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
-) -> None:
-    """Print our warnings as one line; hide those of libraries, which concern developers."""
-    if issubclass(category, (UnmaskWarning, UnmaskNote)):
-        typer.echo(f"note: {message}", err=True)

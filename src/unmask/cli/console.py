@@ -20,7 +20,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from unmask.cli.startup import raise_on_interrupt
 from unmask.engine.sampling_params import SamplingParams
-from unmask.errors import ConfigError, RequestError, RoomError, TrainingError, UnmaskError
+from unmask.errors import ConfigError, RequestError, RoomError, TrainingError, UnmaskError, UnmaskNote, UnmaskWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,8 @@ class PanelCommand(TyperCommand):
 
 def fail(error: UnmaskError) -> NoReturn:
     """Print an error as one line on standard error and exit with its code."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        raise typer.Exit(error.exit_code)  # The first rank of this machine prints it.
     text = str(error)
     if isinstance(error, RequestError):
         text = with_flags(text)
@@ -83,6 +85,19 @@ def fail(error: UnmaskError) -> NoReturn:
         text = text.replace("num_tokens, or fewer max_new_tokens", "--cache-tokens, or a lower --max-new-tokens")
     typer.echo(f"error: {' '.join(text.splitlines())}", err=True)
     raise typer.Exit(error.exit_code)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    """Print our warnings as one line; hide those of libraries, which concern developers."""
+    if issubclass(category, (UnmaskWarning, UnmaskNote)):
+        typer.echo(f"note: {message}", err=True)
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that reports: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def with_flags(message: str) -> str:

@@ -16,9 +16,19 @@ SAVE_NOTICE = b"\nstopping after this step to save; Ctrl-C again discards what i
 
 @contextlib.contextmanager
 def stop_on_interrupt(
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM), notice: bytes = SAVE_NOTICE
+    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+    notice: bytes = SAVE_NOTICE,
+    *,
+    on_stop: Callable[[], None] = lambda: None,
+    once: bool = False,
 ) -> Iterator[Callable[[], bool]]:
     """While the block runs, the first of these signals (SIGINT is Ctrl-C) asks to stop, the second one interrupts at once.
+
+    Args:
+        signals: which ones.
+        notice: written to standard error at the first.
+        on_stop: called at the first.
+        once: further ones do nothing: torchrun sends its ranks a copy of what they have received already.
 
     Yields:
         Whether to stop; earlier signal handlers are restored after the block.
@@ -30,7 +40,8 @@ def stop_on_interrupt(
         # Written to the file descriptor, because the signal may have arrived in the middle of a print.
         with contextlib.suppress(OSError):
             os.write(2, notice)
-        signal.signal(number, signal.default_int_handler)
+        on_stop()
+        signal.signal(number, signal.SIG_IGN if once else signal.default_int_handler)
 
     earlier_handlers = {number: signal.signal(number, handle) for number in signals}
     try:

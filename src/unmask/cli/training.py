@@ -6,16 +6,19 @@ Their default recipes are the files beside this one. The run itself is `train.ru
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from unmask.cli.console import make_console, pick_device, try_command
+from unmask.cli.console import is_main_rank, make_console, pick_device, show_warning, try_command
 from unmask.cli.data_option import check_paths, source_of
+from unmask.cli.interrupt import SAVE_NOTICE, stop_on_interrupt
 from unmask.cli.startup import INTERRUPTED
 from unmask.errors import ConfigError
 
@@ -35,6 +38,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; alone, with its own recipe.")]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, see the recipe's `parallel`.")]
+MaxRestarts = Annotated[
+    int, typer.Option(min=0, help="With several processes: how often they go on from the last checkpoint when one is lost.")
+]
 
 
 def default_recipe(verb: str) -> Path:
@@ -52,11 +59,24 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
         data: Data = None,
         overrides: Overrides = None,
         resume: Resume = False,
+        nproc: Processes = 1,
+        max_restarts: MaxRestarts = 3,
     ) -> None:
         plan = make_plan(name, recipe, model, data, overrides or [], out if resume else None)
         pick_device(plan.train.device)
         check_paths(source.path for source in plan.data.sources)
-        _report(plan, _run(name, plan, out, resume=resume))
+        _check_folder(out, resume=resume)
+        try:
+            result = _run(plan, out, resume) if nproc == 1 else _run_ranks(plan, out, resume, nproc, max_restarts)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; what follows the last checkpoint is lost", err=True)
+            _leave(name, out)
+        if not is_main_rank():
+            return
+        if not result.finished:
+            typer.echo(f"stopped after {result.steps:,} steps, saved", err=True)
+            _leave(name, out)
+        _report(plan, result)
 
     command.__name__, command.__doc__ = name, help_text
     return command
@@ -132,27 +152,47 @@ def _recipe_of(run: Path) -> dict[str, Any]:
     return values
 
 
-def _run(verb: str, recipe: Recipe, out: Path, *, resume: bool) -> RunResult:
-    """Run the recipe; an interrupted run ends the program and prints the command that resumes it."""
-    from unmask.cli.interrupt import stop_on_interrupt
-    from unmask.cli.progress import showing_progress
-    from unmask.train.run import holds_run, run_recipe
+def _check_folder(out: Path, *, resume: bool) -> None:
+    from unmask.train.parallel.start import restarted
+    from unmask.train.run import holds_run
 
-    if not resume and holds_run(out):
+    if not (resume or restarted()) and holds_run(out):
         raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
-    try:
-        with stop_on_interrupt() as should_stop, showing_progress(make_console(), recipe.train.tokens) as on_record:
-            result = run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what follows the last checkpoint is lost", err=True)
-        _leave(verb, out)
-    if not result.finished:
-        typer.echo(f"stopped after {result.steps:,} steps, saved", err=True)
-        _leave(verb, out)
+
+
+def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
+    """Run the recipe in this process, which may be one of the ranks of torchrun."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    with stop_on_interrupt(notice=SAVE_NOTICE if is_main_rank() else b"", once=torchrun) as should_stop:
+        return _show_run(should_stop, recipe, out, resume)
+
+
+def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts: int) -> RunResult:
+    """Run the recipe in several processes on this machine."""
+    from unmask.train.parallel.launch import Launcher
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(f"--nproc is {ranks}, but torchrun has started this process already; leave --nproc out")
+    recipe.parallel.dims(ranks)
+    launcher = Launcher(ranks, max_restarts=max_restarts, logs=out / "logs")
+    with stop_on_interrupt(on_stop=launcher.stop):
+        result: RunResult = launcher.run(_show_run, recipe, out, resume)
     return result
 
 
-def _leave(verb: str, out: Path) -> None:
+def _show_run(should_stop: Callable[[], bool], recipe: Recipe, out: Path, resume: bool) -> RunResult:
+    """Run the recipe as the process, or the rank, that this is; the main one shows the progress."""
+    from unmask.cli.progress import showing_progress
+    from unmask.train.run import run_recipe
+
+    warnings.showwarning = show_warning  # A rank has not come through the application.
+    if not is_main_rank():
+        return run_recipe(recipe, out, resume=resume, should_stop=should_stop)
+    with showing_progress(make_console(), recipe.train.tokens) as on_record:
+        return run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)
+
+
+def _leave(verb: str, out: Path) -> NoReturn:
     from unmask.train.state import list_checkpoints
 
     if list_checkpoints(out):

@@ -6,6 +6,8 @@ the loop knows nothing of what is minimised, of where a model or its data come f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -165,8 +167,7 @@ class Trainer:
         if not checkpoints:
             return False
         state, tensors = load_checkpoint(checkpoints[-1])
-        recipe, saved = self.recipe.model_dump(mode="json"), _with_defaults(state.recipe)
-        changed = _differences(recipe, saved)
+        changed = _differences(_meaning(self.recipe.model_dump(mode="json")), _meaning(_with_defaults(state.recipe)))
         if changed:
             raise TrainingError(
                 f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
@@ -184,6 +185,17 @@ class Trainer:
         self.step, self.tokens, self._validation = state.step, state.tokens, state.validation
         self._packer_state = state.packer
         return True
+
+    def check_agreement(self) -> None:
+        """Raise ConfigError, on every rank, when one has another recipe, tokenizer, data or checkpoint than the main one."""
+        recipe = _meaning(self.recipe.model_dump(mode="json"))
+        own = {"recipe": recipe, "tokenizer": self._tokenizer_identity, "checkpoint": self.step, "data": self._packer_state}
+        digests = {what: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for what, value in own.items()}
+        first, *others = self.world.gather_all(digests)
+        for rank, other in enumerate(others, start=1):
+            for what in first:
+                if other[what] != first[what]:
+                    raise ConfigError(f"rank {rank} has another {what} than rank 0; give all hosts the same files and options")
 
     @property
     def phase_index(self) -> int:
@@ -271,6 +283,12 @@ class Trainer:
     def _record(self, kind: str, phase: Phase, figures: MetricRecord) -> MetricRecord:
         where = {"step": self.step, "tokens": self.tokens, "phase": phase.name, "block_size": phase.block_size}
         return {"kind": kind, **where, **figures}
+
+
+def _meaning(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the keys that change neither losses nor gradients: a run may be resumed on another layout."""
+    train = {key: value for key, value in recipe.get("train", {}).items() if key != "micro_rows"}
+    return {key: value for key, value in recipe.items() if key != "parallel"} | {"train": train}
 
 
 def _differences(recipe: Any, saved: Any, key: str = "") -> list[str]:

@@ -26,8 +26,9 @@ from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.parallel.apply import parallelize
+from unmask.train.parallel.start import open_world, restarted
 from unmask.train.parallel.whole import on_main, skeleton_of
-from unmask.train.parallel.world import World, open_world
+from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe
 from unmask.train.room import check_training_room
 from unmask.train.router import RouterMonitor
@@ -65,7 +66,7 @@ def run_recipe(
     Args:
         recipe: model, data, schedule, objective, budget.
         out: the run's folder: checkpoints, metrics, plot and, at the end, the model (with LoRA its adapter too).
-        resume: continue the run in `out`; without one there, start.
+        resume: continue the run in `out`; without one there, start. Ranks that are started again resume in any case.
         on_record: called with every metric record.
         should_stop: called after every step; True saves a resumable checkpoint and returns.
 
@@ -78,7 +79,7 @@ def run_recipe(
         TrainingError: non-finite loss, or a full disk.
     """
     with open_world(recipe.parallel, _device(recipe.train)) as world:
-        return _run(recipe, out, world, resume, on_record, should_stop)
+        return _run(recipe, out, world, resume or restarted(), on_record, should_stop)
 
 
 def _run(
@@ -95,6 +96,7 @@ def _run(
     components = build_components(recipe, world)
     trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
     trainer.resume()
+    trainer.check_agreement()
     plot = None
     try:
         finished = trainer.fit()

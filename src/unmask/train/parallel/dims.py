@@ -110,10 +110,11 @@ class ParallelSection(Section):
     tensor: Positive = Field(1, description="ranks that divide each matrix")
     pipeline: Positive = Field(1, description="ranks that divide the layers")
     expert: Positive = Field(1, description="ranks, of data_shard and context, that divide the experts of a mixture")
+    timeout: float = Field(600, gt=0, description="seconds without an answer after which a rank counts as hung")
 
     def dims(self, num_processes: int) -> ParallelDims:
         """The dimensions of a run of `num_processes`; raises ConfigError when they make another number."""
-        degrees = self.model_dump()
+        degrees = self.model_dump(exclude={"timeout"})
         named = prod(degrees[name] for name in ("data_replicate", "context", "tensor", "pipeline"))
         if self.data_shard == "auto":
             degrees["data_shard"] = max(num_processes // named, 1)

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.faults import RollCall
 from unmask.train.parallel.world import GroupName, World
 
 T = TypeVar("T")
-
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others before it gives up, unless told otherwise."""
 
 
 class Ranks(World):
@@ -143,12 +143,31 @@ def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 @contextmanager
-def joined(dims: ParallelDims, device: str, *, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
-    """The world of the processes that torchrun (or `--nproc`) started, of which this is one; left at the end."""
+def joined(dims: ParallelDims, device: str, timeout: float) -> Iterator[Ranks]:
+    """The world of the processes that torchrun (or `--nproc`) started, of which this is one; left at the end.
+
+    Args:
+        dims: their product is the number of processes.
+        device: type of the device that each of them computes on.
+        timeout: seconds that a rank waits for the others before it gives up.
+
+    Raises:
+        LostRanksError: other ranks are gone, hang or have failed; names them.
+    """
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    roll = RollCall(PrefixStore("roll", store), rank, size, timeout)
     try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
         yield Ranks(dims, device)
+    except BaseException as error:
+        lost = roll.explain(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -6,14 +6,12 @@ The world of many processes is in `ranks`, which alone imports torch.distributed
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from unmask.train.parallel.dims import ParallelDims, ParallelSection
+from unmask.train.parallel.dims import ParallelDims
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,21 +106,3 @@ class World:
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients of all ranks, those that several ranks hold counted once."""
         return nn.utils.get_total_norm(gradients)
-
-
-@contextmanager
-def open_world(parallel: ParallelSection, device: str) -> Iterator[World]:
-    """The world of this process: of those that torchrun or `--nproc` started, or of itself alone.
-
-    Raises:
-        ConfigError: the recipe's dimensions make another number of processes.
-    """
-    dims = parallel.dims(int(os.environ.get("WORLD_SIZE", "1")))
-    if dims.size == 1:
-        yield World.single()
-        return
-    # Imported here: a run of one process needs none of it.
-    from unmask.train.parallel.ranks import joined
-
-    with joined(dims, device) as world:
-        yield world

@@ -1,0 +1,80 @@
+"""Faults of other ranks: which one is gone, hangs or has failed, when a collective operation fails.
+
+Owns the roll call in the store that all ranks share, which outlives them. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from unmask.errors import TrainingError
+
+_NAME, _LOST, _FAILED = "name", "lost", "failed"
+_POLL = 0.05
+
+
+class LostRanksError(TrainingError):
+    """Other ranks did not answer; started again, the run goes on from its last checkpoint."""
+
+
+class RollCall:
+    """Roll call of the ranks: each writes who it is and, when it fails, why.
+
+    Args:
+        store: of all ranks.
+        rank, size: of this one, of the run.
+        timeout: seconds after which a collective operation gives up.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        store.set(f"{_NAME}/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+
+    def explain(self, error: BaseException) -> LostRanksError | None:
+        """Report the error to the other ranks; when it says that some of them did not answer, find out which.
+
+        Returns:
+            The error to raise instead; None for an error of this rank's own.
+        """
+        try:
+            if not _is_communication(error):
+                self._store.set(f"{_FAILED}/{self._rank}", " ".join(str(error).split()) or type(error).__name__)
+                return None
+            self._store.set(f"{_LOST}/{self._rank}", "")
+            return LostRanksError(f"{self._who()}; the run can go on from its last checkpoint")
+        except RuntimeError:
+            return LostRanksError("the process that started the ranks is gone; the run can go on from its last checkpoint")
+
+    def _who(self) -> str:
+        """The ranks that failed or are silent, in words."""
+        # All that still live find out within moments of each other.
+        stop = time.monotonic() + min(10.0, self._timeout)
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        while silent := [rank for rank in others if not self._has(_LOST, rank) and not self._has(_FAILED, rank)]:
+            if time.monotonic() > stop or len(silent) < len(others):
+                break
+            time.sleep(_POLL)
+        failed = [rank for rank in others if self._has(_FAILED, rank)]
+        if failed:
+            return "; ".join(f"rank {rank} failed: {self._get(_FAILED, rank)}" for rank in failed)
+        time.sleep(min(1.0, self._timeout))
+        silent = [rank for rank in silent if not self._has(_LOST, rank)]
+        names = ", ".join(f"rank {rank} ({self._get(_NAME, rank)})" for rank in silent)
+        return f"{names or 'another rank'} is gone, or has not answered for {self._timeout:g} s"
+
+    def _has(self, kind: str, rank: int) -> bool:
+        return bool(self._store.check([f"{kind}/{rank}"]))
+
+    def _get(self, kind: str, rank: int) -> str:
+        value: bytes = self._store.get(f"{kind}/{rank}")
+        return value.decode(errors="replace")
+
+
+def _is_communication(error: BaseException) -> bool:
+    """Whether the error is one of gloo or NCCL, and not of this rank's own work."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
