@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from unmask.cli.training import _plan, default_recipe
+from unmask.cli.training import default_recipe, make_plan
 
 
 @pytest.mark.parametrize("verb", ["sft", "dpo"])
 def test_fine_tuning_keeps_the_models_block_size_unless_told_otherwise(verb: str, diffusion_folder: Path) -> None:
     def size(*overrides: str, recipe: Path | None = None) -> int:
-        return _plan(verb, recipe, str(diffusion_folder), "x.jsonl", list(overrides), None).decode_block_size
+        return make_plan(verb, recipe, str(diffusion_folder), "x.jsonl", list(overrides), None).decode_block_size
 
     assert size() == 8
     assert size("decode_block_size=16") == 16
@@ -20,4 +20,4 @@ def test_fine_tuning_keeps_the_models_block_size_unless_told_otherwise(verb: str
 
 
 def test_a_conversion_has_the_recipes_block_size(ar_folder: Path) -> None:
-    assert _plan("convert", None, str(ar_folder), "x.jsonl", [], None).decode_block_size == 32
+    assert make_plan("convert", None, str(ar_folder), "x.jsonl", [], None).decode_block_size == 32
