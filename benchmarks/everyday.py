@@ -35,6 +35,7 @@ from rich.table import Table
 
 import unmask
 from unmask.engine.costs import MeasuredCosts
+from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.engine.parent import parent_of
@@ -59,8 +60,8 @@ class Prompt:
 class RecordedCosts(MeasuredCosts):
     """Costs that also count what forwards hold beside one token of each sequence."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kernels: str) -> None:
+        super().__init__(kernels)
         self.forwards = self.verify_tokens = self.mask_tokens = 0
 
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
@@ -95,9 +96,9 @@ class Side:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model.backend()  # quantises the weights
-        self.costs = RecordedCosts()
-        self.engine: Engine = self.model.engine(max_num_seqs=1, prefix_cache=False, costs=self.costs)
+        kernels = self.model.backend().kernels  # quantises the weights
+        self.costs = RecordedCosts(kernels.partition("-")[0])
+        self.engine: Engine = self.model.engine(max_num_seqs=1, prefix_cache=False, drafting=DraftStatistics(costs=self.costs))
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
         """Answer one prompt."""

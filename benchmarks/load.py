@@ -29,6 +29,7 @@ from rich.table import Table
 
 import unmask
 from unmask.engine.costs import CostTable
+from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion
 
@@ -62,8 +63,8 @@ class Loaded:
 
     def __init__(self, side: Side, clients: int, *, always: bool) -> None:
         self.side = side
-        limits: dict[str, Any] = {"max_num_seqs": clients, "prefix_cache": False} | ({"costs": CostTable()} if always else {})
-        self.engine: Engine = side.model.engine(**limits)
+        drafting = DraftStatistics(side.model.backend().kernels, costs=CostTable() if always else None)
+        self.engine: Engine = side.model.engine(max_num_seqs=clients, prefix_cache=False, drafting=drafting)
 
     def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Run:
         """Answer them all."""

@@ -24,10 +24,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def _given_costs() -> Iterator[None]:
-    """Forwards are taken to cost the same whatever they hold, so that the same requests take the same forwards."""
+    """Forwards are taken to cost the same whatever they hold, so that the same requests take the same forwards; and nothing is
+    read or written of what the user's own processes have learnt."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("engine", "llm"):
-            patch.setattr(f"unmask.engine.{module}.MeasuredCosts", CostTable)
+        patch.setattr("unmask.engine.draft_statistics.MeasuredCosts", lambda kernels: CostTable())
+        patch.setenv("UNMASK_DRAFT_STATISTICS", "0")
         yield
 
 

@@ -63,14 +63,14 @@ class Batch:
     @cached_property
     def positions_T(self) -> Tensor:
         """int64, counted from the start of the sequence."""
-        return self._tensor(self._host_positions_T)
+        return self._tensor(self.host_positions_T)
 
     @cached_property
     def slot_mapping_T(self) -> Tensor:
         """int64 slot of the KV cache that each token's own key and value are written to."""
         size = np.int64(self.cache_block_size)
-        blocks_T = self.host_block_table_NM[self._sequence_T, self._host_positions_T // size]
-        return self._tensor(blocks_T * size + self._host_positions_T % size)
+        blocks_T = self.host_block_table_NM[self._sequence_T, self.host_positions_T // size]
+        return self._tensor(blocks_T * size + self.host_positions_T % size)
 
     @cached_property
     def cu_seqlens_q(self) -> Tensor:
@@ -157,7 +157,8 @@ class Batch:
         return np.array(segments, dtype=np.int64)
 
     @cached_property
-    def _host_positions_T(self) -> Ints:
+    def host_positions_T(self) -> Ints:
+        """`positions_T` on the host."""
         if len(self.slices) == 1:
             tokens, start = self.slices[0][:2]
             return np.arange(start, start + len(tokens))
@@ -171,14 +172,14 @@ class Batch:
     @cached_property
     def _host_noisy_T(self) -> NDArray[np.bool_]:
         """By token, whether it stands at or behind `causal_end`."""
-        noisy_T: NDArray[np.bool_] = self._host_positions_T >= np.array([s.causal_end for s in self.slices])[self._sequence_T]
+        noisy_T: NDArray[np.bool_] = self.host_positions_T >= np.array([s.causal_end for s in self.slices])[self._sequence_T]
         return noisy_T
 
     @cached_property
     def _host_visible_T(self) -> Ints:
         size_T = np.array([each.mask_block_size for each in self.slices], dtype=np.int64)[self._sequence_T]
         size_T = np.where(self._host_noisy_T, size_T, 1)
-        visible_T: Ints = np.minimum((self._host_positions_T // size_T + 1) * size_T, self.num_keys_N[self._sequence_T])
+        visible_T: Ints = np.minimum((self.host_positions_T // size_T + 1) * size_T, self.num_keys_N[self._sequence_T])
         return visible_T
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:

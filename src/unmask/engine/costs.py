@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from math import sqrt
+from operator import add, mul, sub
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +36,7 @@ _PRIORS: dict[str | None, tuple[float, ...]] = {
 """By the kind of kernels (None: any other), before anything is measured, relative to a forward of one token: each further
 token, what it costs more past the other kinks, any noisy token (gated LoRA is read), each of them, and each token whose
 candidate takes all logits."""
-_PRIOR_ERRORS = np.array([0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2])
+_PRIOR_ERRORS = (0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2)
 _NOISE, _DRIFT = 0.1, 1e-3
 _NUM_RECENT, _QUANTILE = 16, 0.3
 _OUTLIER = 1.5
@@ -114,8 +116,7 @@ class MeasuredCosts:
 
     def __init__(self, kernels: str | None = None) -> None:
         self._parameters_P: tuple[float, ...] = _PRIORS.get(kernels, _PRIORS[None])
-        self._covariance_PP = np.diag(_PRIOR_ERRORS**2)
-        self._drift_PP = _DRIFT * self._covariance_PP
+        self._covariance_PP = _diagonal(_PRIOR_ERRORS)
         self._recent: deque[tuple[float, float]] = deque(maxlen=_NUM_RECENT)  # seconds of a forward of one token, and weights
 
     def cost(self, tokens: int, noisy: int, drawn: int) -> float:
@@ -130,7 +131,11 @@ class MeasuredCosts:
         return total + parameters[-1] * drawn
 
     def relative(self, counts_KF: Counts) -> Floats:
-        costs_K: Floats = 1.0 + _inputs(counts_KF) @ np.array(self._parameters_P)
+        x_KP = np.empty((len(counts_KF), len(_PRIOR_ERRORS)))
+        x_KP[:, : len(_KINKS)] = np.maximum(counts_KF[:, :1] - np.array(_KINKS), 0)
+        x_KP[:, len(_KINKS)] = counts_KF[:, 1] > 0
+        x_KP[:, len(_KINKS) + 1 :] = counts_KF[:, 1:]
+        costs_K: Floats = 1.0 + x_KP @ np.array(self._parameters_P)
         return costs_K
 
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
@@ -138,12 +143,15 @@ class MeasuredCosts:
         predicted = self.cost(tokens, noisy, drawn)
         if tokens > 1 and self._recent:
             ratio = min(max(seconds / (self._seconds() * predicted), 1 / _OUTLIER), _OUTLIER)
-            self._learn(_inputs(np.array([counts_F]))[0], predicted, predicted * (ratio - 1.0), _SLOWER if ratio > 1 else 1.0)
+            self._learn(_inputs(*counts_F), predicted, predicted * (ratio - 1.0), _SLOWER if ratio > 1 else 1.0)
         self._recent.append((seconds / predicted, predicted**-2))
 
     def state(self) -> dict[str, list[float]]:
         """What has been learnt, for JSON."""
-        return {"parameters": list(self._parameters_P), "errors": np.sqrt(self._covariance_PP.diagonal()).tolist()}
+        return {
+            "parameters": list(self._parameters_P),
+            "errors": [sqrt(row_P[i]) for i, row_P in enumerate(self._covariance_PP)],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Start from what has been learnt before, by another engine or process.
@@ -151,12 +159,12 @@ class MeasuredCosts:
         Raises:
             KeyError, TypeError, ValueError: this is no such state; nothing has changed.
         """
-        parameters_P, error_P = (np.array(state[name], dtype=np.float64) for name in ("parameters", "errors"))
-        for values_P in (parameters_P, error_P):
-            if values_P.shape != _PRIOR_ERRORS.shape or not (np.isfinite(values_P) & (np.abs(values_P) < _ABSURD)).all():
+        parameters_P, errors_P = (tuple(float(value) for value in state[name]) for name in ("parameters", "errors"))
+        for values_P in (parameters_P, errors_P):
+            if len(values_P) != len(_PRIOR_ERRORS) or not all(abs(value) < _ABSURD for value in values_P):
                 raise ValueError(f"costs are {values_P}; they must be {len(_PRIOR_ERRORS)} numbers")
         self._parameters_P = _increasing(parameters_P)
-        self._covariance_PP = np.diag(np.maximum(error_P, _LEAST_SURE * _PRIOR_ERRORS) ** 2)
+        self._covariance_PP = _diagonal([max(e, _LEAST_SURE * p) for e, p in zip(errors_P, _PRIOR_ERRORS, strict=True)])
 
     def _seconds(self) -> float:
         """Of a forward of one token, at present."""
@@ -164,25 +172,32 @@ class MeasuredCosts:
         reached = list(accumulate(weight for _, weight in recent))
         return recent[bisect_left(reached, _QUANTILE * reached[-1])][0]
 
-    def _learn(self, x_P: Floats, predicted: float, error: float, weight: float) -> None:
-        """A step of the filter. Engines in other threads may read and take one meanwhile: arrays are replaced, not changed."""
-        covariance_PP = self._covariance_PP + self._drift_PP
-        spread_P = covariance_PP @ x_P
-        gain_P = spread_P / ((_NOISE * predicted) ** 2 / weight + x_P @ spread_P)
-        self._covariance_PP = covariance_PP - np.outer(gain_P, spread_P)
-        self._parameters_P = _increasing(np.array(self._parameters_P) + gain_P * error)
+    def _learn(self, x_P: Sequence[float], predicted: float, error: float, weight: float) -> None:
+        """A step of the filter, in lists: NumPy is slower for so few numbers. Engines in other threads may read and take one
+        meanwhile: lists are replaced, not changed."""
+        places = range(len(x_P))
+        covariance_PP = [
+            [value + (_DRIFT * _PRIOR_ERRORS[i] ** 2 if i == j else 0.0) for j, value in enumerate(row_P)]
+            for i, row_P in enumerate(self._covariance_PP)
+        ]
+        spread_P = [sum(map(mul, row_P, x_P)) for row_P in covariance_PP]
+        certainty = 1 / ((_NOISE * predicted) ** 2 / weight + sum(map(mul, x_P, spread_P)))
+        self._covariance_PP = [[covariance_PP[i][j] - certainty * spread_P[i] * spread_P[j] for j in places] for i in places]
+        found_P = map(add, self._parameters_P, [certainty * error * spread for spread in spread_P])
+        self._parameters_P = _increasing(list(found_P))
 
 
-def _increasing(parameters_P: Floats) -> tuple[float, ...]:
+def _increasing(parameters_P: Sequence[float]) -> tuple[float, ...]:
     """The parameters, so that no forward gets cheaper by a token more."""
-    slopes = np.maximum(np.cumsum(parameters_P[: len(_KINKS)]), 0.0)
-    return (*np.diff(slopes, prepend=0.0).tolist(), *np.maximum(parameters_P[len(_KINKS) :], 0.0).tolist())
+    count = len(_KINKS)
+    slopes = [max(slope, 0.0) for slope in accumulate(parameters_P[:count])]
+    return (slopes[0], *map(sub, slopes[1:], slopes), *(max(value, 0.0) for value in parameters_P[count:]))
 
 
-def _inputs(counts_KF: Counts) -> Floats:
-    """Of the linear model, [K, P]."""
-    x_KP = np.empty((len(counts_KF), len(_PRIOR_ERRORS)))
-    x_KP[:, : len(_KINKS)] = np.maximum(counts_KF[:, :1] - np.array(_KINKS), 0)
-    x_KP[:, len(_KINKS)] = counts_KF[:, 1] > 0
-    x_KP[:, len(_KINKS) + 1 :] = counts_KF[:, 1:]
-    return x_KP
+def _inputs(tokens: int, noisy: int, drawn: int) -> list[float]:
+    """Of the linear model, [P]."""
+    return [*(max(tokens - kink, 0) for kink in _KINKS), noisy > 0, noisy, drawn]
+
+
+def _diagonal(errors_P: Sequence[float]) -> list[list[float]]:
+    return [[error**2 if i == j else 0.0 for j in range(len(errors_P))] for i, error in enumerate(errors_P)]

@@ -1,7 +1,7 @@
 """Drafting: how many draft tokens each request verifies in the next forward, and how many masks it runs to draft on.
 
-Owns the estimates of acceptance, learnt from what requests show, and the choice that makes most of a forward's time. Knows
-neither models nor caches; a sequence says what it could do (`DraftPlan`) and is told what to do.
+Owns the choice that makes most of a forward's time. Knows neither models nor caches; a sequence says what it could do
+(`DraftPlan`) and is told what to do.
 
 Over a long time, most tokens per second are written by the forwards of greatest `tokens - rate * cost`, where `rate` is the
 tokens per cost that decoding reaches at present. Counted as tokens are also those that drafts made now are worth to the next
@@ -12,161 +12,25 @@ Legend: F features of a forward (`engine.costs`), K options of all sequences tog
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from operator import mul
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from unmask.engine.acceptance import Draft, DraftPrices
 from unmask.engine.costs import ForwardCosts
 
-Source = Literal["masks", "lookup"]
-Key = tuple[Source, int, int]
-
-_STRENGTH = 4.0
-"""Observations that a prior is worth."""
-_MEMORY, _LONG_MEMORY = 0.95, 0.997
-"""Of a request's observations and of those of all requests, what counts after one more."""
-_NOTHING_SEEN = (0.0, 0.0, 0.0, 0.0)
-_HIGHEST = 0.98
-_LONGEST = 32
-"""Distances for which the worth of masks is kept."""
-_FIRST_OUTCOME = 0.5
-"""Until masks have shown what they draft: the probability of each draft, those before it being accepted."""
-_NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
 _SHARE_OF_PROBES = 0.01
 """Of the time, what masks may cost that are run to see whether masks would pay."""
 _MOST_CREDIT = 0.5
 _RATE_MEMORY = 0.9
-_PROMISING = 0.7
-"""Drafts less probable than this share of the price of a verify token are no option: the price is a mean."""
 _PRICED = 3
 """Verify tokens of a sequence whose mean cost is the price of one."""
 _LEAST_PRICE = 1e-3
 """Of a token, where it costs the forward nothing: of those the likeliest come first."""
 _CHANGES = 8
 """Most changes of a sequence's option in one choice, on average."""
-
-
-class Draft(NamedTuple):
-    """A draft token that waits to be verified, or to be seen right or wrong as the text goes on.
-
-    Attributes:
-        probability: of being accepted if all drafts before it are.
-        key: what its probability was estimated by.
-        prior: what it would be without observations.
-    """
-
-    token: int
-    probability: float
-    key: Key
-    prior: float
-
-
-class Outcomes:
-    """The last times that masks were run: of each draft, the probability that it and all before it are accepted.
-
-    Args:
-        size: how many are kept.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.chains: deque[tuple[float, ...]] = deque(maxlen=size)
-        self._sums: tuple[float, list[float]] = (0.0, [])
-
-    def add(self, chain: tuple[float, ...]) -> None:
-        """One more, of `_LONGEST`; the oldest is forgotten."""
-        self.chains.append(chain)
-        self._sums = (0.0, [])
-
-    def surplus(self, distance: int, price: float) -> float:
-        """The sum over the outcomes of what a draft exceeds the price by."""
-        if self._sums[0] != price:
-            self._sums = (price, [])
-        _, sums = self._sums
-        while len(sums) <= distance:
-            i = len(sums)
-            sums.append(sum([chain[i] - price for chain in list(self.chains) if chain[i] > price]))
-        return sums[distance]
-
-
-class DraftHistory:
-    """What the requests of a model have shown of drafts: the prior of the next request."""
-
-    def __init__(self) -> None:
-        self.counts: dict[Key, tuple[float, float]] = {}
-        self.outcomes = Outcomes(_NUM_OTHERS)
-        self.outcomes.add(tuple(_FIRST_OUTCOME ** (1 + i) for i in range(_LONGEST)))
-
-    def probability(self, key: Key, prior: float) -> float:
-        """Of acceptance, from all requests."""
-        accepted, seen = self.counts.get(key, (0.0, 0.0))
-        return (accepted + _STRENGTH * prior) / (seen + _STRENGTH)
-
-    def record(self, key: Key, accepted: bool) -> None:
-        """A draft of this kind, all before it being accepted, turned out right or wrong."""
-        before, seen = self.counts.get(key, (0.0, 0.0))
-        self.counts[key] = _LONG_MEMORY * before + accepted, _LONG_MEMORY * seen + 1
-
-
-class DraftEstimates:
-    """A request's own view: acceptance and the worth of masks, starting from what other requests have shown.
-
-    Args:
-        history: shared by the requests of a model.
-    """
-
-    def __init__(self, history: DraftHistory) -> None:
-        self._history = history
-        self._sums: dict[Source, tuple[float, float, float, float]] = {}  # accepted, expected to be, rejected, expected to be
-        self._outcomes = Outcomes(_NUM_OWN)
-
-    def draft(self, token: int, key: Key, prior: float) -> Draft:
-        """A draft with its probability: the prior as all requests correct it, and the odds as this request does."""
-        probability = min(self._history.probability(key, prior), _HIGHEST)
-        accepted, expected, rejected, feared = self._sums.get(key[0], _NOTHING_SEEN)
-        odds = probability / (1 - probability) * ((accepted + _STRENGTH) / (expected + _STRENGTH))
-        odds *= (feared + _STRENGTH) / (rejected + _STRENGTH)
-        return Draft(token, min(odds / (1 + odds), _HIGHEST), key, prior)
-
-    def record(self, draft: Draft, accepted: bool) -> None:
-        """A draft, all before it being accepted, turned out right or wrong, whether it was verified or not."""
-        likely = self._history.probability(draft.key, draft.prior)
-        before, expected, rejected, feared = self._sums.get(draft.key[0], _NOTHING_SEEN)
-        self._sums[draft.key[0]] = (
-            _MEMORY * before + accepted,
-            _MEMORY * expected + likely,
-            _MEMORY * rejected + (not accepted),
-            _MEMORY * feared + 1 - likely,
-        )
-        self._history.record(draft.key, accepted)
-
-    def record_masks(self, drafts: Sequence[Draft], num_masks: int) -> None:
-        """So many masks (at least one) have been run, and these drafts were kept."""
-        count = min(num_masks, _LONGEST)
-        chain = list(accumulate((draft.probability for draft in drafts[:count]), mul))
-        if len(chain) == count:  # more masks might have drafted on as well
-            step = chain[-1] ** (1 / count)
-            chain += [chain[-1] * step**i for i in range(1, _LONGEST - count + 1)]
-        outcome = (*chain, *[0.0] * (_LONGEST - len(chain)))
-        self._outcomes.add(outcome)
-        self._history.outcomes.add(outcome)
-
-    def worth(self, num_masks: int, prices: DraftPrices) -> list[float]:
-        """Tokens that 0, 1, ... masks are expected to be worth to the next forward, as far as one more may pay: at most
-        num_masks + 1 numbers."""
-        others, total = self._history.outcomes, len(self._outcomes.chains) + _OTHERS_WEIGHT
-        share, worth = _OTHERS_WEIGHT / len(others.chains), [0.0]
-        for distance in range(min(num_masks, _LONGEST)):
-            own = self._outcomes.surplus(distance, prices.verify)
-            more = (own + share * others.surplus(distance, prices.verify)) / total
-            if more <= (_PROMISING if distance else 1.0) * prices.mask:
-                break  # further ones are worth less
-            worth.append(worth[-1] + more)
-        return worth
 
 
 class DraftPlan(NamedTuple):
@@ -191,34 +55,6 @@ class DraftPlan(NamedTuple):
 
 
 NO_DRAFTS = DraftPlan()
-
-
-def promising(drafts: Iterable[Draft], price: float) -> list[Draft]:
-    """The first drafts, as far as verifying them may pay.
-
-    Args:
-        drafts: in order; no more of them are looked at than needed.
-        price: of a verify token, in tokens.
-    """
-    found, chain = list[Draft](), 1.0
-    for draft in drafts:
-        chain *= draft.probability
-        if chain <= _PROMISING * price:
-            break
-        found.append(draft)
-    return found
-
-
-class DraftPrices(NamedTuple):
-    """What a token more in the forward costs, in tokens that decoding writes in that time.
-
-    Attributes:
-        verify: a verify token.
-        mask: a mask beside others.
-    """
-
-    verify: float
-    mask: float
 
 
 class Drafting(Protocol):
@@ -262,11 +98,9 @@ class DraftPlanner:
 
     Args:
         costs: of forwards.
-        history: of drafts.
     """
 
     costs: ForwardCosts
-    history: DraftHistory = field(default_factory=DraftHistory)
 
     def __post_init__(self) -> None:
         self._gain = 1.0  # tokens per cost over that without drafts, of late

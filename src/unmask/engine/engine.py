@@ -14,7 +14,7 @@ from typing import Any
 from unmask.data.detokenizer import Decode
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend
-from unmask.engine.costs import ForwardCosts, MeasuredCosts
+from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.drafting import DraftPlanner
 from unmask.engine.kv_cache import BlockPool
 from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
@@ -74,8 +74,8 @@ class Engine:
         max_num_batched_tokens: most tokens of a forward. Longer prompts are prefilled in parts, and so are shorter ones that
             would keep others waiting.
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
-        costs: of forwards, by which the numbers of draft tokens are chosen; default: learnt from the engine's own forwards.
-            They decide the speed, and no text.
+        drafting: costs of forwards and acceptance of drafts, by which the numbers of draft tokens are chosen; default: learnt
+            by this engine alone. They decide the speed, and no text.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Engine:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
         prefix_cache: bool = True,
-        costs: ForwardCosts | None = None,
+        drafting: DraftStatistics | None = None,
     ) -> None:
         backend = TorchBackend(model) if isinstance(model, Transformer) else model
         self.config = backend.config
@@ -114,8 +114,8 @@ class Engine:
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
         self.pool = BlockPool(num_cache_blocks, num_retained)
-        self.costs = MeasuredCosts() if costs is None else costs
-        self._planner = DraftPlanner(self.costs)
+        self._drafting = DraftStatistics(backend.kernels) if drafting is None else drafting
+        self._planner = DraftPlanner(self._drafting.costs)
         self.scheduler = Scheduler(
             self.pool,
             size,
@@ -164,7 +164,7 @@ class Engine:
             kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
-        options: dict[str, Any] = {"shifted": self.config.shifted, "history": self._planner.history}
+        options: dict[str, Any] = {"shifted": self.config.shifted, "history": self._drafting.history}
         return kind(request, number, self.mask_id, self.cache_block_size, self._decode, **options)
 
     def _enter(self, sequence: DecodingSequence) -> DecodingSequence:
@@ -228,6 +228,8 @@ class Engine:
                     sequence = self._enter(sequence)
                 updates.append(self._update(sequence))
         self._observe(work, time.perf_counter() - started)
+        if work and not self._sequences:
+            self._drafting.keep()
         return updates
 
     def _plan_drafts(self, sequences: Sequence[DecodingSequence], num_beside: int) -> None:
@@ -247,7 +249,7 @@ class Engine:
             counts[1] += scheduled.stop - scheduled.causal_end
             counts[2] += count if sequence.is_drawn else 0
         if work:
-            self.costs.observe(counts, seconds)
+            self._drafting.costs.observe(counts, seconds)
 
     def abort(self, number: int) -> None:
         """End a request without a completion; its cache blocks are free at once. One that has ended is left alone."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import NativeBackend, quantized
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
-from unmask.engine.costs import MeasuredCosts
+from unmask.engine.draft_statistics import DraftStatistics, statistics_path
 from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
@@ -53,6 +54,7 @@ class LanguageModel:
         quantize: what becomes of loaded weights. "int8" or "int4": they are quantised on the CPU; "auto": to int8 where the CPU
             kernels run the model; "none": they decode as they are.
         reload: reads the weights of quantised ones, when `transformer` is asked for.
+        folder: of the model, for which what is learnt on drafts is kept (`DraftStatistics`); None: in memory alone.
 
     Attributes:
         config: the architecture and special token ids.
@@ -67,11 +69,12 @@ class LanguageModel:
         name: str,
         quantize: str | None = "none",
         reload: Callable[[], Transformer] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.config, self.tokenizer, self.name = weights.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
-        self._costs = MeasuredCosts()  # what one engine has learnt, the next knows
+        self._folder = folder
         self._transformer: Transformer | None = None
         self._reload, self._reloading = reload, threading.Lock()
         self._native = weights if isinstance(weights, NativeBackend) else None
@@ -110,10 +113,16 @@ class LanguageModel:
         """What computes the forward passes."""
         return TorchBackend(self.transformer) if self._native is None else self._native
 
+    @cached_property
+    def drafting(self) -> DraftStatistics:
+        """What its engines have learnt on drafts: what one of them has, the next knows."""
+        kernels = self.backend().kernels
+        return DraftStatistics(kernels, statistics_path(self._folder, kernels, torch.get_num_threads()))
+
     def engine(self, *, mask_id: int | None = None, **options: Any) -> Engine:
         """An engine of this model for many requests at a time; options as of `Engine`."""
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        return Engine(self.backend(), mask_id=mask_id, decode=decode, **{"costs": self._costs, **options})
+        return Engine(self.backend(), mask_id=mask_id, decode=decode, **{"drafting": self.drafting, **options})
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
         """Ids of a prompt; see `prompts.encode_prompt`."""

@@ -67,4 +67,4 @@ def load(
     weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
     if kind != "none":
         room.check(str(model), kind)
-    return LanguageModel(weights, tokenizer, name=str(model), reload=read)
+    return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder)

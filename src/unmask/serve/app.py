@@ -199,8 +199,7 @@ async def _engine_running(
         model.tokenizer.check_rows(model.language_model.config.vocab_size)
         # The vocabulary's bytes take half a second, which few first requests need.
         Thread(target=model.token_bytes, args=(0,), name="vocabulary", daemon=True).start()
-        decode, backend = model.tokenizer.decode, model.language_model.backend()
-        return Engine(backend, decode=decode, num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
+        return model.language_model.engine(num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
 
     worker = Worker(
         make_engine,

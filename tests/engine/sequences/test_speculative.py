@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import MASK, tiny_model
 from unmask.diffusion.decode import Guess
 from unmask.engine.costs import CostTable
+from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.drafting import Draft, DraftPlan, DraftPrices
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion, Request
@@ -29,6 +30,10 @@ PROMPT = (5, 17, 3, 40, 8)
 def sequence_of(*, shifted: bool = True, prompt: tuple[int, ...] = PROMPT, **options: Any) -> SpeculativeSequence:
     params = ResolvedParams(**{"block_size": 4, "steps": 4, "threshold": 0.0, "max_new_tokens": 20, **options})
     return SpeculativeSequence(Request(prompt, params), 0, MASK if shifted else None, 4, shifted=shifted)
+
+
+def statistics_of(costs: CostTable) -> DraftStatistics:
+    return DraftStatistics(costs=costs)
 
 
 class Forwards:
@@ -199,7 +204,7 @@ def test_the_text_is_that_of_decoding_token_by_token(
     """For all costs, neighbours, chunks and interruptions, drawn or not; log-probabilities too."""
     model: Transformer = MODELS["shifted" if shifted else "autoregressive"]
     requests = [replace(each, params=each.params.replace(speculative=shifted)) for each in batch]
-    engine = Engine(model, costs=costs, **options)
+    engine = Engine(model, drafting=statistics_of(costs), **options)
     for found, request in zip(engine.run(requests), requests, strict=True):
         expected = plain(request, shifted=shifted)
         assert (found.ids, found.finish_reason) == (expected.ids, expected.finish_reason)
@@ -218,18 +223,20 @@ def test_lookup_takes_fewer_forwards_where_the_text_repeats_itself(shifted: bool
     params = ResolvedParams(block_size=1, max_new_tokens=budget, speculative=shifted, logit_bias={MASK: float("-inf")})
     request = Request(ids, params)
     model = MODELS["shifted" if shifted else "autoregressive"]
-    (found,) = Engine(model, costs=TABLES[1]).run([request])
+    (found,) = Engine(model, drafting=statistics_of(TABLES[1])).run([request])
     assert found.ids == plain(request, shifted=shifted).ids
     assert found.forwards < budget / 2
     assert found.costs.accepted_drafts == budget - found.forwards
-    (without,) = Engine(model, costs=TABLES[1]).run([replace(request, params=params.replace(prompt_lookup=False))])
+    (without,) = Engine(model, drafting=statistics_of(TABLES[1])).run(
+        [replace(request, params=params.replace(prompt_lookup=False))]
+    )
     assert (without.ids, without.forwards) == (found.ids, budget)
 
 
 def test_the_same_requests_take_the_same_forwards_where_costs_are_given() -> None:
     params = ResolvedParams(block_size=8, threshold=0.0, speculative=True, max_new_tokens=40)
     requests = [Request(PROMPT[:n], params, trace=True) for n in (2, 3, 5)]
-    first, second = (Engine(MODELS["shifted"], costs=TABLES[1]).run(requests) for _ in range(2))
+    first, second = (Engine(MODELS["shifted"], drafting=statistics_of(TABLES[1])).run(requests) for _ in range(2))
     assert first == second
     assert [each.trace for each in first] == [each.trace for each in second]
 
@@ -240,6 +247,8 @@ def test_what_does_not_pay_is_not_done() -> None:
     counts: list[int] = []
     model = MODELS["shifted"]
     counter = model.register_forward_pre_hook(lambda _, arguments: counts.append(arguments[0].shape[1]))
-    Engine(model, costs=CostTable({1: 1.0, 2: 2.0}, noisy={0: 0.0, 1: 1.0})).run([Request(PROMPT[:1], params)])
+    Engine(model, drafting=DraftStatistics(costs=CostTable({1: 1.0, 2: 2.0}, noisy={0: 0.0, 1: 1.0}))).run(
+        [Request(PROMPT[:1], params)]
+    )
     counter.remove()
     assert sum(counts) - len(counts) <= 6

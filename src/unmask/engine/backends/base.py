@@ -35,6 +35,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def kernels(self) -> str:
+        """What computes, the kind of kernels before a hyphen: the costs of forwards are learnt for it."""
+        ...
+
+    @property
     def prefill_chunk(self) -> int:
         """Tokens of prompts that a forward takes beside those of sequences that decode: so many that more would not make
         prefill faster, or would make a step many times longer."""

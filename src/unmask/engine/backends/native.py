@@ -37,6 +37,10 @@ class NativeBackend(PackedTransformer):
     # From 8 tokens on, a forward takes as long as it has tokens: larger chunks gain nothing.
     prefill_chunk = 32
 
+    @property
+    def kernels(self) -> str:
+        return f"{self._kernels.variant}-{self.bits}bit"
+
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config
         shape = (config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
@@ -46,7 +50,7 @@ class NativeBackend(PackedTransformer):
         size = batch.cache_block_size
         slots_NMS = batch.host_block_table_NM[..., None] * np.int64(size) + np.arange(size)
         slots_NK = slots_NMS.reshape(len(slots_NMS), -1)
-        return self.run(batch.tokens_T, batch.positions_T, batch.segments_C6, slots_NK, kv_cache)
+        return self.run(batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache)
 
 
 def quantized(model: Transformer, weights: str) -> NativeBackend:

@@ -24,6 +24,7 @@ from unmask.engine.batch import Batch, Ints
 from unmask.models.arch.attention import Attend, sdpa
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
+from unmask.models.dtypes import dtype_name
 
 _SHORT, _FEW = 16, 64
 """Numbers of tokens and keys up to which padding costs less than another call."""
@@ -51,6 +52,10 @@ class TorchBackend:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.embed.weight.dtype
+
+    @property
+    def kernels(self) -> str:
+        return f"torch-{self.device.type}-{dtype_name(self.dtype)}"
 
     @property
     def prefill_chunk(self) -> int:

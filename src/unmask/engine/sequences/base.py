@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmask.data.detokenizer import Decode, find_stop
 from unmask.diffusion.decode import Guess
-from unmask.engine.drafting import DraftHistory
+from unmask.engine.acceptance import DraftHistory
 from unmask.engine.kv_cache import PrefixHashes
 from unmask.engine.logprobs import token_logprobs
 from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, Request, TokenLogprob, finish

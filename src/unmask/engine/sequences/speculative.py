@@ -14,7 +14,8 @@ from operator import mul
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision
-from unmask.engine.drafting import NO_DRAFTS, Draft, DraftEstimates, DraftPlan, DraftPrices, promising
+from unmask.engine.acceptance import Draft, DraftEstimates, DraftPrices, promising
+from unmask.engine.drafting import NO_DRAFTS, DraftPlan
 from unmask.engine.lookup import PromptLookup
 from unmask.engine.request import DecodingStep
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
@@ -142,7 +143,7 @@ class SpeculativeSequence(DecodingSequence):
         room = self._room
         pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
         found = promising(self._until_end(self._looked_up(room)), prices.verify)
-        worth = self._estimates.worth(self._most_masks(()), prices)
+        worth = self._estimates.worth(self._most_masks(()), prices, room)
         plans, now = list[DraftPlan](), 0.0
         chains = list(accumulate((draft.probability for draft in pending), mul, initial=1.0))
         ends = bool(pending) and pending[-1].token in self.request.end_ids

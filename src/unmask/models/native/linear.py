@@ -51,7 +51,9 @@ class PackedLinear:
     def _run(self, kernel: Callable[..., None], x_NK: Tensor, *arguments: int) -> None:
         assert x_NK.ndim == 2
         assert x_NK.shape[1] <= self.depth
-        x_NK, threads = x_NK.float().contiguous(), torch.get_num_threads()
+        if x_NK.dtype != torch.float32 or not x_NK.is_contiguous():
+            x_NK = x_NK.float().contiguous()
+        threads = torch.get_num_threads()
         buffer = self._workspace.address(self._kernels.linear_bytes(byref(self._struct), len(x_NK), threads))
         kernel(byref(self._struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
 

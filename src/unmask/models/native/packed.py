@@ -25,6 +25,7 @@ from unmask.models.native.packing import PackedWeights
 from unmask.models.native.rotation import mixed_channels
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 _FIRST_POSITIONS = 512
 """Whose cosines and sines are at hand from the start."""
 
@@ -60,12 +61,12 @@ class PackedTransformer:
         self._workspace = interface.Workspace()
 
     @torch.no_grad()
-    def run(self, tokens_T: Tensor, positions_T: Tensor, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor) -> Tensor:
+    def run(self, tokens_T: Tensor, positions_T: Ints, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor) -> Tensor:
         """Hidden states after the final norm; keys and values are written to their slots.
 
         Args:
             tokens_T: int64 ids.
-            positions_T: int64 positions.
+            positions_T: int64 positions, on the host.
             segments_C6: by segment: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1),
                 sequence. A token attends block-causally to its sequence's keys; noisy ones pass the gated LoRA.
             slots_NK: contiguous slots of each sequence's keys, by position.
@@ -93,7 +94,7 @@ class PackedTransformer:
         segments = segments_C6.copy()
         segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
         step = interface.ForwardBatch(
-            len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.data_ptr(), sin_TR.data_ptr(), hidden_TD.data_ptr(),
+            len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.ctypes.data, sin_TR.ctypes.data, hidden_TD.data_ptr(),
             kv_cache.data_ptr(), kv_cache.shape[3],
         )  # fmt: skip
         threads = torch.get_num_threads()
@@ -117,18 +118,18 @@ class PackedTransformer:
         """
         return self._head.greedy(hidden_ND, banned_id)
 
-    def _cos_sin(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, positions_T: Ints) -> tuple[Floats, Floats]:
         """Cosines and sines at these positions, each [T, R], from tables that grow with the positions seen. Calls from several
         threads may replace them meanwhile."""
         tables = self._rope_PR
         if (longest := int(positions_T.max())) >= len(tables[0]):
             tables = self._rope_PR = self._rope_table(2 * longest)
         cos_PR, sin_PR = tables
-        return cos_PR.index_select(0, positions_T), sin_PR.index_select(0, positions_T)
+        return cos_PR.take(positions_T, 0), sin_PR.take(positions_T, 0)
 
-    def _rope_table(self, count: int) -> tuple[Tensor, Tensor]:
+    def _rope_table(self, count: int) -> tuple[Floats, Floats]:
         cos, sin = rope_cos_sin(torch.arange(count)[None], self._inv_freq, self._rope_factor, torch.float32)
-        return cos[0, 0], sin[0, 0]
+        return cos[0, 0].numpy(), sin[0, 0].numpy()
 
     def _layer(self, number: int) -> interface.Layer:
         prefix, norms = f"blocks.{number}.", ("attention_norm", "mlp_norm", "query_norm", "key_norm")
