@@ -37,6 +37,8 @@ SLOW = [
     Case(SHARDED, "cap", "full", "llada2"),
     Case(SHARDED, "preference"),
     Case(SHARDED, "next_token", "lora"),
+    Case(ParallelDims(context=2, expert=2), "denoise", "full", "llada2", router="bias", train=CHECKPOINTING),
+    Case(FOUR, "cap", "full", "llada2", router="aux"),
 ]
 
 

@@ -12,6 +12,7 @@ TWO = ParallelDims(tensor=2)
 FOUR = ParallelDims(tensor=4)
 SHARDED = ParallelDims(data_shard=2, tensor=2)
 WITH_CONTEXT = ParallelDims(context=2, tensor=2)
+WITH_EXPERTS = ParallelDims(data_shard=2, tensor=2, expert=2)
 CHECKPOINTING = {"activation_checkpointing": True}
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 
@@ -38,6 +39,8 @@ SLOW = [
     Case(WITH_CONTEXT, "draft", "gated"),
     Case(WITH_CONTEXT, "preference", "lora"),
     Case(WITH_CONTEXT, "next_token", "full", "qwen3"),
+    Case(WITH_EXPERTS, "cap", "full", "llada2", router="aux"),
+    Case(TWO, "denoise", "full", "llada2", router="bias", train=CHECKPOINTING),
 ]
 
 

@@ -62,15 +62,22 @@ class Layout:
             pieces.append(F.pad(piece, padding))
         return torch.cat(pieces, dim=self.dim)
 
+    def runs(self, size: int) -> list[tuple[int, int, int]]:
+        """Runs of all ranks' parts one behind the other: (start among them, start in the whole parameter, length)."""
+        runs, own = [], 0
+        for rank in range(size):
+            for (start, stop), width in zip(self.spans(rank, size), self.widths(size), strict=True):
+                if stop > start:
+                    runs.append((own, start, stop - start))
+                own += width
+        return runs
+
     def restore(self, gathered: Tensor, size: int) -> Tensor:
         """The whole parameter as `Transformer` has it, of all ranks' parts one behind the other (along `dim`)."""
         if self.dim is None:
             return gathered
-        parts = [part.split(self.widths(size), self.dim) for part in gathered.chunk(size, self.dim)]
-        whole = [torch.cat(pieces, self.dim) for pieces in zip(*parts, strict=True)]
-        return torch.cat(
-            [section.narrow(self.dim, 0, length) for section, length in zip(whole, self.sections, strict=True)], self.dim
-        )
+        in_order = sorted(self.runs(size), key=lambda run: run[1])
+        return torch.cat([gathered.narrow(self.dim, own, length) for own, _, length in in_order], self.dim)
 
 
 def tensor_layouts(model: Transformer) -> dict[str, Layout]:

@@ -61,6 +61,11 @@ def split_model(model: Transformer, mesh: DeviceMesh) -> None:
     _attach(model, mesh, layouts)
 
 
+def local_length(length: int, world: World) -> int:
+    """How many positions of a stream of `length` this rank holds between two blocks."""
+    return Shard.local_shard_size_and_offset(length, world.dims.tensor, world.index("tensor"))[0]
+
+
 def vocabulary_shard(config: ModelConfig, mesh: DeviceMesh) -> VocabularyShard:
     """The rank's share of the vocabulary: of the rows of embedding and head, and of the logits."""
     ((start, stop),) = Layout(0, (config.vocab_size,)).spans(mesh.get_local_rank(), mesh.size())
