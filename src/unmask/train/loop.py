@@ -18,27 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, TrainingError
 from unmask.models.arch.transformer import Transformer
+from unmask.train.checkpoints import Checkpoints, fill_tensors, newest_checkpoint
 from unmask.train.metrics import MetricLog, MetricRecord
 from unmask.train.objectives.base import Figure, Objective
 from unmask.train.optim import MasterAdamW, learning_rate
-from unmask.train.parallel.whole import fill, on_main
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.state import (
-    TrainState,
-    checkpoint_folder,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from unmask.train.state import TrainState, read_state
 
 
 @dataclass(frozen=True)
@@ -53,19 +47,12 @@ class Components:
     recipe: Recipe
     tokenizer: Tokenizer
     skeleton: Transformer | None = None
-    """Of a model that is divided over ranks: what it is gathered in to be saved."""
+    """Of a model that is divided over ranks: the whole, on the meta device, as it is saved."""
 
     @property
     def world(self) -> World:
         """The ranks."""
         return self.objective.setting.world
-
-    def whole_model(self) -> Transformer:
-        """The model to be saved, complete on the main rank; all ranks must ask."""
-        if self.skeleton is None:
-            return self.model
-        fill(self.skeleton, self.model, self.world)
-        return self.skeleton
 
 
 def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) -> MetricRecord:
@@ -150,6 +137,7 @@ class Trainer:
             weight_decay=self.train.weight_decay,
             world=self.world,
         )
+        self.checkpoints = Checkpoints(run, self.world, keep=self.train.keep_checkpoints)
         self.step, self.tokens = 0, 0
         self._packer_state: dict[str, Any] = components.packer.state_dict()
         self._tokenizer_identity = components.tokenizer.identity
@@ -163,22 +151,28 @@ class Trainer:
             TrainingError: the checkpoint belongs to another recipe or tokenizer.
             DataError: the data have changed.
         """
-        checkpoints = list_checkpoints(self.run_folder)
-        if not checkpoints:
+        folder = newest_checkpoint(self.run_folder, self.world)
+        if folder is None:
             return False
-        state, tensors = load_checkpoint(checkpoints[-1])
+        state = read_state(folder)
         changed = _differences(_meaning(self.recipe.model_dump(mode="json")), _meaning(_with_defaults(state.recipe)))
         if changed:
             raise TrainingError(
-                f"{checkpoints[-1]} was trained with another recipe ({', '.join(changed)} differ); "
+                f"{folder} was trained with another recipe ({', '.join(changed)} differ); "
                 "resume with the recipe it was started with, or choose another folder"
             )
         if state.tokenizer != self._tokenizer_identity:
             raise TrainingError(
-                f"the tokenizer or chat template of {self.recipe.model} has changed since {checkpoints[-1]} was saved; "
+                f"the tokenizer or chat template of {self.recipe.model} has changed since {folder} was saved; "
                 "put the old one back, or start a run in another folder"
             )
-        self.optimizer.load_state_tensors(tensors)
+        routers = self._router_state()
+        tensors = {**self.optimizer.empty_state(), **routers}
+        names = fill_tensors(folder, tensors, self.components.model, self.world)
+        missing = sorted(name for name in tensors if name not in names and name.startswith(("master.", "router.")))
+        if missing:
+            raise TrainingError(f"{folder} holds no {missing[0]}; resume with the model it was started with")
+        self.optimizer.load_state_tensors({name: tensors[name] for name in names})
         if self.components.router is not None:
             self.components.router.load_state_tensors(tensors)
         self.components.packer.load_state_dict(state.packer)
@@ -216,27 +210,23 @@ class Trainer:
                 phase_ended = self.finished or self.phase_index != before
                 if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
-                stop = self.world.any(self._should_stop())
+                stop = self.world.any(self._should_stop() or self.checkpoints.failed)
                 if phase_ended or stop or self.step % self.train.checkpoint_every == 0:
                     self.save()
                 if stop:
-                    return self.finished
-        return True
+                    break
+            self.checkpoints.wait()
+        return self.finished
 
     def save(self) -> Path:
-        """Write a checkpoint and drop those no longer wanted; on several ranks the main one writes."""
-        recipe = self.recipe.model_dump(mode="json")
+        """Write a checkpoint and drop those no longer wanted; several ranks write in the background."""
+        recipe, parts = self.recipe.model_dump(mode="json"), self.components
         state = TrainState(self.step, self.tokens, self._packer_state, recipe, self._tokenizer_identity, self._validation)
-        routers = {} if self.components.router is None else self.components.router.state_tensors()
-        tensors = {name: self.world.full(tensor) for name, tensor in self.optimizer.state_tensors().items()} | routers
-        model = self.components.whole_model()
+        tensors = {**self.optimizer.state_tensors(), **self._router_state()}
+        return self.checkpoints.save(state, tensors, parts.model, parts.tokenizer, parts.skeleton)
 
-        def write() -> None:
-            save_checkpoint(self.run_folder, state, tensors, model, self.components.tokenizer)
-            prune_checkpoints(self.run_folder, self.train.keep_checkpoints)
-
-        on_main(self.world, write)
-        return checkpoint_folder(self.run_folder, self.step)
+    def _router_state(self) -> dict[str, Tensor]:
+        return {} if self.components.router is None else self.components.router.state_tensors()
 
     def _emit(self, log: MetricLog | None, record: MetricRecord) -> None:
         if log is not None:
@@ -259,6 +249,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.drop_gradients()
             path = self.save()
+            self.checkpoints.wait()
             raise TrainingError(
                 f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1} (phase {phase.name}, "
                 f"block size {phase.block_size}); the state before the step is in {path}; lower train.learning_rate"

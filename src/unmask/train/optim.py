@@ -6,7 +6,7 @@ Owns the optimiser state and the precision of updates. Knows nothing of losses o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -96,17 +96,25 @@ class MasterAdamW:
                 tensors[f"{kind}.{name}"] = tensor if kind == "step" else self._world.sharded(tensor, parameter)
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state of `state_tensors`, of whole tensors; the model's weights are copied from the masters."""
+    def empty_state(self) -> dict[str, Tensor]:
+        """Tensors like those of `state_tensors` after a step, to be filled and given to `load_state_tensors`."""
+        tensors: dict[str, Tensor] = {}
+        for name, (parameter, master) in self._pairs.items():
+            for kind in ("master", "moment1", "moment2"):
+                tensors[f"{kind}.{name}"] = self._world.sharded(torch.empty_like(master.detach()), parameter)
+            tensors[f"step.{name}"] = torch.zeros((), device=master.device)
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the state of `state_tensors`; the model's weights are copied from the masters."""
         with torch.no_grad():
             for name, (parameter, master) in self._pairs.items():
-                master.copy_(self._world.shard_of(tensors[f"master.{name}"], parameter))
+                master.copy_(self._world.local(tensors[f"master.{name}"]))
                 if parameter.dtype != master.dtype:
                     parameter.copy_(master)
                 if f"step.{name}" in tensors:
                     state = {key: tensors[f"{saved}.{name}"] for key, saved in _STATE_NAMES.items()}
-                    state |= {key: self._world.shard_of(state[key], parameter) for key in state if key != "step"}
-                    self._adamw.state[master] = {key: tensor.to(master.device, copy=True) for key, tensor in state.items()}
+                    self._adamw.state[master] = {key: self._world.local(tensor) for key, tensor in state.items()}
 
 
 def _collect(master: nn.Parameter, parameter: Tensor) -> None:

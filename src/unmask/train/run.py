@@ -34,7 +34,7 @@ from unmask.train.room import check_training_room
 from unmask.train.router import RouterMonitor
 from unmask.train.rows import training_rows, validation_rows
 from unmask.train.sections import TrainSection
-from unmask.train.state import list_checkpoints, save_model
+from unmask.train.state import SHARDS, list_checkpoints, save_model
 from unmask.train.tokens import training_config
 
 ADAPTER = "adapter"
@@ -104,15 +104,24 @@ def _run(
         if world.is_main:
             plot = plot_run(out)
     if finished:
-        model = components.whole_model()
-        on_main(world, lambda: _save_result(components, model, out))
+        on_main(world, lambda: _save_result(components, out))
     return RunResult(finished, out, plot, trainer.step, trainer.tokens, components.packer.stats.summary)
 
 
-def _save_result(components: Components, model: Transformer, out: Path) -> None:
+def _save_result(components: Components, out: Path) -> None:
     """Write the trained model, and its adapter if it has one."""
-    save_model(model, components.tokenizer, out)
-    if components.recipe.train.lora is not None:
+    model, lora = components.model, components.recipe.train.lora is not None
+    if components.skeleton is None:
+        save_model(model, components.tokenizer, out)
+    else:
+        # Imported here: a run of one process needs none of it.
+        from unmask.train.parallel.export import LayerReader, copy_model
+
+        checkpoint = list_checkpoints(out)[-1]
+        copy_model(checkpoint / "model", out)
+        if lora:
+            model = LayerReader(checkpoint / SHARDS, components.skeleton).load_trained()
+    if lora:
         save_adapter(model, out / ADAPTER, base=components.recipe.model)
         components.tokenizer.save(out / ADAPTER)
 

@@ -1,7 +1,8 @@
 """Training checkpoints: everything that an interrupted run needs to resume exactly.
 
-Owns the layout of `checkpoints/step-N/`: `model/` (a Hugging Face folder), `optimizer.safetensors`, `state.json`. A checkpoint
-appears under its name only when it is complete.
+Owns the layout of `checkpoints/step-N/`: `model/` (a Hugging Face folder), `optimizer.safetensors` (or, of several processes,
+`shards/`), `state.json`. A checkpoint appears under its name only when it is complete. How tensors are read, and written by
+several processes, is `checkpoints`' matter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.weights import checkpoint
 
 FORMAT = 2
+OPTIMIZER, SHARDS = "optimizer.safetensors", "shards"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_model(model, tokenizer, partial / "model")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / OPTIMIZER)
         (partial / "state.json").write_text(json.dumps(asdict(state)))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -83,20 +85,19 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
         raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume") from error
 
 
-def load_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Tensor]]:
-    """Read a checkpoint's state and optimiser tensors.
+def read_state(folder: Path) -> TrainState:
+    """A checkpoint's state, without its tensors.
 
     Raises:
-        CheckpointError: unreadable, of another format, or damaged.
+        CheckpointError: unreadable, or of another format.
     """
     try:
         values = json.loads((folder / "state.json").read_text())
-        tensors = load_file(folder / "optimizer.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error}; remove it to resume from another") from error
     if values.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {values.get('format')}; this version reads {FORMAT}")
-    return TrainState(**values), tensors
+    return TrainState(**values)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -138,8 +138,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def folded_state(model: Transformer) -> dict[str, Tensor]:
-    """The model's state with every adapter folded into its weight.
+def folded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, or of a part of one, with every adapter folded into its weight.
 
     Args:
         model: with an adapter or without.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import Writer, bytes_writer, json_writer, read_json, sync_folder, write_folder
+from unmask.models.weights.boxes import BoxedTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -85,6 +86,10 @@ class TensorFiles:
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
+    def fill(self, name: str, tensor: BoxedTensor) -> None:
+        """Fill boxes with what the tensor holds of them; nothing else of it is read."""
+        _fill(self._file_of[name], name, tensor)
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two matrices hold the same numbers; they are read some rows at a time, up to the first difference."""
         if self.header(first)[0] != self.header(second)[0]:
@@ -113,20 +118,20 @@ def tensor_index(folder: Path) -> dict[str, Path]:
                 UnmaskWarning,
                 stacklevel=1,
             )
-        return dict.fromkeys(_names_in(single), single)
+        return dict.fromkeys(names_in(single), single)
     if not index_path.exists():
         raise CheckpointError(_no_weights(folder))
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path} has no valid 'weight_map'; fetch or save the checkpoint again")
-    names_in: dict[str, set[str]] = {}
+    present: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{index_path} names {file!r}; shards must lie in the same folder")
         if not (folder / file).exists():
             raise CheckpointError(f"{index_path} names {file}, which does not exist; fetch or save the checkpoint again")
-        names_in[file] = set(_names_in(folder / file))
-    missing = sorted(f"{name} in {file}" for name, file in weight_map.items() if name not in names_in[file])
+        present[file] = set(names_in(folder / file))
+    missing = sorted(f"{name} in {file}" for name, file in weight_map.items() if name not in present[file])
     if missing:
         raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
     paths = {file: folder / file for file in names_in}
@@ -149,6 +154,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with _open_existing(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors in one safetensors file; raises CheckpointError when it is missing or corrupt."""
+    with _open_existing(path) as file:
+        return list(file.keys())
+
+
+def fill_boxes(path: Path, tensors: Mapping[str, BoxedTensor]) -> None:
+    """Fill boxes with what one safetensors file holds of them; nothing else of it is read.
+
+    Raises:
+        CheckpointError: the file is missing or corrupt, or a tensor is missing or of another shape.
+    """
+    with _open_existing(path) as file:
+        for name, tensor in tensors.items():
+            if name not in file.keys():  # noqa: SIM118  (not a mapping)
+                raise CheckpointError(f"{path} holds no {name}; save the checkpoint again")
+            _fill(file, name, tensor)
+
+
+def _fill(file: Any, name: str, tensor: BoxedTensor) -> None:
+    stored = file.get_slice(name)
+    if tuple(stored.get_shape()) != tensor.shape:
+        raise CheckpointError(f"{name} is {list(stored.get_shape())} on disk and {list(tensor.shape)} in the model")
+    for offsets, box in tensor.boxes:
+        part = tuple(slice(start, start + size) for start, size in zip(offsets, box.shape, strict=True))
+        box.copy_(stored[part] if part else file.get_tensor(name))
 
 
 def stored_shape(path: Path, name: str) -> tuple[int, ...] | None:
@@ -184,29 +217,31 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory  # here: reading needs nothing of it, and it takes long
-
     extra = {path.name: bytes_writer(_read_extra(path)) for path in extra_files}
-    split = split_state_dict_into_shards_factory(
-        dict(specs),
-        get_storage_size=lambda spec: spec.num_bytes,
-        filename_pattern="{suffix}",
-        max_shard_size=max_shard_bytes,
-    )
-    shards = list(split.filename_to_tensors.values())
+    shards, metadata = split_into_files(specs, max_shard_bytes)
     indexed = always_index or len(shards) > 1
     names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
     weights = dict(zip(names, shards, strict=True))
     jsons = {**(extra_jsons or {}), CONFIG_NAME: dict(hf_config)}
     if indexed:
         file_of = {tensor: name for name, shard in weights.items() for tensor in shard}
-        jsons[INDEX_NAME] = {"metadata": split.metadata, "weight_map": dict(sorted(file_of.items()))}
+        jsons[INDEX_NAME] = {"metadata": metadata, "weight_map": dict(sorted(file_of.items()))}
     writers: dict[str, Writer] = {
         **{name: partial(write_safetensors, specs=specs, names=shard, read=read) for name, shard in weights.items()},
         **extra,
         **{name: json_writer(value) for name, value in jsons.items()},
     }
     write_folder(folder, writers, exchange=lambda stage: _replace(folder, stage, set(names)))
+
+
+def split_into_files(specs: Mapping[str, TensorSpec], max_bytes: int) -> tuple[list[list[str]], dict[str, Any]]:
+    """The tensors of each file of at most so many bytes, and the metadata of their index."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # here: reading needs nothing of it, and it takes long
+
+    split = split_state_dict_into_shards_factory(
+        dict(specs), get_storage_size=lambda spec: spec.num_bytes, filename_pattern="{suffix}", max_shard_size=max_bytes
+    )
+    return list(split.filename_to_tensors.values()), split.metadata
 
 
 def write_safetensors(
@@ -242,11 +277,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch or save it again") from error
-
-
-def _names_in(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
 
 
 def _no_weights(folder: Path) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.faults import RollCall
@@ -50,6 +50,10 @@ class Ranks(World):
             "pipeline": rows["pipeline"],
             "expert": self._expert_mesh["expert"],
         }
+
+    def background_group(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(backend="gloo")
+        return group
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -85,11 +89,6 @@ class Ranks(World):
             return local
         layout = (like.device_mesh, like.placements)
         return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
-
-    def shard_of(self, tensor: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor):
-            return tensor
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
     def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
         for name in names:

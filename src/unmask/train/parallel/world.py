@@ -52,6 +52,10 @@ class World:
         """The process group of that name that this process is in."""
         raise AssertionError("a single process has no groups")
 
+    def background_group(self) -> ProcessGroup | None:
+        """A new group of all ranks on the CPU, for work beside the training; None: there is one process."""
+        return None
+
     @property
     def mesh(self) -> DeviceMesh:
         """Mesh of the dense parameters, with dimensions pipeline, data_replicate, shard (data_shard x context), tensor."""
@@ -92,10 +96,6 @@ class World:
     def sharded(self, local: Tensor, like: Tensor) -> Tensor:
         """The tensor that is laid out as `like`, of which this rank holds `local`."""
         return local
-
-    def shard_of(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor, laid out as `like`."""
-        return tensor
 
     def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
         """Sum a tensor, in place, over the groups of these names."""

@@ -1,0 +1,109 @@
+"""Checkpoints of several processes: resumed at any other number, complete or not there, with the model of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import disk_full
+from processes import Pool, RanksFailed
+from runs import tiny_folder, tiny_jsonl, tiny_values
+from unmask.errors import TrainingError
+from unmask.models.weights.loading import load_model
+from unmask.train.loop import Trainer
+from unmask.train.metrics import read_metrics
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.world import World
+from unmask.train.recipe import parse_recipe
+from unmask.train.run import build_components, run_recipe
+from unmask.train.state import list_checkpoints
+
+Values = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_folder(folder / "model")
+    tiny_jsonl(folder / "data.jsonl")
+    made = tiny_values(folder / "model", folder / "data.jsonl", tokens=2400, checkpoint_every=2, eval_every=100)
+    made["data"]["validation_rows"] = 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(values: Values, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run_recipe(parse_recipe(values, "test"), out).finished
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def train(values: Values, out: Path, world: World, steps: int | None, disk: str = "") -> bool:
+    """Train on this rank for some steps, or to the end; with the disk "full" the main rank writes nothing."""
+    trainer = Trainer(build_components(parse_recipe(values, "test"), world), out)
+    trainer.resume()
+    first = trainer.step
+    trainer._should_stop = lambda: steps is not None and trainer.step >= first + steps
+    if disk == "full" and world.rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", disk_full)
+            return trainer.fit()
+    return trainer.fit()
+
+
+def train_ranks(values: Values, out: Path, dims: ParallelDims, steps: int | None, disk: str = "") -> bool:
+    from unmask.train.parallel.ranks import Ranks
+
+    return train(values, out, Ranks(dims, "cpu"), steps, disk)
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(expected)), rtol=1e-4, atol=1e-4)
+    ours, theirs = (load_model(list_checkpoints(run)[-1] / "model", dtype=torch.float32) for run in (out, expected))
+    assert ours.config == theirs.config
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_run_goes_on_at_other_numbers_of_processes(pool: Pool, values: Values, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert not train(values, out, World.single(), 3)
+    pool.run(2, train_ranks, values, out, ParallelDims(data_shard=2), 3)
+    newest = list_checkpoints(out)[-1]
+    assert {path.name for path in newest.iterdir()} == {"model", "shards", "state.json"}
+    assert train(values, out, World.single(), None)
+    assert_same_run(out, expected)
+
+
+@pytest.mark.slow
+def test_from_four_to_two_to_one_to_two_by_two(pool: Pool, values: Values, expected: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pool.run(4, train_ranks, values, out, ParallelDims(data_shard=4), 3)
+    pool.run(2, train_ranks, values, out, ParallelDims(data_shard=2), 3)
+    train(values, out, World.single(), 2)
+    pool.run(4, train_ranks, values, out, ParallelDims(data_replicate=2, data_shard=2), None)
+    assert_same_run(out, expected)
+
+
+def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, tmp_path: Path) -> None:
+    out, dims = tmp_path / "run", ParallelDims(data_shard=2)
+    pool.run(2, train_ranks, values, out, dims, 2)
+    before = list_checkpoints(out)
+    with pytest.raises(RanksFailed) as failed:
+        pool.run(2, train_ranks, values, out, dims, 2, "full")
+    assert failed.value.errors.keys() == {0, 1}
+    for text in failed.value.errors.values():
+        line = text.splitlines()[-1]
+        assert line.startswith(f"unmask.errors.{TrainingError.__name__}")
+        assert "rank 1" in line
+        assert "No space left" in line
+    assert list_checkpoints(out) == before
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [before[-1].name]
