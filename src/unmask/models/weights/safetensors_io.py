@@ -134,7 +134,7 @@ def tensor_index(folder: Path) -> dict[str, Path]:
     missing = sorted(f"{name} in {file}" for name, file in weight_map.items() if name not in present[file])
     if missing:
         raise CheckpointError(f"{index_path} lists tensors that their file lacks: {', '.join(missing)}")
-    paths = {file: folder / file for file in names_in}
+    paths = {file: folder / file for file in present}
     return {name: paths[file] for name, file in weight_map.items()}
 
 
