@@ -9,7 +9,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Layers, Transformer
 from unmask.train.router import RouterMonitor
 
 if TYPE_CHECKING:
@@ -38,20 +38,6 @@ def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
     rows, length = index.copy_BT.shape
     mask = create_block_mask(flex_mask_mod(index), rows, None, length, length, device=index.copy_BT.device)
     return FlexAttend(mask)
-
-
-class Layers(Protocol):
-    """Hidden states of a stream, or of a part of it: a `Transformer`, or some of its layers."""
-
-    def __call__(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor,
-        attend: Attend,
-        *,
-        input_noise: Tensor | None = None,
-        noisy_BT: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 def predicted_hidden(

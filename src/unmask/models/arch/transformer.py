@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,20 @@ from unmask.models.arch.attention import Attend, Attention
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
 from unmask.models.arch.moe import MoE
+
+
+class Layers(Protocol):
+    """Hidden states of a stream, or of a part of it: a `Transformer`, or some of its layers."""
+
+    def __call__(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attend: Attend,
+        *,
+        input_noise: Tensor | None = None,
+        noisy_BT: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Block(nn.Module):

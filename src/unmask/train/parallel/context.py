@@ -25,7 +25,7 @@ from torch.distributed._functional_collectives import all_reduce, all_to_all_sin
 from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import StreamIndex
 from unmask.models.arch.attention import Attend
-from unmask.train.forward import Layers
+from unmask.models.arch.transformer import Layers
 
 
 @dataclass(frozen=True, eq=False)
