@@ -12,14 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from conformance.sequential import SequentialBackend
+from unmask.engine.backends.base import Backend
+from unmask.engine.backends.native import NativeBackend, packed_backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, DecodingStep, Request
 from unmask.engine.sampling_params import ResolvedParams
+from unmask.models.arch.transformer import Transformer
+from unmask.models.native.library import kernel_variant
 from unmask.models.weights.loading import load_model
 
 Implementation = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
@@ -94,7 +99,11 @@ def reference(dtype: torch.dtype = torch.float64) -> Implementation:
 
 
 def engine(
-    dtype: torch.dtype = torch.float64, *, tight: bool = False, backend: type[TorchBackend] = TorchBackend, **options: Any
+    dtype: torch.dtype = torch.float64,
+    *,
+    tight: bool = False,
+    backend: Callable[[Transformer], Backend] = TorchBackend,
+    **options: Any,
 ) -> Implementation:
     """This repository's engine; `tight`: with the least tokens a forward and cache blocks that serve the request."""
 
@@ -115,6 +124,17 @@ def engine(
     return generate
 
 
+def native(folder: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The engine over float32 weights in the CPU kernels, which run no mixture of experts."""
+    if kernel_variant() is None or _load(folder, dtype=torch.float32).config.moe is not None:
+        pytest.skip("no kernels for this model")
+    return engine(torch.float32, backend=_packed)(folder, values)
+
+
+def _packed(model: Transformer) -> NativeBackend:
+    return packed_backend(model, "none")
+
+
 def implementations() -> dict[str, Implementation]:
     """By name; `UNMASK_CONFORMANCE=package.module:function` adds one from elsewhere."""
     known = {
@@ -123,6 +143,7 @@ def implementations() -> dict[str, Implementation]:
         "engine-sequential": engine(backend=SequentialBackend),
         "engine-tight": engine(tight=True, cache_block_size=3),
         "engine-float32": engine(torch.float32, cache_block_size=16),
+        "engine-native-float32": native,
     }
     outside = os.environ.get("UNMASK_CONFORMANCE")
     if outside:

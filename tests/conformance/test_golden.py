@@ -15,7 +15,7 @@ from tiny import MASK
 
 IMPLEMENTATIONS = implementations()
 RECORDED = {family: json.loads((GOLDEN / f"{family}.json").read_text()) for family in KINDS}
-CONFIDENCE_ERROR = {"engine-float32": 1e-4}
+CONFIDENCE_ERROR = {"engine-float32": 1e-4, "engine-native-float32": 1e-4}
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,10 @@ import unmask
 from helpers import refused
 from runs import tiny_folder
 from tiny import tiny_model
+from unmask.engine.backends.native import NativeBackend
+from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.llm import LanguageModel
-from unmask.engine.quantization import decoding_weights
+from unmask.engine.quantization import decoding_weights, kernels_compute
 from unmask.errors import ConfigError
 from unmask.models.native.library import kernel_variant
 
@@ -39,6 +41,27 @@ def test_auto_is_the_default_and_gives_way_to_a_dtype(folder: Path) -> None:
     assert unmask.load(folder, dtype=torch.float32).quantize == "none"
     assert unmask.load(folder, dtype="float32", quantize="int8").quantize == "int8"
     assert unmask.load(folder, quantize="none").quantize == unmask.load(folder, quantize=None).quantize == "none"
+
+
+@needs_kernels
+def test_plain_weights_decode_by_the_kernels_too(folder: Path) -> None:
+    config, cpu = tiny_model("llama", 1).config, torch.device("cpu")
+    by_kernels = kernel_variant() != "portable"
+    for dtype, expected in ((torch.float32, by_kernels), (torch.bfloat16, by_kernels), (torch.float16, False)):
+        assert kernels_compute("none", config, cpu, dtype) == expected
+        assert isinstance(unmask.load(folder, dtype=dtype).backend(), NativeBackend) == expected
+    assert not kernels_compute("none", config, torch.device("cuda"), torch.float32)
+    assert not kernels_compute("none", tiny_model("llada2", 1).config, cpu, torch.float32)
+
+
+@needs_kernels
+def test_plain_weights_give_the_same_text_by_the_kernels_and_by_torch(folder: Path) -> None:
+    by_kernels = unmask.load(folder, dtype="float32")
+    by_torch = unmask.LanguageModel(by_kernels.transformer, by_kernels.tokenizer, name="plain")
+    assert isinstance(by_torch.backend(), TorchBackend)
+    for model in (by_kernels, by_torch):
+        assert model.quantize == "none"
+    assert by_kernels.generate("say 1", max_new_tokens=24).ids == by_torch.generate("say 1", max_new_tokens=24).ids
 
 
 @pytest.mark.parametrize("quantize", ["int3", "None", ""])

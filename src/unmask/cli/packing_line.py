@@ -30,6 +30,6 @@ class PackingLine:
         if not self._stream.isatty() or passed < _SILENT_SECONDS:
             return
         left = (now - began) / max(done - skipped, 1) * (total - done)
-        text = "" if done == total else f"quantising the weights, once: {done} of {total} parts, {left:.0f} s left"
+        text = "" if done == total else f"packing the weights, once: {done} of {total} parts, {left:.0f} s left"
         self._stream.write(f"{_CLEAR}{text}")
         self._stream.flush()

@@ -21,7 +21,7 @@ from unmask.data.end_ids import end_ids
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.masks import block_causal_mask
 from unmask.engine.backends.base import Backend
-from unmask.engine.backends.native import NativeBackend, quantized
+from unmask.engine.backends.native import NativeBackend, packed_backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
 from unmask.engine.draft_statistics import DraftStatistics, statistics_path
@@ -29,7 +29,7 @@ from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
 from unmask.engine.prompts import Prompt, encode_chat, encode_prompt
-from unmask.engine.quantization import decoding_weights
+from unmask.engine.quantization import PACKED_BITS, decoding_weights
 from unmask.engine.request import Completion, OnStep, Request, TokenLogprob, check_vocabulary, distinct_samples, is_compiled
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
@@ -48,12 +48,12 @@ class LanguageModel:
     once, each with an engine of its own.
 
     Args:
-        weights: as loaded, or quantised for the CPU kernels, and then with `reload`.
+        weights: as loaded, or packed for the CPU kernels, and then with `reload`.
         tokenizer: None: only calls that take and give ids work.
         name: what to call it in messages.
         quantize: what becomes of loaded weights. "int8" or "int4": they are quantised on the CPU; "auto": to int8 where the CPU
-            kernels run the model; "none": they decode as they are.
-        reload: reads the weights of quantised ones, when `transformer` is asked for.
+            kernels run the model; "none": they decode as they are, by PyTorch.
+        reload: reads the weights of packed ones, when `transformer` is asked for.
         folder: of the model, for which what is learnt on drafts is kept (`DraftStatistics`); None: in memory alone.
 
     Attributes:
@@ -81,16 +81,17 @@ class LanguageModel:
         if not isinstance(weights, NativeBackend):
             self._transformer = weights.eval()
             kind = decoding_weights(quantize, self.config, weights.embed.weight.device)
-            self._native = None if kind == "none" else quantized(weights, kind)
-        self.quantize = "none" if self._native is None else f"int{self._native.bits}"
+            self._native = None if kind == "none" else packed_backend(weights, kind)
+        bits = PACKED_BITS["none"] if self._native is None else self._native.bits
+        self.quantize = next(name for name in PACKED_BITS if PACKED_BITS[name] == bits)
 
     @property
     def transformer(self) -> Transformer:
-        """The weights as loaded; read when they are first asked for where quantised ones decode."""
+        """The weights as loaded; read when they are first asked for where packed ones decode."""
         with self._reloading:
             transformer = self._transformer
             if transformer is None:
-                assert self._reload is not None, "quantised weights alone come with what reads the others"
+                assert self._reload is not None, "packed weights alone come with what reads the others"
                 transformer = self._transformer = self._reload().eval()
             return transformer
 

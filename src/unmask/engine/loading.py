@@ -1,6 +1,6 @@
 """`load`: a `LanguageModel` from a folder, a Hugging Face id or the name of an embedded model.
 
-Owns which weights are read: quantised ones from the cache where they decode, and then no others until somebody asks.
+Owns which weights are read: packed ones from the cache where the CPU kernels decode, and then no others until somebody asks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from unmask.data.tokenizer import load_tokenizer
-from unmask.engine.backends.native import open_quantized
+from unmask.engine.backends.native import open_packed
 from unmask.engine.llm import LanguageModel
-from unmask.engine.quantization import decoding_weights, for_dtype
+from unmask.engine.quantization import decoding_weights, for_dtype, kernels_compute
 from unmask.engine.room import DecodingRoom
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.checkpoint import ModelParts, read_model_config
@@ -38,9 +38,10 @@ def load(
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
         quantize: what decodes. "int8" or "int4": quantised weights (dense models on the CPU); the others are read from the
-            folder when `transformer`, `logits` or `score` need them. "none": the weights as they are. "auto": int8 where the
-            CPU kernels run the model and no dtype is asked for, else none.
-        on_packing: called with (parts done, parts in all) while weights are quantised, which happens once a model.
+            folder when `transformer`, `logits` or `score` need them. "none": the weights as they are, by the CPU kernels where
+            they run the model, else by PyTorch. "auto": int8 where the CPU kernels run the model and no dtype is asked for,
+            else none.
+        on_packing: called with (parts done, parts in all) while weights are packed for the kernels, which happens once a model.
 
     Returns:
         The model; its tokenizer is None when the folder has none.
@@ -51,9 +52,9 @@ def load(
         RoomError: the model does not fit into memory; no weight has been read.
     """
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
-    config = read_model_config(folder)
-    kind = decoding_weights(for_dtype(quantize, dtype), config, torch.device(device))
-    room = DecodingRoom(config, read_dtype, torch.device(device))
+    config, where = read_model_config(folder), torch.device(device)
+    kind = decoding_weights(for_dtype(quantize, dtype), config, where)
+    room = DecodingRoom(config, read_dtype, where)
     read = partial(load_model, folder, dtype=read_dtype, device=device)
 
     def parts() -> ModelParts:
@@ -64,7 +65,8 @@ def load(
         room.check(str(model), kind)
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
-    weights = read() if kind == "none" else open_quantized(folder, kind, read_dtype, parts, on_packing)
+    is_packed = kernels_compute(kind, config, where, read_dtype)
+    weights = open_packed(folder, kind, read_dtype, parts, on_packing) if is_packed else read()
     if kind != "none":
         room.check(str(model), kind)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from unmask.data.tokenizer import Tokenizer
+from unmask.engine.backends.native import NativeBackend, packed_backend
 from unmask.engine.llm import LanguageModel
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.arch.transformer import reconfigured
@@ -31,5 +32,7 @@ def parent_of(model: LanguageModel, tokenizer: Tokenizer | None = None) -> Paren
         ConfigError: a model without gated LoRA.
     """
     transformer = reconfigured(model.transformer, parent_config(model.config))
-    parent = LanguageModel(transformer, tokenizer, name=f"parent of {model.name}", quantize=model.quantize)
+    is_packed = isinstance(model.backend(), NativeBackend)
+    weights = packed_backend(transformer, model.quantize) if is_packed else transformer
+    parent = LanguageModel(weights, tokenizer, name=f"parent of {model.name}", reload=lambda: transformer)
     return Parent(parent, () if model.config.start_id is None else (model.config.start_id,))

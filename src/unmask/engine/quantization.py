@@ -1,7 +1,7 @@
 """The choice of the weights that decode: what `quantize` means for a model on a device.
 
-Owns the names, the rule of "auto", and what happens without kernels. Imports nothing slow: the command line declares its option
-from here.
+Owns the names, the rule of "auto", which weights the CPU kernels compute, and what happens without kernels. Imports nothing
+slow: the command line declares its option from here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Quantize = Literal["auto", "none", "int8", "int4"]
 """As a user says it; "none": the weights as they are."""
 BITS = {"int8": 8, "int4": 4}
+PACKED_BITS = {"none": 32, **BITS}
+"""As `models.native.packing` counts them, where the kernels compute."""
 
 
 def for_dtype(quantize: str | None, dtype: object) -> str | None:
@@ -63,3 +65,25 @@ def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.de
         warnings.warn(f"{error}; computing with PyTorch and the weights as they are", UnmaskWarning, stacklevel=3)
         return "none"
     return weights
+
+
+def kernels_compute(weights: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels compute with these weights, rather than PyTorch.
+
+    Args:
+        weights: as of `decoding_weights`; the kernels have been found to compute those that are quantised.
+        config: of the model.
+        device: of its weights.
+        dtype: of its weights.
+
+    Raises:
+        ConfigError: a variant of the kernels that this processor does not run.
+    """
+    if weights != "none":
+        return True
+    from unmask.models.dtypes import dtype_name
+    from unmask.models.native.library import kernel_variant
+
+    is_packable = config.moe is None and device.type == "cpu" and dtype_name(dtype) in ("float32", "bfloat16")
+    # The portable variant has no fused multiply-add: its sums of floats are the others' to the bit, and slow.
+    return is_packable and kernel_variant() not in (None, "portable")

@@ -12,6 +12,7 @@ import torch
 import unmask
 from helpers import refused
 from tiny import MASK, tiny_model
+from unmask.engine.backends.native import packed_backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
@@ -56,10 +57,11 @@ def test_what_cannot_be_quantised_is_refused_at_once(family: str, weights: str, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "none"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
-    language_model = LanguageModel(model(family), None, name="tiny", quantize=weights)
+    language_model = LanguageModel(packed_backend(model(family), weights), None, name="tiny")
+    assert language_model.quantize == weights
     backend = language_model.backend()
     assert not isinstance(backend, TorchBackend)
     generator = torch.Generator().manual_seed(0)

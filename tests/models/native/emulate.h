@@ -5,7 +5,6 @@
 
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -25,8 +24,11 @@ static inline V dpbusd(V sum, V unsigneds, V signeds) {
 }
 
 static inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
-    for (int lane = 0; lane < 16; lane++) a[lane] = std::fma(a[lane], b[lane], c[lane]);
-    return a;
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int half = 0; half < 2; half++) z[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+    memcpy(&c, z, 64);
+    return c;
 }
 
 // The tile registers of a thread.

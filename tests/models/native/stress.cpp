@@ -28,12 +28,19 @@ struct Memory {
         for (int64_t i = 0; i < count; i++) bytes.back()[i] = uint8_t(std::uniform_int_distribution<int>(low, high)(random));
         return bytes.back().get();
     }
+    // Numbers of 16 bits are the upper halves of those of 32.
+    uint8_t* floating(int64_t count, int64_t bits) {
+        const float* from = real(count, -0.1f, 0.1f);
+        uint8_t* to = small(count * bits / 8, 0, 0);
+        for (int64_t i = 0; i < count; i++) memcpy(to + i * bits / 8, reinterpret_cast<const uint8_t*>(from + i) + 4 - bits / 8, bits / 8);
+        return to;
+    }
     // As quantize.py packs a matrix; not its numbers.
     Linear linear(int64_t inputs, int64_t outputs, int64_t bits, bool bias) {
-        const int64_t step = bits == 8 ? kStep : kGroup;
+        const int64_t step = bits == 4 ? kGroup : kStep;
         Linear w{nullptr, nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits};
         const int64_t channels = w.panels() * kLanes;
-        w.weight = small(w.panels() * w.panel_bytes(), 0, 255);
+        w.weight = w.is_float() ? floating(channels * w.depth, bits) : small(w.panels() * w.panel_bytes(), 0, 255);
         if (bits == 4) w.group_scale = small(channels * w.depth / kGroup, 1, 16);
         w.scale = real(channels, 1e-4f, 2e-3f);
         if (bias) w.bias = real(channels, -0.1f, 0.1f);
@@ -41,7 +48,8 @@ struct Memory {
     }
     GatedLinear gated(int64_t inputs, int64_t outputs, int64_t bits, int64_t rank, bool bias) {
         GatedLinear w{linear(inputs, outputs, bits, bias), {}, {}};
-        if (rank) w.in = linear(inputs, rank, 8, false), w.out = linear(rank, outputs, 8, false);
+        const int64_t beside = bits >= 16 ? 32 : 8;
+        if (rank) w.in = linear(inputs, rank, beside, false), w.out = linear(rank, outputs, beside, false);
         return w;
     }
 };
@@ -133,7 +141,7 @@ struct Case {
         }
         model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.ffn, s.mixed,
                  s.rank, 1e-6f};
-        head = memory.linear(s.hidden, s.vocab, 8, false);
+        head = memory.linear(s.hidden, s.vocab, std::max<int64_t>(s.bits, 8), false);
     }
 };
 
@@ -185,12 +193,13 @@ int main(int count, char**) {
     const Shape shapes[] = {
         {64, 4, 2, 16, 96, 2, 0, 61, 8, false, false},    {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false},
         {48, 3, 1, 10, 40, 1, 16, 1601, 8, true, true},  {48, 3, 3, 8, 128, 8, 8, 770, 4, false, true},
+        {64, 4, 2, 16, 96, 1, 0, 61, 16, true, false},    {48, 3, 1, 10, 272, 1, 16, 1601, 32, false, true},
     };
     int wrong = 0;
     for (const Shape& shape : shapes) {
         if (count > 1) print_digests(shape);
         else wrong += check_threads(shape);
     }
-    if (wrong) std::printf("%d of 12 rounds differ from one thread's\n", wrong);
+    if (wrong) std::printf("%d of 18 rounds differ from one thread's\n", wrong);
     return wrong != 0;
 }

@@ -17,7 +17,7 @@ from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.interface import Kernels
-from unmask.models.native.packing import pack_model
+from unmask.models.native.packing import FLOAT_BITS, pack_model
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
@@ -157,10 +157,19 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, bits: int, r
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
-@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool) -> None:
+def test_floats_give_what_the_model_gives(any_kernels: Kernels, name: str) -> None:
+    child = child_of(name, parent_of(name))
+    packed, (slots,) = NativeBackend(pack_model(child, FLOAT_BITS), any_kernels), slots_of(64)
+    batch = batch_of(clean(text(24), 0, slots), noisy(text(40, masks=True), 24, slots))
+    hidden = packed.forward(batch, new_kv_cache(child.config))
+    expected = plain_forward(child.double(), batch, new_kv_cache(child.config).double(), batch.is_noisy_T)
+    assert row_errors(hidden, expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "rotate"), [(8, True), (8, False), (4, True), (4, False), (FLOAT_BITS, None)])
+@pytest.mark.parametrize("name", MODELS)
+def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: int, rotate: bool | None) -> None:
     """Alone, and with noisy rows before, between and behind them, some of their own sequence."""
     parent = parent_of(name)
     packed, packed_parent = (
@@ -184,7 +193,7 @@ def test_closed_rows_are_the_packed_parents(kernels: Kernels, name: str, bits: i
     assert torch.equal(packed.logits(expected), packed_parent.logits(expected))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_open_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """With 1, 2 and 3 threads, after its context in the same forward or an earlier one, at other slots, block by block."""

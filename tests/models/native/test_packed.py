@@ -23,7 +23,7 @@ from unmask.models.arch.config import ModelConfig, RopeConfig
 from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.interface import Kernels
-from unmask.models.native.packing import pack_model
+from unmask.models.native.packing import FLOAT_BITS, pack_model
 from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
@@ -194,7 +194,24 @@ def run_with_threads(count: int, packed: NativeBackend, batch: Batch) -> tuple[T
         return packed.forward(batch, kv_cache), kv_cache
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_floats_give_what_the_model_gives(any_kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    """But for the order of sums; bfloat16 weights are exact, and so take half the memory whatever their dtype."""
+    model = model_of(name, vocab_size=800).to(dtype)
+    weights, exact = pack_model(model, FLOAT_BITS), model.double()
+    taken = {matrix.bits for name, matrix in weights.matrices.items() if name != "head"}
+    assert (taken, weights.vectors["embed"].dtype) == ({8 * dtype.itemsize}, torch.bfloat16)  # of whole numbers
+    packed, slots = NativeBackend(weights, any_kernels), range(64)
+    plain = new_kv_cache(model.config).double()
+    for count in (1, 2, 5, 64) if any_kernels.variant != "portable" else (9,):
+        batch = batch_of((random_tokens(count), 0, 16, slots[:count]))
+        logits = packed.logits(packed.forward(batch, new_kv_cache(model.config)))
+        hidden = exact(batch.tokens_T[None], batch.positions_T[None], plain_attend(batch, plain))
+        assert row_errors(logits, exact.head(hidden)[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_is_the_same_bits_in_any_company(any_kernels: Kernels, name: str, bits: int) -> None:
     """Alone with its sequence, among others, with other slots, in smaller forwards, and with other numbers of threads."""
@@ -340,7 +357,7 @@ def test_quality_on_the_embedded_model(kernels: Kernels, bits: int, cosine: floa
     assert F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="batchmean") < divergence
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
 def test_calls_from_several_threads_do_not_disturb_each_other(kernels: Kernels, bits: int) -> None:
     """Of growing sizes, so that a shared workspace would be replaced while others compute in it."""
     packed = NativeBackend(pack_model(model_of("llama"), bits), kernels)

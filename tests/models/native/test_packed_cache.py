@@ -19,7 +19,7 @@ from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.native import packed_cache
 from unmask.models.native.packed_cache import PackedCache, packed_folder
 from unmask.models.native.packed_file import map_packed, write_packed
-from unmask.models.native.packing import PackedWeights, pack_model
+from unmask.models.native.packing import FLOAT_BITS, PackedWeights, pack_model
 from unmask.models.native.quantize import PackedMatrix
 from unmask.models.weights.checkpoint import ModelParts, save_model
 from unmask.models.weights.loading import load_parts
@@ -58,7 +58,7 @@ def assert_same(found: PackedWeights | None, expected: PackedWeights) -> None:
             assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_mapped_file_holds_what_was_packed(tmp_path: Path, family: str, bits: int) -> None:
     weights, path = pack_model(tiny_model(family), bits), tmp_path / "packed.safetensors"
@@ -88,6 +88,7 @@ def test_packing_happens_once(folder: Path) -> None:
     assert_same(weights, pack_model(tiny_model("qwen2"), 8))
     assert cache_of(folder, 4).open() is None
     assert PackedCache(folder, 8, torch.bfloat16, least_bytes=0).open() is None
+    assert cache_of(folder, FLOAT_BITS).open() is None
 
 
 def test_what_has_changed_is_packed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

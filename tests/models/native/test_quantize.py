@@ -1,15 +1,16 @@
-"""Rounding of weights to 8 and 4 bits, and their layout."""
+"""Rounding of weights to 8 and 4 bits, and the layout of these and of floats."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from unmask.models.native.quantize import GROUP, PANEL, PackedMatrix, QuantizedMatrix, pack, quantize
+from unmask.models.native.quantize import GROUP, PANEL, PackedMatrix, QuantizedMatrix, pack, pack_floats, quantize
 
 
 def unpack(packed: PackedMatrix) -> torch.Tensor:
-    """The integers [N, K padded] that a packed matrix holds, one by one as `gemm.h` describes its layout."""
+    """The integers [N, K padded] that a packed matrix holds, one by one as `linear.h` describes its layout."""
+    assert packed.scale is not None
     out = torch.zeros(len(packed.scale), packed.depth, dtype=torch.int64)
     bytes_ = packed.weight.flatten().tolist()
     for n in range(len(packed.scale)):
@@ -20,11 +21,10 @@ def unpack(packed: PackedMatrix) -> torch.Tensor:
                 out[n, k] = bytes_[(step * PANEL + channel) * 4 + k % 4] - 128
                 continue
             pair, within = divmod(k, 8)
-            step, half, byte = within // 4, within % 4 // 2, within % 2
-            at = ((panel * packed.depth // 8 + pair) * PANEL + channel) * 4 + half * 2 + step
+            at = ((panel * packed.depth // 8 + pair) * PANEL + channel) * 4 + within % 4
             assert packed.group_scale is not None
             multiple = int(packed.group_scale.flatten()[(panel * packed.depth // GROUP + k // GROUP) * PANEL + channel])
-            out[n, k] = ((bytes_[at] >> 4 * byte & 15) - 8) * multiple
+            out[n, k] = ((bytes_[at] >> 4 * (within // 4) & 15) - 8) * multiple
     return out
 
 
@@ -35,6 +35,21 @@ def test_packing_keeps_every_integer(bits: int, shape: tuple[int, int]) -> None:
     whole = unpack(pack(matrix))
     assert torch.equal(whole[: shape[0], : shape[1]], matrix.integers_NK.long())
     assert whole[shape[0] :].count_nonzero() == whole[:, shape[1] :].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("is_narrow", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_keeps_every_float(dtype: torch.dtype, is_narrow: bool) -> None:
+    """In bfloat16 where that is exact, whatever the dtype; over several parts."""
+    weight = torch.randn(4100, 7, generator=torch.Generator().manual_seed(0))
+    packed = pack_floats((weight.bfloat16() if is_narrow else weight).to(dtype))
+    weight = weight.bfloat16().float() if is_narrow or dtype == torch.bfloat16 else weight
+    assert packed.bits == (16 if is_narrow or dtype == torch.bfloat16 else 32)
+    step = 32 // packed.bits
+    assert packed.weight.shape == (257, 16 // step, PANEL, step)
+    whole = packed.weight.float().transpose(1, 2).reshape(257 * PANEL, 16)
+    assert torch.equal(whole[:4100, :7], weight)
+    assert whole[4100:].count_nonzero() == whole[:, 7:].count_nonzero() == 0
 
 
 def test_8_bits_err_by_half_a_step_at_most() -> None:

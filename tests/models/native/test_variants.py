@@ -16,7 +16,8 @@ from unmask.engine.backends.native import NativeBackend
 from unmask.models.native.build import compile_library, find_target
 from unmask.models.native.interface import Kernels
 from unmask.models.native.linear import PackedLinear
-from unmask.models.native.packing import pack_bias, pack_matrix, pack_model
+from unmask.models.native.packing import FLOAT_BITS, pack_bias, pack_matrix, pack_model
+from unmask.models.native.quantize import pack_floats
 from unmask.models.native.variants import SOURCES, VARIANTS, usable_macro
 
 X86 = VARIANTS["x86_64"]
@@ -52,13 +53,14 @@ def other_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 16, FLOAT_BITS])
 def test_products_are_the_same_bits_in_every_variant(kernels: Kernels, other_kernels: Kernels, bits: int) -> None:
     """At every number of rows up to some tiles, and with panels and depths that fill no tile."""
     generator = torch.Generator().manual_seed(bits)
     for inputs, outputs in ((16, 16), (30, 33), (64, 64), (100, 20), (200, 115), (576, 80)):
         weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
-        ours, other = (PackedLinear(pack_matrix(weight, bits), k, bias=pack_bias(bias)) for k in (kernels, other_kernels))
+        packed = pack_floats(weight.bfloat16()) if bits == 16 else pack_matrix(weight, bits)
+        ours, other = (PackedLinear(packed, k, bias=pack_bias(bias)) for k in (kernels, other_kernels))
         for rows in itertools.chain(range(1, 41), (64, 65, 300)):
             x = torch.randn(rows, inputs, generator=generator)
             assert torch.equal(other(x), ours(x)), (inputs, outputs, rows)
@@ -66,7 +68,7 @@ def test_products_are_the_same_bits_in_every_variant(kernels: Kernels, other_ker
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_a_forward_is_the_same_bits_in_every_variant(kernels: Kernels, other_kernels: Kernels, name: str, bits: int) -> None:
     """Norms, rotary embedding, attention and exponentials included: every variant rounds a * b + c once."""

@@ -1,4 +1,4 @@
-"""The native backend: quantised weights on the CPU by the compiled kernels.
+"""The native backend: packed weights, quantised or floats, on the CPU by the compiled kernels.
 
 Owns how a model comes to the kernels, and the KV cache as they take it. The kernels are `models.native`'s; when they are used,
 `engine.quantization` says.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmask.engine.backends.torch import unwritten_tensor
 from unmask.engine.batch import Batch
-from unmask.engine.quantization import BITS
+from unmask.engine.quantization import PACKED_BITS
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer
@@ -53,24 +53,24 @@ class NativeBackend(PackedTransformer):
         return self.run(batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache)
 
 
-def quantized(model: Transformer, weights: str) -> NativeBackend:
-    """A loaded model, quantised to "int8" or "int4", as of `decoding_weights`."""
-    return NativeBackend(pack_model(model, BITS[weights]), load_kernels())
+def packed_backend(model: Transformer, weights: str) -> NativeBackend:
+    """A loaded model, packed; `weights` as of `decoding_weights`."""
+    return NativeBackend(pack_model(model, PACKED_BITS[weights]), load_kernels())
 
 
-def open_quantized(
+def open_packed(
     folder: Path, weights: str, dtype: torch.dtype, load: Callable[[], ModelParts], on_packing: OnLayer
 ) -> NativeBackend:
-    """The model in a folder, quantised: its packed weights are mapped from the cache, where they are put the first time.
+    """The model in a folder: its packed weights are mapped from the cache, where they are put the first time.
 
     Args:
         folder: of a model or an adapter.
-        weights: "int8" or "int4", as of `decoding_weights`.
-        dtype: of what is quantised.
+        weights: as of `decoding_weights`.
+        dtype: of what is packed.
         load: gives it; called only where the cache does not hold the packed weights.
         on_packing: sees the progress.
     """
-    cache = PackedCache(folder, BITS[weights], dtype)
+    cache = PackedCache(folder, PACKED_BITS[weights], dtype)
     packed = cache.open()
     if packed is None:
         packed = cache.pack(load, on_packing)

@@ -5,8 +5,21 @@
 
 constexpr int64_t kAmxRows = 16, kAmxInputs = 64;
 
+// Of 8-bit weights, or 4-bit ones unpacked to bytes.
+struct AmxTiles : Int8Tiles {};
+
 // With fewer rows the tiles of registers are faster.
-INLINE int64_t tile_height(int64_t rows) { return std::min<int64_t>(rows, rows > kTileRows ? 2 * kAmxRows : kTileRows); }
+template <>
+inline int64_t tile_height<AmxTiles>(int64_t rows) {
+    return std::min<int64_t>(rows, rows > kTileRows ? 2 * kAmxRows : kTileRows);
+}
+
+template <>
+inline const uint8_t* weights_of_panels<AmxTiles>(const Linear& w, int64_t panel, int64_t count, uint8_t* unpacked) {
+    if (w.bits == 8) return w.weight + panel * w.panel_bytes();
+    for (int64_t p = 0; p < count; p++) unpack_panel(w, panel + p, unpacked + p * w.depth * kLanes);
+    return unpacked;
+}
 
 // What ldtilecfg reads. Tiles 0..3 are sums (upper and lower rows, first and second panel), 4 and 5 inputs, 6 and 7 weights.
 struct alignas(64) TileShapes {
@@ -22,16 +35,18 @@ struct alignas(64) TileShapes {
 
 // Up to 32 rows by P (1 or 2) panels; kLower: more than 16 rows.
 template <int P, bool kLower>
-static void amx_tile(const Linear& w, const uint8_t* weights, int64_t panel, const Rows8& a, int64_t row, int64_t rows,
-                     const Target& to, Ahead ahead) {
+static void amx_tile(const Tile& t, int64_t rows) {
+    const Linear& w = t.w;
+    const Rows& a = t.a;
+    Ahead ahead = t.ahead;
     const int64_t panel_bytes = w.depth * kLanes, upper = std::min(rows, kAmxRows);
     const TileShapes shapes(upper, rows - upper);
     _tile_loadconfig(&shapes);  // makes all tiles zero
-    const Input *q = a.q + row * a.stride, *q_lower = q + kAmxRows * a.stride;
+    const Input *q = a.q + t.row * a.stride, *q_lower = q + kAmxRows * a.stride;
     alignas(64) uint8_t ends[P][kAmxInputs * kLanes];
     for (int64_t k = 0; k < w.depth; k += kAmxInputs, q += kAmxInputs, q_lower += kAmxInputs) {
         for (int64_t step = 0; step < kAmxInputs; step += kStep) ahead.fetch();
-        const uint8_t *first = weights + k * kLanes, *second = first + panel_bytes;
+        const uint8_t *first = t.weights + k * kLanes, *second = first + panel_bytes;
         if (w.depth - k < kAmxInputs) {  // behind the end rows are zero, but weights must be there
             memset(ends, 0, sizeof ends);
             for (int p = 0; p < P; p++) memcpy(ends[p], first + p * panel_bytes, (w.depth - k) * kLanes);
@@ -57,21 +72,23 @@ static void amx_tile(const Linear& w, const uint8_t* weights, int64_t panel, con
     if constexpr (kLower && P == 2) _tile_stored(3, sums[3], 64);
     _tile_release();
     for (int p = 0; p < P; p++) {
-        const Finish finish(w, a, to, panel + p);
+        const Finish finish(w, a, t.to, t.panel + p);
         for (int64_t r = 0; r < rows; r++) {
             const Ints sum = load<Ints>(sums[r / kAmxRows * 2 + p][r % kAmxRows]);
-            finish.row(sum - kWeightOffset * a.sum[row + r], row + r);
+            finish.row(sum - kWeightOffset * a.sum[t.row + r], t.row + r);
         }
     }
 }
 
-// Up to 32 rows by up to kTilePanels panels, two at a time.
-static void amx_tiles(const Linear& w, const uint8_t* weights, int64_t panel, int64_t panels, const Rows8& a, int64_t row,
-                      int64_t rows, const Target& to, Ahead ahead) {
-    for (int64_t p = 0; p < panels; p += 2) {
+// Up to 32 rows by up to kPanels panels, two at a time.
+template <>
+inline void compute<AmxTiles, AmxTiles::kPanels>(const Tile& t, int64_t rows, int64_t panels) {
+    if (rows <= kTileRows) return compute<Int8Tiles>(t, rows, panels);
+    Tile two = t;
+    for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * t.w.depth * kLanes) {
         const auto tile = panels - p == 1 ? (rows > kAmxRows ? amx_tile<1, true> : amx_tile<1, false>)
                                           : (rows > kAmxRows ? amx_tile<2, true> : amx_tile<2, false>);
-        tile(w, weights + p * w.depth * kLanes, panel + p, a, row, rows, to, ahead);
-        ahead.lines = 0;
+        tile(two, rows);
+        two.ahead.lines = 0;
     }
 }

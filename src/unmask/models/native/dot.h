@@ -95,3 +95,79 @@ INLINE void store_inputs(Input* to, Twice<V> x) {
     store_inputs(to, x.lo);
     store_inputs(to + sizeof(V) / 4, x.hi);
 }
+
+// The same for the nibbles of 4-bit weights, q in 0..15, whose sums over a group of 32 inputs fit into 16 bits. A register's lane
+// holds eight inputs of a channel: four in the lower nibbles (half 0), four in the upper ones.
+#if defined(UNMASK_AVX2) && !defined(UNMASK_AVXVNNI)
+#define UNMASK_NIBBLE_PAIRS 1  // a lane's sums are two of 16 bits: of the first two of each four inputs, and of the others
+typedef int8_t NibbleInput;
+constexpr int kNibblePasses = 1;
+#else
+typedef Input NibbleInput;
+constexpr int kNibblePasses = kPasses;
+#endif
+constexpr bool kCopiesNibbleInputs = sizeof(NibbleInput) != sizeof(Input);
+
+INLINE NativeInts nibbles_of(NativeInts eight, int half, int pass) {
+    const NativeInts bytes = (half ? eight >> 4 : eight) & 0x0f0f0f0f;
+    if (kNibblePasses == 1) return bytes;
+    return pass == 0 ? bytes & 0x00ff00ff : bytes >> 8 & 0x00ff00ff;
+}
+
+INLINE NativeInts nibble_inputs_of(const NibbleInput* from, int pass) {
+    return splat_to<NativeInts>(load<int32_t>(from + 2 * pass));
+}
+
+INLINE NativeInts nibble_dot(NativeInts sum, NativeInts weights, NativeInts inputs) {
+#if defined(UNMASK_NIBBLE_PAIRS)
+    sum = (NativeInts)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, (__m256i)inputs));
+    UNMASK_ADDED(sum);
+    return sum;
+#else
+    return dot(sum, weights, inputs);
+#endif
+}
+
+// What a group's sum begins with: -8 times the sum of its inputs, so that it becomes that of (q - 8) * input.
+INLINE int32_t nibble_start_of(const NibbleInput* inputs, int64_t count) {
+#if defined(UNMASK_NIBBLE_PAIRS)
+    int32_t first = 0, second = 0;
+    for (int64_t i = 0; i < count; i += 4) first += inputs[i] + inputs[i + 1], second += inputs[i + 2] + inputs[i + 3];
+    return int32_t(uint32_t(-8 * second) << 16 | (uint32_t(-8 * first) & 0xffff));
+#else
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += inputs[i];
+    return -8 * sum;
+#endif
+}
+
+// The integers of a group, of kNative channels, as `nibble_product` takes them.
+INLINE NativeInts nibble_scale(const uint8_t* from) {
+    typedef uint8_t Narrow __attribute__((vector_size(kNative)));
+    const NativeInts wide = __builtin_convertvector(load<Narrow>(from), NativeInts);
+#if defined(UNMASK_NIBBLE_PAIRS)
+    return wide | wide << 16;
+#else
+    return wide;
+#endif
+}
+
+INLINE NativeInts nibble_product(NativeInts sum, NativeInts scale) {
+#if defined(UNMASK_NIBBLE_PAIRS)
+    return (NativeInts)_mm256_madd_epi16((__m256i)sum, (__m256i)scale);
+#else
+    return sum * scale;
+#endif
+}
+
+// Stores integers of a quantised row in their order.
+template <class V>
+INLINE void store_nibble_inputs(NibbleInput* to, V x) {
+    if constexpr (kIsTwice<V>) {
+        store_nibble_inputs(to, x.lo);
+        store_nibble_inputs(to + sizeof(x.lo) / 4, x.hi);
+    } else {
+        typedef NibbleInput Narrow __attribute__((vector_size(kNative * sizeof(NibbleInput))));
+        store(to, __builtin_convertvector(x, Narrow));
+    }
+}

@@ -19,7 +19,7 @@ def _fields(kind: type, *names: str) -> tuple[tuple[str, Any], ...]:
 
 
 class Linear(Structure):
-    """A quantised matrix; `Linear` of gemm.h."""
+    """A packed matrix; `Linear` of linear.h."""
 
     _fields_ = (*_fields(c_void_p, "weight", "group_scale", "scale", "bias"), *_fields(c_int64, "depth", "outputs", "bits"))
 

@@ -1,6 +1,6 @@
-// Forward pass of a dense transformer over quantised weights, and its vocabulary head: the C ABI that `packed.py` calls.
+// Forward pass of a dense transformer over packed weights, and its vocabulary head: the C ABI that `packed.py` calls.
 //
-// A layer is a few loops that threads share: over rows (norm, rotary, SwiGLU, quantisation), over output channels (matrix
+// A layer is a few loops that threads share: over rows (norm, rotary, SwiGLU, rounding), over output channels (matrix
 // products) and over (segment, kv head, rows) items (attention). No result depends on who computes what.
 #include <atomic>
 #include <new>
@@ -62,9 +62,21 @@ struct Arena {
         used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
         return out;
     }
-    Rows8 take_rows(int64_t rows, int64_t width) {
+    // Rows for products with weights of so many bits.
+    Rows take_rows(int64_t rows, int64_t width, int64_t bits) {
         const int64_t stride = (width + 63) / 64 * 64 + 64;  // off powers of two, where rows would share cache sets
-        return {take<Input>(rows * stride), take<float>(rows), take<int32_t>(rows), stride};
+        Rows out = {};
+        out.stride = stride;
+        if (bits >= 16) {
+            out.x = take<float>(rows * stride);
+            return out;
+        }
+        out.q = take<Input>(rows * stride), out.scale = take<float>(rows), out.sum = take<int32_t>(rows);
+        if (bits == 4) {
+            out.nibble_q = kCopiesNibbleInputs ? take<NibbleInput>(rows * stride) : reinterpret_cast<NibbleInput*>(out.q);
+            out.nibble_start = take<int32_t>(rows * stride / kGroup);
+        }
+        return out;
     }
 };
 
@@ -79,32 +91,33 @@ struct AttentionParts {
 struct Workspace {
     float *qkv, *heads, *gate_up;
     float* low;  // noisy rows after the first matrix of gated LoRA
-    Rows8 normed, attended, gated, low8;
+    Rows normed, attended, gated, lowered;
     const int64_t** slots;  // of each row's own key
     AttentionParts parts;
     float* scratch;  // one piece a thread
     int64_t scratch_floats;
     uint8_t* unpacked;
-    int64_t unpacked_bytes;
+    int64_t unpacked_size;
 
     Workspace(const Model& m, int64_t rows, int threads, Arena& arena) {
         qkv = arena.take<float>(rows * m.qkv());
         heads = arena.take<float>(rows * m.attended());
         gate_up = arena.take<float>(rows * m.gate_up_stride());
-        normed = arena.take_rows(rows, m.hidden);
-        attended = arena.take_rows(rows, m.attended());
-        gated = arena.take_rows(rows, m.ffn);
+        const int64_t bits = m.layers->qkv.base.bits;
+        normed = arena.take_rows(rows, m.hidden, bits);
+        attended = arena.take_rows(rows, m.attended(), bits);
+        gated = arena.take_rows(rows, m.ffn, bits);
         low = arena.take<float>(rows * m.rank);
-        low8 = arena.take_rows(m.rank ? rows : 0, m.rank);
+        lowered = arena.take_rows(m.rank ? rows : 0, m.rank, m.layers->qkv.out.bits);
         slots = arena.take<const int64_t*>(rows);
         parts.done = arena.take<std::atomic<int64_t>>(kMaxParts);
         parts.results = arena.take<float>(kMaxParts * Partial::floats(m.head_dim));
         scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
         scratch = arena.take<float>(threads * scratch_floats);
-        unpacked_bytes = 0;
+        unpacked_size = 0;
         for (const GatedLinear* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
-            unpacked_bytes = std::max(unpacked_bytes, w->base.depth * kLanes * kTilePanels);
-        unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
+            unpacked_size = std::max(unpacked_size, unpacked_bytes(w->base));
+        unpacked = arena.take<uint8_t>(threads * unpacked_size);
     }
 };
 
@@ -123,7 +136,7 @@ struct Forward {
             product(l.qkv, work.normed, {work.qkv, m.qkv()});
             place_keys(l, layer);
             attend_all(layer);
-            quantize(work.heads, m.attended(), work.attended, l.out);
+            store(work.heads, m.attended(), work.attended, l.out);
             product(l.out, work.attended, {step.hidden, m.hidden, true});
             normalize(l.mlp_norm, l.gate_up);
             product(l.gate_up, work.normed, {work.gate_up, m.gate_up_stride()});
@@ -146,23 +159,23 @@ struct Forward {
         for (int64_t i = 0; i < kMaxParts; i++) new (work.parts.done + i) std::atomic<int64_t>(0);
     }
 
-    void product(const GatedLinear& w, const Rows8& a, const Target& to) const {
+    void product(const GatedLinear& w, const Rows& a, const Target& to) const {
         team.share(w.base.panels(), kPanelGrain, [&](Range panels, int thread) {
-            gemm(w.base, a, {0, step.rows}, panels, to, work.unpacked + thread * work.unpacked_bytes);
+            gemm(w.base, a, {0, step.rows}, panels, to, work.unpacked + thread * work.unpacked_size);
             for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
                 if (const Segment& s = step.segments[i]; s.noisy)
-                    gemm(w.out, work.low8, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
+                    gemm(w.out, work.lowered, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
         });
     }
 
-    // The first product of an update, over those of some quantised rows that are noisy.
-    void lower(const GatedLinear& w, const Rows8& a, Range rows) const {
+    // The first product of an update, over those of some rows that are noisy.
+    void lower(const GatedLinear& w, const Rows& a, Range rows) const {
         for (int64_t i = 0; w.in.weight && i < step.num_segments; i++) {
             const Segment& s = step.segments[i];
             const Range own = {std::max(rows.from, s.start), std::min(rows.to, s.stop)};
             if (!s.noisy || own.from >= own.to) continue;
             gemm(w.in, a, own, {0, w.in.panels()}, {work.low, m.rank}, nullptr);
-            for (int64_t r = own.from; r < own.to; r++) quantize_row(work.low + r * m.rank, m.rank, work.low8, r);
+            for (int64_t r = own.from; r < own.to; r++) store_row(work.low + r * m.rank, m.rank, work.lowered, r);
         }
     }
 
@@ -171,15 +184,15 @@ struct Forward {
             float* scratch = scratch_of(thread);
             for (int64_t r = rows.from; r < rows.to; r++) {
                 rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
-                quantize_row(scratch, m.hidden, work.normed, r);
+                store_row(scratch, m.hidden, work.normed, r);
             }
             lower(next, work.normed, rows);
         });
     }
 
-    void quantize(const float* x, int64_t width, const Rows8& to, const GatedLinear& next) const {
+    void store(const float* x, int64_t width, const Rows& to, const GatedLinear& next) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
-            for (int64_t r = rows.from; r < rows.to; r++) quantize_row(x + r * width, width, to, r);
+            for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r);
             lower(next, to, rows);
         });
     }
@@ -190,7 +203,7 @@ struct Forward {
             for (int64_t r = rows.from; r < rows.to; r++) {
                 swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
                 mix(scratch, m.ffn, m.mixed);
-                quantize_row(scratch, m.ffn, work.gated, r);
+                store_row(scratch, m.ffn, work.gated, r);
             }
             lower(next, work.gated, rows);
         });
@@ -287,24 +300,24 @@ struct Forward {
 constexpr int64_t kChunkPanels = 48, kChunk = kChunkPanels * kLanes, kHeadRows = 64;
 
 struct LinearWorkspace {
-    Rows8 rows;
+    Rows rows;
     Best* best;  // [chunk][row]
     float* scratch;
     uint8_t* unpacked;
-    int64_t chunks, unpacked_bytes;
+    int64_t chunks, unpacked_size;
 
     LinearWorkspace(const Linear& w, int64_t count, int threads, Arena& arena) {
         chunks = (w.panels() + kChunkPanels - 1) / kChunkPanels;
-        unpacked_bytes = w.depth * kLanes * kTilePanels;
-        rows = arena.take_rows(count, w.depth);
+        unpacked_size = unpacked_bytes(w);
+        rows = arena.take_rows(count, w.depth, w.bits);
         best = arena.take<Best>(chunks * count);
         scratch = arena.take<float>(threads * kHeadRows * kChunk);
-        unpacked = arena.take<uint8_t>(threads * unpacked_bytes);
+        unpacked = arena.take<uint8_t>(threads * unpacked_size);
     }
 
-    void quantize(const float* x, int64_t count, int64_t width, const Team& team) const {
+    void store(const float* x, int64_t count, int64_t width, const Team& team) const {
         team.share(count, kRowGrain, [&](Range range, int) {
-            for (int64_t r = range.from; r < range.to; r++) quantize_row(x + r * width, width, rows, r);
+            for (int64_t r = range.from; r < range.to; r++) store_row(x + r * width, width, rows, r);
         });
     }
 };
@@ -336,9 +349,9 @@ void unmask_linear(const Linear* w, const float* x, int64_t count, int64_t width
     Arena arena{static_cast<char*>(buffer)};
     const LinearWorkspace work(*w, count, threads, arena);
     const Team team(threads);
-    work.quantize(x, count, width, team);
+    work.store(x, count, width, team);
     team.share(w->panels(), kPanelGrain, [&](Range panels, int thread) {
-        gemm(*w, work.rows, {0, count}, panels, {out, w->outputs}, work.unpacked + thread * work.unpacked_bytes);
+        gemm(*w, work.rows, {0, count}, panels, {out, w->outputs}, work.unpacked + thread * work.unpacked_size);
     });
 }
 
@@ -348,10 +361,10 @@ void unmask_greedy(const Linear* head, const float* hidden, int64_t count, int64
     Arena arena{static_cast<char*>(buffer)};
     const LinearWorkspace work(*head, count, threads, arena);
     const Team team(threads);
-    work.quantize(hidden, count, width, team);
+    work.store(hidden, count, width, team);
     team.share(work.chunks, 1, [&](Range chunks, int thread) {
         float* logits = work.scratch + thread * kHeadRows * kChunk;
-        uint8_t* unpacked = work.unpacked + thread * work.unpacked_bytes;
+        uint8_t* unpacked = work.unpacked + thread * work.unpacked_size;
         for (int64_t chunk = chunks.from; chunk < chunks.to; chunk++) {
             const int64_t first = chunk * kChunk, size = std::min(kChunk, head->outputs - first);
             const Range panels = {chunk * kChunkPanels, std::min((chunk + 1) * kChunkPanels, head->panels())};

@@ -1,4 +1,4 @@
-"""A quantised linear layer: its product with rows, and greedy decoding when it is a vocabulary head.
+"""A packed linear layer: its product with rows, and greedy decoding when it is a vocabulary head.
 
 Owns the memory its C structure points to. Knows nothing of transformers.
 
@@ -18,7 +18,7 @@ from unmask.models.native.quantize import PackedMatrix
 
 
 class PackedLinear:
-    """`x W^T + b` with 8-bit activations, one scale a row, and 8- or 4-bit weights; `depth` is K, padded."""
+    """`x W^T + b` with 8- or 4-bit weights and 8-bit activations, one scale a row, or in floats; `depth` is K, padded."""
 
     def __init__(self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None) -> None:
         """Point the kernels to a matrix.

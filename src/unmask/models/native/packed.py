@@ -1,4 +1,4 @@
-"""A dense transformer over quantised weights, run by the C++ kernels.
+"""A dense transformer over packed weights, run by the C++ kernels.
 
 Owns one forward of packed weights (`packing`). Knows nothing of requests or decoding: who attends to whom comes in as segments,
 and keys and values live in the caller's KV cache.
@@ -22,7 +22,6 @@ from unmask.models.arch.layers import rope_cos_sin
 from unmask.models.native import interface
 from unmask.models.native.linear import PackedLinear, linear_struct
 from unmask.models.native.packing import PackedWeights
-from unmask.models.native.rotation import mixed_channels
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -31,12 +30,12 @@ _FIRST_POSITIONS = 512
 
 
 class PackedTransformer:
-    """Inference of a llama, qwen2 or qwen3 model with 8- or 4-bit weights and 8-bit activations on the CPU.
+    """Inference of a llama, qwen2 or qwen3 model on the CPU: 8- or 4-bit weights and 8-bit activations, or all in floats.
 
-    Weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per row and
-    product; sums are exact integers, everything else is float32. Gated LoRA always has 8 bits. A row's result is the same
-    bits whatever the other rows and the number of threads. Calls from several threads may overlap: each thread has a workspace
-    of its own.
+    Quantised weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per
+    row and product; sums are exact integers, everything else is float32. Gated LoRA then has 8 bits. Float weights are float32
+    or bfloat16, and their sums have one order. A row's result is the same bits whatever the other rows and the number of
+    threads. Calls from several threads may overlap: each thread has a workspace of its own.
 
     Args:
         weights: of the model; they stay in use.
@@ -56,7 +55,7 @@ class PackedTransformer:
         self._model = interface.Model(
             addressof(self._layers), weights.vectors["norm"].data_ptr(), config.num_layers, config.hidden_size,
             config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim, config.ffn_size,
-            mixed_channels(config.ffn_size), config.gated_lora_rank or 0, config.norm_eps,
+            weights.mixed_channels, config.gated_lora_rank or 0, config.norm_eps,
         )  # fmt: skip
         self._workspace = interface.Workspace()
 

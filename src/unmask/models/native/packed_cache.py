@@ -1,4 +1,4 @@
-"""The cache of packed weights: a model is quantised once, and its packed weights are mapped from a file ever after.
+"""The cache of packed weights: a model is packed once, and its packed weights are mapped from a file ever after.
 
 Owns where the files lie, when one stands for a model, and which are removed. At most one file for each model, width and dtype;
 it is replaced when the model or the code that packs has changed, and removed, when another is written, once its model is gone.
@@ -18,7 +18,7 @@ import torch
 from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.models.dtypes import dtype_name
 from unmask.models.native.packed_file import map_packed, read_facts, write_packed
-from unmask.models.native.packing import OnLayer, PackedWeights, pack_parts
+from unmask.models.native.packing import FLOAT_BITS, OnLayer, PackedWeights, pack_parts
 from unmask.models.weights.checkpoint import ModelParts
 from unmask.models.weights.hub import base_folder, cache_folder
 
@@ -34,8 +34,8 @@ class PackedCache:
 
     Args:
         folder: of a model or an adapter.
-        bits: 8 or 4.
-        dtype: of the weights that are quantised.
+        bits: as of `pack_model`.
+        dtype: of the weights that are packed.
         least_bytes: models with less in their files are packed every time; None: as much as is read and packed in no time.
     """
 
@@ -47,7 +47,8 @@ class PackedCache:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         self._identity = hashlib.sha256(repr((stats, _code_digest())).encode()).hexdigest()
         place = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
-        self.path = packed_folder() / f"{self._folder.name}-{place}-int{bits}-{dtype_name(dtype)}.safetensors"
+        kind = dtype_name(dtype) if bits == FLOAT_BITS else f"int{bits}-{dtype_name(dtype)}"
+        self.path = packed_folder() / f"{self._folder.name}-{place}-{kind}.safetensors"
 
     def open(self) -> PackedWeights | None:
         """The packed weights, mapped; None: they are not there, or are another model's by now."""

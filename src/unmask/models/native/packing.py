@@ -1,4 +1,4 @@
-"""Packed weights: a dense transformer as the kernels read it, quantised, rotated and laid out in panels.
+"""Packed weights: a dense transformer as the kernels read it, laid out in panels; quantised and rotated, or in floats.
 
 Owns what becomes of each matrix, bias and norm of a model, and their names. Knows no C structure and no file. Vocabulary
 matrices are packed some rows at a time, so that no float copy of one is ever whole.
@@ -20,13 +20,16 @@ from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, GatedLoraLinear, RMSNorm
 from unmask.models.arch.transformer import Block, Transformer
-from unmask.models.native.quantize import PANEL, PackedMatrix, QuantizedMatrix, pack, quantize
+from unmask.models.native.quantize import PANEL, PackedMatrix, QuantizedMatrix, exact_dtype, pack, pack_floats, quantize
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
 from unmask.models.weights.checkpoint import ModelParts
 
 Change = Callable[[Tensor], Tensor]
 OnLayer = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
+
+FLOAT_BITS = 32
+"""Of weights that are packed as they are; where bfloat16 holds a matrix exactly, it takes 16."""
 
 _ROWS = 4096
 
@@ -37,7 +40,7 @@ class PackedWeights:
 
     Attributes:
         config: of the model.
-        bits: of the layers' matrices; those of gated LoRA and of the head always have 8.
+        bits: of the layers' matrices: 8 or 4, and then those of gated LoRA and of the head have 8; or FLOAT_BITS.
         rope_factor: on cosines and sines.
         is_rotated: whether hidden states are in a rotated basis.
         matrices: by name: `blocks.N.` and one of `qkv`, `out`, `gate_up` and `down`, then `.base`, `.input` or `.output` (the
@@ -52,13 +55,18 @@ class PackedWeights:
     matrices: dict[str, PackedMatrix]
     vectors: dict[str, Tensor]
 
+    @property
+    def mixed_channels(self) -> int:
+        """How many channels of the feed-forward are mixed at run time; see `rotation`."""
+        return _mixed_channels(self.config, self.bits)
+
 
 def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> PackedWeights:
-    """Quantise a llama, qwen2 or qwen3 model for the kernels.
+    """Pack a llama, qwen2 or qwen3 model for the kernels.
 
     Args:
         model: on the CPU, any floating dtype.
-        bits: 8, or 4 for the layers and 8 for the vocabulary head.
+        bits: 8, or 4 for the layers and 8 for the vocabulary head, or FLOAT_BITS.
         rotate: spread outliers of the hidden states over all channels first; None: with 8 bits. With 4 bits it costs more in
             weights, which lose their quiet groups, than it gains in activations.
 
@@ -69,11 +77,11 @@ def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> 
 
 
 def pack_parts(parts: ModelParts, bits: int, on_layer: OnLayer = lambda done, total: None) -> PackedWeights:
-    """Quantise a model that is loaded layer by layer, as `pack_model` does; the weights of packed layers are let go of.
+    """Pack a model that is loaded layer by layer, as `pack_model` does; the weights of packed layers are let go of.
 
     Args:
         parts: used up.
-        bits: 8 or 4.
+        bits: as of `pack_model`.
         on_layer: sees the progress.
     """
     return _pack(parts, bits, release=lambda part: None if part is None else part.to("meta"), on_layer=on_layer)
@@ -106,13 +114,15 @@ def _pack(
 
 
 def pack_matrix(weight_VK: Tensor, bits: int, change: Change = lambda rows: rows) -> PackedMatrix:
-    """Quantise and pack a matrix, some rows at a time.
+    """Pack a matrix, some rows at a time.
 
     Args:
         weight_VK: any floating dtype.
-        bits: 8 or 4.
+        bits: 8 or 4; or FLOAT_BITS, and then without a change.
         change: what becomes of rows [T, K] first.
     """
+    if bits == FLOAT_BITS:
+        return pack_floats(weight_VK.detach())
     parts = [quantize(change(rows), bits) for rows in weight_VK.detach().split(_ROWS)]
     if len(parts) == 1:
         return pack(parts[0])
@@ -131,13 +141,14 @@ class _Packer:
 
     def __init__(self, config: ModelConfig, bits: int, rotation: Rotation | None) -> None:
         self._config, self._bits, self._rotation = config, bits, rotation
+        self._bits_beside = FLOAT_BITS if bits == FLOAT_BITS else 8
         self.matrices: dict[str, PackedMatrix] = {}
         self.vectors: dict[str, Tensor] = {}
 
     def add_block(self, prefix: str, block: Block) -> None:
         """Pack a layer."""
         assert isinstance(block.mlp, FeedForward)
-        attention, mlp, count = block.attention, block.mlp, mixed_channels(self._config.ffn_size)
+        attention, mlp, count = block.attention, block.mlp, _mixed_channels(self._config, self._bits)
         self._add_gated(f"{prefix}qkv", attention.qkv, partial(self._reading, norm=block.attention_norm))
         self._add_gated(f"{prefix}out", attention.out, lambda weight: weight, self._writing)
         self._add_gated(f"{prefix}gate_up", mlp.gate_up, partial(self._reading, norm=block.mlp_norm))
@@ -153,12 +164,13 @@ class _Packer:
         self.vectors["embed"] = self._embedding(model)
         self.vectors["inv_freq"] = _vector(model.inv_freq)
         self.vectors["norm"] = _vector(self._norm_weight(model.norm))
-        self.matrices["head"] = pack_matrix(model.head_weight, 8, partial(self._reading, norm=model.norm))
+        self.matrices["head"] = pack_matrix(model.head_weight, self._bits_beside, partial(self._reading, norm=model.norm))
 
     def _embedding(self, model: Transformer) -> Tensor:
         """[V, D] of every token as rows read it: of the mask, the vector of a model that has one."""
         embed_VD, mask_id = model.embed.weight.detach(), model.config.mask_id
-        out_VD = torch.empty_like(embed_VD, dtype=embed_VD.dtype if self._rotation is None else torch.float16)
+        kept_dtype = exact_dtype(embed_VD) if self._bits == FLOAT_BITS else embed_VD.dtype
+        out_VD = torch.empty_like(embed_VD, dtype=kept_dtype if self._rotation is None else torch.float16)
         for start in range(0, len(embed_VD), _ROWS):
             rows = embed_VD[start : start + _ROWS]
             if model.mask_vector is not None and mask_id is not None and start <= mask_id < start + _ROWS:
@@ -176,12 +188,12 @@ class _Packer:
             reads: what becomes of a matrix [., K] because of the basis its inputs are in.
             writes: what becomes of a matrix [V, .], or of a bias [V], because of the basis its outputs are in.
         """
-        self.matrices[f"{name}.base"] = pack(quantize(writes(reads(layer.weight)), self._bits))
+        self.matrices[f"{name}.base"] = _packed(writes(reads(layer.weight)), self._bits)
         if layer.bias is not None:
             self.vectors[f"{name}.base.bias"] = pack_bias(writes(layer.bias))
         if isinstance(layer, GatedLoraLinear):
-            self.matrices[f"{name}.input"] = pack(quantize(reads(layer.gated_in), 8))
-            self.matrices[f"{name}.output"] = pack(quantize(writes(layer.gated_out), 8))
+            self.matrices[f"{name}.input"] = _packed(reads(layer.gated_in), self._bits_beside)
+            self.matrices[f"{name}.output"] = _packed(writes(layer.gated_out), self._bits_beside)
 
     def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> Tensor:
         """A matrix behind a norm, which is left with `_norm_weight`."""
@@ -198,13 +210,22 @@ class _Packer:
         return self._rotation.outputs(x) if x.ndim == 2 else self._rotation(x)
 
 
+def _packed(weight_VK: Tensor, bits: int) -> PackedMatrix:
+    return pack_floats(weight_VK) if bits == FLOAT_BITS else pack(quantize(weight_VK, bits))
+
+
+def _mixed_channels(config: ModelConfig, bits: int) -> int:
+    """Floats lose nothing by outliers."""
+    return 1 if bits == FLOAT_BITS else mixed_channels(config.ffn_size)
+
+
 def _vector(weight: Tensor) -> Tensor:
     return weight.detach().float().contiguous()
 
 
 def check_packable(config: ModelConfig, device: torch.device, bits: int) -> None:
     """Raises: ConfigError: a model, a device of its weights or a width that the kernels do not run."""
-    if bits not in (8, 4):
+    if bits not in (FLOAT_BITS, 8, 4):
         raise ConfigError(f"{bits}-bit weights are not supported by the CPU kernels; use 8 or 4")
     if config.moe is not None:
         raise ConfigError(f"the CPU kernels run dense models, not the routed layers of {config.family}; use plain PyTorch")

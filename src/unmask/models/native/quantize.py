@@ -1,8 +1,9 @@
-"""Weight quantisation to 8 or 4 bits, in the layout that `gemm.h` reads.
+"""Weight quantisation to 8 or 4 bits, and the layout of quantised and of float matrices that `linear.h` describes.
 
 Owns rounding and packing of one matrix. Knows neither models nor how the kernels are called.
 
-Legend: N outputs, K inputs, P panels of 16 outputs, G groups of 32 inputs. 8-bit depths are multiples of STEP.
+Legend: N outputs, K inputs, P panels of 16 outputs, G groups of inputs: 32, or those that share four
+bytes of a panel; c outputs of a panel, s inputs of a group. Depths of all but 4 bits are multiples of STEP.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 PANEL = 16
 GROUP = 32
 STEP = 16
+# Of a matrix that are packed at a time.
+_ROWS = 4096
 # The largest multiple of a group's step that keeps (q - 8) * multiple + 128 in a byte.
 _MAX_MULTIPLE = 16
 
@@ -56,18 +59,36 @@ def quantize(weight_NK: Tensor, bits: int) -> QuantizedMatrix:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A quantised matrix as the kernels read it; `depth` is K padded with zeros."""
+    """A matrix as the kernels read it; `depth` is K padded with zeros, `bits` 8 or 4, 16 (bfloat16) or 32 (float32)."""
 
     bits: int
     outputs: int
     depth: int
     weight: Tensor
     group_scale: Tensor | None
-    scale: Tensor
+    scale: Tensor | None
+
+
+def pack_floats(weight_NK: Tensor) -> PackedMatrix:
+    """Bring a float matrix into panels, some rows at a time: bfloat16 if that holds every weight exactly, else float32."""
+    dtype = exact_dtype(weight_NK)
+    outputs, inputs = weight_NK.shape
+    depth, step = inputs + -inputs % STEP, 4 // dtype.itemsize
+    panels_PGcs = torch.empty(-(-outputs // PANEL), depth // step, PANEL, step, dtype=dtype)
+    for panels, rows in zip(panels_PGcs.split(_ROWS // PANEL), weight_NK.split(_ROWS), strict=True):
+        padded = F.pad(rows.to(dtype), (0, depth - inputs, 0, -len(rows) % PANEL))
+        panels.copy_(padded.view(-1, PANEL, depth // step, step).transpose(1, 2))
+    return PackedMatrix(8 * dtype.itemsize, outputs, depth, panels_PGcs, None, None)
+
+
+def exact_dtype(weight_NK: Tensor) -> torch.dtype:
+    """bfloat16 if that holds every number of a float matrix exactly, else float32."""
+    is_narrow = all(torch.equal(rows.bfloat16().float(), rows.float()) for rows in weight_NK.split(_ROWS))
+    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def pack(matrix: QuantizedMatrix) -> PackedMatrix:
-    """Bring a matrix into panels."""
+    """Bring a quantised matrix into panels."""
     outputs, inputs = matrix.integers_NK.shape
     rows = -outputs % PANEL
     scale = F.pad(matrix.scale_N, (0, rows))
@@ -81,8 +102,7 @@ def pack(matrix: QuantizedMatrix) -> PackedMatrix:
     multiple_NG = F.pad(matrix.multiple_NG, (0, 0, 0, rows), value=1)
     padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows)).unflatten(1, (-1, GROUP))
     nibbles = (padded // multiple_NG[..., None].to(torch.int8) + 8).to(torch.uint8)
-    # Input 4 * step + 2 * half + byte of a pair of steps is nibble 2 * step + byte of the 16-bit word `half`.
-    pairs = nibbles.view(-1, PANEL, depth // 8, 2, 2, 2).permute(0, 2, 1, 4, 3, 5).reshape(-1, 2)
-    weight = pairs[:, 0] | pairs[:, 1] << 4
+    lower, upper = nibbles.view(-1, PANEL, depth // 8, 2, 4).transpose(1, 2).unbind(3)
+    weight = (lower | upper << 4).contiguous()
     group_scale = multiple_NG.view(-1, PANEL, depth // GROUP).transpose(1, 2).contiguous()
     return PackedMatrix(4, outputs, depth, weight, group_scale, scale)
