@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HEAD_START = 2.0
+"""Seconds."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -76,7 +79,9 @@ class PanelCommand(TyperCommand):
 def fail(error: UnmaskError) -> NoReturn:
     """Print an error as one line on standard error and exit with its code."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        raise typer.Exit(error.exit_code)  # The first rank of this machine prints it.
+        # The first rank of this machine prints it; torchrun would end that one as soon as this one has gone.
+        time.sleep(_HEAD_START)
+        raise typer.Exit(error.exit_code)
     text = str(error)
     if isinstance(error, RequestError):
         text = with_flags(text)

@@ -70,12 +70,12 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
             result = _run(plan, out, resume) if nproc == 1 else _run_ranks(plan, out, resume, nproc, max_restarts)
         except KeyboardInterrupt:
             typer.echo("interrupted; what follows the last checkpoint is lost", err=True)
-            _leave(name, out)
+            _leave(name, out, nproc)
         if not is_main_rank():
             return
         if not result.finished:
             typer.echo(f"stopped after {result.steps:,} steps, saved", err=True)
-            _leave(name, out)
+            _leave(name, out, nproc)
         _report(plan, result)
 
     command.__name__, command.__doc__ = name, help_text
@@ -183,20 +183,24 @@ def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts
 def _show_run(should_stop: Callable[[], bool], recipe: Recipe, out: Path, resume: bool) -> RunResult:
     """Run the recipe as the process, or the rank, that this is; the main one shows the progress."""
     from unmask.cli.progress import showing_progress
+    from unmask.train.parallel.start import restarted
     from unmask.train.run import run_recipe
 
     warnings.showwarning = show_warning  # A rank has not come through the application.
     if not is_main_rank():
         return run_recipe(recipe, out, resume=resume, should_stop=should_stop)
+    if restarted():
+        typer.echo("note: a process was lost; all were started again and go on from the last checkpoint", err=True)
     with showing_progress(make_console(), recipe.train.tokens) as on_record:
         return run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)
 
 
-def _leave(verb: str, out: Path) -> NoReturn:
+def _leave(verb: str, out: Path, ranks: int) -> NoReturn:
     from unmask.train.state import list_checkpoints
 
     if list_checkpoints(out):
-        typer.echo(f"resume with: {shlex.join(['unmask', verb, '--out', str(out), '--resume'])}", err=True)
+        processes = ["--nproc", str(ranks)] if ranks > 1 else []
+        typer.echo(f"resume with: {shlex.join(['unmask', verb, '--out', str(out), '--resume', *processes])}", err=True)
     raise typer.Exit(INTERRUPTED)
 
 

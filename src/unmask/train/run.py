@@ -6,6 +6,7 @@ Owns how model, mask token, data, objective and trainer come together, and what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def run_recipe(
     resume: bool = False,
     on_record: Callable[[MetricRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> RunResult:
     """Run a recipe.
 
@@ -68,7 +70,8 @@ def run_recipe(
         out: the run's folder: checkpoints, metrics, plot and, at the end, the model (with LoRA its adapter too).
         resume: continue the run in `out`; without one there, start. Ranks that are started again resume in any case.
         on_record: called with every metric record.
-        should_stop: called after every step; True saves a resumable checkpoint and returns.
+        should_stop: called after every step; True, on any rank, saves a resumable checkpoint and returns.
+        world: the ranks of the run, of which this process is one [default: those that torchrun or `--nproc` started].
 
     Returns:
         Where the model and the plot are.
@@ -78,7 +81,7 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    with open_world(recipe.parallel, _device(recipe.train)) as world:
+    with open_world(recipe.parallel, _device(recipe.train)) if world is None else nullcontext(world) as world:
         return _run(recipe, out, world, resume or restarted(), on_record, should_stop)
 
 

@@ -89,7 +89,8 @@ def _prepare_environment(ranks: int) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What the agent reports of a failed rank is in the launcher's own error.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -103,7 +104,8 @@ def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         return function((folder / _STOP).exists, *args)
     except LostRanksError as error:
         _leave(folder / f"{_LOST}-{rank}", error)
-        print(f"note: {error}", file=sys.stderr)
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
+            print(f"note: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except UnmaskError as error:
         _leave(folder / f"{_FATAL}-{rank}", error)
