@@ -9,7 +9,9 @@ from typing import Any
 from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.models.weights.checkpoint import save_model
+from unmask.train.metrics import MetricRecord, read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
+from unmask.train.speed import speed_figures
 
 
 def tiny_folder(folder: Path, *, family: str = "llama", **changes: Any) -> Path:
@@ -92,3 +94,11 @@ def tiny_values(model: Path, data: Path, **train: Any) -> dict[str, Any]:
             **train,
         },
     }
+
+
+def untimed_records(run: Path) -> list[MetricRecord]:
+    """The metric records of a run without what differs from run to run: speed and memory."""
+    timing = speed_figures(1, 1.0, 1)
+    return [
+        {name: value for name, value in record.items() if name not in timing} for record in read_metrics(run / "metrics.jsonl")
+    ]

@@ -27,7 +27,7 @@ def record(tokens: int, **changes: Any) -> dict[str, Any]:
     """A training record of a step of 100 tokens in two seconds."""
     return {
         "kind": "train", "step": tokens // 100, "tokens": tokens, "phase": "warmup", "block_size": 4, "loss": 3.25,
-        "tokens_per_second": 50.0, "seconds": 2.0, **changes,
+        "tokens_per_second": 50.0, "tokens_per_second_per_device": 50.0, "seconds": 2.0, **changes,
     }  # fmt: skip
 
 

@@ -13,12 +13,11 @@ import torch
 
 import unmask
 from helpers import refused
-from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe
+from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe, untimed_records
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.gated_lora import is_gated_lora
 from unmask.train.loop import accumulate
 from unmask.train.merge import merge_checkpoints
-from unmask.train.metrics import read_metrics
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import ADAPTER, build_components, run_recipe
 from unmask.train.sections import LoraSection
@@ -102,11 +101,6 @@ def stop_after(steps: int) -> Iterator[bool]:
     yield True
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    timing = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(run / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RUNS])
 def test_a_resumed_run_tells_the_same_history(base: Path, tmp_path: Path, name: str) -> None:
     recipe = RUNS[name](base)
@@ -115,14 +109,14 @@ def test_a_resumed_run_tells_the_same_history(base: Path, tmp_path: Path, name: 
     first = run_recipe(recipe, tmp_path / "parts", should_stop=lambda: next(stops))
     assert not first.finished
     assert run_recipe(recipe, tmp_path / "parts", resume=True).finished
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    assert untimed_records(tmp_path / "parts") == untimed_records(tmp_path / "whole")
     whole, parts = (unmask.load(tmp_path / run, dtype="float32").transformer.state_dict() for run in ("whole", "parts"))
     assert all(torch.equal(whole[tensor], parts[tensor]) for tensor in whole)
 
 
 def test_sft_learns_and_keeps_mask_token_and_block_size(base: Path, tmp_path: Path) -> None:
     run_recipe(sft(base), tmp_path / "run")
-    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    train = [record for record in untimed_records(tmp_path / "run") if record["kind"] == "train"]
     assert {record["block_size"] for record in train} == {8}
     assert sum(r["loss"] for r in train[-3:]) < sum(r["loss"] for r in train[:3])
     before, after = unmask.load(base / "diffusion"), unmask.load(tmp_path / "run")
@@ -145,7 +139,7 @@ def test_what_ends_an_answer_is_saved_with_the_model(base: Path, tmp_path: Path)
 
 def test_the_control_learns_and_stays_autoregressive(base: Path, tmp_path: Path) -> None:
     run_recipe(control(base, learning_rate=3e-3), tmp_path / "run")
-    scores = [record["nelbo"] for record in records(tmp_path / "run") if record["kind"] == "validation"]
+    scores = [record["nelbo"] for record in untimed_records(tmp_path / "run") if record["kind"] == "validation"]
     assert scores[-1] < scores[0]
     before, after = unmask.load(base / "ar"), unmask.load(tmp_path / "run")
     assert not after.is_diffusion
@@ -178,7 +172,7 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
     run_recipe(recipe, tmp_path / "shifted")
     start_id = unmask.load(tmp_path / "shifted").config.start_id
     assert start_id is not None
-    train = [record for record in records(tmp_path / "shifted") if record["kind"] == "train"]
+    train = [record for record in untimed_records(tmp_path / "shifted") if record["kind"] == "train"]
     assert sum(r["loss"] for r in train[-3:]) < sum(r["loss"] for r in train[:3])
     later = stage_recipe(tmp_path / "shifted", base / "chats.jsonl", lora=ADAPT_ALL)
     run_recipe(later, tmp_path / "later")
@@ -189,7 +183,7 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
 def test_a_gated_lora_learns_to_draft_and_leaves_the_parent_as_it_is(base: Path, tmp_path: Path) -> None:
     """But for the mask token's row, behind the others. A later stage goes on with them."""
     run_recipe(drafts(base, tokens=6000), tmp_path / "gated")
-    found = [record for record in records(tmp_path / "gated") if record["kind"] == "validation"]
+    found = [record for record in untimed_records(tmp_path / "gated") if record["kind"] == "validation"]
     assert found[-1]["nelbo"] < 0.85 * found[0]["nelbo"]
     assert found[-1]["accepted_length"] > found[0]["accepted_length"]
     parent, child = (unmask.load(folder, dtype="float32") for folder in (base / "ar", tmp_path / "gated"))
@@ -263,12 +257,12 @@ def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Pat
 
 def test_dpo_prefers_the_chosen_answers(base: Path, tmp_path: Path) -> None:
     run_recipe(dpo(base, tokens=4000, learning_rate=1e-3), tmp_path / "run")
-    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    train = [record for record in untimed_records(tmp_path / "run") if record["kind"] == "train"]
     assert train[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert (train[0]["reward_margin"], train[0]["reward_accuracy"], train[0]["margin_variance"]) == (0.0, 0.5, 0.0)
     assert train[-1]["reward_accuracy"] > 0.9
     assert train[-1]["reward_margin"] > 0
-    held_out = [record for record in records(tmp_path / "run") if record["kind"] == "validation"][-1]
+    held_out = [record for record in untimed_records(tmp_path / "run") if record["kind"] == "validation"][-1]
     assert held_out["reward_accuracy"] > 0.7
     assert held_out["preference_loss"] < 0.69
 
@@ -327,7 +321,7 @@ def test_adapters_leave_routers_alone(base: Path) -> None:
 
 def test_a_mixture_logs_its_loads_and_moves_its_bias(base: Path, tmp_path: Path) -> None:
     run_recipe(mixture(base, "bias"), tmp_path / "run")
-    train = [record for record in records(tmp_path / "run") if record["kind"] == "train"]
+    train = [record for record in untimed_records(tmp_path / "run") if record["kind"] == "train"]
     for record in train:
         assert 1.0 <= record["load_visible"] <= 4.0
         assert 1.0 <= record["load_masked"] <= 4.0
@@ -358,7 +352,7 @@ def test_what_does_not_fit_is_reported(base: Path, tmp_path: Path) -> None:
 
 def test_the_best_checkpoints_are_kept_beside_the_newest(base: Path, tmp_path: Path) -> None:
     run_recipe(sft(base, eval_every=1, checkpoint_every=1, keep_checkpoints=100, tokens=2500), tmp_path / "run")
-    scores = {r["step"]: r["nelbo"] for r in records(tmp_path / "run") if r["kind"] == "validation"}
+    scores = {r["step"]: r["nelbo"] for r in untimed_records(tmp_path / "run") if r["kind"] == "validation"}
     newest = max(scores)
     best = sorted((step for step in scores if step != newest), key=lambda step: scores[step])[:2]
     prune_checkpoints(tmp_path / "run", 3)

@@ -61,7 +61,9 @@ def showing_progress(
                 return
             rate, left = pace.update(record)
             done, phase = record["tokens"], describe_phase(record)
-            figures = f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s, {duration(left)} left"
+            each = record["tokens_per_second_per_device"] / record["tokens_per_second"]
+            share = f" ({rate * each:,.0f} per device)" if each < 1 else ""
+            figures = f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s{share}, {duration(left)} left"
             progress.update(task, description=phase, total=total, completed=min(done, total), figures=figures)
             if not live and (clock() >= next_line or done >= total):
                 next_line = clock() + PLAIN_INTERVAL

@@ -32,6 +32,7 @@ from unmask.train.optim import MasterAdamW, learning_rate
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
+from unmask.train.speed import speed_figures
 from unmask.train.state import TrainState, read_state
 
 
@@ -260,8 +261,7 @@ class Trainer:
         self.step += 1
         self.tokens += packer.batch_tokens
         self._packer_state = packer.state_dict()
-        seconds = time.perf_counter() - started
-        speed = {"seconds": seconds, "tokens_per_second": packer.batch_tokens / seconds}
+        speed = speed_figures(packer.batch_tokens, time.perf_counter() - started, self.world.size)
         figures = {"row_length": rows.tokens_RL.shape[1], **figures, "grad_norm": norm, "learning_rate": rate, **loads, **speed}
         return self._record("train", phase, figures)
 

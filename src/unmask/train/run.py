@@ -6,7 +6,7 @@ Owns how model, mask token, data, objective and trainer come together, and what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.train.forward import AttentionBackend
+from unmask.train.lock import locked
 from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
@@ -96,6 +97,18 @@ def _run(
     world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.needs_reference)
     if not resume and any(world.gather_all(holds_run(out))):
         raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
+    with ExitStack() as stack:
+        on_main(world, lambda: stack.enter_context(locked(out)))
+        return _train(recipe, out, world, on_record, should_stop)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    on_record: Callable[[MetricRecord], None],
+    should_stop: Callable[[], bool],
+) -> RunResult:
     components = build_components(recipe, world)
     trainer = Trainer(components, out, on_record=on_record, should_stop=should_stop)
     trainer.resume()

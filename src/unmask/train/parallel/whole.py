@@ -24,7 +24,7 @@ def skeleton_of(model: Transformer, dtype: torch.dtype) -> Transformer:
     return deepcopy(model, empty)
 
 
-def on_main(world: World, action: Callable[[], None]) -> None:
+def on_main(world: World, action: Callable[[], object]) -> None:
     """Run an action on the main rank; an error of the user's there is raised on every rank."""
     error: UnmaskError | None = None
     if world.is_main:

@@ -1,0 +1,162 @@
+"""The launcher of ranks: results, errors of users, ranks that are lost, `--nproc`, and torchrun. A start takes seconds each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import refused, soon
+from runs import tiny_folder, tiny_jsonl, tiny_values
+from unmask.errors import DataError, TrainingError
+from unmask.train.metrics import read_metrics
+from unmask.train.parallel.launch import Launcher
+from unmask.train.recipe import parse_recipe
+from unmask.train.run import run_recipe
+from unmask.train.state import list_checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+def sum_of_ranks(should_stop: Callable[[], bool], offset: int) -> int:
+    print("hello")
+    return offset + int(os.environ["RANK"]) + int(should_stop())
+
+
+def bad_data(should_stop: Callable[[], bool], starts: Path) -> None:
+    with starts.open("a") as file:
+        file.write("x")
+    raise DataError("data.jsonl is empty")
+
+
+def dies_once(should_stop: Callable[[], bool], deaths: int) -> str:
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if os.environ["RANK"] == "1" and int(attempt) < deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return attempt
+
+
+def test_the_first_rank_answers_and_the_others_log(tmp_path: Path) -> None:
+    assert Launcher(2, max_restarts=0, logs=tmp_path).run(sum_of_ranks, 5) == 5
+    (log,) = tmp_path.rglob("1/stdout.log")
+    assert log.read_text() == "hello\n"
+
+
+def test_an_error_of_the_user_is_raised_and_nothing_started_again(tmp_path: Path) -> None:
+    with refused(DataError, "data.jsonl"):
+        Launcher(2, max_restarts=3, logs=tmp_path).run(bad_data, tmp_path / "starts")
+    assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_lost_ranks_are_started_again_so_many_times(tmp_path: Path) -> None:
+    assert Launcher(2, max_restarts=1, logs=tmp_path).run(dies_once, 1) == "1"
+    with refused(TrainingError, "rank 1"):
+        Launcher(2, max_restarts=1, logs=tmp_path).run(dies_once, 2)
+
+
+class Run:
+    """A run of `unmask convert` in two processes, and the same run in this one."""
+
+    def __init__(self, folder: Path) -> None:
+        tiny_folder(folder / "model")
+        tiny_jsonl(folder / "data.jsonl")
+        values = tiny_values(folder / "model", folder / "data.jsonl", tokens=6000, checkpoint_every=2)
+        values["parallel"] = {"timeout": 10}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        self.recipe = parse_recipe(values, "test")
+        self.out, self.whole = folder / "run", folder / "whole"
+
+    def start(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """Start the command in a group of its own."""
+        arguments = ["convert", "--recipe", str(self.out.parent / "recipe.yaml"), "--out", str(self.out), *options]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", *(command or ("unmask",)), *arguments]
+        return subprocess.Popen(
+            line, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        soon(lambda: any(record["step"] >= step for record in read_metrics(self.out / "metrics.jsonl")), f"step {step}")
+
+    def ranks(self, process: subprocess.Popen[str]) -> list[int]:
+        """Process ids of the ranks, in order."""
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def assert_same_losses(self) -> None:
+        run_recipe(self.recipe, self.whole)
+        ours, theirs = (
+            {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"}
+            for run in (self.out, self.whole)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_sigkill_of_a_rank_costs_no_step(convert: Run) -> None:
+    process = convert.start(options=("--nproc", "2"))
+    convert.wait_for_step(4)
+    os.kill(convert.ranks(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "a process was lost" in output
+    convert.assert_same_losses()
+
+
+def test_ctrl_c_saves_and_another_layout_goes_on(convert: Run) -> None:
+    process = convert.start(options=("--nproc", "2"))
+    convert.wait_for_step(3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume --nproc 2" in output
+    assert list_checkpoints(convert.out)
+    process = convert.start(options=("--nproc", "4", "--resume", "--set", "parallel.data_replicate=2"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    convert.assert_same_losses()
+
+
+def test_a_rank_that_hangs_is_named(convert: Run) -> None:
+    process = convert.start(options=("--nproc", "2", "--max-restarts", "0"))
+    convert.wait_for_step(3)
+    hanging = convert.ranks(process)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"error: rank 1 ({os.uname().nodename}, process {hanging})" in output
+    assert list_checkpoints(convert.out)
+
+
+def test_torchrun_starts_the_ranks_and_the_first_one_reports(convert: Run) -> None:
+    command = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unmask")
+    output, _ = convert.start(*command).communicate(timeout=120)
+    assert output.count("trained ") == 1
+    convert.assert_same_losses()
+    output, _ = convert.start(*command).communicate(timeout=60)
+    assert output.count("error: ") == 1
+    assert "already holds a run" in output
+
+
+def test_two_jobs_do_not_share_a_folder(convert: Run) -> None:
+    first = convert.start(options=("--nproc", "2"))
+    convert.wait_for_step(1)
+    second = convert.start(options=("--resume",))
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2, output
+    assert "another job" in output
+    started = time.monotonic()
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(60) == 130
+    assert time.monotonic() - started < 60
