@@ -98,6 +98,7 @@ def step(case: Case, world: World) -> Result:
         figures |= setting.router.end_step()
     model = setting.model
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    figures["grad_norm"] = float(world.norm(list(gradients.values())))
     layouts = tensor_layouts(model)
     whole = {
         name: layouts.get(name, Layout()).restore(world.full(gradient), world.dims.tensor)

@@ -6,13 +6,16 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from matrix import Case, assert_equals_one_process
 from processes import Pool
 from tiny import MASK, pack, text
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
+from unmask.models.arch.attention import Attend, DenseAttend
 from unmask.train.parallel.context import ContextShard
 from unmask.train.parallel.dims import ParallelDims
 
@@ -51,6 +54,45 @@ def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
+
+
+def attended(context: ContextShard | None, heads: tuple[int, int], length: int) -> list[Tensor]:
+    """Attention under a random mask and the gradients of its inputs: of all positions, or of those of this rank."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((2, heads[0], length, 4), (2, heads[1], length, 4), (2, heads[1], length, 4))
+    whole = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mask_BTT = torch.rand(2, length, length, generator=generator) < 0.5
+    mask_BTT |= torch.eye(length, dtype=torch.bool)
+    weight = torch.randn(whole[0].shape, generator=generator, dtype=torch.float64)
+    attend: Attend = DenseAttend(mask_BTT)
+    inputs = whole
+    if context is not None:
+        inputs, weight = [of_rank(context, x) for x in whole], of_rank(context, weight)
+        attend = context.attend(attend, length)
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = attend(0, *inputs)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+def of_rank(context: ContextShard, x_BHTS: Tensor) -> Tensor:
+    return context.take(x_BHTS.transpose(1, 2)).transpose(1, 2)
+
+
+def attended_on_ranks(heads: tuple[int, int], length: int) -> list[tuple[Tensor, Tensor]]:
+    """What a rank has of outputs and gradients, and what it should have."""
+    context = ContextShard(dist.group.WORLD, dist.get_rank(), dist.get_world_size())  # type: ignore[arg-type]
+    real = context.positions(length) < length
+    found = attended(context, heads, length)
+    expected = [of_rank(context, x) for x in attended(None, heads, length)]
+    return [(a[:, :, real], b[:, :, real]) for a, b in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize(("size", "heads", "length"), [(2, (4, 2), 7), (2, (4, 1), 1), (4, (4, 2), 9)])
+def test_attention_is_exact_under_any_mask(pool: Pool, size: int, heads: tuple[int, int], length: int) -> None:
+    """Also where ranks outnumber kv heads or positions, or do not divide the positions."""
+    for pairs in pool.run(size, attended_on_ranks, heads, length):
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 def shards(size: int) -> list[ContextShard]:
