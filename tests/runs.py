@@ -21,10 +21,9 @@ def tiny_folder(folder: Path, *, family: str = "llama", **changes: Any) -> Path:
         family,
         std=0.2,
         vocab_size=tokenizer.vocab_size,
-        tied_head=True,
         eos_ids=tuple(sorted(tokenizer.eos_ids)),
         pad_id=tokenizer.pad_id,
-        **{"max_positions": 256, **changes},
+        **{"max_positions": 256, "tied_head": True, **changes},
     )
     save_model(model, folder)
     return folder

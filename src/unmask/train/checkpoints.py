@@ -180,7 +180,9 @@ def _boxed(tensors: Mapping[str, Tensor], model: Transformer, world: World) -> d
     from unmask.train.parallel.placement import boxed, reorderings
 
     orders = reorderings(model, world)
-    return {name: boxed(tensor, orders.get(name.partition(".")[2])) for name, tensor in tensors.items()}
+    return {  # a count of steps has no rows to reorder
+        name: boxed(tensor, orders.get(name.partition(".")[2]) if tensor.ndim else None) for name, tensor in tensors.items()
+    }
 
 
 def _with_frozen(tensors: Mapping[str, Tensor], model: Transformer, world: World) -> dict[str, BoxedTensor]:

@@ -62,7 +62,8 @@ class RouterMonitor:
         self._layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
         assert self._layers, "the model has no routed layer"
         self._num_experts = self._layers[0].moe.num_experts
-        shape, device = (len(self._layers), self._num_experts), self._layers[0].router.device
+        # The routers may still be on the meta device.
+        shape, device = (len(self._layers), self._num_experts), model.inv_freq.device
         self._load_KLE = torch.zeros(3, *shape, dtype=torch.int64, device=device)
         self._share_LE = torch.full(shape, 1 / self._num_experts, device=device)
         self._kind_N = torch.empty(0, dtype=torch.int64)

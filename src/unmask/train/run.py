@@ -19,8 +19,8 @@ from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
-from unmask.models.weights.checkpoint import read_model_config
-from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.models.weights.checkpoint import open_parts, read_model_config
+from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.train.forward import AttentionBackend
 from unmask.train.lock import locked
@@ -156,8 +156,13 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     if world.size == 1:
         check_training_room(recipe, read_model_config(folder), compute_dtype, device)
-    # Several ranks shard the master weights, and gather them in the compute dtype.
-    model = load_model(folder, dtype=compute_dtype if world.size == 1 else torch.float32, device=device)
+    # Several ranks shard the master weights, and gather them in the compute dtype; each reads its shards once they are known.
+    sharded_start = world.size > 1 and base_folder(folder) is None
+    if sharded_start:
+        model = open_parts(folder, dtype=torch.float32, device=device).model
+    else:
+        model = load_model(folder, dtype=compute_dtype if world.size == 1 else torch.float32, device=device)
+    stored_config = model.config
     config = training_config(model.config, tokenizer, recipe)
     if config.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, config.vocab_size)
@@ -171,8 +176,15 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     skeleton = None if world.size == 1 else skeleton_of(model, compute_dtype)
     router = _router(model, train, world)
     parallelize(model, world, compute_dtype=compute_dtype)
+    models = [model]
     if reference is not None and reference.model is not model:
-        parallelize(reference.model, world, compute_dtype=compute_dtype)
+        models.append(parallelize(reference.model, world, compute_dtype=compute_dtype))
+    if sharded_start:
+        # Imported here: a run of one process needs none of it.
+        from unmask.train.parallel.weights import load_shards
+
+        for each in models:
+            load_shards(each, folder, stored_config, world, device)
     backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
     if train.attention != "auto":
         backend = train.attention

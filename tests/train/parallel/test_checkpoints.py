@@ -10,7 +10,7 @@ import torch
 
 from helpers import disk_full
 from processes import Pool, RanksFailed
-from runs import tiny_folder, tiny_jsonl, tiny_values
+from runs import tiny_folder, tiny_jsonl, tiny_preferences, tiny_values
 from unmask.errors import TrainingError
 from unmask.models.weights.loading import load_model
 from unmask.train.loop import Trainer
@@ -81,6 +81,46 @@ def test_a_run_goes_on_at_other_numbers_of_processes(pool: Pool, values: Values,
     assert {path.name for path in newest.iterdir()} == {"model", "shards", "state.json"}
     assert train(values, out, World.single(), None)
     assert_same_run(out, expected)
+
+
+SECTIONS: dict[str, Values] = {
+    "full": {},
+    "lora": {"train": {"lora": {"rank": 2, "alpha": 4.0}}},
+    "gated": {"shift": True, "train": {"gated_lora_rank": 2}},
+    "pairs": {"objective": {"kind": "preference"}},
+    "appended": {"mask_token": "<|newly_made|>"},
+}
+"""Changes of the recipe, by what is trained."""
+LAYOUTS = [
+    ("full", "llama", ParallelDims(tensor=2), ParallelDims(data_shard=2)),
+    ("full", "llama", ParallelDims(data_shard=2, tensor=2), ParallelDims(tensor=2)),
+    ("full", "llada2", ParallelDims(data_shard=2, expert=2), ParallelDims(data_shard=2)),
+    ("full", "llada2", ParallelDims(data_shard=2, tensor=2), ParallelDims(data_shard=4, expert=2)),
+    ("lora", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
+    ("gated", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
+    ("pairs", "llama", ParallelDims(data_shard=2), ParallelDims(data_shard=2)),
+    ("appended", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "family", "first", "second"), LAYOUTS)
+def test_any_layout_starts_from_files_and_goes_on_from_another(
+    pool: Pool, tmp_path: Path, trained: str, family: str, first: ParallelDims, second: ParallelDims
+) -> None:
+    tiny_folder(tmp_path / "model", family=family, tied_head=family == "llama")
+    data = (tiny_preferences if trained == "pairs" else tiny_jsonl)(tmp_path / "data.jsonl")
+    values = tiny_values(tmp_path / "model", data, tokens=1600, checkpoint_every=100, eval_every=100)
+    values["data"]["validation_rows"] = 0
+    if trained == "pairs":
+        values["data"]["overlong"] = "truncate"
+    for key, change in SECTIONS[trained].items():
+        values[key] = {**values[key], **change} if isinstance(change, dict) and key == "train" else change
+    assert run_recipe(parse_recipe(values, "test"), tmp_path / "whole").finished
+    pool.run(first.size, train_ranks, values, tmp_path / "run", first, 2)
+    pool.run(second.size, train_ranks, values, tmp_path / "run", second, 2)
+    assert train(values, tmp_path / "run", World.single(), None)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -43,7 +43,9 @@ def add_gated_lora(model: Transformer, rank: int, *, seed: int) -> Transformer:
             initial = torch.zeros(shape)
         else:
             initial = model.embed.weight.detach()[model.config.mask_id].clone()
-        state[name] = initial.to(device=model.embed.weight.device, dtype=model.embed.weight.dtype)
+        # Beside weights that are still to be loaded, the updates are real: no file holds them.
+        device = initial.device if model.embed.weight.is_meta else model.embed.weight.device
+        state[name] = initial.to(device, model.embed.weight.dtype)
     gated.load_state_dict(state, strict=True, assign=True)
     return train_gated_lora(gated)
 

@@ -62,8 +62,10 @@ class LoraLinear(nn.Linear):
         for number, (rows, lora) in enumerate(parts):
             if lora is not None:
                 a = torch.empty(lora.rank, base.in_features).uniform_(-bound, bound, generator=generator)
-                self.lora_a[str(number)] = nn.Parameter(a.to(base.weight))
-                self.lora_b[str(number)] = nn.Parameter(torch.zeros(rows, lora.rank).to(base.weight))
+                # Beside weights that are still to be loaded, an adapter is real: no file holds it.
+                device = a.device if base.weight.is_meta else base.weight.device
+                self.lora_a[str(number)] = nn.Parameter(a.to(device, base.weight.dtype))
+                self.lora_b[str(number)] = nn.Parameter(torch.zeros(rows, lora.rank).to(device, base.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = F.linear(x, self.weight, self.bias)

@@ -7,7 +7,7 @@ matter, what tensors are called on disk `families`'.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from unmask.models.dtypes import dtype_name
 from unmask.models.families.hf_values import eos
 from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
 from unmask.models.weights.adapter import folded_state
+from unmask.models.weights.boxes import Box, BoxedTensor
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
@@ -39,6 +40,7 @@ from unmask.models.weights.safetensors_io import (
 _FLOAT32_SUFFIXES = (".router", ".expert_bias")
 GENERATION_CONFIG = "generation_config.json"
 _HEAD = "lm_head.weight"
+_VOCABULARY = ("embed.weight", "lm_head.weight")
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -113,6 +115,38 @@ def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         model.load_state_dict(state, strict=False, assign=True)
 
     return ModelParts(model, fill)
+
+
+def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, BoxedTensor]) -> None:
+    """Fill what this process holds of a model's parameters from the weights in `folder`; nothing else of them is read.
+
+    Args:
+        folder: of the model, checked by `open_parts`.
+        config: of that model, as it is in the folder.
+        parameters: by our names; those that the folder has none of stay as they are. With a larger vocabulary, new rows become
+            the mean of the old ones, as by `resize_vocabulary`.
+    """
+    with ExitStack() as stack:
+        files = TensorFiles(folder, stack)
+        for name, stored in stored_tensors(config).items():
+            parameter = parameters.get(stored.parameter)
+            if parameter is None or not parameter.boxes:
+                continue
+            rest = stored.shape[len(stored.shape) - len(parameter.shape) + len(stored.index) :]
+            files.fill(name, parameter.part((*stored.index, *(slice(0, size) for size in rest))))
+            if stored.parameter in _VOCABULARY and parameter.shape[0] > config.vocab_size:
+                new_rows = parameter.part((slice(config.vocab_size, parameter.shape[0]),))
+                for offsets, box in new_rows.boxes:
+                    columns = slice(offsets[1], offsets[1] + box.shape[1])
+                    box.copy_(files.mean_row(name, columns).expand(len(box), -1))
+
+
+def embedding_row(folder: Path, config: ModelConfig, token: int) -> torch.Tensor:
+    """The embedding of a token, one that is new to the vocabulary too; as `fill_parameters` makes it."""
+    row = torch.empty(1, config.hidden_size)
+    shape = (max(config.vocab_size, token + 1), config.hidden_size)
+    fill_parameters(folder, config, {"embed.weight": BoxedTensor(shape, (Box((token, 0), row),))})
+    return row[0]
 
 
 def save_model(

@@ -31,6 +31,7 @@ CONFIG_NAME = "config.json"
 DEFAULT_SHARD_BYTES = 5 * 2**30
 _WEIGHT_FILE = re.compile(r"model(-v\d+)?(-\d{5}-of-\d{5})?\.safetensors")
 _COMPARED_BYTES = 2**22
+_MEAN_COLUMNS = 256
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -89,6 +90,15 @@ class TensorFiles:
     def fill(self, name: str, tensor: BoxedTensor) -> None:
         """Fill boxes with what the tensor holds of them; nothing else of it is read."""
         _fill(self._file_of[name], name, tensor)
+
+    def mean_row(self, name: str, columns: slice) -> Tensor:
+        """The mean of a matrix's rows in some columns, at least float32; read some columns at a time."""
+        matrix, means = self._file_of[name].get_slice(name), []
+        wide = torch.promote_types(self.spec(name).dtype, torch.float32)
+        for start in range(columns.start, columns.stop, _MEAN_COLUMNS):
+            part = matrix[:, start : min(start + _MEAN_COLUMNS, columns.stop)]
+            means.append(part.mean(0, dtype=wide))
+        return torch.cat(means)
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two matrices hold the same numbers; they are read some rows at a time, up to the first difference."""

@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.boxes import Box, BoxedTensor, intersection
-from unmask.train.parallel.layouts import Layout, tensor_layouts
+from unmask.train.parallel.layouts import tensor_layouts
 from unmask.train.parallel.world import World
 
 
@@ -55,18 +55,10 @@ def reorderings(model: Transformer, world: World) -> dict[str, Reordering]:
     if ranks == 1:
         return {}
     return {
-        name: _reordering(layout, layout.dim, ranks) for name, layout in tensor_layouts(model).items() if layout.dim is not None
+        name: Reordering(layout.dim, sum(layout.sections), tuple(layout.runs(ranks)))
+        for name, layout in tensor_layouts(model).items()
+        if layout.dim is not None
     }
-
-
-def _reordering(layout: Layout, dim: int, ranks: int) -> Reordering:
-    """The runs of a layout's rows: every rank's share of each section stands behind the other, with padding."""
-    runs, start = [], 0
-    for rank in range(ranks):
-        for (first, stop), width in zip(layout.spans(rank, ranks), layout.widths(ranks), strict=True):
-            runs.append((start, first, stop - first))
-            start += width
-    return Reordering(dim, sum(layout.sections), tuple(runs))
 
 
 def _in_order(own: BoxedTensor, reordering: Reordering) -> BoxedTensor:
