@@ -97,11 +97,14 @@ class MasterAdamW:
         return tensors
 
     def empty_state(self) -> dict[str, Tensor]:
-        """Tensors like those of `state_tensors` after a step, to be filled and given to `load_state_tensors`."""
+        """Tensors like those of `state_tensors` after a step, to be filled and given to `load_state_tensors`.
+
+        Zero, since no checkpoint holds the padding of a vocabulary that is divided over tensor ranks.
+        """
         tensors: dict[str, Tensor] = {}
         for name, (parameter, master) in self._pairs.items():
             for kind in ("master", "moment1", "moment2"):
-                tensors[f"{kind}.{name}"] = self._world.sharded(torch.empty_like(master.detach()), parameter)
+                tensors[f"{kind}.{name}"] = self._world.sharded(torch.zeros_like(master.detach()), parameter)
             tensors[f"step.{name}"] = torch.zeros((), device=master.device)
         return tensors
 
