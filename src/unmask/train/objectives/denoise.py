@@ -80,9 +80,9 @@ class DenoiseObjective(Objective):
                 "leave it out"
             )
         self._masks, self._ar_loss_weight, self._cap = masks, ar_loss_weight, cap
-        # Tensor ranks pad the vocabulary.
-        norm_V = setting.world.full(setting.model.embed.weight.detach().float().norm(dim=1))[: setting.model.config.vocab_size]
-        self._initial_noise = float(norm_V.mean()) * masks.mask_noise_scale
+        # Summed first and gathered then; not a mean, since tensor ranks pad the vocabulary with zeros.
+        norms = setting.model.embed.weight.detach().float().norm(dim=1).double().sum()
+        self._initial_noise = float(setting.world.full(norms)) / setting.model.config.vocab_size * masks.mask_noise_scale
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
         setting, steps = self.setting, self._masks.mask_noise_steps

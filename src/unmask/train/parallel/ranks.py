@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.faults import RollCall
@@ -79,7 +79,14 @@ class Ranks(World):
         dist.barrier()
 
     def full(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        # One dimension at a time, as PyTorch would do as well, with a warning.
+        placements = list(tensor.placements)
+        for number in range(len(placements)):
+            placements[number] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
+        return tensor.to_local()
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
