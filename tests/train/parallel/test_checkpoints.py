@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Values:
     folder = tmp_path_factory.mktemp("base")
     tiny_folder(folder / "model")
     tiny_jsonl(folder / "data.jsonl")
-    made = tiny_values(folder / "model", folder / "data.jsonl", tokens=2400, checkpoint_every=2, eval_every=100)
+    made = tiny_values(folder / "model", folder / "data.jsonl", tokens=1600, checkpoint_every=2, eval_every=100)
     made["data"]["validation_rows"] = 0
     return made
 
@@ -46,23 +49,30 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
 
 
-def train(values: Values, out: Path, world: World, steps: int | None, disk: str = "") -> bool:
-    """Train on this rank for some steps, or to the end; with the disk "full" the main rank writes nothing."""
+def killed(*_: object, **__: object) -> None:
+    """Stands in for a function that writes."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(values: Values, out: Path, world: World, steps: int | None, writing: Callable[..., None] | None = None) -> bool:
+    """Train on this rank for some steps, or to the end; `writing` is what rank 1 does instead of writing shards."""
     trainer = Trainer(build_components(parse_recipe(values, "test"), world), out)
     trainer.resume()
     first = trainer.step
     trainer._should_stop = lambda: steps is not None and trainer.step >= first + steps
-    if disk == "full" and world.rank == 1:
+    if writing is not None and world.rank == 1:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", disk_full)
+            patch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", writing)
             return trainer.fit()
     return trainer.fit()
 
 
-def train_ranks(values: Values, out: Path, dims: ParallelDims, steps: int | None, disk: str = "") -> bool:
+def train_ranks(
+    values: Values, out: Path, dims: ParallelDims, steps: int | None, writing: Callable[..., None] | None = None
+) -> bool:
     from unmask.train.parallel.ranks import Ranks
 
-    return train(values, out, Ranks(dims, "cpu"), steps, disk)
+    return train(values, out, Ranks(dims, "cpu"), steps, writing)
 
 
 def assert_same_run(out: Path, expected: Path) -> None:
@@ -138,7 +148,7 @@ def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, t
     pool.run(2, train_ranks, values, out, dims, 2)
     before = list_checkpoints(out)
     with pytest.raises(RanksFailed) as failed:
-        pool.run(2, train_ranks, values, out, dims, 2, "full")
+        pool.run(2, train_ranks, values, out, dims, 2, disk_full)
     assert failed.value.errors.keys() == {0, 1}
     for text in failed.value.errors.values():
         line = text.splitlines()[-1]
@@ -147,3 +157,17 @@ def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, t
         assert "No space left" in line
     assert list_checkpoints(out) == before
     assert [path.name for path in (out / "checkpoints").iterdir()] == [before[-1].name]
+
+
+def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(
+    pool: Pool, values: Values, expected: Path, tmp_path: Path
+) -> None:
+    out, dims = tmp_path / "run", ParallelDims(data_shard=2)
+    pool.run(2, train_ranks, values, out, dims, 2)
+    before = list_checkpoints(out)
+    with pytest.raises(RanksFailed) as failed:
+        pool.run(2, train_ranks, values, out, dims, 2, killed)
+    assert "died" in failed.value.errors[1]
+    assert list_checkpoints(out) == before
+    assert train(values, out, World.single(), None)
+    assert_same_run(out, expected)

@@ -23,6 +23,7 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.hf_values import eos
 from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
+from unmask.models.families.tensors import StoredTensor
 from unmask.models.weights.adapter import folded_state
 from unmask.models.weights.boxes import Box, BoxedTensor
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
@@ -126,19 +127,25 @@ def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, 
         parameters: by our names; those that the folder has none of stay as they are. With a larger vocabulary, new rows become
             the mean of the old ones, as by `resize_vocabulary`.
     """
-    with ExitStack() as stack:
-        files = TensorFiles(folder, stack)
-        for name, stored in stored_tensors(config).items():
-            parameter = parameters.get(stored.parameter)
-            if parameter is None or not parameter.boxes:
-                continue
-            rest = stored.shape[len(stored.shape) - len(parameter.shape) + len(stored.index) :]
-            files.fill(name, parameter.part((*stored.index, *(slice(0, size) for size in rest))))
-            if stored.parameter in _VOCABULARY and parameter.shape[0] > config.vocab_size:
-                new_rows = parameter.part((slice(config.vocab_size, parameter.shape[0]),))
-                for offsets, box in new_rows.boxes:
-                    columns = slice(offsets[1], offsets[1] + box.shape[1])
-                    box.copy_(files.mean_row(name, columns).expand(len(box), -1))
+    layers: dict[str, list[tuple[str, StoredTensor]]] = {}
+    for name, stored in stored_tensors(config).items():
+        if stored.parameter in parameters and parameters[stored.parameter].boxes:
+            layers.setdefault(".".join(stored.parameter.split(".")[:2]), []).append((name, stored))
+    for tensors in layers.values():
+        with ExitStack() as stack:
+            files = TensorFiles(folder, stack)  # closed after each layer: the pages that were read leave memory
+            for name, stored in tensors:
+                _fill_stored(files, name, stored, parameters[stored.parameter], config)
+
+
+def _fill_stored(files: TensorFiles, name: str, stored: StoredTensor, parameter: BoxedTensor, config: ModelConfig) -> None:
+    """Fill what is held of the part of a parameter that one tensor on disk is."""
+    rest = stored.shape[len(stored.shape) - len(parameter.shape) + len(stored.index) :]
+    files.fill(name, parameter.part((*stored.index, *(slice(0, size) for size in rest))))
+    if stored.parameter in _VOCABULARY and parameter.shape[0] > config.vocab_size:
+        for offsets, box in parameter.part((slice(config.vocab_size, parameter.shape[0]),)).boxes:
+            columns = slice(offsets[1], offsets[1] + box.shape[1])
+            box.copy_(files.mean_row(name, columns).expand(len(box), -1))
 
 
 def embedding_row(folder: Path, config: ModelConfig, token: int) -> torch.Tensor:
