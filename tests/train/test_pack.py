@@ -17,7 +17,7 @@ import torch
 
 from helpers import disk_full, refused
 from runs import tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe, tiny_values
-from unmask.data.packed import MANIFEST, PackedFolder, read_manifest
+from unmask.data.packed import MANIFEST, PackedFolder, RowFile, read_manifest
 from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import CheckpointError, ConfigError, DataError
@@ -128,6 +128,16 @@ def PackedFolderFrom(other: PackedFolder) -> PackedFolder:
     copy = PackedFolder(other.folder, seed=0)
     copy.load_state_dict(other.state_dict())
     return copy
+
+
+def test_only_the_rows_of_a_part_are_read(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    whole = RowFile.row
+    monkeypatch.setattr(RowFile, "row", lambda self, number: read.append(number) or whole(self, number))
+    folder = PackedFolder(packed, seed=0)
+    folder.next_rows(4, slice(2, 4))
+    folder.next_rows(4, slice(0, 2))
+    assert read == [2, 3, 4, 5]
 
 
 def test_a_later_pass_has_the_same_documents_in_another_order_under_other_noise(recipe: Recipe, packed: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from unmask.errors import TrainingError
 from unmask.models.weights.loading import load_model
 from unmask.train.loop import Trainer
 from unmask.train.metrics import read_metrics
+from unmask.train.pack import pack_recipe
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.whole import on_main
 from unmask.train.parallel.world import World
 from unmask.train.recipe import parse_recipe
-from unmask.train.run import build_components, run_recipe
+from unmask.train.run import ADAPTER, _save_result, build_components, run_recipe
 from unmask.train.state import list_checkpoints
 
 Values = dict[str, Any]
@@ -99,6 +102,7 @@ SECTIONS: dict[str, Values] = {
     "gated": {"shift": True, "train": {"gated_lora_rank": 2}},
     "pairs": {"objective": {"kind": "preference"}},
     "appended": {"mask_token": "<|newly_made|>"},
+    "packed": {},
 }
 """Changes of the recipe, by what is trained."""
 LAYOUTS = [
@@ -110,6 +114,7 @@ LAYOUTS = [
     ("gated", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
     ("pairs", "llama", ParallelDims(data_shard=2), ParallelDims(data_shard=2)),
     ("appended", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
+    ("packed", "llama", ParallelDims(data_shard=2), ParallelDims(data_shard=4)),
 ]
 
 
@@ -127,10 +132,38 @@ def test_any_layout_starts_from_files_and_goes_on_from_another(
     for key, change in SECTIONS[trained].items():
         values[key] = {**values[key], **change} if isinstance(change, dict) and key == "train" else change
     assert run_recipe(parse_recipe(values, "test"), tmp_path / "whole").finished
+    if trained == "packed":
+        pack_recipe(parse_recipe(values, "test"), tmp_path / "rows")
+        values["data"]["sources"] = [{"kind": "packed", "path": str(tmp_path / "rows")}]
     pool.run(first.size, train_ranks, values, tmp_path / "run", first, 2)
     pool.run(second.size, train_ranks, values, tmp_path / "run", second, 2)
     assert train(values, tmp_path / "run", World.single(), None)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def finish(values: Values, out: Path) -> None:
+    """Train on two ranks to the end, and write the result."""
+    from unmask.train.parallel.ranks import Ranks
+
+    world = Ranks(ParallelDims(data_shard=2), "cpu")
+    components = build_components(parse_recipe(values, "test"), world)
+    assert Trainer(components, out).fit()
+    on_main(world, lambda: _save_result(components, out))
+
+
+@pytest.mark.slow
+def test_the_result_is_a_model_and_its_adapter(pool: Pool, values: Values, tmp_path: Path) -> None:
+    adapted = {**values, "train": {**values["train"], "tokens": 700, "lora": {"rank": 2, "alpha": 4.0}}}
+    pool.run(2, finish, adapted, tmp_path / "run")
+    assert run_recipe(parse_recipe(adapted, "test"), tmp_path / "whole").finished
+    whole = load_model(tmp_path / "whole", dtype=torch.float32)
+    for folder in (tmp_path / "run", tmp_path / "run" / ADAPTER):
+        model = load_model(folder, dtype=torch.float32)
+        assert model.config == whole.config
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} <= names | {"loss.png", "model.safetensors", ".lock"}
 
 
 @pytest.mark.slow
@@ -141,6 +174,39 @@ def test_from_four_to_two_to_one_to_two_by_two(pool: Pool, values: Values, expec
     train(values, out, World.single(), 2)
     pool.run(4, train_ranks, values, out, ParallelDims(data_replicate=2, data_shard=2), None)
     assert_same_run(out, expected)
+
+
+def train_beside_a_save(values: Values, out: Path) -> None:
+    """A step is trained while the checkpoint of the step before it is written; a new trainer resumes at the latter."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    from unmask.train.parallel.ranks import Ranks
+
+    components = build_components(parse_recipe(values, "test"), Ranks(ParallelDims(data_shard=2), "cpu"))
+    trainer, may_write, write = Trainer(components, out), threading.Event(), FileSystem.create_stream
+
+    def later(*args: Any) -> Any:
+        assert may_write.wait(20)
+        return write(*args)
+
+    trainer.train_step()
+    before = [master.detach().clone() for master in trainer.optimizer.parameters]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", later)
+        trainer.save()
+        trainer.train_step()
+        assert not list_checkpoints(out)
+        may_write.set()
+        trainer.checkpoints.wait()
+    components.world.barrier()
+    resumed = Trainer(components, out)
+    assert resumed.resume()
+    assert resumed.step == 1
+    assert all(torch.equal(new, old) for new, old in zip(resumed.optimizer.parameters, before, strict=True))
+
+
+def test_training_goes_on_beside_a_save(pool: Pool, values: Values, tmp_path: Path) -> None:
+    pool.run(2, train_beside_a_save, values, tmp_path / "run")
 
 
 def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, tmp_path: Path) -> None:
