@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from matrix import Case, assert_equals_one_process
 from processes import Pool
+from tiny import MASK, tiny_model
+from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.adapter import attach_lora
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.layouts import Layout, tensor_layouts
+from unmask.train.parallel.tensor import split_model
 
 TWO = ParallelDims(tensor=2)
 FOUR = ParallelDims(tensor=4)
@@ -53,3 +63,29 @@ def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
+
+
+def model_of(family: str, trained: str) -> Transformer:
+    model = tiny_model(family, 1, mask_id=MASK, start_id=1, **BIASES)
+    if trained == "lora":
+        attach_lora(model, rank=2, alpha=2.0, seed=0, train_embedding=True)
+    return add_gated_lora(model, 2, seed=0) if trained == "gated" else model
+
+
+def check_split(family: str, trained: str) -> None:
+    """Split a model: what was trainable still is, no rank has all logits, and gathered parameters are what they were."""
+    whole, model = model_of(family, trained), model_of(family, trained)
+    split_model(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    assert model.head(torch.randn(3, 32)).shape == (3, 31)
+    layouts, size = tensor_layouts(model), dist.get_world_size()
+    expected = dict(whole.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == list(expected)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == expected[name].requires_grad
+        gathered = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        assert torch.equal(layouts.get(name, Layout()).restore(gathered, size), expected[name]), name
+
+
+@pytest.mark.parametrize(("family", "trained"), [("llama", "gated"), ("qwen2", "lora"), ("llada2", "lora")])
+def test_gathered_parameters_have_the_names_and_rows_of_the_whole_model(pool: Pool, family: str, trained: str) -> None:
+    pool.run(2, check_split, family, trained)
