@@ -9,6 +9,7 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,6 +19,7 @@ from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.arch.transformer import Layers, Transformer
+from unmask.train.passes import StageLayers
 from unmask.train.router import RouterMonitor
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def stream_hidden(
     watched = stream
     if context is not None:
         layers, watched = context.divide(layers), context.local(stream)
-    with nullcontext() if router is None else router.watching(watched):
+    with nullcontext(attend) if router is None else router.watching(watched, attend) as attend:
         return layers(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
 
 
@@ -115,6 +117,42 @@ def gated_hidden(
     noise = None if noise_BTD is None else noise_BTD[noisy]
     noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
     return noisy_layers(stream.tokens_BT[noisy], stream.position_BT[noisy], attend_noisy, input_noise=noise, noisy_BT=noisy_BT)
+
+
+def stage_hidden(
+    layers: StageLayers,
+    received: tuple[Tensor, ...] | None,
+    stream: Stream,
+    backend: AttentionBackend,
+    noise_BTD: Tensor | None,
+    router: RouterMonitor | None,
+    context: ContextShard | None,
+    *,
+    gated: bool,
+) -> tuple[Tensor, ...]:
+    """Hidden states of a stream after the layers of one stage, in the parts that `stage_lengths` names.
+
+    `received` are those of the stage before; `gated`: the model has gated LoRA. Other arguments as of `predicted_hidden`.
+    """
+    if not gated:
+        one = partial(layers, received_BTD=None if received is None else received[0])
+        return (stream_hidden(one, stream, backend, noise_BTD, router, context),)
+    clean: list[Tensor] = []
+
+    def clean_layers(tokens_BT: Tensor, positions_BT: Tensor, attend: Attend, **options: Tensor | None) -> Tensor:
+        before_BTD = None if received is None else received[1]
+        clean.append(layers(tokens_BT, positions_BT, attend, received_BTD=before_BTD, **options))
+        return clean[0]
+
+    noisy_layers = partial(layers, received_BTD=None if received is None else received[0])
+    return (gated_hidden(clean_layers, noisy_layers, stream, backend, noise_BTD, context), *clean)
+
+
+def stage_lengths(stream: Stream, context_ranks: int, *, gated: bool) -> tuple[int, ...]:
+    """Positions, of this rank, of each part of a stream that stages run by itself: with gated LoRA noisy copies, clean copy."""
+    length = stream.tokens_BT.shape[1]
+    count = num_noisy(stream) if gated else length
+    return tuple(-(-part // context_ranks) for part in (count, length - count) if part)
 
 
 def num_noisy(stream: Stream) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -27,9 +27,10 @@ from unmask.errors import ConfigError, TrainingError
 from unmask.models.arch.transformer import Transformer
 from unmask.train.checkpoints import Checkpoints, fill_tensors, newest_checkpoint
 from unmask.train.metrics import MetricLog, MetricRecord
-from unmask.train.objectives.base import Figure, Objective
+from unmask.train.objectives.base import Figure, MicroBatch, Objective, Output, StreamBatch
 from unmask.train.optim import MasterAdamW, learning_rate
 from unmask.train.parallel.world import World
+from unmask.train.passes import Pass, Pipeline
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
 from unmask.train.speed import speed_figures
@@ -56,6 +57,10 @@ class Components:
         return self.objective.setting.world
 
 
+_BatchResult = tuple[float, Mapping[str, Figure]]
+"""Loss (nats) and figures of a micro-batch."""
+
+
 def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) -> MetricRecord:
     """Add the gradient of a global batch, micro-batch by micro-batch.
 
@@ -71,20 +76,45 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
     setting = objective.setting
     batches = [objective.prepare(part, phase, step) for part in setting.micro_batches(rows)]
     # A single micro-batch brings the counts of the global batch along; of several they are needed before the first backward.
-    single = batches[0].forward() if len(batches) == 1 else None
+    single = batches[0].forward() if len(batches) == 1 and setting.pipeline is None else None
     parts = [batch.counts() for batch in batches] if single is None else [tuple(term.count for term in single.terms)]
     # Gathered in the order of the rows, and not summed by rank, so that sums are the same to the bit on every layout.
     counts = [sum(column) for column in zip(*chain.from_iterable(setting.world.gather(parts)), strict=True)]
-    results: list[tuple[float, Mapping[str, Figure]]] = []
-    for batch in batches:
-        output = single or batch.forward()
-        first, *others = [term.sum / max(count, 1) for term, count in zip(output.terms, counts, strict=True)]
-        partial_loss = sum(others, start=first)
-        partial_loss.backward()
-        results.append((float(partial_loss.detach()), output.figures))
+    results: list[_BatchResult] = []
+    if setting.pipeline is not None:
+        results = _train_stages(setting.pipeline, batches, counts)
+    else:
+        for batch in batches:
+            output = single or batch.forward()
+            partial_loss = _partial_loss(output, counts)
+            partial_loss.backward()
+            results.append((float(partial_loss.detach()), output.figures))
     setting.world.sum_gradients(setting.model.parameters())
     losses, figures = zip(*chain.from_iterable(setting.world.gather(results)), strict=True)
     return {"loss": sum(losses), **_means(figures)}
+
+
+def _partial_loss(output: Output, counts: Sequence[float]) -> Tensor:
+    """A micro-batch's part of the loss; `counts` are the global batch's."""
+    first, *others = [term.sum / max(count, 1) for term, count in zip(output.terms, counts, strict=True)]
+    return sum(others, start=first)
+
+
+def _train_stages(pipeline: Pipeline, batches: Sequence[MicroBatch], counts: Sequence[float]) -> list[_BatchResult]:
+    """Add the gradient of micro-batches whose layers are on several ranks; every rank gets their losses and figures."""
+    results: list[_BatchResult | None] = [None] * len(batches)
+
+    def stages(number: int, batch: MicroBatch) -> Pass[Tensor]:
+        def finish(output: Output) -> Tensor:
+            loss = _partial_loss(output, counts)
+            results[number] = (float(loss.detach()), output.figures)
+            return loss
+
+        assert isinstance(batch, StreamBatch)
+        return batch.stages(finish)
+
+    pipeline.train([stages(number, batch) for number, batch in enumerate(batches)])
+    return [result for result in pipeline.from_last(results) if result is not None]
 
 
 @torch.no_grad()

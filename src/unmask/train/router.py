@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.diffusion.corrupt import Stream
+from unmask.models.arch.attention import Attend
 from unmask.models.arch.moe import MoE, RouterObserver
 from unmask.models.arch.transformer import Transformer
 
@@ -79,14 +80,24 @@ class RouterMonitor:
         self._load_KLE.zero_()
 
     @contextmanager
-    def watching(self, stream: Stream) -> Iterator[None]:
-        """Count the loads of the forward pass of `stream` inside the `with` block."""
+    def watching(self, stream: Stream, attend: Attend) -> Iterator[Attend]:
+        """Count the loads of the forward pass of `stream` inside the `with` block, which is given what to attend with.
+
+        That says, before each layer routes, whose tokens they are: layers are computed once more for their gradients, when
+        other streams may have passed in between.
+        """
         kind_BT = torch.full_like(stream.tokens_BT, VISIBLE)
         kind_BT[stream.tokens_BT == self._mask_id] = MASKED
         kind_BT[stream.index.document_BT == 0] = PADDING
-        self._kind_N, self._counting = kind_BT.flatten(), True
+        kind_N = kind_BT.flatten()
+
+        def announced(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+            self._kind_N = kind_N
+            return attend(layer, q_BHTS, k_BGTS, v_BGTS)
+
+        self._counting = True
         try:
-            yield
+            yield announced
         finally:
             self._counting = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,6 +95,7 @@ def _run(
     should_stop: Callable[[], bool],
 ) -> RunResult:
     world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.needs_reference)
+    world.dims.check_micro_batches(recipe.train.batch_rows, recipe.train.micro_rows)
     if not resume and any(world.gather_all(holds_run(out))):
         raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
     with ExitStack() as stack:
@@ -175,20 +176,22 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     model.train()
     skeleton = None if world.size == 1 else skeleton_of(model, compute_dtype)
     router = _router(model, train, world)
-    parallelize(model, world, compute_dtype=compute_dtype)
-    models = [model]
-    if reference is not None and reference.model is not model:
-        models.append(parallelize(reference.model, world, compute_dtype=compute_dtype))
+    pipeline = parallelize(model, world, compute_dtype=compute_dtype)
+    models = [(model, pipeline)]
+    if reference is not None:
+        if reference.model is not model:
+            models.append((reference.model, parallelize(reference.model, world, compute_dtype=compute_dtype)))
+        reference = replace(reference, pipeline=models[-1][1])
     if sharded_start:
         # Imported here: a run of one process needs none of it.
         from unmask.train.parallel.weights import load_shards
 
-        for each in models:
-            load_shards(each, folder, stored_config, world, device)
+        for each, its_pipeline in models:
+            load_shards(each, folder, stored_config, world, device, its_pipeline)
     backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
     if train.attention != "auto":
         backend = train.attention
-    objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference, world))
+    objective = recipe.objective.build(Setting(model, train, backend, router, config.mask_id, reference, world, pipeline))
     packer, validation = training_rows(recipe, tokenizer), validation_rows(recipe, tokenizer)
     return Components(model, objective, router, packer, validation, recipe, tokenizer, skeleton)
 

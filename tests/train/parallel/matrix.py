@@ -6,7 +6,7 @@ A case is a layout, an objective and what is trained; all in float64. Knows no l
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Case:
     router: RouterPolicy | None = None
 
     def __str__(self) -> str:
-        degrees = "-".join(f"{name}{value}" for name, value in vars(self.dims).items() if value > 1)
+        degrees = "-".join(f"{name}{value}" for name, value in vars(self.dims).items() if value not in (1, "1f1b"))
         return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}-{self.router}"
 
 
@@ -77,16 +77,16 @@ def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) 
         for name, figure in (expected.figures | expected.held_out).items():
             assert abs((found.figures | found.held_out)[name] - figure) <= tolerance * max(1.0, abs(figure)), name
         assert all(torch.equal(found.router[name], tensor) for name, tensor in expected.router.items())
-    gradients = results[0].gradients
-    assert gradients.keys() == expected.gradients.keys()
+    assert {name for found in results for name in found.gradients} == expected.gradients.keys()
     scale = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
     assert scale > 0
-    for name, gradient in expected.gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
+    for found in results:
+        for name, gradient in found.gradients.items():
+            torch.testing.assert_close(gradient, expected.gradients[name], rtol=0, atol=tolerance * scale, msg=name)
 
 
 def step(case: Case, world: World) -> Result:
-    """One step of the case on the ranks of a world; gradients are whole on the main one."""
+    """One step of the case on the ranks of a world; gradients are whole on the main one, or on all that have one."""
     objective, rows = _objective(case, world), _rows(case)
     phase = Phase("decay", case.block_size, 1000)
     setting = objective.setting
@@ -106,7 +106,7 @@ def step(case: Case, world: World) -> Result:
     }
     held_out = evaluate(objective, rows.rows(0, 6), phase)
     router = {} if setting.router is None else setting.router.state_tensors()
-    return Result(figures, held_out, whole if world.is_main else {}, router)
+    return Result(figures, held_out, whole if world.is_main or setting.pipeline is not None else {}, router)
 
 
 def _step_of_rank(case: Case) -> Result:
@@ -131,11 +131,13 @@ def _objective(case: Case, world: World) -> Objective:
         reference = ReferencePolicy(model, lambda: adapters_off(lora))
     model.activation_checkpointing = recipe.train.activation_checkpointing
     router = None if case.router is None else _router(model, case.router, world)
-    parallelize(model, world, compute_dtype=torch.float64)
-    if reference.model is not model and recipe.objective.needs_reference:
-        parallelize(reference.model, world, compute_dtype=torch.float64)
+    pipeline = parallelize(model, world, compute_dtype=torch.float64)
+    if recipe.objective.needs_reference:
+        own = reference.model is model
+        its_pipeline = pipeline if own else parallelize(reference.model, world, compute_dtype=torch.float64)
+        reference = replace(reference, pipeline=its_pipeline)
     mask_id = None if autoregressive else MASK
-    return recipe.objective.build(Setting(model, recipe.train, "blocked", router, mask_id, reference, world))
+    return recipe.objective.build(Setting(model, recipe.train, "blocked", router, mask_id, reference, world, pipeline))
 
 
 def _router(model: Transformer, policy: RouterPolicy, world: World) -> RouterMonitor:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +28,18 @@ from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import Stream, embedding_noise
 from unmask.diffusion.objectives import TokenScores, nelbo, token_nll, token_scores
 from unmask.models.arch.transformer import Transformer
-from unmask.train.forward import AttentionBackend, predicted_hidden
+from unmask.train.forward import AttentionBackend, predicted_hidden, stage_hidden, stage_lengths
 from unmask.train.parallel.world import World
+from unmask.train.passes import Pass, Pipeline, StageLayers
 from unmask.train.router import RouterMonitor
 from unmask.train.sections import DataSection, Section, TrainSection
 
 if TYPE_CHECKING:
     from unmask.train.parallel.context import ContextShard
     from unmask.train.parallel.vocabulary import VocabularyShard
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +84,15 @@ class ReferencePolicy:
 
     model: Transformer
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    pipeline: Pipeline | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What objectives work with.
 
-    `router`: None for a dense model; `mask_id`: None for one that stays autoregressive; `world`: the ranks that share the rows.
+    `router`: None for a dense model; `mask_id`: None for one that stays autoregressive; `world`: the ranks that share the rows;
+    `pipeline`: None where this rank has all layers.
     """
 
     model: Transformer
@@ -96,6 +102,7 @@ class Setting:
     mask_id: int | None = None
     reference: ReferencePolicy | None = None
     world: World = field(default_factory=World.single)
+    pipeline: Pipeline | None = None
 
     def share(self, batch_rows: int) -> slice:
         """Which rows of a global batch this rank trains on; every data rank has equally many."""
@@ -108,7 +115,7 @@ class Setting:
         """The rows in parts of `train.micro_rows`, on the model's device."""
         size = self.train.micro_rows
         for start in range(0, rows.num_rows, size):
-            yield rows.rows(start, start + size).to(self.model.embed.weight.device)
+            yield rows.rows(start, start + size).to(self.model.inv_freq.device)
 
     def nll(self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None) -> Tensor:
         """Negative log-likelihood [N] (float32, nats) of the targets.
@@ -118,6 +125,9 @@ class Setting:
             noise_norm: norm of the noise on masked embeddings.
             hidden_ND: the hidden states of the predictions, where the model has run already.
         """
+        if hidden_ND is None and self.pipeline is not None:
+            (nll_N,) = self.pipeline.score(self.stages(stream, noise_norm, lambda found: (self.nll(stream, hidden_ND=found),)))
+            return nll_N
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
         if self._vocabulary is None:
             return token_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id)
@@ -129,6 +139,13 @@ class Setting:
         self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None, *, temperature: float = 1.0
     ) -> TokenScores:
         """Scores of the predictions: likelihood, entropy at `temperature`, confidence; other arguments as of `nll`."""
+        if hidden_ND is None and self.pipeline is not None:
+
+            def finish(hidden_ND: Tensor) -> tuple[Tensor, ...]:
+                scores = self.scores(stream, hidden_ND=hidden_ND, temperature=temperature)
+                return scores.nll_N, scores.entropy_N, scores.correct_N, scores.confidence_N
+
+            return TokenScores(*self.pipeline.score(self.stages(stream, noise_norm, finish)))
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
         scored = (self.model.head, hidden_ND, stream.target_N, self.mask_id)
         if self._vocabulary is None:
@@ -141,6 +158,18 @@ class Setting:
         """Hidden states [N, D] of the predictions."""
         noise_BTD = self.embedding_noise(stream, noise_norm)
         return predicted_hidden(self.model, stream, self.backend, noise_BTD, self.counting_router, self.context)
+
+    def stages(self, stream: Stream, noise_norm: float, finish: Callable[[Tensor], T]) -> Pass[T]:
+        """The pass of a stream through the stages of a pipeline; `finish` takes the predictions' hidden states [N, D]."""
+        gated, context = self.model.config.gated_lora_rank is not None, self.context
+
+        def run(layers: StageLayers, received: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+            noise_BTD = self.embedding_noise(stream, noise_norm) if received is None else None
+            return stage_hidden(layers, received, stream, self.backend, noise_BTD, self.counting_router, context, gated=gated)
+
+        at = stream.predict if context is None else context.local(stream).predict
+        lengths = stage_lengths(stream, self.world.dims.context, gated=gated)
+        return Pass(stream.tokens_BT.shape[0], lengths, run, lambda hidden_BTD: finish(hidden_BTD[at]))
 
     def embedding_noise(self, stream: Stream, norm: float) -> Tensor | None:
         """Noise [B, T, D] of this norm for masked embeddings; None for norm 0."""
@@ -200,6 +229,10 @@ class StreamBatch(MicroBatch):
     @abstractmethod
     def forward(self, hidden_ND: Tensor | None = None) -> Output:
         """Run the model, with gradient, or go on from the `hidden_ND` that stages of a pipeline have computed."""
+
+    def stages(self, finish: Callable[[Output], Tensor]) -> Pass[Tensor]:
+        """The pass through the stages of a pipeline; `finish` makes the loss to differentiate of what `forward` gives."""
+        return self.setting.stages(self.stream, self.noise_norm or 0.0, lambda hidden_ND: finish(self.forward(hidden_ND)))
 
 
 @dataclass(frozen=True, eq=False)

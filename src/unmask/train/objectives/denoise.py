@@ -80,9 +80,7 @@ class DenoiseObjective(Objective):
                 "leave it out"
             )
         self._masks, self._ar_loss_weight, self._cap = masks, ar_loss_weight, cap
-        # Summed first and gathered then; not a mean, since tensor ranks pad the vocabulary with zeros.
-        norms = setting.model.embed.weight.detach().float().norm(dim=1).double().sum()
-        self._initial_noise = float(setting.world.full(norms)) / setting.model.config.vocab_size * masks.mask_noise_scale
+        self._initial_noise = _mean_embedding_norm(setting) * masks.mask_noise_scale
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
         setting, steps = self.setting, self._masks.mask_noise_steps
@@ -98,6 +96,16 @@ class DenoiseObjective(Objective):
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         return held_out_nelbo(self.setting, rows, phase)
+
+
+def _mean_embedding_norm(setting: Setting) -> float:
+    """Mean norm of the rows of the embedding, which the first stage of a pipeline has."""
+    rows_VD, norm = setting.model.embed.weight.detach(), 0.0
+    if not rows_VD.is_meta:
+        # Summed first and gathered then; not a mean, since tensor ranks pad the vocabulary with zeros.
+        norms = rows_VD.float().norm(dim=1).double().sum()
+        norm = float(setting.world.full(norms)) / setting.model.config.vocab_size
+    return norm if setting.pipeline is None else setting.pipeline.from_first(norm)
 
 
 @dataclass(frozen=True, eq=False)

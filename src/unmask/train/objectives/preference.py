@@ -5,6 +5,7 @@ Legend: R rows, N predictions, P pairs (R = 2P: chosen and rejected alternate), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -20,6 +21,7 @@ from unmask.diffusion.objectives import elbo_gains, preference_loss
 from unmask.errors import ConfigError
 from unmask.train.objectives.base import Figure, LossTerm, Objective, Output, Setting, StreamBatch
 from unmask.train.objectives.masking import VALIDATION_SEED, MaskingSection, held_out_nelbo
+from unmask.train.passes import Pass
 from unmask.train.sections import DataSection, Positive, TrainSection
 
 
@@ -86,6 +88,11 @@ class PreferenceBatch(StreamBatch):
     def counts(self) -> tuple[float, ...]:
         return (self.shape[0] // 2 if self.setting.counts_rows else 0,)
 
+    def stages(self, finish: Callable[[Output], Tensor]) -> Pass[Tensor]:
+        """As of every batch, the reference having scored it before."""
+        _ = self.reference_N
+        return super().stages(finish)
+
     def forward(self, hidden_ND: Tensor | None = None) -> Output:
         margin_PS = self._margins(self.reference_N, self.setting.nll(self.stream, hidden_ND=hidden_ND))
         loss_P = preference_loss(margin_PS.mean(1), self.beta)
@@ -100,7 +107,7 @@ class PreferenceBatch(StreamBatch):
         reference = self.setting.reference
         assert reference is not None
         with torch.no_grad(), reference.context():
-            return replace(self.setting, model=reference.model).nll(self.stream)
+            return replace(self.setting, model=reference.model, pipeline=reference.pipeline).nll(self.stream)
 
     def _margins(self, reference_N: Tensor, policy_N: Tensor) -> Tensor:
         """`dB(x_w) - dB(x_l)` [P, S] in nats, by pair and noise sample."""

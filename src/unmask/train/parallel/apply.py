@@ -10,9 +10,10 @@ import torch
 
 from unmask.models.arch.transformer import Transformer
 from unmask.train.parallel.world import World
+from unmask.train.passes import Pipeline
 
 
-def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype) -> Transformer:
+def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype) -> Pipeline | None:
     """Divide a model over the ranks, in place.
 
     Args:
@@ -21,7 +22,7 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
         compute_dtype: of matrix products.
 
     Returns:
-        `model`.
+        What runs the model where its layers are on several ranks; else None: it is called as ever.
 
     Raises:
         ConfigError: the model cannot be divided so.
@@ -29,18 +30,17 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
     dims = world.dims
     dims.check_model(model.config)
     if world.size == 1:
-        return model
+        return None
     # Imported here: a run of one process needs none of it.
     from unmask.train.parallel.expert import apply_expert
     from unmask.train.parallel.fsdp import apply_fsdp
-    from unmask.train.parallel.pipeline import apply_pipeline
+    from unmask.train.parallel.pipeline import TorchPipeline, split_stages
     from unmask.train.parallel.tensor import apply_tensor
 
     if dims.tensor > 1:
         apply_tensor(model, world)
     if dims.expert > 1:
         apply_expert(model, world)
-    if dims.pipeline > 1:
-        apply_pipeline(model, world)
-    apply_fsdp(model, world, compute_dtype)
-    return model
+    stages = split_stages(model, world) if dims.pipeline > 1 else []
+    apply_fsdp(model, world, compute_dtype, stages)
+    return TorchPipeline(model, stages, world, compute_dtype) if stages else None

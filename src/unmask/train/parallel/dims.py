@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
 
+PipelineSchedule = Literal["1f1b", "interleaved_1f1b", "zero_bubble"]
+
+
 @dataclass(frozen=True)
 class ParallelDims:
     """Degrees of parallelism; their product, without `expert`, is the number of processes.
@@ -29,6 +32,8 @@ class ParallelDims:
         tensor: ranks that divide each matrix.
         pipeline: ranks that divide the layers.
         expert: ranks, among those of `data_shard` and `context`, that divide the experts of a mixture.
+        pipeline_schedule: the order in which stages take micro-batches.
+        pipeline_stages: stages of each rank of a pipeline.
     """
 
     data_replicate: int = 1
@@ -37,8 +42,20 @@ class ParallelDims:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    pipeline_stages: int = 1
 
     def __post_init__(self) -> None:
+        if self.pipeline_schedule == "1f1b" and self.pipeline_stages > 1:
+            raise ConfigError(
+                f"parallel.pipeline_stages is {self.pipeline_stages}, but pipeline_schedule 1f1b takes one stage a rank; use "
+                "interleaved_1f1b or zero_bubble"
+            )
+        if self.pipeline_schedule == "interleaved_1f1b" and self.pipeline_stages < 2:
+            raise ConfigError(
+                f"parallel.pipeline_stages is {self.pipeline_stages}, but pipeline_schedule interleaved_1f1b takes 2 stages a "
+                "rank or more; use 1f1b"
+            )
         if self.shards % self.expert:
             raise ConfigError(
                 f"parallel.expert is {self.expert}; it must divide parallel.data_shard x parallel.context, {self.shards}"
@@ -83,8 +100,11 @@ class ParallelDims:
         for name, degree, parts, count in rules:
             if count % degree:
                 raise ConfigError(f"parallel.{name} is {degree}; it must divide the model's {count} {parts}")
-        if self.pipeline > config.num_layers:
-            raise ConfigError(f"parallel.pipeline is {self.pipeline}, but the model has {config.num_layers} layers; use fewer")
+        num_stages = self.pipeline * self.pipeline_stages
+        if num_stages > config.num_layers:
+            raise ConfigError(
+                f"parallel.pipeline x pipeline_stages is {num_stages}, but the model has {config.num_layers} layers; use fewer"
+            )
 
     def check_rows(self, batch_rows: int, *, pairs: bool) -> None:
         """Raise ConfigError when the ranks cannot have equally many rows of a batch, or pairs of rows."""
@@ -94,6 +114,23 @@ class ParallelDims:
             raise ConfigError(
                 f"train.batch_rows is {batch_rows}, which {self.data} data ranks cannot divide into equally many {what}; use a "
                 f"multiple of {unit}"
+            )
+
+    def check_micro_batches(self, batch_rows: int, micro_rows: int) -> None:
+        """Raise ConfigError when the schedule of a pipeline cannot have so many micro-batches."""
+        if self.pipeline == 1:
+            return
+        count = -(-batch_rows // self.data // micro_rows)
+        where = f"train.batch_rows {batch_rows} and micro_rows {micro_rows} give each pipeline {count} micro-batches"
+        if self.pipeline_schedule == "1f1b" and count < self.pipeline:
+            raise ConfigError(
+                f"{where}; 1f1b takes as many as parallel.pipeline, {self.pipeline}, or more: lower train.micro_rows"
+            )
+        rounds = max(1, count // self.pipeline)
+        if self.pipeline_schedule != "1f1b" and count % rounds:
+            raise ConfigError(
+                f"{where}; {self.pipeline_schedule} on {self.pipeline} ranks takes them in {rounds} equal rounds: change "
+                "train.batch_rows or micro_rows"
             )
 
 
@@ -110,17 +147,24 @@ class ParallelSection(Section):
     tensor: Positive = Field(1, description="ranks that divide each matrix")
     pipeline: Positive = Field(1, description="ranks that divide the layers")
     expert: Positive = Field(1, description="ranks, of data_shard and context, that divide the experts of a mixture")
+    pipeline_schedule: PipelineSchedule = Field("1f1b", description="order in which stages take micro-batches")
+    pipeline_stages: Positive | None = Field(
+        None, description="stages of each rank, which alternate [default: with interleaved_1f1b 2, else 1]"
+    )
     timeout: float = Field(600, gt=0, description="seconds without an answer after which a rank counts as hung")
 
     def dims(self, num_processes: int) -> ParallelDims:
         """The dimensions of a run of `num_processes`; raises ConfigError when they make another number."""
         degrees = self.model_dump(exclude={"timeout"})
+        if self.pipeline_stages is None:
+            degrees["pipeline_stages"] = 2 if self.pipeline_schedule == "interleaved_1f1b" else 1
         named = prod(degrees[name] for name in ("data_replicate", "context", "tensor", "pipeline"))
         if self.data_shard == "auto":
             degrees["data_shard"] = max(num_processes // named, 1)
         dims = ParallelDims(**degrees)
         if dims.size != num_processes:
-            product = " x ".join(f"{name} {degrees[name]}" for name in degrees if name != "expert" and degrees[name] > 1)
+            names = ("data_replicate", "data_shard", "context", "tensor", "pipeline")
+            product = " x ".join(f"{name} {degrees[name]}" for name in names if degrees[name] > 1)
             raise ConfigError(
                 f"parallel makes {dims.size} processes ({product or 'all keys are 1'}), but the run has {num_processes}; "
                 f"start {dims.size} (--nproc, or torchrun), or change the keys"
