@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from unmask.errors import ConfigError
 from unmask.train.metrics import read_metrics
@@ -43,7 +44,9 @@ def main() -> None:
 def parse_layout(text: str) -> ParallelDims:
     """The dimensions of `name=degree,...`."""
     try:
-        return ParallelDims(**{name: int(degree) for name, degree in (part.split("=") for part in text.split(","))})
+        values: dict[str, Any] = dict(part.split("=") for part in text.split(","))
+        values |= {name: int(value) for name, value in values.items() if name != "pipeline_schedule"}
+        return ParallelDims(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"layout '{text}' is not of the form data_shard=2,tensor=2") from error
 

@@ -190,7 +190,9 @@ def _with_frozen(tensors: Mapping[str, Tensor], model: Transformer, world: World
     from unmask.train.parallel.export import FROZEN, MASTER
 
     state = model.state_dict()
-    frozen = {f"{FROZEN}{name}": tensor for name, tensor in state.items() if f"{MASTER}{name}" not in tensors}
+    # What is on the meta device another stage of a pipeline has.
+    own = {name: tensor for name, tensor in state.items() if f"{MASTER}{name}" not in tensors and not tensor.is_meta}
+    frozen = {f"{FROZEN}{name}": tensor for name, tensor in own.items()}
     return _boxed({**tensors, **frozen}, model, world)
 
 

@@ -161,12 +161,13 @@ class Trainer:
         self.components, self.run_folder = components, run
         self.recipe, self.train = components.recipe, components.recipe.train
         self.schedule = components.recipe.blocks
-        self.world = components.world
+        self.world, pipeline = components.world, components.objective.setting.pipeline
         self.optimizer = MasterAdamW(
             components.model.named_parameters(),
             betas=self.train.betas,
             weight_decay=self.train.weight_decay,
             world=self.world,
+            duplicates=frozenset() if pipeline is None else pipeline.duplicates,
         )
         self.checkpoints = Checkpoints(run, self.world, keep=self.train.keep_checkpoints)
         self.step, self.tokens = 0, 0

@@ -34,8 +34,17 @@ class MasterAdamW:
         betas: tuple[float, float],
         weight_decay: float,
         world: World | None = None,
+        duplicates: frozenset[str] = frozenset(),
     ) -> None:
-        self._world = world or World.single()
+        """Take the trained ones of named parameters.
+
+        Args:
+            named: all parameters of the model.
+            betas, weight_decay: AdamW's.
+            world: the ranks.
+            duplicates: parameters whose gradients another stage of a pipeline counts in the norm.
+        """
+        self._world, self._duplicates = world or World.single(), duplicates
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, parameter in named:
             if not parameter.requires_grad:
@@ -61,7 +70,8 @@ class MasterAdamW:
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients of all ranks to at most `max_norm`; returns their norm before, a float32 scalar."""
         pairs = self._pairs.values()
-        gradients = [master.grad if parameter.grad is None else parameter.grad for parameter, master in pairs]
+        counted = [pair for name, pair in self._pairs.items() if name not in self._duplicates]
+        gradients = [master.grad if parameter.grad is None else parameter.grad for parameter, master in counted]
         norm = self._world.norm([gradient for gradient in gradients if gradient is not None])
         for parameter, master in pairs:
             if parameter is not master and parameter.grad is not None:

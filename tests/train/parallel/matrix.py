@@ -98,7 +98,8 @@ def step(case: Case, world: World) -> Result:
         figures |= setting.router.end_step()
     model = setting.model
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    figures["grad_norm"] = float(world.norm(list(gradients.values())))
+    duplicates = frozenset() if setting.pipeline is None else setting.pipeline.duplicates
+    figures["grad_norm"] = float(world.norm([gradient for name, gradient in gradients.items() if name not in duplicates]))
     layouts = tensor_layouts(model)
     whole = {
         name: layouts.get(name, Layout()).restore(world.full(gradient), world.dims.tensor)

@@ -209,6 +209,16 @@ def test_training_goes_on_beside_a_save(pool: Pool, values: Values, tmp_path: Pa
     pool.run(2, train_beside_a_save, values, tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_from_two_stages_to_one_process_to_stages_of_shards(pool: Pool, values: Values, expected: Path, tmp_path: Path) -> None:
+    out, values = tmp_path / "run", {**values, "train": {**values["train"], "micro_rows": 1}}
+    pool.run(2, train_ranks, values, out, ParallelDims(pipeline=2), 3)
+    train(values, out, World.single(), 2)
+    pool.run(4, train_ranks, values, out, ParallelDims(pipeline=2, data_shard=2), 2)
+    pool.run(2, train_ranks, values, out, ParallelDims(pipeline=2, pipeline_schedule="zero_bubble"), None)
+    assert_same_run(out, expected)
+
+
 def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, tmp_path: Path) -> None:
     out, dims = tmp_path / "run", ParallelDims(data_shard=2)
     pool.run(2, train_ranks, values, out, dims, 2)

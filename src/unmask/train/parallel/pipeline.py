@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from unmask.models.arch.attention import Attend
 from unmask.models.arch.layers import rope_cos_sin
 from unmask.models.arch.transformer import Transformer, embed_tokens, run_blocks
+from unmask.train.parallel.tensor import local_length
 from unmask.train.parallel.world import World
 from unmask.train.passes import Pass
 
@@ -50,7 +51,7 @@ class Stage(nn.Module):
         config = model.config
         self.index, self.is_first, self.is_last = index, layers.start == 0, layers.stop == config.num_layers
         self.config, self.checkpointing = config, model.activation_checkpointing
-        self.rope_factor, self._tensor = model.rope_factor, (world.dims.tensor, world.index("tensor"))
+        self.rope_factor, self._world = model.rope_factor, world
         self.register_buffer("inv_freq", model.inv_freq, persistent=False)
         self.blocks = nn.ModuleList(model.blocks[layer] for layer in layers)
         self.embed = model.embed if self.is_first or (self.is_last and config.tied_head) else None
@@ -78,8 +79,7 @@ class Stage(nn.Module):
 
     def lengths(self, one: Pass[Any]) -> list[int]:
         """Positions of each part of a pass between stages, where tensor ranks divide them."""
-        ranks, rank = self._tensor
-        return [max(min(-(-length // ranks), length - rank * -(-length // ranks)), 0) for length in one.lengths]
+        return [local_length(length, self._world) for length in one.lengths]
 
     def _split(self, one: Pass[Any]) -> list[int]:
         lengths = self.lengths(one)
