@@ -58,6 +58,10 @@ class Pipeline(Protocol):
         """Parameters of this rank that an earlier stage has as well: their gradients are equal, and count once."""
         ...
 
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the parameters that this rank holds, and all buffers, by what `change` makes of them."""
+        ...
+
     def train(self, passes: Sequence[Pass[Tensor]]) -> None:
         """Run micro-batches forward and, from the losses that `finish` gives, backward."""
         ...

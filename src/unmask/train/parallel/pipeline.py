@@ -11,7 +11,7 @@ Legend: B rows, T stream positions, L positions of this rank, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -154,6 +154,17 @@ class TorchPipeline:
     def duplicates(self) -> frozenset[str]:
         """The tied head: the last stage has the first one's embedding."""
         return frozenset({"embed.weight"} if self._model.config.tied_head and self._rank == self._size - 1 else ())
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the parameters that this rank holds, and all buffers, by what `change` makes of them."""
+        own = {module for stage in self._stages for module in stage.modules()}
+        for module in self._model.modules():
+            if module not in own:
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = change(buffer)
+        for stage in self._stages:
+            stage._apply(change)  # type: ignore[no-untyped-call]
+            stage.relink(self._model)
 
     def train(self, passes: Sequence[Pass[Tensor]]) -> None:
         """Run micro-batches forward and, from the losses that `finish` gives, backward."""
