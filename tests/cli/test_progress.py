@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from helpers import TtyStream, assert_names
-from unmask.cli.progress import PLAIN_INTERVAL, Pace, describe_validation, duration, showing_progress
+from unmask.cli.progress import PLAIN_INTERVAL, Pace, counting, describe_validation, duration, showing_progress
 
 
 class Clock:
@@ -101,3 +101,17 @@ def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "warmup, block 4" in written
     assert "loss 3.250, 50 tokens/s, 0:10 left" in written
     assert "validation NELBO 1.500" in written
+
+
+def test_counting_outside_of_a_terminal_says_from_time_to_time_how_long_it_takes() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with counting(Console(file=stream, width=200), "packing", clock=clock) as on_progress:
+        on_progress(500, 1500)  # a resumed job
+        clock.now += 1
+        on_progress(520, 1500)
+        assert stream.getvalue() == ""
+        clock.now += PLAIN_INTERVAL
+        on_progress(1000, 1500)
+        assert_names(stream.getvalue(), "packing", "1,000", "1,500", duration(11))
+        on_progress(1100, None)
+    assert len(stream.getvalue().splitlines()) == 1

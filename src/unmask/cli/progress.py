@@ -73,11 +73,30 @@ def showing_progress(
 
 
 @contextmanager
-def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A function to call with (done, total or None) of a job called `what`: a bar with the time left, in a terminal only."""
-    with Progress(console=console, disable=not is_live(console)) as progress:
+def counting(
+    console: Console, what: str, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, int | None], None]]:
+    """A function to call with (done, total or None) of a job called `what`: a bar, or without a terminal a line at times."""
+    live = is_live(console)
+    started = last_line = clock()
+    before: int | None = None  # a resumed job does not begin at 0
+    with Progress(console=console, disable=not live) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def on_progress(done: int, total: int | None) -> None:
+            nonlocal before, last_line
+            before = done if before is None else before
+            progress.update(task, completed=done, total=total)
+            if not live and clock() >= last_line + PLAIN_INTERVAL:
+                last_line = clock()
+                left = "" if total is None else f" of {total:,}, {_left(done - before, total - done, last_line - started)} left"
+                console.print(f"{what}: {done:,}{left}", soft_wrap=True)
+
+        yield on_progress
+
+
+def _left(done: int, remaining: int, seconds: float) -> str:
+    return duration(seconds / max(done, 1) * max(remaining, 0))
 
 
 def describe_validation(record: MetricRecord) -> str:
