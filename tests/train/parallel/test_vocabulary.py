@@ -117,7 +117,7 @@ def weighted(values_N: Tensor) -> Tensor:
     return (values_N * torch.arange(1, len(values_N) + 1)).sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tasks)
 def test_the_likelihood_and_its_gradient_are_those_of_the_whole_vocabulary(task: Task) -> None:
     head, hidden, target, mask_id = task.tensors(torch.float64)
@@ -134,7 +134,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_the_whole_vocabulary(task:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tasks, st.sampled_from([0.5, 1.0, 2.0]))
 def test_scores_and_their_gradients_are_those_of_the_whole_vocabulary(task: Task, temperature: float) -> None:
     head, hidden, target, mask_id = task.tensors(torch.float64)

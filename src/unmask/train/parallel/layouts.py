@@ -81,8 +81,9 @@ class Layout:
 
 
 def tensor_layouts(model: Transformer) -> dict[str, Layout]:
-    """Layout of every parameter, by name, but for routed experts and routers, which tensor ranks do not split.
+    """Layout of every parameter, by name, but for routed experts, routers and the mask vector.
 
+    Those stay plain parameters: every tensor rank has all of them, and computes all of their gradient.
     The same before and after the model is split: sizes are those of its config.
     """
     config = model.config
@@ -90,8 +91,6 @@ def tensor_layouts(model: Transformer) -> dict[str, Layout]:
     layouts = {"embed.weight": vocabulary}
     if model.lm_head is not None:
         layouts["lm_head.weight"] = vocabulary
-    if model.mask_vector is not None:
-        layouts["mask_vector"] = Layout()
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             layouts[f"{name}.weight"] = Layout(partial=True)

@@ -84,10 +84,10 @@ def local_part(parameter: Tensor, layout: Layout) -> Tensor:
 class _LocalParts:
     """A module's parameters as a rank computes with them, for the time of a call."""
 
-    def __init__(self, module: nn.Module, layouts: Mapping[str, Layout], *, recurse: bool = True) -> None:
+    def __init__(self, module: nn.Module, layouts: Mapping[str, Layout]) -> None:
         """Take the parameters, with their layouts by name in `module`; register the hooks."""
         self._places: list[tuple[dict[str, nn.Parameter | None], str, Layout]] = []
-        for name, _ in module.named_parameters(recurse=recurse):
+        for name, _ in module.named_parameters():
             owner, _, own = name.rpartition(".")
             if name in layouts:
                 self._places.append((module.get_submodule(owner)._parameters, own, layouts[name]))
@@ -139,7 +139,6 @@ def _attach(model: Transformer, mesh: DeviceMesh, layouts: Mapping[str, Layout])
     activations = _Activations(mesh)
     model.embed.forward = partial(_embed, model, activations, layouts["embed.weight"])  # type: ignore[method-assign]
     model.head = partial(_head, model, layouts["embed.weight"])  # type: ignore[method-assign]
-    _LocalParts(model, layouts, recurse=False)
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         block.register_forward_pre_hook(activations.record_length)
