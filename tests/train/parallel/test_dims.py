@@ -60,6 +60,32 @@ def test_ranks_have_equally_many_rows_or_pairs() -> None:
         dims.check_rows(4, pairs=True)
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"pipeline_stages": 2}, ["parallel.pipeline_stages", "2", "1f1b"]),
+        (
+            {"pipeline_schedule": "interleaved_1f1b", "pipeline_stages": 1},
+            ["parallel.pipeline_stages", "1", "interleaved_1f1b"],
+        ),
+    ],
+)
+def test_stages_that_a_schedule_cannot_have_are_refused(keys: dict[str, Any], words: list[str]) -> None:
+    with refused(ConfigError, *words):
+        ParallelSection(pipeline=2, **keys).dims(2)
+    assert ParallelSection(pipeline=2, pipeline_schedule="interleaved_1f1b").dims(2).pipeline_stages == 2
+
+
+def test_schedules_take_certain_numbers_of_micro_batches() -> None:
+    ParallelDims(pipeline=4, data_shard=2).check_micro_batches(16, 2)
+    with refused(ConfigError, "train.batch_rows 16", "micro_rows 4", "2 micro-batches", "parallel.pipeline", "4"):
+        ParallelDims(pipeline=4, data_shard=2).check_micro_batches(16, 4)
+    interleaved = ParallelDims(pipeline=4, pipeline_schedule="zero_bubble")
+    interleaved.check_micro_batches(10, 1)
+    with refused(ConfigError, "9 micro-batches", "zero_bubble", "2 equal rounds"):
+        interleaved.check_micro_batches(9, 1)
+
+
 def test_one_process_does_not_import_what_only_several_need() -> None:
     heavy = "[name for name in sys.modules if name.startswith(('torch.distributed.fsdp', 'torch.distributed.tensor.'))]"
     command = [sys.executable, "-c", f"import sys, unmask.train.run; print({heavy})"]

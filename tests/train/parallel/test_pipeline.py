@@ -12,6 +12,7 @@ TWO = ParallelDims(pipeline=2)
 INTERLEAVED = ParallelDims(pipeline=2, pipeline_schedule="interleaved_1f1b", pipeline_stages=2)
 ZERO = ParallelDims(pipeline=2, pipeline_schedule="zero_bubble")
 ZERO_TWICE = ParallelDims(pipeline=2, pipeline_schedule="zero_bubble", pipeline_stages=2)
+INTERLEAVED_FOUR = ParallelDims(pipeline=4, pipeline_schedule="interleaved_1f1b", pipeline_stages=2)
 FOUR = ParallelDims(pipeline=4)
 SHARDED = ParallelDims(pipeline=2, data_shard=2)
 SHARDED_ZERO = ParallelDims(pipeline=2, data_shard=2, pipeline_schedule="zero_bubble", pipeline_stages=2)
@@ -37,11 +38,13 @@ SLOW = [
     *(Case(dims, "denoise", "gated", model=DEEP, train=RECOMPUTED) for dims in (TWO, FOUR, SHARDED)),
     *(Case(dims, "cap", "lora", model=DEEP | TIED) for dims in (FOUR, ZERO, SHARDED)),
     Case(SHARDED, "ar_loss", model=DEEP),
+    Case(ZERO_TWICE, model=DEEP, train={"micro_rows": 8}),
+    *(Case(INTERLEAVED_FOUR, model={"num_layers": 9}, train={"micro_rows": rows}) for rows in (1, 4)),
     Case(FOUR, "next_token", model=DEEP | TIED),
     Case(ZERO, "draft", model=DEEP, train=RECOMPUTED),
     *(Case(dims, model=DEEP | TIED) for dims in (TENSOR, CONTEXT)),
     *(Case(dims, "preference", "lora", model=DEEP) for dims in (TENSOR, CONTEXT)),
-    Case(CONTEXT, "cap", "gated", model=DEEP),
+    *(Case(dims, "cap", "gated", model=DEEP) for dims in (TENSOR, CONTEXT)),
     Case(TENSOR, family="llada2", router="bias", model=DEEP),
 ]
 
