@@ -32,8 +32,8 @@ def learnt(path: Path) -> DraftStatistics:
     estimates = DraftEstimates(statistics.history)
     drafts = [estimates.draft(7, ("masks", 9, 1), 0.9), estimates.draft(8, ("lookup", 2, 0), 0.5)]
     for _ in range(20):
-        estimates.record(drafts[0], True)
-        estimates.record(drafts[1], False)
+        estimates.record(*drafts[0][2:], True)
+        estimates.record(*drafts[1][2:], False)
         estimates.record_masks(drafts[:1], 2)
     statistics.history.record_request(True)
     return statistics

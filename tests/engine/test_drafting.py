@@ -177,11 +177,11 @@ def test_a_request_starts_from_what_others_have_shown_and_goes_by_its_own() -> N
     key, prior = ("masks", 9, 1), 0.9
     assert first.draft(7, key, prior).probability == pytest.approx(0.9)
     for _ in range(40):
-        first.record(first.draft(7, key, prior), False)
+        first.record(key, prior, False)
     second = DraftEstimates(history)
     assert second.draft(7, key, prior).probability < 0.2
     for _ in range(40):
-        second.record(second.draft(7, key, prior), True)
+        second.record(key, prior, True)
     assert second.draft(7, key, prior).probability > 0.7
     assert second.draft(7, ("lookup", 3, 0), 0.5).probability == pytest.approx(0.5), "sources do not mix"
 

@@ -32,7 +32,7 @@ _PAYING_GAIN, _FORESEEN = 0.25, 48
 _FIRST_OUTCOME = 0.5
 """Until masks have shown what they draft: the probability of each draft, those before it being accepted."""
 _NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
-_PROMISING = 0.7
+_PROMISING = 0.9
 """Drafts less probable than this share of the price of a verify token are no option: the price is a mean."""
 
 
@@ -177,17 +177,17 @@ class DraftEstimates:
         odds *= (feared + _STRENGTH) / (rejected + _STRENGTH)
         return Draft(token, min(odds / (1 + odds), _HIGHEST), key, prior)
 
-    def record(self, draft: Draft, accepted: bool) -> None:
-        """A draft, all before it being accepted, turned out right or wrong, whether it was verified or not."""
-        likely = self._history.probability(draft.key, draft.prior)
-        before, expected, rejected, feared = self._sums.get(draft.key[0], _NOTHING_SEEN)
-        self._sums[draft.key[0]] = (
+    def record(self, key: Key, prior: float, accepted: bool) -> None:
+        """A draft of this kind, all before it being accepted, turned out right or wrong, whether it was verified or not."""
+        likely = self._history.probability(key, prior)
+        before, expected, rejected, feared = self._sums.get(key[0], _NOTHING_SEEN)
+        self._sums[key[0]] = (
             _MEMORY * before + accepted,
             _MEMORY * expected + likely,
             _MEMORY * rejected + (not accepted),
             _MEMORY * feared + 1 - likely,
         )
-        self._history.record(draft.key, accepted)
+        self._history.record(key, accepted)
 
     def record_masks(self, drafts: Sequence[Draft], num_masks: int) -> None:
         """So many masks (at least one) have been run, and these drafts were kept."""

@@ -14,7 +14,7 @@ from operator import mul
 from torch import Tensor
 
 from unmask.diffusion.decode import Decision
-from unmask.engine.acceptance import Draft, DraftEstimates, DraftPrices, promising
+from unmask.engine.acceptance import Draft, DraftEstimates, DraftPrices, Key, promising
 from unmask.engine.drafting import NO_DRAFTS, DraftPlan
 from unmask.engine.lookup import PromptLookup
 from unmask.engine.request import DecodingStep
@@ -27,6 +27,7 @@ _MOST_LOOKED_UP = 16
 _LOOKUP_PRIORS = (0.3, 0.5, 0.65, 0.8, 0.9)
 """Of acceptance, by the length of the match: 2 tokens, 3, 4, 5 or 6, more."""
 _CONFIDENCES, _DISTANCES = 10, 4
+_NO_OPTIONS = [NO_DRAFTS]
 _FIRST_INTERVAL, _LONGEST_INTERVAL = 4, 32
 """Forwards without masks before a probe."""
 
@@ -113,7 +114,7 @@ class SpeculativeSequence(DecodingSequence):
     @property
     def wants_probe(self) -> bool:
         """Whether it has run no masks for some forwards, and could."""
-        return not self._plan.num_masks and self.num_idle >= self._interval and self._most_masks(self._plan.drafts) > 0
+        return self.num_idle >= self._interval and not self._plan.num_masks and self._most_masks(self._plan.drafts) > 0
 
     def probe(self) -> None:
         """Run a mask in the next forward, beside the drafts that it verifies."""
@@ -131,8 +132,12 @@ class SpeculativeSequence(DecodingSequence):
         """Whether it has drafts, or can run masks."""
         if self._lookup is None and self.request.params.prompt_lookup:
             self._lookup = PromptLookup(self.tokens[: self._num_decided])
-        has_drafts = bool(self._pending) or (self._lookup is not None and self._lookup.length > 0)
-        return (has_drafts and self._room > 0) or self._most_masks(()) > 0
+        return self._room > 0 and (bool(self._pending) or self._has_match or self._most_masks(()) > 0)
+
+    @property
+    def _has_match(self) -> bool:
+        """Whether what the text ends in has occurred before."""
+        return self._lookup is not None and self._lookup.length > 0
 
     def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
         """All numbers of pending drafts and masks, and all numbers of looked-up drafts; the first is to do nothing.
@@ -142,8 +147,11 @@ class SpeculativeSequence(DecodingSequence):
         """
         room = self._room
         pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
-        found = promising(self._until_end(self._looked_up(room)), prices.verify)
-        worth = self._estimates.worth(self._most_masks(()), prices, room)
+        found = promising(self._until_end(self._looked_up(room)), prices.verify) if self._has_match else []
+        num_masks = self._most_masks(())
+        worth = self._estimates.worth(num_masks, prices, room) if num_masks else [0.0]
+        if not pending and not found and len(worth) == 1:
+            return _NO_OPTIONS
         plans, now = list[DraftPlan](), 0.0
         chains = list(accumulate((draft.probability for draft in pending), mul, initial=1.0))
         ends = bool(pending) and pending[-1].token in self.request.end_ids
@@ -182,11 +190,7 @@ class SpeculativeSequence(DecodingSequence):
         """Drafts that continue an earlier occurrence."""
         if self._lookup is not None:
             for i, token in enumerate(self._lookup.draft(min(room, _MOST_LOOKED_UP)), start=self._lookup.length):
-                yield self._lookup_draft(token, i)
-
-    def _lookup_draft(self, token: int, length: int) -> Draft:
-        kind = min(length - 2, 3) if length < 7 else 4
-        return self._estimates.draft(token, ("lookup", kind, 0), _LOOKUP_PRIORS[kind])
+                yield self._estimates.draft(token, *_lookup_kind(i))
 
     def _draft(self, tokens: Sequence[int], confidences: Sequence[float]) -> None:
         """Keep what masks have drafted, up to the first that is not above the request's threshold."""
@@ -215,11 +219,11 @@ class SpeculativeSequence(DecodingSequence):
         for token in tokens:
             if self._pending:
                 draft, *rest = self._pending
-                self._estimates.record(draft, draft.token == token)
+                self._estimates.record(draft.key, draft.prior, draft.token == token)
                 self._pending = rest if draft.token == token else []
             if self._lookup is not None:
                 if (expected := self._lookup.next) is not None:
-                    self._estimates.record(self._lookup_draft(expected, self._lookup.length), expected == token)
+                    self._estimates.record(*_lookup_kind(self._lookup.length), expected == token)
                 self._lookup.append(token)
 
     def _add_forced(self) -> bool:
@@ -259,6 +263,12 @@ class SpeculativeSequence(DecodingSequence):
             decision = Decision({p: self.tokens[p] for p in range(first, self._num_decided)})
             fixed = [False] * positions.stop
             self._report(DecodingStep.after(positions, output.guess, decision, self.tokens, undecided, fixed, self.forwards))
+
+
+def _lookup_kind(length: int) -> tuple[Key, float]:
+    """Of a draft that continues a match of this length, and its probability without observations."""
+    kind = min(length - 2, 3) if length < 7 else 4
+    return ("lookup", kind, 0), _LOOKUP_PRIORS[kind]
 
 
 def _left_over(chain: Sequence[float], price: float) -> float:
