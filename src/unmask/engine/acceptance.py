@@ -29,6 +29,8 @@ _NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.5, 2.0), 0.98
 and of the requests, what counts after one more."""
 _PAYING_GAIN, _FORESEEN = 0.25, 48
 """What masks gain for each token where they pay, and most tokens that an answer is counted on to have."""
+_UNTRIED = 0.8
+"""Of the probability of another draft, where no mask has been run so far ahead."""
 _FIRST_OUTCOME = 0.5
 """Until masks have shown what they draft: the probability of each draft, those before it being accepted."""
 _NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
@@ -42,10 +44,12 @@ class DraftPrices(NamedTuple):
     Attributes:
         verify: a verify token.
         mask: a mask beside others.
+        first_mask: a mask where there is no other.
     """
 
     verify: float
     mask: float
+    first_mask: float
 
 
 class Draft(NamedTuple):
@@ -194,13 +198,13 @@ class DraftEstimates:
         count = min(num_masks, _LONGEST)
         chain = list(accumulate((draft.probability for draft in drafts[:count]), mul))
         if len(chain) == count:  # more masks might have drafted on as well
-            step = chain[-1] ** (1 / count)
+            step = _UNTRIED * chain[-1] ** (1 / count)
             chain += [chain[-1] * step**i for i in range(1, _LONGEST - count + 1)]
         outcome = (*chain, *[0.0] * (_LONGEST - len(chain)))
         self._outcomes.add(outcome)
         self._history.outcomes.add(outcome)
         if self._prices is not None and len(self._outcomes.chains) == _NUM_JUDGED:
-            price, least = self._prices.verify, self._prices.mask
+            price, least = self._prices.verify, self._prices.first_mask
             self._history.record_request(self._outcomes.surplus(0, price) > _NUM_JUDGED * least)
             self._prices = None
 
@@ -213,7 +217,7 @@ class DraftEstimates:
         Args:
             num_masks: most masks.
             prices: of tokens.
-            room: tokens that may follow.
+            room: tokens that will be written faster.
 
         Returns:
             At most num_masks + 1 numbers.
@@ -224,7 +228,7 @@ class DraftEstimates:
         if num_own < _NUM_JUDGED:
             self._prices = prices
             paying, requests = self._history.paying
-            told = paying / requests * (_PAYING_GAIN - 2 * prices.mask) * min(room, _FORESEEN)
+            told = paying / requests * _PAYING_GAIN * (1 - prices.first_mask) * min(room, _FORESEEN)
         for distance in range(min(num_masks, _LONGEST)):
             own = self._outcomes.surplus(distance, prices.verify)
             more = (own + share * others.surplus(distance, prices.verify)) / total

@@ -29,7 +29,7 @@ _NO_EXTRA: Mapping[int, float] = {0: 0.0}
 _KINKS = (1, 4, 8, 16)
 _VNNI = (0.09, -0.06, -0.01, 0.03, 0.15, 0.02, 0.1)
 _PRIORS: dict[str | None, tuple[float, ...]] = {
-    "avx2": (0.08, 0.07, 0.0, 0.02, 0.25, 0.05, 0.1),
+    "avx2": (0.08, 0.1, 0.0, 0.02, 0.22, 0.08, 0.1),
     **dict.fromkeys(("avxvnni", "avx512vnni", "amx"), _VNNI),
     None: (0.1, 0.1, 0.03, 0.0, 0.25, 0.05, 0.1),
 }

@@ -124,6 +124,7 @@ class DraftPlanner:
         prices = DraftPrices(
             rate * (cost(tokens + _PRICED * count, 0, drawn) - plain) / (_PRICED * count),
             rate * (cost(tokens + 2, 2, drawn) - cost(tokens + 1, 1, drawn)),
+            rate * (cost(tokens + 1, 1, drawn) - plain),
         )
         drafting, options = list[Drafting](), list[Sequence[DraftPlan]]()
         for sequence in able:

@@ -149,7 +149,9 @@ class SpeculativeSequence(DecodingSequence):
         pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
         found = promising(self._until_end(self._looked_up(room)), prices.verify) if self._has_match else []
         num_masks = self._most_masks(())
-        worth = self._estimates.worth(num_masks, prices, room) if num_masks else [0.0]
+        # What masks tell is told at less cost once the prompt has been read.
+        faster = room if self.num_missing == 1 else 0
+        worth = self._estimates.worth(num_masks, prices, faster) if num_masks else [0.0]
         if not pending and not found and len(worth) == 1:
             return _NO_OPTIONS
         plans, now = list[DraftPlan](), 0.0
