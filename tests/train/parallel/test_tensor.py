@@ -49,6 +49,7 @@ SLOW = [
     Case(WITH_CONTEXT, "draft", "gated"),
     Case(WITH_CONTEXT, "preference", "lora"),
     Case(WITH_CONTEXT, "next_token", "full", "qwen3"),
+    Case(ParallelDims(tensor=2, pipeline=2), "draft", "gated", model={"num_layers": 4}),
     Case(WITH_EXPERTS, "cap", "full", "llada2", router="aux"),
     Case(TWO, "denoise", "full", "llada2", router="bias", train=CHECKPOINTING),
 ]

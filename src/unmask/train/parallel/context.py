@@ -97,28 +97,27 @@ class ContextShard:
             return layers(
                 self.take(tokens_BT),
                 self.take(positions_BT),
-                self.attend(attend, tokens_BT.shape[1]),
+                self.attend(attend, tokens_BT.shape[1], tokens_BT.device),
                 input_noise=None if input_noise is None else self.take(input_noise),
                 noisy_BT=None if noisy_BT is None else self.take(noisy_BT),
             )
 
         return divided
 
-    def attend(self, attend: Attend, length: int) -> Attend:
-        """Attention of the rank's positions, where `attend` is that of a whole stream of `length` positions."""
-        place_T, source_P = self._order(length)
+    def attend(self, attend: Attend, length: int, device: torch.device | None = None) -> Attend:
+        """Attention of the rank's positions (on `device`), where `attend` is that of a whole stream of `length` positions."""
+        place_T, source_P = (order.to(device) for order in self._order(length))
 
         def exchanged(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            place, source = place_T.to(q_BHTS.device), source_P.to(q_BHTS.device)
             copies = self.size // gcd(k_BGTS.shape[1], self.size)
             if copies > 1:
                 k_BGTS, v_BGTS = (x.repeat_interleave(copies, dim=1) for x in (k_BGTS, v_BGTS))
             heads = [x.unflatten(1, (self.size, -1)) for x in (q_BHTS, k_BGTS, v_BGTS)]
             received_RBhLS = self._exchange(torch.cat(heads, dim=2).transpose(0, 1))
-            whole_BhTS = received_RBhLS.permute(1, 2, 0, 3, 4).flatten(2, 3).index_select(2, place)
+            whole_BhTS = received_RBhLS.permute(1, 2, 0, 3, 4).flatten(2, 3).index_select(2, place_T)
             q, k, v = whole_BhTS.split([x.shape[2] for x in heads], dim=1)
             out_BhTS = attend(layer, q, k, v)
-            padded = F.pad(out_BhTS, (0, 0, 0, len(source) - length)).index_select(2, source)
+            padded = F.pad(out_BhTS, (0, 0, 0, len(source_P) - length)).index_select(2, source_P)
             back_RBhLS = self._exchange(padded.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4))
             return back_RBhLS.transpose(0, 1).flatten(1, 2)
 
