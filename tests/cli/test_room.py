@@ -51,8 +51,9 @@ def test_info_says_what_fits(run, mini: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_cache_that_does_not_fit_names_the_flag(fails, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for check in ("engine.loading.DecodingRoom.check", "models.weights.loading.check_weights"):
-        monkeypatch.setattr(f"unmask.{check}", lambda *arguments, **options: None)
+    monkeypatch.setattr("unmask.models.weights.loading.check_weights", lambda *arguments: None)
+    for check in ("check_loading", "check_packing", "check_mapped"):
+        monkeypatch.setattr(f"unmask.engine.room.DecodingRoom.{check}", lambda *arguments, **options: None)
     limit_memory(monkeypatch, 2**27 + 10**4)
     options = ("--quantize", "none", "--max-new-tokens", 64)
     fails("generate", "Hello", "-m", diffusion_folder, *options, names=("KV cache", "--cache-tokens", "--max-new-tokens"))

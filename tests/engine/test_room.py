@@ -36,33 +36,42 @@ def test_weights_as_they_are_need_room_and_some_cache(monkeypatch: pytest.Monkey
     config = tiny_config("llama", **BIG)
     total = weight_bytes(config, torch.float32) + kv_cache_bytes(config, torch.float32, 2048)
     limit_memory(monkeypatch, total + RESERVE)
-    room_of(config).check("it", "none")
+    room_of(config).check_loading("it")
     limit_memory(monkeypatch, total + RESERVE - 1)
     with refused(RoomError, "it needs", "KV cache of 2,048 tokens", "dtype bfloat16", "quantize int8", "quantize int4"):
-        room_of(config).check("it", "none")
+        room_of(config).check_loading("it")
 
 
 def test_only_what_runs_here_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, 1)
     with pytest.raises(RoomError, match="even dtype bfloat16 needs") as caught:
-        room_of(tiny_config("llada2")).check("it", "none")
+        room_of(tiny_config("llada2")).check_loading("it")
     assert "quantize" not in str(caught.value)
     monkeypatch.setattr("unmask.models.native.library.kernel_variant", lambda: None)
-    assert not room.is_packable(tiny_config("llama"), torch.device("cpu"))
+    assert not room.is_quantizable(tiny_config("llama"), torch.device("cpu"))
 
 
 def test_quantising_needs_room_and_mapped_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config("llama", **BIG)
     limit_memory(monkeypatch, packing_bytes(config, torch.float32, 4) + RESERVE)
     with refused(RoomError, "quantising to int4"):
-        room_of(config).check("it", "int4", packs=True)
+        room_of(config).check_packing("it", "int4", whole=False)
     limit_memory(monkeypatch, packed_bytes(config, torch.float32, 4) + RESERVE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        room_of(config).check("it", "int4")
+        room_of(config).check_mapped("it", "int4")
     limit_memory(monkeypatch, packed_bytes(config, torch.float32, 4) + RESERVE - 1)
     with pytest.warns(UnmaskNote, match="read from disk as they are needed"):
-        room_of(config).check("it", "int4")
+        room_of(config).check_mapped("it", "int4")
+
+
+def test_floats_that_are_packed_page_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama", **BIG)
+    limit_memory(monkeypatch, packed_bytes(config, torch.float32, 32) + RESERVE - 1)
+    with refused(RoomError, "packing weights in float32"):
+        room_of(config).check_packing("it", "none", whole=False)
+    with pytest.warns(UnmaskNote, match="of float32 weights"):
+        room_of(config).check_mapped("it", "none")
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])

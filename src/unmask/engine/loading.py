@@ -58,15 +58,15 @@ def load(
     read = partial(load_model, folder, dtype=read_dtype, device=device)
 
     def parts() -> ModelParts:
-        room.check(str(model), kind, packs=True, whole=base_folder(folder) is not None)
+        room.check_packing(str(model), kind, whole=base_folder(folder) is not None)
         return load_parts(folder, dtype=read_dtype)
 
-    if kind == "none":
-        room.check(str(model), kind)
+    is_packed = kernels_compute(kind, config, where, read_dtype)
+    if not is_packed:
+        room.check_loading(str(model))
     source = tokenizer_folder(folder)
     tokenizer = None if source is None else load_tokenizer(source)
-    is_packed = kernels_compute(kind, config, where, read_dtype)
     weights = open_packed(folder, kind, read_dtype, parts, on_packing) if is_packed else read()
-    if kind != "none":
-        room.check(str(model), kind)
+    if is_packed:
+        room.check_mapped(str(model), kind)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unmask.engine.quantization import BITS
+from unmask.engine.quantization import BITS, PACKED_BITS, kernels_compute
 from unmask.errors import ConfigError, UnmaskNote
 from unmask.models.arch.config import ModelConfig
 from unmask.models.dtypes import dtype_name
@@ -46,38 +46,53 @@ class DecodingRoom:
 
     def options(self) -> Mapping[str, int]:
         """Bytes of loading the model in each way it can be loaded here, the KV cache included, best quality first."""
-        wide, narrow = torch.float32, torch.bfloat16
-        options = {f"dtype {dtype_name(each)}": weight_bytes(self.config, each) + self._cache(each) for each in (wide, narrow)}
-        if is_packable(self.config, self.device):
-            cache = self._cache(wide)
-            options |= {f"quantize {name}": packing_bytes(self.config, narrow, bits) + cache for name, bits in BITS.items()}
+        options: dict[str, int] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            is_packed = kernels_compute("none", self.config, self.device, dtype)
+            weights = packing_bytes(self.config, dtype, PACKED_BITS["none"]) if is_packed else weight_bytes(self.config, dtype)
+            options[f"dtype {dtype_name(dtype)}"] = weights + self._cache(torch.float32 if is_packed else dtype)
+        if is_quantizable(self.config, self.device):
+            cache = self._cache(torch.float32)
+            sizes = {name: packing_bytes(self.config, torch.bfloat16, bits) for name, bits in BITS.items()}
+            options |= {f"quantize {name}": size + cache for name, size in sizes.items()}
         return options
 
-    def check(self, name: str, weights: str, *, packs: bool = False, whole: bool = False) -> None:
-        """Refuse what does not fit.
-
-        Args:
-            name: of the model, for the message.
-            weights: that decode: "int8", "int4" or "none".
-            packs: the weights are to be quantised now. Else quantised ones are mapped from a file: where they exceed memory, a
-                note says what to expect.
-            whole: they are loaded at once before that.
+    def check_loading(self, name: str) -> None:
+        """Refuse a model that does not fit as it is; `name` is for the message.
 
         Raises:
             RoomError: it does not fit.
         """
-        if weights == "none":
-            needs = {f"weights in {dtype_name(self.dtype)}": weight_bytes(self.config, self.dtype)}
-            check_room(name, needs | self._cache_need(self.dtype), self.device, self.options)
-            return
-        needs = {}
-        if packs:
-            needs[f"quantising to {weights}"] = packing_bytes(self.config, self.dtype, BITS[weights], whole=whole)
+        needs = {f"weights in {dtype_name(self.dtype)}": weight_bytes(self.config, self.dtype)}
+        check_room(name, needs | self._cache_need(self.dtype), self.device, self.options)
+
+    def check_packing(self, name: str, weights: str, *, whole: bool) -> None:
+        """Refuse a model that cannot be packed for the CPU kernels.
+
+        Args:
+            name: of the model, for the message.
+            weights: that decode: "int8", "int4" or "none".
+            whole: all of the model is loaded before it is packed.
+
+        Raises:
+            RoomError: it does not fit.
+        """
+        what = f"packing weights in {dtype_name(self.dtype)}" if weights == "none" else f"quantising to {weights}"
+        needs = {what: packing_bytes(self.config, self.dtype, PACKED_BITS[weights], whole=whole)}
         check_room(name, needs | self._cache_need(torch.float32), self.device, self.options)
-        packed, memory = packed_bytes(self.config, self.dtype, BITS[weights]), available_memory(self.device)
-        if not packs and memory is not None and not fits(packed, memory):
+
+    def check_mapped(self, name: str, weights: str) -> None:
+        """Say what to expect of packed weights, mapped from a file, that exceed memory; arguments as of `check_packing`.
+
+        Raises:
+            RoomError: not even the KV cache fits.
+        """
+        check_room(name, self._cache_need(torch.float32), self.device, self.options)
+        packed, memory = packed_bytes(self.config, self.dtype, PACKED_BITS[weights]), available_memory(self.device)
+        if memory is not None and not fits(packed, memory):
+            what = dtype_name(self.dtype) if weights == "none" else weights
             warnings.warn(
-                f"{name} has {in_words(packed)} of {weights} weights, and there are {in_words(memory.num_bytes)} of "
+                f"{name} has {in_words(packed)} of {what} weights, and there are {in_words(memory.num_bytes)} of "
                 f"{memory.where}: they are read from disk as they are needed, up to all of them for every forward",
                 UnmaskNote,
                 stacklevel=3,
@@ -90,8 +105,8 @@ class DecodingRoom:
         return {f"KV cache of {min(FIRST_TOKENS, self.config.max_positions):,} tokens": self._cache(dtype)}
 
 
-def is_packable(config: ModelConfig, device: torch.device) -> bool:
-    """Whether the CPU kernels are there and run the model."""
+def is_quantizable(config: ModelConfig, device: torch.device) -> bool:
+    """Whether the CPU kernels are there and run the model with quantised weights."""
     from unmask.models.native.library import kernel_variant
     from unmask.models.native.packing import check_packable
 

@@ -44,7 +44,7 @@ def test_weights_take_what_is_summed_up(family: str, dtype: torch.dtype, tmp_pat
     assert weight_bytes(loaded.config, dtype) == sum(tensor.nbytes for tensor in loaded.state_dict().values())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 32])
 @pytest.mark.parametrize("changes", [{}, {"tied_head": True}, GATED])
 def test_packed_weights_take_about_what_is_summed_up(bits: int, changes: dict[str, object]) -> None:
     model = tiny_model("llama", hidden_size=128, ffn_size=256, head_dim=32, vocab_size=512, **changes)

@@ -67,7 +67,7 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
 
 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
-    """Bytes of the weights of the CPU kernels.
+    """Bytes of the weights of the CPU kernels, at most.
 
     Layers have `bits`, with 4 one byte for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16
     beside 8-bit layers, else as loaded. Every output has a float32 scale, and vectors are float32.
@@ -75,9 +75,11 @@ def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
     Args:
         config: of the model.
         dtype: of the weights that are quantised.
-        bits: 8 or 4.
+        bits: 8 or 4; or 32, the weights as they are, where the head is a matrix of its own even if it is tied.
     """
     embed = config.vocab_size * config.hidden_size
+    if bits == 32:
+        return weight_bytes(config, dtype) + (embed * dtype.itemsize if config.tied_head else 0)
     total = embed * (2 if bits == 8 else dtype.itemsize) + embed + 4 * config.vocab_size
     for tensor in stored_tensors(config).values():
         if not tensor.parameter.startswith("blocks.") or len(tensor.shape) == 1:
@@ -90,12 +92,12 @@ def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
 
 
 def packing_bytes(config: ModelConfig, dtype: torch.dtype, bits: int, *, whole: bool = False) -> int:
-    """Bytes at the peak of quantising a model: the packed weights, what is loaded, and float32 copies of the largest matrix.
+    """Bytes at the peak of packing a model: the packed weights, what is loaded, and float32 copies of the largest matrix.
 
     Args:
         config: of the model.
         dtype: in which it is loaded.
-        bits: 8 or 4.
+        bits: as of `packed_bytes`.
         whole: it is loaded at once, as an adapter's is, and not layer by layer.
     """
     embed = config.vocab_size * config.hidden_size
