@@ -178,6 +178,16 @@ def test_approximates_the_model_itself(kernels: Kernels, name: str, rotate: bool
     assert row_errors(logits, expected).mean() < (0.06 if bits == 8 else 0.4)
 
 
+def test_positions_beyond_those_at_hand_are_rotated_to_the_same_bits(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hidden = model_of("llama"), []
+    for at_hand in (512, 2):
+        monkeypatch.setattr("unmask.models.native.packed._FIRST_POSITIONS", at_hand)
+        packed, kv_cache = NativeBackend(pack_model(model, 8), kernels), new_kv_cache(model.config)
+        parts = [packed.forward(batch_of((random_tokens(9), past, 1, range(past + 9))), kv_cache) for past in (0, 9, 18)]
+        hidden.append(torch.cat(parts))
+    assert torch.equal(*hidden)
+
+
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
