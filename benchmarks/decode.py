@@ -9,7 +9,8 @@ D4  512 tokens with the KV cache against the same without one, the same tokens (
 D5  eight requests at once against one after the other, the same tokens: at least 4 times the throughput.
 D6  reading a prompt of 2,048 tokens against the floor, attention's operations included: at most 1.5 times.
 
-float32 is the path of `--quantize none`, int8 that of `--quantize auto`. `everyday.py` measures D2, `vs_llamacpp.py` D1.
+float32 and bfloat16 are the path of `--quantize none`, int8 that of `--quantize auto`. `everyday.py` measures D2,
+`vs_llamacpp.py` D1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from unmask.engine.reference import generate_reference
 from unmask.engine.request import Completion, Request
 from unmask.models.arch.config import ModelConfig
 
-WEIGHTS = ("float32", "int8", "int4")
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 LOG = Console(stderr=True)
 
 
@@ -50,7 +51,8 @@ class Measured(NamedTuple):
 
 
 def load(name: str, weights: str) -> LanguageModel:
-    model = unmask.load(name, dtype="float32", quantize="none" if weights == "float32" else weights)
+    is_quantized = weights.startswith("int")
+    model = unmask.load(name, dtype="float32" if is_quantized else weights, quantize=weights if is_quantized else "none")
     model.backend()
     return model
 

@@ -18,7 +18,7 @@ from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
 
-BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 def machine() -> dict[str, Any]:
@@ -84,9 +84,9 @@ class Machine:
         """Seconds that a forward of `rows` rows takes at least, `head_rows` of them through the vocabulary; attention is
         free."""
         head = config.vocab_size * config.hidden_size if head_rows else 0
-        moved = (products(config) + head) * BYTES[weights]
+        moved = products(config) * BYTES[weights] + head * max(BYTES[weights], 1.0)  # the head has 8 bits at least
         operations = 2 * (rows * products(config) + head_rows * head)
-        rate = self.rates["float32" if weights == "float32" else "int8"]
+        rate = self.rates["int8" if weights.startswith("int") else "float32"]
         return max(moved / self.bytes_per_second, operations / rate)
 
 
