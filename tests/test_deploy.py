@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
+from torch.distributed.run import get_args_parser
 
 from unmask.cli.app import app
 from unmask.models.weights.hub import EMBEDDED_DIFFUSION
@@ -100,3 +102,44 @@ def test_the_unit_serves_with_options_that_exist_and_waits_for_the_answers() -> 
     assert folders["HF_HOME"].startswith(f"{state}/")
     hardening = ("DynamicUser", "yes"), ("NoNewPrivileges", "yes"), ("ProtectSystem", "strict"), ("Restart", "on-failure")
     assert [(name, service[name]) for name, _ in hardening] == list(hardening)
+
+
+def training_options(words: list[str]) -> dict[str, Any]:
+    """What `unmask convert` makes of the words behind torchrun's `-m unmask convert`."""
+    assert words[:3] == ["-m", "unmask", "convert"]
+    command: Any = typer.main.get_command(app)
+    return dict(command.commands["convert"].make_context("convert", words[3:]).params)
+
+
+def torchrun_options(words: list[str]) -> Any:
+    return get_args_parser().parse_args(words)
+
+
+def test_slurm_starts_one_torchrun_per_node() -> None:
+    script = (ROOT / "deploy/slurm/train.sbatch").read_text()
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    words = shlex.split(script.replace("\\\n", " ").rpartition("exec srun torchrun")[2].replace("$SLURM_GPUS_ON_NODE", "8"))
+    split = words.index("-m")
+    options = torchrun_options([*words[:split], "script"])
+    assert (options.rdzv_backend, options.max_restarts, options.nproc_per_node) == ("c10d", 3, "8")
+    assert training_options(words[split:])["resume"]
+    assert "#SBATCH --ntasks-per-node=1" in script
+
+
+def test_kubernetes_starts_one_torchrun_per_pod() -> None:
+    service, job = yaml.safe_load_all((ROOT / "deploy/kubernetes/train.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    split = container["args"].index("-m")
+    options = torchrun_options([*container["args"][:split], "script"])
+    assert container["command"] == ["torchrun"]
+    assert int(options.nnodes) == spec["completions"] == spec["parallelism"]
+    assert int(options.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    name = service["metadata"]["name"]
+    assert options.rdzv_endpoint == f"{job['metadata']['name']}-0.{name}:29500"
+    assert pod["subdomain"] == name
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    values = training_options(container["args"][split:])
+    assert values["resume"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert str(values["out"]).startswith(container["volumeMounts"][0]["mountPath"])

@@ -38,6 +38,10 @@ class TrainingError(UnmaskError):
     exit_code = 1
 
 
+class LostRanksError(TrainingError):
+    """Other processes of a run did not answer. Started again, the run goes on from its last checkpoint."""
+
+
 class BackendError(UnmaskError):
     """A compute backend cannot be used on this machine: not built, or not written for the processor."""
 

@@ -21,7 +21,16 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from unmask.cli.startup import raise_on_interrupt
 from unmask.engine.sampling_params import SamplingParams
-from unmask.errors import ConfigError, RequestError, RoomError, TrainingError, UnmaskError, UnmaskNote, UnmaskWarning
+from unmask.errors import (
+    ConfigError,
+    LostRanksError,
+    RequestError,
+    RoomError,
+    TrainingError,
+    UnmaskError,
+    UnmaskNote,
+    UnmaskWarning,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +98,8 @@ def fail(error: UnmaskError) -> NoReturn:
         text = re.sub(r"\b(dtype|quantize)(?= (?:float|bfloat|int)\d)", _flag, text)
         text = text.replace("num_tokens, or fewer max_new_tokens", "--cache-tokens, or a lower --max-new-tokens")
     typer.echo(f"error: {' '.join(text.splitlines())}", err=True)
+    if isinstance(error, LostRanksError):
+        os._exit(error.exit_code)  # A thread may wait for those that are gone.
     raise typer.Exit(error.exit_code)
 
 

@@ -6,8 +6,8 @@ from threading import Thread
 
 import torch.distributed as dist
 
-from unmask.errors import DataError
-from unmask.train.parallel.faults import LostRanksError, RollCall
+from unmask.errors import DataError, LostRanksError
+from unmask.train.parallel.faults import RollCall
 
 GLOO = RuntimeError("[/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234")
 

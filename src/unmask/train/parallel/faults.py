@@ -8,18 +8,22 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from unmask.errors import TrainingError
+from unmask.errors import LostRanksError
 
 _NAME, _LOST, _FAILED = "name", "lost", "failed"
 _POLL = 0.05
+_PATIENCE = 20.0
+"""Seconds."""
 
-
-class LostRanksError(TrainingError):
-    """Other ranks did not answer; started again, the run goes on from its last checkpoint."""
+T = TypeVar("T")
 
 
 class RollCall:
@@ -41,17 +45,31 @@ class RollCall:
         Returns:
             The error to raise instead; None for an error of this rank's own.
         """
-        try:
-            if not _is_communication(error):
-                self._store.set(f"{_FAILED}/{self._rank}", " ".join(str(error).split()) or type(error).__name__)
-                return None
-            self._store.set(f"{_LOST}/{self._rank}", "")
-            return LostRanksError(f"{self._who()}; the run can go on from its last checkpoint")
-        except RuntimeError:
-            return LostRanksError("the process that started the ranks is gone; the run can go on from its last checkpoint")
+        if not _is_communication(error):
+            line = " ".join(str(error).split()) or type(error).__name__
+            self._asked(lambda: self._store.set(f"{_FAILED}/{self._rank}", line))
+            return None
+        answers = self._asked(self._who)
+        who = answers[0] if answers else "no other rank can be reached"
+        return LostRanksError(f"{who}; the run can go on from its last checkpoint")
+
+    @staticmethod
+    def _asked(question: Callable[[], T]) -> list[T]:
+        """The answer of a function that asks the store; nothing if that is gone, too, and does not answer."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question())
+
+        thread = Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_PATIENCE)
+        return answers
 
     def _who(self) -> str:
         """The ranks that failed or are silent, in words."""
+        self._store.set(f"{_LOST}/{self._rank}", "")
         # All that still live find out within moments of each other.
         stop = time.monotonic() + min(10.0, self._timeout)
         others = [rank for rank in range(self._size) if rank != self._rank]

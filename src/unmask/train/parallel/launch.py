@@ -22,8 +22,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from unmask.errors import TrainingError, UnmaskError
-from unmask.train.parallel.faults import LostRanksError
+from unmask.errors import LostRanksError, TrainingError, UnmaskError
 
 _STOP = "stop"
 _FATAL, _LOST = "fatal", "lost"
@@ -105,8 +104,8 @@ def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     except LostRanksError as error:
         _leave(folder / f"{_LOST}-{rank}", error)
         if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
-            print(f"note: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+            print(f"note: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # A thread may wait for those that are gone.
     except UnmaskError as error:
         _leave(folder / f"{_FATAL}-{rank}", error)
         return None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -29,13 +29,15 @@ T = TypeVar("T")
 class Ranks(World):
     """The world of several processes; the default process group is there already."""
 
-    def __init__(self, dims: ParallelDims, device: str) -> None:
+    def __init__(self, dims: ParallelDims, device: str, timeout: timedelta | None = None) -> None:
         """Lay the ranks out: tensor innermost, then context, shards, replicas, and pipeline stages outermost.
 
         Args:
             dims: their product is the number of processes.
             device: type of the device that each of them computes on.
+            timeout: how long a collective operation waits for the others [default: PyTorch's].
         """
+        self._timeout = timeout
         self.dims, self.rank = dims, dist.get_rank()
         outer = (dims.pipeline, dims.data_replicate)
         ranks = init_device_mesh(device, (dims.size,), mesh_dim_names=("ranks",))
@@ -50,9 +52,14 @@ class Ranks(World):
             "pipeline": rows["pipeline"],
             "expert": self._expert_mesh["expert"],
         }
+        if timeout is not None:
+            # The groups of a mesh do not inherit it.
+            meshes = (rows, self._mesh, self._expert_mesh, *self._groups.values())
+            for group in (group for mesh in meshes for group in mesh.get_all_groups()):
+                _set_pg_timeout(timeout, group)
 
     def background_group(self) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = dist.new_group(backend="gloo")
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._timeout)
         return group
 
     @property
@@ -168,7 +175,7 @@ def joined(dims: ParallelDims, device: str, timeout: float) -> Iterator[Ranks]:
     roll = RollCall(PrefixStore("roll", store), rank, size, timeout)
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        yield Ranks(dims, device)
+        yield Ranks(dims, device, limit)
     except BaseException as error:
         lost = roll.explain(error)
         if lost is None:
