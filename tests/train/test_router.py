@@ -77,6 +77,14 @@ def test_loads_are_counted_by_kind_and_without_padding() -> None:
     assert figures["load_masked"] != figures["load_visible"]
 
 
+def test_the_load_of_ranks_is_that_of_their_experts() -> None:
+    model = tiny_model("llada2", 3, mask_id=MASK)
+    monitor = RouterMonitor(model, "frozen", rate=0.01, aux_weight=0.5, expert_ranks=2)
+    load_LR = reference_loads(model, corrupt(rows(), CorruptionConfig(MASK, 4, complementary=True), 0)).sum(0).view(2, 2, -1)
+    share_LR = load_LR.sum(2) / load_LR.sum((1, 2))[:, None]
+    assert step(model, monitor)["load_rank"] == pytest.approx(float(2 * share_LR.max()))
+
+
 @pytest.mark.parametrize("policy", ["frozen", "bias", "aux"])
 def test_what_each_policy_moves(policy: RouterPolicy) -> None:
     model, monitor = monitored(policy)

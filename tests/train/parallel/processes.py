@@ -125,6 +125,7 @@ def _answer(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, store: str, timeout: float
 ) -> tuple[bool, Any]:
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     try:
         file_store = dist.FileStore(store, size)
@@ -133,5 +134,7 @@ def _answer(
             return True, function(*args)
         finally:
             dist.destroy_process_group()
+            # It holds meshes, whose groups are gone; in the next run equal meshes are found in it.
+            _clear_sharding_prop_cache()
     except BaseException:
         return False, traceback.format_exc()
