@@ -229,6 +229,16 @@ def test_a_full_disk_ends_the_job_in_a_resumable_state(recipe: Recipe, tmp_path:
     pack_recipe(recipe, tmp_path / "rows", resume=True)
 
 
+def test_data_that_end_with_a_file_end_the_job(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "' + "one two " * 50 + '"}\n' + '{"text": "' + "three " * 90 + '"}\n')
+    values = tiny_values(base / "model", tmp_path / "data.jsonl")
+    values["data"] |= {"validation_rows": 0, "overlong": "truncate"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unmask.train.pack.BATCH_ROWS", 2)
+        manifest = pack_recipe(parse_recipe(values, "test"), tmp_path / "rows", epochs=2, file_bytes=1)
+    assert [file.rows for file in manifest.files] == [2, 2]
+
+
 def test_a_used_folder_is_refused(recipe: Recipe, packed: Path, tmp_path: Path) -> None:
     with refused(ConfigError, "packed"):
         pack_recipe(recipe, packed)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from unmask.data.packed import BATCH_ROWS, MANIFEST, VALIDATION, Manifest, PackedFile, arrow_schema, read_manifest, record_batch
 from unmask.data.packing import SEGMENT_STRIDE, Packer, PackingStats, Segment
-from unmask.data.parallel import encoder_pool
+from unmask.data.parallel import EncoderPool, encoder_pool
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import ConfigError, DataError
 from unmask.files import atomic_write, atomic_write_json, read_json
@@ -91,11 +91,8 @@ def pack_recipe(
         return read_manifest(out)
     budget = None if epochs is not None else recipe.train.tokens
     with encoder_pool(nproc) as pool:
-        if not progress.files and recipe.data.validation_rows and recipe.data.validation_share:
-            held_out = held_out_packer(recipe, tokenizer, pool).next_segments(recipe.data.validation_rows)
-            if held_out:
-                parts = (held_out[start : start + BATCH_ROWS] for start in range(0, len(held_out), BATCH_ROWS))
-                progress = replace(progress, validation=_write(out / VALIDATION, parts, recipe, tokenizer)[0])
+        if not progress.files:
+            progress = replace(progress, validation=_write_held_out(out, recipe, tokenizer, pool))
         stream = open_stream(recipe, tokenizer, epochs=epochs, pool=pool)
         packer = open_packer(recipe, stream, tokenizer)
         if progress.packer is not None:
@@ -112,13 +109,22 @@ def pack_recipe(
         num_batches = max(1, round(file_bytes / (BATCH_ROWS * row_bytes)))
         while not progress.ended:
             batches = _batches(packer, num_batches, budget, recipe.train.batch_rows, report)
-            progress = _next_file(out, progress, packer, batches, recipe, tokenizer)
-            ended = sum(file.rows for file in progress.files) % (num_batches * BATCH_ROWS) != 0
-            progress = replace(progress, ended=ended or _is_enough(packer, budget, recipe.train.batch_rows))
+            before, progress = len(progress.files), _next_file(out, progress, packer, batches, recipe, tokenizer)
+            is_full = len(progress.files) > before and progress.files[-1].rows == num_batches * BATCH_ROWS
+            progress = replace(progress, ended=not is_full or _is_enough(packer, budget, recipe.train.batch_rows))
             atomic_write_json(out / PROGRESS, asdict(progress))
     if not progress.files:
         raise DataError(f"the data fill no row: {progress.stats.summary}; give more, or lower data.validation_share")
     return _finish(out, progress, recipe, tokenizer)
+
+
+def _write_held_out(out: Path, recipe: Recipe, tokenizer: Tokenizer, pool: EncoderPool | None) -> PackedFile | None:
+    """The file of held-out rows; None where the recipe wants none, or the data spare none."""
+    if not recipe.data.validation_rows or not recipe.data.validation_share:
+        return None
+    rows = held_out_packer(recipe, tokenizer, pool).next_segments(recipe.data.validation_rows)
+    batches = (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
+    return _write(out / VALIDATION, batches, recipe, tokenizer)[0] if rows else None
 
 
 def _job(recipe: Recipe, tokenizer: Tokenizer, epochs: int | None) -> dict[str, Any]:
