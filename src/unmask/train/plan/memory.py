@@ -1,0 +1,174 @@
+"""Memory of one rank in a training step, of a model that `parallelize` has divided.
+
+Owns what is held when: FSDP's shards and gathered blocks, activations, logits. What a layer keeps is measured (`footprint`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unmask.models.arch.config import ModelConfig
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.footprint import Footprint, layer_footprint
+from unmask.train.plan.work import RowWork, layer_parameters
+
+_SHARD, _GATHERED = 4, 2
+"""Bytes of a float32 weight of a shard (moments and gradients are float32, too) and of a gathered one in bfloat16."""
+_CHUNK = 2048
+"""Predictions whose logits exist at once: `token_nll`'s chunk."""
+_LOGITS = 8
+"""Bytes for each logit while its gradient is computed: the logit and its gradient in bfloat16, log p in float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank holds at the moment of its peak.
+
+    Attributes:
+        weights, gradients, optimizer: shards, float32.
+        gathered: blocks in bfloat16 that are being used or fetched, and their gradients on the way to the shards.
+        activations: kept for the backward pass, and the workspace of one layer.
+        logits: logits and what the loss makes of them.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers of one pipeline rank, `first` to `last - 1`, of all of them."""
+
+    first: int
+    last: int
+    num_layers: int
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the embedding is here."""
+        return self.first == 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether norm and head are here."""
+        return self.last == self.num_layers
+
+
+def stages(config: ModelConfig, pipeline: int) -> list[Stage]:
+    """The layers of each pipeline rank."""
+    layers = config.num_layers
+    bounds = [rank * layers // pipeline for rank in range(pipeline + 1)]
+    return [Stage(first, last, layers) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """Parameters that a rank works with, before FSDP divides them: over all shards, experts over fewer, routers not at all."""
+
+    dense: float
+    experts: float = 0.0
+    routers: float = 0.0
+
+    @property
+    def gathered(self) -> float:
+        """Those that FSDP gathers."""
+        return self.dense + self.experts
+
+    def shard(self, dims: ParallelDims) -> float:
+        """Those that a rank holds."""
+        return self.dense / dims.shards + self.experts / (dims.shards // dims.expert) + self.routers
+
+    def __add__(self, other: LocalParameters) -> LocalParameters:
+        return LocalParameters(self.dense + other.dense, self.experts + other.experts, self.routers + other.routers)
+
+
+def local_layer(config: ModelConfig, layer: int, dims: ParallelDims) -> LocalParameters:
+    """Parameters of a layer that a rank gathers."""
+    parameters = layer_parameters(config, layer)
+    dense, experts = parameters.matrices / dims.tensor + parameters.rest, parameters.experts / dims.expert
+    return LocalParameters(dense, experts, parameters.router)
+
+
+def local_ends(config: ModelConfig, stage: Stage, dims: ParallelDims) -> LocalParameters:
+    """Parameters of embedding, last norm and head that a rank of the stage gathers."""
+    matrix = config.vocab_size * config.hidden_size / dims.tensor
+    tied = config.tied_head and stage.has_embedding
+    dense = matrix * stage.has_embedding + (config.hidden_size + (0 if tied else matrix)) * stage.has_head
+    return LocalParameters(dense)
+
+
+def stage_memory(
+    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, micro_rows: int, micro_batches: int, recompute: bool
+) -> Memory:
+    """Memory of a rank of one pipeline stage.
+
+    Args:
+        config: the model.
+        row: what a row is.
+        dims: the layout.
+        stage: its layers.
+        micro_rows: rows in a micro-batch.
+        micro_batches: of a step.
+        recompute: activation checkpointing: each layer keeps its input only, and runs again in the backward pass.
+    """
+    layers = [local_layer(config, layer, dims) for layer in range(stage.first, stage.last)]
+    ends = local_ends(config, stage, dims)
+    shard = sum(layers, start=ends).shard(dims)
+    tokens = micro_rows * row.positions / dims.context
+    # Between two layers each tensor rank holds a part of the positions.
+    stream = _GATHERED * config.hidden_size * tokens / dims.tensor
+    prints = {routed: _layer_print(config, routed, dims) for routed in _kinds(config, stage)}
+    kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
+    in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
+    inputs = stream * (len(layers) + stage.has_head)
+    held = inputs if recompute else inputs + sum(kept)
+    peak = max(footprint.peak for footprint in prints.values()) * tokens
+    workspace = peak if recompute else peak - max(kept)
+    activations = held * in_flight + workspace
+    logits, gathered = 0.0, _gathered(config, layers, ends, dims)
+    if stage.has_head:
+        predictions = min(micro_rows * row.predictions / dims.context, _CHUNK)
+        logits = _LOGITS * predictions * config.vocab_size / dims.tensor
+        # The loss is over before the layers' backward pass begins.
+        if logits > workspace:
+            activations -= workspace
+        else:
+            logits = 0.0
+    return Memory(_SHARD * shard, _SHARD * shard, 2 * _SHARD * shard, gathered, activations, logits)
+
+
+def _gathered(config: ModelConfig, layers: list[LocalParameters], ends: LocalParameters, dims: ParallelDims) -> float:
+    """FSDP's buffers in the backward pass.
+
+    The layer at work, the next one being fetched, the layer's gradients in bfloat16, and those of the one before, in float32, on
+    their way; embedding and head stay gathered, and the head's gradient waits for the embedding's.
+    """
+    block = max(layer.gathered for layer in layers)
+    always = _GATHERED * ends.gathered * 1.5
+    if dims.pipeline > 1:
+        return 2 * _GATHERED * sum(layer.gathered for layer in layers) + _SHARD * block + always
+    return (2 * _GATHERED + _SHARD) * block + always
+
+
+def _kinds(config: ModelConfig, stage: Stage) -> set[bool]:
+    return {config.is_moe_layer(layer) for layer in range(stage.first, stage.last)}
+
+
+def _layer_print(config: ModelConfig, routed: bool, dims: ParallelDims) -> Footprint:
+    layer = next(layer for layer in range(config.num_layers) if config.is_moe_layer(layer) == routed)
+    return layer_footprint(config, layer, dims.tensor, torch.bfloat16)
+
+
+def _place(config: ModelConfig, stage: Stage, dims: ParallelDims) -> int:
+    return next(index for index, each in enumerate(stages(config, dims.pipeline)) if each == stage)

@@ -1,0 +1,215 @@
+"""Plans: every legal layout of a recipe on so many GPUs, with its memory, traffic, time and cost, best first.
+
+Owns the search and what is said of layouts that do not work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from unmask.errors import ConfigError
+from unmask.models.arch.config import ModelConfig
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
+from unmask.train.plan.memory import Memory, stage_memory, stages
+from unmask.train.plan.step import Batch, model_flops, stage_flops, stage_seconds, stage_transfers
+from unmask.train.plan.work import RowWork, row_works
+from unmask.train.recipe import Recipe
+
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with or without activation checkpointing. Memory is that of the worst rank, in the phase that needs most.
+
+    Attributes:
+        dims, recompute: the layout, and whether activations are computed again in the backward pass.
+        batch: rows of a micro-batch, and micro-batches of a step.
+        memory: at the peak.
+        fits: on the GPU.
+        seconds: of a step, mean over the phases.
+        mfu: model FLOP utilisation: without what is computed twice.
+        nvlink, network: bytes that a GPU sends in a step, by dimension.
+        tokens_per_day: clean tokens, as a recipe counts them.
+        days, cost: of the run; cost only with a price.
+    """
+
+    dims: ParallelDims
+    recompute: bool
+    batch: Batch
+    memory: Memory
+    fits: bool
+    seconds: float
+    mfu: float
+    nvlink: dict[str, float]
+    network: dict[str, float]
+    tokens_per_day: float
+    days: float
+    cost: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, in bytes, seconds and days."""
+        return asdict(self) | {"layout": layout_name(self.dims), "memory_total": self.memory.total}
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The result of a search: what fits, fastest first; what does not; and how many layouts break which rule."""
+
+    fitting: list[Plan]
+    too_large: list[Plan]
+    refused: Counter[str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned: a recipe and its model on a number of GPUs, at `price` for each GPU and hour (None: not known)."""
+
+    recipe: Recipe
+    config: ModelConfig
+    gpu: Gpu
+    num_gpus: int
+    price: float | None = None
+    efficiency: Efficiency = Efficiency()
+
+
+def layout_name(dims: ParallelDims) -> str:
+    """A layout as `--layout` takes it: the degrees above 1."""
+    degrees = {name: degree for name, degree in asdict(dims).items() if degree > 1}
+    return ",".join(f"{name}={degree}" for name, degree in degrees.items()) or "data_shard=1"
+
+
+def parse_layout(text: str, num_gpus: int) -> ParallelDims:
+    """The layout of `data_shard=8,expert=8`; a missing `data_shard` is what the others leave.
+
+    Raises:
+        ConfigError: an unknown name, no number, or a product that is not the number of GPUs.
+    """
+    degrees: dict[str, int] = {}
+    names = list(ParallelDims.__dataclass_fields__)
+    for part in filter(None, text.split(",")):
+        name, _, degree = part.partition("=")
+        if name not in names or not degree.isdigit() or int(degree) < 1:
+            raise ConfigError(f"layout has {part!r}; write name=degree, with a name of {', '.join(names)}")
+        degrees[name] = int(degree)
+    others = prod(degree for name, degree in degrees.items() if name not in ("data_shard", "expert"))
+    degrees.setdefault("data_shard", max(num_gpus // others, 1))
+    dims = ParallelDims(**degrees)
+    if dims.size != num_gpus:
+        raise ConfigError(f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change gpus or one of its degrees")
+    return dims
+
+
+def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
+    """Plan every layout, or this one.
+
+    Raises:
+        ConfigError: `layout` breaks a rule, or the recipe has an objective that plans are not made for.
+    """
+    rows = row_works(question.recipe)
+    found, refused = [], Counter[str]()
+    for dims in [layout] if layout is not None else _layouts(question.num_gpus, question.config):
+        try:
+            batch = check(question, dims)
+        except ConfigError as error:
+            if layout is not None:
+                raise
+            refused[str(error)] += 1
+            continue
+        found += [make_plan(question, rows, dims, batch, recompute=recompute) for recompute in (False, True)]
+    fitting = sorted((plan for plan in found if plan.fits), key=lambda plan: (plan.seconds, plan.memory.total))
+    too_large = sorted((plan for plan in found if not plan.fits), key=lambda plan: plan.memory.total)
+    return Plans(fitting, too_large, refused)
+
+
+def check(question: Question, dims: ParallelDims) -> Batch:
+    """The batch of each rank; ConfigError when the model or the batch cannot be divided so."""
+    train = question.recipe.train
+    dims.check_model(question.config)
+    dims.check_rows(train.batch_rows, pairs=False)
+    if dims.tensor > PER_NODE:
+        raise ConfigError(f"parallel.tensor is {dims.tensor}; it must stay within a node's {PER_NODE} GPUs")
+    rows = train.batch_rows // dims.data
+    micro_rows = min(train.micro_rows, rows)
+    batch = Batch(micro_rows, -(-rows // micro_rows))
+    if batch.micro_batches < dims.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline is {dims.pipeline}, but a rank has {batch.micro_batches} micro-batches; use fewer stages, or a "
+            "lower train.micro_rows"
+        )
+    return batch
+
+
+def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch: Batch, *, recompute: bool) -> Plan:
+    """The plan of a legal layout."""
+    config, gpu, efficiency = question.config, question.gpu, question.efficiency
+    micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
+    ends = {stage: None for stage in (stages(config, dims.pipeline)[0], stages(config, dims.pipeline)[-1])}
+    memory = max(
+        (
+            stage_memory(config, row, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
+            for row in rows
+            for stage in ends
+        ),
+        key=lambda memory: memory.total,
+    )
+    seconds, links = 0.0, {}
+    for row in rows:
+        slowest = 0.0
+        for stage in ends:
+            flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, recompute=recompute)
+            transfers = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
+            slowest = max(slowest, stage_seconds(flops, transfers, memory.weights, gpu, efficiency))
+            for transfer in transfers if stage.has_embedding else []:
+                nvlink, network = links.get(transfer.name, (0.0, 0.0))
+                links[transfer.name] = (nvlink + row.share * transfer.nvlink, network + row.share * transfer.network)
+        seconds += row.share * slowest * (micro_batches + dims.pipeline - 1) / micro_batches
+    train = question.recipe.train
+    flops_of_step = sum(row.share * model_flops(config, row, train.batch_rows) for row in rows)
+    tokens_per_day = train.batch_rows * question.recipe.data.row_length / seconds * _DAY
+    days = train.tokens / tokens_per_day
+    return Plan(
+        dims=dims,
+        recompute=recompute,
+        batch=batch,
+        memory=memory,
+        fits=memory.total <= gpu.memory * efficiency.memory,
+        seconds=seconds,
+        mfu=flops_of_step / seconds / (gpu.flops * question.num_gpus),
+        nvlink={name: link[0] for name, link in links.items()},
+        network={name: link[1] for name, link in links.items()},
+        tokens_per_day=tokens_per_day,
+        days=days,
+        cost=None if question.price is None else question.price * question.num_gpus * days * 24,
+    )
+
+
+def too_large(plan: Plan, question: Question) -> str:
+    """Why a plan does not fit, in a line."""
+    room = question.gpu.memory * question.efficiency.memory
+    parts = {name: value for name, value in asdict(plan.memory).items() if value > 0.1 * plan.memory.total}
+    largest = ", ".join(f"{name} {value / GIB:.1f}" for name, value in sorted(parts.items(), key=lambda item: -item[1]))
+    return f"{layout_name(plan.dims)}{'' if plan.recompute else ', activations kept'}: {plan.memory.total / GIB:.1f} GiB of {room / GIB:.1f} ({largest})"
+
+
+def _layouts(num_gpus: int, config: ModelConfig) -> Iterator[ParallelDims]:
+    """Every way to write the number of GPUs as a product, with every number of expert ranks that could be legal."""
+    for tensor in _divisors(min(num_gpus, PER_NODE), num_gpus):
+        for context in _divisors(num_gpus // tensor, num_gpus // tensor):
+            left = num_gpus // tensor // context
+            for pipeline in _divisors(min(left, config.num_layers), left):
+                for data_shard in _divisors(left // pipeline, left // pipeline):
+                    shards = data_shard * context
+                    experts = [1] if config.moe is None else _divisors(min(shards, config.moe.num_experts), shards)
+                    for expert in experts:
+                        yield ParallelDims(left // pipeline // data_shard, data_shard, context, tensor, pipeline, expert)
+
+
+def _divisors(limit: int, number: int) -> list[int]:
+    """Divisors of a number, up to a limit."""
+    return [divisor for divisor in range(1, limit + 1) if number % divisor == 0]

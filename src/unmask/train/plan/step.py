@@ -1,0 +1,132 @@
+"""Time and traffic of a training step on a layout: products on each GPU, bytes over NVLink and network, and what they take.
+
+Owns the model of time. It is arithmetic: peaks and shares of them are assumptions (`gpus`), and what a GPU waits for others
+because their experts have more tokens is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unmask.models.arch.config import ModelConfig
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
+from unmask.train.plan.memory import Stage, local_ends, local_layer
+from unmask.train.plan.work import Flops, RowWork, backward, head_flops, layer_flops
+
+_CHUNK = 2048
+_UPDATE_BYTES = 32
+"""Bytes that the optimiser reads and writes for each parameter: weight, gradient and moments, and the gradient for its norm."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a rank sees the global batch: rows of a micro-batch, micro-batches of a step."""
+
+    micro_rows: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes that a GPU sends over NVLink and over the network in a step. `hidden`: FSDP sends them while the GPU computes."""
+
+    name: str
+    nvlink: float
+    network: float
+    hidden: bool = False
+
+    def seconds(self, gpu: Gpu, efficiency: Efficiency) -> float:
+        """What it takes: both links work at the same time."""
+        return max(self.nvlink / gpu.nvlink, self.network / gpu.network) / efficiency.links
+
+
+def _ring(name: str, num_bytes: float, size: int, stride: int, *, hidden: bool = False) -> Transfer:
+    """A reduce-scatter or all-gather of `num_bytes` over `size` ranks, `stride` apart: a ring, over all adapters of a node."""
+    sent, local = num_bytes * (size - 1) / size, _local(size, stride)
+    return Transfer(name, sent if local > 1 else 0.0, sent / local if local < size else 0.0, hidden)
+
+
+def _exchange(name: str, num_bytes: float, size: int, stride: int) -> Transfer:
+    """An all-to-all of which each rank sends `num_bytes`, in equal parts."""
+    local = _local(size, stride)
+    return Transfer(name, num_bytes * (local - 1) / size, num_bytes * (size - local) / size)
+
+
+def _local(size: int, stride: int) -> int:
+    """Ranks of a group in one node."""
+    return min(size, max(PER_NODE // stride, 1))
+
+
+def stage_flops(config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, rows: int, recompute: bool) -> Flops:
+    """FLOP of a rank for so many rows; routed experts and routers are not divided by tensor parallelism."""
+    positions, pairs = rows * row.positions / dims.context, rows * row.pairs / dims.context
+    total = Flops()
+    for layer in range(stage.first, stage.last):
+        whole = layer_flops(config, layer, positions, pairs)
+        forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
+        total += forward * (2 if recompute else 1) + backward(forward)
+    if stage.has_head:
+        forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
+        total += forward * (2 if rows * row.predictions / dims.context > _CHUNK else 1) + backward(forward)
+    return total
+
+
+def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:
+    """FLOP that the rows need on one device, without anything computed twice: what MFU counts."""
+    forward = head_flops(config, rows * row.predictions)
+    for layer in range(config.num_layers):
+        forward += layer_flops(config, layer, rows * row.positions, rows * row.pairs)
+    return 3 * forward.total
+
+
+def stage_transfers(
+    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: bool
+) -> Iterator[Transfer]:
+    """What a rank sends in a step, dimension by dimension."""
+    local = sum((local_layer(config, layer, dims) for layer in range(stage.first, stage.last)), local_ends(config, stage, dims))
+    # With a pipeline, the weights stay gathered and the gradients are added up over the micro-batches.
+    gathers, reductions = (1, 1) if dims.pipeline > 1 else (2 * batch.micro_batches, batch.micro_batches)
+    expert_shards = dims.shards // dims.expert
+    groups = ((local.dense, dims.shards, dims.tensor), (local.experts, expert_shards, dims.tensor * dims.expert))
+    for count, size, stride in groups:
+        if size > 1:
+            yield _ring("data_shard", (2 * gathers + 4 * reductions) * count, size, stride, hidden=True)
+        if dims.data_replicate > 1:
+            stride_of_copies = dims.tensor * dims.shards
+            sent = 2 * 4 * reductions * count / size
+            yield _ring("data_replicate", sent, dims.data_replicate, stride_of_copies, hidden=True)
+    passes = (3 if recompute else 2) * batch.micro_batches
+    positions, layers = batch.micro_rows * row.positions / dims.context, stage.last - stage.first
+    stream = 2 * config.hidden_size * positions
+    if dims.tensor > 1:
+        yield _ring("tensor", 4 * passes * layers * stream, dims.tensor, 1)
+    if dims.context > 1:
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim / dims.tensor
+        yield _exchange("context", 2 * passes * layers * heads * positions, dims.context, dims.tensor)
+    if dims.expert > 1 and config.moe is not None:
+        routed = sum(config.is_moe_layer(layer) for layer in range(stage.first, stage.last))
+        yield _exchange("expert", 2 * passes * routed * config.moe.num_active * stream, dims.expert, dims.tensor)
+    if dims.pipeline > 1:
+        stride = dims.size // dims.pipeline
+        yield _ring("pipeline", 2 * batch.micro_batches * stream * 2 / dims.tensor, 2, stride)
+
+
+def compute_seconds(flops: Flops, gpu: Gpu, efficiency: Efficiency) -> float:
+    """Time of products on one GPU."""
+    kinds = ((flops.matrices, efficiency.matrices), (flops.experts, efficiency.experts), (flops.attention, efficiency.attention))
+    return sum(flop / share for flop, share in kinds) / gpu.flops
+
+
+def stage_seconds(flops: Flops, transfers: list[Transfer], weights: float, gpu: Gpu, efficiency: Efficiency) -> float:
+    """Time of a step of one stage without a pipeline's idle time: FSDP's transfers hide behind products, the others do not.
+
+    Args:
+        flops, transfers: of the rank.
+        weights: bytes of its float32 shards, which the optimiser updates.
+    """
+    hidden = sum(transfer.seconds(gpu, efficiency) for transfer in transfers if transfer.hidden)
+    exposed = sum(transfer.seconds(gpu, efficiency) for transfer in transfers if not transfer.hidden)
+    update = _UPDATE_BYTES / 4 * weights / gpu.hbm / efficiency.hbm
+    return max(compute_seconds(flops, gpu, efficiency), hidden) + exposed + update
