@@ -5,17 +5,19 @@ Owns the run under fake tensors on a fake process group. Shapes, shards, memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from unmask.diffusion.objectives import token_nll
+from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.train.optim import MasterAdamW
@@ -23,22 +25,50 @@ from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.ranks import Ranks
 from unmask.train.plan.footprint import flex_shapes
+from unmask.train.plan.memory import stages
+from unmask.train.plan.planner import Plan, Question
+from unmask.train.plan.step import Batch, stage_flops
 from unmask.train.plan.tracker import Tracker
-from unmask.train.plan.work import RowWork
+from unmask.train.plan.work import RowWork, row_works
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What rank 0 held and computed: bytes, and FLOP without those of attention.
-
-    `peak` includes weights, gradients and the optimiser's state.
-    """
+    """What rank 0 held and computed in one micro-batch: bytes (`peak` of everything), FLOP without attention's, and how long
+    the check took."""
 
     weights: int
     gradients: int
     optimizer: int
     peak: int
     flops: int
+    predicted_flops: float
+    seconds: float
+
+    def comparison(self, plan: Plan) -> list[tuple[str, float, float, str]]:
+        """Name, predicted value, tracked value and unit of each figure."""
+        memory = plan.memory
+        return [
+            ("weights", memory.weights, self.weights, "GiB"),
+            ("gradients", memory.gradients, self.gradients, "GiB"),
+            ("optimizer", memory.optimizer, self.optimizer, "GiB"),
+            ("peak", memory.total, self.peak, "GiB"),
+            ("products of a micro-batch", self.predicted_flops, self.flops, "TFLOP"),
+        ]
+
+
+def check_plan(question: Question, plan: Plan) -> Checked:
+    """Check a plan in the phase that needs most memory.
+
+    Raises:
+        ConfigError: a layout with a pipeline, whose stages wait for each other.
+    """
+    if plan.dims.pipeline > 1:
+        raise ConfigError(
+            f"parallel.pipeline is {plan.dims.pipeline}; a check runs one rank, which would wait for others: check 1"
+        )
+    row = max(row_works(question.recipe), key=lambda row: row.positions)
+    return check_layout(question.config, row, plan.dims, plan.batch, recompute=plan.recompute)
 
 
 @contextmanager
@@ -53,19 +83,17 @@ def fake_world(dims: ParallelDims) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def check_layout(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, *, micro_rows: int, accumulates: bool, recompute: bool
-) -> Checked:
+def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: bool) -> Checked:
     """Run one micro-batch, forward and backward, as rank 0 of the layout.
 
     Args:
         config: the model.
         row: what a row is.
         dims: the layout.
-        micro_rows: rows of the micro-batch.
-        accumulates: the step has other micro-batches before this one, whose gradients are there.
+        batch: rows of the micro-batch; with several micro-batches it is not the first one, and finds gradients.
         recompute: with activation checkpointing.
     """
+    started = time.perf_counter()
     with fake_world(dims) as world:
         with torch.device("meta"):
             model = Transformer(config)
@@ -74,29 +102,37 @@ def check_layout(
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
             model.to_empty(device="cpu")
             optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+            _fill_gradients(model)
             optimizer.clip(1.0)
             optimizer.step(1e-4)
-            if accumulates:
-                for parameter in model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
+            if batch.micro_batches > 1:
+                _fill_gradients(model)
             weights = _bytes(model.parameters())
             tracker.reset()
-            _micro_batch(model, config, row, micro_rows)
+            _micro_batch(model, config, row, batch.micro_rows)
             gradients = _bytes(parameter.grad for parameter in model.parameters())
-    return Checked(weights, gradients, 2 * weights, tracker.peak, tracker.flops)
+            state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
+    (stage,) = stages(config, 1)
+    predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
+    seconds = time.perf_counter() - started
+    return Checked(weights, gradients, state, tracker.peak, tracker.flops, predicted.total, seconds)
+
+
+def _fill_gradients(model: Transformer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _micro_batch(model: Transformer, config: ModelConfig, row: RowWork, micro_rows: int) -> None:
+    """Forward and backward pass; which positions are predicted changes no shape."""
     tokens_BT = torch.zeros(micro_rows, row.positions, dtype=torch.int64)
     index_N = torch.zeros(micro_rows * row.predictions, dtype=torch.int64)
     hidden_BTD = model(tokens_BT, tokens_BT, flex_shapes)
-    nll_N = token_nll(model.head, hidden_BTD[index_N, index_N], index_N, config.mask_id)
+    hidden_ND = hidden_BTD[index_N, index_N]
     del hidden_BTD
-    nll_N.sum().backward()
+    token_nll(model.head, hidden_ND, index_N, config.mask_id).sum().backward()
 
 
-def _bytes(tensors: Any) -> int:
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None]
     return sum(tensor.nbytes for tensor in local)

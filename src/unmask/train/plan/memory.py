@@ -6,6 +6,7 @@ Owns what is held when: FSDP's shards and gathered blocks, activations, logits. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -69,7 +70,7 @@ def stages(config: ModelConfig, pipeline: int) -> list[Stage]:
     """The layers of each pipeline rank."""
     layers = config.num_layers
     bounds = [rank * layers // pipeline for rank in range(pipeline + 1)]
-    return [Stage(first, last, layers) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [Stage(first, last, layers) for first, last in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def stage_memory(
 def _gathered(config: ModelConfig, layers: list[LocalParameters], ends: LocalParameters, dims: ParallelDims) -> float:
     """FSDP's buffers in the backward pass.
 
-    The layer at work, the next one being fetched, the layer's gradients in bfloat16, and those of the one before, in float32, on
-    their way; embedding and head stay gathered, and the head's gradient waits for the embedding's.
+    The layer at work, the next one being fetched, and, on their way to the shards in float32, the gradients of the one before;
+    embedding and head stay gathered, and the head's gradient waits for the embedding's.
     """
     block = max(layer.gathered for layer in layers)
     always = _GATHERED * ends.gathered * 1.5

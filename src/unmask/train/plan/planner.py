@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -75,7 +75,7 @@ class Question:
     gpu: Gpu
     num_gpus: int
     price: float | None = None
-    efficiency: Efficiency = Efficiency()
+    efficiency: Efficiency = field(default_factory=Efficiency)
 
 
 def layout_name(dims: ParallelDims) -> str:
@@ -101,7 +101,9 @@ def parse_layout(text: str, num_gpus: int) -> ParallelDims:
     degrees.setdefault("data_shard", max(num_gpus // others, 1))
     dims = ParallelDims(**degrees)
     if dims.size != num_gpus:
-        raise ConfigError(f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change gpus or one of its degrees")
+        raise ConfigError(
+            f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change gpus or one of its degrees"
+        )
     return dims
 
 
@@ -149,7 +151,7 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
     """The plan of a legal layout."""
     config, gpu, efficiency = question.config, question.gpu, question.efficiency
     micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
-    ends = {stage: None for stage in (stages(config, dims.pipeline)[0], stages(config, dims.pipeline)[-1])}
+    ends = dict.fromkeys((stages(config, dims.pipeline)[0], stages(config, dims.pipeline)[-1]))
     memory = max(
         (
             stage_memory(config, row, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
@@ -158,7 +160,8 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
         ),
         key=lambda memory: memory.total,
     )
-    seconds, links = 0.0, {}
+    seconds = 0.0
+    links: dict[str, tuple[float, float]] = {}
     for row in rows:
         slowest = 0.0
         for stage in ends:
@@ -192,9 +195,11 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
 def too_large(plan: Plan, question: Question) -> str:
     """Why a plan does not fit, in a line."""
     room = question.gpu.memory * question.efficiency.memory
-    parts = {name: value for name, value in asdict(plan.memory).items() if value > 0.1 * plan.memory.total}
-    largest = ", ".join(f"{name} {value / GIB:.1f}" for name, value in sorted(parts.items(), key=lambda item: -item[1]))
-    return f"{layout_name(plan.dims)}{'' if plan.recompute else ', activations kept'}: {plan.memory.total / GIB:.1f} GiB of {room / GIB:.1f} ({largest})"
+    total = plan.memory.total
+    parts = sorted(((value, name) for name, value in asdict(plan.memory).items() if value > total / 10), reverse=True)
+    largest = ", ".join(f"{name} {value / GIB:.1f}" for value, name in parts)
+    kept = "" if plan.recompute else ", activations kept"
+    return f"{layout_name(plan.dims)}{kept}: {total / GIB:.1f} GiB of {room / GIB:.1f} ({largest})"
 
 
 def _layouts(num_gpus: int, config: ModelConfig) -> Iterator[ParallelDims]:

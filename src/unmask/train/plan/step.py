@@ -115,7 +115,11 @@ def stage_transfers(
 
 def compute_seconds(flops: Flops, gpu: Gpu, efficiency: Efficiency) -> float:
     """Time of products on one GPU."""
-    kinds = ((flops.matrices, efficiency.matrices), (flops.experts, efficiency.experts), (flops.attention, efficiency.attention))
+    kinds = (
+        (flops.matrices, efficiency.matrices),
+        (flops.experts, efficiency.experts),
+        (flops.attention, efficiency.attention),
+    )
     return sum(flop / share for flop, share in kinds) / gpu.flops
 
 

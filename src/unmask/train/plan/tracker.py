@@ -27,13 +27,13 @@ _FLOPS = {**flop_registry, torch.ops.aten._grouped_mm: shape_wrapper(_grouped_fl
 class Tracker(TorchDispatchMode):
     """Counts of what happens inside the `with` block.
 
-    `current` and, since `reset`, `peak`: bytes of the storages of fake tensors, each from its first tensor until nothing refers to
-    it. FSDP frees and refills gathered parameters by resizing their storages, which counts too.
+    `current` and, since `reset`, `peak`: bytes of the storages of fake tensors, each from its first tensor until nothing refers
+    to it. FSDP frees and refills gathered parameters by resizing their storages, which counts too.
     `flops`, since `reset`: of matrix products, by PyTorch's formulas (`FlopCounterMode` itself keeps activations alive).
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
         self._resize = torch.UntypedStorage.resize_
@@ -51,13 +51,13 @@ class Tracker(TorchDispatchMode):
                 self._set(storage._cdata, size)
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:

@@ -1,7 +1,7 @@
 """Work of a training step: what the rows of a recipe become, and the parameters and products of a model.
 
-Owns counts of positions, predictions, parameters and floating-point operations (FLOP: a multiplication and an addition are two).
-Knows nothing of devices. A document is taken to fill its row: shorter ones need less attention.
+Owns counts of positions, predictions, parameters and floating-point operations (FLOP: a multiplication and an addition are
+two). Knows nothing of devices. A document is taken to fill its row: shorter ones need less attention.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _row_work(recipe: Recipe, phase: Phase, share: float) -> RowWork:
     if objective.kind == "next_token":
         return RowWork(share, length, length, length, length * (length + 1) // 2)
     if not isinstance(objective, DenoiseSection):
-        raise ConfigError(f"objective.kind is {objective.kind}; plans are made for denoise and next_token: plan with one of them")
+        raise ConfigError(
+            f"objective.kind is {objective.kind}; plans are made for denoise and next_token: plan with one of them"
+        )
     block = phase.block_size
     masks = CorruptionConfig(0, block, complementary=objective.complementary, mask_samples=objective.mask_samples)
     copies = masks.num_copies
@@ -65,7 +67,7 @@ def _row_work(recipe: Recipe, phase: Phase, share: float) -> RowWork:
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Parameters of a layer: those that tensor parallelism divides, routed experts, the router, and the rest (norms, biases)."""
+    """Parameters of a layer: those that tensor parallelism divides, routed experts, router, and the rest (norms, biases)."""
 
     matrices: int
     experts: int
