@@ -16,13 +16,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
-from unmask.diffusion.objectives import token_nll
+from unmask.diffusion.corrupt import Stream
+from unmask.diffusion.masks import StreamIndex
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
+from unmask.train.objectives.base import Setting
 from unmask.train.optim import MasterAdamW
 from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.expert import ExpertExchange, routed_layers
 from unmask.train.parallel.ranks import Ranks
 from unmask.train.plan.footprint import flex_shapes
 from unmask.train.plan.memory import stages
@@ -30,6 +33,7 @@ from unmask.train.plan.planner import Plan, Question
 from unmask.train.plan.step import Batch, stage_flops
 from unmask.train.plan.tracker import Tracker
 from unmask.train.plan.work import RowWork, row_works
+from unmask.train.sections import TrainSection
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: B
             model = Transformer(config)
         model.activation_checkpointing = recompute
         parallelize(model, world, compute_dtype=torch.bfloat16)
+        positions = batch.micro_rows * -(-row.positions // dims.context)
+        for moe in routed_layers(model) if dims.expert > 1 else ():
+            moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
         with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
             model.to_empty(device="cpu")
             optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
@@ -109,7 +116,7 @@ def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: B
                 _fill_gradients(model)
             weights = _bytes(model.parameters())
             tracker.reset()
-            _micro_batch(model, config, row, batch.micro_rows)
+            _micro_batch(model, world, row, batch.micro_rows)
             gradients = _bytes(parameter.grad for parameter in model.parameters())
             state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
     (stage,) = stages(config, 1)
@@ -118,19 +125,37 @@ def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: B
     return Checked(weights, gradients, state, tracker.peak, tracker.flops, predicted.total, seconds)
 
 
+class _BalancedExchange(ExpertExchange):
+    """An exchange in which every rank gets equally many rows: how many it would be is in data that are not there."""
+
+    def __init__(self, group: dist.ProcessGroup, num_rows: int) -> None:
+        super().__init__(group)
+        self._num_rows = num_rows
+
+    def split_sizes(self, leaving_SL: Tensor, arriving_SL: Tensor) -> tuple[list[int], list[int]]:
+        share, rest = divmod(self._num_rows, self._size)
+        sizes = [share + (rank < rest) for rank in range(self._size)]
+        return sizes, sizes
+
+
 def _fill_gradients(model: Transformer) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _micro_batch(model: Transformer, config: ModelConfig, row: RowWork, micro_rows: int) -> None:
-    """Forward and backward pass; which positions are predicted changes no shape."""
-    tokens_BT = torch.zeros(micro_rows, row.positions, dtype=torch.int64)
-    index_N = torch.zeros(micro_rows * row.predictions, dtype=torch.int64)
-    hidden_BTD = model(tokens_BT, tokens_BT, flex_shapes)
-    hidden_ND = hidden_BTD[index_N, index_N]
+def _micro_batch(model: Transformer, world: Ranks, row: RowWork, micro_rows: int) -> None:
+    """Forward and backward pass of a stream of one token; which positions are predicted changes no shape."""
+    setting = Setting(model, TrainSection(tokens=1), "flex", mask_id=model.config.mask_id, world=world)
+    zeros_BT = torch.zeros(micro_rows, row.positions, dtype=torch.int64)
+    zeros_N = torch.zeros(micro_rows * row.predictions // world.dims.context, dtype=torch.int64)
+    index, weight_N = StreamIndex(zeros_BT, zeros_BT, zeros_BT), zeros_N.float()
+    predict = (zeros_N, zeros_N)
+    stream = Stream(zeros_BT, zeros_BT, index, zeros_BT, zeros_BT, predict, zeros_N, weight_N, weight_N, len(zeros_N))
+    layers = model if setting.context is None else setting.context.divide(model)
+    hidden_BTD = layers(zeros_BT, zeros_BT, flex_shapes)
+    hidden_ND = hidden_BTD[predict]
     del hidden_BTD
-    token_nll(model.head, hidden_ND, index_N, config.mask_id).sum().backward()
+    setting.nll(stream, hidden_ND=hidden_ND).sum().backward()
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -1,6 +1,6 @@
 """GPUs that plans are made for, and the shares of their peaks that a plan counts on.
 
-Source: NVIDIA's data sheets of A100, H100, H200 (SXM) and of DGX A100, H100, H200, B200: bfloat16 peaks without sparsity; NVLink
+Source: NVIDIA's data sheets of A100, H100, H200 (SXM) and of DGX A100 to B200: bfloat16 peaks without sparsity; NVLink
 in one direction (half of the advertised sum); network as built into a DGX, one adapter of 200 (A100) or 400 Gb/s for each GPU.
 Memory is what `nvidia-smi` reports.
 """

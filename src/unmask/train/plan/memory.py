@@ -133,33 +133,25 @@ def stage_memory(
     kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
-    held = inputs if recompute else inputs + sum(kept)
-    peak = max(footprint.peak for footprint in prints.values()) * tokens
-    workspace = peak if recompute else peak - max(kept)
-    activations = held * in_flight + workspace
-    logits, gathered = 0.0, _gathered(config, layers, ends, dims)
-    if stage.has_head:
-        predictions = min(micro_rows * row.predictions / dims.context, _CHUNK)
-        logits = _LOGITS * predictions * config.vocab_size / dims.tensor
-        # The loss is over before the layers' backward pass begins.
-        if logits > workspace:
-            activations -= workspace
-        else:
-            logits = 0.0
-    return Memory(_SHARD * shard, _SHARD * shard, 2 * _SHARD * shard, gathered, activations, logits)
-
-
-def _gathered(config: ModelConfig, layers: list[LocalParameters], ends: LocalParameters, dims: ParallelDims) -> float:
-    """FSDP's buffers in the backward pass.
-
-    The layer at work, the next one being fetched, and, on their way to the shards in float32, the gradients of the one before;
-    embedding and head stay gathered, and the head's gradient waits for the embedding's.
-    """
+    held = (inputs if recompute else inputs + sum(kept)) * in_flight
+    work = max(footprint.peak for footprint in prints.values()) * tokens - (0 if recompute else max(kept))
+    predictions = min(micro_rows * row.predictions / dims.context, _CHUNK) if stage.has_head else 0
+    logits = _LOGITS * predictions * config.vocab_size / dims.tensor
+    # Embedding and head stay gathered; the head's gradient waits for the embedding's.
+    ends_gathered = 1.5 * _GATHERED * ends.gathered
     block = max(layer.gathered for layer in layers)
-    always = _GATHERED * ends.gathered * 1.5
+    resident = 0.0
     if dims.pipeline > 1:
-        return 2 * _GATHERED * sum(layer.gathered for layer in layers) + _SHARD * block + always
-    return (2 * _GATHERED + _SHARD) * block + always
+        # Between micro-batches, layers and their gradients stay as they are.
+        resident, block = 2 * _GATHERED * sum(layer.gathered for layer in layers), block / 2
+    shards = _SHARD * shard, _SHARD * shard, 2 * _SHARD * shard
+    at_loss = Memory(*shards, ends_gathered + resident, held, logits)
+    # The layer at work and the one being fetched.
+    in_first = Memory(*shards, ends_gathered + resident + 2 * _GATHERED * block, held + work, 0.0)
+    # And, on their way to the shards in float32, the gradients of the one before.
+    done = 0.0 if recompute else min(kept) * in_flight
+    in_next = Memory(*shards, ends_gathered + resident + (2 * _GATHERED + _SHARD) * block, held + work - done, 0.0)
+    return max(at_loss, in_first, in_next, key=lambda memory: memory.total)
 
 
 def _kinds(config: ModelConfig, stage: Stage) -> set[bool]:
