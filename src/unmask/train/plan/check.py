@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,28 +98,35 @@ def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: B
         batch: rows of the micro-batch; with several micro-batches it is not the first one, and finds gradients.
         recompute: with activation checkpointing.
     """
-    started = time.perf_counter()
     with fake_world(dims) as world:
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.activation_checkpointing = recompute
-        parallelize(model, world, compute_dtype=torch.bfloat16)
-        positions = batch.micro_rows * -(-row.positions // dims.context)
-        for moe in routed_layers(model) if dims.expert > 1 else ():
-            moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
-        with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
-            model.to_empty(device="cpu")
-            optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
+        return track_rank(config, row, world, batch, FakeTensorMode(allow_non_fake_inputs=True), recompute=recompute)
+
+
+def track_rank(
+    config: ModelConfig, row: RowWork, world: Ranks, batch: Batch, tensors: AbstractContextManager[Any], *, recompute: bool
+) -> Checked:
+    """`check_layout` in a world that is there already; what is allocated is allocated inside `tensors` (a fake tensor mode)."""
+    started, dims = time.perf_counter(), world.dims
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.activation_checkpointing = recompute
+    parallelize(model, world, compute_dtype=torch.bfloat16)
+    positions = batch.micro_rows * -(-row.positions // dims.context)
+    for moe in routed_layers(model) if dims.expert > 1 else ():
+        moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
+    with tensors, Tracker() as tracker:
+        model.to_empty(device="cpu")
+        optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
+        _fill_gradients(model)
+        optimizer.clip(1.0)
+        optimizer.step(1e-4)
+        if batch.micro_batches > 1:
             _fill_gradients(model)
-            optimizer.clip(1.0)
-            optimizer.step(1e-4)
-            if batch.micro_batches > 1:
-                _fill_gradients(model)
-            weights = _bytes(model.parameters())
-            tracker.reset()
-            _micro_batch(model, world, row, batch.micro_rows)
-            gradients = _bytes(parameter.grad for parameter in model.parameters())
-            state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
+        weights = _bytes(model.parameters())
+        tracker.reset()
+        _micro_batch(model, world, row, batch.micro_rows)
+        gradients = _bytes(parameter.grad for parameter in model.parameters())
+        state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
     (stage,) = stages(config, 1)
     predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
     seconds = time.perf_counter() - started

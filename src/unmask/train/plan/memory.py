@@ -19,8 +19,8 @@ _SHARD, _GATHERED = 4, 2
 """Bytes of a float32 weight of a shard (moments and gradients are float32, too) and of a gathered one in bfloat16."""
 _CHUNK = 2048
 """Predictions whose logits exist at once: `token_nll`'s chunk."""
-_LOGITS = 8
-"""Bytes for each logit while its gradient is computed: the logit and its gradient in bfloat16, log p in float32."""
+_LOGITS = 6
+"""Bytes for each logit: itself or its gradient in bfloat16, and log p in float32."""
 
 
 @dataclass(frozen=True)
@@ -133,25 +133,24 @@ def stage_memory(
     kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
-    held = (inputs if recompute else inputs + sum(kept)) * in_flight
-    work = max(footprint.peak for footprint in prints.values()) * tokens - (0 if recompute else max(kept))
+    others = (in_flight - 1) * (inputs + (0 if recompute else sum(kept)))
     predictions = min(micro_rows * row.predictions / dims.context, _CHUNK) if stage.has_head else 0
     logits = _LOGITS * predictions * config.vocab_size / dims.tensor
-    # Embedding and head stay gathered; the head's gradient waits for the embedding's.
-    ends_gathered = 1.5 * _GATHERED * ends.gathered
-    block = max(layer.gathered for layer in layers)
-    resident = 0.0
+    # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
+    resident = 1.5 * _GATHERED * ends.gathered
     if dims.pipeline > 1:
-        # Between micro-batches, layers and their gradients stay as they are.
-        resident, block = 2 * _GATHERED * sum(layer.gathered for layer in layers), block / 2
+        resident += 2 * _GATHERED * sum(layer.gathered for layer in layers)
     shards = _SHARD * shard, _SHARD * shard, 2 * _SHARD * shard
-    at_loss = Memory(*shards, ends_gathered + resident, held, logits)
-    # The layer at work and the one being fetched.
-    in_first = Memory(*shards, ends_gathered + resident + 2 * _GATHERED * block, held + work, 0.0)
-    # And, on their way to the shards in float32, the gradients of the one before.
-    done = 0.0 if recompute else min(kept) * in_flight
-    in_next = Memory(*shards, ends_gathered + resident + (2 * _GATHERED + _SHARD) * block, held + work - done, 0.0)
-    return max(at_loss, in_first, in_next, key=lambda memory: memory.total)
+    moments = [Memory(*shards, resident, others + inputs + (0 if recompute else sum(kept)), logits)]
+    for number, layer in enumerate(layers):
+        # The layer at work, the one being fetched and, on their way to the shards in float32, the gradients of the one before.
+        at_work, fetched = layer.gathered, layers[number - 1].gathered if number else 0.0
+        leaving = layers[number + 1].gathered if number + 1 < len(layers) else 0.0
+        buffers = _SHARD * leaving + (_GATHERED * (at_work + fetched) if dims.pipeline == 1 else 0.0)
+        held = stream * (number + 2) + (0 if recompute else sum(kept[:number]))
+        work = prints[config.is_moe_layer(stage.first + number)].peak * tokens
+        moments.append(Memory(*shards, resident + buffers, others + held + work, 0.0))
+    return max(moments, key=lambda memory: memory.total)
 
 
 def _kinds(config: ModelConfig, stage: Stage) -> set[bool]:

@@ -29,7 +29,7 @@ class Plan:
 
     Attributes:
         dims, recompute: the layout, and whether activations are computed again in the backward pass.
-        batch: rows of a micro-batch, and micro-batches of a step.
+        batch: rows of a micro-batch, and micro-batches of a step: the fastest that fit.
         memory: at the peak.
         fits: on the GPU.
         seconds: of a step, mean over the phases.
@@ -101,9 +101,7 @@ def parse_layout(text: str, num_gpus: int) -> ParallelDims:
     degrees.setdefault("data_shard", max(num_gpus // others, 1))
     dims = ParallelDims(**degrees)
     if dims.size != num_gpus:
-        raise ConfigError(
-            f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change gpus or one of its degrees"
-        )
+        raise ConfigError(f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change one of its degrees")
     return dims
 
 
@@ -117,34 +115,39 @@ def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
     found, refused = [], Counter[str]()
     for dims in [layout] if layout is not None else _layouts(question.num_gpus, question.config):
         try:
-            batch = check(question, dims)
+            batches = legal_batches(question, dims)
         except ConfigError as error:
             if layout is not None:
                 raise
             refused[str(error)] += 1
             continue
-        found += [make_plan(question, rows, dims, batch, recompute=recompute) for recompute in (False, True)]
+        for recompute in (False, True):
+            plans = [make_plan(question, rows, dims, batch, recompute=recompute) for batch in batches]
+            found.append(min(plans, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else plan.memory.total)))
     fitting = sorted((plan for plan in found if plan.fits), key=lambda plan: (plan.seconds, plan.memory.total))
     too_large = sorted((plan for plan in found if not plan.fits), key=lambda plan: plan.memory.total)
     return Plans(fitting, too_large, refused)
 
 
-def check(question: Question, dims: ParallelDims) -> Batch:
-    """The batch of each rank; ConfigError when the model or the batch cannot be divided so."""
+def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
+    """The batches of a rank: micro-batches of the recipe's rows, and of 2, 4 and 8 times as many.
+
+    Raises:
+        ConfigError: the model or the batch cannot be divided so.
+    """
     train = question.recipe.train
     dims.check_model(question.config)
     dims.check_rows(train.batch_rows, pairs=False)
     if dims.tensor > PER_NODE:
         raise ConfigError(f"parallel.tensor is {dims.tensor}; it must stay within a node's {PER_NODE} GPUs")
     rows = train.batch_rows // dims.data
-    micro_rows = min(train.micro_rows, rows)
-    batch = Batch(micro_rows, -(-rows // micro_rows))
-    if batch.micro_batches < dims.pipeline:
+    sizes = {min(train.micro_rows * factor, rows) for factor in (1, 2, 4, 8)}
+    batches = [Batch(size, -(-rows // size)) for size in sorted(sizes) if -(-rows // size) >= dims.pipeline]
+    if not batches:
         raise ConfigError(
-            f"parallel.pipeline is {dims.pipeline}, but a rank has {batch.micro_batches} micro-batches; use fewer stages, or a "
-            "lower train.micro_rows"
+            f"parallel.pipeline is {dims.pipeline}; it must not exceed the {rows} rows that a data rank has in a step"
         )
-    return batch
+    return batches
 
 
 def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch: Batch, *, recompute: bool) -> Plan:

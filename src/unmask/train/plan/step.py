@@ -66,11 +66,20 @@ def stage_flops(config: ModelConfig, row: RowWork, dims: ParallelDims, stage: St
     for layer in range(stage.first, stage.last):
         whole = layer_flops(config, layer, positions, pairs)
         forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
-        total += forward * (2 if recompute else 1) + backward(forward)
+        total += forward + backward(forward)
+        if recompute:
+            total += forward + Flops(-_last_product(config, layer, positions) / dims.tensor)
     if stage.has_head:
         forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
         total += forward * (2 if rows * row.predictions / dims.context > _CHUNK else 1) + backward(forward)
     return total
+
+
+def _last_product(config: ModelConfig, layer: int, positions: float) -> float:
+    """FLOP of a layer's last product, which is not computed again: nothing needs its output."""
+    moe = config.moe
+    size = config.ffn_size if moe is None or not config.is_moe_layer(layer) else moe.expert_size * moe.num_shared
+    return 2.0 * size * config.hidden_size * positions
 
 
 def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:

@@ -1,4 +1,4 @@
-"""Memory and FLOP of fake tensors: what a forward and backward pass would allocate and compute, operation by operation.
+"""Memory and FLOP of tensors: what a forward and backward pass allocates and computes, operation by operation.
 
 Owns the counts. Knows nothing of models. Under `FakeTensorMode` nothing is allocated, so that a model of any size is counted.
 """
@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,8 +26,8 @@ _FLOPS = {**flop_registry, torch.ops.aten._grouped_mm: shape_wrapper(_grouped_fl
 class Tracker(TorchDispatchMode):
     """Counts of what happens inside the `with` block.
 
-    `current` and, since `reset`, `peak`: bytes of the storages of fake tensors, each from its first tensor until nothing refers
-    to it. FSDP frees and refills gathered parameters by resizing their storages, which counts too.
+    `current` and, since `reset`, `peak`: bytes of the storages of tensors, each from its first tensor until nothing refers to
+    it. FSDP frees and refills gathered parameters by resizing their storages, which counts too.
     `flops`, since `reset`: of matrix products, by PyTorch's formulas (`FlopCounterMode` itself keeps activations alive).
     """
 
@@ -68,7 +67,7 @@ class Tracker(TorchDispatchMode):
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, FakeTensor):
+            if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
         return result
 

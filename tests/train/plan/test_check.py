@@ -1,0 +1,75 @@
+"""Predicted memory and FLOP against the real modules, divided by the real `parallelize`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+
+from processes import Pool
+from tiny import tiny_config
+from unmask.models.arch.config import ModelConfig
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.check import Checked, check_layout, track_rank
+from unmask.train.plan.memory import stage_memory, stages
+from unmask.train.plan.step import Batch
+from unmask.train.plan.work import RowWork
+
+ROW = RowWork(share=1.0, length=512, positions=1024, predictions=256, pairs=0)
+BATCH = Batch(micro_rows=2, micro_batches=2)
+
+
+def sized(family: str, num_layers: int) -> ModelConfig:
+    """Large enough that what counts for a real model counts here."""
+    sizes = {"vocab_size": 4096, "hidden_size": 256, "head_dim": 64, "ffn_size": 1024, "num_layers": num_layers}
+    return tiny_config(family, **sizes)
+
+
+def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checked, *, recompute: bool) -> None:
+    (stage,) = stages(config, 1)
+    rows = {"micro_rows": BATCH.micro_rows, "micro_batches": BATCH.micro_batches}
+    memory = stage_memory(config, ROW, dims, stage, recompute=recompute, **rows)
+    shards = memory.weights, memory.gradients, memory.optimizer
+    assert (checked.weights, checked.gradients, checked.optimizer) == pytest.approx(shards, rel=0.02)
+    assert memory.total == pytest.approx(checked.peak, rel=0.10)
+    assert checked.predicted_flops == pytest.approx(checked.flops, rel=0.05)
+
+
+QUICK = [("llama", 4, ParallelDims(data_shard=4), True), ("llada2", 4, ParallelDims(data_shard=4, expert=4), False)]
+MORE = [
+    (family, layers, dims, recompute)
+    for family, layers in (("qwen3", 6), ("llada2", 6))
+    for dims in (ParallelDims(data_shard=8), ParallelDims(data_shard=4, tensor=2), ParallelDims(data_shard=4, context=2))
+    for recompute in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "dims", "recompute"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
+def test_a_layout_is_as_predicted(family: str, layers: int, dims: ParallelDims, recompute: bool) -> None:
+    config = sized(family, layers)
+    checked = check_layout(config, ROW, dims, BATCH, recompute=recompute)
+    assert_as_predicted(config, dims, checked, recompute=recompute)
+
+
+def track_here() -> Checked:
+    """In a rank of the pool: the same on real tensors, with collectives that take place."""
+    from unmask.train.parallel.ranks import Ranks
+
+    world = Ranks(ParallelDims(data_shard=2), "cpu")
+    return track_rank(sized("llada2", 4), ROW, world, BATCH, nullcontext(), recompute=True)
+
+
+@pytest.mark.slow
+def test_fake_tensors_hold_what_real_ones_do() -> None:
+    config, dims = sized("llada2", 4), ParallelDims(data_shard=2)
+    pool = Pool()
+    try:
+        real = pool.run(2, track_here, timeout=60)[0]
+    finally:
+        pool.close()
+    assert_as_predicted(config, dims, real, recompute=True)
+    fake = check_layout(config, ROW, dims, BATCH, recompute=True)
+    assert fake.peak == pytest.approx(real.peak, rel=0.02)
+    assert fake.flops == real.flops

@@ -1,0 +1,126 @@
+"""Plans: counts against the real model, layouts and their errors, and what a plan says of memory and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import FAMILIES, tiny_config
+from unmask.errors import ConfigError
+from unmask.models.arch.transformer import Transformer
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.gpus import find_gpu
+from unmask.train.plan.memory import stages
+from unmask.train.plan.planner import Question, find_plans, layout_name, parse_layout, too_large
+from unmask.train.plan.step import Batch, stage_transfers
+from unmask.train.plan.work import RowWork, num_parameters, row_works
+from unmask.train.recipe import Recipe, parse_recipe
+
+ROW = RowWork(share=1.0, length=64, positions=128, predictions=32, pairs=4096)
+SCALE = Path(__file__).parents[3] / "recipes" / "scale"
+
+
+def recipe(**changes: object) -> Recipe:
+    values = {
+        "model": "x",
+        "data": {"sources": [{"kind": "jsonl", "path": "x"}], "row_length": 64},
+        "objective": {"kind": "denoise", "complementary": False},
+        "train": {"tokens": 6400, "batch_rows": 32, "micro_rows": 1},
+        **changes,
+    }
+    return parse_recipe(values, "of the test")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_model(family: str) -> None:
+    config = tiny_config(family)
+    with torch.device("meta"):
+        assert num_parameters(config) == Transformer(config).num_parameters()
+
+
+def test_a_stream_is_noisy_and_clean_copies() -> None:
+    schedule = {"warmup": [{"block_size": 1, "share": 1}], "stable": 1.0, "decay": [{"block_size": 16, "share": 2}]}
+    one, whole, blocks = row_works(recipe(schedule=schedule))
+    assert (one.positions, one.predictions) == (128, 64)
+    assert (whole.positions, whole.predictions, whole.pairs) == (64, 32, 64 * 64)
+    # Of 4 blocks of 16: each sees itself and, on average, 1.5 before it; noisy and clean.
+    assert (blocks.positions, blocks.predictions, blocks.pairs) == (128, 32, 2 * 64 * (16 + 24))
+    assert [row.share for row in (one, whole, blocks)] == [0.25, 0.25, 0.5]
+    (pairs,) = row_works(recipe(objective={"kind": "denoise", "complementary": True}))
+    assert (pairs.positions, pairs.predictions) == (3 * 64, 64)
+
+
+def test_an_objective_without_plans_is_named() -> None:
+    with pytest.raises(ConfigError, match="preference"):
+        row_works(recipe(objective={"kind": "preference"}, train={"tokens": 64, "batch_rows": 4, "micro_rows": 2}))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("data=8", "data=8"),
+        ("tensor=x", "tensor=x"),
+        ("tensor=3", "6 GPUs"),
+        ("data_shard=4", "4 GPUs"),
+        ("expert=3", "expert"),
+    ],
+)
+def test_a_wrong_layout_is_named(text: str, names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        parse_layout(text, 8)
+
+
+def test_layouts_are_read_as_they_are_written() -> None:
+    dims = ParallelDims(data_replicate=2, data_shard=4, tensor=2, expert=4)
+    assert parse_layout(layout_name(dims), 16) == dims
+    assert parse_layout("tensor=2", 8) == ParallelDims(data_shard=4, tensor=2)
+    assert layout_name(ParallelDims()) == "data_shard=1"
+
+
+def test_every_layout_is_planned_or_refused() -> None:
+    question = Question(recipe(), tiny_config("llada2"), find_gpu("h100"), 8, price=2.0)
+    plans = find_plans(question)
+    assert [plan.seconds for plan in plans.fitting] == sorted(plan.seconds for plan in plans.fitting)
+    assert not plans.too_large
+    assert all(plan.dims.size == 8 for plan in plans.fitting)
+    assert {layout_name(plan.dims) for plan in plans.fitting} >= {"data_shard=8", "data_shard=8,expert=8", "data_replicate=8"}
+    assert any("key-value heads" in rule for rule in plans.refused)
+    plan = plans.fitting[0]
+    assert plan.cost == pytest.approx(2.0 * 8 * plan.days * 24)
+    assert plan.tokens_per_day == pytest.approx(32 * 64 / plan.seconds * 86_400)
+    with pytest.raises(ConfigError, match="key-value heads"):
+        find_plans(question, ParallelDims(tensor=8))
+
+
+def test_a_large_model_says_what_does_not_fit() -> None:
+    question = Question(recipe(), tiny_config("llama", hidden_size=8192, ffn_size=65536), find_gpu("a100-40gb"), 2)
+    plans = find_plans(question, ParallelDims(data_shard=2))
+    assert not plans.fitting
+    assert "optimizer" in too_large(plans.too_large[0], question)
+
+
+def test_traffic_stays_in_a_node_where_the_group_does() -> None:
+    config, batch = tiny_config("llada2"), Batch(micro_rows=1, micro_batches=2)
+
+    def sent(dims: ParallelDims) -> dict[str, tuple[bool, bool]]:
+        (stage, *_) = stages(config, dims.pipeline)
+        transfers = stage_transfers(config, ROW, dims, stage, batch, recompute=False)
+        return {each.name: (each.nvlink > 0, each.network > 0) for each in transfers}
+
+    assert sent(ParallelDims(data_shard=8)) == {"data_shard": (True, False)}
+    assert sent(ParallelDims(data_shard=16, expert=8)) == {"data_shard": (False, True), "expert": (True, False)}
+    assert sent(ParallelDims(tensor=2, context=2, data_shard=4))["context"] == (True, False)
+    assert sent(ParallelDims(data_replicate=2, data_shard=8))["data_replicate"] == (False, True)
+
+
+@pytest.mark.parametrize("path", sorted(SCALE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_fit_where_they_say(path: Path) -> None:
+    from unmask.models.families.registry import published_config, read_config
+    from unmask.train.recipe import load_recipe
+
+    values, (_, gpus, gpu) = load_recipe(path), path.stem.rsplit("_", 2)
+    question = Question(values, read_config(published_config(values.model)), find_gpu(gpu), int(gpus))
+    (plan, *_) = find_plans(question, values.parallel.dims(int(gpus))).fitting
+    assert plan.mfu > 0.1
