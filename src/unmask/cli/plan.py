@@ -46,8 +46,8 @@ def plan(
     """Plan a training run on many GPUs.
 
     \b
-    unmask plan --recipe recipes/scale/llada2-flash.yaml --gpu h100 --gpus 64
-    unmask plan --recipe recipes/scale/llada2-mini.yaml --gpu h200 --gpus 8 --layout data_shard=8,expert=8 --check
+    unmask plan --recipe recipes/scale/llada2-flash_64_h100.yaml --gpu h100 --gpus 64
+    unmask plan --recipe recipes/scale/llada2-mini_8_h200.yaml --gpu h200 --gpus 8 --layout recipe --check
 
     Every legal layout (data_replicate, data_shard, context, tensor, pipeline, expert), with and without activation
     checkpointing: memory of a rank, traffic of a step, tokens in a day; fastest first. Memory is measured layer by layer, time

@@ -13,7 +13,7 @@ import torch
 from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.footprint import Footprint, layer_footprint
-from unmask.train.plan.work import RowWork, layer_parameters
+from unmask.train.plan.work import LayerCount, RowWork, layer_count, layer_parameters
 
 _SHARD, _GATHERED = 4, 2
 """Bytes of a float32 weight of a shard (moments and gradients are float32, too) and of a gathered one in bfloat16."""
@@ -55,6 +55,10 @@ class Stage:
     last: int
     num_layers: int
 
+    def kinds(self, config: ModelConfig) -> LayerCount:
+        """How many there are of each kind."""
+        return layer_count(config, self.first, self.last)
+
     @property
     def has_embedding(self) -> bool:
         """Whether the embedding is here."""
@@ -93,6 +97,9 @@ class LocalParameters:
     def __add__(self, other: LocalParameters) -> LocalParameters:
         return LocalParameters(self.dense + other.dense, self.experts + other.experts, self.routers + other.routers)
 
+    def __mul__(self, number: int) -> LocalParameters:
+        return LocalParameters(self.dense * number, self.experts * number, self.routers * number)
+
 
 def local_layer(config: ModelConfig, layer: int, dims: ParallelDims) -> LocalParameters:
     """Parameters of a layer that a rank gathers."""
@@ -123,13 +130,14 @@ def stage_memory(
         micro_batches: of a step.
         recompute: activation checkpointing: each layer keeps its input only, and runs again in the backward pass.
     """
-    layers = [local_layer(config, layer, dims) for layer in range(stage.first, stage.last)]
+    kinds = {config.is_moe_layer(layer): local_layer(config, layer, dims) for layer in stage.kinds(config)}
+    layers = [kinds[config.is_moe_layer(layer)] for layer in range(stage.first, stage.last)]
     ends = local_ends(config, stage, dims)
     shard = sum(layers, start=ends).shard(dims)
     tokens = micro_rows * row.positions / dims.context
     # Between two layers each tensor rank holds a part of the positions.
     stream = _GATHERED * config.hidden_size * tokens / dims.tensor
-    prints = {routed: _layer_print(config, routed, dims) for routed in _kinds(config, stage)}
+    prints = {config.is_moe_layer(layer): _layer_print(config, layer, dims) for layer in stage.kinds(config)}
     kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
@@ -153,12 +161,7 @@ def stage_memory(
     return max(moments, key=lambda memory: memory.total)
 
 
-def _kinds(config: ModelConfig, stage: Stage) -> set[bool]:
-    return {config.is_moe_layer(layer) for layer in range(stage.first, stage.last)}
-
-
-def _layer_print(config: ModelConfig, routed: bool, dims: ParallelDims) -> Footprint:
-    layer = next(layer for layer in range(config.num_layers) if config.is_moe_layer(layer) == routed)
+def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims) -> Footprint:
     return layer_footprint(config, layer, dims.tensor, torch.bfloat16)
 
 

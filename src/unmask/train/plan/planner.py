@@ -6,7 +6,7 @@ Owns the search and what is said of layouts that do not work.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
@@ -16,8 +16,8 @@ from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Memory, stage_memory, stages
-from unmask.train.plan.step import Batch, model_flops, stage_flops, stage_seconds, stage_transfers
-from unmask.train.plan.work import RowWork, row_works
+from unmask.train.plan.step import Batch, Transfer, model_flops, stage_flops, stage_seconds, stage_transfers
+from unmask.train.plan.work import RowWork, mean_row, row_works
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400
@@ -154,29 +154,24 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
     """The plan of a legal layout."""
     config, gpu, efficiency = question.config, question.gpu, question.efficiency
     micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
-    ends = dict.fromkeys((stages(config, dims.pipeline)[0], stages(config, dims.pipeline)[-1]))
+    every = stages(config, dims.pipeline)
+    ends = {every[0], every[-1]}
+    most = max(rows, key=lambda row: (row.positions, row.predictions))
     memory = max(
         (
-            stage_memory(config, row, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
-            for row in rows
+            stage_memory(config, most, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
             for stage in ends
         ),
         key=lambda memory: memory.total,
     )
-    seconds = 0.0
-    links: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        slowest = 0.0
-        for stage in ends:
-            flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, recompute=recompute)
-            transfers = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
-            slowest = max(slowest, stage_seconds(flops, transfers, memory.weights, gpu, efficiency))
-            for transfer in transfers if stage.has_embedding else []:
-                nvlink, network = links.get(transfer.name, (0.0, 0.0))
-                links[transfer.name] = (nvlink + row.share * transfer.nvlink, network + row.share * transfer.network)
-        seconds += row.share * slowest * (micro_batches + dims.pipeline - 1) / micro_batches
+    row, seconds = mean_row(rows), 0.0
+    transfers: list[Transfer] = []
+    for stage in ends:
+        flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, recompute=recompute)
+        transfers = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
+        seconds = max(seconds, stage_seconds(flops, transfers, memory.weights, gpu, efficiency))
+    seconds *= (micro_batches + dims.pipeline - 1) / micro_batches
     train = question.recipe.train
-    flops_of_step = sum(row.share * model_flops(config, row, train.batch_rows) for row in rows)
     tokens_per_day = train.batch_rows * question.recipe.data.row_length / seconds * _DAY
     days = train.tokens / tokens_per_day
     return Plan(
@@ -186,13 +181,20 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
         memory=memory,
         fits=memory.total <= gpu.memory * efficiency.memory,
         seconds=seconds,
-        mfu=flops_of_step / seconds / (gpu.flops * question.num_gpus),
-        nvlink={name: link[0] for name, link in links.items()},
-        network={name: link[1] for name, link in links.items()},
+        mfu=model_flops(config, row, train.batch_rows) / seconds / (gpu.flops * question.num_gpus),
+        nvlink=_by_name((transfer.name, transfer.nvlink) for transfer in transfers),
+        network=_by_name((transfer.name, transfer.network) for transfer in transfers),
         tokens_per_day=tokens_per_day,
         days=days,
         cost=None if question.price is None else question.price * question.num_gpus * days * 24,
     )
+
+
+def _by_name(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for name, value in values:
+        totals[name] = totals.get(name, 0.0) + value
+    return totals
 
 
 def too_large(plan: Plan, question: Question) -> str:

@@ -13,7 +13,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Stage, local_ends, local_layer
-from unmask.train.plan.work import Flops, RowWork, backward, head_flops, layer_flops
+from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_count, layer_flops
 
 _CHUNK = 2048
 _UPDATE_BYTES = 32
@@ -62,39 +62,41 @@ def _local(size: int, stride: int) -> int:
 def stage_flops(config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, rows: int, recompute: bool) -> Flops:
     """FLOP of a rank for so many rows; routed experts and routers are not divided by tensor parallelism."""
     positions, pairs = rows * row.positions / dims.context, rows * row.pairs / dims.context
-    total = Flops()
-    for layer in range(stage.first, stage.last):
-        whole = layer_flops(config, layer, positions, pairs)
-        forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
-        total += forward + backward(forward)
-        if recompute:
-            total += forward + Flops(-_last_product(config, layer, positions) / dims.tensor)
+    layers = stage.kinds(config)
+    whole = layer_flops(config, layers, positions, pairs)
+    forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
+    total = forward + backward(forward)
+    if recompute:
+        total += forward + Flops(-_last_products(config, layers, positions) / dims.tensor)
     if stage.has_head:
         forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
         total += forward * (2 if rows * row.predictions / dims.context > _CHUNK else 1) + backward(forward)
     return total
 
 
-def _last_product(config: ModelConfig, layer: int, positions: float) -> float:
-    """FLOP of a layer's last product, which is not computed again: nothing needs its output."""
-    moe = config.moe
-    size = config.ffn_size if moe is None or not config.is_moe_layer(layer) else moe.expert_size * moe.num_shared
+def _last_products(config: ModelConfig, layers: LayerCount, positions: float) -> float:
+    """FLOP of the layers' last products, which are not computed again: nothing needs their outputs."""
+    moe, size = config.moe, 0
+    for layer, count in layers.items():
+        dense = moe is None or not config.is_moe_layer(layer)
+        size += count * (config.ffn_size if moe is None or dense else moe.expert_size * moe.num_shared)
     return 2.0 * size * config.hidden_size * positions
 
 
 def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:
     """FLOP that the rows need on one device, without anything computed twice: what MFU counts."""
-    forward = head_flops(config, rows * row.predictions)
-    for layer in range(config.num_layers):
-        forward += layer_flops(config, layer, rows * row.positions, rows * row.pairs)
-    return 3 * forward.total
+    layers = layer_count(config, 0, config.num_layers)
+    forward = layer_flops(config, layers, rows * row.positions, rows * row.pairs)
+    return 3 * (forward + head_flops(config, rows * row.predictions)).total
 
 
 def stage_transfers(
     config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: bool
 ) -> Iterator[Transfer]:
     """What a rank sends in a step, dimension by dimension."""
-    local = sum((local_layer(config, layer, dims) for layer in range(stage.first, stage.last)), local_ends(config, stage, dims))
+    local = local_ends(config, stage, dims)
+    for layer, number in stage.kinds(config).items():
+        local += local_layer(config, layer, dims) * number
     # With a pipeline, the weights stay gathered and the gradients are added up over the micro-batches.
     gathers, reductions = (1, 1) if dims.pipeline > 1 else (2 * batch.micro_batches, batch.micro_batches)
     expert_shards = dims.shards // dims.expert
@@ -115,7 +117,7 @@ def stage_transfers(
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim / dims.tensor
         yield _exchange("context", 2 * passes * layers * heads * positions, dims.context, dims.tensor)
     if dims.expert > 1 and config.moe is not None:
-        routed = sum(config.is_moe_layer(layer) for layer in range(stage.first, stage.last))
+        routed = sum(number for layer, number in stage.kinds(config).items() if config.is_moe_layer(layer))
         yield _exchange("expert", 2 * passes * routed * config.moe.num_active * stream, dims.expert, dims.tensor)
     if dims.pipeline > 1:
         stride = dims.size // dims.pipeline

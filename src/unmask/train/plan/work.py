@@ -6,6 +6,7 @@ two). Knows nothing of devices. A document is taken to fill its row: shorter one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unmask.diffusion.blocks import Phase
@@ -46,6 +47,15 @@ def row_works(recipe: Recipe) -> list[RowWork]:
     return [_row_work(recipe, phase, phase.tokens / total) for phase in phases]
 
 
+def mean_row(rows: list[RowWork]) -> RowWork:
+    """A row of the whole run: what takes time grows with each count in proportion."""
+    counts = (
+        round(sum(row.share * count for row, count in zip(rows, column, strict=True)))
+        for column in zip(*((row.length, row.positions, row.predictions, row.pairs) for row in rows), strict=True)
+    )
+    return RowWork(1.0, *counts)
+
+
 def _row_work(recipe: Recipe, phase: Phase, share: float) -> RowWork:
     length, objective = recipe.data.row_length, recipe.objective
     if objective.kind == "next_token":
@@ -80,6 +90,17 @@ class LayerParameters:
         return self.matrices + self.experts + self.router + self.rest
 
 
+LayerCount = Mapping[int, int]
+"""How many layers there are of each kind, named by one of them: all dense layers are alike, and all routed ones."""
+
+
+def layer_count(config: ModelConfig, first: int, last: int) -> LayerCount:
+    """The kinds of the layers `first` to `last - 1`."""
+    dense = 0 if config.moe is None else min(max(config.moe.num_dense_layers - first, 0), last - first)
+    dense = last - first if config.moe is None else dense
+    return {layer: count for layer, count in ((first, dense), (last - 1, last - first - dense)) if count}
+
+
 def layer_parameters(config: ModelConfig, layer: int) -> LayerParameters:
     """Parameters of layer `layer` (from 0)."""
     size, moe = config.hidden_size, config.moe
@@ -101,7 +122,8 @@ def end_parameters(config: ModelConfig) -> int:
 
 def num_parameters(config: ModelConfig) -> int:
     """All parameters of a model."""
-    layers = sum(layer_parameters(config, layer).total for layer in range(config.num_layers))
+    kinds = layer_count(config, 0, config.num_layers)
+    layers = sum(layer_parameters(config, layer).total * count for layer, count in kinds.items())
     return layers + end_parameters(config) + config.hidden_size
 
 
@@ -125,12 +147,15 @@ class Flops:
         return Flops(self.matrices * factor, self.experts * factor, self.attention * factor)
 
 
-def layer_flops(config: ModelConfig, layer: int, positions: float, pairs: float) -> Flops:
-    """FLOP of the forward pass of a layer over so many positions and visible pairs."""
-    parameters, moe = layer_parameters(config, layer), config.moe
-    active = 0.0 if moe is None else parameters.experts * moe.num_active / moe.num_experts
-    attention = 4.0 * config.num_heads * config.head_dim * pairs
-    return Flops(2.0 * (parameters.matrices + parameters.router) * positions, 2.0 * active * positions, attention)
+def layer_flops(config: ModelConfig, layers: LayerCount, positions: float, pairs: float) -> Flops:
+    """FLOP of the forward pass of layers over so many positions and visible pairs."""
+    total, moe = Flops(), config.moe
+    for layer, count in layers.items():
+        parameters = layer_parameters(config, layer)
+        active = 0.0 if moe is None else parameters.experts * moe.num_active / moe.num_experts
+        attention = 4.0 * config.num_heads * config.head_dim * pairs
+        total += Flops(2 * (parameters.matrices + parameters.router) * positions, 2 * active * positions, attention) * count
+    return total
 
 
 def head_flops(config: ModelConfig, predictions: float) -> Flops:
