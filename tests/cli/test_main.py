@@ -26,6 +26,7 @@ VERBS = (
     "sft",
     "dpo",
     "pack",
+    "plan",
     "info",
     "merge",
     "export",

@@ -21,6 +21,7 @@ from unmask.train.plan.work import RowWork, mean_row, row_works
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400
+_DEGREES = ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Question:
 
 def layout_name(dims: ParallelDims) -> str:
     """A layout as `--layout` takes it: the degrees above 1."""
-    degrees = {name: degree for name, degree in asdict(dims).items() if degree > 1}
+    degrees = {name: degree for name in _DEGREES if (degree := asdict(dims)[name]) > 1}
     return ",".join(f"{name}={degree}" for name, degree in degrees.items()) or "data_shard=1"
 
 
@@ -91,15 +92,15 @@ def parse_layout(text: str, num_gpus: int) -> ParallelDims:
         ConfigError: an unknown name, no number, or a product that is not the number of GPUs.
     """
     degrees: dict[str, int] = {}
-    names = list(ParallelDims.__dataclass_fields__)
     for part in filter(None, text.split(",")):
         name, _, degree = part.partition("=")
-        if name not in names or not degree.isdigit() or int(degree) < 1:
-            raise ConfigError(f"layout has {part!r}; write name=degree, with a name of {', '.join(names)}")
+        if name not in _DEGREES or not degree.isdigit() or int(degree) < 1:
+            raise ConfigError(f"layout has {part!r}; write name=degree, with a name of {', '.join(_DEGREES)}")
         degrees[name] = int(degree)
     others = prod(degree for name, degree in degrees.items() if name not in ("data_shard", "expert"))
     degrees.setdefault("data_shard", max(num_gpus // others, 1))
-    dims = ParallelDims(**degrees)
+    replicate, shard, context, tensor, pipeline, expert = (degrees.get(name, 1) for name in _DEGREES)
+    dims = ParallelDims(replicate, shard, context, tensor, pipeline, expert)
     if dims.size != num_gpus:
         raise ConfigError(f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change one of its degrees")
     return dims
