@@ -339,6 +339,7 @@ def recipes() -> dict[str, Recipe]:
         "int4 gptq 32, rotated, down in 8 bits": Recipe(best, others=down, rotate=True, activations=None),
         "int4 gptq minimum 32": Recipe(replace(best, scale="minimum"), activations=None),
         "int4 gptq minimum 32, activations by 32": Recipe(replace(best, scale="minimum"), activations=(8, 32)),
+        "int4 gptq minimum 32, down in 8 bits": Recipe(replace(best, scale="minimum"), others=down, activations=None),
         "int4 gptq 32, rotated, activations by 32": Recipe(best, rotate=True, activations=(8, 32)),
         "int4 gptq 32, rotated, activations by row": Recipe(best, rotate=True),
     }
