@@ -146,7 +146,9 @@ def test_ctrl_c_saves_and_another_layout_goes_on(convert: Run) -> None:
 
 def test_a_rank_that_hangs_is_named(convert: Run) -> None:
     process = convert.start(options=("--nproc", "2", "--max-restarts", "0"))
-    convert.wait_for_step(3)
+    convert.wait_for_step(
+        5
+    )  # The checkpoint of the second step, written in the background, is complete when the fourth's begins.
     hanging = convert.ranks(process)[1]
     os.kill(hanging, signal.SIGSTOP)
     output, _ = process.communicate(timeout=300)
