@@ -55,7 +55,7 @@ class Checked:
         memory = plan.memory
         return [
             ("weights", memory.weights, self.weights, "GiB"),
-            ("gradients", memory.gradients, self.gradients, "GiB"),
+            ("gradients", memory.weights, self.gradients, "GiB"),
             ("optimizer", memory.optimizer, self.optimizer, "GiB"),
             ("peak", memory.total, self.peak, "GiB"),
             ("products of a micro-batch", self.predicted_flops, self.flops, "TFLOP"),

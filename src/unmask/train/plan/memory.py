@@ -28,7 +28,7 @@ class Memory:
     """Bytes that one rank holds at the moment of its peak.
 
     Attributes:
-        weights, gradients, optimizer: shards, float32.
+        weights, gradients, optimizer: shards, float32; gradients as far as they are there.
         gathered: blocks in bfloat16 that are being used or fetched, and their gradients on the way to the shards.
         activations: kept for the backward pass, and the workspace of one layer.
         logits: logits and what the loss makes of them.
@@ -148,8 +148,10 @@ def stage_memory(
     resident = 1.5 * _GATHERED * ends.gathered
     if dims.pipeline > 1:
         resident += 2 * _GATHERED * sum(layer.gathered for layer in layers)
-    shards = _SHARD * shard, _SHARD * shard, 2 * _SHARD * shard
-    moments = [Memory(*shards, resident, others + inputs + (0 if recompute else sum(kept)), logits)]
+    # The first micro-batch of a step finds no gradients: they come with the layers, the last one's first.
+    arrived = _SHARD * shard if micro_batches > 1 else 0.0
+    weights, moments_bytes = _SHARD * shard, 2 * _SHARD * shard
+    moments = [Memory(weights, arrived, moments_bytes, resident, others + inputs + (0 if recompute else sum(kept)), logits)]
     for number, layer in enumerate(layers):
         # The layer at work, the one being fetched and, on their way to the shards in float32, the gradients of the one before.
         at_work, fetched = layer.gathered, layers[number - 1].gathered if number else 0.0
@@ -157,7 +159,9 @@ def stage_memory(
         buffers = _SHARD * leaving + (_GATHERED * (at_work + fetched) if dims.pipeline == 1 else 0.0)
         held = stream * (number + 2) + (0 if recompute else sum(kept[:number]))
         work = prints[config.is_moe_layer(stage.first + number)].peak * tokens
-        moments.append(Memory(*shards, resident + buffers, others + held + work, 0.0))
+        if micro_batches == 1:
+            arrived = _SHARD * sum(each.shard(dims) for each in layers[number + 1 :])
+        moments.append(Memory(weights, arrived, moments_bytes, resident + buffers, others + held + work, 0.0))
     return max(moments, key=lambda memory: memory.total)
 
 

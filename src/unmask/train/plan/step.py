@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 
 from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
@@ -114,7 +115,9 @@ def stage_transfers(
     if dims.tensor > 1:
         yield _ring("tensor", 4 * passes * layers * stream, dims.tensor, 1)
     if dims.context > 1:
-        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim / dims.tensor
+        # Where ranks outnumber kv heads, each of these goes to several.
+        copies = dims.context // gcd(config.num_kv_heads // dims.tensor, dims.context)
+        heads = 2 * (config.num_heads + copies * config.num_kv_heads) * config.head_dim / dims.tensor
         yield _exchange("context", 2 * passes * layers * heads * positions, dims.context, dims.tensor)
     if dims.expert > 1 and config.moe is not None:
         routed = sum(number for layer, number in stage.kinds(config).items() if config.is_moe_layer(layer))
