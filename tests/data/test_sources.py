@@ -162,7 +162,7 @@ def test_file_pattern_and_single_file(tmp_path, tokenizer):
     write_jsonl(tmp_path / "b.jsonl", records(3, 9))
     for path, count in (("a*.jsonl", 3), ("b.jsonl", 6), ("**/*.jsonl", 9)):
         source = open_source(SourceConfig(kind="jsonl", path=str(tmp_path / path)), tokenizer, 0)
-        assert len(source) == count
+        assert source.num_documents == count
 
 
 def test_blank_lines_and_windows_line_ends(tmp_path, tokenizer):

@@ -92,8 +92,7 @@ def test_they_come_after_biases_and_before_bans() -> None:
     (processed_V,) = process(torch.zeros(1, VOCAB), [scheduled], None)
     assert processed_V[7] == 25
     assert processed_V[3] == -float("inf")
-    ending = replace(
-        scheduled,
+    ending = scheduled._replace(
         request=replace(scheduled.request, eos_ids=frozenset([7]), params=scheduled.request.params.replace(min_new_tokens=5)),
     )
     assert process(torch.zeros(1, VOCAB), [ending], None)[0, 7] == -float("inf")
