@@ -9,8 +9,7 @@ Legend: N predictions, D hidden, V vocabulary, P preference pairs, S noise sampl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 
+PREDICTIONS_AT_ONCE = 2048
+"""Predictions whose logits exist at once."""
 _CACHED = 64
 """Rows of logits worked on at once, so that what lies between two passes over them stays in cache."""
 
@@ -33,7 +34,12 @@ def ban_mask(logits: Tensor, mask_id: int | None) -> Tensor:
 
 
 def token_nll(
-    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, target_N: Tensor, mask_id: int | None, *, chunk: int = 2048
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    mask_id: int | None,
+    *,
+    chunk: int = PREDICTIONS_AT_ONCE,
 ) -> Tensor:
     """Negative log-likelihood of each target given the hidden state that predicts it: the same position's in diffusion.
 
@@ -90,8 +96,7 @@ def in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N:
     return [checkpoint(score, part_ND, part_N, use_reentrant=False) for part_ND, part_N in chunks]
 
 
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Scores of the predictions at N masked positions.
 
     `nll_N` (nats) and `entropy_N` (nats, zero where the argmax is wrong) carry gradients; `correct_N` (bool): the most probable
@@ -115,7 +120,7 @@ def token_scores(
     mask_id: int | None,
     *,
     temperature: float = 1.0,
-    chunk: int = 2048,
+    chunk: int = PREDICTIONS_AT_ONCE,
 ) -> TokenScores:
     """`token_nll` together with what confidence-aware training needs, in one projection.
 

@@ -5,10 +5,14 @@ A case is a layout, an objective and what is trained; all in float64. Knows no l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from processes import Pool
 from tiny import MASK, Rows, pack, perturb, text, tiny_model
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
+from unmask.diffusion.objectives import token_nll, token_scores
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.adapter import adapters_off, attach_lora
@@ -43,7 +48,10 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, an objective of `OBJECTIVES` and what is trained: "full", "lora" or "gated"; a mixture's router policy."""
+    """A layout, an objective of `OBJECTIVES` and what is trained: "full", "lora" or "gated"; a mixture's router policy.
+
+    `chunk`: how many predictions have logits at once.
+    """
 
     dims: ParallelDims
     objective: str = "denoise"
@@ -53,10 +61,12 @@ class Case:
     train: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     router: RouterPolicy | None = None
+    chunk: int | None = None
 
     def __str__(self) -> str:
         degrees = "-".join(f"{name}{value}" for name, value in vars(self.dims).items() if value not in (1, "1f1b"))
-        return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}-{self.router}"
+        chunk = "" if self.chunk is None else f"-chunks of {self.chunk}"
+        return f"{degrees}-{self.objective}-{self.trained}-{self.family}-{self.block_size}-{self.router}{chunk}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,29 @@ def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) 
 
 def step(case: Case, world: World) -> Result:
     """One step of the case on the ranks of a world; gradients are whole on the main one, or on all that have one."""
+    with _chunks(case.chunk):
+        return _step(case, world)
+
+
+@contextmanager
+def _chunks(size: int | None) -> Iterator[None]:
+    """Logits of so many predictions at once."""
+    from unmask.train.parallel.vocabulary import parallel_nll, parallel_scores
+
+    plain, parallel = "unmask.train.objectives.base", "unmask.train.parallel.vocabulary"
+    with pytest.MonkeyPatch.context() as patch:
+        for module, function in (
+            (plain, token_nll),
+            (plain, token_scores),
+            (parallel, parallel_nll),
+            (parallel, parallel_scores),
+        ):
+            if size is not None:
+                patch.setattr(f"{module}.{function.__name__}", partial(function, chunk=size))
+        yield
+
+
+def _step(case: Case, world: World) -> Result:
     objective, rows = _objective(case, world), _rows(case)
     phase = Phase("decay", case.block_size, 1000)
     setting = objective.setting

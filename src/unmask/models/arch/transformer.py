@@ -8,9 +8,9 @@ Legend: B batch, T tokens, D hidden, V vocabulary, N selected positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from unmask.models.arch.attention import Attend, Attention
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
 from unmask.models.arch.moe import MoE
+
+T = TypeVar("T")
 
 
 class Layers(Protocol):
@@ -152,6 +154,13 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in their dtype."""
         return F.linear(hidden, self.head_weight)
+
+    def with_head(self, score: Callable[[Callable[[Tensor], Tensor], Tensor], T], hidden: Tensor) -> T:
+        """What `score` makes, in any number of calls, of `head` and hidden states [..., D].
+
+        To FSDP it is one forward pass: how often its ranks communicate does not depend on the number of calls.
+        """
+        return score(self.head, hidden)
 
     def num_parameters(self) -> int:
         """Parameters, each counted once (a tied head is free)."""

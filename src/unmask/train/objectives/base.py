@@ -129,11 +129,16 @@ class Setting:
             (nll_N,) = self.pipeline.score(self.stages(stream, noise_norm, lambda found: (self.nll(stream, hidden_ND=found),)))
             return nll_N
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
-        if self._vocabulary is None:
-            return token_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id)
-        from unmask.train.parallel.vocabulary import parallel_nll
+        target_N, mask_id, vocabulary = stream.target_N, self.mask_id, self._vocabulary
 
-        return parallel_nll(self.model.head, hidden_ND, stream.target_N, self.mask_id, self._vocabulary)
+        def score(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
+            if vocabulary is None:
+                return token_nll(head, hidden_ND, target_N, mask_id)
+            from unmask.train.parallel.vocabulary import parallel_nll
+
+            return parallel_nll(head, hidden_ND, target_N, mask_id, vocabulary)
+
+        return self.model.with_head(score, hidden_ND)
 
     def scores(
         self, stream: Stream, noise_norm: float = 0.0, hidden_ND: Tensor | None = None, *, temperature: float = 1.0
@@ -142,17 +147,20 @@ class Setting:
         if hidden_ND is None and self.pipeline is not None:
 
             def finish(hidden_ND: Tensor) -> tuple[Tensor, ...]:
-                scores = self.scores(stream, hidden_ND=hidden_ND, temperature=temperature)
-                return scores.nll_N, scores.entropy_N, scores.correct_N, scores.confidence_N
+                return self.scores(stream, hidden_ND=hidden_ND, temperature=temperature)
 
             return TokenScores(*self.pipeline.score(self.stages(stream, noise_norm, finish)))
         hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
-        scored = (self.model.head, hidden_ND, stream.target_N, self.mask_id)
-        if self._vocabulary is None:
-            return token_scores(*scored, temperature=temperature)
-        from unmask.train.parallel.vocabulary import parallel_scores
+        target_N, mask_id, vocabulary = stream.target_N, self.mask_id, self._vocabulary
 
-        return parallel_scores(*scored, self._vocabulary, temperature=temperature)
+        def score(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> TokenScores:
+            if vocabulary is None:
+                return token_scores(head, hidden_ND, target_N, mask_id, temperature=temperature)
+            from unmask.train.parallel.vocabulary import parallel_scores
+
+            return parallel_scores(head, hidden_ND, target_N, mask_id, vocabulary, temperature=temperature)
+
+        return self.model.with_head(score, hidden_ND)
 
     def _hidden(self, stream: Stream, noise_norm: float) -> Tensor:
         """Hidden states [N, D] of the predictions."""

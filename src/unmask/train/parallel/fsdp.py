@@ -50,4 +50,5 @@ def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype, sta
         for stage in stages:
             stage.relink(model)
     else:
-        register_fsdp_forward_method(model, "head")
+        # Not `head`: ranks call it for different numbers of predictions, and must communicate equally often.
+        register_fsdp_forward_method(model, "with_head")

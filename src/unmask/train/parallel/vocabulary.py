@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unmask.diffusion.objectives import TokenScores, in_chunks
+from unmask.diffusion.objectives import PREDICTIONS_AT_ONCE, TokenScores, in_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def parallel_nll(
     mask_id: int | None,
     shard: VocabularyShard,
     *,
-    chunk: int = 2048,
+    chunk: int = PREDICTIONS_AT_ONCE,
 ) -> Tensor:
     """`token_nll` [N], where `head` gives the logits of the rank's share of the vocabulary; equal on all ranks.
 
@@ -74,7 +74,7 @@ def parallel_scores(
     shard: VocabularyShard,
     *,
     temperature: float = 1.0,
-    chunk: int = 2048,
+    chunk: int = PREDICTIONS_AT_ONCE,
 ) -> TokenScores:
     """`token_scores`, where `head` gives the logits of the rank's share; as for `parallel_nll`."""
 
