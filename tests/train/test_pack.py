@@ -22,6 +22,7 @@ from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import CheckpointError, ConfigError, DataError
 from unmask.models.weights.checkpoint import read_model_config
+from unmask.train.lock import locked
 from unmask.train.metrics import read_metrics
 from unmask.train.pack import PROGRESS, pack_recipe
 from unmask.train.recipe import Recipe, parse_recipe
@@ -225,7 +226,7 @@ def test_a_full_disk_ends_the_job_in_a_resumable_state(recipe: Recipe, tmp_path:
         patch.setattr("unmask.train.pack.record_batch", disk_full)
         with refused(CheckpointError, "space"):
             pack_recipe(recipe, tmp_path / "rows")
-    assert [path.name for path in (tmp_path / "rows").iterdir()] == [PROGRESS]
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {PROGRESS, ".lock"}
     pack_recipe(recipe, tmp_path / "rows", resume=True)
 
 
@@ -245,6 +246,10 @@ def test_a_used_folder_is_refused(recipe: Recipe, packed: Path, tmp_path: Path) 
     (tmp_path / "mine.txt").write_text("mine")
     with refused(ConfigError, "empty"):
         pack_recipe(recipe, tmp_path)
+    with refused(ConfigError, "file"):
+        pack_recipe(recipe, tmp_path / "mine.txt")
+    with locked(packed), refused(ConfigError, "another job", packed):
+        pack_recipe(recipe, packed, resume=True)
 
 
 @pytest.mark.slow

@@ -130,6 +130,9 @@ class Checkpoints:
                 write_weights(partial / "model", reader, rank=self._world.rank, size=self._world.size)
         except CheckpointError as caught:
             error = str(caught)
+        except Exception as caught:
+            # Of whatever kind: the others wait in `gathered`.
+            error = self._in_one_line(caught)
         error = next((each for each in gathered(error, self._group) if each is not None), None)
         try:
             if error is None and self._world.is_main:
@@ -139,12 +142,15 @@ class Checkpoints:
                 partial.rename(final)
                 sync_folder(final.parent)
                 prune_checkpoints(self._run, self._keep)
-        except (OSError, CheckpointError) as caught:
-            error = str(caught)
+        except Exception as caught:
+            error = self._in_one_line(caught)
         if error is not None:
             if self._world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume")
+
+    def _in_one_line(self, error: Exception) -> str:
+        return " ".join(f"rank {self._world.rank}: {type(error).__name__}: {error}".split())
 
 
 def fill_tensors(folder: Path, tensors: Mapping[str, Tensor], model: Transformer, world: World) -> set[str]:

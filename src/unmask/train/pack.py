@@ -22,6 +22,7 @@ from unmask.errors import ConfigError, DataError
 from unmask.files import atomic_write, atomic_write_json, read_json
 from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
+from unmask.train.lock import locked
 from unmask.train.recipe import Recipe
 from unmask.train.rows import held_out_packer, open_packer, open_stream, row_settings
 from unmask.train.tokens import training_config
@@ -78,7 +79,7 @@ def pack_recipe(
         The manifest of the folder.
 
     Raises:
-        ConfigError: `out` is in use, or the job in it is another one.
+        ConfigError: `out` is in use, another process is writing into it, or the job in it is another one.
         DataError, CheckpointError: the data or the model cannot be used, or the disk is full; the job can be resumed.
     """
     if recipe.data.sources[0].kind == "packed":
@@ -86,36 +87,54 @@ def pack_recipe(
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
     training_config(read_model_config(folder), tokenizer, recipe)
-    progress = _start(out, _job(recipe, tokenizer, epochs), resume=resume)
-    if (out / MANIFEST).is_file():
-        return read_manifest(out)
-    budget = None if epochs is not None else recipe.train.tokens
-    with encoder_pool(nproc) as pool:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose a new folder")
+    with locked(out):
+        progress = _start(out, _job(recipe, tokenizer, epochs), resume=resume)
+        if (out / MANIFEST).is_file():
+            return read_manifest(out)
+        with encoder_pool(nproc) as pool:
+            progress = _write_rows(out, progress, recipe, tokenizer, pool, epochs, file_bytes, on_progress)
         if not progress.files:
-            progress = replace(progress, validation=_write_held_out(out, recipe, tokenizer, pool))
-        stream = open_stream(recipe, tokenizer, epochs=epochs, pool=pool)
-        packer = open_packer(recipe, stream, tokenizer)
-        if progress.packer is not None:
-            packer.load_state_dict(progress.packer)
-        total = stream.num_documents
+            raise DataError(f"the data fill no row: {progress.stats.summary}; give more, or lower data.validation_share")
+        return _finish(out, progress, recipe, tokenizer)
 
-        def report() -> None:
-            if budget is not None:
-                on_progress(min(packer.stats.packed_tokens, budget), budget)
-            else:
-                on_progress(stream.num_samples, None if total is None else total * (epochs or 1))
 
-        row_bytes = recipe.data.row_length * 4.125
-        num_batches = max(1, round(file_bytes / (BATCH_ROWS * row_bytes)))
-        while not progress.ended:
-            batches = _batches(packer, num_batches, budget, recipe.train.batch_rows, report)
-            before, progress = len(progress.files), _next_file(out, progress, packer, batches, recipe, tokenizer)
-            is_full = len(progress.files) > before and progress.files[-1].rows == num_batches * BATCH_ROWS
-            progress = replace(progress, ended=not is_full or _is_enough(packer, budget, recipe.train.batch_rows))
-            atomic_write_json(out / PROGRESS, asdict(progress))
+def _write_rows(
+    out: Path,
+    progress: _Progress,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    pool: EncoderPool | None,
+    epochs: int | None,
+    file_bytes: int,
+    on_progress: Callable[[int, int | None], None],
+) -> _Progress:
+    """Write all files that are missing; the arguments are those of `pack_recipe`."""
+    budget = None if epochs is not None else recipe.train.tokens
     if not progress.files:
-        raise DataError(f"the data fill no row: {progress.stats.summary}; give more, or lower data.validation_share")
-    return _finish(out, progress, recipe, tokenizer)
+        progress = replace(progress, validation=_write_held_out(out, recipe, tokenizer, pool))
+    stream = open_stream(recipe, tokenizer, epochs=epochs, pool=pool)
+    packer = open_packer(recipe, stream, tokenizer)
+    if progress.packer is not None:
+        packer.load_state_dict(progress.packer)
+    total = stream.num_documents
+
+    def report() -> None:
+        if budget is not None:
+            on_progress(min(packer.stats.packed_tokens, budget), budget)
+        else:
+            on_progress(stream.num_samples, None if total is None else total * (epochs or 1))
+
+    row_bytes = recipe.data.row_length * 4.125
+    num_batches = max(1, round(file_bytes / (BATCH_ROWS * row_bytes)))
+    while not progress.ended:
+        batches = _batches(packer, num_batches, budget, recipe.train.batch_rows, report)
+        before, progress = len(progress.files), _next_file(out, progress, packer, batches, recipe, tokenizer)
+        is_full = len(progress.files) > before and progress.files[-1].rows == num_batches * BATCH_ROWS
+        progress = replace(progress, ended=not is_full or _is_enough(packer, budget, recipe.train.batch_rows))
+        atomic_write_json(out / PROGRESS, asdict(progress))
+    return progress
 
 
 def _write_held_out(out: Path, recipe: Recipe, tokenizer: Tokenizer, pool: EncoderPool | None) -> PackedFile | None:
@@ -136,8 +155,6 @@ def _job(recipe: Recipe, tokenizer: Tokenizer, epochs: int | None) -> dict[str, 
 
 
 def _start(out: Path, job: dict[str, Any], *, resume: bool) -> _Progress:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; choose a new folder")
     complete, unfinished = (out / MANIFEST).is_file(), (out / PROGRESS).is_file()
     if (complete or unfinished) and not resume:
         what = "packed rows already" if complete else "an unfinished job"

@@ -22,6 +22,7 @@ from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapte
 from unmask.models.weights.checkpoint import open_parts, read_model_config
 from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
+from unmask.models.weights.safetensors_io import copy_checkpoint
 from unmask.train.forward import AttentionBackend
 from unmask.train.lock import locked
 from unmask.train.loop import Components, Trainer
@@ -132,10 +133,11 @@ def _save_result(components: Components, out: Path) -> None:
         save_model(model, components.tokenizer, out)
     else:
         # Imported here: a run of one process needs none of it.
-        from unmask.train.parallel.export import LayerReader, copy_model
+        from unmask.train.parallel.export import LayerReader
 
         checkpoint = list_checkpoints(out)[-1]
-        copy_model(checkpoint / "model", out)
+        # In seconds, whatever the size: the other ranks wait.
+        copy_checkpoint(checkpoint / "model", out)
         if lora:
             model = LayerReader(checkpoint / SHARDS, components.skeleton).load_trained()
     if lora:

@@ -23,7 +23,7 @@ from unmask.files import read_json
 from unmask.models.weights import safetensors_io
 from unmask.models.weights.checkpoint import read_model_config, save_model
 from unmask.models.weights.loading import load_model
-from unmask.models.weights.safetensors_io import iter_tensors, tensor_index
+from unmask.models.weights.safetensors_io import copy_checkpoint, iter_tensors, tensor_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = 4000  # bytes a shard: many shards for the tiny models
@@ -64,6 +64,29 @@ def test_extra_files_are_copied_but_never_replace_the_config(tmp_path: Path) -> 
     assert read_model_config(tmp_path / "m").family == "llama"
     with refused(CheckpointError, "absent.json"):
         save_model(tiny_model("llama"), tmp_path / "n", extra_files=[tmp_path / "absent.json"])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copy_replaces_what_is_there_and_takes_no_room_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    model = tiny_model("llama")
+    save_model(model, tmp_path / "saved", max_shard_bytes=SMALL)
+    save_model(tiny_model("qwen3"), tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        copy_checkpoint(tmp_path / "saved", tmp_path / "out")
+        assert loads_as(tmp_path / "out", model) == [True]
+        shards = list((tmp_path / "saved").glob("*.safetensors"))
+        assert all((tmp_path / "out" / shard.name).samefile(shard) == links for shard in shards)
+        names = {path.name for path in (tmp_path / "saved").iterdir()} | {"notes.txt"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == names
+        assert not (tmp_path / "out" / "config.json").samefile(tmp_path / "saved" / "config.json")
 
 
 def test_streaming_gives_every_tensor_once(tmp_path: Path) -> None:

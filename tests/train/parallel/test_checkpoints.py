@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import disk_full
+from helpers import disk_full, refused
 from processes import Pool, RanksFailed
 from runs import tiny_folder, tiny_jsonl, tiny_preferences, tiny_values
-from unmask.errors import TrainingError
+from unmask.errors import CheckpointError, TrainingError
 from unmask.models.weights.loading import load_model
 from unmask.train.loop import Trainer
 from unmask.train.metrics import read_metrics
@@ -162,6 +162,9 @@ def test_the_result_is_a_model_and_its_adapter(pool: Pool, values: Values, tmp_p
         assert model.config == whole.config
         for name, tensor in whole.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    weights = list((list_checkpoints(tmp_path / "run")[-1] / "model").glob("*.safetensors"))
+    assert weights
+    assert all((tmp_path / "run" / path.name).samefile(path) for path in weights)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {path.name for path in (tmp_path / "whole").iterdir()} <= names | {"loss.png", "model.safetensors", ".lock"}
 
@@ -233,6 +236,40 @@ def test_a_disk_that_is_full_on_one_rank_stops_all(pool: Pool, values: Values, t
         assert "No space left" in line
     assert list_checkpoints(out) == before
     assert [path.name for path in (out / "checkpoints").iterdir()] == [before[-1].name]
+
+
+def train_into_a_bug(values: Values, out: Path) -> None:
+    """The weight files of rank 1 meet an error that nobody has foreseen."""
+    from unmask.train.parallel.ranks import Ranks
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no such layer")
+
+    world = Ranks(ParallelDims(data_shard=2), "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr("unmask.train.parallel.export.write_weights", broken)
+        train(values, out, world, 1)
+
+
+def test_an_unforeseen_error_on_one_rank_stops_all(pool: Pool, values: Values, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        pool.run(2, train_into_a_bug, values, tmp_path / "run")
+    assert failed.value.errors.keys() == {0, 1}
+    for text in failed.value.errors.values():
+        line = text.splitlines()[-1]
+        assert line.startswith(f"unmask.errors.{TrainingError.__name__}")
+        assert "rank 1: ZeroDivisionError: no such layer" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle", b"\x80\x04cno.such\nmodule\n."])
+def test_a_damaged_index_of_shards_is_one_line(tmp_path: Path, damage: bytes) -> None:
+    from unmask.train.parallel.dcp import stored_shapes
+
+    (tmp_path / ".metadata").write_bytes(damage)
+    with refused(CheckpointError, tmp_path):
+        stored_shapes(tmp_path)
 
 
 def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unmask.errors import CheckpointError, UnmaskWarning
-from unmask.files import Writer, bytes_writer, json_writer, read_json, sync_folder, write_folder
+from unmask.files import Writer, bytes_writer, disk_errors, json_writer, read_json, staging_folder, sync_folder, write_folder
 from unmask.models.weights.boxes import BoxedTensor
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -242,6 +243,27 @@ def write_checkpoint(
         **{name: json_writer(value) for name, value in jsons.items()},
     }
     write_folder(folder, writers, exchange=lambda stage: _replace(folder, stage, set(names)))
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Copy a checkpoint with an index to a folder that is there; weight files, never changed in place, become hard links.
+
+    Where the file system has no links they are copied.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; nothing is left behind.
+    """
+    with staging_folder(folder) as stage, disk_errors(folder):
+        for path in sorted(source.iterdir()):
+            if _WEIGHT_FILE.fullmatch(path.name):
+                try:
+                    os.link(path, stage / path.name)
+                    continue
+                except OSError:
+                    pass
+            shutil.copyfile(path, stage / path.name)
+        sync_folder(stage)
+        _replace(folder, stage, {path.name for path in source.iterdir()})
 
 
 def split_into_files(specs: Mapping[str, TensorSpec], max_bytes: int) -> tuple[list[list[str]], dict[str, Any]]:

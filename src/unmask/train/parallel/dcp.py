@@ -32,6 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from unmask.errors import CheckpointError
 from unmask.models.weights.boxes import Box, BoxedTensor
 
+# What a process reads, it reads by itself. Never taken back: other threads change the filters as well.
+warnings.filterwarnings("ignore", r"torch\.distributed is .*, assuming the intent is to (save|load) in a single process")
+
 T = TypeVar("T")
 Boxed = Mapping[str, BoxedTensor]
 
@@ -71,8 +74,10 @@ def stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     """
     try:
         metadata = FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); remove the checkpoint to resume from another") from error
+    except Exception as error:  # A damaged pickle raises anything.
+        raise CheckpointError(
+            f"{folder} cannot be read ({_reason(error)}); remove the checkpoint to resume from another"
+        ) from error
     return {
         name: (tuple(item.size), item.properties.dtype)
         for name, item in metadata.state_dict_metadata.items()
@@ -90,9 +95,7 @@ def gathered(value: T, group: dist.ProcessGroup) -> list[T]:
 def _in_one_line(action: Callable[[], None], folder: Path) -> None:
     """Run an action of DCP; its errors, of whichever rank, become one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            action()
+        action()
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"{folder}, rank {rank}: {_reason(cause)}") from error

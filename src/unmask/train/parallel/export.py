@@ -6,7 +6,6 @@ no adapters, and tensors of several dtypes in one file come out unaligned.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unmask.files import atomic_write_json, read_json, write_synced
+from unmask.files import atomic_write_json, write_synced
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import stored_tensors, write_config
@@ -25,10 +24,8 @@ from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
     DEFAULT_SHARD_BYTES,
     INDEX_NAME,
-    TensorFiles,
     TensorSpec,
     split_into_files,
-    write_checkpoint,
     write_safetensors,
 )
 from unmask.train.parallel.dcp import read_boxes, stored_shapes
@@ -99,16 +96,6 @@ def write_weights(folder: Path, reader: LayerReader, *, rank: int, size: int, ma
         atomic_write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
         atomic_write_json(folder / CONFIG_NAME, write_config(config, dtype=dtype_name(dtype)))
         atomic_write_json(folder / GENERATION_CONFIG, token_ids(config))
-
-
-def copy_model(source: Path, out: Path) -> None:
-    """Copy the Hugging Face folder of a checkpoint to `out`, one tensor in memory at a time."""
-    with ExitStack() as stack:
-        files = TensorFiles(source, stack)
-        written = (INDEX_NAME, CONFIG_NAME)
-        others = [path for path in sorted(source.iterdir()) if path.suffix != ".safetensors" and path.name not in written]
-        specs = {name: files.spec(name) for name in files.names}
-        write_checkpoint(out, read_json(source / CONFIG_NAME), specs, files.read, extra_files=others)
 
 
 def _layer_of(parameter: str) -> str:
