@@ -89,6 +89,11 @@ def test_plain_lines_are_far_between() -> None:
     assert lines[1] == describe_validation(VALIDATION)
 
 
+def test_utilisation_is_shown_where_it_is_known() -> None:
+    written = _follow(io.StringIO(), Clock(), lambda on_record: on_record(record(100, mfu=0.447)))
+    assert_names(written, "50 tokens/s, MFU 45%")
+
+
 def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
 

@@ -63,6 +63,7 @@ def showing_progress(
             done, phase = record["tokens"], describe_phase(record)
             each = record["tokens_per_second_per_device"] / record["tokens_per_second"]
             share = f" ({rate * each:,.0f} per device)" if each < 1 else ""
+            share += f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
             figures = f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s{share}, {duration(left)} left"
             progress.update(task, description=phase, total=total, completed=min(done, total), figures=figures)
             if not live and (clock() >= next_line or done >= total):

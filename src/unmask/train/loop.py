@@ -33,7 +33,7 @@ from unmask.train.parallel.world import World
 from unmask.train.passes import Pass, Pipeline
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.speed import speed_figures
+from unmask.train.speed import Utilisation, gpu_of, speed_figures
 from unmask.train.state import TrainState, read_state
 
 
@@ -170,6 +170,8 @@ class Trainer:
             duplicates=frozenset() if pipeline is None else pipeline.duplicates,
         )
         self.checkpoints = Checkpoints(run, self.world, keep=self.train.keep_checkpoints)
+        config, device = components.model.config, components.model.inv_freq.device
+        self._utilisation = Utilisation.of_run(self.recipe, config, gpu_of(device), self.world.size)
         self.step, self.tokens = 0, 0
         self._packer_state: dict[str, Any] = components.packer.state_dict()
         self._tokenizer_identity = components.tokenizer.identity
@@ -268,7 +270,8 @@ class Trainer:
     def train_step(self) -> MetricRecord:
         """One optimiser step over the global batch; returns its metrics."""
         started = time.perf_counter()
-        phase = self.schedule.phases[self.phase_index]
+        phase_index = self.phase_index
+        phase = self.schedule.phases[phase_index]
         packer, setting = self.components.packer, self.components.objective.setting
         rows = packer.next_rows(self.train.batch_rows, setting.share(self.train.batch_rows))
         if not self.recipe.data.document_mask:
@@ -292,7 +295,10 @@ class Trainer:
         self.step += 1
         self.tokens += packer.batch_tokens
         self._packer_state = packer.state_dict()
-        speed = speed_figures(packer.batch_tokens, time.perf_counter() - started, self.world.size)
+        seconds = time.perf_counter() - started
+        speed = speed_figures(packer.batch_tokens, seconds, self.world)
+        if self._utilisation is not None:
+            speed["mfu"] = self._utilisation.mfu(phase_index, seconds)
         figures = {"row_length": rows.tokens_RL.shape[1], **figures, "grad_norm": norm, "learning_rate": rate, **loads, **speed}
         return self._record("train", phase, figures)
 

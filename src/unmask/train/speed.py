@@ -1,27 +1,71 @@
-"""Speed and memory of a training step, as they are logged."""
+"""Speed, utilisation and memory of a training step, as they are logged."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import dataclass
 
 import torch
 
-GIB = 2**30
+from unmask.errors import ConfigError
+from unmask.models.arch.config import ModelConfig
+from unmask.train.parallel.world import World
+from unmask.train.plan.gpus import GIB, Gpu, gpu_of_device
+from unmask.train.plan.work import model_flops, row_works
+from unmask.train.recipe import Recipe
 
 
-def speed_figures(num_tokens: int, seconds: float, num_devices: int) -> dict[str, float]:
-    """`seconds`, `tokens_per_second`, `tokens_per_second_per_device`, and `memory_gib`, the peak of this process's device."""
+def speed_figures(num_tokens: int, seconds: float, world: World) -> dict[str, float]:
+    """`seconds`, `tokens_per_second`, `tokens_per_second_per_device`, and `memory_gib`, the highest peak of a rank's device.
+
+    All ranks must ask.
+    """
     rate = num_tokens / seconds
     return {
         "seconds": seconds,
         "tokens_per_second": rate,
-        "tokens_per_second_per_device": rate / num_devices,
-        "memory_gib": _peak_memory() / GIB,
+        "tokens_per_second_per_device": rate / world.size,
+        "memory_gib": max(world.gather_all(peak_memory())) / GIB,
     }
 
 
-def _peak_memory() -> int:
+@dataclass(frozen=True)
+class Utilisation:
+    """Model FLOP utilisation (MFU): what the rows of a step need, over what all devices could compute in its time.
+
+    Nothing that is computed twice counts. A document is taken to fill its row: shorter ones need less attention.
+
+    Attributes:
+        step_flops: FLOP of a step in each phase of the run.
+        peak: FLOP/s of all devices, in bfloat16.
+    """
+
+    step_flops: tuple[float, ...]
+    peak: float
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, config: ModelConfig, gpu: Gpu | None, num_devices: int) -> Utilisation | None:
+        """That of a run; None where the peak or the FLOP are not known: other devices and objectives, adapters."""
+        if gpu is None or recipe.train.lora is not None or config.gated_lora_rank is not None:
+            return None
+        try:
+            rows = row_works(recipe)
+        except ConfigError:
+            return None
+        return cls(tuple(model_flops(config, row, recipe.train.batch_rows) for row in rows), gpu.flops * num_devices)
+
+    def mfu(self, phase_index: int, seconds: float) -> float:
+        """MFU of a step in this phase."""
+        return self.step_flops[phase_index] / seconds / self.peak
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU that a device is; None: a CPU, or a GPU whose peak is not known."""
+    return gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_memory() -> int:
     """Bytes: of the GPU where there is one in use, else of the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

@@ -20,7 +20,10 @@ PER_NODE = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory in bytes, bfloat16 peak in FLOP/s, bandwidths in bytes/s (of NVLink and network in one direction)."""
+    """A GPU: memory in bytes, bfloat16 peak in FLOP/s, bandwidths in bytes/s (of NVLink and network in one direction).
+
+    `devices`: what CUDA calls those with this peak.
+    """
 
     name: str
     memory: float
@@ -28,6 +31,7 @@ class Gpu:
     hbm: float
     nvlink: float
     network: float
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         gpu.name: gpu
         for gpu in (
-            Gpu("a100-40gb", 40.0 * GIB, 312e12, 1.555e12, 300e9, 25e9),
-            Gpu("a100-80gb", 80.0 * GIB, 312e12, 2.039e12, 300e9, 25e9),
-            Gpu("h100-80gb", 79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),
-            Gpu("h200", 140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),
-            Gpu("b200", 179.1 * GIB, 2250e12, 8.0e12, 900e9, 50e9),
+            Gpu("a100-40gb", 40.0 * GIB, 312e12, 1.555e12, 300e9, 25e9, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+            Gpu("a100-80gb", 80.0 * GIB, 312e12, 2.039e12, 300e9, 25e9, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+            Gpu("h100-80gb", 79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9, ("NVIDIA H100 80GB HBM3",)),
+            Gpu("h200", 140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9, ("NVIDIA H200",)),
+            Gpu("b200", 179.1 * GIB, 2250e12, 8.0e12, 900e9, 50e9, ("NVIDIA B200",)),
         )
     }
 )
@@ -75,3 +79,8 @@ def find_gpu(name: str) -> Gpu:
     if gpu is None:
         raise ConfigError(f"gpu is {name!r}; it must be one of {', '.join(GPUS)}")
     return gpu
+
+
+def gpu_of_device(device: str) -> Gpu | None:
+    """The GPU that CUDA calls so; None: its peak is not known here."""
+    return next((gpu for gpu in GPUS.values() if device in gpu.devices), None)

@@ -16,8 +16,8 @@ from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Memory, stage_memory, stages
-from unmask.train.plan.step import Batch, Transfer, model_flops, stage_flops, stage_seconds, stage_transfers
-from unmask.train.plan.work import RowWork, mean_row, row_works
+from unmask.train.plan.step import Batch, Transfer, stage_flops, stage_seconds, stage_transfers
+from unmask.train.plan.work import RowWork, mean_row, model_flops, row_works
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400

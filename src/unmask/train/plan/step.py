@@ -14,7 +14,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Stage, local_ends, local_layer
-from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_count, layer_flops
+from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_flops
 
 _CHUNK = 2048
 _UPDATE_BYTES = 32
@@ -82,13 +82,6 @@ def _last_products(config: ModelConfig, layers: LayerCount, positions: float) ->
         dense = moe is None or not config.is_moe_layer(layer)
         size += count * (config.ffn_size if moe is None or dense else moe.expert_size * moe.num_shared)
     return 2.0 * size * config.hidden_size * positions
-
-
-def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:
-    """FLOP that the rows need on one device, without anything computed twice: what MFU counts."""
-    layers = layer_count(config, 0, config.num_layers)
-    forward = layer_flops(config, layers, rows * row.positions, rows * row.pairs)
-    return 3 * (forward + head_flops(config, rows * row.predictions)).total
 
 
 def stage_transfers(

@@ -166,3 +166,10 @@ def head_flops(config: ModelConfig, predictions: float) -> Flops:
 def backward(flops: Flops) -> Flops:
     """FLOP of the backward pass of what took `flops`: two products for each; attention also computes its scores again."""
     return Flops(2 * flops.matrices, 2 * flops.experts, 2.5 * flops.attention)
+
+
+def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:
+    """FLOP that the rows need on one device, without anything computed twice: what MFU counts."""
+    layers = layer_count(config, 0, config.num_layers)
+    forward = layer_flops(config, layers, rows * row.positions, rows * row.pairs)
+    return 3 * (forward + head_flops(config, rows * row.predictions)).total

@@ -1,0 +1,79 @@
+"""Figures of a step: the utilisation of a known GPU, and the memory of the rank that has most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_recipe
+from tiny import tiny_config
+from unmask.train.loop import Trainer
+from unmask.train.parallel.world import World
+from unmask.train.plan.gpus import GIB, find_gpu, gpu_of_device
+from unmask.train.plan.work import model_flops, row_works
+from unmask.train.run import build_components
+from unmask.train.speed import Utilisation, speed_figures
+
+T = TypeVar("T")
+H100 = find_gpu("h100")
+
+
+class Others(World):
+    """A world whose other ranks have more, or less, of everything."""
+
+    def gather_all(self, value: T) -> list[T]:
+        assert isinstance(value, int)
+        return [value, 2**40, 0]  # type: ignore[list-item]
+
+
+def test_memory_is_that_of_the_rank_that_has_most() -> None:
+    figures = speed_figures(100, 2.0, Others())
+    assert figures["memory_gib"] == 2**40 / GIB
+    assert figures["tokens_per_second"] == figures["tokens_per_second_per_device"] == 50
+    assert 0 < speed_figures(100, 2.0, World.single())["memory_gib"] < 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200"), ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce", None)],
+)
+def test_a_gpu_is_known_by_the_name_of_its_device(device: str, name: str | None) -> None:
+    gpu = gpu_of_device(device)
+    assert (None if gpu is None else gpu.name) == name
+
+
+def test_utilisation_is_the_rows_work_over_the_peak_of_all_devices() -> None:
+    recipe, config = tiny_recipe(Path("x"), Path("x")), tiny_config("llama")
+    found = Utilisation.of_run(recipe, config, H100, 8)
+    assert found is not None
+    rows = row_works(recipe)
+    assert len(rows) == len(recipe.blocks.phases)
+    for index, row in enumerate(rows):
+        assert found.mfu(index, 0.5) == pytest.approx(model_flops(config, row, recipe.train.batch_rows) / 0.5 / (8 * 989e12))
+    assert Utilisation.of_run(recipe, config, None, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "train", "shape"),
+    [
+        ("denoise", {"lora": {"rank": 2}}, {}),
+        ("preference", {}, {}),
+        ("denoise", {}, {"mask_id": 3, "start_id": 0, "gated_lora_rank": 1}),
+    ],
+)
+def test_no_utilisation_where_the_work_is_not_known(objective: str, train: dict[str, Any], shape: dict[str, Any]) -> None:
+    recipe = stage_recipe(Path("x"), Path("x"), objective={"kind": objective}, **train)
+    assert Utilisation.of_run(recipe, tiny_config("llama", **shape), H100, 1) is None
+
+
+def test_a_step_on_a_known_gpu_has_its_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(tiny_folder(tmp_path / "model"), tiny_jsonl(tmp_path / "data.jsonl"))
+    components = build_components(recipe)
+    assert "mfu" not in Trainer(components, tmp_path / "cpu").train_step()
+    monkeypatch.setattr("unmask.train.loop.gpu_of", lambda device: H100)
+    record = Trainer(components, tmp_path / "gpu").train_step()
+    (row, *_) = row_works(recipe)
+    work = model_flops(components.model.config, row, recipe.train.batch_rows)
+    assert record["mfu"] == pytest.approx(work / record["seconds"] / H100.flops)
