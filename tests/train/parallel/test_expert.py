@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from matrix import Case, assert_equals_one_process
 from processes import Pool
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from unmask.models.arch.config import MoEConfig
 from unmask.models.arch.moe import MoE
+from unmask.models.arch.transformer import Transformer
+from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
+from unmask.train.plan.check import fake_world
 
 EXPERT2 = ParallelDims(data_shard=2, expert=2)
 EXPERT4 = ParallelDims(data_shard=4, expert=4)
@@ -33,6 +39,8 @@ SLOW = [
     Case(SHARDED, "preference", "lora", family="llada2", router="frozen"),
     Case(SHARDED, "denoise", "lora", family="llada2"),
     Case(SHARDED, family="llada2", model={"moe": FEW}),
+    Case(ParallelDims(data_shard=4), family="llada2", model={"moe": FEW}),
+    Case(ParallelDims(data_replicate=2, context=2), "cap", family="llada2", model={"moe": replace(FEW, num_experts=3)}),
     Case(EXPERT2, "ar_loss", family="llada2", router="aux", train={"activation_checkpointing": True}),
 ]
 
@@ -46,6 +54,25 @@ def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "size", "dim"),
+    [(8, 16, 0), (2, 16, 1), (6, 16, 1), (6, 18, 0)],
+    ids=["equally many", "fewer than shards", "not equally many", "no equal parts of the channels"],
+)
+def test_without_expert_ranks_shards_are_parts_of_experts_where_these_do_not_divide(
+    num_experts: int, size: int, dim: int
+) -> None:
+    moe = replace(FEW, num_experts=num_experts, expert_size=size)
+    with torch.device("meta"):
+        model = Transformer(tiny_config("llada2", moe=moe))
+    with fake_world(ParallelDims(data_shard=8)) as world:
+        parallelize(model, world, compute_dtype=torch.bfloat16)
+        gate_up = model.blocks[1].mlp.gate_up
+    assert isinstance(gate_up, DTensor)
+    assert gate_up.placements == (Shard(dim),)
+    assert dim == 0 or gate_up.to_local().shape == (num_experts, 2 * size // 8, 32)
 
 
 def of_all_experts(numbers: list[int], tokens: slice) -> tuple[Tensor, list[Tensor]]:

@@ -35,8 +35,8 @@ def start(folder: Path, dims: ParallelDims) -> Started:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     model = open_parts(folder, dtype=torch.float32).model
     config = model.config
-    parallelize(model, world, compute_dtype=torch.bfloat16)
-    load_shards(model, folder, config, world, "meta")
+    pipeline = parallelize(model, world, compute_dtype=torch.bfloat16)
+    load_shards(model, folder, config, world, "meta", pipeline)
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     shards = sum(world.local(parameter).nbytes for parameter in model.parameters())
     return Started(int(line.split()[1]) * 1024, shards)

@@ -42,6 +42,7 @@ MORE = [
     for dims in (ParallelDims(data_shard=8), ParallelDims(data_shard=4, tensor=2), ParallelDims(data_shard=4, context=2))
     for recompute in (False, True)
 ]
+MORE.append(("llada2", 6, ParallelDims(data_shard=16), True))  # more shards than experts
 
 
 @pytest.mark.parametrize(

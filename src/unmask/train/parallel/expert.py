@@ -9,22 +9,21 @@ Legend: P routed rows of this rank, Q rows that this rank computes, E experts, L
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    FSDPMeshInfo,
-    HSDPMeshInfo,
-    ShardPlacementFnResult,
-    ShardPlacementResult,
-)
 from torch.distributed.tensor import DTensor, Shard
 
+from unmask.errors import ConfigError
 from unmask.models.arch.moe import MoE, run_experts
 from unmask.models.arch.transformer import Transformer
 from unmask.train.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementFnResult
 
 
 def apply_expert(model: Transformer, world: World) -> None:
@@ -48,9 +47,22 @@ def routed_layers(model: Transformer) -> list[MoE]:
 def expert_placement(model: Transformer, world: World) -> Callable[[nn.Parameter], ShardPlacementFnResult]:
     """Where FSDP shards each parameter: experts over the ranks that hold the same ones, all else as FSDP is told.
 
-    Where these ranks cannot have equally many experts, each has a part of every expert.
+    Where these ranks cannot have equally many experts, each has a part of every expert. Without expert parallelism they are the
+    ranks of every parameter, and a part may be no whole number of channels: then some ranks have fewer experts.
+
+    Raises:
+        ConfigError: PyTorch is too old for expert parallelism.
     """
     experts = {parameter for moe in routed_layers(model) for parameter in (moe.gate_up, moe.down)}
+    ranks = world.dims.shards // world.dims.expert
+    if world.dims.expert == 1:
+        return lambda parameter: Shard(1) if parameter in experts and _needs_parts(parameter, ranks) else None
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    except ImportError as error:
+        raise ConfigError(
+            f"parallel.expert is {world.dims.expert}, which takes PyTorch 2.12 or later; install it, or use 1"
+        ) from error
     mesh = world.expert_mesh["expert_shard"]
     info = FSDPMeshInfo(mesh, shard_mesh_dim=0)
     if world.dims.data_replicate > 1:
@@ -60,9 +72,15 @@ def expert_placement(model: Transformer, world: World) -> Callable[[nn.Parameter
     def placement(parameter: nn.Parameter) -> ShardPlacementFnResult:
         if parameter not in experts:
             return None
-        return ShardPlacementResult(Shard(1 if len(_local(parameter)) % info.shard_mesh_size else 0), info)
+        return ShardPlacementResult(Shard(1 if len(_local(parameter)) % ranks else 0), info)
 
     return placement
+
+
+def _needs_parts(experts: Tensor, ranks: int) -> bool:
+    """Whether ranks that cannot have equally many experts can have equal parts of each (FSDP pads the first dimension only)."""
+    number, channels, _ = experts.shape
+    return number % ranks > 0 and channels % ranks == 0
 
 
 class ExpertExchange:

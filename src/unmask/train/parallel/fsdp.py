@@ -31,7 +31,7 @@ def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype, sta
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=shard_dtype, cast_forward_inputs=False)
     # Routers compute in float32 whatever the others do; small, they are on every rank.
     wide = {parameter for name, parameter in model.named_parameters() if parameter_dtype(name, compute_dtype) != compute_dtype}
-    placement = expert_placement(model, world) if world.dims.expert > 1 else None
+    placement = None if model.config.moe is None else expert_placement(model, world)
     roots: Sequence[Stage | Transformer] = stages or [model]
     modules: list[nn.Module] = [module for root in roots for module in (*root.blocks, root)]
     for module in modules:
