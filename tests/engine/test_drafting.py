@@ -161,6 +161,25 @@ def test_under_load_only_near_certain_drafts_are_verified() -> None:
     assert len(alone.plans[-1].drafts) == 2
 
 
+class EstimatedCosts(CostTable):
+    """A table whose costs are not sure."""
+
+    @property
+    def margin(self) -> float:
+        return 1.15
+
+
+def test_a_draft_must_be_worth_more_than_a_price_that_is_estimated() -> None:
+    table = {1: 1.0, 64: 8.0, 128: 15.0}
+    for costs, verified in ((CostTable(table), True), (EstimatedCosts(table), False)):
+        sequences = [Scripted(options_of((0.98,), ())) for _ in range(64)]
+        planned(costs, sequences)
+        assert any(sequence.plans[-1].drafts for sequence in sequences) == verified
+    alone = Scripted(options_of((0.98,), ()))
+    planned(EstimatedCosts(table), [alone])
+    assert alone.plans[-1].drafts
+
+
 @pytest.mark.parametrize("count", [1, 8])
 def test_probes_take_a_hundredth_of_the_time(count: int) -> None:
     sequences = [Scripted([DraftPlan()], wants_probe=True) for _ in range(count)]

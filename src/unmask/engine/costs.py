@@ -48,7 +48,14 @@ _LEAST_SURE = 0.3
 
 
 class ForwardCosts(Protocol):
-    """Relative costs of forwards that decode. Increasing in every feature."""
+    """Relative costs of forwards that decode. Increasing in every feature.
+
+    Attributes:
+        margin: times its price, what a draft must be worth, since prices and probabilities are estimates.
+    """
+
+    @property
+    def margin(self) -> float: ...
 
     def cost(self, tokens: int, noisy: int, drawn: int) -> float:
         """Of one forward, up to a common factor."""
@@ -79,6 +86,10 @@ class CostTable:
     tokens: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     noisy: Mapping[int, float] = field(default_factory=lambda: _NO_EXTRA)
     drawn: Mapping[int, float] = field(default_factory=lambda: _NO_EXTRA)
+
+    @property
+    def margin(self) -> float:
+        return 1.0
 
     def cost(self, tokens: int, noisy: int, drawn: int) -> float:
         curves = self._curves
@@ -113,6 +124,9 @@ class MeasuredCosts:
     Args:
         kernels: the kind of kernels, whose usual costs hold before anything is measured; None: unknown.
     """
+
+    margin = 1.15
+    # Where products are all that counts, a token costs what it is worth: without a margin, errors would decide there.
 
     def __init__(self, kernels: str | None = None) -> None:
         self._parameters_P: tuple[float, ...] = _PRIORS.get(kernels, _PRIORS[None])

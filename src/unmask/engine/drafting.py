@@ -120,7 +120,7 @@ class DraftPlanner:
         cost, count, drawn = self.costs.cost, len(sequences), sum(sequence.is_drawn for sequence in sequences)
         tokens, running = count + num_beside, max(count, num_running)
         base, plain = cost(running, 0, drawn), cost(tokens, 0, drawn)
-        rate = self._gain * running / base
+        rate = self.costs.margin * self._gain * running / base
         prices = DraftPrices(
             rate * (cost(tokens + _PRICED * count, 0, drawn) - plain) / (_PRICED * count),
             rate * (cost(tokens + 2, 2, drawn) - cost(tokens + 1, 1, drawn)),
