@@ -10,11 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from unmask.errors import ConfigError
 from unmask.train.metrics import read_metrics
-from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.dims import ParallelDims, parse_layout
 from unmask.train.parallel.launch import Launcher
 from unmask.train.recipe import Recipe, load_recipe
 from unmask.train.run import run_recipe
@@ -39,16 +37,6 @@ def main() -> None:
         print(line)
     if options.plot:
         plot(curves, options.plot)
-
-
-def parse_layout(text: str) -> ParallelDims:
-    """The dimensions of `name=degree,...`."""
-    try:
-        values: dict[str, Any] = dict(part.split("=") for part in text.split(","))
-        values |= {name: int(value) for name, value in values.items() if name != "pipeline_schedule"}
-        return ParallelDims(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"layout '{text}' is not of the form data_shard=2,tensor=2") from error
 
 
 def loss_curves(

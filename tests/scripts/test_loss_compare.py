@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from loss_compare import largest_difference, loss_curves, parse_layout, plot, table
+from loss_compare import largest_difference, loss_curves, plot, table
 
-from helpers import refused
 from runs import tiny_folder, tiny_jsonl, tiny_recipe
-from unmask.errors import ConfigError
 from unmask.train.parallel.dims import ParallelDims
 
 CURVES = {"one process": {1: 3.0, 2: 2.0}, "data_shard=2": {1: 3.0, 2: 2.25}}
-
-
-def test_layouts_are_read() -> None:
-    assert parse_layout("data_shard=2,tensor=4") == ParallelDims(data_shard=2, tensor=4)
-    for text in ("data_shard", "sharding=2", "tensor=two"):
-        with refused(ConfigError, text):
-            parse_layout(text)
 
 
 def test_the_largest_difference_is_shown(tmp_path: Path) -> None:

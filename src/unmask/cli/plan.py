@@ -17,7 +17,7 @@ from unmask.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.train.plan.check import Checked
+    from unmask.train.parallel.dims import ParallelDims
     from unmask.train.plan.planner import Plan, Plans, Question
 
 _LINES = 8
@@ -54,8 +54,9 @@ def plan(
     is arithmetic; --check runs the code that would train.
     """
     from unmask.cli.info import find_config
+    from unmask.train.parallel.dims import parse_layout
     from unmask.train.plan.gpus import find_gpu
-    from unmask.train.plan.planner import Question, find_plans, parse_layout
+    from unmask.train.plan.planner import Question, find_plans
     from unmask.train.recipe import load_recipe
 
     values = load_recipe(recipe, overrides or [])
@@ -64,27 +65,37 @@ def plan(
     if layout is not None:
         dims = values.parallel.dims(gpus) if layout == "recipe" else parse_layout(layout, gpus)
     plans = find_plans(question, dims)
-    shown = [*plans.fitting, *(plans.too_large if dims is not None else [])][:top]
-    if not shown and not as_json:
-        raise ConfigError(_nothing_fits(question, plans))
-    checked = _check(question, shown[0]) if check and shown else None
+    if as_json:
+        typer.echo(json.dumps(_facts(question, plans, _to_check(plans, dims) if check else None)))
+    else:
+        _print_plans(question, plans, dims, top, check=check)
     if plot is not None:
         from unmask.train.plan.plot import plot_plans
 
         plot_plans(plans, question, plot)
-    if as_json:
-        typer.echo(json.dumps(_facts(question, plans, checked)))
-        return
+        if not as_json:
+            make_console().print(f"plot     {plot}", soft_wrap=True)
+
+
+def _print_plans(question: Question, plans: Plans, dims: ParallelDims | None, top: int, *, check: bool) -> None:
+    """Print the table of plans (with `dims` the plan of these, in detail), then a check: it takes long, and may fail."""
+    shown = [*plans.fitting, *(plans.too_large if dims is not None else [])][:top]
+    if not shown:
+        raise ConfigError(_nothing_fits(question, plans))
     console = make_console()
     _print_table(console, question, shown)
     if dims is not None:
         _print_details(console, shown[0])
     else:
         _print_reasons(console, question, plans)
-    if checked is not None:
-        _print_check(console, shown[0], checked)
-    if plot is not None:
-        console.print(f"plot     {plot}", soft_wrap=True)
+    if check:
+        _print_check(console, question, _to_check(plans, dims), shown[0])
+
+
+def _to_check(plans: Plans, dims: ParallelDims | None) -> Plan | None:
+    """The plan of `dims`, or the fastest that can be checked; None: there is none."""
+    candidates = plans.fitting if dims is None else [*plans.fitting, *plans.too_large]
+    return next((each for each in candidates if dims is not None or each.dims.pipeline == 1), None)
 
 
 def _nothing_fits(question: Question, plans: Plans) -> str:
@@ -100,17 +111,15 @@ def _nothing_fits(question: Question, plans: Plans) -> str:
     )
 
 
-def _check(question: Question, plan: Plan) -> Checked:
-    from unmask.train.plan.check import check_plan
-
-    return check_plan(question, plan)
-
-
-def _facts(question: Question, plans: Plans, checked: Checked | None) -> dict[str, Any]:
+def _facts(question: Question, plans: Plans, to_check: Plan | None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from unmask.train.plan.planner import too_large
+    from unmask.train.plan.check import check_plan
+    from unmask.train.plan.planner import layout_name, too_large
 
+    checked = None
+    if to_check is not None:
+        checked = {"layout": layout_name(to_check.dims), **asdict(check_plan(question, to_check))}
     return {
         "gpu": asdict(question.gpu),
         "gpus": question.num_gpus,
@@ -118,7 +127,7 @@ def _facts(question: Question, plans: Plans, checked: Checked | None) -> dict[st
         "plans": [each.as_json() for each in plans.fitting],
         "too_large": [too_large(each, question) for each in plans.too_large],
         "refused": dict(plans.refused),
-        "check": None if checked is None else asdict(checked),
+        "check": checked,
     }
 
 
@@ -186,12 +195,20 @@ def _print_reasons(console: Console, question: Question, plans: Plans) -> None:
         console.print(f"  {count} x {reason}", soft_wrap=True)
 
 
-def _print_check(console: Console, plan: Plan, checked: Checked) -> None:
+def _print_check(console: Console, question: Question, plan: Plan | None, first: Plan) -> None:
+    """Check a plan and print what comes out; `first` is the one at the head of the table."""
     from unmask.cli.tables import print_table
+    from unmask.train.plan.check import check_plan
     from unmask.train.plan.gpus import GIB
     from unmask.train.plan.planner import layout_name
 
-    rows = []
+    reason = "a check runs one rank, and one of a pipeline would wait for others"
+    if plan is None:
+        console.print(f"check    every plan that fits has a pipeline: {reason}", soft_wrap=True)
+        return
+    if plan is not first:
+        console.print(f"check    {layout_name(plan.dims)}, the fastest plan without a pipeline: {reason}", soft_wrap=True)
+    checked, rows = check_plan(question, plan), []
     for name, predicted, tracked, unit in checked.comparison(plan):
         scale = {"GiB": GIB, "TFLOP": 1e12}[unit]
         rows.append(

@@ -26,7 +26,7 @@ def sized(family: str, num_layers: int) -> ModelConfig:
 
 
 def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checked, *, recompute: bool) -> None:
-    (stage,) = stages(config, 1)
+    (stage,) = stages(config, dims)
     rows = {"micro_rows": BATCH.micro_rows, "micro_batches": BATCH.micro_batches}
     memory = stage_memory(config, ROW, dims, stage, recompute=recompute, **rows)
     shards = memory.weights, memory.gradients, memory.optimizer

@@ -10,12 +10,12 @@ import torch
 from tiny import FAMILIES, tiny_config
 from unmask.errors import ConfigError
 from unmask.models.arch.transformer import Transformer
-from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.dims import ParallelDims, parse_layout
 from unmask.train.plan.gpus import find_gpu
-from unmask.train.plan.memory import stages
-from unmask.train.plan.planner import Question, find_plans, layout_name, parse_layout, too_large
+from unmask.train.plan.memory import stage_memory, stages
+from unmask.train.plan.planner import Question, find_plans, layout_name, too_large
 from unmask.train.plan.step import Batch, stage_transfers
-from unmask.train.plan.work import RowWork, num_parameters, row_works
+from unmask.train.plan.work import RowWork, mean_row, num_parameters, row_works
 from unmask.train.recipe import Recipe, parse_recipe
 
 ROW = RowWork(share=1.0, length=64, positions=128, predictions=32, pairs=4096)
@@ -61,9 +61,10 @@ def test_an_objective_without_plans_is_named() -> None:
     ("text", "names"),
     [
         ("data=8", "data=8"),
+        ("data_shard", "data_shard"),
         ("tensor=x", "tensor=x"),
-        ("tensor=3", "6 GPUs"),
-        ("data_shard=4", "4 GPUs"),
+        ("tensor=3", "6 processes"),
+        ("data_shard=4", "4 processes"),
         ("expert=3", "expert"),
     ],
 )
@@ -76,6 +77,9 @@ def test_layouts_are_read_as_they_are_written() -> None:
     dims = ParallelDims(data_replicate=2, data_shard=4, tensor=2, expert=4)
     assert parse_layout(layout_name(dims), 16) == dims
     assert parse_layout("tensor=2", 8) == ParallelDims(data_shard=4, tensor=2)
+    assert parse_layout("data_shard=2,tensor=4") == ParallelDims(data_shard=2, tensor=4)
+    interleaved = ParallelDims(pipeline=2, pipeline_schedule="interleaved_1f1b", pipeline_stages=2)
+    assert parse_layout("pipeline=2,pipeline_schedule=interleaved_1f1b") == interleaved
     assert layout_name(ParallelDims()) == "data_shard=1"
 
 
@@ -94,6 +98,34 @@ def test_every_layout_is_planned_or_refused() -> None:
         find_plans(question, ParallelDims(tensor=8))
 
 
+def test_stages_of_a_plan_are_those_that_train() -> None:
+    config, dims = tiny_config("llada2", num_layers=7), ParallelDims(pipeline=4)
+    cut = [range(stage.first, stage.last) for stage in stages(config, dims)]
+    assert cut == dims.stage_layers(7) == [range(2), range(2, 4), range(4, 6), range(6, 7)]
+    question = Question(recipe(), config, find_gpu("h100"), 4)
+    (plan, *_) = find_plans(question, dims).fitting
+    options = {"micro_rows": plan.batch.micro_rows, "micro_batches": plan.batch.micro_batches, "recompute": plan.recompute}
+    (row,) = row_works(question.recipe)[-1:]
+    each = [stage_memory(config, row, dims, stage, **options).total for stage in stages(config, dims)]
+    assert plan.memory.total >= max(each)
+    twice = ParallelDims(pipeline=2, pipeline_schedule="zero_bubble", pipeline_stages=2)
+    with pytest.raises(ConfigError, match="pipeline_stages"):
+        find_plans(Question(recipe(), config, find_gpu("h100"), 2), twice)
+
+
+def test_traffic_is_that_of_the_slowest_stage() -> None:
+    # The first layer is dense: the last stage has more routed ones, and the head.
+    config, dims = tiny_config("llada2", num_layers=4), ParallelDims(data_shard=2, pipeline=2, expert=2)
+    question = Question(recipe(), config, find_gpu("h100"), 4)
+    (plan, *_) = find_plans(question, dims).fitting
+    row, sent = mean_row(row_works(question.recipe)), []
+    for stage in stages(config, dims):
+        transfers = stage_transfers(config, row, dims, stage, plan.batch, recompute=plan.recompute)
+        sent.append(sum(each.nvlink for each in transfers))
+    assert sent[0] < sent[1]
+    assert sum(plan.nvlink.values()) == pytest.approx(sent[1])
+
+
 def test_a_large_model_says_what_does_not_fit() -> None:
     question = Question(recipe(), tiny_config("llama", hidden_size=8192, ffn_size=131072), find_gpu("a100-40gb"), 1)
     plans = find_plans(question, ParallelDims())
@@ -105,7 +137,7 @@ def test_traffic_stays_in_a_node_where_the_group_does() -> None:
     config, batch = tiny_config("llada2"), Batch(micro_rows=1, micro_batches=2)
 
     def sent(dims: ParallelDims) -> dict[str, tuple[bool, bool]]:
-        (stage, *_) = stages(config, dims.pipeline)
+        (stage, *_) = stages(config, dims)
         transfers = stage_transfers(config, ROW, dims, stage, batch, recompute=False)
         return {each.name: (each.nvlink > 0, each.network > 0) for each in transfers}
 

@@ -6,6 +6,7 @@ Owns the recipe's `parallel:` section and the rules it obeys. Knows neither proc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -75,6 +76,13 @@ class ParallelDims:
     def shards(self) -> int:
         """Ranks over which FSDP divides a parameter."""
         return self.data_shard * self.context
+
+    def stage_layers(self, num_layers: int) -> list[range]:
+        """The layers of each stage; where they do not divide, the first ones have one more, and the last one the head."""
+        num_stages = self.pipeline * self.pipeline_stages
+        count, rest = divmod(num_layers, num_stages)
+        starts = [count * stage + min(stage, rest) for stage in range(num_stages + 1)]
+        return [range(start, stop) for start, stop in pairwise(starts)]
 
     def check_model(self, config: ModelConfig) -> None:
         """Raise ConfigError when the model cannot be divided so."""
@@ -170,3 +178,24 @@ class ParallelSection(Section):
                 f"start {dims.size} (--nproc, or torchrun), or change the keys"
             )
         return dims
+
+
+def parse_layout(text: str, num_processes: int | None = None) -> ParallelDims:
+    """The dimensions of `data_shard=8,expert=8`; keys and values are those of the recipe's section.
+
+    Args:
+        text: the keys that are not at their default.
+        num_processes: of which a missing `data_shard` is what the other keys leave; None: as many as the keys make.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, or a product that is not the number of processes.
+    """
+    try:
+        section = ParallelSection.model_validate(dict(part.split("=") for part in filter(None, text.split(","))))
+    except ValueError as error:
+        keys = ", ".join(key for key in ParallelSection.model_fields if key != "timeout")
+        raise ConfigError(f"layout {text!r} is not of the form data_shard=2,tensor=2 (keys: {keys})") from error
+    if num_processes is None:
+        shards = 1 if section.data_shard == "auto" else section.data_shard
+        num_processes = prod((section.data_replicate, shards, section.context, section.tensor, section.pipeline))
+    return section.dims(num_processes)

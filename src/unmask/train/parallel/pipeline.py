@@ -12,7 +12,6 @@ Legend: B rows, T stream positions, L positions of this rank, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -112,7 +111,7 @@ def split_stages(model: Transformer, world: World) -> list[Stage]:
     """The stages of this rank; what belongs to other ranks' leaves the model's memory, in place."""
     dims, rank = world.dims, world.index("pipeline")
     num_stages = dims.pipeline * dims.pipeline_stages
-    layers = stage_layers(model.config.num_layers, num_stages)
+    layers = dims.stage_layers(model.config.num_layers)
     stages = [Stage(model, index, layers[index], world) for index in range(rank, num_stages, dims.pipeline)]
     own = {parameter for stage in stages for parameter in stage.parameters()}
     for module in model.modules():
@@ -121,13 +120,6 @@ def split_stages(model: Transformer, world: World) -> list[Stage]:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
     return stages
-
-
-def stage_layers(num_layers: int, num_stages: int) -> list[range]:
-    """The layers of each stage; where they do not divide, the first ones have one more, and the last one the head."""
-    count, rest = divmod(num_layers, num_stages)
-    starts = [count * stage + min(stage, rest) for stage in range(num_stages + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 class TorchPipeline:

@@ -70,10 +70,6 @@ class World:
         """The values (anything picklable) of the ranks that hold different predictions, in the order of the rows."""
         return [value]
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over the ranks that hold different predictions."""
-        return [sum(column) for column in zip(*self.gather(values), strict=True)]
-
     def gather_all(self, value: T) -> list[T]:
         """The values of all ranks."""
         return [value]

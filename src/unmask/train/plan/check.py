@@ -127,7 +127,7 @@ def track_rank(
         _micro_batch(model, world, row, batch.micro_rows)
         gradients = _bytes(parameter.grad for parameter in model.parameters())
         state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
-    (stage,) = stages(config, 1)
+    (stage,) = stages(config, dims)
     predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
     seconds = time.perf_counter() - started
     return Checked(weights, gradients, state, tracker.peak, tracker.flops, predicted.total, seconds)

@@ -6,10 +6,10 @@ Owns what is held when: FSDP's shards and gathered blocks, activations, logits. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
+from unmask.diffusion.objectives import PREDICTIONS_AT_ONCE
 from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.footprint import Footprint, layer_footprint
@@ -17,8 +17,6 @@ from unmask.train.plan.work import LayerCount, RowWork, layer_count, layer_param
 
 _SHARD, _GATHERED = 4, 2
 """Bytes of a float32 weight of a shard (moments and gradients are float32, too) and of a gathered one in bfloat16."""
-_CHUNK = 2048
-"""Predictions whose logits exist at once: `token_nll`'s chunk."""
 _LOGITS = 6
 """Bytes for each logit: itself or its gradient in bfloat16, and log p in float32."""
 
@@ -70,11 +68,9 @@ class Stage:
         return self.last == self.num_layers
 
 
-def stages(config: ModelConfig, pipeline: int) -> list[Stage]:
-    """The layers of each pipeline rank."""
-    layers = config.num_layers
-    bounds = [rank * layers // pipeline for rank in range(pipeline + 1)]
-    return [Stage(first, last, layers) for first, last in pairwise(bounds)]
+def stages(config: ModelConfig, dims: ParallelDims) -> list[Stage]:
+    """The layers of each pipeline rank, which has one stage."""
+    return [Stage(layers.start, layers.stop, config.num_layers) for layers in dims.stage_layers(config.num_layers)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def stage_memory(
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
     others = (in_flight - 1) * (inputs + (0 if recompute else sum(kept)))
-    predictions = min(micro_rows * row.predictions / dims.context, _CHUNK) if stage.has_head else 0
+    predictions = min(micro_rows * row.predictions / dims.context, PREDICTIONS_AT_ONCE) if stage.has_head else 0
     logits = _LOGITS * predictions * config.vocab_size / dims.tensor
     # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
     resident = 1.5 * _GATHERED * ends.gathered
@@ -170,4 +166,4 @@ def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims) -> Footpri
 
 
 def _place(config: ModelConfig, stage: Stage, dims: ParallelDims) -> int:
-    return next(index for index, each in enumerate(stages(config, dims.pipeline)) if each == stage)
+    return next(index for index, each in enumerate(stages(config, dims)) if each == stage)

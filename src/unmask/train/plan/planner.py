@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from math import prod
 from typing import Any
 
 from unmask.errors import ConfigError
@@ -35,7 +34,7 @@ class Plan:
         fits: on the GPU.
         seconds: of a step, mean over the phases.
         mfu: model FLOP utilisation: without what is computed twice.
-        nvlink, network: bytes that a GPU sends in a step, by dimension.
+        nvlink, network: bytes that a GPU of the slowest stage sends in a step, by dimension.
         tokens_per_day: clean tokens, as a recipe counts them.
         days, cost: of the run; cost only with a price.
     """
@@ -85,27 +84,6 @@ def layout_name(dims: ParallelDims) -> str:
     return ",".join(f"{name}={degree}" for name, degree in degrees.items()) or "data_shard=1"
 
 
-def parse_layout(text: str, num_gpus: int) -> ParallelDims:
-    """The layout of `data_shard=8,expert=8`; a missing `data_shard` is what the others leave.
-
-    Raises:
-        ConfigError: an unknown name, no number, or a product that is not the number of GPUs.
-    """
-    degrees: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        name, _, degree = part.partition("=")
-        if name not in _DEGREES or not degree.isdigit() or int(degree) < 1:
-            raise ConfigError(f"layout has {part!r}; write name=degree, with a name of {', '.join(_DEGREES)}")
-        degrees[name] = int(degree)
-    others = prod(degree for name, degree in degrees.items() if name not in ("data_shard", "expert"))
-    degrees.setdefault("data_shard", max(num_gpus // others, 1))
-    replicate, shard, context, tensor, pipeline, expert = (degrees.get(name, 1) for name in _DEGREES)
-    dims = ParallelDims(replicate, shard, context, tensor, pipeline, expert)
-    if dims.size != num_gpus:
-        raise ConfigError(f"layout {layout_name(dims)} takes {dims.size} GPUs, not {num_gpus}; change one of its degrees")
-    return dims
-
-
 def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
     """Plan every layout, or this one.
 
@@ -138,6 +116,8 @@ def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
     """
     train = question.recipe.train
     dims.check_model(question.config)
+    if dims.pipeline_stages > 1:
+        raise ConfigError(f"parallel.pipeline_stages is {dims.pipeline_stages}; plans are made for ranks of 1 stage")
     dims.check_rows(train.batch_rows, pairs=False)
     if dims.tensor > PER_NODE:
         raise ConfigError(f"parallel.tensor is {dims.tensor}; it must stay within a node's {PER_NODE} GPUs")
@@ -155,22 +135,23 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
     """The plan of a legal layout."""
     config, gpu, efficiency = question.config, question.gpu, question.efficiency
     micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
-    every = stages(config, dims.pipeline)
-    ends = {every[0], every[-1]}
+    every = stages(config, dims)
     most = max(rows, key=lambda row: (row.positions, row.predictions))
     memory = max(
         (
             stage_memory(config, most, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
-            for stage in ends
+            for stage in every
         ),
         key=lambda memory: memory.total,
     )
     row, seconds = mean_row(rows), 0.0
     transfers: list[Transfer] = []
-    for stage in ends:
+    for stage in every:
         flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, recompute=recompute)
-        transfers = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
-        seconds = max(seconds, stage_seconds(flops, transfers, memory.weights, gpu, efficiency))
+        sent = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
+        taken = stage_seconds(flops, sent, memory.weights, gpu, efficiency)
+        if taken > seconds:
+            seconds, transfers = taken, sent
     seconds *= (micro_batches + dims.pipeline - 1) / micro_batches
     train = question.recipe.train
     tokens_per_day = train.batch_rows * question.recipe.data.row_length / seconds * _DAY

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
+from unmask.diffusion.objectives import PREDICTIONS_AT_ONCE
 from unmask.models.arch.config import ModelConfig
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Stage, local_ends, local_layer
 from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_flops
 
-_CHUNK = 2048
 _UPDATE_BYTES = 32
 """Bytes that the optimiser reads and writes for each parameter: weight, gradient and moments, and the gradient for its norm."""
 
@@ -71,7 +71,7 @@ def stage_flops(config: ModelConfig, row: RowWork, dims: ParallelDims, stage: St
         total += forward + Flops(-_last_products(config, layers, positions) / dims.tensor)
     if stage.has_head:
         forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
-        total += forward * (2 if rows * row.predictions / dims.context > _CHUNK else 1) + backward(forward)
+        total += forward * (2 if rows * row.predictions / dims.context > PREDICTIONS_AT_ONCE else 1) + backward(forward)
     return total
 
 
