@@ -222,18 +222,30 @@ def one_rank(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+class Step:
+    """A training step as `unmask convert` takes it in one process."""
+
+    def __init__(self, sizes: Sizes, *, recompute: bool = False) -> None:
+        self._sizes, model = sizes, sizes.model(torch.bfloat16, recompute=recompute)
+        self._optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        self._objective = sizes.objective(model, sizes.attention, World.single())
+
+    def __call__(self, rows: PackedRows) -> float:
+        """Train on these rows; returns the loss before."""
+        loss = self._sizes.loss(self._objective, rows)
+        self._optimizer.clip(1.0)
+        self._optimizer.step(RATE)
+        return loss
+
+
 def check_training(sizes: Sizes) -> Figures:
-    """Training steps with FlexAttention, as `unmask convert` takes them in one process: MFU, tokens/s, peak memory."""
-    model = sizes.model(torch.bfloat16)
-    optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    objective, rows = sizes.objective(model, sizes.attention, World.single()), sizes.rows(sizes.batch_rows)
+    """Training steps with FlexAttention: MFU, tokens/s, peak memory."""
+    step, rows = Step(sizes), sizes.rows(sizes.batch_rows)
     losses: list[float] = []
     seconds: list[float] = []
     for _ in range(2 + sizes.steps):
         started = time.perf_counter()
-        losses.append(sizes.loss(objective, rows))
-        optimizer.clip(1.0)
-        optimizer.step(RATE)
+        losses.append(step(rows))
         _wait(sizes.device)
         seconds.append(time.perf_counter() - started)
     typical = statistics.median(seconds[2:])
@@ -249,35 +261,27 @@ def check_training(sizes: Sizes) -> Figures:
 
 
 def check_memory(sizes: Sizes) -> Figures:
-    """Peak memory of FSDP2 steps against `unmask plan`'s, activations kept and computed again."""
+    """Peak memory of a step against `unmask plan`'s, activations kept and computed again."""
     figures: Figures = {}
     (row,), (stage,) = row_works(sizes.recipe), stages(sizes.config, 1)
     micro = {"micro_rows": sizes.micro_rows, "micro_batches": sizes.batch_rows // sizes.micro_rows}
-    with one_rank(sizes.device) as world:
-        for name, recompute in (("kept", False), ("recomputed", True)):
-            peak = _peak_of_steps(sizes, world, recompute=recompute)
-            predicted = stage_memory(sizes.config, row, ParallelDims(), stage, recompute=recompute, **micro).total
-            figures[f"memory_{name}_gib"] = figure(peak / GIB)
-            figures[f"memory_{name}_planned_gib"] = figure(predicted / GIB)
-            figures[f"memory_{name}_error"] = figure(abs(predicted / peak - 1), MEMORY_ERROR, higher_is_better=False)
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        peak = _peak_of_step(sizes, recompute=recompute)
+        predicted = stage_memory(sizes.config, row, ParallelDims(), stage, recompute=recompute, **micro).total
+        figures[f"memory_{name}_gib"] = figure(peak / GIB)
+        figures[f"memory_{name}_planned_gib"] = figure(predicted / GIB)
+        figures[f"memory_{name}_error"] = figure(abs(predicted / peak - 1), MEMORY_ERROR, higher_is_better=False)
     return figures
 
 
-def _peak_of_steps(sizes: Sizes, world: World, *, recompute: bool) -> int:
+def _peak_of_step(sizes: Sizes, *, recompute: bool) -> int:
     """Bytes at the peak of the second step: the first compiles, and makes the optimiser's state."""
-    from unmask.train.parallel.fsdp import apply_fsdp
-
     gc.collect()  # the model before
-    model = sizes.model(torch.float32, recompute=recompute)
-    apply_fsdp(model, world, torch.bfloat16)
-    adamw = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    objective, rows = sizes.objective(model, sizes.attention, world), sizes.rows(sizes.batch_rows)
+    step, rows = Step(sizes, recompute=recompute), sizes.rows(sizes.batch_rows)
     for _ in range(2):
         if sizes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        sizes.loss(objective, rows)
-        adamw.step()
-        adamw.zero_grad()
+        step(rows)
     return peak_memory()
 
 

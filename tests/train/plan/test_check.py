@@ -35,14 +35,23 @@ def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checke
     assert checked.predicted_flops == pytest.approx(checked.flops, rel=0.05)
 
 
-QUICK = [("llama", 4, ParallelDims(data_shard=4), True), ("llada2", 4, ParallelDims(data_shard=4, expert=4), False)]
+QUICK = [
+    ("llama", 4, ParallelDims(), False),
+    ("llama", 4, ParallelDims(data_shard=4), True),
+    ("llada2", 4, ParallelDims(data_shard=4, expert=4), False),
+]
 MORE = [
     (family, layers, dims, recompute)
     for family, layers in (("qwen3", 6), ("llada2", 6))
     for dims in (ParallelDims(data_shard=8), ParallelDims(data_shard=4, tensor=2), ParallelDims(data_shard=4, context=2))
     for recompute in (False, True)
 ]
-MORE.append(("llada2", 6, ParallelDims(data_shard=16), True))  # more shards than experts
+MORE += [
+    ("llada2", 6, ParallelDims(data_shard=16), True),  # more shards than experts
+    ("llada2", 6, ParallelDims(), True),
+    ("llada2", 6, ParallelDims(), False),
+    ("qwen3", 6, ParallelDims(), True),
+]
 
 
 @pytest.mark.parametrize(

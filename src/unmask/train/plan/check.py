@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +22,7 @@ from unmask.diffusion.masks import StreamIndex
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
+from unmask.models.weights.checkpoint import parameter_dtype
 from unmask.train.objectives.base import Setting
 from unmask.train.optim import MasterAdamW
 from unmask.train.parallel.apply import parallelize
@@ -114,18 +115,23 @@ def track_rank(
     positions = batch.micro_rows * -(-row.positions // dims.context)
     for moe in routed_layers(model) if dims.expert > 1 else ():
         moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
+    if world.size == 1:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
     with tensors, Tracker() as tracker:
         model.to_empty(device="cpu")
         optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
-        _fill_gradients(model)
+        # One process adds gradients to the master weights; several, to the shards that the parameters are.
+        summed = optimizer.parameters if world.size == 1 else list(model.parameters())
+        _fill_gradients(summed)
         optimizer.clip(1.0)
         optimizer.step(1e-4)
         if batch.micro_batches > 1:
-            _fill_gradients(model)
-        weights = _bytes(model.parameters())
+            _fill_gradients(summed)
+        weights = _bytes(summed)
         tracker.reset()
         _micro_batch(model, world, row, batch.micro_rows)
-        gradients = _bytes(parameter.grad for parameter in model.parameters())
+        gradients = _bytes(parameter.grad for parameter in summed)
         state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
     (stage,) = stages(config, dims)
     predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
@@ -146,8 +152,8 @@ class _BalancedExchange(ExpertExchange):
         return sizes, sizes
 
 
-def _fill_gradients(model: Transformer) -> None:
-    for parameter in model.parameters():
+def _fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
 

@@ -27,7 +27,8 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: shards, float32; gradients as far as they are there.
-        gathered: blocks in bfloat16 that are being used or fetched, and their gradients on the way to the shards.
+        gathered: blocks in bfloat16 that are being used or fetched, and their gradients on the way to the shards; with one
+            process all blocks.
         activations: kept for the backward pass, and the workspace of one layer.
         logits: logits and what the loss makes of them.
     """
@@ -144,6 +145,9 @@ def stage_memory(
     resident = 1.5 * _GATHERED * ends.gathered
     if dims.pipeline > 1:
         resident += 2 * _GATHERED * sum(layer.gathered for layer in layers)
+    if dims.size == 1:
+        # One process gathers nothing: it computes with a copy of the weights in bfloat16.
+        resident += _GATHERED * sum(layer.gathered for layer in layers)
     # The first micro-batch of a step finds no gradients: they come with the layers, the last one's first.
     arrived = _SHARD * shard if micro_batches > 1 else 0.0
     weights, moments_bytes = _SHARD * shard, 2 * _SHARD * shard
@@ -153,6 +157,9 @@ def stage_memory(
         at_work, fetched = layer.gathered, layers[number - 1].gathered if number else 0.0
         leaving = layers[number + 1].gathered if number + 1 < len(layers) else 0.0
         buffers = _SHARD * leaving + (_GATHERED * (at_work + fetched) if dims.pipeline == 1 else 0.0)
+        if dims.size == 1:
+            # The gradient of a matrix, on its way to float32.
+            buffers = _SHARD * at_work / 2
         held = stream * (number + 2) + (0 if recompute else sum(kept[:number]))
         work = prints[config.is_moe_layer(stage.first + number)].peak * tokens
         if micro_batches == 1:
