@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from helpers import make_tokenizer, refused
 from unmask.data.documents import DocumentStream, Source
@@ -320,20 +319,6 @@ def test_bad_hub_datasets(tmp_path, tokenizer):
         open_source(config, tokenizer, 0).next_document()
 
 
-@pytest.mark.parametrize(
-    ("families", "names"),
-    [
-        ({"chain_summ": {}}, ("chain_summ", "chain_sum")),
-        ({"chain_sum": {"terms": 3}}, ("chain_sum",)),
-        ({"chain_sum": {"min_terms": 5, "max_terms": 2}}, ("chain_sum",)),
-        ({"chain_sum": {"seed": 3}}, ("seed", "chain_sum")),
-    ],
-)
-def test_bad_families(tokenizer, families, names):
-    with refused(ConfigError, *names):
-        open_source(SourceConfig(kind="reasoning_gym", families=families), tokenizer, 0)
-
-
 def test_state_of_other_data_is_refused(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", records(0, 3))
     config = SourceConfig(kind="jsonl", path=str(tmp_path))
@@ -378,33 +363,3 @@ def test_state_of_edited_data_of_the_same_length_is_refused(tmp_path: Path, toke
     write(("the fox", "the doe"))
     with refused(DataError, tmp_path, "content"):
         source().load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"kind": "csv", "path": "x"}, "kind"),
-        ({"kind": "jsonl"}, "path"),
-        ({"kind": "jsonl", "path": "x", "split": "test"}, "split"),
-        ({"kind": "text", "path": "x", "chat": False}, "chat"),
-        ({"kind": "jsonl", "path": "x", "unknown": 1}, "unknown"),
-        ({"kind": "jsonl", "path": "x", "weight": 0}, "weight"),
-        ({"kind": "jsonl", "path": "x", "weight": float("inf")}, "weight"),
-        ({"kind": "jsonl", "path": "x", "eos_fill": 0}, "eos_fill"),
-        ({"kind": "jsonl", "path": "x", "supervise": "none"}, "supervise"),
-        ({"kind": "huggingface"}, "id and path"),
-        ({"kind": "huggingface", "id": "a/b", "path": "x"}, "id and path"),
-        ({"kind": "reasoning_gym"}, "families"),
-        ({"kind": "reasoning_gym", "families": {}}, "families"),
-        ({"kind": "reasoning_gym", "families": {"chain_sum": {}}, "path": "x"}, "path"),
-    ],
-)
-def test_bad_configs(config, name):
-    with pytest.raises(ValidationError, match=name):
-        SourceConfig(**config)
-
-
-def test_config_survives_serialising():
-    """What is written into a checkpoint's recipe can be read again."""
-    for config in (SourceConfig(kind="jsonl", path="x", eos_fill=32), problems(Path())):
-        assert SourceConfig.model_validate(json.loads(config.model_dump_json())) == config
