@@ -263,7 +263,7 @@ def check_training(sizes: Sizes) -> Figures:
 def check_memory(sizes: Sizes) -> Figures:
     """Peak memory of a step against `unmask plan`'s, activations kept and computed again."""
     figures: Figures = {}
-    (row,), (stage,) = row_works(sizes.recipe), stages(sizes.config, 1)
+    (row,), (stage,) = row_works(sizes.recipe), stages(sizes.config, ParallelDims())
     micro = {"micro_rows": sizes.micro_rows, "micro_batches": sizes.batch_rows // sizes.micro_rows}
     for name, recompute in (("kept", False), ("recomputed", True)):
         peak = _peak_of_step(sizes, recompute=recompute)
