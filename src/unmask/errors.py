@@ -6,6 +6,7 @@ and exits with `exit_code`; anything that is *not* an `UnmaskError` is our bug a
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +57,25 @@ class UnmaskWarning(UserWarning):
 
 class UnmaskNote(Warning):
     """Something takes its time, once; nothing is wrong."""
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def error_of_user(error: BaseException) -> UnmaskError | None:
+    """What an exception means to the user, where it is one of ours, of the disk or of the memory; None: it is a bug."""
+    if isinstance(error, UnmaskError):
+        return error
+    if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
+        path = "" if error.filename is None else f"{error.filename}: "
+        if error.errno in _DISK_FULL:
+            return TrainingError(f"{path}no space left on the disk; free some and run the command again")
+        return TrainingError(f"{path}{error.strerror or error}; check the path and its permissions")
+    no_memory = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
+        return TrainingError("out of memory; use a smaller model, dtype bfloat16, or a lower train.micro_rows")
+    return None
 
 
 @contextmanager

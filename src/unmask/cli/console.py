@@ -6,7 +6,6 @@ a model may write anything.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shlex
@@ -26,21 +25,20 @@ from unmask.errors import (
     LostRanksError,
     RequestError,
     RoomError,
-    TrainingError,
     UnmaskError,
     UnmaskNote,
     UnmaskWarning,
+    error_of_user,
 )
+from unmask.train.parallel.fatal import is_first_print, record_fatal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEAD_START = 2.0
 """Seconds."""
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Guarded(TyperGroup):
@@ -50,16 +48,11 @@ class Guarded(TyperGroup):
         """Run the verb; any other error is a bug and keeps its traceback."""
         try:
             return super().invoke(ctx)
-        except UnmaskError as error:
-            fail(error)
-        except OSError as error:
-            if error.errno is None or error.errno == errno.EPIPE:
+        except Exception as error:
+            found = error_of_user(error)
+            if found is None:
                 raise
-            fail(_system_error(error))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
-                raise
-            fail(TrainingError("out of memory; use a smaller model, --dtype bfloat16, or a lower train.micro_rows"))
+            fail(found)
 
 
 class PanelCommand(TyperCommand):
@@ -86,10 +79,14 @@ class PanelCommand(TyperCommand):
 
 
 def fail(error: UnmaskError) -> NoReturn:
-    """Print an error as one line on standard error and exit with its code."""
+    """Print an error as one line on standard error and exit with its code; of torchrun's ranks one prints, and once."""
+    if not isinstance(error, LostRanksError):
+        record_fatal(error.exit_code)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The first rank of this machine prints it; torchrun would end that one as soon as this one has gone.
         time.sleep(_HEAD_START)
+        raise typer.Exit(error.exit_code)
+    if not isinstance(error, LostRanksError) and not is_first_print():
         raise typer.Exit(error.exit_code)
     text = str(error)
     if isinstance(error, RequestError):
@@ -193,10 +190,3 @@ def pick_device(device: str) -> str:
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
     return device
-
-
-def _system_error(error: OSError) -> TrainingError:
-    path = "" if error.filename is None else f"{error.filename}: "
-    if error.errno in _DISK_FULL:
-        return TrainingError(f"{path}no space left on the disk; free some and run the command again")
-    return TrainingError(f"{path}{error.strerror or error}; check the path and its permissions")

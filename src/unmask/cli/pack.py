@@ -6,7 +6,6 @@ Owns the options and the report. What is packed is `train.pack`'s matter.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -62,13 +61,14 @@ def pack(
     """
     from unmask.cli.progress import counting
     from unmask.train.pack import PROGRESS, pack_recipe
+    from unmask.train.parallel.start import num_cores
 
     recipe, given = _recipe(inputs, model, verb, overrides or [])
     check_paths(source.path for source in recipe.data.sources)
     if (out / PROGRESS).is_file() and not resume:
         raise ConfigError(f"{out} holds an unfinished job; go on with --resume, or choose another --out")
     console, started = make_console(), time.monotonic()
-    processes = nproc or os.cpu_count() or 1
+    processes = nproc or num_cores()
     passes = epochs if given or epochs is not None else 1
     try:
         with counting(console, "packing") as on_progress:

@@ -156,13 +156,17 @@ def _check_folder(out: Path, *, resume: bool) -> None:
     from unmask.train.parallel.start import restarted
     from unmask.train.run import holds_run
 
-    if not (resume or restarted()) and holds_run(out):
+    if not (resume or restarted(out)) and holds_run(out):
         raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out")
 
 
 def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
     """Run the recipe in this process, which may be one of the ranks of torchrun."""
+    from unmask.train.parallel.fatal import fatal_status
+
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if (status := fatal_status()) is not None:
+        raise typer.Exit(status)
     with stop_on_interrupt(notice=SAVE_NOTICE if is_main_rank() else b"", once=torchrun) as should_stop:
         return _show_run(should_stop, recipe, out, resume)
 
@@ -170,10 +174,13 @@ def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
 def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts: int) -> RunResult:
     """Run the recipe in several processes on this machine."""
     from unmask.train.parallel.launch import Launcher
+    from unmask.train.parallel.start import check_devices
+    from unmask.train.run import device_of
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(f"--nproc is {ranks}, but torchrun has started this process already; leave --nproc out")
     recipe.parallel.dims(ranks)
+    check_devices(ranks, device_of(recipe.train))
     launcher = Launcher(ranks, max_restarts=max_restarts, logs=out / "logs")
     with stop_on_interrupt(on_stop=launcher.stop):
         result: RunResult = launcher.run(_show_run, recipe, out, resume)
@@ -189,7 +196,7 @@ def _show_run(should_stop: Callable[[], bool], recipe: Recipe, out: Path, resume
     warnings.showwarning = show_warning  # A rank has not come through the application.
     if not is_main_rank():
         return run_recipe(recipe, out, resume=resume, should_stop=should_stop)
-    if restarted():
+    if restarted(out):
         typer.echo("note: a process was lost; all were started again and go on from the last checkpoint", err=True)
     with showing_progress(make_console(), recipe.train.tokens) as on_record:
         return run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)

@@ -29,7 +29,7 @@ from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.parallel.apply import parallelize
-from unmask.train.parallel.start import open_world, restarted
+from unmask.train.parallel.start import job_name, open_world, restarted
 from unmask.train.parallel.whole import on_main, skeleton_of
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe
@@ -83,8 +83,9 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    with open_world(recipe.parallel, _device(recipe.train)) if world is None else nullcontext(world) as world:
-        return _run(recipe, out, world, resume or restarted(), on_record, should_stop)
+    opened = open_world(recipe.parallel, device_of(recipe.train), recipe.model_dump_json())
+    with opened if world is None else nullcontext(world) as world:
+        return _run(recipe, out, world, resume, on_record, should_stop)
 
 
 def _run(
@@ -97,10 +98,14 @@ def _run(
 ) -> RunResult:
     world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.needs_reference)
     world.dims.check_micro_batches(recipe.train.batch_rows, recipe.train.micro_rows)
-    if not resume and any(world.gather_all(holds_run(out))):
-        raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
     with ExitStack() as stack:
-        on_main(world, lambda: stack.enter_context(locked(out)))
+
+        def open_folder() -> None:
+            if not (resume or restarted(out)) and holds_run(out):
+                raise ConfigError(f"{out} already holds a run; resume it, or choose another folder")
+            stack.enter_context(locked(out, job_name()))
+
+        on_main(world, open_folder)
         return _train(recipe, out, world, on_record, should_stop)
 
 
@@ -153,7 +158,7 @@ def holds_run(folder: Path) -> bool:
 def build_components(recipe: Recipe, world: World | None = None) -> Components:
     """Load the model, give it a mask token, divide it over the ranks, open and split the data, build the objective."""
     train, world = recipe.train, world or World.single()
-    device = _device(train)
+    device = device_of(train)
     compute_dtype = parse_dtype(train.compute_dtype, device)
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
@@ -198,7 +203,7 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     return Components(model, objective, router, packer, validation, recipe, tokenizer, skeleton)
 
 
-def _device(train: TrainSection) -> str:
+def device_of(train: TrainSection) -> str:
     """The type of device that the run computes on."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
 

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 """Seconds that a collective may take; a whole test of several processes may take three times as long."""
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import Thread
+from threading import Thread, Timer
 
 import torch.distributed as dist
 
@@ -14,7 +14,7 @@ GLOO = RuntimeError("[/gloo/transport/tcp/pair.cc:538] Connection closed by peer
 
 def roll_calls(size: int) -> list[RollCall]:
     store = dist.HashStore()
-    return [RollCall(store, rank, size, 0.2) for rank in range(size)]
+    return [RollCall(store, rank, size, 1.0) for rank in range(size)]
 
 
 def test_a_rank_that_says_nothing_is_named() -> None:
@@ -29,6 +29,20 @@ def test_a_rank_that_says_nothing_is_named() -> None:
         assert "process" in str(error)
         assert "rank 0" not in str(error)
         assert "rank 2" not in str(error)
+
+
+def test_ranks_that_report_one_after_the_other_are_not_named() -> None:
+    store = dist.HashStore()
+    calls = [RollCall(store, rank, 4, 3.0) for rank in range(4)]
+    late = [Timer(0.4 * rank, calls[rank].explain, (GLOO,)) for rank in (1, 2)]
+    for timer in late:
+        timer.start()
+    error = str(calls[0].explain(GLOO))
+    for timer in late:
+        timer.join()
+    assert "rank 3" in error
+    assert "rank 1" not in error
+    assert "rank 2" not in error
 
 
 def test_a_rank_that_failed_is_named_with_its_error() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +39,12 @@ def bad_data(should_stop: Callable[[], bool], starts: Path) -> None:
     raise DataError("data.jsonl is empty")
 
 
+def fails(should_stop: Callable[[], bool], error: Exception, starts: Path) -> None:
+    with starts.open("a") as file:
+        file.write("x")
+    raise error
+
+
 def dies_once(should_stop: Callable[[], bool], deaths: int) -> str:
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     if os.environ["RANK"] == "1" and int(attempt) < deaths:
@@ -56,19 +64,31 @@ def test_an_error_of_the_user_is_raised_and_nothing_started_again(tmp_path: Path
     assert (tmp_path / "starts").read_text() in ("x", "xx")
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("CUDA out of memory.")])
+def test_a_full_disk_or_memory_is_one_line_and_nothing_started_again(error: Exception, tmp_path: Path) -> None:
+    with refused(TrainingError, "space" if isinstance(error, OSError) else "memory"):
+        Launcher(2, max_restarts=3, logs=tmp_path).run(fails, error, tmp_path / "starts")
+    assert (tmp_path / "starts").read_text() in ("x", "xx")
+
+
 def test_lost_ranks_are_started_again_so_many_times(tmp_path: Path) -> None:
     assert Launcher(2, max_restarts=1, logs=tmp_path).run(dies_once, 1) == "1"
     with refused(TrainingError, "rank 1"):
         Launcher(2, max_restarts=1, logs=tmp_path).run(dies_once, 2)
 
 
+def is_rank(command: bytes) -> bool:
+    """Whether the command line is that of a rank, of `--nproc` or of torchrun."""
+    return b"spawn_main" in command or b"convert" in command
+
+
 class Run:
     """A run of `unmask convert` in two processes, and the same run in this one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokens: int = 20_000) -> None:
         tiny_folder(folder / "model")
         tiny_jsonl(folder / "data.jsonl")
-        values = tiny_values(folder / "model", folder / "data.jsonl", tokens=6000, checkpoint_every=2)
+        values = tiny_values(folder / "model", folder / "data.jsonl", tokens=tokens, checkpoint_every=2)
         values["parallel"] = {"timeout": 10}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
         self.recipe = parse_recipe(values, "test")
@@ -102,7 +122,7 @@ class Run:
     def ranks(self, process: subprocess.Popen[str]) -> list[int]:
         """Process ids of the ranks, in order."""
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [int(pid) for pid in children if is_rank(Path(f"/proc/{pid}/cmdline").read_bytes())]
 
     def assert_same_losses(self) -> None:
         run_recipe(self.recipe, self.whole)
@@ -144,7 +164,26 @@ def test_ctrl_c_saves_and_another_layout_goes_on(convert: Run) -> None:
     convert.assert_same_losses()
 
 
-def test_a_rank_that_hangs_is_named(convert: Run) -> None:
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path, tokens=100_000_000)
+    yield run
+    run.end()
+
+
+def test_sigterm_to_every_process_saves(endless: Run) -> None:
+    process = endless.start(options=("--nproc", "2"))
+    endless.wait_for_step(3)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "saved" in output
+    assert "process was lost" not in output
+    assert list_checkpoints(endless.out)
+
+
+def test_a_rank_that_hangs_is_named(endless: Run) -> None:
+    convert = endless
     process = convert.start(options=("--nproc", "2", "--max-restarts", "0"))
     convert.wait_for_step(
         5
@@ -162,6 +201,26 @@ def test_torchrun_starts_the_ranks_and_the_first_one_reports(convert: Run) -> No
     output, _ = convert.start(*command).communicate(timeout=300)
     assert output.count("trained ") == 1
     convert.assert_same_losses()
-    output, _ = convert.start(*command).communicate(timeout=300)
+    before = (convert.out / "metrics.jsonl").read_bytes()
+    command = (*command[:2], "--max-restarts", "2", *command[2:])
+    process = convert.start(*command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
     assert output.count("error: ") == 1
     assert "already holds a run" in output
+    assert (convert.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_agents_start_their_ranks_again_together(convert: Run) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "localhost")
+    command = ("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", *where, "-m", "unmask")
+    agents = [convert.start(*command) for _ in range(2)]
+    convert.wait_for_step(4)
+    os.kill(convert.ranks(agents[1])[0], signal.SIGKILL)
+    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "a process was lost" in "".join(outputs)
+    convert.assert_same_losses()

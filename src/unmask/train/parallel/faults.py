@@ -21,7 +21,8 @@ from unmask.errors import LostRanksError
 _NAME, _LOST, _FAILED = "name", "lost", "failed"
 _POLL = 0.05
 _PATIENCE = 20.0
-"""Seconds."""
+_LIMIT, _QUIET = 10.0, 3.0
+"""Seconds to wait for the reports of other ranks: at most, and after the last one."""
 
 T = TypeVar("T")
 
@@ -70,18 +71,18 @@ class RollCall:
     def _who(self) -> str:
         """The ranks that failed or are silent, in words."""
         self._store.set(f"{_LOST}/{self._rank}", "")
-        # All that still live find out within moments of each other.
-        stop = time.monotonic() + min(10.0, self._timeout)
+        # All that still live find out one after the other.
         others = [rank for rank in range(self._size) if rank != self._rank]
-        while silent := [rank for rank in others if not self._has(_LOST, rank) and not self._has(_FAILED, rank)]:
-            if time.monotonic() > stop or len(silent) < len(others):
-                break
+        silent = others
+        end = stop = time.monotonic() + min(_LIMIT, self._timeout)
+        while silent and time.monotonic() < end:
+            failed = [rank for rank in silent if self._has(_FAILED, rank)]
+            if failed:
+                return "; ".join(f"rank {rank} failed: {self._get(_FAILED, rank)}" for rank in failed)
+            left = [rank for rank in silent if not self._has(_LOST, rank)]
+            if len(left) < len(silent):
+                silent, end = left, min(stop, time.monotonic() + min(_QUIET, self._timeout))
             time.sleep(_POLL)
-        failed = [rank for rank in others if self._has(_FAILED, rank)]
-        if failed:
-            return "; ".join(f"rank {rank} failed: {self._get(_FAILED, rank)}" for rank in failed)
-        time.sleep(min(1.0, self._timeout))
-        silent = [rank for rank in silent if not self._has(_LOST, rank)]
         names = ", ".join(f"rank {rank} ({self._get(_NAME, rank)})" for rank in silent)
         return f"{names or 'another rank'} is gone, or has not answered for {self._timeout:g} s"
 

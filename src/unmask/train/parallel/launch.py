@@ -12,22 +12,27 @@ import pickle
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from unmask.errors import LostRanksError, TrainingError, UnmaskError
+from unmask.errors import LostRanksError, TrainingError, UnmaskError, error_of_user
+from unmask.train.parallel.start import num_cores
 
 _STOP = "stop"
 _FATAL, _LOST = "fatal", "lost"
 _GRACE = 10
 """Seconds that ranks have to end when they are told to, before they are killed."""
+_NOTICE = 2.0
+"""Seconds within which the launcher, when it gets the same signal as the ranks, asks them to stop."""
 
 
 class Launcher:
@@ -83,7 +88,7 @@ class Launcher:
 
 def _prepare_environment(ranks: int) -> None:
     """What the ranks inherit: their share of the cores, and gloo on the loopback device."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -97,6 +102,7 @@ def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> An
     folder, rank = Path(name), int(os.environ["RANK"])
     # Ctrl-C reaches the whole foreground group, but it is the launcher that tells the ranks to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _handle_sigterm(folder / _STOP)
     if _error_of(folder, _FATAL) is not None:
         return None
     try:
@@ -106,13 +112,36 @@ def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
             print(f"note: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # A thread may wait for those that are gone.
-    except UnmaskError as error:
-        _leave(folder / f"{_FATAL}-{rank}", error)
-        return None
     except Exception as error:
+        found = None if isinstance(error, ConnectionError | TimeoutError) else error_of_user(error)
+        if found is not None:
+            _leave(folder / f"{_FATAL}-{rank}", found)
+            return None
         traceback.print_exc()
         _leave(folder / f"{_LOST}-{rank}", TrainingError(f"rank {rank} failed: {' '.join(repr(error).split())}"))
         raise SystemExit(1) from error
+
+
+def _handle_sigterm(stop: Path) -> None:
+    """At SIGTERM end this rank, unless the launcher has got it, too, and asks the ranks to stop.
+
+    A thread does it: the main one may wait in a collective operation for a rank that is gone.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def obey() -> None:
+        while os.read(reader, 1):
+            received = time.time()
+            while not stop.exists() and time.time() < received + _NOTICE:
+                time.sleep(0.05)
+            # A request that is older was another one; now the launcher ends the ranks.
+            if not stop.exists() or stop.stat().st_mtime < received - _NOTICE:
+                os._exit(128 + signal.SIGTERM)
+
+    Thread(target=obey, daemon=True).start()
 
 
 def _leave(path: Path, error: UnmaskError) -> None:

@@ -5,7 +5,10 @@ Owns process groups and device meshes, and how they are started and ended. Impor
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 
+from unmask.errors import ConfigError, LostRanksError
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.faults import RollCall
 from unmask.train.parallel.world import GroupName, World
@@ -155,25 +159,80 @@ def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def agree_on_round(store: Store, rank: int, size: int, timeout: float) -> str:
+    """Agree on a name of this start of the ranks: their store keeps what earlier ones wrote, and agents count restarts apart.
+
+    The first rank makes the name, and says when all have seen it. One of an earlier start is recognised by that somebody of
+    one's own rank has seen it, or that another follows.
+
+    Args:
+        store: of all ranks, old and new.
+        rank, size: of this one, of the run.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        LostRanksError: some have not come.
+    """
+    stop = time.monotonic() + timeout
+    name, seen_first = uuid.uuid4().hex, False
+    if rank == 0:
+        store.set("round", name)
+    while True:
+        if rank == 0:
+            missing = [other for other in range(1, size) if not store.check([f"{name}/{other}"])]
+            if not missing:
+                store.set(f"{name}/open", "")
+                return name
+        else:
+            missing = [0]
+            if store.check(["round"]) and (latest := store.get("round").decode()) != name:
+                name, seen_first = latest, store.add(f"{latest}/{rank}", 1) == 1
+            if seen_first and store.check([f"{name}/open"]):
+                return name
+        if time.monotonic() > stop:
+            who = ", ".join(f"rank {other}" for other in missing[:8]) if rank == 0 else "another rank"
+            raise LostRanksError(f"{who} has not started for {timeout:g} s; the run can go on from its last checkpoint")
+        time.sleep(0.05)
+
+
+def compare_recipes(store: Store, rank: int, size: int, recipe: str) -> None:
+    """Raise ConfigError, on every rank, when one has another recipe than the first one.
+
+    Args:
+        store: of all ranks, of this start of them only.
+        rank, size: of this one, of the run.
+        recipe: of this rank, as text.
+    """
+    store.set(str(rank), hashlib.sha256(recipe.encode()).hexdigest())
+    if rank == 0:
+        digests = store.multi_get([str(other) for other in range(size)])
+        store.set("others", " ".join(str(other) for other in range(size) if digests[other] != digests[0]))
+    if others := store.get("others").decode():
+        raise ConfigError(f"rank {others.split()[0]} has another recipe than rank 0; give all hosts the same files and options")
+
+
 @contextmanager
-def joined(dims: ParallelDims, device: str, timeout: float) -> Iterator[Ranks]:
+def joined(dims: ParallelDims, device: str, timeout: float, recipe: str) -> Iterator[Ranks]:
     """The world of the processes that torchrun (or `--nproc`) started, of which this is one; left at the end.
 
     Args:
         dims: their product is the number of processes.
         device: type of the device that each of them computes on.
         timeout: seconds that a rank waits for the others before it gives up.
+        recipe: of this rank, as text.
 
     Raises:
+        ConfigError: other ranks have another recipe; on all of them.
         LostRanksError: other ranks are gone, hang or have failed; names them.
     """
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     limit = timedelta(seconds=timeout)
     store, rank, size = next(rendezvous("env://", timeout=limit))
-    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = PrefixStore(agree_on_round(store, rank, size, timeout), store)
     roll = RollCall(PrefixStore("roll", store), rank, size, timeout)
     try:
+        compare_recipes(PrefixStore("recipe", store), rank, size, recipe)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
         yield Ranks(dims, device, limit)
     except BaseException as error:

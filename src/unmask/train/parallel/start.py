@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from unmask.errors import ConfigError
+from unmask.train.lock import job_of
 from unmask.train.parallel.dims import ParallelSection
 from unmask.train.parallel.world import World
 
 
 @contextmanager
-def open_world(parallel: ParallelSection, device: str) -> Iterator[World]:
+def open_world(parallel: ParallelSection, device: str, recipe: str) -> Iterator[World]:
     """The world of this process: of the ranks that torchrun or `--nproc` started, or of itself alone.
 
+    Args:
+        parallel: the recipe's section.
+        device: type of device that the run computes on.
+        recipe: the whole of it, as text: all ranks must have the same.
+
     Raises:
-        ConfigError: the recipe's dimensions make another number of processes.
+        ConfigError: the recipe's dimensions make another number of processes, or other ranks have another recipe.
     """
     dims = parallel.dims(int(os.environ.get("WORLD_SIZE", "1")))
     if dims.size == 1:
         yield World.single()
         return
+    check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
     # Imported here: a run of one process needs none of it.
     from unmask.train.parallel.ranks import joined
 
-    with joined(dims, device, parallel.timeout) as world:
+    with joined(dims, device, parallel.timeout, recipe) as world:
         yield world
 
 
-def restarted() -> bool:
-    """Whether this process is a rank that was started again after one was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def check_devices(processes: int, device: str) -> None:
+    """Raise ConfigError when so many processes cannot compute on this machine, each on a device of its own."""
+    if device != "cuda":
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if processes > count:
+        raise ConfigError(
+            f"{processes} processes are to run on this machine, which has {count} CUDA devices; start one for each device, or "
+            "set train.device to cpu"
+        )
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        raise ConfigError("train.device is cuda, but this PyTorch has no NCCL for several processes; set train.device to cpu")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def job_name() -> str:
+    """Name of the job that torchrun's (or `--nproc`'s) agents run, through all restarts; empty without them."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # Without --rdzv-id every job has the same name.
+    return name if name != "none" else f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def restarted(out: Path) -> bool:
+    """Whether this process goes on with the run that its own job has begun in this folder, before ranks were lost."""
+    return bool(job_name()) and job_of(out) == job_name()

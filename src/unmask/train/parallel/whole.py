@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, error_of_user
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.checkpoint import parameter_dtype
 from unmask.train.parallel.world import World
@@ -25,13 +25,15 @@ def skeleton_of(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def on_main(world: World, action: Callable[[], object]) -> None:
-    """Run an action on the main rank; an error of the user's there is raised on every rank."""
+    """Run an action on the main rank; an error there of the user's, the disk or the memory is raised on every rank."""
     error: UnmaskError | None = None
     if world.is_main:
         try:
             action()
-        except UnmaskError as caught:
-            error = caught
+        except Exception as caught:
+            error = error_of_user(caught)
+            if error is None:
+                raise
     error = world.gather_all(error)[0]
     if error is not None:
         raise error
