@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import gpu_check
 import pytest
-from gpu_check import DIFFERENCES, DRY, FULL, SECTIONS, check_engine, check_fsdp
+from gpu_check import DIFFERENCES, DRY, FULL, SECTIONS, check_engine, check_fsdp, check_memory, check_training
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,12 @@ def test_decoding_is_timed() -> None:
     figures = check_engine(DRY)
     assert {"engine_1_tokens_per_second", "engine_8_tokens_per_second", "engine_32_tokens_per_second"} < figures.keys()
     assert all(each["value"] > 0 for each in figures.values())
+
+
+def test_training_and_its_memory_are_measured() -> None:
+    figures = check_training(DRY) | check_memory(DRY)
+    assert figures["flex_loss_falls_by"]["met"]
+    assert figures["memory_recomputed_planned_gib"]["value"] < figures["memory_kept_planned_gib"]["value"]
 
 
 def test_it_is_short_enough_and_the_model_large_enough() -> None:
