@@ -118,8 +118,9 @@ class Checkpoints:
         partial: Path,
         final: Path,
     ) -> None:
-        from unmask.train.parallel.dcp import gathered, write_boxes
+        from unmask.train.parallel.dcp import write_boxes
         from unmask.train.parallel.export import LayerReader, write_weights
+        from unmask.train.parallel.ranks import gathered
 
         assert self._group is not None
         error: str | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers import disk_full, refused
 from processes import Pool, RanksFailed
@@ -201,7 +202,7 @@ def train_beside_a_save(values: Values, out: Path) -> None:
         assert not list_checkpoints(out)
         may_write.set()
         trainer.checkpoints.wait()
-    components.world.barrier()
+    dist.barrier()
     resumed = Trainer(components, out)
     assert resumed.resume()
     assert resumed.step == 1

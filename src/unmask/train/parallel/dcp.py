@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,6 @@ from unmask.models.weights.boxes import Box, BoxedTensor
 # What a process reads, it reads by itself. Never taken back: other threads change the filters as well.
 warnings.filterwarnings("ignore", r"torch\.distributed is .*, assuming the intent is to (save|load) in a single process")
 
-T = TypeVar("T")
 Boxed = Mapping[str, BoxedTensor]
 
 
@@ -83,13 +82,6 @@ def stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }
-
-
-def gathered(value: T, group: dist.ProcessGroup) -> list[T]:
-    """The values of all ranks of a group."""
-    values: list[T | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values  # type: ignore[return-value]
 
 
 def _in_one_line(action: Callable[[], None], folder: Path) -> None:

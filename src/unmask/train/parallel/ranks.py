@@ -81,13 +81,10 @@ class Ranks(World):
         return self._groups[name].get_group()
 
     def gather(self, value: T) -> list[T]:
-        return _gather(value, self.group("predictions"))
+        return gathered(value, self.group("predictions"))
 
     def gather_all(self, value: T) -> list[T]:
-        return _gather(value, None)
-
-    def barrier(self) -> None:
-        dist.barrier()
+        return gathered(value, None)
 
     def full(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
@@ -153,7 +150,8 @@ def _divide(ranks: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) -
     return ranks._unflatten("ranks", shape, names)
 
 
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+def gathered(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """The values of all ranks of a group; None: of the default one."""
     values: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]

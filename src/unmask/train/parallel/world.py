@@ -78,9 +78,6 @@ class World:
         """Whether the flag is set on some rank."""
         return any(self.gather_all(flag))
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-
     def full(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor of which this rank may hold a shard; every rank that holds one must ask."""
         return tensor
