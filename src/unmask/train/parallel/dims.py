@@ -77,11 +77,15 @@ class ParallelDims:
         """Ranks over which FSDP divides a parameter."""
         return self.data_shard * self.context
 
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline, on all of its ranks."""
+        return self.pipeline * self.pipeline_stages
+
     def stage_layers(self, num_layers: int) -> list[range]:
         """The layers of each stage; where they do not divide, the first ones have one more, and the last one the head."""
-        num_stages = self.pipeline * self.pipeline_stages
-        count, rest = divmod(num_layers, num_stages)
-        starts = [count * stage + min(stage, rest) for stage in range(num_stages + 1)]
+        count, rest = divmod(num_layers, self.num_stages)
+        starts = [count * stage + min(stage, rest) for stage in range(self.num_stages + 1)]
         return [range(start, stop) for start, stop in pairwise(starts)]
 
     def check_model(self, config: ModelConfig) -> None:
@@ -108,10 +112,10 @@ class ParallelDims:
         for name, degree, parts, count in rules:
             if count % degree:
                 raise ConfigError(f"parallel.{name} is {degree}; it must divide the model's {count} {parts}")
-        num_stages = self.pipeline * self.pipeline_stages
-        if num_stages > config.num_layers:
+        if self.num_stages > config.num_layers:
             raise ConfigError(
-                f"parallel.pipeline x pipeline_stages is {num_stages}, but the model has {config.num_layers} layers; use fewer"
+                f"parallel.pipeline x pipeline_stages is {self.num_stages}, but the model has {config.num_layers} layers; use "
+                "fewer"
             )
 
     def check_rows(self, batch_rows: int, *, pairs: bool) -> None:

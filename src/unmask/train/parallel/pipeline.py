@@ -110,9 +110,8 @@ class Stage(nn.Module):
 def split_stages(model: Transformer, world: World) -> list[Stage]:
     """The stages of this rank; what belongs to other ranks' leaves the model's memory, in place."""
     dims, rank = world.dims, world.index("pipeline")
-    num_stages = dims.pipeline * dims.pipeline_stages
     layers = dims.stage_layers(model.config.num_layers)
-    stages = [Stage(model, index, layers[index], world) for index in range(rank, num_stages, dims.pipeline)]
+    stages = [Stage(model, index, layers[index], world) for index in range(rank, dims.num_stages, dims.pipeline)]
     own = {parameter for stage in stages for parameter in stage.parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -139,7 +138,6 @@ class TorchPipeline:
         """
         self._model, self._stages, self._world, self._dtype = model, stages, world, dtype
         self._group, self._rank, self._size = world.group("pipeline"), world.index("pipeline"), world.dims.pipeline
-        self._num_stages = self._size * world.dims.pipeline_stages
         self._schedule_of: tuple[Any, PipelineScheduleSingle | PipelineScheduleMulti] | None = None
 
     @property
@@ -219,13 +217,13 @@ class TorchPipeline:
         return self._schedule_of[1]
 
     def _new_schedule(self, num_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        stages = []
+        stages, num_stages = [], self._world.dims.num_stages
         for stage in self._stages:
             # Shapes and types, so that the stages need not ask each other.
             hidden = self._empty(stage, torch.device("meta")).requires_grad_()
             loss = torch.empty((), device="meta", requires_grad=True)
             inputs, outputs = () if stage.is_first else (hidden,), (loss if stage.is_last else hidden,)
-            stages.append(PipelineStage(stage, stage.index, self._num_stages, self._device, inputs, outputs, group=self._group))
+            stages.append(PipelineStage(stage, stage.index, num_stages, self._device, inputs, outputs, group=self._group))
         name = self._world.dims.pipeline_schedule
         options: dict[str, Any] = {"loss_fn": lambda loss, number: loss, "scale_grads": False}
         if name == "1f1b":
