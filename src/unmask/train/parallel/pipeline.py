@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.tensor import DTensor
 
 from unmask.models.arch.attention import Attend
 from unmask.models.arch.layers import rope_cos_sin
@@ -236,7 +235,7 @@ class TorchPipeline:
         if not self._model.config.tied_head or self._rank not in (0, self._size - 1) or not weight.requires_grad:
             return
         assert weight.grad is not None
-        own = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        own = self._world.local(weight.grad)
         other = torch.empty_like(own)
         peer = self._size - 1 - self._rank
         exchange = [(dist.isend, own), (dist.irecv, other)]

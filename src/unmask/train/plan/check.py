@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 
 from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import StreamIndex
@@ -128,11 +127,11 @@ def track_rank(
         optimizer.step(1e-4)
         if batch.micro_batches > 1:
             _fill_gradients(summed)
-        weights = _bytes(summed)
+        weights = _bytes(world, summed)
         tracker.reset()
         _micro_batch(model, world, row, batch.micro_rows)
-        gradients = _bytes(parameter.grad for parameter in summed)
-        state = _bytes(tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment"))
+        gradients = _bytes(world, (parameter.grad for parameter in summed))
+        state = _bytes(world, (tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment")))
     (stage,) = stages(config, dims)
     predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
     seconds = time.perf_counter() - started
@@ -172,6 +171,5 @@ def _micro_batch(model: Transformer, world: Ranks, row: RowWork, micro_rows: int
     setting.nll(stream, hidden_ND=hidden_ND).sum().backward()
 
 
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None]
-    return sum(tensor.nbytes for tensor in local)
+def _bytes(world: Ranks, tensors: Iterable[Tensor | None]) -> int:
+    return sum(world.local(tensor).nbytes for tensor in tensors if tensor is not None)
