@@ -8,7 +8,6 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -71,11 +70,12 @@ def stream_hidden(
 ) -> Tensor:
     """Hidden states [B, T, D] of a stream, or of this rank's share of it; the arguments are those of `predicted_hidden`."""
     attend = make_attend(stream.index, backend)
-    watched = stream
     if context is not None:
-        layers, watched = context.divide(layers), context.local(stream)
-    with nullcontext(attend) if router is None else router.watching(watched, attend) as attend:
+        layers = context.divide(layers)
+    if router is None:
         return layers(stream.tokens_BT, stream.position_BT, attend, input_noise=noise_BTD)
+    with router.watching(stream if context is None else context.local(stream), attend) as watched:
+        return layers(stream.tokens_BT, stream.position_BT, watched, input_noise=noise_BTD)
 
 
 def gated_hidden(
