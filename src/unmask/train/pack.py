@@ -24,7 +24,7 @@ from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
 from unmask.train.lock import locked
 from unmask.train.recipe import Recipe
-from unmask.train.rows import held_out_packer, open_packer, open_stream, row_settings
+from unmask.train.rows import held_out_packer, held_out_share, open_packer, open_stream, row_settings
 from unmask.train.tokens import training_config
 
 PROGRESS = "progress.json"
@@ -139,7 +139,7 @@ def _write_rows(
 
 def _write_held_out(out: Path, recipe: Recipe, tokenizer: Tokenizer, pool: EncoderPool | None) -> PackedFile | None:
     """The file of held-out rows; None where the recipe wants none, or the data spare none."""
-    if not recipe.data.validation_rows or not recipe.data.validation_share:
+    if not held_out_share(recipe):
         return None
     rows = held_out_packer(recipe, tokenizer, pool).next_segments(recipe.data.validation_rows)
     batches = (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))

@@ -42,14 +42,14 @@ def training_rows(recipe: Recipe, tokenizer: Tokenizer) -> RowStream:
     return open_packer(recipe, open_stream(recipe, tokenizer), tokenizer) if packed is None else packed
 
 
-def validation_rows(recipe: Recipe, tokenizer: Tokenizer, pool: EncoderPool | None = None) -> PackedRows | None:
+def validation_rows(recipe: Recipe, tokenizer: Tokenizer) -> PackedRows | None:
     """Held-out rows; None when the recipe wants none, or the data are too few to spare any."""
-    if not recipe.data.validation_rows or not recipe.data.validation_share:
+    if not held_out_share(recipe):
         return None
     packed = open_packed(recipe, tokenizer)
     if packed is not None:
         return packed.validation_rows(recipe.data.validation_rows)
-    rows = held_out_packer(recipe, tokenizer, pool).next_rows(recipe.data.validation_rows)
+    rows = held_out_packer(recipe, tokenizer).next_rows(recipe.data.validation_rows)
     return rows if rows.num_rows else None
 
 
@@ -81,7 +81,7 @@ def open_stream(
     for number, config in enumerate(data.sources):
         source: RecordSource = open_source(config, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=eos_fill)
         ahead = source if pool is None else ParallelSource(source, pool)
-        sources.append(Split(ahead, _share(recipe), held_out=held_out))
+        sources.append(Split(ahead, held_out_share(recipe), held_out=held_out))
     return DocumentStream(sources, [source.weight for source in data.sources], epochs=epochs)
 
 
@@ -100,7 +100,7 @@ def row_settings(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         "pairs": recipe.objective.needs_reference,
         "eos_fill": recipe.objective.eos_fill(recipe.block_size),
         "overlong": recipe.data.overlong,
-        "validation_share": _share(recipe),
+        "validation_share": held_out_share(recipe),
         "validation_rows": recipe.data.validation_rows,
     }
 
@@ -145,5 +145,6 @@ def _check_settings(packed: PackedFolder, wanted: dict[str, Any], recipe: Recipe
             )
 
 
-def _share(recipe: Recipe) -> float:
+def held_out_share(recipe: Recipe) -> float:
+    """Share of each source's documents that are never trained on; 0: the recipe wants no held-out rows."""
     return recipe.data.validation_share if recipe.data.validation_rows else 0.0
