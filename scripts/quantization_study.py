@@ -238,9 +238,14 @@ class Study:
         return [head_logits(model, hidden_of(model, ids)[first - 1 : -1], change).log_softmax(-1) for ids, first in self._texts]
 
 
+def layer_matrices(model: Transformer) -> dict[str, nn.Linear]:
+    """The matrices of the layers, by name."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and name != "lm_head"}
+
+
 def matrices(model: Transformer) -> dict[str, nn.Linear]:
     """The matrices that are rounded, by name, without the head of a tied model."""
-    found = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and name != "lm_head"}
+    found = layer_matrices(model)
     return found if model.lm_head is None else {**found, "head": model.lm_head}
 
 
@@ -252,8 +257,7 @@ def inputs_changed(model: Transformer, change: Callable[[str, Tensor], Tensor]) 
         count = mixed_channels(model.config.ffn_size) if model.config.hf_extras.get("mixed") and name.endswith("down") else 1
         return lambda module, arguments: (change(name, mix(arguments[0], count)), *arguments[1:])
 
-    named = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear) and name != "lm_head"]
-    handles = [each.register_forward_pre_hook(hook(name)) for name, each in named]
+    handles = [each.register_forward_pre_hook(hook(name)) for name, each in layer_matrices(model).items()]
     try:
         yield
     finally:
