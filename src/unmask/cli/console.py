@@ -30,7 +30,6 @@ from unmask.errors import (
     UnmaskWarning,
     error_of_user,
 )
-from unmask.train.parallel.fatal import is_first_print, record_fatal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +79,8 @@ class PanelCommand(TyperCommand):
 
 def fail(error: UnmaskError) -> NoReturn:
     """Print an error as one line on standard error and exit with its code; of torchrun's ranks one prints, and once."""
+    from unmask.train.parallel.fatal import is_first_print, record_fatal
+
     if not isinstance(error, LostRanksError):
         record_fatal(error.exit_code)
     if os.environ.get("LOCAL_RANK", "0") != "0":
