@@ -34,6 +34,7 @@ from unmask.models.weights.safetensors_io import (
     SINGLE_NAME,
     TensorFiles,
     specs_of,
+    tensor_index,
     write_checkpoint,
 )
 
@@ -131,9 +132,11 @@ def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, 
     for name, stored in stored_tensors(config).items():
         if stored.parameter in parameters and parameters[stored.parameter].boxes:
             layers.setdefault(".".join(stored.parameter.split(".")[:2]), []).append((name, stored))
+    index = tensor_index(folder)
     for tensors in layers.values():
         with ExitStack() as stack:
-            files = TensorFiles(folder, stack)  # closed after each layer: the pages that were read leave memory
+            # Closed after each layer: the pages that were read leave memory.
+            files = TensorFiles({name: index[name] for name, _ in tensors}, stack)
             for name, stored in tensors:
                 _fill_stored(files, name, stored, parameters[stored.parameter], config)
 

@@ -57,12 +57,16 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 class TensorFiles:
     """The weights of a folder, any tensor at any time; its files stay open as long as `stack`.
 
+    Args:
+        weights: the folder; or a part of its `tensor_index`, of which no other files are opened.
+        stack: closes them.
+
     Raises:
         CheckpointError: as of `tensor_index`.
     """
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        index = tensor_index(folder)
+    def __init__(self, weights: Path | Mapping[str, Path], stack: ExitStack) -> None:
+        index = tensor_index(weights) if isinstance(weights, Path) else weights
         files = {path: stack.enter_context(_open(path)) for path in sorted(set(index.values()))}
         self._file_of = {name: files[path] for name, path in index.items()}
         self.names = index.keys()
@@ -180,8 +184,9 @@ def fill_boxes(path: Path, tensors: Mapping[str, BoxedTensor]) -> None:
         CheckpointError: the file is missing or corrupt, or a tensor is missing or of another shape.
     """
     with _open_existing(path) as file:
+        present = set(file.keys())
         for name, tensor in tensors.items():
-            if name not in file.keys():  # noqa: SIM118  (not a mapping)
+            if name not in present:
                 raise CheckpointError(f"{path} holds no {name}; save the checkpoint again")
             _fill(file, name, tensor)
 
