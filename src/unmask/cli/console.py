@@ -34,7 +34,6 @@ from unmask.errors import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _HEAD_START = 2.0
 """Seconds."""

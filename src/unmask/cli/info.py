@@ -65,6 +65,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
     from unmask.engine.capabilities import capabilities
     from unmask.models.arch.transformer import Transformer
+    from unmask.models.weights.room import kv_cache_bytes
 
     with torch.device("meta"):
         model = Transformer(config)
@@ -87,7 +88,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "parameters": total,
         "active_parameters": model.num_active_parameters(),
         "memory_bytes": {name: round(total * size) for name, size in BYTES_PER_PARAMETER.items()},
-        "kv_cache_bytes_per_token": 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim,
+        "kv_cache_bytes_per_token": kv_cache_bytes(config, torch.bfloat16, 1),
         "mask_id": config.mask_id,
         "block_size": config.block_size,
         "shift_start_id": config.start_id,
