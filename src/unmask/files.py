@@ -23,7 +23,7 @@ Writer = Callable[[BinaryIO], object]
 """Writes the content of a file to it, open in binary mode."""
 
 
-def atomic_write(path: Path, writer: Writer) -> None:
+def atomic_write(path: Path, writer: Writer, *, synced: bool = True) -> None:
     """Write a file completely or not at all.
 
     The bytes go to a temporary file beside `path`, are forced to disk, and replace `path` in one rename. When anything
@@ -32,6 +32,7 @@ def atomic_write(path: Path, writer: Writer) -> None:
     Args:
         path: the file to make or replace; its folder is made when absent.
         writer: writes the content to an open binary file.
+        synced: False: nothing is forced to disk, so a power cut may leave a damaged file.
 
     Raises:
         CheckpointError: the disk is full, read-only, or refuses for another reason.
@@ -41,12 +42,17 @@ def atomic_write(path: Path, writer: Writer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent, path)
         try:
-            write_synced(temporary, writer)
+            if synced:
+                write_synced(temporary, writer)
+            else:
+                with temporary.open("wb") as file:
+                    writer(file)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if synced:
+            sync_folder(path.parent)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

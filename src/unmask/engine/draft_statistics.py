@@ -7,7 +7,6 @@ and no text.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -16,7 +15,9 @@ from pathlib import Path
 
 from unmask.engine.acceptance import DraftHistory
 from unmask.engine.costs import ForwardCosts, MeasuredCosts
-from unmask.models.weights.hub import cache_folder
+from unmask.errors import CheckpointError
+from unmask.files import atomic_write, bytes_writer
+from unmask.models.weights.hub import cache_folder, cache_name
 
 _LEAST_SECONDS = 2.0
 """Between two writes."""
@@ -49,20 +50,16 @@ class DraftStatistics:
             return
         self._written = now
         content = json.dumps({"costs": self._learnt.state(), "acceptance": self.history.state()})
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        with suppress(OSError):  # no room, or another user's folder
+        with suppress(CheckpointError):  # no room, or another user's folder
             # Not synchronised with the disk, which takes long: what a power cut damages is not read.
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(self._path)
+            atomic_write(self._path, bytes_writer(content.encode()), synced=False)
 
 
 def statistics_path(folder: Path | None, kernels: str, num_threads: int) -> Path | None:
     """The file of the model in a folder; None where nothing is kept: no folder, or `UNMASK_DRAFT_STATISTICS=0`."""
     if folder is None or os.environ.get("UNMASK_DRAFT_STATISTICS") == "0":
         return None
-    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    return statistics_folder() / f"{folder.name}-{place}-{kernels}-{num_threads}.json"
+    return statistics_folder() / f"{cache_name(folder)}-{kernels}-{num_threads}.json"
 
 
 def statistics_folder() -> Path:

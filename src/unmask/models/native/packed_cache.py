@@ -20,7 +20,7 @@ from unmask.models.dtypes import dtype_name
 from unmask.models.native.packed_file import map_packed, read_facts, write_packed
 from unmask.models.native.packing import FLOAT_BITS, OnLayer, PackedWeights, pack_parts
 from unmask.models.weights.checkpoint import ModelParts
-from unmask.models.weights.hub import base_folder, cache_folder
+from unmask.models.weights.hub import base_folder, cache_folder, cache_name
 
 # The files that decide what the weights are.
 _PATTERNS = ("*.safetensors", "*config.json", "*.index.json")
@@ -46,9 +46,8 @@ class PackedCache:
         self._is_kept = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") >= least
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         self._identity = hashlib.sha256(repr((stats, _code_digest())).encode()).hexdigest()
-        place = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
         kind = dtype_name(dtype) if bits == FLOAT_BITS else f"int{bits}-{dtype_name(dtype)}"
-        self.path = packed_folder() / f"{self._folder.name}-{place}-{kind}.safetensors"
+        self.path = packed_folder() / f"{cache_name(self._folder)}-{kind}.safetensors"
 
     def open(self) -> PackedWeights | None:
         """The packed weights, mapped; None: they are not there, or are another model's by now."""

@@ -204,6 +204,11 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "unmask"
 
 
+def cache_name(folder: Path) -> str:
+    """How names of cached files begin that belong to the model in a folder: with its name, and a digest of its path."""
+    return f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+
+
 def _embedded(cache: Path) -> Path:
     source = embedded_gguf()
 
