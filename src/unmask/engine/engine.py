@@ -11,6 +11,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unmask.data.detokenizer import Decode
 from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend
@@ -28,7 +30,7 @@ from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
-from unmask.models.weights.room import RESERVE, Memory, available_memory, check_room, kv_cache_bytes
+from unmask.models.weights.room import RESERVE, Memory, available_memory, check_fits, kv_cache_bytes
 
 DEFAULT_CACHE_BLOCK_SIZE = 32
 _KV_CACHE_BYTES = 2**30
@@ -97,11 +99,12 @@ class Engine:
         if self.mask_id is not None and not 0 <= self.mask_id < self.config.vocab_size:
             raise RequestError(f"mask token {self.mask_id} is outside the vocabulary (0..{self.config.vocab_size - 1})")
         size = cache_block_size if cache_block_size is not None else self.config.block_size or DEFAULT_CACHE_BLOCK_SIZE
-        num_retained = None
+        num_retained, memory = None, available_memory(backend.device)
+        per_token = kv_cache_bytes(self.config, backend.dtype, 1)
         if num_tokens is None:
-            num_tokens = self._default_tokens(backend, max_num_seqs)
+            num_tokens = self._default_tokens(memory, per_token, max_num_seqs)
             if backend.device.type == "cpu":
-                num_retained = _RETAINED_BYTES // (self._bytes_per_token(backend) * max(size, 1))
+                num_retained = _RETAINED_BYTES // (per_token * max(size, 1))
         for name, value in (
             ("cache_block_size", size),
             ("num_tokens", num_tokens),
@@ -110,7 +113,7 @@ class Engine:
         ):
             if value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
-        self._check_room(backend, num_tokens)
+        _check_room(num_tokens, per_token, memory, backend.dtype)
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
         self.pool = BlockPool(num_cache_blocks, num_retained)
@@ -315,26 +318,21 @@ class Engine:
         prompt_logprobs = sequence.prompt_logprobs
         return Update(sequence.number, new_ids, sequence.last_step, sequence.completion, None, new_logprobs, prompt_logprobs)
 
-    def _default_tokens(self, backend: Backend, max_num_seqs: int) -> int:
-        config, per_token = self.config, self._bytes_per_token(backend)
+    def _default_tokens(self, memory: Memory | None, per_token: int, max_num_seqs: int) -> int:
+        config = self.config
         fitting = min(_KV_CACHE_BYTES // per_token, max_num_seqs * config.max_positions)
-        wanted, memory = max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE), available_memory(backend.device)
+        wanted = max(fitting, config.max_positions + DEFAULT_CACHE_BLOCK_SIZE)
         return wanted if memory is None else max(min(wanted, _tokens_that_fit(memory, per_token)), 1)
 
-    def _check_room(self, backend: Backend, num_tokens: int) -> None:
-        """Refuse a KV cache that does not fit into memory."""
-        per_token = self._bytes_per_token(backend)
 
-        def others() -> dict[str, int]:
-            memory = available_memory(backend.device)
-            most = 0 if memory is None else _tokens_that_fit(memory, per_token)
-            return {f"at most {most:,} tokens (num_tokens, or fewer max_new_tokens)": most * per_token} if most > 0 else {}
+def _check_room(num_tokens: int, per_token: int, memory: Memory | None, dtype: torch.dtype) -> None:
+    """Refuse a KV cache that does not fit into memory."""
 
-        what = f"a KV cache of {num_tokens:,} tokens"
-        check_room(what, {dtype_name(backend.dtype): num_tokens * per_token}, backend.device, others)
+    def others() -> dict[str, int]:
+        most = 0 if memory is None else _tokens_that_fit(memory, per_token)
+        return {f"at most {most:,} tokens (num_tokens, or fewer max_new_tokens)": most * per_token} if most > 0 else {}
 
-    def _bytes_per_token(self, backend: Backend) -> int:
-        return kv_cache_bytes(self.config, backend.dtype, 1)
+    check_fits(f"a KV cache of {num_tokens:,} tokens", {dtype_name(dtype): num_tokens * per_token}, memory, others)
 
 
 def _tokens_that_fit(memory: Memory, per_token: int) -> int:

@@ -119,19 +119,26 @@ def fits(num_bytes: int, memory: Memory | None) -> bool:
 def check_room(
     what: str, needs: Mapping[str, int], device: torch.device | str, others: Callable[[], Mapping[str, int]] = dict
 ) -> None:
+    """Refuse what does not fit into the memory that can be had on a device; otherwise as `check_fits`."""
+    check_fits(what, needs, available_memory(device), others)
+
+
+def check_fits(
+    what: str, needs: Mapping[str, int], memory: Memory | None, others: Callable[[], Mapping[str, int]] = dict
+) -> None:
     """Refuse what does not fit into memory.
 
     Args:
         what: needs the memory, for the message: the beginning of a sentence that goes on with "needs".
         needs: bytes of each part, by what it is.
-        device: where the memory is taken.
+        memory: that can be had; None: nothing says.
         others: called where it does not fit: bytes in all of what could be done instead, by how that is asked for, the best
             first.
 
     Raises:
         RoomError: more is needed than there is. The message names all parts, the limit, and what would fit.
     """
-    memory, total = available_memory(device), sum(needs.values())
+    total = sum(needs.values())
     if memory is None or fits(total, memory):
         return
     smaller = {name: size for name, size in others().items() if size < total}
