@@ -67,7 +67,7 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from unmask.cli.app import app; "
         "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
-        "print([name for name in ('torch', 'numpy', 'rich') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'rich', 'unmask.train') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
