@@ -5,7 +5,7 @@ A case is a layout, an objective and what is trained; all in float64. Knows no l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -77,6 +77,12 @@ class Result:
     held_out: MetricRecord
     gradients: dict[str, Tensor]
     router: dict[str, Tensor]
+
+
+def cases(quick: Sequence[Case], slow: Sequence[Case]) -> list[Any]:
+    """Parameters of a test of cases, some of which run only with the slow tests."""
+    marked = [(case, ()) for case in quick] + [(case, pytest.mark.slow) for case in slow]
+    return [pytest.param(case, marks=marks, id=str(case)) for case, marks in marked]
 
 
 def assert_equals_one_process(pool: Pool, case: Case, tolerance: float = 1e-10) -> None:

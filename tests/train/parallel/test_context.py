@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matrix import Case, assert_equals_one_process
+from matrix import Case, assert_equals_one_process, cases
 from processes import Pool
 from tiny import MASK, pack, text
 from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
@@ -45,14 +45,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", cases(QUICK, SLOW))
 def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
-    assert_equals_one_process(pool, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from matrix import Case, assert_equals_one_process
+from matrix import Case, assert_equals_one_process, cases
 from processes import Pool
 from tiny import tiny_config, tiny_model
 from unmask.models.arch.config import MoEConfig
@@ -45,14 +45,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", cases(QUICK, SLOW))
 def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
-    assert_equals_one_process(pool, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
 
 

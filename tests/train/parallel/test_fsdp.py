@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from matrix import Case, assert_equals_one_process
+from matrix import Case, assert_equals_one_process, cases
 from processes import Pool
 from unmask.train.parallel.dims import ParallelDims
 
@@ -42,12 +42,6 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", cases(QUICK, SLOW))
 def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
-    assert_equals_one_process(pool, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)

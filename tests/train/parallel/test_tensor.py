@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from matrix import Case, assert_equals_one_process
+from matrix import Case, assert_equals_one_process, cases
 from processes import Pool
 from tiny import MASK, tiny_model
 from unmask.models.arch.gated_lora import add_gated_lora
@@ -55,14 +55,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", cases(QUICK, SLOW))
 def test_ranks_train_as_one_process(pool: Pool, case: Case) -> None:
-    assert_equals_one_process(pool, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_further_objectives_train_as_one_process(pool: Pool, case: Case) -> None:
     assert_equals_one_process(pool, case)
 
 
