@@ -17,7 +17,7 @@ import torch
 
 import unmask
 from helpers import disk_full, refused
-from runs import tiny_folder, tiny_jsonl, tiny_recipe
+from runs import tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, DataError, TrainingError
@@ -28,19 +28,6 @@ from unmask.train.recipe import Recipe
 from unmask.train.run import build_components, run_recipe
 from unmask.train.sections import LoraSection
 from unmask.train.state import list_checkpoints
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_folder(folder / "model")
-    tiny_jsonl(folder / "data.jsonl")
-    return folder
-
-
-@pytest.fixture
-def recipe(base: Path) -> Recipe:
-    return tiny_recipe(base / "model", base / "data.jsonl")
 
 
 def losses(run: Path) -> dict[int, tuple[float, int | None]]:

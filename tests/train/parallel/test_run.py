@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from helpers import refused
 from processes import Pool
-from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_recipe, untimed_records
+from runs import stage_recipe, tiny_recipe, untimed_records
 from unmask.errors import ConfigError, TrainingError, UnmaskError
 from unmask.train.loop import Trainer
 from unmask.train.metrics import MetricRecord
@@ -22,19 +22,6 @@ from unmask.train.run import build_components, run_recipe
 from unmask.train.state import list_checkpoints
 
 SHARD2 = ParallelDims(data_shard=2)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_folder(folder / "model")
-    tiny_jsonl(folder / "data.jsonl")
-    return folder
-
-
-@pytest.fixture
-def recipe(base: Path) -> Recipe:
-    return tiny_recipe(base / "model", base / "data.jsonl")
 
 
 def run(recipe: Recipe, out: Path, dims: ParallelDims, stopping_rank: int | None, **options: Any) -> bool:
