@@ -102,3 +102,8 @@ def untimed_records(run: Path) -> list[MetricRecord]:
     return [
         {name: value for name, value in record.items() if name not in timing} for record in read_metrics(run / "metrics.jsonl")
     ]
+
+
+def train_losses(run: Path) -> dict[int, float]:
+    """The loss of each training step of a run."""
+    return {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"}

@@ -15,8 +15,7 @@ from signal import SIGKILL
 import pytest
 import yaml
 
-from runs import tiny_folder, tiny_jsonl, tiny_values
-from unmask.train.metrics import read_metrics
+from runs import tiny_folder, tiny_jsonl, tiny_values, train_losses
 from unmask.train.recipe import parse_recipe
 from unmask.train.run import run_recipe
 from unmask.train.state import list_checkpoints
@@ -86,10 +85,6 @@ def values(folder: Path, tokens: int) -> dict[str, object]:
     return made
 
 
-def losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"}
-
-
 def test_two_hosts_have_the_losses_of_one_process(hosts: Hosts, tmp_path: Path) -> None:
     recipe = parse_recipe(values(tmp_path, 2000), "test")
     hosts.start(tmp_path / "recipe.yaml", tmp_path / "run")
@@ -97,14 +92,14 @@ def test_two_hosts_have_the_losses_of_one_process(hosts: Hosts, tmp_path: Path) 
     assert "trained " in first
     assert "trained " not in second
     run_recipe(recipe, tmp_path / "whole")
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert train_losses(tmp_path / "run") == pytest.approx(train_losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_a_link_that_is_cut_ends_in_a_message_and_a_resumable_state(hosts: Hosts, tmp_path: Path) -> None:
     values(tmp_path, 10_000_000)
     hosts.start(tmp_path / "recipe.yaml", tmp_path / "run")
     stop = time.monotonic() + 200
-    while max(losses(tmp_path / "run"), default=0) < 4:
+    while max(train_losses(tmp_path / "run"), default=0) < 4:
         assert time.monotonic() < stop
         time.sleep(0.1)
     ip("-n", HOSTS[0], "link", "set", "unmask0", "down")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from helpers import refused
-from runs import tiny_folder, tiny_jsonl, tiny_values
+from runs import tiny_folder, tiny_jsonl, tiny_values, train_losses
 from unmask.errors import DataError, TrainingError
 from unmask.train.metrics import read_metrics
 from unmask.train.parallel.launch import Launcher
@@ -119,6 +119,15 @@ class Run:
             assert time.monotonic() < stop, f"step {step} was not reached"
             time.sleep(0.05)
 
+    def interrupted_by(self, number: signal.Signals) -> str:
+        """Start two ranks and, after three steps, signal every process: what they print; the run ends as an interrupted one."""
+        process = self.start(options=("--nproc", "2"))
+        self.wait_for_step(3)
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 130, output
+        return output
+
     def ranks(self, process: subprocess.Popen[str]) -> list[int]:
         """Process ids of the ranks, in order."""
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -126,11 +135,7 @@ class Run:
 
     def assert_same_losses(self) -> None:
         run_recipe(self.recipe, self.whole)
-        ours, theirs = (
-            {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"}
-            for run in (self.out, self.whole)
-        )
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert train_losses(self.out) == pytest.approx(train_losses(self.whole), rel=1e-4)
 
 
 @pytest.fixture
@@ -151,11 +156,7 @@ def test_sigkill_of_a_rank_costs_no_step(convert: Run) -> None:
 
 
 def test_ctrl_c_saves_and_another_layout_goes_on(convert: Run) -> None:
-    process = convert.start(options=("--nproc", "2"))
-    convert.wait_for_step(3)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
+    output = convert.interrupted_by(signal.SIGINT)
     assert "--resume --nproc 2" in output
     assert list_checkpoints(convert.out)
     process = convert.start(options=("--nproc", "4", "--resume", "--set", "parallel.data_replicate=2"))
@@ -172,28 +173,22 @@ def endless(tmp_path: Path) -> Iterator[Run]:
 
 
 def test_sigterm_to_every_process_saves(endless: Run) -> None:
-    process = endless.start(options=("--nproc", "2"))
-    endless.wait_for_step(3)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
+    output = endless.interrupted_by(signal.SIGTERM)
     assert "saved" in output
     assert "process was lost" not in output
     assert list_checkpoints(endless.out)
 
 
 def test_a_rank_that_hangs_is_named(endless: Run) -> None:
-    convert = endless
-    process = convert.start(options=("--nproc", "2", "--max-restarts", "0"))
-    convert.wait_for_step(
-        5
-    )  # The checkpoint of the second step, written in the background, is complete when the fourth's begins.
-    hanging = convert.ranks(process)[1]
+    process = endless.start(options=("--nproc", "2", "--max-restarts", "0"))
+    # The checkpoint of the second step, written in the background, is complete when the fourth's begins.
+    endless.wait_for_step(5)
+    hanging = endless.ranks(process)[1]
     os.kill(hanging, signal.SIGSTOP)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert f"error: rank 1 ({os.uname().nodename}, process {hanging})" in output
-    assert list_checkpoints(convert.out)
+    assert list_checkpoints(endless.out)
 
 
 def test_torchrun_starts_the_ranks_and_the_first_one_reports(convert: Run) -> None:
