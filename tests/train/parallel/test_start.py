@@ -45,7 +45,6 @@ def test_a_rank_with_another_recipe_is_named_on_every_rank() -> None:
 
 
 def test_a_folder_is_gone_on_with_by_the_job_that_began_it_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     (tmp_path / ".lock").write_text("first")  # What a job leaves that is killed.

@@ -14,8 +14,7 @@ from unmask.models.families.registry import published_config
 from unmask.models.weights.checkpoint import open_parts
 from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
-
-GIB = 2**30
+from unmask.train.plan.gpus import GIB
 
 
 @dataclass(frozen=True)
