@@ -25,13 +25,13 @@ class Linear(Structure):
 
 
 class GatedLinear(Structure):
-    """`GatedLinear` of kernels.cpp: a matrix and its gated LoRA, if it has one."""
+    """`GatedLinear` of model.h: a matrix and its gated LoRA, if it has one."""
 
     _fields_ = _fields(Linear, "base", "input", "output")
 
 
 class Layer(Structure):
-    """`Layer` of kernels.cpp."""
+    """`Layer` of model.h."""
 
     _fields_ = (
         *_fields(GatedLinear, "qkv", "out", "gate_up", "down"),
@@ -40,7 +40,7 @@ class Layer(Structure):
 
 
 class Model(Structure):
-    """`Model` of kernels.cpp."""
+    """`Model` of model.h."""
 
     _fields_ = (
         *_fields(c_void_p, "layers", "final_norm"),
@@ -50,7 +50,7 @@ class Model(Structure):
 
 
 class ForwardBatch(Structure):
-    """`ForwardBatch` of kernels.cpp, its KV cache included."""
+    """`ForwardBatch` of model.h, its KV cache included."""
 
     _fields_ = (
         *_fields(c_int64, "rows", "num_segments"),
