@@ -7,9 +7,10 @@ tensor in the header. Knows neither where such files lie nor how weights are pac
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor
 
 from unmask.files import atomic_write
-from unmask.models.arch.config import ModelConfig, RopeConfig
-from unmask.models.native.packing import PackedWeights
-from unmask.models.native.quantize import PackedMatrix
+from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
+from unmask.models.native.packing import PackedSink, PackedWeights, weights_of
 
 _LINE = 64
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -28,6 +28,56 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 # safetensors allows no holes between tensors.
 _PADDING = "padding."
+# Of one matrix or vector.
+_HEADER_BYTES = 2**10
+
+
+class PackedFile(PackedSink):
+    """Writes what it takes straight to its place in a file; `finish` writes the header, for which room is left.
+
+    Args:
+        file: new and empty.
+        header_bytes: room for the header.
+    """
+
+    def __init__(self, file: BinaryIO, header_bytes: int = 2**16) -> None:
+        super().__init__()
+        self._file, self._start = file, header_bytes
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._end = 0
+
+    def put(self, name: str, part: Tensor, first: int, rows: int) -> None:
+        shape = (rows, *part.shape[1:])
+        row_bytes = math.prod(part.shape[1:]) * part.dtype.itemsize
+        if name not in self._places:
+            self._places[name] = (self._end, part.dtype, shape)
+            self._end += _aligned(rows * row_bytes)
+        offset, dtype, whole = self._places[name]
+        assert (dtype, whole) == (part.dtype, shape), name
+        self._file.seek(self._start + offset + first * row_bytes)
+        self._file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def finish(self, description: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+        """Write the header.
+
+        Args:
+            description: of the weights, for JSON.
+            facts: whatever else the header shall say.
+        """
+        self._file.truncate(self._start + self._end)
+        weights = {**description, "matrices": self.numbers, "vectors": self.vectors}
+        header: dict[str, Any] = {_METADATA: {**facts, "weights": json.dumps(weights)}}
+        for name, (offset, dtype, shape) in self._places.items():
+            end = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            if end < _aligned(end):
+                padding = {"dtype": "U8", "shape": [_aligned(end) - end], "data_offsets": [end, _aligned(end)]}
+                header[f"{_PADDING}{name}"] = padding
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        length = self._start - 8
+        assert len(encoded) <= length, "more room is needed for the header"
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", length) + encoded.ljust(length))
 
 
 def write_packed(path: Path, weights: PackedWeights, facts: dict[str, str]) -> None:
@@ -41,23 +91,14 @@ def write_packed(path: Path, weights: PackedWeights, facts: dict[str, str]) -> N
     Raises:
         CheckpointError: the disk is full or refuses.
     """
-    tensors = dict(_tensors(weights))
-    header: dict[str, Any] = {_METADATA: {**facts, "weights": json.dumps(_description(weights))}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end + -end % _LINE
-        if end < offset:
-            header[f"{_PADDING}{name}"] = {"dtype": "U8", "shape": [offset - end], "data_offsets": [end, offset]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % _LINE)
 
     def write(file: BinaryIO) -> None:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.write(bytes(-tensor.nbytes % _LINE))
+        sink = PackedFile(file, _aligned(_HEADER_BYTES * (1 + len(weights.matrices) + len(weights.vectors))))
+        for name, matrix in weights.matrices.items():
+            sink.add_matrix(name, matrix)
+        for name, vector in weights.vectors.items():
+            sink.add_vector(name, vector)
+        sink.finish(describe(weights), facts)
 
     atomic_write(path, write)
 
@@ -79,7 +120,8 @@ def map_packed(path: Path) -> PackedWeights | None:
         # Copy on write: nobody writes, and PyTorch asks for memory that could be written.
         data = torch.from_numpy(np.memmap(path, np.uint8, "c", start))
         tensors = {name: _view(data, entry) for name, entry in header.items() if not name.startswith(_PADDING)}
-        return _weights(description, tensors)
+        numbers, vectors = description.pop("matrices"), description.pop("vectors")
+        return weights_of(description | {"config": _config(description["config"])}, numbers, vectors, tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
 
@@ -98,40 +140,26 @@ def _header(path: Path) -> tuple[dict[str, Any], int] | None:
         return None
 
 
-def _tensors(weights: PackedWeights) -> Iterator[tuple[str, Tensor]]:
-    for name, matrix in weights.matrices.items():
-        for part in fields(matrix):
-            value = getattr(matrix, part.name)
-            if isinstance(value, Tensor):
-                yield f"{name}.{part.name}", value
-    yield from weights.vectors.items()
-
-
-def _description(weights: PackedWeights) -> dict[str, Any]:
-    """All that is no tensor, for JSON."""
-    numbers = {
-        name: {part.name: value for part in fields(matrix) if not isinstance(value := getattr(matrix, part.name), Tensor)}
-        for name, matrix in weights.matrices.items()
-    }
+def describe(weights: PackedWeights) -> dict[str, Any]:
+    """What a file says of the weights beside matrices and vectors, for JSON."""
     return {
         "config": asdict(weights.config), "bits": weights.bits, "rope_factor": weights.rope_factor,
-        "is_rotated": weights.is_rotated, "matrices": numbers, "vectors": list(weights.vectors),
+        "is_rotated": weights.is_rotated,
     }  # fmt: skip
 
 
-def _weights(description: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeights:
-    config = description["config"]
-    config |= {"rope": RopeConfig(**config["rope"]), "eos_ids": tuple(config["eos_ids"])}
-    matrices = {}
-    for name, numbers in description["matrices"].items():
-        parts: dict[str, Any] = {
-            part.name: tensors.get(f"{name}.{part.name}") for part in fields(PackedMatrix) if part.name not in numbers
+def _config(stored: dict[str, Any]) -> ModelConfig:
+    moe = stored.get("moe")
+    return ModelConfig(
+        **stored | {
+            "rope": RopeConfig(**stored["rope"]), "eos_ids": tuple(stored["eos_ids"]),
+            "moe": None if moe is None else MoEConfig(**moe),
         }
-        matrices[name] = PackedMatrix(**numbers, **parts)
-    return PackedWeights(
-        ModelConfig(**config), description["bits"], description["rope_factor"], description["is_rotated"], matrices,
-        {name: tensors[name] for name in description["vectors"]},
     )  # fmt: skip
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _LINE
 
 
 def _view(data: Tensor, entry: dict[str, Any]) -> Tensor:

@@ -1,28 +1,29 @@
 """Packed weights: a dense transformer as the kernels read it, laid out in panels; quantised and rotated, or in floats.
 
-Owns what becomes of each matrix, bias and norm of a model, and their names. Knows no C structure and no file. Vocabulary
-matrices are packed some rows at a time, so that no float copy of one is ever whole.
+Owns what becomes of each matrix, bias and norm of a model, and their names. Knows no C structure and no file. Matrices are read
+and packed some rows at a time, and go to a `PackedSink`, so that no float copy of a large one is ever whole.
 
 Legend: T rows, D hidden, V vocabulary or outputs, K inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.layers import FeedForward, GatedLoraLinear, RMSNorm
-from unmask.models.arch.transformer import Block, Transformer
+from unmask.models.arch.transformer import Transformer
 from unmask.models.native.quantize import PANEL, PackedMatrix, QuantizedMatrix, exact_dtype, pack, pack_floats, quantize
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
-from unmask.models.weights.checkpoint import ModelParts
+from unmask.models.weights.checkpoint import ModelParts, parts_of
 
 Change = Callable[[Tensor], Tensor]
 OnLayer = Callable[[int, int], None]
@@ -31,7 +32,15 @@ OnLayer = Callable[[int, int], None]
 FLOAT_BITS = 32
 """Of weights that are packed as they are; where bfloat16 holds a matrix exactly, it takes 16."""
 
+Rounding = Callable[[str, Tensor, int, int], QuantizedMatrix]
+"""Rounds rows of a matrix: its name, the rows [T, K], the first one's number, and the bits of a weight."""
+
 _ROWS = 4096
+
+
+def round_nearest(name: str, rows_TK: Tensor, first: int, bits: int) -> QuantizedMatrix:
+    """The `Rounding` that needs nothing but the weights."""
+    return quantize(rows_TK, bits)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,81 @@ class PackedWeights:
         return _mixed_channels(self.config, self.bits)
 
 
+class PackedSink(ABC):
+    """Takes packed matrices and vectors, whole or some rows at a time.
+
+    Attributes:
+        numbers: what is no tensor of each matrix: fields of `PackedMatrix`.
+        vectors: names of the vectors.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, dict[str, Any]] = {}
+        self.vectors: list[str] = []
+
+    def add_matrix(self, name: str, part: PackedMatrix, first: int = 0, outputs: int | None = None) -> None:
+        """Take rows of a matrix, a multiple of PANEL unless they are the last ones.
+
+        Args:
+            name: of the matrix.
+            part: the rows, packed.
+            first: number of the first one.
+            outputs: rows of the matrix; None: the part is all of it.
+        """
+        total = part.outputs if outputs is None else outputs
+        panels = -(-part.outputs // PANEL)
+        numbers: dict[str, Any] = {}
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Tensor):
+                unit = len(value) // panels
+                self.put(f"{name}.{field.name}", value, first // PANEL * unit, -(-total // PANEL) * unit)
+            else:
+                numbers[field.name] = total if field.name == "outputs" else value
+        self.numbers[name] = numbers
+
+    def add_vector(self, name: str, part: Tensor, first: int = 0, rows: int | None = None) -> None:
+        """Take a vector, or rows of the embedding; arguments as of `add_matrix`."""
+        if not first:
+            self.vectors.append(name)
+        self.put(name, part, first, len(part) if rows is None else rows)
+
+    @abstractmethod
+    def put(self, name: str, part: Tensor, first: int, rows: int) -> None:
+        """Take `part`, rows from `first` on of a tensor that has so many of them."""
+
+
+def weights_of(
+    description: Mapping[str, Any], numbers: Mapping[str, Any], vectors: list[str], tensors: Mapping[str, Tensor]
+) -> PackedWeights:
+    """The packed weights of what a sink was given; `description`: the other fields of `PackedWeights`."""
+    matrices = {name: _matrix(name, given, tensors) for name, given in numbers.items()}
+    return PackedWeights(**description, matrices=matrices, vectors={name: tensors[name] for name in vectors})
+
+
+def _matrix(name: str, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedMatrix:
+    parts: dict[str, Any] = {
+        field.name: tensors.get(f"{name}.{field.name}") for field in fields(PackedMatrix) if field.name not in numbers
+    }
+    return PackedMatrix(**numbers, **parts)
+
+
+class _Memory(PackedSink):
+    """Keeps what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, part: Tensor, first: int, rows: int) -> None:
+        if len(part) == rows:
+            self.tensors[name] = part
+            return
+        if name not in self.tensors:
+            self.tensors[name] = part.new_empty(rows, *part.shape[1:])
+        self.tensors[name][first : first + len(part)] = part
+
+
 def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> PackedWeights:
     """Pack a llama, qwen2 or qwen3 model for the kernels.
 
@@ -73,44 +157,25 @@ def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> 
     Raises:
         ConfigError: a routed model, another number of bits, or a model that is not on the CPU.
     """
-    return _pack(ModelParts(model, lambda prefix: None), bits, rotate=rotate, release=lambda part: None)
+    return pack_parts(parts_of(model), bits, rotate=rotate)
 
 
-def pack_parts(parts: ModelParts, bits: int, on_layer: OnLayer = lambda done, total: None) -> PackedWeights:
-    """Pack a model that is loaded layer by layer, as `pack_model` does; the weights of packed layers are let go of.
+def pack_parts(
+    parts: ModelParts, bits: int, on_layer: OnLayer = lambda done, total: None, *, rotate: bool | None = None
+) -> PackedWeights:
+    """Pack a model that is read part by part, as `pack_model` does.
 
     Args:
-        parts: used up.
+        parts: of the model.
         bits: as of `pack_model`.
         on_layer: sees the progress.
+        rotate: as of `pack_model`.
     """
-    return _pack(parts, bits, release=lambda part: None if part is None else part.to("meta"), on_layer=on_layer)
-
-
-@torch.no_grad()
-def _pack(
-    parts: ModelParts, bits: int, *, release: Callable[[nn.Module | None], object], rotate: bool | None = None,
-    on_layer: OnLayer = lambda done, total: None,
-) -> PackedWeights:  # fmt: skip
-    model = parts.model
-    check_packable(model.config, model.inv_freq.device, bits)
-    rotates = bits == 8 if rotate is None else rotate
-    packer = _Packer(model.config, bits, Rotation(model.config.hidden_size) if rotates else None)
-    num_parts = len(model.blocks) + 1
-    # The largest matrices first, while little else is in memory.
-    for name in ("embed.", "norm.", "lm_head.", "mask_vector"):
-        parts.fill(name)
-    packer.add_vocabulary(model)
-    for matrix in (model.embed, model.lm_head):
-        release(matrix)
-    on_layer(1, num_parts)
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        parts.fill(f"blocks.{number}.")
-        packer.add_block(f"blocks.{number}.", block)
-        release(block)
-        on_layer(number + 2, num_parts)
-    return PackedWeights(model.config, bits, model.rope_factor, rotates, packer.matrices, packer.vectors)
+    packer, sink = Packer(parts, bits, rotate=rotate), _Memory()
+    for number in range(packer.num_pieces):
+        packer.pack(number, sink)
+        on_layer(number + 1, packer.num_pieces)
+    return weights_of(packer.description, sink.numbers, sink.vectors, sink.tensors)
 
 
 def pack_matrix(weight_VK: Tensor, bits: int, change: Change = lambda rows: rows) -> PackedMatrix:
@@ -123,12 +188,10 @@ def pack_matrix(weight_VK: Tensor, bits: int, change: Change = lambda rows: rows
     """
     if bits == FLOAT_BITS:
         return pack_floats(weight_VK.detach())
-    parts = [quantize(change(rows), bits) for rows in weight_VK.detach().split(_ROWS)]
-    if len(parts) == 1:
-        return pack(parts[0])
-    multiples = [part.multiple_NG for part in parts if part.multiple_NG is not None]
-    integers, scale = (torch.cat(each) for each in zip(*((part.integers_NK, part.scale_N) for part in parts), strict=True))
-    return pack(QuantizedMatrix(integers, scale, torch.cat(multiples) if multiples else None))
+    sink = _Memory()
+    for first, rows in zip(range(0, len(weight_VK), _ROWS), weight_VK.detach().split(_ROWS), strict=True):
+        sink.add_matrix("", pack(quantize(change(rows), bits)), first, len(weight_VK))
+    return _matrix("", sink.numbers[""], sink.tensors)
 
 
 def pack_bias(bias_V: Tensor) -> Tensor:
@@ -136,82 +199,122 @@ def pack_bias(bias_V: Tensor) -> Tensor:
     return F.pad(bias_V.detach().float(), (0, -len(bias_V) % PANEL))
 
 
-class _Packer:
-    """Collects the packed parts of one model."""
+class Packer:
+    """Packs a model piece by piece: what is not in a layer first, then each layer.
 
-    def __init__(self, config: ModelConfig, bits: int, rotation: Rotation | None) -> None:
-        self._config, self._bits, self._rotation = config, bits, rotation
+    Args:
+        parts: of the model.
+        bits: as of `pack_model`.
+        rotate: as of `pack_model`.
+        rounding: of what is quantised.
+
+    Raises:
+        ConfigError: as of `pack_model`.
+    """
+
+    def __init__(self, parts: ModelParts, bits: int, *, rotate: bool | None = None, rounding: Rounding = round_nearest) -> None:
+        model = parts.model
+        check_packable(model.config, model.inv_freq.device, bits)
+        self._parts, self._config, self._bits, self._rounding = parts, model.config, bits, rounding
         self._bits_beside = FLOAT_BITS if bits == FLOAT_BITS else 8
-        self.matrices: dict[str, PackedMatrix] = {}
-        self.vectors: dict[str, Tensor] = {}
+        rotates = bits == 8 if rotate is None else rotate
+        self._rotation = Rotation(model.config.hidden_size) if rotates else None
+        self.description: dict[str, Any] = {
+            "config": model.config, "bits": bits, "rope_factor": model.rope_factor, "is_rotated": rotates,
+        }  # fmt: skip
+        self.num_pieces = 1 + model.config.num_layers
 
-    def add_block(self, prefix: str, block: Block) -> None:
-        """Pack a layer."""
-        assert isinstance(block.mlp, FeedForward)
-        attention, mlp, count = block.attention, block.mlp, _mixed_channels(self._config, self._bits)
-        self._add_gated(f"{prefix}qkv", attention.qkv, partial(self._reading, norm=block.attention_norm))
-        self._add_gated(f"{prefix}out", attention.out, lambda weight: weight, self._writing)
-        self._add_gated(f"{prefix}gate_up", mlp.gate_up, partial(self._reading, norm=block.mlp_norm))
-        self._add_gated(f"{prefix}down", mlp.down, lambda weight: mix(weight.float(), count) / count, self._writing)
-        norms = {"attention_norm": self._norm_weight(block.attention_norm), "mlp_norm": self._norm_weight(block.mlp_norm)}
-        for name, norm in (("query_norm", attention.query_norm), ("key_norm", attention.key_norm)):
-            if norm is not None:
-                norms[name] = norm.weight
-        self.vectors |= {f"{prefix}{name}": _vector(weight) for name, weight in norms.items()}
+    @torch.no_grad()
+    def pack(self, number: int, sink: PackedSink) -> None:
+        """Pack a piece; 0: what is not in a layer."""
+        if number == 0:
+            self._add_vocabulary(sink)
+        else:
+            self._add_layer(f"blocks.{number - 1}.", sink)
 
-    def add_vocabulary(self, model: Transformer) -> None:
-        """Pack what is not in a layer."""
-        self.vectors["embed"] = self._embedding(model)
-        self.vectors["inv_freq"] = _vector(model.inv_freq)
-        self.vectors["norm"] = _vector(self._norm_weight(model.norm))
-        self.matrices["head"] = pack_matrix(model.head_weight, self._bits_beside, partial(self._reading, norm=model.norm))
+    def _add_layer(self, prefix: str, sink: PackedSink) -> None:
+        count = _mixed_channels(self._config, self._bits)
+        attention_norm, mlp_norm = (self._parts.read(f"{prefix}{name}.weight") for name in ("attention_norm", "mlp_norm"))
+        self._add_linear(sink, f"{prefix}qkv", f"{prefix}attention.qkv", partial(self._reading, norm_K=attention_norm))
+        self._add_linear(sink, f"{prefix}out", f"{prefix}attention.out", writes=True)
+        self._add_linear(sink, f"{prefix}gate_up", f"{prefix}mlp.gate_up", partial(self._reading, norm_K=mlp_norm))
+        self._add_linear(sink, f"{prefix}down", f"{prefix}mlp.down", partial(_mixed, count=count), writes=True)
+        for name, norm in (("attention_norm", attention_norm), ("mlp_norm", mlp_norm)):
+            sink.add_vector(f"{prefix}{name}", _vector(self._norm_weight(norm)))
+        for name in ("query_norm", "key_norm"):
+            if (parameter := f"{prefix}attention.{name}.weight") in self._parts.shapes:
+                sink.add_vector(f"{prefix}{name}", _vector(self._parts.read(parameter)))
 
-    def _embedding(self, model: Transformer) -> Tensor:
+    def _add_vocabulary(self, sink: PackedSink) -> None:
+        norm = self._parts.read("norm.weight")
+        self._add_embedding(sink)
+        sink.add_vector("inv_freq", _vector(self._parts.model.inv_freq))
+        sink.add_vector("norm", _vector(self._norm_weight(norm)))
+        head = "embed.weight" if self._config.tied_head else "lm_head.weight"
+        self._add_matrix(sink, "head", head, self._bits_beside, partial(self._reading, norm_K=norm))
+
+    def _add_embedding(self, sink: PackedSink) -> None:
         """[V, D] of every token as rows read it: of the mask, the vector of a model that has one."""
-        embed_VD, mask_id = model.embed.weight.detach(), model.config.mask_id
-        kept_dtype = exact_dtype(embed_VD) if self._bits == FLOAT_BITS else embed_VD.dtype
-        out_VD = torch.empty_like(embed_VD, dtype=kept_dtype if self._rotation is None else torch.float16)
-        for start in range(0, len(embed_VD), _ROWS):
-            rows = embed_VD[start : start + _ROWS]
-            if model.mask_vector is not None and mask_id is not None and start <= mask_id < start + _ROWS:
+        count, mask_id = self._parts.shapes["embed.weight"][0], self._config.mask_id
+        mask_vector = self._parts.read("mask_vector") if "mask_vector" in self._parts.shapes else None
+        dtype = exact_dtype(self._parts.read("embed.weight")) if self._bits == FLOAT_BITS else torch.float16
+        for first in range(0, count, _ROWS):
+            rows = self._parts.read("embed.weight", (slice(first, min(first + _ROWS, count)),))
+            if mask_vector is not None and mask_id is not None and first <= mask_id < first + len(rows):
                 rows = rows.clone()
-                rows[mask_id - start] = model.mask_vector
-            out_VD[start : start + _ROWS] = rows if self._rotation is None else self._rotation(rows)
-        return out_VD
+                rows[mask_id - first] = mask_vector
+            sink.add_vector("embed", (rows if self._rotation is None else self._rotation(rows)).to(dtype), first, count)
 
-    def _add_gated(self, name: str, layer: nn.Linear, reads: Change, writes: Change = lambda weight: weight) -> None:
+    def _add_linear(
+        self, sink: PackedSink, name: str, layer: str, reads: Change = lambda rows: rows, *, writes: bool = False
+    ) -> None:
         """A layer and its update, if it has one.
 
         Args:
-            name: of the layer.
-            layer: as trained.
-            reads: what becomes of a matrix [., K] because of the basis its inputs are in.
-            writes: what becomes of a matrix [V, .], or of a bias [V], because of the basis its outputs are in.
+            sink: takes it.
+            name: of the layer, packed.
+            layer: its name in the model.
+            reads: what becomes of rows [T, K] because of the basis its inputs are in.
+            writes: its outputs are added to the hidden states.
         """
-        self.matrices[f"{name}.base"] = _packed(writes(reads(layer.weight)), self._bits)
-        if layer.bias is not None:
-            self.vectors[f"{name}.base.bias"] = pack_bias(writes(layer.bias))
-        if isinstance(layer, GatedLoraLinear):
-            self.matrices[f"{name}.input"] = _packed(reads(layer.gated_in), self._bits_beside)
-            self.matrices[f"{name}.output"] = _packed(writes(layer.gated_out), self._bits_beside)
+        self._add_matrix(sink, f"{name}.base", f"{layer}.weight", self._bits, reads, writes=writes)
+        if (bias := f"{layer}.bias") in self._parts.shapes:
+            bias_V = self._parts.read(bias)
+            if writes and self._rotation is not None:
+                bias_V = self._rotation(bias_V)
+            sink.add_vector(f"{name}.base.bias", pack_bias(bias_V))
+        if f"{layer}.gated_in" in self._parts.shapes:
+            self._add_matrix(sink, f"{name}.input", f"{layer}.gated_in", self._bits_beside, reads)
+            self._add_matrix(sink, f"{name}.output", f"{layer}.gated_out", self._bits_beside, writes=writes)
 
-    def _reading(self, weight_ND: Tensor, norm: RMSNorm) -> Tensor:
-        """A matrix behind a norm, which is left with `_norm_weight`."""
-        return weight_ND if self._rotation is None else self._rotation.inputs(weight_ND, norm.weight)
+    def _add_matrix(
+        self, sink: PackedSink, name: str, parameter: str, bits: int, reads: Change = lambda rows: rows, *, writes: bool = False
+    ) -> None:
+        """A matrix [V, K], some rows at a time unless all are needed at once; arguments as of `_add_linear`."""
+        outputs = self._parts.shapes[parameter][0]
+        if bits == FLOAT_BITS:
+            sink.add_matrix(name, pack_floats(self._parts.read(parameter)))
+            return
+        rotation = self._rotation if writes else None
+        step = _ROWS if rotation is None else outputs
+        for first in range(0, outputs, step):
+            rows = reads(self._parts.read(parameter, (slice(first, min(first + step, outputs)),)))
+            if rotation is not None:
+                rows = rotation.outputs(rows)
+            sink.add_matrix(name, pack(self._rounding(name, rows, first, bits)), first, outputs)
 
-    def _norm_weight(self, norm: RMSNorm) -> Tensor:
+    def _reading(self, weight_TK: Tensor, norm_K: Tensor) -> Tensor:
+        """Rows of a matrix behind a norm, which is left with `_norm_weight`."""
+        return weight_TK if self._rotation is None else self._rotation.inputs(weight_TK, norm_K)
+
+    def _norm_weight(self, norm_D: Tensor) -> Tensor:
         """A norm in front of matrices that read the hidden states."""
-        return norm.weight if self._rotation is None else torch.ones_like(norm.weight)
-
-    def _writing(self, x: Tensor) -> Tensor:
-        """A matrix [D, K] that adds to the hidden states, or its bias [D]."""
-        if self._rotation is None:
-            return x
-        return self._rotation.outputs(x) if x.ndim == 2 else self._rotation(x)
+        return norm_D if self._rotation is None else torch.ones_like(norm_D)
 
 
-def _packed(weight_VK: Tensor, bits: int) -> PackedMatrix:
-    return pack_floats(weight_VK) if bits == FLOAT_BITS else pack(quantize(weight_VK, bits))
+def _mixed(weight_TK: Tensor, count: int) -> Tensor:
+    """Rows of a matrix that reads the feed-forward's channels, mixed at run time."""
+    return mix(weight_TK.float(), count) / count
 
 
 def _mixed_channels(config: ModelConfig, bits: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -43,6 +43,8 @@ _FLOAT32_SUFFIXES = (".router", ".expert_bias")
 GENERATION_CONFIG = "generation_config.json"
 _HEAD = "lm_head.weight"
 _VOCABULARY = ("embed.weight", "lm_head.weight")
+_READ_BYTES = 2**26
+"""Of files that stay mapped."""
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -86,11 +88,28 @@ class ModelParts:
 
     Attributes:
         model: on the meta device, but for what has been loaded.
+        shapes: of its parameters, by name.
         fill: loads the parameters whose names begin so.
+        read: a part of a parameter, by its name and an index of numbers and slices with both ends; nothing else is read.
     """
 
     model: Transformer
+    shapes: Mapping[str, torch.Size]
     fill: Callable[[str], None]
+    read: ReadPart
+
+
+class ReadPart(Protocol):
+    """Reads `parameter[index]`."""
+
+    def __call__(self, parameter: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor: ...
+
+
+def parts_of(model: Transformer) -> ModelParts:
+    """The parts of a model that is loaded."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    return ModelParts(model, shapes, lambda prefix: None, lambda parameter, index=(): state[parameter][index])
 
 
 def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelParts:
@@ -116,7 +135,46 @@ def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
                     tensor.view(state).copy_(files.read(name))
         model.load_state_dict(state, strict=False, assign=True)
 
-    return ModelParts(model, fill)
+    return ModelParts(model, shapes, fill, _PartReader(folder, stored, shapes, dtype))
+
+
+class _PartReader:
+    """Reads parts of parameters; files are closed when much of them has been read, so that their pages leave memory."""
+
+    def __init__(
+        self, folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, torch.Size], dtype: torch.dtype
+    ) -> None:
+        self._index, self._shapes, self._dtype = tensor_index(folder), shapes, dtype
+        self._names: dict[Path, list[str]] = {}
+        for name, path in self._index.items():
+            self._names.setdefault(path, []).append(name)
+        self._stored: dict[str, list[tuple[str, StoredTensor]]] = {}
+        for name, tensor in stored.items():
+            self._stored.setdefault(tensor.parameter, []).append((name, tensor))
+        self._stack, self._open, self._bytes = ExitStack(), dict[Path, TensorFiles](), 0
+
+    def __call__(self, parameter: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        shape = self._shapes[parameter]
+        whole = (*index, *(slice(0, size) for size in shape[len(index) :]))
+        ranges = [(each, each + 1) if isinstance(each, int) else (each.start, each.stop) for each in whole]
+        out = torch.empty([stop - start for start, stop in ranges], dtype=parameter_dtype(parameter, self._dtype))
+        boxed = BoxedTensor(tuple(shape), (Box(tuple(start for start, _ in ranges), out),))
+        for name, stored in self._stored[parameter]:
+            part = boxed.part((*stored.index, *(slice(0, size) for size in shape[len(stored.index) :])))
+            if part.boxes:
+                self._files(name).fill(name, part)
+        self._bytes += out.nbytes
+        if self._bytes > _READ_BYTES:
+            self._stack.close()
+            self._open.clear()
+            self._bytes = 0
+        return out[tuple(0 if isinstance(each, int) else slice(None) for each in whole)]
+
+    def _files(self, name: str) -> TensorFiles:
+        path = self._index[name]
+        if path not in self._open:
+            self._open[path] = TensorFiles(dict.fromkeys(self._names[path], path), self._stack)
+        return self._open[path]
 
 
 def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, BoxedTensor]) -> None:

@@ -17,6 +17,7 @@ from unmask.models.weights.checkpoint import (
     ModelParts,
     load_checkpoint,
     open_parts,
+    parts_of,
     read_model_config,
     with_generation_ends,
 )
@@ -52,7 +53,7 @@ def load_parts(folder: Path, *, dtype: torch.dtype) -> ModelParts:
     """The model in a folder, to be loaded part by part on the CPU; that of an adapter is loaded at once. See `load_model`."""
     if base_folder(folder) is None:
         return open_parts(folder, dtype=dtype)
-    return ModelParts(load_model(folder, dtype=dtype), lambda prefix: None)
+    return parts_of(load_model(folder, dtype=dtype))
 
 
 def _load_adapted(folder: Path, model: Transformer) -> Transformer:

@@ -69,8 +69,7 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
     """Bytes of the weights of the CPU kernels, at most.
 
-    Layers have `bits`, with 4 one byte for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16
-    beside 8-bit layers, else as loaded. Every output has a float32 scale, and vectors are float32.
+    Layers have `bits`, with 4 one byte for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16. Every output has a float32 scale, and vectors are float32.
 
     Args:
         config: of the model.
@@ -80,7 +79,7 @@ def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
     embed = config.vocab_size * config.hidden_size
     if bits == 32:
         return weight_bytes(config, dtype) + (embed * dtype.itemsize if config.tied_head else 0)
-    total = embed * (2 if bits == 8 else dtype.itemsize) + embed + 4 * config.vocab_size
+    total = 3 * embed + 4 * config.vocab_size
     for tensor in stored_tensors(config).values():
         if not tensor.parameter.startswith("blocks.") or len(tensor.shape) == 1:
             total += 4 * tensor.shape[0] if len(tensor.shape) == 1 else 0
