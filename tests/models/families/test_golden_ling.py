@@ -5,7 +5,6 @@ The reference reads tensors under their names on disk and loops over tokens, hea
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from ling_reference import Reference, frequencies
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.layers import rope_frequencies
 from unmask.models.arch.moe import MoE
@@ -23,7 +23,6 @@ from unmask.models.families.registry import read_config
 from unmask.models.weights.checkpoint import save_model
 from unmask.models.weights.loading import load_model
 
-Array = NDArray[np.float64]
 YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
 CONFIG: dict[str, Any] = {
     "vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -47,102 +46,6 @@ def random_model(hf: dict[str, Any]) -> Transformer:
         for name, tensor in model.state_dict().items():
             tensor.normal_(std=0.3, generator=generator).add_(1.0 if name.endswith("norm.weight") else 0.0)
     return model
-
-
-class Reference:
-    """One document through the model of `hf` with the tensors `disk`, token by token."""
-
-    def __init__(self, hf: dict[str, Any], disk: dict[str, torch.Tensor], visible: NDArray[np.bool_]) -> None:
-        self.hf = hf
-        self.disk = {name: tensor.double().numpy() for name, tensor in disk.items()}
-        self.visible = visible
-        self.chosen: list[set[int]] = []
-        self.frequencies, self.rope_scale = frequencies(hf)
-
-    def logits(self, tokens: list[int]) -> Array:
-        states = [self.disk["model.word_embeddings.weight"][token] for token in tokens]
-        for layer in range(self.hf["num_hidden_layers"]):
-            name = f"model.layers.{layer}"
-            mixed = self.attention(name, [self.norm(x, f"{name}.input_layernorm") for x in states])
-            states = [x + a for x, a in zip(states, mixed, strict=True)]
-            normed = [self.norm(x, f"{name}.post_attention_layernorm") for x in states]
-            dense = layer < self.hf["first_k_dense_replace"]
-            forward = self.swiglu if dense else self.experts
-            states = [x + forward(f"{name}.mlp", n) for x, n in zip(states, normed, strict=True)]
-        return np.stack([self.disk["lm_head.weight"] @ self.norm(x, "model.norm") for x in states])
-
-    def norm(self, x: Array, name: str) -> Array:
-        return x / math.sqrt(float(np.mean(x * x)) + self.hf["rms_norm_eps"]) * self.disk[f"{name}.weight"]
-
-    def swiglu(self, name: str, x: Array) -> Array:
-        gate, up = self.disk[f"{name}.gate_proj.weight"] @ x, self.disk[f"{name}.up_proj.weight"] @ x
-        return self.disk[f"{name}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
-
-    def experts(self, name: str, x: Array) -> Array:
-        hf = self.hf
-        scores = 1 / (1 + np.exp(-(self.disk[f"{name}.gate.weight"] @ x)))
-        biased = scores + self.disk[f"{name}.gate.expert_bias"]
-        per_group = hf["num_experts"] // hf["n_group"]
-        groups = [range(g * per_group, (g + 1) * per_group) for g in range(hf["n_group"])]
-        worth = [sum(sorted((biased[e] for e in group), reverse=True)[:2]) for group in groups]
-        best_groups = sorted(range(hf["n_group"]), key=lambda g: -worth[g])[: hf["topk_group"]]
-        eligible = [expert for g in best_groups for expert in groups[g]]
-        chosen = sorted(eligible, key=lambda e: -biased[e])[: hf["num_experts_per_tok"]]
-        self.chosen.append(set(chosen))
-        total = sum(scores[e] for e in chosen)
-        out = self.swiglu(f"{name}.shared_experts", x)
-        for e in chosen:
-            out = out + scores[e] / total * hf["routed_scaling_factor"] * self.swiglu(f"{name}.experts.{e}", x)
-        return out
-
-    def attention(self, name: str, inputs: list[Array]) -> list[Array]:
-        heads, groups, size = (self.hf[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-        fused = [self.disk[f"{name}.attention.query_key_value.weight"] @ x for x in inputs]
-        split = [row.reshape(heads + 2 * groups, size) for row in fused]
-        outputs = []
-        for position in range(len(inputs)):
-            merged = []
-            for head in range(heads):
-                group = head // (heads // groups)
-                query = self.rotate(self.norm(split[position][head], f"{name}.attention.query_layernorm"), position)
-                seen = [k for k in range(len(inputs)) if self.visible[position, k]]
-                weights, values = [], []
-                for k in seen:
-                    key = self.rotate(self.norm(split[k][heads + group], f"{name}.attention.key_layernorm"), k)
-                    weights.append(math.exp(float(query @ key) / math.sqrt(size)))
-                    values.append(split[k][heads + groups + group])
-                merged.append(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
-            outputs.append(self.disk[f"{name}.attention.dense.weight"] @ np.concatenate(merged))
-        return outputs
-
-    def rotate(self, x: Array, position: int) -> Array:
-        """Dimension i of the first half of the rotating part turns with dimension i of its second half."""
-        half = len(self.frequencies)
-        out = x.copy()
-        for i, frequency in enumerate(self.frequencies):
-            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
-            out[i] = (x[i] * cos - x[i + half] * sin) * self.rope_scale
-            out[i + half] = (x[i + half] * cos + x[i] * sin) * self.rope_scale
-        return out
-
-
-def frequencies(hf: dict[str, Any]) -> tuple[list[float], float]:
-    """Radians per position of each rotating pair, and YaRN's factor on cosine and sine."""
-    size = int(hf["head_dim"] * hf["partial_rotary_factor"])
-    plain = [hf["rope_theta"] ** (-2 * i / size) for i in range(size // 2)]
-    if hf["rope_scaling"] is None:
-        return plain, 1.0
-    factor, original = hf["rope_scaling"]["factor"], hf["rope_scaling"]["original_max_position_embeddings"]
-
-    def pair_turning(times: float) -> float:
-        return size * math.log(original / (times * 2 * math.pi)) / (2 * math.log(hf["rope_theta"]))
-
-    low, high = max(math.floor(pair_turning(32)), 0), min(math.ceil(pair_turning(1)), size - 1)
-    mixed = []
-    for i, frequency in enumerate(plain):
-        slowed = min(max((i - low) / (high - low), 0.0), 1.0)
-        mixed.append(frequency * (1 - slowed) + frequency / factor * slowed)
-    return mixed, 0.1 * math.log(factor) + 1
 
 
 def visible_mask(kind: str) -> NDArray[np.bool_]:

@@ -40,7 +40,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixture of experts with the group-limited sigmoid router of Ling 2.0: group, select, normalise, scale."""
+    """Mixture of experts with the group-limited sigmoid router of Ling 2.0: group, select, normalise, scale.
+
+    `expert_capacity` experts are open to the tokens of a block in a model trained with block routing (LLaDA2.2), in place of
+    the groups; None: all of them.
+    """
 
     num_experts: int
     num_active: int
@@ -51,6 +55,7 @@ class MoEConfig:
     routed_scale: float = 1.0
     normalize: bool = True
     num_dense_layers: int = 1
+    expert_capacity: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_active", "expert_size", "num_groups", "num_active_groups"):
@@ -63,6 +68,11 @@ class MoEConfig:
                 f"top {self.num_active} of {self.num_active_groups}/{self.num_groups} groups of {self.num_experts} "
                 f"experts: only {eligible} are eligible"
             )
+        if self.expert_capacity is not None and not self.num_active <= self.expert_capacity <= self.num_experts:
+            raise ConfigError(
+                f"expert_capacity is {self.expert_capacity}; it must lie between the {self.num_active} experts of a token and "
+                f"all {self.num_experts}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,8 @@ class ModelConfig:
     position p it reads token p - 1 (the start token at position 0) and predicts token p, as its autoregressive parent did, and
     attention is causal before the block being decoded. Without a `start_id` it reads and predicts token p, and attention is
     bidirectional in every block. A `gated_lora_rank` adds LoRA of that rank to every linear layer, for noisy rows only
-    (`arch.gated_lora`). `token_editing` says that it was trained to replace decided tokens (LLaDA2.1). `hf_extras`
+    (`arch.gated_lora`). `token_editing` says that it was trained to replace decided tokens (LLaDA2.1), and `delete_id` and
+    `insert_id` are the tokens by which one was trained to delete and insert them (LLaDA2.2). `hf_extras`
     holds Hugging Face keys that change no result (initializer range, dropout 0, ...) so that a saved config keeps them.
     """
 
@@ -102,6 +113,8 @@ class ModelConfig:
     start_id: int | None = None
     gated_lora_rank: int | None = None
     token_editing: bool = False
+    delete_id: int | None = None
+    insert_id: int | None = None
     hf_extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,7 +127,8 @@ class ModelConfig:
             raise ConfigError(f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} kv heads")
         if self.rotary_dim % 2:
             raise ConfigError(f"rotary dimension {self.rotary_dim} is odd; head_dim x partial_rotary_factor must be even")
-        for name, token in (("mask", self.mask_id), ("start", self.start_id)):
+        named = {"mask": self.mask_id, "start": self.start_id, "delete": self.delete_id, "insert": self.insert_id}
+        for name, token in named.items():
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ConfigError(f"{name} token id {token} is outside the embedding (0..{self.vocab_size - 1})")
         if self.shifted and self.mask_id is None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from unmask.errors import CheckpointError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.families.ling import FLASH, MINI, LingMoE
 from unmask.models.families.llada2_moe import LLaDA2MoE
 
+_PUBLISHED_TYPE = {"model_type": "bailing_moe"}
+
 
 class BailingMoEV2(LingMoE):
-    """Ling 2.0. Converted to diffusion it computes what LLaDA2 does, and is exported as one."""
+    """Ling 2.0. Converted to diffusion it computes what LLaDA2 does, and is exported as one.
+
+    The published checkpoints call themselves `bailing_moe`, as Ling 1 does, and are told from it by their architecture.
+    """
 
     name = "bailing_moe_v2"
     architecture = "BailingMoeV2ForCausalLM"
-    published: ClassVar = {"ling-mini-2.0": MINI, "ling-flash-2.0": FLASH}
+    published: ClassVar = {"ling-mini-2.0": {**MINI, **_PUBLISHED_TYPE}, "ling-flash-2.0": {**FLASH, **_PUBLISHED_TYPE}}
+
+    def write_own_keys(self, config: ModelConfig) -> dict[str, Any]:
+        return super().write_own_keys(config) | _PUBLISHED_TYPE
 
     def for_export(self, config: ModelConfig) -> ModelConfig:
         if config.mask_id is None:

@@ -40,6 +40,12 @@ _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "topk_method": (None, "noaux_tc"),
     "moe_router_enable_expert_bias": (None, True),
     "no_rope_layers": (None, []),
+    # Ling 2.5 and later: linear and latent attention, clamped experts.
+    "layer_group_size": (None, 1),
+    "kv_lora_rank": (None,),
+    "using_split_qkv_in_self_attention": (None, False),
+    "expert_swiglu_limit_list": (None, []),
+    "share_expert_swiglu_limit_list": (None, []),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
@@ -48,10 +54,12 @@ _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
 class ModelFamily:
     """A family of models as published on Hugging Face; instances hold no state.
 
-    Class attributes: `name` is the `model_type` in config.json, `architecture` the class that transformers runs. `head_dim`,
+    Class attributes: `name` is the `model_type` in config.json, unless the family writes another one, and `architecture` the
+    class that transformers runs. `head_dim`,
     `rotary_fraction` (the share of the head that rotates) and `token_editing` are defaults for absent keys. `embedding` and
     `attention` are names of modules on disk, `attention_names` those of the layers inside (see `tensors.attention_tensors`).
-    `published` are published sizes: the Hugging Face config of each by name. `index_required`: programs that read exported
+    `published` are published sizes: the Hugging Face config of each by name. `optional_keys` are keys of the family's own that
+    are not written for every model. `index_required`: programs that read exported
     models look tensors up in the index, so a single file needs one too.
     """
 
@@ -66,6 +74,7 @@ class ModelFamily:
         "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj", "query_norm": "q_norm", "key_norm": "k_norm",
     }  # fmt: skip
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    optional_keys: ClassVar[frozenset[str]] = frozenset()
     index_required: ClassVar[bool] = False
 
     def read_own_keys(self, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +124,12 @@ class ModelFamily:
             raise ConfigError(
                 f"partial_rotary_factor is {config.rope.fraction}; family '{self.name}' rotates the whole head (1.0)"
             )
-        known_keys = _OPTIONAL_KEYS | self.write_config(config, None).keys()
+        rotary_dim = optional_integer(hf, "rotary_dim")
+        if rotary_dim not in (None, config.rotary_dim):
+            raise ConfigError(
+                f"rotary_dim is {rotary_dim}, but head_dim x partial_rotary_factor is {config.rotary_dim}; they must agree"
+            )
+        known_keys = _OPTIONAL_KEYS | self.optional_keys | self.write_config(config, None).keys()
         return replace(config, hf_extras={key: value for key, value in hf.items() if key not in known_keys})
 
     def write_config(self, config: ModelConfig, dtype: str | None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig, MoEConfig
 from unmask.models.families.base import ModelFamily
-from unmask.models.families.hf_values import flag, integer, number
+from unmask.models.families.hf_values import flag, integer, number, optional_integer
 from unmask.models.families.tensors import StoredTensor, feed_forward_tensors
 
 VOCAB_SIZE = 157_184
@@ -44,6 +45,7 @@ class LingMoE(ModelFamily):
     rotary_fraction = 0.5
     embedding = "model.word_embeddings"
     attention = "attention"
+    optional_keys = frozenset({"expert_capacity"})
     attention_names: ClassVar = {
         "qkv": "query_key_value", "out": "dense", "query_norm": "query_layernorm", "key_norm": "key_layernorm",
     }  # fmt: skip
@@ -52,7 +54,15 @@ class LingMoE(ModelFamily):
         sizes: dict[str, Any] = {field: integer(hf, key, default) for key, (field, default) in _MOE_KEYS.items()}
         # The reference code never normalises a single weight: it would always be 1.
         normalize = flag(hf, "norm_topk_prob", True) and sizes["num_active"] > 1
-        moe = MoEConfig(**sizes, routed_scale=number(hf, "routed_scaling_factor", 1.0), normalize=normalize)
+        # 0 is no block routing, as in the published code.
+        capacity = optional_integer(hf, "expert_capacity") or None
+        routed_scale = number(hf, "routed_scaling_factor", 1.0)
+        moe = MoEConfig(**sizes, routed_scale=routed_scale, normalize=normalize, expert_capacity=capacity)
+        shared_size = integer(hf, "moe_shared_expert_intermediate_size", moe.expert_size)
+        if moe.num_shared and shared_size != moe.expert_size:
+            raise ConfigError(
+                f"moe_shared_expert_intermediate_size is {shared_size}; it must be moe_intermediate_size, {moe.expert_size}"
+            )
         qkv_bias, out_bias = flag(hf, "use_qkv_bias", False), flag(hf, "use_bias", False)
         return {"moe": moe, "qkv_bias": qkv_bias, "out_bias": out_bias, "qk_norm": flag(hf, "use_qk_norm", True)}
 
@@ -67,6 +77,7 @@ class LingMoE(ModelFamily):
             "routed_scaling_factor": moe.routed_scale,
             "norm_topk_prob": moe.normalize,
             "num_nextn_predict_layers": 0,
+            **({} if moe.expert_capacity is None else {"expert_capacity": moe.expert_capacity}),
         }
 
     def mlp_tensors(self, config: ModelConfig, layer: int, disk: str, ours: str) -> dict[str, StoredTensor]:

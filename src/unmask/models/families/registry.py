@@ -22,6 +22,17 @@ from unmask.models.families.tensors import StoredTensor
 FAMILIES: Mapping[str, ModelFamily] = {
     family.name: family for family in (Llama(), Qwen2(), Qwen3(), BailingMoEV2(), LLaDA2MoE())
 }
+# What published checkpoints call themselves where another family has the same name: `model_type` and architecture.
+_PUBLISHED_AS: Mapping[tuple[str, str], str] = {("bailing_moe", BailingMoEV2.architecture): BailingMoEV2.name}
+# Names of known models that are not read, and why.
+_UNSUPPORTED: Mapping[str, str] = {
+    "bailing_moe": f"Ling 1, with a softmax router (Ling 2.0 has architectures [{BailingMoEV2.architecture!r}])",
+    "bailing_moe_linear": "Ling and Ring 2.0 linear, with linear attention in most layers",
+    "bailing_hybrid": "Ling 2.5 to 3.0, with linear attention in most layers and multi-head latent attention in the others",
+    "bailing2_5_moe": "Ling 2.5 and 2.6, with linear attention in most layers and multi-head latent attention in the others",
+    "llada2_moe_veomni": "dFactory's LLaDA2 with merged experts; split them with its scripts/moe_convertor.py",
+    "llada": "LLaDA 1, which denoises a whole text and no blocks",
+}
 PUBLISHED: Mapping[str, ModelFamily] = {name: family for family in FAMILIES.values() for name in family.published}
 """Names of published models, and the family of each."""
 
@@ -41,9 +52,12 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         ConfigError: an unknown family, a missing or ill-typed key, or a key whose value changes the computation in a way
             that is not supported.
     """
-    name = hf.get("model_type")
+    name, architectures = hf.get("model_type"), hf.get("architectures")
+    if isinstance(name, str) and isinstance(architectures, list) and architectures:
+        name = _PUBLISHED_AS.get((name, str(architectures[0])), name)
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(f"model_type is {name!r}; supported families: {', '.join(FAMILIES)}")
+        known = f" ({_UNSUPPORTED[name]})" if isinstance(name, str) and name in _UNSUPPORTED else ""
+        raise ConfigError(f"model_type is {name!r}{known}; supported families: {', '.join(FAMILIES)}")
     return FAMILIES[name].read_config(hf)
 
 
