@@ -19,7 +19,7 @@ OLD = {
     "KV cache": r"KVStore|kv_store|store_tokens|key-value store|[Pp]ages of the (cache|store)",
     "candidates": r"\w*_of_N",
     "help": r"[Ll]eft out:",
-    "ar_loss_weight": r"(?<!x-)guidance(?!-ai)",
+    "next-token loss": r"(?<!x-)guidance(?!-ai)",
 }
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from diffusion.test_equivalence import CONFIGS, nll, of_stream, rows_to_score
 from diffusion.test_stream import configs, names, packed, tokens_of
-from helpers import refused
 from tiny import MASK, Rows, pack, text, tiny_model
 from unmask.diffusion.corrupt import (
     CorruptionConfig,
@@ -23,7 +22,6 @@ from unmask.diffusion.corrupt import (
     noisy_copies,
 )
 from unmask.diffusion.masks import CLEAN
-from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 
@@ -99,25 +97,3 @@ def of_parent(model: Transformer) -> list[float]:
     """Next-token losses of the documents, each behind a start token."""
     with_start = [replace(each, tokens=(START, *each.tokens), maskable=(False, *each.maskable)) for each in DOCUMENTS]
     return list(of_stream(model, next_token_stream(pack([with_start], 23))).values())
-
-
-@pytest.mark.parametrize("family", SHIFTED)
-@pytest.mark.parametrize("block_size", [None, 1, 4])
-def test_the_clean_copy_predicts_every_next_token(family: str, block_size: int | None) -> None:
-    """As the parent does; the masked predictions stay what they were."""
-    config = CorruptionConfig(MASK, block_size, complementary=True, mask_samples=2, start_id=START)
-    plain, with_ar_loss = (corrupt(pack([DOCUMENTS], 23), replace(config, ar_loss_weight=by), 0) for by in (0.0, 0.5))
-    assert (plain.num_next_token, with_ar_loss.num_next_token) == (0, 15)
-    assert with_ar_loss.num_masked == plain.num_masked
-    found, masked = of_stream(SHIFTED[family], with_ar_loss), of_stream(SHIFTED[family], plain)
-    clean = {where: value for where, value in found.items() if where[2] == CLEAN}
-    assert list(clean.values()) == pytest.approx(of_parent(SHIFTED[family]), abs=1e-9)
-    assert {where: value for where, value in found.items() if where[2] != CLEAN} == pytest.approx(masked, abs=1e-9)
-    # Divided by the predictions of all copies, as the masked ones are, the weight is the configured one.
-    assert float(with_ar_loss.weight_N[-15:].sum()) / with_ar_loss.num_maskable == pytest.approx(0.5)
-    assert with_ar_loss.num_maskable == plain.num_maskable
-
-
-def test_next_token_loss_needs_a_shifted_model() -> None:
-    with refused(ConfigError, "shifted"):
-        CorruptionConfig(MASK, 4, ar_loss_weight=0.5)

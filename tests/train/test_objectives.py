@@ -29,7 +29,7 @@ from unmask.train.loop import accumulate, evaluate
 from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.recipe import Recipe, parse_recipe
 
-BLOCK, START = 4, 1
+BLOCK = 4
 PHASE = Phase("decay", BLOCK, 1000)
 
 
@@ -121,17 +121,14 @@ def test_the_sft_gradient_is_that_of_the_enumerated_objective(bandwidth: tuple[f
     assert difference < 0.04 * size
 
 
-@pytest.mark.parametrize("ar_loss_weight", [0.0, 0.5])
 @pytest.mark.parametrize("cap", [None, {"weight": 0.7, "temperature": 0.8}])
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
-def test_neither_figures_nor_gradient_depend_on_the_split(
-    cap: dict[str, float] | None, backend: str, ar_loss_weight: float
-) -> None:
-    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START if ar_loss_weight else None)
+def test_neither_figures_nor_gradient_depend_on_the_split(cap: dict[str, float] | None, backend: str) -> None:
+    model = tiny_model("llama", 2, torch.float64, mask_id=MASK)
     rows = packed(pack(DOCS, 16))
     results = []
     for micro_rows in (4, 1, 2):
-        objective = build(model, recipe(micro_rows, cap=cap, ar_loss_weight=ar_loss_weight), backend)
+        objective = build(model, recipe(micro_rows, cap=cap), backend)
         figures: dict[str, Any] = {}
         found = gradients(model, lambda: figures.update(accumulate(objective, rows, PHASE, 0)))  # noqa: B023
         results.append((figures | evaluate(objective, rows, PHASE), found))
@@ -152,24 +149,6 @@ def test_rows_without_the_document_mask_are_one_document_each() -> None:
     assert_same(gradients(model, lambda: accumulate(objective, apart.joined(), PHASE, 0)), wanted)
     found = gradients(model, lambda: accumulate(objective, apart, PHASE, 0))
     assert any(not torch.allclose(found[name], wanted[name], rtol=1e-3) for name in wanted)
-
-
-def test_the_next_token_loss_of_the_clean_copy_is_the_parent_s() -> None:
-    """That of the next token behind the start token, by its weight; CAP leaves these predictions alone."""
-    model = tiny_model("llama", 2, torch.float64, mask_id=MASK, start_id=START)
-    rows, docs = packed(pack(DOCS, 16)), [doc for docs in DOCS for doc in docs]
-    started = [replace(doc, tokens=(START, *doc.tokens), maskable=(False, *doc.maskable)) for doc in docs]
-    with_mask = model.head
-    model.head = lambda hidden: with_mask(hidden).index_fill(-1, torch.tensor(MASK), float("-inf"))  # type: ignore[method-assign]
-    extra = float(one_by_one(model, started).detach())
-    losses, shares = [], []
-    for ar_loss_weight in (0.0, 0.7):
-        chosen = recipe(4, cap={"weight": 0.3}, ar_loss_weight=ar_loss_weight, mask_samples=2)
-        figures = accumulate(build(model, chosen), rows, PHASE, 0)
-        losses.append(figures["loss"])
-        shares.append([figures[name] for name in ("accuracy", "confident_share", "correct_entropy")])
-    assert losses[1] - losses[0] == pytest.approx(0.7 * extra, rel=1e-6)
-    assert shares[0] == shares[1]
 
 
 def one_by_one(model: Transformer, docs: list[Doc]) -> Tensor:

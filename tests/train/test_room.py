@@ -31,7 +31,7 @@ def test_as_many_parameters_as_train(family: str) -> None:
     for train_embedding in (True, False):
         adapted = attach_lora(tiny_model(family), rank=3, alpha=1.0, seed=0, train_embedding=train_embedding)
         count = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        assert num_trainable(adapted.config, section(lora={"rank": 3, "train_embedding": train_embedding})) == count
+        assert num_trainable(adapted.config, section(lora={"rank": 3}, freeze_embeddings=not train_embedding)) == count
 
 
 def test_of_gated_lora_only_itself() -> None:
@@ -59,7 +59,7 @@ def test_a_preference_needs_a_reference(tmp_path: Path) -> None:
     config, objective = tiny_model("llama").config, {"kind": "preference"}
     full, lora = (
         training_needs(stage_recipe(tmp_path, tmp_path, objective=objective, **train), config, torch.float32)
-        for train in ({}, {"lora": {"rank": 2, "train_embedding": False}})
+        for train in ({}, {"lora": {"rank": 2}, "freeze_embeddings": True})
     )
     assert full["the reference's weights"] == weight_bytes(config, torch.float32)
     assert lora["the reference's weights"] == 0

@@ -14,13 +14,14 @@ import torch
 import unmask
 from helpers import refused
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_recipe, untimed_records
+from unmask.engine.capabilities import capabilities
 from unmask.errors import CheckpointError, ConfigError
+from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import is_gated_lora
 from unmask.train.loop import accumulate
 from unmask.train.merge import merge_checkpoints
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.run import ADAPTER, build_components, run_recipe
-from unmask.train.sections import LoraSection
 from unmask.train.state import list_checkpoints, prune_checkpoints, save_model
 
 
@@ -46,17 +47,17 @@ def dpo(base: Path, **changes: Any) -> Recipe:
     )
 
 
-LORA = LoraSection(rank=2, train_embedding=False).model_dump()
-ADAPT_ALL = LoraSection(rank=2).model_dump()
+LORA = {"rank": 2}
+FROZEN_LORA: dict[str, Any] = {"lora": LORA, "freeze_embeddings": True}
 RUNS = {
     "sft": lambda base: sft(base, objective={"bandwidth": [0.3, 0.8], "sampling": "bernoulli"}),
     "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "mask_samples": 2}),
     "autoregressive": lambda base: control(base),
     "shifted": lambda base: shifted(base),
     "drafts": lambda base: drafts(base, denoise_share=0.4),
-    "sft-lora": lambda base: sft(base, lora=ADAPT_ALL),
+    "sft-lora": lambda base: sft(base, lora=LORA),
     "dpo": dpo,
-    "dpo-lora": lambda base: dpo(base, lora=LORA),
+    "dpo-lora": lambda base: dpo(base, **FROZEN_LORA),
     "moe-bias": lambda base: mixture(base, "bias"),
     "moe-aux": lambda base: mixture(base, "aux"),
     "moe-frozen": lambda base: mixture(base, "frozen"),
@@ -72,8 +73,16 @@ def mixture(base: Path, policy: str) -> Recipe:
 
 def shifted(base: Path) -> Recipe:
     values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
-    values["objective"] |= {"ar_loss_weight": 0.5, "mask_samples": 2}
+    values["objective"] = {"kind": "joint", "draft_share": 0, "diffusion_weight": 2.0, "mask_samples": 2, "mask_noise_steps": 4}
     return parse_recipe(values | {"shift": True}, "test")
+
+
+def joint(base: Path, *, objective: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    """All weights of an autoregressive model, for three ways of decoding."""
+    values = drafts(base).model_dump(mode="json")
+    values["objective"] = {"kind": "joint", "mask_noise_steps": 0, **(objective or {})}
+    values["train"] |= {"gated_lora_rank": None, **train}
+    return parse_recipe(values, "test")
 
 
 def drafts(base: Path, *, denoise_share: float = 0.0, **train: Any) -> Recipe:
@@ -174,7 +183,7 @@ def test_a_shifted_conversion_learns_and_later_stages_stay_shifted(base: Path, t
     assert start_id is not None
     train = [record for record in untimed_records(tmp_path / "shifted") if record["kind"] == "train"]
     assert sum(r["loss"] for r in train[-3:]) < sum(r["loss"] for r in train[:3])
-    later = stage_recipe(tmp_path / "shifted", base / "chats.jsonl", lora=ADAPT_ALL)
+    later = stage_recipe(tmp_path / "shifted", base / "chats.jsonl", lora=LORA)
     run_recipe(later, tmp_path / "later")
     assert unmask.load(tmp_path / "later").config.start_id == start_id
     assert unmask.load(tmp_path / "later" / ADAPTER).config.start_id == start_id
@@ -214,16 +223,61 @@ def test_what_a_gated_lora_does_not_go_with_is_refused(base: Path, tmp_path: Pat
     for section, change, names in (
         ("train", {"gated_lora_rank": 4, "lora": LORA}, ("train.gated_lora_rank", "train.lora")),
         ("objective", {"cap": {}}, ("objective.cap",)),
-        ("objective", {"ar_loss_weight": 0.5}, ("objective.ar_loss_weight",)),
         ("schedule", {"stable": 1.0}, ("blocks", 2)),
     ):
         with refused(ConfigError, *names):
             parse_recipe(values | {section: values[section] | change}, "test")
 
 
-def test_the_next_token_loss_needs_a_shifted_model(base: Path) -> None:
-    with refused(ConfigError, "objective.ar_loss_weight", 0.5, "shift: true"):
-        build_components(sft(base, objective={"ar_loss_weight": 0.5}))
+def test_joint_training_needs_a_shifted_model(base: Path) -> None:
+    with refused(ConfigError, "objective.kind joint", "shift: true"):
+        build_components(joint(base).model_copy(update={"shift": False}))
+
+
+def test_the_parent_of_joint_training_stays_as_it_was(base: Path) -> None:
+    for train in ({}, FROZEN_LORA):
+        parts = build_components(joint(base, objective={"parent_kl": 0.5}, **train))
+        rows, phase = parts.packer.next_rows(2), parts.recipe.blocks.phases[0]
+        assert accumulate(parts.objective, rows, phase, 0)["kl"] == pytest.approx(0, abs=1e-6)
+        with torch.no_grad():
+            for parameter in parts.model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        assert accumulate(parts.objective, rows, phase, 0)["kl"] > 1e-3
+
+
+def test_a_joint_checkpoint_decodes_in_three_ways(base: Path, tmp_path: Path) -> None:
+    """Token by token it says what it computes causally, drafts are verified by these, and blocks are denoised."""
+    run_recipe(joint(base, tokens=1500), tmp_path / "run")
+    model = unmask.load(tmp_path / "run", dtype="float32")
+    assert capabilities(model.config).diffusion
+    assert capabilities(model.config).speculative
+    start_id, prompt = model.config.start_id, [5, 9, 7, 11]
+    assert start_id is not None
+    ids = [start_id, *prompt]
+    for _ in range(20):  # a plain autoregressive decoder, which knows no cache and no masks
+        positions, causal = torch.arange(len(ids))[None], torch.ones(1, len(ids), len(ids), dtype=torch.bool).tril()
+        logits_V = model.transformer.head(model.transformer(torch.tensor(ids)[None], positions, DenseAttend(causal)))[0, -1]
+        logits_V[model.config.mask_id] = float("-inf")
+        ids.append(int(logits_V.argmax()))
+    options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0.0}
+    modes = {
+        "ar": {"block_size": 1, "prompt_lookup": False},
+        "speculative": {"prompt_lookup": False},
+        "diffusion": {"speculative": False, "threshold": 0.0},
+    }
+    answers = {name: model.engine().run([model.request(prompt, **options, **mode)])[0] for name, mode in modes.items()}
+    assert list(answers["ar"].ids) == list(answers["speculative"].ids) == ids[1 + len(prompt) :]
+    assert answers["ar"].forwards == 20
+    assert answers["speculative"].forwards <= 20
+    assert answers["diffusion"].forwards < 8  # three or four blocks, each at once and committed
+
+
+def test_frozen_embeddings_stay_as_they_are(base: Path, tmp_path: Path) -> None:
+    run_recipe(joint(base, tokens=300, freeze_embeddings=True), tmp_path / "run")
+    before, after = (unmask.load(folder, dtype="float32").transformer for folder in (base / "ar", tmp_path / "run"))
+    assert torch.equal(after.embed.weight[: len(before.embed.weight)], before.embed.weight)
+    assert not torch.equal(after.blocks[0].attention.out.weight, before.blocks[0].attention.out.weight)
 
 
 def test_a_converted_model_cannot_be_shifted_any_more(base: Path) -> None:
@@ -236,9 +290,9 @@ def test_another_mask_token_than_the_models_is_refused(base: Path) -> None:
         build_components(sft(base).model_copy(update={"mask_token": "<|im_start|>"}))
 
 
-@pytest.mark.parametrize(("name", "lora"), [("sft", ADAPT_ALL), ("dpo", LORA)])
-def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Path, name: str, lora: dict[str, Any]) -> None:
-    recipe = sft(base, lora=lora) if name == "sft" else dpo(base, lora=lora)
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_lora_leaves_an_adapter_that_is_the_same_model(base: Path, tmp_path: Path, name: str) -> None:
+    recipe = sft(base, lora=LORA) if name == "sft" else dpo(base, **FROZEN_LORA)
     run_recipe(recipe, tmp_path / "run")
     folded = unmask.load(tmp_path / "run", dtype="float32")
     adapted = unmask.load(tmp_path / "run" / ADAPTER, dtype="float32")
@@ -268,7 +322,7 @@ def test_dpo_prefers_the_chosen_answers(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
-    for recipe in (dpo(base), dpo(base, lora=LORA)):
+    for recipe in (dpo(base), dpo(base, **FROZEN_LORA)):
         parts = build_components(recipe)
         rows = parts.packer.next_rows(4)
         phase = recipe.blocks.phases[0]
@@ -285,7 +339,7 @@ def test_the_reference_of_dpo_stays_as_it_was(base: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda base: dpo(base, lora=ADAPT_ALL), "train_embedding"),
+        (lambda base: dpo(base, lora=LORA), "freeze_embeddings"),
         (
             lambda base: stage_recipe(base / "diffusion", base / "pairs.jsonl", objective={"kind": "preference"}, micro_rows=1),
             "even",
@@ -297,7 +351,7 @@ def test_recipes_that_contradict_themselves(base: Path, make: Any, name: str) ->
         make(base)
 
 
-@pytest.mark.parametrize("key", ["complementary", "cuts", "cap", "mask_noise_steps", "ar_loss_weight"])
+@pytest.mark.parametrize("key", ["complementary", "cuts", "cap", "mask_noise_steps", "parent_kl"])
 def test_preferences_have_no_keys_of_other_objectives(base: Path, key: str) -> None:
     values = dpo(base).model_dump(mode="json")
     assert parse_recipe(values, "test").objective.kind == "preference"

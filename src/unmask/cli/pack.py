@@ -100,7 +100,7 @@ def _recipe(inputs: Sequence[str], model: str | None, verb: str, overrides: Sequ
 
 
 def _verb_of(recipe: Recipe) -> str:
-    if recipe.objective.needs_reference:
+    if recipe.objective.pairs:
         return "dpo"
     return "sft" if recipe.schedule is None else "convert"
 

@@ -246,7 +246,7 @@ dpo = training_verb(
 
 \b
 unmask dpo --model out/chat --data preferences.jsonl --out out/aligned
-unmask dpo --data preferences.jsonl --out out/lora --set train.lora='{rank: 16, train_embedding: false}'
+unmask dpo --data preferences.jsonl --out out/lora --set train.lora.rank=16 --set train.freeze_embeddings=true
 unmask dpo --out out/aligned --resume
 
 A record holds "chosen" and "rejected", with or without "prompt": texts or lists of messages. The reference is a frozen copy

@@ -53,7 +53,6 @@ class CorruptionConfig:
         sampling: masks per block, as of `noisy_copies`.
         mask_samples: masks (or complementary pairs) that share one clean copy; their rates divide the bandwidth evenly.
         start_id: the model is shifted and reads this token before a document (`ModelConfig.start_id`); None: not shifted.
-        ar_loss_weight: weight of the next-token loss of a shifted model's clean copy, added to the NELBO; 0: none.
     """
 
     mask_id: int
@@ -63,17 +62,12 @@ class CorruptionConfig:
     sampling: MaskSampling = "bernoulli"
     mask_samples: int = 1
     start_id: int | None = None
-    ar_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size <= 0:
             raise ConfigError(f"block size is {self.block_size}; it must be positive, or null for the whole sequence")
         if self.mask_samples < 1:
             raise ConfigError(f"mask_samples is {self.mask_samples}; use 1 or more")
-        if self.ar_loss_weight and self.start_id is None:
-            raise ConfigError(
-                f"ar_loss_weight is {self.ar_loss_weight:g}, but only a shifted model's clean copy predicts the next token"
-            )
 
     @property
     def num_copies(self) -> int:
@@ -83,7 +77,7 @@ class CorruptionConfig:
 
 @dataclass(frozen=True)
 class NoisyCopy:
-    """One corruption of the rows: what is masked, at which rate, and the weight of each prediction."""
+    """One corruption of the rows: what is masked and thus predicted, at which rate, and the weight of each prediction."""
 
     masked_RL: Tensor
     t_RL: Tensor
@@ -94,10 +88,9 @@ class NoisyCopy:
 class Stream:
     """The input of a training forward and its targets.
 
-    `predict` are (row, column) indices of the N masked positions in the stream; `target_N` their clean tokens, `weight_N`
-    the objective's weights (float32), `t_N` their mask rates. The last `num_next_token` of them are next-token predictions of
-    the clean copy instead. `num_maskable` counts maskable tokens once per noisy copy: the objective's normaliser. `ordinal_BT`
-    identifies documents for `embedding_noise`.
+    `predict` are (row, column) indices of the N predictions in the stream, copy by copy; `target_N` their clean tokens,
+    `weight_N` the objective's weights (float32), `t_N` their mask rates. `num_maskable` counts maskable tokens once per noisy
+    copy: the objective's normaliser. `ordinal_BT` identifies documents for `embedding_noise`.
     """
 
     tokens_BT: Tensor
@@ -110,12 +103,11 @@ class Stream:
     weight_N: Tensor
     t_N: Tensor
     num_maskable: int
-    num_next_token: int = 0
 
     @property
-    def num_masked(self) -> int:
-        """Predictions of masked positions, which come first."""
-        return len(self.target_N) - self.num_next_token
+    def copy_N(self) -> Tensor:
+        """The copy that each prediction is in."""
+        return self.index.copy_BT[self.predict]
 
 
 def block_ids(position_RL: Tensor, block_size: int | None) -> Tensor:
@@ -203,58 +195,54 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     """Concatenate noisy and clean copies, without the blocks that no prediction depends on.
 
     Noisy copies hold only blocks with a maskable token (so never a prompt); the clean copy holds only blocks that some noisy
-    block may attend to, so never a document's last block. Full-sequence diffusion has no clean copy. With `ar_loss_weight` the
-    clean copy predicts every maskable token as well, with that weight, and holds the blocks this takes.
+    block may attend to, so never a document's last block. Full-sequence diffusion has no clean copy.
 
     The clean copy of a shifted model is causal, as its parent is: noisy blocks are numbered by their first position, and every
     clean token is a block of its own.
 
-    Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours. The causal clean copy
-        and its loss: NBDiff (2512.06776).
+    Source: BD3-LM's `[x_t | x_0]`; the 3L layout of a complementary pair and both omissions are ours. The causal clean copy:
+        NBDiff (2512.06776).
     """
+    stream_copies = masked_copies(rows, copies, config)
+    if config.block_size is not None:
+        block_RL = block_ids(rows.position_RL, config.block_size)
+        last_RL = extreme_in_block(rows, torch.zeros_like(block_RL), block_RL, rows.maskable_RL, "amax", -1)
+        stream_copies.append(clean_copy(rows, (block_RL < last_RL) & (rows.segment_RL > 0), block_RL, config.start_id))
+    return replace(assemble(rows, stream_copies), num_maskable=int(rows.maskable_RL.sum()) * len(copies))
+
+
+def masked_copies(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionConfig, first: int = 1) -> list[CompactCopy]:
+    """Noisy copies number `first`, `first + 1`, ... of a stream: the blocks with a maskable token, those of `copies` masked."""
     block_RL = block_ids(rows.position_RL, config.block_size)
-    shifted, next_token = config.start_id is not None, config.ar_loss_weight > 0
-    noisy_RL, clean_RL = _needed(rows, block_RL, last_clean=next_token)
-    order_RL = block_RL * (config.block_size or 0) if shifted else block_RL
-    clean_order_RL = rows.position_RL if shifted else block_RL
-    stream_copies: list[CompactCopy] = []
-    for number, copy in enumerate(copies, start=1):
+    learnt_RL = extreme_in_block(rows, block_RL, torch.ones_like(block_RL), rows.maskable_RL, "amax", 0)
+    keep_RL = learnt_RL.bool() & (rows.segment_RL > 0)
+    order_RL = block_RL if config.start_id is None else block_RL * (config.block_size or 0)
+    compacted: list[CompactCopy] = []
+    for number, copy in enumerate(copies, start=first):
         xt_RL = torch.where(copy.masked_RL, config.mask_id, rows.tokens_RL)
-        stream_copies.append(compact(rows, noisy_RL, read_inputs(rows, xt_RL, block_RL, config.start_id), number))
-    if config.block_size is not None or next_token:
-        stream_copies.append(compact(rows, clean_RL, read_inputs(rows, rows.tokens_RL, block_RL, config.start_id), CLEAN))
-    predicted = list(copies)
-    if next_token:
-        ones_RL = torch.ones_like(order_RL, dtype=torch.float32)
-        predicted.append(NoisyCopy(rows.maskable_RL, ones_RL, ones_RL * config.ar_loss_weight * len(copies)))
-    targets = [(copy.masked_RL, copy.weight_RL, copy.t_RL) for copy in predicted]
-    orders = [clean_order_RL if copy.number == CLEAN else order_RL for copy in stream_copies]
-    stream = assemble(rows, stream_copies, orders, targets)
-    num_next_token = int((stream.index.copy_BT[stream.predict] == CLEAN).sum())
-    return replace(stream, num_maskable=int(rows.maskable_RL.sum()) * len(copies), num_next_token=num_next_token)
+        inputs_RL = read_inputs(rows, xt_RL, block_RL, config.start_id)
+        compacted.append(compact(rows, keep_RL, inputs_RL, number, order_RL, copy))
+    return compacted
 
 
-def assemble(
-    rows: CleanRows, copies: Sequence[CompactCopy], orders: Sequence[Tensor], targets: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> Stream:
-    """Concatenate copies of the rows to a stream.
+def clean_copy(
+    rows: CleanRows, keep_RL: Tensor, block_RL: Tensor, start_id: int | None, predicted: NoisyCopy | None = None
+) -> CompactCopy:
+    """The clean copy of a stream, which holds the positions `keep_RL`; that of a shifted model is causal."""
+    order_RL = block_RL if start_id is None else rows.position_RL
+    return compact(rows, keep_RL, read_inputs(rows, rows.tokens_RL, block_RL, start_id), CLEAN, order_RL, predicted)
 
-    Args:
-        rows: what the copies are of.
-        copies: the noisy ones, then the clean one.
-        orders: of each copy, int64 [R, L] block numbers, as the mask compares them.
-        targets: of each of the first copies, the tokens it predicts (bool [R, L]; those it does not hold are ignored), their
-            weights and their mask rates.
 
-    Returns:
-        The stream; `num_maskable` counts its predictions.
-    """
+def assemble(rows: CleanRows, copies: Sequence[CompactCopy]) -> Stream:
+    """Concatenate copies of the rows, the noisy ones first, to a stream; its `num_maskable` counts its predictions."""
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     offset = 0
-    for (predicted_RL, weight_RL, t_RL), copy in zip(targets, copies, strict=False):
-        row_N, column_N = torch.nonzero(copy.gather(predicted_RL) & copy.valid, as_tuple=True)
-        at = (row_N, copy.source[row_N, column_N])
-        columns.append((row_N, column_N + offset, rows.tokens_RL[at], weight_RL[at], t_RL[at]))
+    for copy in copies:
+        if copy.predicted is not None:
+            row_N, column_N = torch.nonzero(copy.gather(copy.predicted.masked_RL) & copy.valid, as_tuple=True)
+            at = (row_N, copy.source[row_N, column_N])
+            weight_N, t_N = copy.predicted.weight_RL[at], copy.predicted.t_RL[at]
+            columns.append((row_N, column_N + offset, rows.tokens_RL[at], weight_N, t_N))
         offset += copy.valid.shape[1]
     row_N, column_N, target_N, weight_N, t_N = (torch.cat(column) for column in zip(*columns, strict=True))
 
@@ -266,7 +254,7 @@ def assemble(
         position_BT=gather(rows.position_RL),
         index=StreamIndex(
             document_BT=gather(rows.segment_RL),
-            block_BT=torch.cat([copy.gather(order_RL) for copy, order_RL in zip(copies, orders, strict=True)], dim=1),
+            block_BT=torch.cat([copy.gather(copy.order_RL) for copy in copies], dim=1),
             copy_BT=torch.cat([torch.full_like(copy.tokens, copy.number) for copy in copies], dim=1),
         ),
         epoch_BT=gather(rows.epoch_RL),
@@ -301,13 +289,20 @@ def read_inputs(rows: CleanRows, xt_RL: Tensor, block_RL: Tensor, start_id: int 
 class CompactCopy:
     """A copy of the rows in the stream, without the positions it does not need.
 
-    `source` are the row positions it holds (0 where `valid` is False), `tokens` the inputs there, `number` is that of the copy.
+    Attributes:
+        source: the row positions it holds (0 where `valid` is False).
+        tokens: the inputs there.
+        number: of the copy.
+        order_RL: int64 block numbers, as the mask compares them.
+        predicted: what it predicts of what it holds; None: nothing.
     """
 
     source: Tensor
     valid: Tensor
     tokens: Tensor
     number: int
+    order_RL: Tensor
+    predicted: NoisyCopy | None
 
     def gather(self, values_RL: Tensor) -> Tensor:
         """The values of the positions it holds; zero where there is none."""
@@ -315,23 +310,16 @@ class CompactCopy:
         return torch.where(self.valid, gathered, torch.zeros_like(gathered))
 
 
-def _needed(rows: CleanRows, block_RL: Tensor, *, last_clean: bool) -> tuple[Tensor, Tensor]:
-    """Row positions that a noisy copy and the clean copy hold; `last_clean`: the clean one up to the last noisy block."""
-    learnt_RL = extreme_in_block(rows, block_RL, torch.ones_like(block_RL), rows.maskable_RL, "amax", 0)
-    noisy_RL = learnt_RL.bool() & (rows.segment_RL > 0)
-    last_RL = extreme_in_block(rows, torch.zeros_like(block_RL), block_RL, noisy_RL, "amax", -1)
-    clean_RL = block_RL <= last_RL if last_clean else block_RL < last_RL
-    return noisy_RL, clean_RL & (rows.segment_RL > 0)
-
-
-def compact(rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, number: int) -> CompactCopy:
+def compact(
+    rows: CleanRows, keep_RL: Tensor, tokens_RL: Tensor, number: int, order_RL: Tensor, predicted: NoisyCopy | None
+) -> CompactCopy:
     """Copy `number` of the rows: in every row the kept positions, moved to the front; as wide as the fullest row."""
     width = max(1, int(keep_RL.sum(1).max()))
     order = torch.argsort((~keep_RL).to(torch.int8), dim=1, stable=True)[:, :width]
     valid = keep_RL.gather(1, order)
     source = torch.where(valid, order, torch.zeros_like(order))
     tokens = torch.where(valid, tokens_RL.gather(1, source), rows.tokens_RL.gather(1, source))
-    return CompactCopy(source, valid, tokens, number)
+    return CompactCopy(source, valid, tokens, number, order_RL, predicted)
 
 
 def corrupt(rows: CleanRows, config: CorruptionConfig, seed: int) -> Stream:

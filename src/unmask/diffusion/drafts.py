@@ -14,8 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.diffusion.corrupt import CleanRows, Stream, assemble, block_ids, compact, extreme_in_block, read_inputs
-from unmask.diffusion.masks import CLEAN
+from unmask.diffusion.corrupt import (
+    CleanRows,
+    CompactCopy,
+    NoisyCopy,
+    Stream,
+    assemble,
+    block_ids,
+    clean_copy,
+    compact,
+    extreme_in_block,
+)
 from unmask.errors import ConfigError
 
 
@@ -48,27 +57,30 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
 
     Source: TiDAR (2511.08923) section 3; cutting the blocks in several ways is ours.
     """
-    copies, orders, targets = [], [], []
+    copies, last_RL = draft_copies(rows, config, rows.maskable_RL)
+    whole_RL = torch.zeros_like(rows.position_RL)
+    keep_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
+    return assemble(rows, [*copies, clean_copy(rows, keep_RL, whole_RL, config.start_id)])
+
+
+def draft_copies(rows: CleanRows, config: DraftConfig, learnt_RL: Tensor) -> tuple[list[CompactCopy], Tensor]:
+    """The noisy copies of `draft_stream`, of the tokens `learnt_RL`, and the last clean position that each document needs."""
+    copies: list[CompactCopy] = []
     masks_RL = torch.full_like(rows.tokens_RL, config.mask_id)
     last_RL = torch.full_like(rows.position_RL, -1)
     whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
-    begin_RL = _first_maskable(rows, whole_RL)
+    begin_RL = _first_learnt(rows, whole_RL, learnt_RL)
     for cut in range(config.cuts):
         offset_RL = rows.position_RL - begin_RL + cut * config.block_size // config.cuts
-        block_RL = block_ids(offset_RL, config.block_size)
-        first_RL = _first_maskable(rows, block_RL)
-        drafted_RL = rows.maskable_RL & (rows.position_RL > first_RL)
-        copies.append(compact(rows, drafted_RL, masks_RL, cut + 1))
-        orders.append(first_RL + 1)
+        first_RL = _first_learnt(rows, block_ids(offset_RL, config.block_size), learnt_RL)
+        drafted_RL = learnt_RL & (rows.position_RL > first_RL)
         weight_RL = config.decay ** (rows.position_RL - first_RL - 1).clamp(min=0).float()
-        targets.append((drafted_RL, weight_RL, torch.ones_like(weight_RL)))
+        predicted = NoisyCopy(drafted_RL, torch.ones_like(weight_RL), weight_RL)
+        copies.append(compact(rows, drafted_RL, masks_RL, cut + 1, first_RL + 1, predicted))
         last_RL = torch.maximum(last_RL, torch.where(drafted_RL, first_RL, -1))
-    last_RL = extreme_in_block(rows, whole_RL, last_RL, last_RL >= 0, "amax", -1)
-    clean_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
-    copies.append(compact(rows, clean_RL, read_inputs(rows, rows.tokens_RL, whole_RL, config.start_id), CLEAN))
-    return assemble(rows, copies, [*orders, rows.position_RL], targets)
+    return copies, extreme_in_block(rows, whole_RL, last_RL, last_RL >= 0, "amax", -1)
 
 
-def _first_maskable(rows: CleanRows, block_RL: Tensor) -> Tensor:
-    """Position in the document of the first maskable token of each token's block; the row length where there is none."""
-    return extreme_in_block(rows, block_RL, rows.position_RL, rows.maskable_RL, "amin", block_RL.shape[1])
+def _first_learnt(rows: CleanRows, block_RL: Tensor, learnt_RL: Tensor) -> Tensor:
+    """Position in the document of the first learnt token of each token's block; the row length where there is none."""
+    return extreme_in_block(rows, block_RL, rows.position_RL, learnt_RL, "amin", block_RL.shape[1])

@@ -1,14 +1,15 @@
-"""Loss functions: the negative evidence lower bound (NELBO) over masked positions, confidence (CAP), preference (DPO).
+"""Loss functions: the negative evidence lower bound (NELBO) over masked positions, confidence (CAP), preference (DPO),
+divergence from a parent, alignment of hidden states.
 
 Owns cross-entropy at predicted positions and the losses made of it. Knows tensors only; losses are sums, because only the
 trainer knows the global batch that normalises them.
 
-Legend: N predictions, D hidden, V vocabulary, P preference pairs, S noise samples.
+Legend: N predictions, D hidden, V vocabulary, L layers, P preference pairs, S noise samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -89,7 +90,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def in_chunks(score: Callable[[Tensor, Tensor], T], hidden_ND: Tensor, target_N: Tensor, chunk: int) -> list[T]:
-    """`score` of the predictions, `chunk` at a time; with more than one chunk each is recomputed in the backward pass."""
+    """`score` of the predictions and of what they are compared with (targets [N], or hidden states), `chunk` at a time.
+
+    With more than one chunk each is recomputed in the backward pass.
+    """
     if len(target_N) <= chunk:
         return [score(hidden_ND, target_N)]
     chunks = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
@@ -107,10 +111,6 @@ class TokenScores(NamedTuple):
     entropy_N: Tensor
     correct_N: Tensor
     confidence_N: Tensor
-
-    def first(self, count: int) -> TokenScores:
-        """The scores of the first `count` predictions."""
-        return TokenScores(self.nll_N[:count], self.entropy_N[:count], self.correct_N[:count], self.confidence_N[:count])
 
 
 def token_scores(
@@ -149,6 +149,49 @@ def entropy(logits_NV: Tensor) -> Tensor:
     """Shannon entropy [N] in nats of softmax(logits); entries at -inf count as probability zero."""
     finite_NV = logits_NV.masked_fill(logits_NV == float("-inf"), 0.0)
     return logits_NV.logsumexp(-1) - (logits_NV.softmax(-1) * finite_NV).sum(-1)
+
+
+def parent_divergence(
+    head: Callable[[Tensor], Tensor],
+    parent_head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    parent_ND: Tensor,
+    mask_id: int | None,
+    *,
+    chunk: int = PREDICTIONS_AT_ONCE,
+) -> Tensor:
+    """Kullback-Leibler divergence `KL(parent || child)` [N] in nats, the mask token banned on both sides.
+
+    Args:
+        head, parent_head: hidden states to logits; no gradient reaches the parent's.
+        hidden_ND, parent_ND: hidden states of the same predictions.
+        mask_id, chunk: as for `token_nll`.
+    """
+
+    def log_softmax(logits_NV: Tensor) -> Tensor:
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        return ban_mask(logits_NV.to(wide), mask_id).log_softmax(-1)
+
+    def divergence(part_ND: Tensor, parent_part_ND: Tensor) -> Tensor:
+        with torch.no_grad():
+            parent_NV = log_softmax(parent_head(parent_part_ND))
+        log_ratio_NV = parent_NV - log_softmax(head(part_ND))
+        return (parent_NV.exp() * log_ratio_NV.masked_fill(parent_NV == float("-inf"), 0.0)).sum(-1)
+
+    return torch.cat(in_chunks(divergence, hidden_ND, parent_ND, chunk))
+
+
+def alignment(noisy_LND: Sequence[Tensor], clean_LND: Sequence[Tensor]) -> Tensor:
+    """`1 - cos` of the hidden states [N, D] of noisy and clean rows, summed over predictions and averaged over layers.
+
+    Source: REPR-ALIGN (2605.06885); no gradient reaches the clean rows.
+    """
+    wide = torch.promote_types(noisy_LND[0].dtype, torch.float32)
+    sums = [
+        (1 - F.cosine_similarity(noisy_ND.to(wide), clean_ND.detach().to(wide), dim=-1)).sum()
+        for noisy_ND, clean_ND in zip(noisy_LND, clean_LND, strict=True)
+    ]
+    return torch.stack(sums).mean()
 
 
 def preference_loss(margin_P: Tensor, beta: float) -> Tensor:

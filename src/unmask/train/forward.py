@@ -8,6 +8,8 @@ Legend: B rows, T stream positions, N predictions, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -58,6 +60,19 @@ def predicted_hidden(
     if model.config.gated_lora_rank is not None:
         return gated_hidden(model, model, stream, backend, noise_BTD, context)[at]
     return stream_hidden(model, stream, backend, noise_BTD, router, context)[at]
+
+
+@contextmanager
+def layer_outputs(model: Transformer) -> Iterator[list[Tensor]]:
+    """What every layer of the model gives in the forward pass inside the `with` block, in order; [B, T, D] each."""
+    outputs: list[Tensor] = []
+    # Behind the block the hooks are gone: a layer that is computed once more for its gradient is not recorded again.
+    handles = [block.register_forward_hook(lambda module, args, out: outputs.append(out)) for block in model.blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def stream_hidden(

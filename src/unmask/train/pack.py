@@ -254,7 +254,7 @@ def _finish(out: Path, progress: _Progress, recipe: Recipe, tokenizer: Tokenizer
         settings={**settings, **origin},
         files=progress.files,
         validation=progress.validation,
-        group_size=2 if recipe.objective.needs_reference else 1,
+        group_size=2 if recipe.objective.pairs else 1,
         epochs=progress.epochs,
         ordinals=progress.ordinals,
         stats=progress.stats,

@@ -16,6 +16,7 @@ from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.errors import ConfigError
 from unmask.train.objectives.denoise import DenoiseSection
 from unmask.train.objectives.draft import DraftSection
+from unmask.train.objectives.joint import JointSection
 from unmask.train.objectives.next_token import NextTokenSection
 from unmask.train.objectives.preference import PreferenceSection
 from unmask.train.parallel.dims import ParallelSection
@@ -41,7 +42,7 @@ class Recipe(Section):
     decode_block_size: Positive = 32
     data: DataSection
     schedule: ScheduleSection | None = None
-    objective: DenoiseSection | NextTokenSection | DraftSection | PreferenceSection = Field(
+    objective: DenoiseSection | NextTokenSection | DraftSection | JointSection | PreferenceSection = Field(
         DenoiseSection(), discriminator="kind"
     )
     train: TrainSection

@@ -35,10 +35,10 @@ def check_training_room(recipe: Recipe, config: ModelConfig, dtype: torch.dtype,
     """
 
     def others() -> dict[str, int]:
-        lora = LoraSection(train_embedding=not recipe.objective.needs_reference)
         if recipe.train.lora is not None or recipe.train.gated_lora_rank is not None or config.gated_lora_rank is not None:
             return {}
-        adapted = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lora": lora})})
+        changes = {"lora": LoraSection(), "freeze_embeddings": recipe.objective.needs_reference}
+        adapted = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
         return {"train.lora": sum(training_needs(adapted, config, dtype).values())}
 
     check_room(f"training {recipe.model}", training_needs(recipe, config, dtype), device, others)
@@ -64,9 +64,11 @@ def num_trainable(config: ModelConfig, train: TrainSection) -> int:
     if rank is not None:
         return sum(math.prod(each.shape) for each in gated_lora_tensors(stored, rank, config.hidden_size).values())
     tensors = [each for each in stored.values() if not each.parameter.endswith("expert_bias")]
+    vocabulary = [each for each in tensors if each.parameter.startswith(_VOCABULARY)]
+    if train.freeze_embeddings:
+        tensors, vocabulary = [each for each in tensors if each not in vocabulary], []
     if train.lora is None:
         return sum(math.prod(each.shape) for each in tensors)
-    vocabulary = [each for each in tensors if each.parameter.startswith(_VOCABULARY)] if train.lora.train_embedding else []
     adapted = [each for each in tensors if each.parameter.startswith("blocks.") and each.parameter.endswith(".weight")]
     adapters = sum(train.lora.rank * sum(each.shape) for each in adapted if len(each.shape) == 2)
     return adapters + sum(math.prod(each.shape) for each in vocabulary)

@@ -75,7 +75,7 @@ def open_stream(
         epochs: passes over each source; None: without end.
         pool: processes that tokenise; None: this one does.
     """
-    data, pairs = recipe.data, recipe.objective.needs_reference
+    data, pairs = recipe.data, recipe.objective.pairs
     eos_fill = recipe.objective.eos_fill(recipe.block_size)
     sources: list[Split] = []
     for number, config in enumerate(data.sources):
@@ -87,7 +87,7 @@ def open_stream(
 
 def open_packer(recipe: Recipe, stream: DocumentStream, tokenizer: Tokenizer) -> Packer:
     """The packer of a recipe's rows, pair by pair where they are preferences."""
-    packer = PairPacker if recipe.objective.needs_reference else RowPacker
+    packer = PairPacker if recipe.objective.pairs else RowPacker
     return packer(stream, recipe.data.row_length, pad_id=tokenizer.pad_id, overlong=recipe.data.overlong)
 
 
@@ -97,7 +97,7 @@ def row_settings(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer": tokenizer.identity,
         "row_length": recipe.data.row_length,
         "pad_id": tokenizer.pad_id,
-        "pairs": recipe.objective.needs_reference,
+        "pairs": recipe.objective.pairs,
         "eos_fill": recipe.objective.eos_fill(recipe.block_size),
         "overlong": recipe.data.overlong,
         "validation_share": held_out_share(recipe),

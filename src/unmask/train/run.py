@@ -96,7 +96,7 @@ def _run(
     on_record: Callable[[MetricRecord], None],
     should_stop: Callable[[], bool],
 ) -> RunResult:
-    world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.needs_reference)
+    world.dims.check_rows(recipe.train.batch_rows, pairs=recipe.objective.pairs)
     world.dims.check_micro_batches(recipe.train.batch_rows, recipe.train.micro_rows)
     with ExitStack() as stack:
 
@@ -178,7 +178,11 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     reference = _reference(model, recipe)
     model = _gated_lora(model, train)
     if train.lora is not None:
-        attach_lora(model, seed=train.seed, **train.lora.model_dump())
+        attach_lora(model, seed=train.seed, train_embedding=not train.freeze_embeddings, **train.lora.model_dump())
+    elif train.freeze_embeddings:
+        model.embed.requires_grad_(False)
+        if model.lm_head is not None:
+            model.lm_head.requires_grad_(False)
     model.activation_checkpointing = train.activation_checkpointing
     model.train()
     skeleton = None if world.size == 1 else skeleton_of(model, compute_dtype)
@@ -209,7 +213,7 @@ def device_of(train: TrainSection) -> str:
 
 
 def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:
-    """The reference of a preference objective: a frozen copy; with LoRA the model itself, without its adapter."""
+    """The reference of an objective: a frozen copy; with LoRA the model itself, without its adapter."""
     if not recipe.objective.needs_reference:
         return None
     if recipe.train.lora is not None:

@@ -82,7 +82,6 @@ class LoraSection(Section):
 
     rank: Positive = 16
     alpha: float = Field(32.0, gt=0)
-    train_embedding: bool = True
 
 
 class TrainSection(Section):
@@ -103,6 +102,9 @@ class TrainSection(Section):
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: bool = False
     lora: LoraSection | None = None
+    freeze_embeddings: bool = Field(
+        False, description="embedding and head stay as they are; a new mask token then keeps the vector that it begins with"
+    )
     gated_lora_rank: Positive | None = Field(
         None,
         description="shifted models: freeze the model and train a gated LoRA of this rank, which only draft (mask) tokens pass "
@@ -120,4 +122,6 @@ class TrainSection(Section):
             raise ConfigError(f"train.batch_rows is {self.batch_rows}, not a multiple of train.micro_rows {self.micro_rows}")
         if self.gated_lora_rank is not None and self.lora is not None:
             raise ConfigError("train.gated_lora_rank freezes the model and train.lora adapts it; leave one of them out")
+        if self.gated_lora_rank is not None and self.freeze_embeddings:
+            raise ConfigError("train.gated_lora_rank freezes the embeddings in any case; leave train.freeze_embeddings out")
         return self

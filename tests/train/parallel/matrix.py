@@ -20,7 +20,7 @@ from processes import Pool
 from tiny import MASK, Rows, pack, perturb, text, tiny_model
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.diffusion.objectives import token_nll, token_scores
+from unmask.diffusion.objectives import parent_divergence, token_nll, token_scores
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.adapter import adapters_off, attach_lora
@@ -37,7 +37,8 @@ from unmask.train.router import RouterMonitor, RouterPolicy
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "denoise": {"kind": "denoise", "mask_noise_steps": 4},
     "cap": {"kind": "denoise", "mask_noise_steps": 0, "cap": {"weight": 0.7, "temperature": 0.8}},
-    "ar_loss": {"kind": "denoise", "mask_noise_steps": 0, "ar_loss_weight": 0.5},
+    "joint": {"kind": "joint", "mask_noise_steps": 0},
+    "joint_to_parent": {"kind": "joint", "mask_noise_steps": 0, "align": 2.0, "parent_kl": 0.5},
     "draft": {"kind": "draft", "mask_noise_steps": 0},
     "preference": {"kind": "preference", "mask_samples": 2},
     "next_token": {"kind": "next_token"},
@@ -113,10 +114,12 @@ def _chunks(size: int | None) -> Iterator[None]:
     from unmask.train.parallel.vocabulary import parallel_nll, parallel_scores
 
     plain, parallel = "unmask.train.objectives.base", "unmask.train.parallel.vocabulary"
+    joint = "unmask.train.objectives.joint"
     with pytest.MonkeyPatch.context() as patch:
         for module, function in (
             (plain, token_nll),
             (plain, token_scores),
+            (joint, parent_divergence),
             (parallel, parallel_nll),
             (parallel, parallel_scores),
         ):
@@ -158,14 +161,20 @@ def _step_of_rank(case: Case) -> Result:
 def _objective(case: Case, world: World) -> Objective:
     recipe = _recipe(case)
     autoregressive = recipe.objective.autoregressive
-    shifted = case.objective in ("ar_loss", "draft") or case.trained == "gated"
+    shifted = case.objective in ("joint", "joint_to_parent", "draft") or case.trained == "gated"
     diffusion = {} if autoregressive else {"mask_id": MASK, "start_id": START if shifted else None}
     model = tiny_model(case.family, 2, torch.float64, **(diffusion | case.model))
     reference = ReferencePolicy(deepcopy(model).requires_grad_(False))
     if case.trained == "gated":
         model = perturb(add_gated_lora(model, 2, seed=0))
     elif case.trained == "lora":
-        attach_lora(model, rank=2, alpha=4.0, seed=0, train_embedding=case.objective != "preference")
+        attach_lora(
+            model,
+            rank=2,
+            alpha=4.0,
+            seed=0,
+            train_embedding=not recipe.train.freeze_embeddings and case.objective != "preference",
+        )
         perturb(model)
         lora: Transformer = model
         reference = ReferencePolicy(model, lambda: adapters_off(lora))

@@ -32,7 +32,7 @@ SLOW = [
     Case(TWO, "next_token"),
     Case(TWO, "denoise", "gated", train=CHECKPOINTING),
     Case(TWO, "denoise", "full", "llada2"),
-    Case(FOUR, "ar_loss"),
+    Case(FOUR, "joint"),
     Case(FOUR, "draft", "lora"),
     Case(FOUR, "cap", "gated"),
     Case(FOUR, "denoise", "full", "qwen3"),

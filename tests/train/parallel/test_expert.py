@@ -41,7 +41,7 @@ SLOW = [
     Case(SHARDED, family="llada2", model={"moe": FEW}),
     Case(ParallelDims(data_shard=4), family="llada2", model={"moe": FEW}),
     Case(ParallelDims(data_replicate=2, context=2), "cap", family="llada2", model={"moe": replace(FEW, num_experts=3)}),
-    Case(EXPERT2, "ar_loss", family="llada2", router="aux", train={"activation_checkpointing": True}),
+    Case(EXPERT2, "joint", family="llada2", router="aux", train={"activation_checkpointing": True}),
 ]
 
 

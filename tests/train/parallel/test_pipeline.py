@@ -37,7 +37,7 @@ SLOW = [
     *(Case(dims, "preference", model=DEEP) for dims in (FOUR, SHARDED)),
     *(Case(dims, "denoise", "gated", model=DEEP, train=RECOMPUTED) for dims in (TWO, FOUR, SHARDED)),
     *(Case(dims, "cap", "lora", model=DEEP | TIED) for dims in (FOUR, ZERO, SHARDED)),
-    Case(SHARDED, "ar_loss", model=DEEP),
+    Case(SHARDED, "joint", model=DEEP),
     Case(ZERO_TWICE, model=DEEP, train={"micro_rows": 8}),
     *(Case(INTERLEAVED_FOUR, model={"num_layers": 9}, train={"micro_rows": rows}) for rows in (1, 4)),
     Case(FOUR, "next_token", model=DEEP | TIED),

@@ -80,7 +80,7 @@ class MicroBatch(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ReferencePolicy:
-    """The model that a preference objective compares with: a frozen copy, or (inside `context`) one without its adapter."""
+    """The model that an objective compares with: a frozen copy, or (inside `context`) one without its adapter."""
 
     model: Transformer
     context: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -128,7 +128,7 @@ class Setting:
         if hidden_ND is None and self.pipeline is not None:
             (nll_N,) = self.pipeline.score(self.stages(stream, noise_norm, lambda found: (self.nll(stream, hidden_ND=found),)))
             return nll_N
-        hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
+        hidden_ND = self.hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
         target_N, mask_id, vocabulary = stream.target_N, self.mask_id, self._vocabulary
 
         def score(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Setting:
                 return self.scores(stream, hidden_ND=hidden_ND, temperature=temperature)
 
             return TokenScores(*self.pipeline.score(self.stages(stream, noise_norm, finish)))
-        hidden_ND = self._hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
+        hidden_ND = self.hidden(stream, noise_norm) if hidden_ND is None else hidden_ND
         target_N, mask_id, vocabulary = stream.target_N, self.mask_id, self._vocabulary
 
         def score(head: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> TokenScores:
@@ -162,8 +162,8 @@ class Setting:
 
         return self.model.with_head(score, hidden_ND)
 
-    def _hidden(self, stream: Stream, noise_norm: float) -> Tensor:
-        """Hidden states [N, D] of the predictions."""
+    def hidden(self, stream: Stream, noise_norm: float = 0.0) -> Tensor:
+        """Hidden states [N, D] of the predictions, where this rank has all layers."""
         noise_BTD = self.embedding_noise(stream, noise_norm)
         return predicted_hidden(self.model, stream, self.backend, noise_BTD, self.counting_router, self.context)
 
@@ -280,8 +280,13 @@ class ObjectiveSection(Section, ABC):
 
     autoregressive: ClassVar[bool] = False
     """The model is trained as the autoregressive one it is: no mask token, no blocks."""
-    needs_reference: ClassVar[bool] = False
-    """Rows are pairs of a chosen and a rejected answer, and a reference policy scores them, too."""
+    pairs: ClassVar[bool] = False
+    """Rows are pairs of a chosen and a rejected answer."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model, as the run finds it, scores the rows, too."""
+        return False
 
     @abstractmethod
     def build(self, setting: Setting) -> Objective:

@@ -15,13 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from unmask.data.packing import PackedRows
-from unmask.diffusion.blocks import BlockSchedule, Phase
+from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import corrupt
 from unmask.diffusion.objectives import TokenScores, nelbo
-from unmask.errors import ConfigError
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, WeightedNll
 from unmask.train.objectives.masking import MaskingSection, held_out_nelbo
-from unmask.train.sections import DataSection, Section, TrainSection
+from unmask.train.sections import Section
 
 
 class CapSection(Section):
@@ -44,24 +43,10 @@ class DenoiseSection(RandomMaskSection):
     """`kind: denoise`, the NELBO: conversion and supervised fine-tuning."""
 
     kind: Literal["denoise"] = "denoise"
-    ar_loss_weight: float = Field(
-        0.0,
-        ge=0,
-        description="shifted models: weight of the next-token loss of the clean copy, which keeps what the parent knew",
-    )
     cap: CapSection | None = None
 
-    def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
-        """The next-token loss trains the weights that a gated LoRA freezes."""
-        if self.ar_loss_weight and train.gated_lora_rank is not None:
-            raise ConfigError(
-                f"objective.ar_loss_weight is {self.ar_loss_weight:g}, but train.gated_lora_rank freezes what it trains; leave "
-                "one of them out"
-            )
-
     def build(self, setting: Setting) -> DenoiseObjective:
-        """The objective; raises ConfigError for a next-token loss of a model that is not shifted."""
-        return DenoiseObjective(setting, self, ar_loss_weight=self.ar_loss_weight, cap=self.cap)
+        return DenoiseObjective(setting, self, cap=self.cap)
 
 
 class DenoiseObjective(Objective):
@@ -70,32 +55,34 @@ class DenoiseObjective(Objective):
     Source: LLaDA2.0 Eqs 1, 5 and section 4.2.
     """
 
-    def __init__(
-        self, setting: Setting, masks: RandomMaskSection, *, ar_loss_weight: float = 0.0, cap: CapSection | None = None
-    ) -> None:
+    def __init__(self, setting: Setting, masks: RandomMaskSection, *, cap: CapSection | None = None) -> None:
         super().__init__(setting)
-        if ar_loss_weight and not setting.model.config.shifted:
-            raise ConfigError(
-                f"objective.ar_loss_weight is {ar_loss_weight:g}, which takes a shifted model; convert with shift: true, or "
-                "leave it out"
-            )
-        self._masks, self._ar_loss_weight, self._cap = masks, ar_loss_weight, cap
-        self._initial_noise = _mean_embedding_norm(setting) * masks.mask_noise_scale
+        self._masks, self._cap, self._noise = masks, cap, MaskNoise(setting, masks)
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
-        setting, steps = self.setting, self._masks.mask_noise_steps
-        config = self._masks.corruption(
-            setting, phase, complementary=self._masks.complementary, ar_loss_weight=self._ar_loss_weight
-        )
+        setting, noise_norm = self.setting, self._noise.norm(step)
+        config = self._masks.corruption(setting, phase, complementary=self._masks.complementary)
         stream = setting.own_predictions(corrupt(rows, config, setting.train.seed))
-        # Linear decay to zero. Source: LLaDA2.0 section 3; scale and length are ours.
-        noise_norm = self._initial_noise * max(0.0, 1 - step / steps) if steps else 0.0
         if self._cap is None:
             return WeightedNll(setting, stream, stream.num_maskable, noise_norm=noise_norm)
         return CapBatch(setting, stream, stream.num_maskable, noise_norm=noise_norm, cap=self._cap)
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         return held_out_nelbo(self.setting, rows, phase)
+
+
+class MaskNoise:
+    """Noise on the embeddings of masks in the first steps of a run, which decays linearly to zero.
+
+    Source: LLaDA2.0 section 3; scale and length are ours.
+    """
+
+    def __init__(self, setting: Setting, masks: RandomMaskSection) -> None:
+        self._steps, self._initial = masks.mask_noise_steps, _mean_embedding_norm(setting) * masks.mask_noise_scale
+
+    def norm(self, step: int) -> float:
+        """Its norm in optimiser step `step` (from 0)."""
+        return self._initial * max(0.0, 1 - step / self._steps) if self._steps else 0.0
 
 
 def _mean_embedding_norm(setting: Setting) -> float:
@@ -121,17 +108,15 @@ class CapBatch(WeightedNll):
 
     def counts(self) -> tuple[float, ...]:
         with torch.no_grad():
-            masked = self._scores().first(self.stream.num_masked)
-        return (self.count, int(masked.correct_N.sum()))
+            return (self.count, int(self._scores().correct_N.sum()))
 
     def forward(self, hidden_ND: Tensor | None = None) -> Output:
         scores = self._scores(hidden_ND)
-        masked = scores.first(self.stream.num_masked)
         terms = (
             LossTerm(nelbo(scores.nll_N, self.stream.weight_N), self.count),
-            LossTerm(self.cap.weight * masked.entropy_N.sum(), int(masked.correct_N.sum())),
+            LossTerm(self.cap.weight * scores.entropy_N.sum(), int(scores.correct_N.sum())),
         )
-        return Output(terms, {**self._confidence_figures(masked), **self._noise_figure()})
+        return Output(terms, {**self._confidence_figures(scores), **self._noise_figure()})
 
     def _scores(self, hidden_ND: Tensor | None = None) -> TokenScores:
         return self.setting.scores(self.stream, self.noise_norm or 0.0, hidden_ND, temperature=self.cap.temperature)

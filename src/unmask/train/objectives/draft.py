@@ -70,18 +70,9 @@ class DraftObjective(Objective):
         return WeightedNll(self.setting, stream, float(stream.weight_N.double().sum()))
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
-        """`nelbo`: nats per draft token, unweighted; `accepted_length`: mean number of correct drafts of a block."""
-        whole = draft_stream(rows, self._layout(phase, 1))
-        stream = self.setting.own_predictions(whole)
-        scores = self.setting.scores(stream)
-        correct_BT = torch.zeros(whole.tokens_BT.shape, device=whole.tokens_BT.device)
-        correct_BT[stream.predict] = scores.correct_N.float()
-        correct_N = self.setting.over_context(correct_BT)[whole.predict].bool()
-        lengths = accepted_lengths(whole, correct_N) if self.setting.counts_rows else []
-        return {
-            "nelbo": Figure(float(scores.nll_N.sum()), stream.num_maskable),
-            "accepted_length": Figure(sum(lengths), len(lengths)),
-        }
+        """`nelbo`: nats per draft token, unweighted; `accepted_length` as of `held_out_drafts`."""
+        figures = held_out_drafts(self.setting, rows, self._layout(phase, 1))
+        return {"nelbo": figures["draft_nll"], "accepted_length": figures["accepted_length"]}
 
     def _layout(self, phase: Phase, cuts: int) -> DraftConfig:
         start_id = self.setting.model.config.start_id
@@ -89,6 +80,21 @@ class DraftObjective(Objective):
         assert start_id is not None
         assert self.setting.mask_id is not None
         return DraftConfig(self.setting.mask_id, start_id, phase.block_size, cuts, self._section.decay)
+
+
+def held_out_drafts(setting: Setting, rows: PackedRows, layout: DraftConfig) -> dict[str, Figure]:
+    """`draft_nll`: nats per draft token, unweighted; `accepted_length`: mean number of correct drafts of a block."""
+    whole = draft_stream(rows, layout)
+    stream = setting.own_predictions(whole)
+    scores = setting.scores(stream)
+    correct_BT = torch.zeros(whole.tokens_BT.shape, device=whole.tokens_BT.device)
+    correct_BT[stream.predict] = scores.correct_N.float()
+    correct_N = setting.over_context(correct_BT)[whole.predict].bool()
+    lengths = accepted_lengths(whole, correct_N) if setting.counts_rows else []
+    return {
+        "draft_nll": Figure(float(scores.nll_N.sum()), stream.num_maskable),
+        "accepted_length": Figure(sum(lengths), len(lengths)),
+    }
 
 
 def accepted_lengths(stream: Stream, correct_N: torch.Tensor) -> list[int]:

@@ -28,10 +28,14 @@ from unmask.train.sections import DataSection, Positive, TrainSection
 class PreferenceSection(MaskingSection):
     """`kind: preference`, DPO over the ELBO: makes a chosen answer more likely than a rejected one."""
 
-    needs_reference: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
     kind: Literal["preference"] = "preference"
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
     mask_samples: Positive = Field(8, description="noise samples (mask rate and mask) per response; the report uses 1")
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
 
     def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
         """A pair takes two rows and is not torn apart; the reference does not move."""
@@ -40,10 +44,10 @@ class PreferenceSection(MaskingSection):
                 raise ConfigError(f"{name} is {rows}; a preference pair takes two rows: use an even number")
         if data.overlong == "split":
             raise ConfigError("data.overlong is split, which would tear a preference pair apart; use truncate or drop")
-        if train.lora is not None and train.lora.train_embedding:
+        if train.lora is not None and not train.freeze_embeddings:
             raise ConfigError(
                 "preference training with LoRA takes the model without its adapter as reference, so the embedding must not "
-                "change; set train.lora.train_embedding to false"
+                "change; set train.freeze_embeddings to true"
             )
 
     def build(self, setting: Setting) -> PreferenceObjective:

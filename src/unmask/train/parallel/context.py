@@ -75,7 +75,6 @@ class ContextShard:
             weight_N=stream.weight_N[own_N],
             t_N=stream.t_N[own_N],
             num_maskable=stream.num_maskable if self.rank == 0 else 0,
-            num_next_token=int(own_N[stream.num_masked :].sum()),
         )
 
     def sum(self, x: Tensor) -> Tensor:
