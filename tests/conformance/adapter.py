@@ -125,9 +125,9 @@ def engine(
 
 
 def native(folder: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The engine over float32 weights in the CPU kernels, which run no mixture of experts."""
-    if kernel_variant() is None or _load(folder, dtype=torch.float32).config.moe is not None:
-        pytest.skip("no kernels for this model")
+    """The engine over float32 weights in the CPU kernels."""
+    if kernel_variant() is None:
+        pytest.skip("the CPU kernels are not built")
     return engine(torch.float32, backend=_packed)(folder, values)
 
 

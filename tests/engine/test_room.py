@@ -48,7 +48,7 @@ def test_only_what_runs_here_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> Non
         room_of(tiny_config("llada2")).check_loading("it")
     assert "quantize" not in str(caught.value)
     monkeypatch.setattr("unmask.models.native.library.kernel_variant", lambda: None)
-    assert not room.is_quantizable(tiny_config("llama"), torch.device("cpu"))
+    assert not room.is_quantizable(torch.device("cpu"))
 
 
 def test_quantising_needs_room_and_mapped_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def _auto(model: str, config: ModelConfig) -> dict[str, Any]:
     agreement, change = COST_OF_INT8.get(model, (None, None))
     return {
         "device": device,
-        "quantize": decoding_weights("auto", config, torch.device(device)),
+        "quantize": decoding_weights("auto", torch.device(device)),
         "dtype": dtype_name(dtype),
         "kernels": kernel_variant(),
         "available_bytes": None if memory is None else memory.num_bytes,

@@ -80,7 +80,7 @@ class LanguageModel:
         self._native = weights if isinstance(weights, NativeBackend) else None
         if not isinstance(weights, NativeBackend):
             self._transformer = weights.eval()
-            kind = decoding_weights(quantize, self.config, weights.embed.weight.device)
+            kind = decoding_weights(quantize, weights.embed.weight.device)
             self._native = None if kind == "none" else packed_backend(weights, kind)
         bits = PACKED_BITS["none"] if self._native is None else self._native.bits
         self.quantize = next(name for name in PACKED_BITS if PACKED_BITS[name] == bits)

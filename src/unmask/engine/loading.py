@@ -37,7 +37,7 @@ def load(
             `smollm2-135m-diffusion`, `smollm2-135m-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
-        quantize: what decodes. "int8" or "int4": quantised weights (dense models on the CPU); the others are read from the
+        quantize: what decodes. "int8" or "int4": quantised weights (on the CPU); the others are read from the
             folder when `transformer`, `logits` or `score` need them. "none": the weights as they are, by the CPU kernels where
             they run the model, else by PyTorch. "auto": int8 where the CPU kernels run the model and no dtype is asked for,
             else none.
@@ -53,7 +53,7 @@ def load(
     """
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
     config, where = read_model_config(folder), torch.device(device)
-    kind = decoding_weights(for_dtype(quantize, dtype), config, where)
+    kind = decoding_weights(for_dtype(quantize, dtype), where)
     room = DecodingRoom(config, read_dtype, where)
     read = partial(load_model, folder, dtype=read_dtype, device=device)
 
@@ -61,7 +61,7 @@ def load(
         room.check_packing(str(model), kind, whole=base_folder(folder) is not None)
         return load_parts(folder, dtype=read_dtype)
 
-    is_packed = kernels_compute(kind, config, where, read_dtype)
+    is_packed = kernels_compute(kind, where, read_dtype)
     if not is_packed:
         room.check_loading(str(model))
     source = tokenizer_folder(folder)

@@ -14,8 +14,6 @@ from unmask.errors import BackendError, ConfigError, UnmaskWarning
 if TYPE_CHECKING:
     import torch
 
-    from unmask.models.arch.config import ModelConfig
-
 Quantize = Literal["auto", "none", "int8", "int4"]
 """As a user says it; "none": the weights as they are."""
 BITS = {"int8": 8, "int4": 4}
@@ -31,19 +29,18 @@ def for_dtype(quantize: str | None, dtype: object) -> str | None:
     return "none" if quantize == "auto" and dtype != "auto" else quantize
 
 
-def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.device) -> str:
+def decoding_weights(quantize: str | None, device: torch.device) -> str:
     """The weights that decode: "int8", "int4" or "none".
 
-    "auto" is int8 where the CPU kernels run the model, else none. Without kernels everything is none, and a note says so.
+    "auto" is int8 on a CPU, else none. Without kernels everything is none, and a note says so.
 
     Args:
         quantize: one of `Quantize`; None is "none".
-        config: of the model.
-        device: of its weights.
+        device: of the model's weights.
 
     Raises:
-        ConfigError: another value; but for auto, a model that the kernels do not run; or a variant of the kernels that this
-            processor does not run.
+        ConfigError: another value; but for auto, weights that are not on a CPU; or a variant of the kernels that this processor
+            does not run.
     """
     if quantize is None or quantize == "none":
         return "none"
@@ -54,7 +51,7 @@ def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.de
     from unmask.models.native.packing import check_packable
 
     try:
-        check_packable(config, device, BITS[weights])
+        check_packable(device, BITS[weights])
     except ConfigError:
         if quantize == "auto":
             return "none"
@@ -67,13 +64,12 @@ def decoding_weights(quantize: str | None, config: ModelConfig, device: torch.de
     return weights
 
 
-def kernels_compute(weights: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+def kernels_compute(weights: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the CPU kernels compute with these weights, rather than PyTorch.
 
     Args:
         weights: as of `decoding_weights`; the kernels have been found to compute those that are quantised.
-        config: of the model.
-        device: of its weights.
+        device: of the model's weights.
         dtype: of its weights.
 
     Raises:
@@ -84,6 +80,6 @@ def kernels_compute(weights: str, config: ModelConfig, device: torch.device, dty
     from unmask.models.dtypes import dtype_name
     from unmask.models.native.library import kernel_variant
 
-    is_packable = config.moe is None and device.type == "cpu" and dtype_name(dtype) in ("float32", "bfloat16")
+    is_packable = device.type == "cpu" and dtype_name(dtype) in ("float32", "bfloat16")
     # The portable variant has no fused multiply-add: its sums of floats are the others' to the bit, and slow.
     return is_packable and kernel_variant() not in (None, "portable")

@@ -48,10 +48,10 @@ class DecodingRoom:
         """Bytes of loading the model in each way it can be loaded here, the KV cache included, best quality first."""
         options: dict[str, int] = {}
         for dtype in (torch.float32, torch.bfloat16):
-            is_packed = kernels_compute("none", self.config, self.device, dtype)
+            is_packed = kernels_compute("none", self.device, dtype)
             weights = packing_bytes(self.config, dtype, PACKED_BITS["none"]) if is_packed else weight_bytes(self.config, dtype)
             options[f"dtype {dtype_name(dtype)}"] = weights + self._cache(torch.float32 if is_packed else dtype)
-        if is_quantizable(self.config, self.device):
+        if is_quantizable(self.device):
             cache = self._cache(torch.float32)
             sizes = {name: packing_bytes(self.config, torch.bfloat16, bits) for name, bits in BITS.items()}
             options |= {f"quantize {name}": size + cache for name, size in sizes.items()}
@@ -105,13 +105,13 @@ class DecodingRoom:
         return {f"KV cache of {min(FIRST_TOKENS, self.config.max_positions):,} tokens": self._cache(dtype)}
 
 
-def is_quantizable(config: ModelConfig, device: torch.device) -> bool:
-    """Whether the CPU kernels are there and run the model with quantised weights."""
+def is_quantizable(device: torch.device) -> bool:
+    """Whether the CPU kernels are there, and run quantised weights that are on this device."""
     from unmask.models.native.library import kernel_variant
     from unmask.models.native.packing import check_packable
 
     try:
-        check_packable(config, device, 8)
+        check_packable(device, 8)
     except ConfigError:
         return False
     return kernel_variant() is not None

@@ -50,15 +50,14 @@ def test_a_variant_that_does_not_exist_is_an_error(weights: str, monkeypatch: py
         LanguageModel(model(), None, name="tiny", quantize=weights)
 
 
-@pytest.mark.parametrize(("family", "weights", "name"), [("llama", "int3", "int3"), ("llada2", "int8", "dense")])
-def test_what_cannot_be_quantised_is_refused_at_once(family: str, weights: str, name: str) -> None:
-    with refused(ConfigError, name):
-        LanguageModel(model(family), None, name="tiny", quantize=weights)
+def test_what_cannot_be_quantised_is_refused_at_once() -> None:
+    with refused(ConfigError, "int3"):
+        LanguageModel(model(), None, name="tiny", quantize="int3")
 
 
 @needs_kernels
 @pytest.mark.parametrize("weights", ["int8", "int4", "none"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "llada2"])
 def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
     language_model = LanguageModel(packed_backend(model(family), weights), None, name="tiny")
     assert language_model.quantize == weights

@@ -19,8 +19,9 @@ from tiny import row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.batch import Batch, SequenceSlice
 from unmask.errors import ConfigError
-from unmask.models.arch.config import ModelConfig, RopeConfig
-from unmask.models.arch.layers import RMSNorm, apply_rope, rope_cos_sin
+from unmask.models.arch.config import ModelConfig, MoEConfig, RopeConfig
+from unmask.models.arch.layers import FeedForward, RMSNorm, apply_rope, rope_cos_sin
+from unmask.models.arch.moe import MoE, route
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.interface import Kernels
 from unmask.models.native.packing import FLOAT_BITS, pack_model
@@ -34,6 +35,21 @@ MODELS = {
     "qwen2": {"family": "qwen2", "hidden_size": 48, "num_heads": 7, "num_kv_heads": 1, "head_dim": 12, "vocab_size": 1559},
     "qwen3": {"family": "qwen3", "hidden_size": 67, "num_heads": 3, "num_kv_heads": 3, "head_dim": 10},
     "partial": {"family": "llama", "head_dim": 24, "rope": RopeConfig(fraction=0.75), "vocab_size": 800},
+    "mixture": {
+        "family": "llada2",
+        "num_layers": 2,
+        "hidden_size": 52,
+        "ffn_size": 75,
+        "moe": MoEConfig(num_experts=12, num_active=3, expert_size=32, num_groups=4, num_active_groups=2, num_dense_layers=0),
+    },
+    "bare_mixture": {
+        "family": "llada2",
+        "num_layers": 2,
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "rope": RopeConfig(),
+        "moe": MoEConfig(num_experts=7, num_active=2, expert_size=19, num_shared=0, routed_scale=0.5, normalize=False),
+    },
     "biased": {"family": "llama", "out_bias": True, "mlp_bias": True, "qkv_bias": True, "ffn_size": 128},
 }
 
@@ -90,10 +106,28 @@ class Reference:
             q, k = a.query_norm(q), a.key_norm(k)
         out = attend(block.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         x = x + apply(out.transpose(1, 2).flatten(2), a.out)
-        gate, up = apply(self.norm(x, block.mlp_norm.weight), block.mlp.gate_up).chunk(2, dim=-1)
-        count = mixed_channels(c.ffn_size)
-        down = mix(block.mlp.down.weight, count) / count
-        return x + self.linear(mix(F.silu(gate) * up, count), down, block.mlp.down.bias, self.bits)
+        normed = self.norm(x, block.mlp_norm.weight)
+        if not isinstance(block.mlp, MoE):
+            return x + self.feed_forward(normed, block.mlp)
+        return x + self.experts(normed[0], block.mlp)[None]
+
+    def feed_forward(self, x: Tensor, mlp: FeedForward) -> Tensor:
+        return self.gated(x, mlp.gate_up.weight, mlp.down.weight, mlp.gate_up.bias, mlp.down.bias)
+
+    def gated(self, x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> Tensor:
+        gate_up_bias, down_bias = biases or (None, None)
+        gate, up = self.linear(x, gate_up, gate_up_bias, self.bits).chunk(2, dim=-1)
+        count = mixed_channels(down.shape[1])
+        return self.linear(mix(F.silu(gate) * up, count), mix(down, count) / count, down_bias, self.bits)
+
+    def experts(self, x: Tensor, mlp: MoE) -> Tensor:
+        weights, indices = route(mlp.router_logits(x), mlp.expert_bias, mlp.moe)
+        out = torch.zeros_like(x) if mlp.shared is None else self.feed_forward(x, mlp.shared)
+        for expert in range(mlp.moe.num_experts):
+            rows, ranks = (indices == expert).nonzero(as_tuple=True)
+            if len(rows):
+                out[rows] += weights[rows, ranks, None] * self.gated(x[rows], mlp.gate_up[expert], mlp.down[expert])
+        return out
 
     def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
         model, attend = self.model, plain_attend(batch, kv_cache)
@@ -337,8 +371,6 @@ def test_bfloat16_weights_are_packed_too(kernels: Kernels, family: str) -> None:
 
 
 def test_unsupported_models_are_named(kernels: Kernels) -> None:
-    with refused(ConfigError, "dense"):
-        NativeBackend(pack_model(tiny_model("llada2"), 8), kernels)
     with refused(ConfigError, "3-bit"):
         NativeBackend(pack_model(tiny_model("llama"), 3), kernels)
     model = tiny_model("llama").requires_grad_(False)

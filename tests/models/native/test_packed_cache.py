@@ -59,7 +59,7 @@ def assert_same(found: PackedWeights | None, expected: PackedWeights) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4, FLOAT_BITS])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "llada2"])
 def test_a_mapped_file_holds_what_was_packed(tmp_path: Path, family: str, bits: int) -> None:
     weights, path = pack_model(tiny_model(family), bits), tmp_path / "packed.safetensors"
     write_packed(path, weights, {})

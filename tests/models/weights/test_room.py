@@ -14,6 +14,7 @@ from models.weights.saved import saved_base
 from sparse import sparse_checkpoint
 from tiny import FAMILIES, tiny_config, tiny_model
 from unmask.errors import RoomError
+from unmask.models.arch.config import MoEConfig
 from unmask.models.families.registry import published_config, read_config
 from unmask.models.native.packing import pack_model
 from unmask.models.weights.checkpoint import check_tensors
@@ -22,6 +23,7 @@ from unmask.models.weights.room import Memory, available_memory, check_room, pac
 
 GIB = 2**30
 GATED = {"gated_lora_rank": 16, "mask_id": 1, "block_size": 4, "start_id": 0}
+EXPERTS = {"moe": MoEConfig(num_experts=16, num_active=2, expert_size=64)}
 
 
 def proc_of(folder: Path, available_kib: int, *cgroups: str) -> Path:
@@ -45,9 +47,10 @@ def test_weights_take_what_is_summed_up(family: str, dtype: torch.dtype, tmp_pat
 
 
 @pytest.mark.parametrize("bits", [8, 4, 32])
-@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, GATED])
+@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, GATED, EXPERTS])
 def test_packed_weights_take_about_what_is_summed_up(bits: int, changes: dict[str, object]) -> None:
-    model = tiny_model("llama", hidden_size=128, ffn_size=256, head_dim=32, vocab_size=512, **changes)
+    family = "llada2" if "moe" in changes else "llama"
+    model = tiny_model(family, hidden_size=128, ffn_size=256, head_dim=32, vocab_size=512, **changes)
     packed = pack_model(model, bits)
     tensors = [getattr(matrix, name) for matrix in packed.matrices.values() for name in ("weight", "group_scale", "scale")]
     total = sum(tensor.nbytes for tensor in [*tensors, *packed.vectors.values()] if tensor is not None)

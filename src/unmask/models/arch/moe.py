@@ -22,8 +22,8 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Te
     """Choose experts and their weights.
 
     Scores are sigmoids of the logits. `bias_E` only selects: groups are ranked by the sum of their two best biased
-    scores, the best groups stay eligible, the top experts among them are chosen by biased score, and the weights are the
-    *unbiased* scores, normalised over the chosen and scaled.
+    scores, the best groups stay eligible, the top experts among them are chosen by biased score, the lowest of equals first,
+    and the weights are the *unbiased* scores, normalised over the chosen and scaled.
 
     Args:
         logits_NE: router logits, float32 or wider.
@@ -35,19 +35,25 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Te
 
     Source: DeepSeek-V3 (2412.19437) Eqs 13-16 with group limiting, as used by Ling 2.0 / LLaDA2.0.
     """
-    scores_NE = logits_NE.sigmoid()
+    # Rounded from float64, a score is the same number on every device and in the CPU kernels.
+    scores_NE = logits_NE.double().sigmoid().to(logits_NE.dtype)
     biased_NE = scores_NE + bias_E
     if moe.num_active_groups < moe.num_groups:
         grouped = biased_NE.view(-1, moe.num_groups, moe.num_experts // moe.num_groups)
         group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        best_groups = group_scores.topk(moe.num_active_groups, dim=-1).indices
+        best_groups = largest(group_scores, moe.num_active_groups)
         eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best_groups, True)
         biased_NE = grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(1)
-    indices_NA = biased_NE.topk(moe.num_active, dim=-1).indices
+    indices_NA = largest(biased_NE, moe.num_active)
     weights_NA = scores_NE.gather(1, indices_NA)
     if moe.normalize:
         weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
     return weights_NA * moe.routed_scale, indices_NA
+
+
+def largest(x_NE: Tensor, count: int) -> Tensor:
+    """Indices [N, count] of the largest numbers of each row, in order: the lowest of equals first, which `topk` leaves open."""
+    return x_NE.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def grouped_linear(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:

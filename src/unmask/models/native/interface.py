@@ -30,12 +30,28 @@ class GatedLinear(Structure):
     _fields_ = _fields(Linear, "base", "input", "output")
 
 
+class Experts(Structure):
+    """`Experts` of model.h."""
+
+    _fields_ = (("router", Linear), ("bias", c_void_p), *_fields(Linear, "gate_up", "down"))
+
+
 class Layer(Structure):
     """`Layer` of model.h."""
 
     _fields_ = (
         *_fields(GatedLinear, "qkv", "out", "gate_up", "down"),
-        *_fields(c_void_p, "attention_norm", "mlp_norm", "query_norm", "key_norm"),
+        *_fields(c_int64, "ffn", "mixed"),
+        *_fields(c_void_p, "attention_norm", "mlp_norm", "query_norm", "key_norm", "experts"),
+    )
+
+
+class Routing(Structure):
+    """`Routing` of model.h."""
+
+    _fields_ = (
+        *_fields(c_int64, "experts", "active", "groups", "active_groups", "normalize", "block_experts", "size", "mixed"),
+        ("scale", c_float),
     )
 
 
@@ -44,8 +60,9 @@ class Model(Structure):
 
     _fields_ = (
         *_fields(c_void_p, "layers", "final_norm"),
-        *_fields(c_int64, "num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim", "ffn", "mixed", "rank"),
+        *_fields(c_int64, "num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim", "rank"),
         ("eps", c_float),
+        ("routing", Routing),
     )
 
 
@@ -56,6 +73,7 @@ class ForwardBatch(Structure):
         *_fields(c_int64, "rows", "num_segments"),
         *_fields(c_void_p, "segments", "cos", "sin", "hidden", "kv_cache"),
         ("num_slots", c_int64),
+        ("touched", c_void_p),
     )
 
 
@@ -68,10 +86,12 @@ class Kernels:
         self.linear_bytes, self.linear, self.greedy = (
             library.unmask_linear_bytes, library.unmask_linear, library.unmask_greedy,
         )  # fmt: skip
-        for sizes in (self.forward_bytes, self.linear_bytes):
+        self.route_bytes, self.route = library.unmask_route_bytes, library.unmask_route
+        for sizes in (self.forward_bytes, self.linear_bytes, self.route_bytes):
             sizes.argtypes, sizes.restype = (c_void_p, c_int64, c_int), c_int64
         rows = (c_void_p, c_void_p, c_int64, c_int64)
         self.forward.argtypes, self.forward.restype = (c_void_p, c_void_p, c_void_p, c_int), None
+        self.route.argtypes, self.route.restype = (*[c_void_p] * 7, c_int), None
         self.linear.argtypes, self.linear.restype = (*rows, c_void_p, c_void_p, c_int), None
         self.greedy.argtypes, self.greedy.restype = (*rows, c_int64, c_void_p, c_void_p, c_void_p, c_int), None
 

@@ -1,11 +1,12 @@
-// Forward pass of a dense transformer over packed weights, and its vocabulary head: the C ABI that `packed.py` calls.
+// Forward pass of a transformer over packed weights, and its vocabulary head: the C ABI that `packed.py` calls.
 //
 // A layer is a few loops that threads share: over rows (norm, rotary, SwiGLU, rounding), over output channels (matrix
-// products) and over (segment, kv head, rows) items (attention). No result depends on who computes what.
+// products) and over (segment, kv head, rows) items (attention); experts.h has those of experts. No result depends on who computes what.
 #include <atomic>
 #include <new>
 
 #include "attention.h"
+#include "experts.h"
 #include "gemm.h"
 #include "head.h"
 #include "model.h"
@@ -25,30 +26,35 @@ struct Workspace {
     Rows normed, attended, gated, lowered;
     const int64_t** slots;  // of each row's own key
     AttentionParts parts;
-    float* scratch;  // one piece a thread
-    int64_t scratch_floats;
-    uint8_t* unpacked;
-    int64_t unpacked_size;
+    ExpertWork experts;
+    ThreadMemory memory;
 
-    Workspace(const Model& m, int64_t rows, int threads, Arena& arena) {
+    Workspace(const Model& m, int64_t rows, int threads, Arena& arena)
+        : experts(m, rows, threads, m.layers->qkv.base.bits, arena) {
+        int64_t ffn = 0, unpacked_size = 0;
+        for (const Layer* l = m.layers; l < m.layers + m.num_layers; l++) {
+            ffn = std::max(ffn, l->ffn);
+            for (const Linear* w : {&l->qkv.base, &l->out.base, &l->gate_up.base, &l->down.base})
+                unpacked_size = std::max(unpacked_size, unpacked_bytes(*w));
+            if (l->experts) unpacked_size = std::max({unpacked_size, unpacked_bytes(l->experts->gate_up), unpacked_bytes(l->experts->down)});
+        }
         qkv = arena.take<float>(rows * m.qkv());
         heads = arena.take<float>(rows * m.attended());
-        gate_up = arena.take<float>(rows * m.gate_up_stride());
+        gate_up = arena.take<float>(rows * gate_up_stride(ffn));
         const int64_t bits = m.layers->qkv.base.bits;
         normed = arena.take_rows(rows, m.hidden, bits);
         attended = arena.take_rows(rows, m.attended(), bits);
-        gated = arena.take_rows(rows, m.ffn, bits);
+        gated = arena.take_rows(rows, ffn, bits);
         low = arena.take<float>(rows * m.rank);
         lowered = arena.take_rows(m.rank ? rows : 0, m.rank, m.layers->qkv.out.bits);
         slots = arena.take<const int64_t*>(rows);
         parts.done = arena.take<std::atomic<int64_t>>(kMaxParts);
         parts.results = arena.take<float>(kMaxParts * Partial::floats(m.head_dim));
-        scratch_floats = std::max({m.hidden, m.ffn, AttentionScratch::floats(m.head_dim)}) + kLanes;
-        scratch = arena.take<float>(threads * scratch_floats);
-        unpacked_size = 0;
-        for (const GatedLinear* w : {&m.layers->qkv, &m.layers->out, &m.layers->gate_up, &m.layers->down})
-            unpacked_size = std::max(unpacked_size, unpacked_bytes(w->base));
-        unpacked = arena.take<uint8_t>(threads * unpacked_size);
+        memory.scratch_floats =
+            std::max({m.hidden, ffn, m.routing.size, AttentionScratch::floats(m.head_dim)}) + kLanes;
+        memory.scratch = arena.take<float>(threads * memory.scratch_floats);
+        memory.unpacked_size = unpacked_size;
+        memory.unpacked = arena.take<uint8_t>(threads * unpacked_size);
     }
 };
 
@@ -69,9 +75,13 @@ struct Forward {
             attend_all(layer);
             store(work.heads, m.attended(), work.attended, l.out);
             product(l.out, work.attended, {step.hidden, m.hidden, true});
-            normalize(l.mlp_norm, l.gate_up);
-            product(l.gate_up, work.normed, {work.gate_up, m.gate_up_stride()});
-            gate(l.down);
+            normalize(l.mlp_norm, l.gate_up, l.experts ? &work.experts.routed : nullptr);
+            if (l.experts) {
+                RoutedLayer{m, l, step, work.experts, work.memory, team, work.normed, work.gated, work.gate_up}.run();
+                continue;
+            }
+            product(l.gate_up, work.normed, {work.gate_up, gate_up_stride(l.ffn)});
+            gate(l);
             product(l.down, work.gated, {step.hidden, m.hidden, true});
         }
         for (int64_t r = 0; r < step.rows; r++) {
@@ -79,8 +89,6 @@ struct Forward {
             rms_norm(x, m.final_norm, m.hidden, m.eps, x);
         }
     }
-
-    float* scratch_of(int thread) const { return work.scratch + thread * work.scratch_floats; }
 
     void prepare() const {
         for (int64_t i = 0; i < step.num_segments; i++) {
@@ -92,7 +100,7 @@ struct Forward {
 
     void product(const GatedLinear& w, const Rows& a, const Target& to) const {
         team.share(w.base.panels(), kPanelGrain, [&](Range panels, int thread) {
-            gemm(w.base, a, {0, step.rows}, panels, to, work.unpacked + thread * work.unpacked_size);
+            gemm(w.base, a, {0, step.rows}, panels, to, work.memory.unpacked_of(thread));
             for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
                 if (const Segment& s = step.segments[i]; s.noisy)
                     gemm(w.out, work.lowered, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
@@ -110,12 +118,14 @@ struct Forward {
         }
     }
 
-    void normalize(const float* weight, const GatedLinear& next) const {
+    // `routed`: where a router reads the rows, too.
+    void normalize(const float* weight, const GatedLinear& next, const Rows* routed = nullptr) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int thread) {
-            float* scratch = scratch_of(thread);
+            float* scratch = work.memory.scratch_of(thread);
             for (int64_t r = rows.from; r < rows.to; r++) {
                 rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
                 store_row(scratch, m.hidden, work.normed, r);
+                if (routed) store_row(scratch, m.hidden, *routed, r);
             }
             lower(next, work.normed, rows);
         });
@@ -128,15 +138,15 @@ struct Forward {
         });
     }
 
-    void gate(const GatedLinear& next) const {
+    void gate(const Layer& l) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int thread) {
-            float* scratch = scratch_of(thread);
+            float* scratch = work.memory.scratch_of(thread);
             for (int64_t r = rows.from; r < rows.to; r++) {
-                swiglu(work.gate_up + r * m.gate_up_stride(), m.ffn, scratch);
-                mix(scratch, m.ffn, m.mixed);
-                store_row(scratch, m.ffn, work.gated, r);
+                swiglu(work.gate_up + r * gate_up_stride(l.ffn), l.ffn, scratch);
+                mix(scratch, l.ffn, l.mixed);
+                store_row(scratch, l.ffn, work.gated, r);
             }
-            lower(next, work.gated, rows);
+            lower(l.down, work.gated, rows);
         });
     }
 
@@ -197,7 +207,7 @@ struct Forward {
     void attend_all(int64_t layer) const {
         const Sharing sharing = share_attention();
         team.share(sharing.items, 1, [&](Range range, int thread) {
-            const AttentionScratch buffers(scratch_of(thread), m.head_dim);
+            const AttentionScratch buffers(work.memory.scratch_of(thread), m.head_dim);
             int64_t first = 0, group = 0;
             each_group(sharing, [&](const Segment& s, int64_t g, int64_t from, int64_t to, int64_t parts) {
                 const int64_t heads = m.heads / m.kv_heads, at = g * heads * m.head_dim;
@@ -267,6 +277,25 @@ void unmask_forward(const Model* model, const ForwardBatch* step, void* buffer, 
     const Workspace work(*model, step->rows, threads, arena);
     const Team team(threads);
     Forward{*model, *step, work, team}.run();
+}
+
+int64_t unmask_route_bytes(const Routing* routing, int64_t rows, int threads) {
+    Arena arena{nullptr};
+    RouterWork(*routing, rows, threads, arena);
+    return arena.used;
+}
+
+// Experts of rows and their weights, each [rows][active], by logits; of `step` only rows and segments are read.
+void unmask_route(const Routing* routing, const float* bias, const float* logits, const ForwardBatch* step, int64_t* choice,
+                  float* weights, void* buffer, int threads) {
+    Arena arena{static_cast<char*>(buffer)};
+    const RouterWork work(*routing, step->rows, threads, arena);
+    memcpy(work.scores, logits, step->rows * routing->experts * sizeof(float));
+    route(*routing, bias, work, *step, Team(threads));
+    memcpy(choice, work.choice, step->rows * routing->active * sizeof(int64_t));
+    for (int64_t row = 0; row < step->rows; row++)
+        memcpy(weights + row * routing->active, work.weights + row * (routing->active + routing->groups),
+               routing->active * sizeof(float));
 }
 
 int64_t unmask_linear_bytes(const Linear* w, int64_t count, int threads) {

@@ -34,6 +34,16 @@ struct Linear {
     int64_t panel_bytes() const { return bytes_of(depth); }
     // Of so many inputs of a panel.
     int64_t bytes_of(int64_t inputs) const { return inputs * kLanes * bits / 8; }
+    // One of the matrices, of so many outputs each, padded to panels, that lie one after the other.
+    Linear part(int64_t number, int64_t size) const {
+        Linear out = *this;
+        out.outputs = size;
+        const int64_t panel = number * out.panels();
+        out.weight += panel * panel_bytes();
+        if (group_scale) out.group_scale += panel * (depth / kGroup) * kLanes;
+        if (scale) out.scale += panel * kLanes;
+        return out;
+    }
 };
 
 // Rows of activations, zeros behind each row's end: `x` for floats, all else for integers; the last two for 4 bits only.
@@ -77,6 +87,19 @@ INLINE void store_row(const float* x, int64_t size, const Rows& to, int64_t row)
     float* out = to.x + row * to.stride;
     memcpy(out, x, size * sizeof(float));
     memset(out + size, 0, ((size + kStep - 1) / kStep * kStep - size) * sizeof(float));
+}
+
+INLINE void copy_row(const Rows& from, int64_t row, const Rows& to, int64_t number) {
+    const int64_t stride = to.stride, groups = stride / kGroup;  // both have the same
+    if (to.x) {
+        memcpy(to.x + number * stride, from.x + row * stride, stride * sizeof(float));
+        return;
+    }
+    memcpy(to.q + number * stride, from.q + row * stride, stride * sizeof(Input));
+    to.scale[number] = from.scale[row], to.sum[number] = from.sum[row];
+    if (!to.nibble_start) return;
+    if (kCopiesNibbleInputs) memcpy(to.nibble_q + number * stride, from.nibble_q + row * stride, stride * sizeof(NibbleInput));
+    memcpy(to.nibble_start + number * groups, from.nibble_start + row * groups, groups * sizeof(int32_t));
 }
 
 // Where a product goes: channel c of row r to out[r * stride + c - first], assigned or added.

@@ -12,24 +12,49 @@ struct GatedLinear {
 // The least that a thread takes of a loop: panels of a product as tiles take them, and rows.
 constexpr int64_t kPanelGrain = kTilePanels > 1 ? kTilePanels : 2, kRowGrain = 1;
 
+// Routed experts of a layer. Those of one kind are a stack: a matrix of all their outputs, each expert's padded to panels.
+struct Experts {
+    Linear router;      // floats
+    const float* bias;  // [experts], it only selects
+    Linear gate_up, down;
+};
+
 struct Layer {
-    GatedLinear qkv, out, gate_up, down;
+    GatedLinear qkv, out;
+    GatedLinear gate_up, down;  // of a dense layer, or of the shared expert
+    int64_t ffn, mixed;         // its width, 0 without a shared expert, and how many channels are mixed
     const float *attention_norm, *mlp_norm;
     const float *query_norm, *key_norm;  // null without per-head norms
+    const Experts* experts;              // null in a dense layer
+};
+
+// What is taken from the biased scores of a group that is not among the best, where experts are limited: all of them then come after
+// the others, and before experts that are not admitted.
+constexpr float kIneligible = 1024;
+
+// The choice of experts, and their size.
+struct Routing {
+    int64_t experts, active, groups, active_groups;
+    int64_t normalize;      // 0 or 1
+    int64_t block_experts;  // that a block may use, 0: any
+    int64_t size, mixed;    // as `ffn` and `mixed` of a layer
+    float scale;
 };
 
 struct Model {
     const Layer* layers;
     const float* final_norm;
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, ffn, mixed;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim;
     int64_t rank;  // of the updates; 0: there are none
     float eps;
+    Routing routing;  // no experts: of a dense model
 
-    // A row of gate and up values, off multiples of a page, where rows would share cache sets.
-    int64_t gate_up_stride() const { return 2 * ffn + kLanes; }
     int64_t attended() const { return heads * head_dim; }
     int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
+
+// A row of gate and up values, off multiples of a page, where rows would share cache sets.
+INLINE int64_t gate_up_stride(int64_t ffn) { return 2 * ffn + kLanes; }
 
 // Keys and values [layer][key | value][kv head][slot][head_dim].
 struct KVCache {
@@ -43,6 +68,7 @@ struct ForwardBatch {
     const float *cos, *sin;  // [rows][rotary_dim]
     float* hidden;           // [rows][hidden]: embeddings on entry, hidden states on return
     KVCache kv_cache;
+    int64_t* touched;  // [layers], numbers of experts that rows have chosen; or null
 };
 
 // Cuts a buffer into aligned pieces; without a buffer it only measures.

@@ -1,4 +1,4 @@
-"""A dense transformer over packed weights, run by the C++ kernels.
+"""A transformer over packed weights, run by the C++ kernels.
 
 Owns one forward of packed weights (`packing`). Knows nothing of requests or decoding: who attends to whom comes in as segments,
 and keys and values live in the caller's KV cache.
@@ -30,12 +30,12 @@ _FIRST_POSITIONS = 512
 
 
 class PackedTransformer:
-    """Inference of a llama, qwen2 or qwen3 model on the CPU: 8- or 4-bit weights and 8-bit activations, or all in floats.
+    """Inference of a model on the CPU: 8- or 4-bit weights and 8-bit activations, or all in floats.
 
     Quantised weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per
-    row and product; sums are exact integers, everything else is float32. Gated LoRA then has 8 bits. Float weights are float32
-    or bfloat16, and their sums have one order. A row's result is the same bits whatever the other rows and the number of
-    threads. Calls from several threads may overlap: each thread has a workspace of its own.
+    row and product; sums are exact integers, everything else is float32, routers of experts included. Gated LoRA then has 8
+    bits. Float weights are float32 or bfloat16, and their sums have one order. A row's result is the same bits whatever the
+    other rows and the number of threads. Calls from several threads may overlap: each thread has a workspace of its own.
 
     Args:
         weights: of the model; they stay in use.
@@ -50,17 +50,21 @@ class PackedTransformer:
         self._embed_VD, self._inv_freq = weights.vectors["embed"], weights.vectors["inv_freq"]
         self._rope_factor = weights.rope_factor
         self._rope_PR = self._rope_table(_FIRST_POSITIONS)
+        self._experts = [self._experts_of(f"blocks.{number}.") for number in range(config.num_layers)]
         self._layers = (interface.Layer * config.num_layers)(*(self._layer(number) for number in range(config.num_layers)))
         self._head = PackedLinear(weights.matrices["head"], kernels)
         self._model = interface.Model(
             addressof(self._layers), weights.vectors["norm"].data_ptr(), config.num_layers, config.hidden_size,
-            config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim, config.ffn_size,
-            weights.mixed_channels, config.gated_lora_rank or 0, config.norm_eps,
+            config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim, config.gated_lora_rank or 0,
+            config.norm_eps, self._routing(),
         )  # fmt: skip
         self._workspace = interface.Workspace()
 
     @torch.no_grad()
-    def run(self, tokens_T: Tensor, positions_T: Ints, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor) -> Tensor:
+    def run(
+        self, tokens_T: Tensor, positions_T: Ints, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor,
+        *, touched_L: Ints | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the final norm; keys and values are written to their slots.
 
         Args:
@@ -70,6 +74,7 @@ class PackedTransformer:
                 sequence. A token attends block-causally to its sequence's keys; noisy ones pass the gated LoRA.
             slots_NK: contiguous slots of each sequence's keys, by position.
             kv_cache: float32 [L, 2, G, P, S], contiguous.
+            touched_L: where the number of experts that tokens have chosen is written, by layer.
 
         Returns:
             float32 [T, D], in this model's own basis: for its `logits` and `greedy`.
@@ -94,7 +99,7 @@ class PackedTransformer:
         segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
         step = interface.ForwardBatch(
             len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.ctypes.data, sin_TR.ctypes.data, hidden_TD.data_ptr(),
-            kv_cache.data_ptr(), kv_cache.shape[3],
+            kv_cache.data_ptr(), kv_cache.shape[3], None if touched_L is None else touched_L.ctypes.data,
         )  # fmt: skip
         threads = torch.get_num_threads()
         buffer = self._workspace.address(self._kernels.forward_bytes(byref(self._model), len(hidden_TD), threads))
@@ -131,12 +136,39 @@ class PackedTransformer:
         return cos[0, 0].numpy(), sin[0, 0].numpy()
 
     def _layer(self, number: int) -> interface.Layer:
+        config, experts = self.config, self._experts[number]
         prefix, norms = f"blocks.{number}.", ("attention_norm", "mlp_norm", "query_norm", "key_norm")
         vectors = (self._weights.vectors.get(f"{prefix}{name}") for name in norms)
+        mlp, ffn_size = prefix, config.ffn_size
+        if config.moe is not None and experts is not None:
+            mlp, ffn_size = f"{prefix}shared.", config.moe.num_shared * config.moe.expert_size
         return interface.Layer(
-            *(self._gated(f"{prefix}{name}") for name in ("qkv", "out", "gate_up", "down")),
+            *(self._gated(f"{prefix}{name}") for name in ("qkv", "out")),
+            *(self._gated(f"{mlp}{name}") for name in ("gate_up", "down")),
+            ffn_size, self._weights.mixed_channels(ffn_size) if ffn_size else 1,
             *(None if vector is None else vector.data_ptr() for vector in vectors),
+            None if experts is None else addressof(experts),
+        )  # fmt: skip
+
+    def _experts_of(self, prefix: str) -> interface.Experts | None:
+        """The routed experts of a layer that has some."""
+        bias = self._weights.vectors.get(f"{prefix}expert_bias")
+        if bias is None:
+            return None
+        router, gate_up, down = (
+            linear_struct(self._weights.matrices[f"{prefix}{name}.base"], None)
+            for name in ("router", "experts.gate_up", "experts.down")
         )
+        return interface.Experts(router, bias.data_ptr(), gate_up, down)
+
+    def _routing(self) -> interface.Routing:
+        moe = self.config.moe
+        if moe is None:
+            return interface.Routing()
+        return interface.Routing(
+            moe.num_experts, moe.num_active, moe.num_groups, moe.num_active_groups, moe.normalize, 0, moe.expert_size,
+            self._weights.mixed_channels(moe.expert_size), moe.routed_scale,
+        )  # fmt: skip
 
     def _gated(self, name: str) -> interface.GatedLinear:
         """A layer and its update, if it has one."""

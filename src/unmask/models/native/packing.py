@@ -1,9 +1,9 @@
-"""Packed weights: a dense transformer as the kernels read it, laid out in panels; quantised and rotated, or in floats.
+"""Packed weights: a transformer as the kernels read it, laid out in panels; quantised and rotated, or in floats.
 
 Owns what becomes of each matrix, bias and norm of a model, and their names. Knows no C structure and no file. Matrices are read
 and packed some rows at a time, and go to a `PackedSink`, so that no float copy of a large one is ever whole.
 
-Legend: T rows, D hidden, V vocabulary or outputs, K inputs.
+Legend: T rows, D hidden, V vocabulary or outputs, K inputs, E experts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class PackedWeights:
         rope_factor: on cosines and sines.
         is_rotated: whether hidden states are in a rotated basis.
         matrices: by name: `blocks.N.` and one of `qkv`, `out`, `gate_up` and `down`, then `.base`, `.input` or `.output` (the
-            latter two of a gated LoRA); and `head`.
-        vectors: biases (`NAME.bias`, padded to panels), norms, `embed` [V, D] and `inv_freq`.
+            latter two of a gated LoRA); and `head`. In a layer with experts there are `router` (floats), `shared.gate_up` and
+            `shared.down`, and `experts.gate_up` and `experts.down`, each a stack: the outputs of all experts one after the
+            other, each expert's padded to panels.
+        vectors: biases (`NAME.bias`, padded to panels), norms, `blocks.N.expert_bias`, `embed` [V, D] and `inv_freq`.
     """
 
     config: ModelConfig
@@ -64,10 +66,9 @@ class PackedWeights:
     matrices: dict[str, PackedMatrix]
     vectors: dict[str, Tensor]
 
-    @property
-    def mixed_channels(self) -> int:
-        """How many channels of the feed-forward are mixed at run time; see `rotation`."""
-        return _mixed_channels(self.config, self.bits)
+    def mixed_channels(self, ffn_size: int) -> int:
+        """How many channels of a feed-forward of this size are mixed at run time; see `rotation`."""
+        return _mixed_channels(ffn_size, self.bits)
 
 
 class PackedSink(ABC):
@@ -146,7 +147,7 @@ class _Memory(PackedSink):
 
 
 def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> PackedWeights:
-    """Pack a llama, qwen2 or qwen3 model for the kernels.
+    """Pack a model for the kernels.
 
     Args:
         model: on the CPU, any floating dtype.
@@ -155,7 +156,7 @@ def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> 
             weights, which lose their quiet groups, than it gains in activations.
 
     Raises:
-        ConfigError: a routed model, another number of bits, or a model that is not on the CPU.
+        ConfigError: another number of bits, or a model that is not on the CPU.
     """
     return pack_parts(parts_of(model), bits, rotate=rotate)
 
@@ -214,7 +215,7 @@ class Packer:
 
     def __init__(self, parts: ModelParts, bits: int, *, rotate: bool | None = None, rounding: Rounding = round_nearest) -> None:
         model = parts.model
-        check_packable(model.config, model.inv_freq.device, bits)
+        check_packable(model.inv_freq.device, bits)
         self._parts, self._config, self._bits, self._rounding = parts, model.config, bits, rounding
         self._bits_beside = FLOAT_BITS if bits == FLOAT_BITS else 8
         rotates = bits == 8 if rotate is None else rotate
@@ -233,17 +234,51 @@ class Packer:
             self._add_layer(f"blocks.{number - 1}.", sink)
 
     def _add_layer(self, prefix: str, sink: PackedSink) -> None:
-        count = _mixed_channels(self._config, self._bits)
         attention_norm, mlp_norm = (self._parts.read(f"{prefix}{name}.weight") for name in ("attention_norm", "mlp_norm"))
         self._add_linear(sink, f"{prefix}qkv", f"{prefix}attention.qkv", partial(self._reading, norm_K=attention_norm))
         self._add_linear(sink, f"{prefix}out", f"{prefix}attention.out", writes=True)
-        self._add_linear(sink, f"{prefix}gate_up", f"{prefix}mlp.gate_up", partial(self._reading, norm_K=mlp_norm))
-        self._add_linear(sink, f"{prefix}down", f"{prefix}mlp.down", partial(_mixed, count=count), writes=True)
+        if f"{prefix}mlp.router" in self._parts.shapes:
+            self._add_experts(sink, prefix, mlp_norm)
+        else:
+            self._add_feed_forward(sink, prefix, f"{prefix}mlp.", mlp_norm)
         for name, norm in (("attention_norm", attention_norm), ("mlp_norm", mlp_norm)):
             sink.add_vector(f"{prefix}{name}", _vector(self._norm_weight(norm)))
         for name in ("query_norm", "key_norm"):
             if (parameter := f"{prefix}attention.{name}.weight") in self._parts.shapes:
                 sink.add_vector(f"{prefix}{name}", _vector(self._parts.read(parameter)))
+
+    def _add_feed_forward(self, sink: PackedSink, prefix: str, layer: str, norm_D: Tensor) -> None:
+        """A dense layer's, or the shared expert; `layer` is the prefix of its names in the model."""
+        self._add_linear(sink, f"{prefix}gate_up", f"{layer}gate_up", partial(self._reading, norm_K=norm_D))
+        self._add_linear(sink, f"{prefix}down", f"{layer}down", self._behind_mixed, writes=True)
+
+    def _add_experts(self, sink: PackedSink, prefix: str, norm_D: Tensor) -> None:
+        router_ED = self._parts.read(f"{prefix}mlp.router")
+        sink.add_matrix(f"{prefix}router.base", pack_floats(self._reading(router_ED, norm_D)))
+        sink.add_vector(f"{prefix}expert_bias", _vector(self._parts.read(f"{prefix}mlp.expert_bias")))
+        self._add_stack(sink, f"{prefix}experts.gate_up.base", f"{prefix}mlp.gate_up", partial(self._reading, norm_K=norm_D))
+        self._add_stack(sink, f"{prefix}experts.down.base", f"{prefix}mlp.down", self._behind_mixed, writes=True)
+        if f"{prefix}mlp.shared.down.weight" in self._parts.shapes:
+            self._add_feed_forward(sink, f"{prefix}shared.", f"{prefix}mlp.shared.", norm_D)
+
+    def _add_stack(self, sink: PackedSink, name: str, parameter: str, reads: Change, *, writes: bool = False) -> None:
+        """Matrices [E, V, K] of experts, one at a time; arguments as of `_add_linear`."""
+        experts, outputs, _ = self._parts.shapes[parameter]
+        pads = (0, 0, 0, -outputs % PANEL)
+        if self._bits == FLOAT_BITS:
+            sink.add_matrix(name, pack_floats(F.pad(self._parts.read(parameter), pads).flatten(0, 1)))
+            return
+        for expert in range(experts):
+            rows = reads(self._parts.read(parameter, (expert,)))
+            if writes and self._rotation is not None:
+                rows = self._rotation.outputs(rows)
+            rows, first = F.pad(rows, pads), expert * (outputs + pads[3])
+            sink.add_matrix(name, pack(self._rounding(name, rows, first, self._bits)), first, experts * len(rows))
+
+    def _behind_mixed(self, weight_TK: Tensor) -> Tensor:
+        """Rows of a matrix that reads a feed-forward's channels, mixed at run time."""
+        count = _mixed_channels(weight_TK.shape[1], self._bits)
+        return mix(weight_TK.float(), count) / count
 
     def _add_vocabulary(self, sink: PackedSink) -> None:
         norm = self._parts.read("norm.weight")
@@ -312,25 +347,18 @@ class Packer:
         return norm_D if self._rotation is None else torch.ones_like(norm_D)
 
 
-def _mixed(weight_TK: Tensor, count: int) -> Tensor:
-    """Rows of a matrix that reads the feed-forward's channels, mixed at run time."""
-    return mix(weight_TK.float(), count) / count
-
-
-def _mixed_channels(config: ModelConfig, bits: int) -> int:
+def _mixed_channels(ffn_size: int, bits: int) -> int:
     """Floats lose nothing by outliers."""
-    return 1 if bits == FLOAT_BITS else mixed_channels(config.ffn_size)
+    return 1 if bits == FLOAT_BITS else mixed_channels(ffn_size)
 
 
 def _vector(weight: Tensor) -> Tensor:
     return weight.detach().float().contiguous()
 
 
-def check_packable(config: ModelConfig, device: torch.device, bits: int) -> None:
-    """Raises: ConfigError: a model, a device of its weights or a width that the kernels do not run."""
+def check_packable(device: torch.device, bits: int) -> None:
+    """Raises: ConfigError: a device of the weights or a width that the kernels do not run."""
     if bits not in (FLOAT_BITS, 8, 4):
         raise ConfigError(f"{bits}-bit weights are not supported by the CPU kernels; use 8 or 4")
-    if config.moe is not None:
-        raise ConfigError(f"the CPU kernels run dense models, not the routed layers of {config.family}; use plain PyTorch")
     if device.type != "cpu":
         raise ConfigError(f"the model is on {device}; move it to the CPU before packing it")
