@@ -24,16 +24,16 @@ import random
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from decoders import Decoded, Decoder, EngineDecoder
 from prompts import SPLITS, Prompt, prompts
 
 import unmask
 from unmask.engine.llm import LanguageModel
-from unmask.engine.request import Completion, Request
 
 HINTS = (" Answer briefly.", " Answer in one or two sentences.")
 HINT_SHARE = 15
@@ -46,6 +46,8 @@ MAX_ASKED_CHARACTERS = 900
 """Of a paragraph that a prompt asks about: prompt and answer fit a training row."""
 SHARD_RECORDS = 1_000
 PROGRESS_SECONDS = 30.0
+SLOT_LENGTH = 704
+"""Tokens of a prompt and its answer on a GPU."""
 
 
 @dataclass
@@ -69,6 +71,11 @@ class Job:
     turns: list[str]
     messages: list[dict[str, str]] = field(default_factory=list)
     tokens: int = 0
+
+    @property
+    def seed(self) -> int:
+        """Of the sampling."""
+        return int(self.id[:16], 16) % 2**31 + len(self.id)
 
     @property
     def is_chat(self) -> bool:
@@ -153,50 +160,74 @@ def text_job(record: dict[str, str]) -> Job:
     return Job(id_, "continuation", record["split"], _temperature(id_), [record["prefix"]])
 
 
-def make_jobs(count: int, seed: int, texts: Sequence[dict[str, str]], continuation_share: float) -> list[Job]:
-    """About `count` jobs in a mixed order, `continuation_share` of them continuations as far as there are texts."""
-    num_texts = min(len(texts), round(count * continuation_share))
+def make_jobs(count: int, seed: int, texts: Sequence[dict[str, str]], continuation_share: float, answers: int = 1) -> list[Job]:
+    """About `count` jobs in a mixed order, `continuation_share` of them continuations as far as there are texts.
+
+    Every prompt has `answers` jobs: of the first the temperature is by chance, the second's is the other, more are sampled.
+    """
+    num_prompts = -(-count // answers)
+    num_texts = min(len(texts), round(num_prompts * continuation_share))
     rng = random.Random(seed)
     continued = rng.sample(list(texts), num_texts)
     # Texts that are continued are not asked about as well.
     prefixes = {record["prefix"] for record in continued}
     asked = [each["text"] for each in texts if each["prefix"] not in prefixes and len(each["text"]) <= MAX_ASKED_CHARACTERS]
-    jobs = [*map(text_job, continued), *map(chat_job, prompts(count - num_texts, seed, asked))]
+    made = [*map(text_job, continued), *map(chat_job, prompts(num_prompts - num_texts, seed, asked))]
+    jobs = list({job.id: job for job in made}.values())
+    num_distinct = len(jobs)
+    for number in range(1, answers):
+        jobs += [_again(job, number) for job in jobs[:num_distinct]]
     rng.shuffle(jobs)
     return jobs
 
 
-class Writer:
-    """Runs jobs through one engine, many at a time, and writes what comes of them."""
+def _again(job: Job, number: int) -> Job:
+    is_greedy = number == 1 and job.temperature > 0
+    temperature = 0.0 if is_greedy else SAMPLED_TEMPERATURE
+    return replace(job, id=f"{job.id}-{number}", temperature=temperature, turns=[*job.turns], messages=[*job.messages])
 
-    def __init__(self, model: LanguageModel, shards: Shards, *, max_num_seqs: int, max_new_tokens: int) -> None:
-        self._model, self._shards = model, shards
-        self._max_num_seqs, self._max_new_tokens = max_num_seqs, max_new_tokens
-        self._engine = model.engine(max_num_seqs=max_num_seqs)
+
+def read_jobs(path: Path) -> Iterator[Job]:
+    """Jobs written by `write_jobs`."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Job(**json.loads(line))
+
+
+def write_jobs(path: Path, jobs: Iterable[Job]) -> None:
+    """Write jobs that have not begun, a line each."""
+    path.write_text("".join(json.dumps(asdict(job), ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
+
+
+class Writer:
+    """Runs jobs through one decoder, many at a time, and writes what comes of them."""
+
+    def __init__(self, model: LanguageModel, decoder: Decoder, shards: Shards, *, max_new_tokens: int) -> None:
+        assert model.tokenizer is not None
+        self._model, self._tokenizer, self._decoder = model, model.tokenizer, decoder
+        self._shards, self._max_new_tokens = shards, max_new_tokens
         self.num_decoded = 0
 
     def run(self, jobs: Iterable[Job], target_tokens: int) -> Iterator[None]:
-        """Run jobs until there are none or the shards hold enough tokens; yields after every forward."""
+        """Run jobs until there are none or the shards hold enough tokens; yields after every step of the decoder."""
         waiting = (job for job in jobs if job.id not in self._shards.done)
         running: dict[int, Job] = {}
         while True:
-            while len(running) < self._max_num_seqs and self._shards.tokens < target_tokens:
+            while self._decoder.room > 0 and self._shards.tokens < target_tokens:
                 job = next(waiting, None)
                 if job is None:
                     break
-                running[self._engine.add(self._request(job))] = job
+                running[self._ask(job)] = job
             if not running:
                 return
-            for update in self._engine.step():
-                assert update.error is None
-                self.num_decoded += len(update.new_ids)
-                if update.completion is not None:
-                    job = running.pop(update.number)
-                    if self._goes_on(job, update.completion):
-                        running[self._engine.add(self._request(job))] = job
+            for decoded in self._decoder.step():
+                self.num_decoded += len(decoded.ids)
+                job = running.pop(decoded.number)
+                if self._goes_on(job, decoded):
+                    running[self._ask(job)] = job
             yield
 
-    def _request(self, job: Job) -> Request:
+    def _ask(self, job: Job) -> int:
         if job.is_chat:
             job.messages.append({"role": "user", "content": job.turns.pop(0)})
             ids = self._model.encode_chat(job.messages)
@@ -204,27 +235,22 @@ class Writer:
             ids = self._model.encode_prompt(job.turns[0], chat=False)
         num_turns = len(job.turns) + 1 if job.is_chat else 1
         share = max(MIN_TURN_TOKENS, (self._max_new_tokens - job.tokens) // num_turns)
-        return self._model.request(
-            tuple(ids),
-            max_new_tokens=min(share, self._max_new_tokens),
-            temperature=job.temperature,
-            seed=int(job.id, 16) % 2**31,
-        )
+        budget = min(share, self._max_new_tokens)
+        return self._decoder.add(ids, budget=budget, temperature=job.temperature, seed=job.seed)
 
-    def _goes_on(self, job: Job, completion: Completion) -> bool:
+    def _goes_on(self, job: Job, decoded: Decoded) -> bool:
         """Take in an answer; whether the conversation has another turn. One that is over is written or dropped."""
-        text = completion.text
-        assert text is not None, "a model with a tokenizer"
-        job.tokens += len(completion.ids)
-        finished = completion.finish_reason == "stop"
+        ids = decoded.ids[:-1] if decoded.ended else decoded.ids
+        text = self._tokenizer.decode(ids)
+        job.tokens += len(decoded.ids)
         if not text.strip() or loops(text):
             self._shards.drop(job.id)
             return False
         if job.is_chat:
             job.messages.append({"role": "assistant", "content": text})
-            if finished and job.turns:
+            if decoded.ended and job.turns:
                 return True
-        self._shards.write(job.split, job.record(text, finished))
+        self._shards.write(job.split, job.record(text, decoded.ended))
         return False
 
 
@@ -241,7 +267,17 @@ def _temperature(id_: str) -> float:
     return SAMPLED_TEMPERATURE if int(id_, 16) % 2 else 0.0
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def open_decoder(model: LanguageModel, device: str, max_num_seqs: int | None) -> Decoder:
+    """The engine on a CPU, slots on a GPU."""
+    if device == "cpu":
+        return EngineDecoder(model, max_num_seqs or 48)
+    from graph_decoder import GraphDecoder
+
+    return GraphDecoder(model.transformer, model.eos_ids, num_slots=max_num_seqs or 1024, max_length=SLOT_LENGTH)
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="an autoregressive model with a chat template")
     parser.add_argument("--out", type=Path, required=True)
@@ -249,20 +285,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=3_000_000, help="written by the model, after which it stops")
     parser.add_argument("--seconds", type=float, help="stop after so long [default: no limit]")
     parser.add_argument("--continuations", type=float, default=0.35, help="share of continuations among the prompts")
+    parser.add_argument("--answers", type=int, default=1, help="of every prompt; from the second on the temperature differs")
+    parser.add_argument("--jobs", type=Path, help="file of the prompts, made first if it is not there [default: in memory]")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of all answers of a conversation together")
-    parser.add_argument("--max-num-seqs", type=int, default=48, help="answered at the same time")
+    parser.add_argument("--max-num-seqs", type=int, help="answered at the same time [default: 48, on a GPU 1024]")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then --quantize is none")
     parser.add_argument("--quantize", default="int8", help="auto, none, int8 or int4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def planned_jobs(options: argparse.Namespace) -> Iterable[Job]:
+    """The jobs of `--jobs`, or those that the other options ask for."""
+    if options.jobs is not None and options.jobs.exists():
+        return read_jobs(options.jobs)
+    texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
+    count = max(100, options.tokens // TOKENS_PER_JOB)
+    jobs = make_jobs(count, options.seed, texts, options.continuations, options.answers)
+    if options.jobs is not None:
+        write_jobs(options.jobs, jobs)
+    return jobs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_options(argv)
     os.nice(options.nice)
     torch.set_num_threads(options.threads)
-    texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
     shards = Shards(options.out)
-    jobs = make_jobs(max(100, options.tokens // TOKENS_PER_JOB), options.seed, texts, options.continuations)
-    model = unmask.load(options.model, quantize=options.quantize)
-    writer = Writer(model, shards, max_num_seqs=options.max_num_seqs, max_new_tokens=options.max_new_tokens)
+    jobs = planned_jobs(options)
+    quantize = options.quantize if options.device == "cpu" else "none"
+    model = unmask.load(options.model, quantize=quantize, device=options.device)
+    decoder = open_decoder(model, options.device, options.max_num_seqs)
+    writer = Writer(model, decoder, shards, max_new_tokens=options.max_new_tokens)
     started, cpu_started = time.perf_counter(), time.process_time()
 
     def show() -> None:

@@ -73,7 +73,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, mask_id: int | None) -> Tensor:
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         log_p_NV = torch.empty_like(logits_NV, dtype=wide)
-        for logits, log_p in zip(logits_NV.split(_CACHED), log_p_NV.split(_CACHED), strict=True):
+        at_once = _CACHED if logits_NV.device.type == "cpu" else max(len(logits_NV), 1)
+        for logits, log_p in zip(logits_NV.split(at_once), log_p_NV.split(at_once), strict=True):
             torch.log_softmax(ban_mask(logits.to(wide), mask_id), -1, out=log_p)
         ctx.save_for_backward(log_p_NV, target_N)
         ctx.dtype = logits_NV.dtype

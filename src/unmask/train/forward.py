@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 AttentionBackend = Literal["dense", "blocked", "flex"]
 
 
-def make_attend(index: StreamIndex, backend: AttentionBackend) -> Attend:
-    """Attention under the training mask of a stream; all backends compute the same."""
-    if backend == "dense":
-        return DenseAttend(dense_mask(index))
-    if backend == "blocked":
-        return BlockedAttend(blocked_mask(index))
-    # Imported here: it loads torch._dynamo, which takes seconds and which only this backend needs.
-    from torch.nn.attention.flex_attention import create_block_mask
+def make_attend(index: StreamIndex, backend: AttentionBackend, num_queries: int | None = None) -> Attend:
+    """Attention under the training mask of a stream; all backends compute the same.
 
+    `num_queries`: the queries are so many of the first positions, the keys all; `blocked` is `dense` then.
+    """
     rows, length = index.copy_BT.shape
-    mask = create_block_mask(flex_mask_mod(index), rows, None, length, length, device=index.copy_BT.device)
-    return FlexAttend(mask)
+    if backend == "flex":
+        # Imported here: it loads torch._dynamo, which takes seconds and which only this backend needs.
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device = index.copy_BT.device
+        return FlexAttend(create_block_mask(flex_mask_mod(index), rows, None, num_queries or length, length, device=device))
+    if num_queries is not None:
+        return DenseAttend(dense_mask(index, queries=index[:, :num_queries]))
+    return DenseAttend(dense_mask(index)) if backend == "dense" else BlockedAttend(blocked_mask(index))
 
 
 def predicted_hidden(
@@ -121,7 +124,7 @@ def gated_hidden(
 
         with torch.no_grad():
             clean_layers(stream.tokens_BT[clean], stream.position_BT[clean], attend_clean)
-    over_all = DenseAttend(dense_mask(index, queries=index[noisy]))
+    over_all = make_attend(index, backend, count)
 
     def attend_noisy(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
         if clean_kv:

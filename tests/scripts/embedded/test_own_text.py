@@ -9,6 +9,7 @@ from typing import Any
 
 import own_text
 import pytest
+from decoders import EngineDecoder
 from own_text import Job, Shards, Writer, chat_job, cut_torn_line, loops, make_jobs, text_job
 from prompts import Prompt
 
@@ -42,7 +43,7 @@ def jobs() -> list[Job]:
 
 def write(model: LanguageModel, out: Path, todo: list[Job], tokens: int = 10**9) -> Shards:
     shards = Shards(out)
-    for _ in Writer(model, shards, max_num_seqs=3, max_new_tokens=BUDGET).run(todo, tokens):
+    for _ in Writer(model, EngineDecoder(model, 3), shards, max_new_tokens=BUDGET).run(todo, tokens):
         pass
     return shards
 
@@ -61,8 +62,7 @@ def test_records_are_what_the_model_says_alone(model: LanguageModel, tmp_path: P
     for job in map(chat_job, PROMPTS):
         record = found[job.id]
         ids = model.encode_chat([{"role": "user", "content": job.turns[0]}])
-        seed = int(job.id, 16) % 2**31
-        answer = model.complete(ids, max_new_tokens=BUDGET, temperature=job.temperature, seed=seed)
+        answer = model.complete(ids, max_new_tokens=BUDGET, temperature=job.temperature, seed=job.seed)
         assert record["messages"][-1] == {"role": "assistant", "content": model.tokenizer.decode(answer.ids)}
         assert record["tokens"] == len(answer.ids)
         assert record["ended"] == (answer.finish_reason == "stop")
