@@ -35,7 +35,7 @@ from unmask.models.native.interface import Kernels
 from unmask.models.native.library import kernel_variant, load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
-from unmask.models.native.quantize import quantize
+from unmask.models.native.quantize import GROUP, round_bytes, round_codes
 from unmask.models.native.variants import FLAGS, SOURCES, variants_of
 
 SHAPES = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -69,13 +69,14 @@ class Way:
 
     products: list[Product]
     weight: Tensor
-    rounds_activations: bool
+    rounded_inputs: int | None
+    """How many activations share a scale; None: they are not rounded."""
 
     def expected(self, x: Tensor) -> Tensor:
-        if not self.rounds_activations:
-            return (x.double() @ self.weight.double().T).float()
-        q, scale = round_rows(x)
-        return (q.double() @ self.weight.double().T).float() * scale
+        if self.rounded_inputs is not None:
+            q, scale = round_rows(x.view(-1, self.rounded_inputs))
+            x = (q.double() * scale.double()).view(x.shape)
+        return (x.double() @ self.weight.double().T).float()
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
     """Every way there is, by name. The libraries' take a float matrix and round its rows as ours do."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-    eight, four = quantize(weight, 8), quantize(weight, 4)
+    eight, four = round_bytes(weight), round_codes(weight)
     copies = range(max(2, COLD_BYTES // (inputs * outputs)))
 
     def int_mm(_: int) -> Product:
@@ -141,13 +142,13 @@ def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
         return product
 
     return {
-        "float32": Way([plain(i) for i in copies], weight, False),
-        "onednn float32": Way([packed_float(i) for i in copies], weight, False),
-        "_int_mm": Way([int_mm(i) for i in copies], eight.dequantize(), True),
-        "onednn qlinear": Way([onednn(i) for i in copies], eight.dequantize(), True),
-        "_weight_int8pack_mm": Way([weight_only(i) for i in copies], eight.dequantize(), False),
-        "ours, int8": Way([ours(8)(i) for i in copies], eight.dequantize(), True),
-        "ours, int4": Way([ours(4)(i) for i in copies], four.dequantize(), True),
+        "float32": Way([plain(i) for i in copies], weight, None),
+        "onednn float32": Way([packed_float(i) for i in copies], weight, None),
+        "_int_mm": Way([int_mm(i) for i in copies], eight.dequantize(), inputs),
+        "onednn qlinear": Way([onednn(i) for i in copies], eight.dequantize(), inputs),
+        "_weight_int8pack_mm": Way([weight_only(i) for i in copies], eight.dequantize(), None),
+        "ours, int8": Way([ours(8)(i) for i in copies], eight.dequantize(), inputs),
+        "ours, int4": Way([ours(4)(i) for i in copies], four.dequantize(), GROUP),
     }
 
 

@@ -31,6 +31,16 @@ static inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
     return c;
 }
 
+static inline __m512i widened(__m128i bytes) {
+    uint8_t narrow[16];
+    int32_t wide[16];
+    memcpy(narrow, &bytes, 16);
+    for (int i = 0; i < 16; i++) wide[i] = narrow[i];
+    __m512i out;
+    memcpy(&out, wide, 64);
+    return out;
+}
+
 // The tile registers of a thread.
 struct Tiles {
     struct {
@@ -62,6 +72,10 @@ struct Tiles {
         for (int row = 0; row < shapes.rows[tile]; row++)
             memcpy(static_cast<char*>(to) + row * stride, data[tile][row], shapes.row_bytes[tile]);
     }
+    void zero(int tile) {
+        check(shapes.palette == 1 && shapes.rows[tile] > 0, "zero of a tile without a shape");
+        memset(data[tile], 0, sizeof data[tile]);
+    }
     void dpbsud(int sum, int a, int b) {
         const int rows = shapes.rows[sum], columns = shapes.row_bytes[sum] / 4, inner = shapes.row_bytes[a] / 4;
         check(rows > 0 && shapes.rows[a] == rows && shapes.rows[b] == inner && shapes.row_bytes[b] == 4 * columns, "a product");
@@ -79,18 +93,22 @@ static thread_local Tiles tiles;
 }  // namespace emulated
 
 #undef _mm512_fmadd_ps
+#undef _mm512_cvtepu8_epi32
 #undef _mm512_dpbusd_epi32
 #undef _mm256_dpbusd_avx_epi32
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
 #undef _tile_stored
+#undef _tile_zero
 #undef _tile_dpbsud
 #define _mm512_fmadd_ps emulated::fmadd
+#define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_dpbusd_epi32 emulated::dpbusd<__m512i>
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd<__m256i>
 #define _tile_loadconfig(from) emulated::tiles.configure(from)
 #define _tile_release() memset(&emulated::tiles, 0, sizeof emulated::tiles)
 #define _tile_loadd(tile, from, stride) emulated::tiles.load(tile, from, stride)
 #define _tile_stored(tile, to, stride) emulated::tiles.store(tile, to, stride)
+#define _tile_zero(tile) emulated::tiles.zero(tile)
 #define _tile_dpbsud(sum, a, b) emulated::tiles.dpbsud(sum, a, b)

@@ -38,10 +38,9 @@ struct Memory {
     // As quantize.py packs a matrix; not its numbers.
     Linear linear(int64_t inputs, int64_t outputs, int64_t bits, bool bias) {
         const int64_t step = bits == 4 ? kGroup : kStep;
-        Linear w{nullptr, nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits};
+        Linear w{nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits};
         const int64_t channels = w.panels() * kLanes;
         w.weight = w.is_float() ? floating(channels * w.depth, bits) : small(w.panels() * w.panel_bytes(), 0, 255);
-        if (bits == 4) w.group_scale = small(channels * w.depth / kGroup, 1, 16);
         w.scale = real(channels, 1e-4f, 2e-3f);
         if (bias) w.bias = real(channels, -0.1f, 0.1f);
         return w;

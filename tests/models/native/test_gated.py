@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.native.test_packed import SLOTS, exactly_summed, new_kv_cache, plain_attend, run_with_threads
+from models.native.test_packed import SLOTS, exactly_summed, new_kv_cache, plain_attend, rounded_product, run_with_threads
 from tiny import MASK, row_errors, tiny_model
 from unmask.engine.backends.native import NativeBackend
 from unmask.engine.batch import Batch, SequenceSlice
@@ -18,7 +18,6 @@ from unmask.models.arch.layers import GatedLoraLinear
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.interface import Kernels
 from unmask.models.native.packing import FLOAT_BITS, pack_model
-from unmask.models.native.quantize import quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
 # Odd sizes and ranks, so that every tail of every loop runs; each with a rank.
@@ -59,25 +58,19 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
         x, layer = mix(x, self.mixed), self.layer
-        out = self.product(x, mix(layer.weight, self.mixed) / self.mixed, self.bits)
+        out = rounded_product(x, mix(layer.weight, self.mixed) / self.mixed, self.bits)
         if layer.bias is not None:
             out = out + layer.bias
         if open_ is None:
             return out
-        low = self.product(x, mix(layer.gated_in, self.mixed) / self.mixed, 8)
-        return out + self.product(low, layer.gated_out, 8) * open_[..., None]
-
-    def product(self, x: Tensor, weight: Tensor, bits: int) -> Tensor:
-        peak = x.abs().amax(-1, keepdim=True)
-        q = (x * (torch.full_like(peak, 127) / peak)).round()  # `127 / peak` would multiply by a rounded reciprocal
-        matrix = quantize(weight, bits)
-        return (q.double() @ matrix.integers_NK.double().T).float() * (peak / 127) * matrix.scale_N
+        low = rounded_product(x, mix(layer.gated_in, self.mixed) / self.mixed, 8)
+        return out + rounded_product(low, layer.gated_out, 8) * open_[..., None]
 
 
 def rounded(model: Transformer, bits: int) -> Transformer:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, GatedLoraLinear):
-            mixed = mixed_channels(model.config.ffn_size) if name.endswith("down") else 1
+            mixed = mixed_channels(model.config.ffn_size) if name.endswith("down") and bits == 8 else 1
             model.set_submodule(name, Rounded(layer, bits, mixed))
     return model
 

@@ -25,7 +25,7 @@ from unmask.models.arch.moe import MoE, route
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.interface import Kernels
 from unmask.models.native.packing import FLOAT_BITS, pack_model
-from unmask.models.native.quantize import quantize
+from unmask.models.native.quantize import GROUP, QuantizedMatrix, quantize
 from unmask.models.native.rotation import mix, mixed_channels
 
 SLOTS = 300
@@ -79,17 +79,31 @@ def plain_attend(batch: Batch, kv_cache: Tensor) -> SequentialAttend:
     return SequentialAttend(batch, kv_cache.transpose(2, 3)[:, :, :, None])
 
 
+def rounded_product(x: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """`x W^T` with the kernels' quantisation: integers summed exactly, in float64."""
+    matrix = quantize(weight, bits)
+    if isinstance(matrix, QuantizedMatrix):
+        q, scale = rounded_to_bytes(x)
+        return (q @ matrix.integers_NK.double().T).float() * scale * matrix.scale_N
+    q, scale = rounded_to_bytes(F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)))
+    return ((q * scale).flatten(-2)[..., : x.shape[-1]] @ matrix.dequantize().double().T).float()
+
+
+def rounded_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers up to 127, in float64, and the scale of each last dimension."""
+    peak = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)  # `127 / peak` would multiply by a rounded reciprocal
+    return (x * inverse).round().double(), peak / 127
+
+
 class Reference:
-    """A forward and a head with the kernels' quantisation: integers summed exactly, in float64."""
+    """A forward and a head with the kernels' quantisation."""
 
     def __init__(self, model: Transformer, bits: int) -> None:
         self.model, self.bits = model, bits
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-        peak = x.abs().amax(-1, keepdim=True)
-        q = (x * (torch.full_like(peak, 127) / peak)).round()  # `127 / peak` would multiply by a rounded reciprocal
-        matrix = quantize(weight, bits)
-        out = (q.double() @ matrix.integers_NK.double().T).float() * (peak / 127) * matrix.scale_N
+        out = rounded_product(x, weight, bits)
         return out if bias is None else out + bias
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -117,7 +131,7 @@ class Reference:
     def gated(self, x: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> Tensor:
         gate_up_bias, down_bias = biases or (None, None)
         gate, up = self.linear(x, gate_up, gate_up_bias, self.bits).chunk(2, dim=-1)
-        count = mixed_channels(down.shape[1])
+        count = mixed_channels(down.shape[1]) if self.bits == 8 else 1
         return self.linear(mix(F.silu(gate) * up, count), mix(down, count) / count, down_bias, self.bits)
 
     def experts(self, x: Tensor, mlp: MoE) -> Tensor:

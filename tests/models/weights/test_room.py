@@ -52,7 +52,7 @@ def test_packed_weights_take_about_what_is_summed_up(bits: int, changes: dict[st
     family = "llada2" if "moe" in changes else "llama"
     model = tiny_model(family, hidden_size=128, ffn_size=256, head_dim=32, vocab_size=512, **changes)
     packed = pack_model(model, bits)
-    tensors = [getattr(matrix, name) for matrix in packed.matrices.values() for name in ("weight", "group_scale", "scale")]
+    tensors = [getattr(matrix, name) for matrix in packed.matrices.values() for name in ("weight", "scale")]
     total = sum(tensor.nbytes for tensor in [*tensors, *packed.vectors.values()] if tensor is not None)
     assert packed_bytes(model.config, torch.float32, bits) == pytest.approx(total, rel=0.02)
 

@@ -96,78 +96,84 @@ INLINE void store_inputs(Input* to, Twice<V> x) {
     store_inputs(to + sizeof(V) / 4, x.hi);
 }
 
-// The same for the nibbles of 4-bit weights, q in 0..15, whose sums over a group of 32 inputs fit into 16 bits. A register's lane
-// holds eight inputs of a channel: four in the lower nibbles (half 0), four in the upper ones.
+// The same for the codes of 4-bit weights, 0..15, and inputs of 8 bits in their order. A register's lane holds eight codes of a channel:
+// four in the lower nibbles (half 0), four in the upper ones. Sums of a group of 32 inputs fit into 16 bits.
 #if defined(UNMASK_AVX2) && !defined(UNMASK_AVXVNNI)
-#define UNMASK_NIBBLE_PAIRS 1  // a lane's sums are two of 16 bits: of the first two of each four inputs, and of the others
-typedef int8_t NibbleInput;
-constexpr int kNibblePasses = 1;
+#define UNMASK_CODE_PAIRS 1  // a lane's sums are two of 16 bits: of the first two of each four inputs, and of the others
+typedef int8_t GroupInput;
+constexpr int kCodePasses = 1;
+typedef NativeInts Multiples;
 #else
-typedef Input NibbleInput;
-constexpr int kNibblePasses = kPasses;
+typedef Input GroupInput;
+constexpr int kCodePasses = kPasses;
+typedef NativeFloats Multiples;
 #endif
-constexpr bool kCopiesNibbleInputs = sizeof(NibbleInput) != sizeof(Input);
 
-INLINE NativeInts nibbles_of(NativeInts eight, int half, int pass) {
+INLINE NativeInts codes_of(NativeInts eight, int half, int pass) {
     const NativeInts bytes = (half ? eight >> 4 : eight) & 0x0f0f0f0f;
-    if (kNibblePasses == 1) return bytes;
+    if (kCodePasses == 1) return bytes;
     return pass == 0 ? bytes & 0x00ff00ff : bytes >> 8 & 0x00ff00ff;
 }
 
-INLINE NativeInts nibble_inputs_of(const NibbleInput* from, int pass) {
-    return splat_to<NativeInts>(load<int32_t>(from + 2 * pass));
-}
+INLINE NativeInts group_inputs_of(const GroupInput* from, int pass) { return splat_to<NativeInts>(load<int32_t>(from + 2 * pass)); }
 
-INLINE NativeInts nibble_dot(NativeInts sum, NativeInts weights, NativeInts inputs) {
-#if defined(UNMASK_NIBBLE_PAIRS)
-    sum = (NativeInts)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, (__m256i)inputs));
+INLINE NativeInts code_dot(NativeInts sum, NativeInts codes, NativeInts inputs) {
+#if defined(UNMASK_CODE_PAIRS)
+    sum = (NativeInts)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)codes, (__m256i)inputs));
     UNMASK_ADDED(sum);
     return sum;
 #else
-    return dot(sum, weights, inputs);
+    return dot(sum, codes, inputs);
 #endif
 }
 
-// What a group's sum begins with: -8 times the sum of its inputs, so that it becomes that of (q - 8) * input.
-INLINE int32_t nibble_start_of(const NibbleInput* inputs, int64_t count) {
-#if defined(UNMASK_NIBBLE_PAIRS)
-    int32_t first = 0, second = 0;
-    for (int64_t i = 0; i < count; i += 4) first += inputs[i] + inputs[i + 1], second += inputs[i + 2] + inputs[i + 3];
-    return int32_t(uint32_t(-8 * second) << 16 | (uint32_t(-8 * first) & 0xffff));
+// A byte for each of kNative channels.
+INLINE NativeInts widened(const uint8_t* from) {
+#if defined(UNMASK_AVX512)
+    return (NativeInts)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(UNMASK_AVX2)
+    return (NativeInts)_mm256_cvtepu8_epi32(_mm_loadu_si64(from));
+#elif defined(UNMASK_SSE2)
+    const __m128i zero = _mm_setzero_si128(), bytes = _mm_cvtsi32_si128(load<int32_t>(from));
+    return (NativeInts)_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero);
+#elif defined(UNMASK_NEON)
+    return (NativeInts)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(load<uint32_t>(from)))));
 #else
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += inputs[i];
-    return -8 * sum;
-#endif
-}
-
-// The integers of a group, of kNative channels, as `nibble_product` takes them.
-INLINE NativeInts nibble_scale(const uint8_t* from) {
     typedef uint8_t Narrow __attribute__((vector_size(kNative)));
-    const NativeInts wide = __builtin_convertvector(load<Narrow>(from), NativeInts);
-#if defined(UNMASK_NIBBLE_PAIRS)
-    return wide | wide << 16;
-#else
-    return wide;
+    return __builtin_convertvector(load<Narrow>(from), NativeInts);
 #endif
 }
 
-INLINE NativeInts nibble_product(NativeInts sum, NativeInts scale) {
-#if defined(UNMASK_NIBBLE_PAIRS)
-    return (NativeInts)_mm256_madd_epi16((__m256i)sum, (__m256i)scale);
+// A group's multiples as `scaled` takes them.
+INLINE Multiples multiples_of(NativeInts multiple) {
+#if defined(UNMASK_CODE_PAIRS)
+    return multiple | multiple << 16;
 #else
-    return sum * scale;
+    return to_floats(multiple);
 #endif
 }
 
-// Stores integers of a quantised row in their order.
+// A group's sums times its multiples: exact, as the products have 24 bits.
+INLINE NativeFloats scaled(NativeInts sum, Multiples multiple) {
+#if defined(UNMASK_CODE_PAIRS)
+    return to_floats((NativeInts)_mm256_madd_epi16((__m256i)sum, (__m256i)multiple));
+#else
+    return to_floats(sum) * multiple;
+#endif
+}
+
+// Stores integers of a row that is quantised in groups as `group_inputs_of` reads them.
 template <class V>
-INLINE void store_nibble_inputs(NibbleInput* to, V x) {
+INLINE void store_group_inputs(GroupInput* to, V x) {
+#if defined(UNMASK_CODE_PAIRS)
     if constexpr (kIsTwice<V>) {
-        store_nibble_inputs(to, x.lo);
-        store_nibble_inputs(to + sizeof(x.lo) / 4, x.hi);
+        store_group_inputs(to, x.lo);
+        store_group_inputs(to + sizeof(x.lo) / 4, x.hi);
     } else {
-        typedef NibbleInput Narrow __attribute__((vector_size(kNative * sizeof(NibbleInput))));
+        typedef int8_t Narrow __attribute__((vector_size(kNative)));
         store(to, __builtin_convertvector(x, Narrow));
     }
+#else
+    store_inputs(to, x);
+#endif
 }

@@ -137,7 +137,6 @@ struct Touched {
 };
 
 struct ExpertWork {
-    Rows routed;  // rows as the router reads them
     RouterWork router;
     int64_t *pair, *row;  // [rows][active]: where a row and this expert are among the pairs; and the row of a pair
     int64_t* ends;        // [experts]
@@ -145,12 +144,14 @@ struct ExpertWork {
     Rows pairs, gated;
     float *gate_up, *out;
 
-    ExpertWork(const Model& m, int64_t rows, int threads, int64_t bits, Arena& arena)
-        : routed(arena.take_rows(m.routing.experts ? rows : 0, m.hidden, 32)), router(m.routing, rows, threads, arena) {
+    ExpertWork(const Model& m, int64_t rows, int threads, Arena& arena) : router(m.routing, rows, threads, arena) {
         const int64_t experts = m.routing.experts, size = m.routing.size, count = rows * m.routing.active;
         pair = arena.take<int64_t>(count), row = arena.take<int64_t>(count), ends = arena.take<int64_t>(experts);
         touched = arena.take<Touched>(std::min(experts, count));
-        pairs = arena.take_rows(count, m.hidden, bits), gated = arena.take_rows(count, size, bits);
+        int pair_forms = 0, gated_forms = 0;
+        for (const Layer* l = m.layers; l < m.layers + m.num_layers; l++)
+            if (l->experts) pair_forms |= l->experts->gate_up.form(), gated_forms |= l->experts->down.form();
+        pairs = arena.take_rows(count, m.hidden, pair_forms), gated = arena.take_rows(count, size, gated_forms);
         gate_up = arena.take<float>(count * gate_up_stride(size)), out = arena.take<float>(count * m.hidden);
     }
 };
@@ -159,11 +160,8 @@ struct ExpertWork {
 struct ThreadMemory {
     float* scratch;
     int64_t scratch_floats;
-    uint8_t* unpacked;
-    int64_t unpacked_size;
 
     float* scratch_of(int thread) const { return scratch + thread * scratch_floats; }
-    uint8_t* unpacked_of(int thread) const { return unpacked + thread * unpacked_size; }
 };
 
 // The feed-forward of a layer with experts, shared and routed, over rows that are normed; adds to the hidden states.
@@ -180,13 +178,13 @@ struct RoutedLayer {
 
     void run() const {
         team.share(l.experts->router.panels(), kPanelGrain, [&](Range panels, int) {
-            gemm(l.experts->router, work.routed, {0, step.rows}, panels, {work.router.scores, r.experts}, nullptr);
+            gemm(l.experts->router, normed, {0, step.rows}, panels, {work.router.scores, r.experts});
         });
         route(r, l.experts->bias, work.router, step, team);
         const int64_t num_touched = sort_pairs();
         if (step.touched) step.touched[&l - m.layers] = num_touched;
         team.share(num_pairs(), kRowGrain, [&](Range pairs, int) {
-            for (int64_t p = pairs.from; p < pairs.to; p++) copy_row(normed, work.row[p], work.pairs, p);
+            for (int64_t p = pairs.from; p < pairs.to; p++) copy_row(normed, work.row[p], work.pairs, p, l.experts->gate_up.form());
         });
         products(l.gate_up.base, l.experts->gate_up, 2 * r.size, num_touched, normed, work.pairs,
                  {shared_gate_up, gate_up_stride(l.ffn)}, {work.gate_up, gate_up_stride(r.size)});
@@ -222,14 +220,13 @@ struct RoutedLayer {
     void products(const Linear& shared, const Linear& stack, int64_t outputs, int64_t num_touched, const Rows& rows,
                   const Rows& pairs, const Target& shared_to, const Target& to) const {
         const int64_t first = l.ffn ? shared.panels() : 0, each = stack.part(0, outputs).panels();
-        team.share(first + num_touched * each, kPanelGrain, [&](Range panels, int thread) {
-            uint8_t* unpacked = memory.unpacked_of(thread);
-            if (panels.from < first) gemm(shared, rows, {0, step.rows}, {panels.from, std::min(panels.to, first)}, shared_to, unpacked);
+        team.share(first + num_touched * each, kPanelGrain, [&](Range panels, int) {
+            if (panels.from < first) gemm(shared, rows, {0, step.rows}, {panels.from, std::min(panels.to, first)}, shared_to);
             for (int64_t panel = std::max(panels.from, first), count; panel < panels.to; panel += count) {
                 const Touched& t = work.touched[(panel - first) / each];
                 const int64_t from = (panel - first) % each;
                 count = std::min(each - from, panels.to - panel);
-                gemm(stack.part(t.expert, outputs), pairs, {t.from, t.to}, {from, from + count}, to, unpacked);
+                gemm(stack.part(t.expert, outputs), pairs, {t.from, t.to}, {from, from + count}, to);
             }
         });
     }
@@ -243,7 +240,8 @@ struct RoutedLayer {
                 const int64_t row = is_shared ? i : i - shared_rows, size = is_shared ? l.ffn : r.size;
                 swiglu((is_shared ? shared_gate_up : work.gate_up) + row * gate_up_stride(size), size, scratch);
                 mix(scratch, size, is_shared ? l.mixed : r.mixed);
-                store_row(scratch, size, is_shared ? shared_gated : work.gated, row);
+                if (is_shared) store_row(scratch, size, shared_gated, row, l.down.forms());
+                else store_row(scratch, size, work.gated, row, l.experts->down.form());
             }
         });
     }

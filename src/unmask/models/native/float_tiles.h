@@ -25,9 +25,9 @@ INLINE NativeFloats float_weights(const uint8_t* from, int odd) {
 }
 
 template <int kBits>
-struct FloatTiles {
+struct FloatTiles : RegisterTiles {
     static constexpr int kRows = kFloatRows, kPanels = kFloatPanels;
-    static constexpr int64_t kDepth = kFloatChunk;
+    static constexpr int64_t kDepth = kFloatChunk, kFetchStep = kStep;
     // Rows that stay in the second-level cache.
     static int64_t row_block(int64_t depth) { return std::max<int64_t>(65536 / depth, 1) * kRows; }
 

@@ -12,9 +12,11 @@ static void (*tile_of(int64_t rows, std::integer_sequence<int, R...>))(const Til
     return tiles[rows - 1];
 }
 
-// Computes a tile of so many rows and panels, at most kRows and kPanels.
+// Computes a tile of so many rows and panels, at most kRows and kPanels; or many rows, where there are tiles for them.
 template <class Tiles, int P = Tiles::kPanels>
 static void compute(const Tile& t, int64_t rows, int64_t panels) {
+    if constexpr (Tiles::kManyRows > 0)
+        if (rows > Tiles::kRows) return Tiles::many(t, rows, panels);
     if constexpr (P > 1)
         if (panels < P) return compute<Tiles, P - 1>(t, rows, panels);
     tile_of<Tiles, P>(rows, std::make_integer_sequence<int, Tiles::kRows>())(t);
@@ -23,14 +25,9 @@ static void compute(const Tile& t, int64_t rows, int64_t panels) {
 // Rows of the next tile, when there are so many left: about the same for all.
 template <class Tiles>
 INLINE int64_t tile_height(int64_t rows) {
+    if (Tiles::kManyRows > 0 && rows > Tiles::kRows) return std::min<int64_t>(rows, Tiles::kManyRows);
     const int64_t tiles = (rows + Tiles::kRows - 1) / Tiles::kRows;
     return (rows + tiles - 1) / tiles;
-}
-
-// The weights of some panels as tiles read them.
-template <class Tiles>
-INLINE const uint8_t* weights_of_panels(const Linear& w, int64_t panel, int64_t, uint8_t*) {
-    return w.weight + panel * w.panel_bytes();
 }
 
 #if defined(UNMASK_AMX)
@@ -38,20 +35,20 @@ INLINE const uint8_t* weights_of_panels(const Linear& w, int64_t panel, int64_t,
 #endif
 
 template <class Tiles>
-static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to, uint8_t* unpacked = nullptr) {
-    const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth);
+static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to) {
+    const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth), step = Tiles::kFetchStep;
     for (int64_t start = rows.from; start < rows.to; start += block) {
         const int64_t stop = std::min(start + block, rows.to), height = tile_height<Tiles>(stop - start);
         const int64_t tiles = (stop - start + height - 1) / height;
         for (int64_t panel = panels.from; panel < panels.to; panel += Tiles::kPanels) {
             const int64_t wide = std::min<int64_t>(Tiles::kPanels, panels.to - panel);
-            const uint8_t* weights = weights_of_panels<Tiles>(w, panel, wide, unpacked);
+            const uint8_t* weights = w.weight + panel * w.panel_bytes();
             // The next panels come from memory while these are computed on, a part with each tile.
-            const int64_t lines = (wide * w.bytes_of(kStep) + 64 * tiles - 1) / (64 * tiles);
+            const int64_t steps = w.depth / step * tiles, lines = (wide * w.panel_bytes() + 64 * steps - 1) / (64 * steps);
             Ahead ahead = {w.weight + (panel + wide) * w.panel_bytes(), lines};
             for (int64_t from = 0; from < w.depth; from += chunk) {
                 const int64_t depth = std::min(chunk, w.depth - from);
-                for (int64_t row = start; row < stop; ahead.from += lines * depth / kStep * 64) {
+                for (int64_t row = start; row < stop; ahead.from += lines * depth / step * 64) {
                     const int64_t tall = tile_height<Tiles>(stop - row);
                     compute<Tiles>({w, weights + w.bytes_of(from), panel, a, row, {from, from + depth}, to, ahead}, tall, wide);
                     row += tall;
@@ -61,26 +58,14 @@ static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, c
     }
 }
 
-// Memory that a thread's products need, where tiles read 4-bit weights as bytes.
-static int64_t unpacked_bytes(const Linear& w) {
-#if defined(UNMASK_AMX)
-    return w.bits == 4 ? w.depth * kLanes * AmxTiles::kPanels : 0;
-#else
-    (void)w;
-    return 0;
-#endif
-}
-
-// Rows x panels of a product; `unpacked`: `unpacked_bytes` of memory.
-static void gemm(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to, [[maybe_unused]] uint8_t* unpacked) {
+// Rows x panels of a product.
+static void gemm(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to) {
     switch (w.bits) {
         case 32: return multiply<FloatTiles<32>>(w, a, rows, panels, to);
         case 16: return multiply<FloatTiles<16>>(w, a, rows, panels, to);
 #if defined(UNMASK_AMX)
-        case 8: return multiply<AmxTiles>(w, a, rows, panels, to);
-        case 4:
-            if (rows.to - rows.from > kTileRows) return multiply<AmxTiles>(w, a, rows, panels, to, unpacked);
-            return multiply<Int4Tiles>(w, a, rows, panels, to);
+        case 8: return multiply<AmxInt8Tiles>(w, a, rows, panels, to);
+        case 4: return multiply<AmxInt4Tiles>(w, a, rows, panels, to);
 #else
         case 8: return multiply<Int8Tiles>(w, a, rows, panels, to);
         case 4: return multiply<Int4Tiles>(w, a, rows, panels, to);

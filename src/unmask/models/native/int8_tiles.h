@@ -3,29 +3,28 @@
 
 #include "linear.h"
 
-// Turns integer sums of one panel into outputs.
+// Turns sums of one panel, in units of the channels' scales, into outputs.
 struct Finish {
-    const Rows& a;
     const Target& to;
     int64_t channel;
     int count;
     Floats scale, bias;
 
-    Finish(const Linear& w, const Rows& rows, const Target& target, int64_t panel)
-        : a(rows), to(target), channel(panel * kLanes), count(lanes_left(channel, w.outputs)),
-          scale(load<Floats>(w.scale + channel)), bias(w.bias ? load<Floats>(w.bias + channel) : Floats{}) {}
+    Finish(const Linear& w, const Target& target, int64_t panel)
+        : to(target), channel(panel * kLanes), count(lanes_left(channel, w.outputs)), scale(load<Floats>(w.scale + channel)),
+          bias(w.bias ? load<Floats>(w.bias + channel) : Floats{}) {}
 
-    __attribute__((always_inline)) void row(Ints sum, int64_t row) const {
+    __attribute__((always_inline)) void row(Floats sum, int64_t row) const {
         float* out = to.out + row * to.stride + channel - to.first;
-        Floats value = to_floats(sum) * a.scale[row] * scale + bias;
+        Floats value = sum * scale + bias;
         if (to.add) value += load_some(out, count);
         store_some(out, value, count);
     }
 };
 
 // What tiles of integers share: sums over the whole depth, and rows that stay in the second-level cache.
-struct IntegerTiles {
-    static constexpr int64_t kDepth = INT64_MAX;
+struct IntegerTiles : RegisterTiles {
+    static constexpr int64_t kDepth = INT64_MAX, kFetchStep = kStep;
     static int64_t row_block(int64_t) { return 256; }
 };
 
@@ -67,9 +66,9 @@ struct Int8Tiles : IntegerTiles {
         }
         UNMASK_UNROLL_IN_CLANG
         for (int p = 0; p < P; p++) {
-            const Finish finish(t.w, t.a, t.to, t.panel + p);
+            const Finish finish(t.w, t.to, t.panel + p);
             UNMASK_UNROLL_IN_CLANG
-            for (int r = 0; r < R; r++) finish.row(load<Ints>(sums[r] + p * kParts), t.row + r);
+            for (int r = 0; r < R; r++) finish.row(to_floats(load<Ints>(sums[r] + p * kParts)) * t.a.scale[t.row + r], t.row + r);
         }
     }
 };

@@ -29,32 +29,27 @@ struct Workspace {
     ExpertWork experts;
     ThreadMemory memory;
 
-    Workspace(const Model& m, int64_t rows, int threads, Arena& arena)
-        : experts(m, rows, threads, m.layers->qkv.base.bits, arena) {
-        int64_t ffn = 0, unpacked_size = 0;
+    Workspace(const Model& m, int64_t rows, int threads, Arena& arena) : experts(m, rows, threads, arena) {
+        int64_t ffn = 0;
+        int normed_forms = 0, attended_forms = 0, gated_forms = 0, lowered_forms = 0;
         for (const Layer* l = m.layers; l < m.layers + m.num_layers; l++) {
             ffn = std::max(ffn, l->ffn);
-            for (const Linear* w : {&l->qkv.base, &l->out.base, &l->gate_up.base, &l->down.base})
-                unpacked_size = std::max(unpacked_size, unpacked_bytes(*w));
-            if (l->experts) unpacked_size = std::max({unpacked_size, unpacked_bytes(l->experts->gate_up), unpacked_bytes(l->experts->down)});
+            normed_forms |= l->qkv.forms() | l->feed_forms(), attended_forms |= l->out.forms(), gated_forms |= l->down.forms();
+            lowered_forms |= l->qkv.out.form();
         }
         qkv = arena.take<float>(rows * m.qkv());
         heads = arena.take<float>(rows * m.attended());
         gate_up = arena.take<float>(rows * gate_up_stride(ffn));
-        const int64_t bits = m.layers->qkv.base.bits;
-        normed = arena.take_rows(rows, m.hidden, bits);
-        attended = arena.take_rows(rows, m.attended(), bits);
-        gated = arena.take_rows(rows, ffn, bits);
+        normed = arena.take_rows(rows, m.hidden, normed_forms);
+        attended = arena.take_rows(rows, m.attended(), attended_forms);
+        gated = arena.take_rows(rows, ffn, gated_forms);
         low = arena.take<float>(rows * m.rank);
-        lowered = arena.take_rows(m.rank ? rows : 0, m.rank, m.layers->qkv.out.bits);
+        lowered = arena.take_rows(m.rank ? rows : 0, m.rank, lowered_forms);
         slots = arena.take<const int64_t*>(rows);
         parts.done = arena.take<std::atomic<int64_t>>(kMaxParts);
         parts.results = arena.take<float>(kMaxParts * Partial::floats(m.head_dim));
-        memory.scratch_floats =
-            std::max({m.hidden, ffn, m.routing.size, AttentionScratch::floats(m.head_dim)}) + kLanes;
+        memory.scratch_floats = std::max({m.hidden, ffn, m.routing.size, AttentionScratch::floats(m.head_dim)}) + kLanes;
         memory.scratch = arena.take<float>(threads * memory.scratch_floats);
-        memory.unpacked_size = unpacked_size;
-        memory.unpacked = arena.take<uint8_t>(threads * unpacked_size);
     }
 };
 
@@ -69,13 +64,13 @@ struct Forward {
         prepare();
         for (int64_t layer = 0; layer < m.num_layers; layer++) {
             const Layer& l = m.layers[layer];
-            normalize(l.attention_norm, l.qkv);
+            normalize(l.attention_norm, l.qkv, l.qkv.forms());
             product(l.qkv, work.normed, {work.qkv, m.qkv()});
             place_keys(l, layer);
             attend_all(layer);
             store(work.heads, m.attended(), work.attended, l.out);
             product(l.out, work.attended, {step.hidden, m.hidden, true});
-            normalize(l.mlp_norm, l.gate_up, l.experts ? &work.experts.routed : nullptr);
+            normalize(l.mlp_norm, l.gate_up, l.feed_forms());
             if (l.experts) {
                 RoutedLayer{m, l, step, work.experts, work.memory, team, work.normed, work.gated, work.gate_up}.run();
                 continue;
@@ -99,11 +94,11 @@ struct Forward {
     }
 
     void product(const GatedLinear& w, const Rows& a, const Target& to) const {
-        team.share(w.base.panels(), kPanelGrain, [&](Range panels, int thread) {
-            gemm(w.base, a, {0, step.rows}, panels, to, work.memory.unpacked_of(thread));
+        team.share(w.base.panels(), kPanelGrain, [&](Range panels, int) {
+            gemm(w.base, a, {0, step.rows}, panels, to);
             for (int64_t i = 0; w.in.weight && i < step.num_segments; i++)
                 if (const Segment& s = step.segments[i]; s.noisy)
-                    gemm(w.out, work.lowered, {s.start, s.stop}, panels, {to.out, to.stride, true}, nullptr);
+                    gemm(w.out, work.lowered, {s.start, s.stop}, panels, {to.out, to.stride, true});
         });
     }
 
@@ -113,19 +108,18 @@ struct Forward {
             const Segment& s = step.segments[i];
             const Range own = {std::max(rows.from, s.start), std::min(rows.to, s.stop)};
             if (!s.noisy || own.from >= own.to) continue;
-            gemm(w.in, a, own, {0, w.in.panels()}, {work.low, m.rank}, nullptr);
-            for (int64_t r = own.from; r < own.to; r++) store_row(work.low + r * m.rank, m.rank, work.lowered, r);
+            gemm(w.in, a, own, {0, w.in.panels()}, {work.low, m.rank});
+            for (int64_t r = own.from; r < own.to; r++)
+                store_row(work.low + r * m.rank, m.rank, work.lowered, r, w.out.form());
         }
     }
 
-    // `routed`: where a router reads the rows, too.
-    void normalize(const float* weight, const GatedLinear& next, const Rows* routed = nullptr) const {
+    void normalize(const float* weight, const GatedLinear& next, int forms) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int thread) {
             float* scratch = work.memory.scratch_of(thread);
             for (int64_t r = rows.from; r < rows.to; r++) {
                 rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
-                store_row(scratch, m.hidden, work.normed, r);
-                if (routed) store_row(scratch, m.hidden, *routed, r);
+                store_row(scratch, m.hidden, work.normed, r, forms);
             }
             lower(next, work.normed, rows);
         });
@@ -133,7 +127,7 @@ struct Forward {
 
     void store(const float* x, int64_t width, const Rows& to, const GatedLinear& next) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
-            for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r);
+            for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r, next.forms());
             lower(next, to, rows);
         });
     }
@@ -144,7 +138,7 @@ struct Forward {
             for (int64_t r = rows.from; r < rows.to; r++) {
                 swiglu(work.gate_up + r * gate_up_stride(l.ffn), l.ffn, scratch);
                 mix(scratch, l.ffn, l.mixed);
-                store_row(scratch, l.ffn, work.gated, r);
+                store_row(scratch, l.ffn, work.gated, r, l.down.forms());
             }
             lower(l.down, work.gated, rows);
         });
@@ -244,21 +238,20 @@ struct LinearWorkspace {
     Rows rows;
     Best* best;  // [chunk][row]
     float* scratch;
-    uint8_t* unpacked;
-    int64_t chunks, unpacked_size;
+    int64_t chunks;
+    int form;
 
     LinearWorkspace(const Linear& w, int64_t count, int threads, Arena& arena) {
         chunks = (w.panels() + kChunkPanels - 1) / kChunkPanels;
-        unpacked_size = unpacked_bytes(w);
-        rows = arena.take_rows(count, w.depth, w.bits);
+        form = w.form();
+        rows = arena.take_rows(count, w.depth, form);
         best = arena.take<Best>(chunks * count);
         scratch = arena.take<float>(threads * kHeadRows * kChunk);
-        unpacked = arena.take<uint8_t>(threads * unpacked_size);
     }
 
     void store(const float* x, int64_t count, int64_t width, const Team& team) const {
         team.share(count, kRowGrain, [&](Range range, int) {
-            for (int64_t r = range.from; r < range.to; r++) store_row(x + r * width, width, rows, r);
+            for (int64_t r = range.from; r < range.to; r++) store_row(x + r * width, width, rows, r, form);
         });
     }
 };
@@ -310,8 +303,8 @@ void unmask_linear(const Linear* w, const float* x, int64_t count, int64_t width
     const LinearWorkspace work(*w, count, threads, arena);
     const Team team(threads);
     work.store(x, count, width, team);
-    team.share(w->panels(), kPanelGrain, [&](Range panels, int thread) {
-        gemm(*w, work.rows, {0, count}, panels, {out, w->outputs}, work.unpacked + thread * work.unpacked_size);
+    team.share(w->panels(), kPanelGrain, [&](Range panels, int) {
+        gemm(*w, work.rows, {0, count}, panels, {out, w->outputs});
     });
 }
 
@@ -324,13 +317,12 @@ void unmask_greedy(const Linear* head, const float* hidden, int64_t count, int64
     work.store(hidden, count, width, team);
     team.share(work.chunks, 1, [&](Range chunks, int thread) {
         float* logits = work.scratch + thread * kHeadRows * kChunk;
-        uint8_t* unpacked = work.unpacked + thread * work.unpacked_size;
         for (int64_t chunk = chunks.from; chunk < chunks.to; chunk++) {
             const int64_t first = chunk * kChunk, size = std::min(kChunk, head->outputs - first);
             const Range panels = {chunk * kChunkPanels, std::min((chunk + 1) * kChunkPanels, head->panels())};
             for (int64_t from = 0; from < count; from += kHeadRows) {
                 const int64_t to = std::min(from + kHeadRows, count);
-                gemm(*head, work.rows, {from, to}, panels, {logits - from * kChunk, kChunk, false, first}, unpacked);
+                gemm(*head, work.rows, {from, to}, panels, {logits - from * kChunk, kChunk, false, first});
                 for (int64_t r = from; r < to; r++) {
                     float* row = logits + (r - from) * kChunk;
                     if (banned >= first && banned < first + size) row[banned - first] = -std::numeric_limits<float>::infinity();

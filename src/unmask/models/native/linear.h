@@ -3,14 +3,16 @@
 // Weights lie in panels of 16 channels, by their bits:
 //
 //    8  [panel][K / 4][channel][4], unsigned bytes w + 128: for some processors the operand of a dot product as it is;
-//    4  [panel][K / 8][channel][4], bytes of two inputs, the lower nibble's 4 before the upper one's. A weight is (q - 8) * s, with
-//       a small integer s for every kGroup inputs of a channel, [panel][K / kGroup][channel];
+//    4  [panel], and in each first [K / 32][multiple, zero][channel], bytes, then, at a multiple of 64 bytes, codes
+//       [K / 8][channel][4], bytes of two inputs, the lower nibble's 4 before the upper one's. A weight is
+//       scale * multiple * (code - zero / 16), with a multiple and a zero for every kGroup inputs of a channel;
 //   16  [panel][K / 2][channel][2], bfloat16;
 //   32  [panel][K][channel], float32.
 //
-// Integers are multiplied with activations of 8 bits, one scale a row (signed, scale = max |x| / 127), and have one scale a channel;
-// their sums are exact. Floats are multiplied with float32 activations. A row's result depends neither on the other rows nor on
-// how work is cut up nor on the processor.
+// Bytes are multiplied with activations of 8 bits, one scale a row (signed, scale = max |x| / 127), and codes with activations of 8
+// bits, one scale a group; both have one scale a channel. Sums of integers are exact, over a row or over a group, and the sums of
+// groups are added one after the other. Floats are multiplied with float32 activations. A row's result depends neither on the other
+// rows nor on how work is cut up nor on the processor.
 #pragma once
 
 #include <algorithm>
@@ -20,86 +22,113 @@
 
 constexpr int64_t kGroup = 32, kStep = 16;  // depths are multiples of kStep, those of 4 bits of kGroup
 
+// What a product reads of its rows: bits of a set.
+enum Form : int { kFloats = 1, kByRow = 2, kByGroup = 4 };
+
 struct Linear {
     const uint8_t* weight;
-    const uint8_t* group_scale;  // 4-bit weights only
-    const float* scale;          // [padded channels], integers only
-    const float* bias;           // [padded channels] or null
-    int64_t depth;               // K, padded
-    int64_t outputs;             // channels, not padded
+    const float* scale;  // [padded channels], integers only
+    const float* bias;   // [padded channels] or null
+    int64_t depth;       // K, padded
+    int64_t outputs;     // channels, not padded
     int64_t bits;
 
     bool is_float() const { return bits >= 16; }
+    int form() const { return !weight ? 0 : is_float() ? kFloats : bits == 8 ? kByRow : kByGroup; }
     int64_t panels() const { return (outputs + kLanes - 1) / kLanes; }
-    int64_t panel_bytes() const { return bytes_of(depth); }
+    // Of the multiples and zeros before a panel's codes.
+    int64_t head_bytes() const { return bits == 4 ? (depth / kGroup * 2 * kLanes + 63) / 64 * 64 : 0; }
+    int64_t panel_bytes() const { return head_bytes() + bytes_of(depth); }
     // Of so many inputs of a panel.
     int64_t bytes_of(int64_t inputs) const { return inputs * kLanes * bits / 8; }
+
     // One of the matrices, of so many outputs each, padded to panels, that lie one after the other.
     Linear part(int64_t number, int64_t size) const {
         Linear out = *this;
         out.outputs = size;
         const int64_t panel = number * out.panels();
         out.weight += panel * panel_bytes();
-        if (group_scale) out.group_scale += panel * (depth / kGroup) * kLanes;
         if (scale) out.scale += panel * kLanes;
         return out;
     }
 };
 
-// Rows of activations, zeros behind each row's end: `x` for floats, all else for integers; the last two for 4 bits only.
+// Rows of activations in the forms that products read, zeros behind each row's end.
 struct Rows {
-    float* x;
-    Input* q;
+    float* x;  // kFloats
+
+    Input* q;  // kByRow
     float* scale;
     int32_t* sum;
-    NibbleInput* nibble_q;
-    int32_t* nibble_start;  // [rows][stride / kGroup], see `nibble_start_of`
+
+    GroupInput* group_q;   // kByGroup
+    float* group_scale;    // [rows][stride / kGroup]
+    float* group_shift;    // the same shape: what a zero of 1 adds to a sum, -1 / 16 of the group's sum of inputs
+
     int64_t stride;
 };
 
-INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t row) {
+INLINE Floats peaks_of(const float* x, int64_t size) {
     Floats top = {};
     for (int64_t i = 0; i < size; i += kLanes) top = larger(top, magnitude(load_some(x + i, lanes_left(i, size))));
-    const float peak = max_of(top), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    return top;
+}
+
+INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t row) {
+    const float peak = max_of(peaks_of(x, size)), inverse = peak > 0 ? 127.0f / peak : 0.0f;
     Input* q = to.q + row * to.stride;
-    NibbleInput* nibble_q = to.nibble_q + row * to.stride;
-    const bool is_copied = to.nibble_start && kCopiesNibbleInputs;
     Ints total = {};
     for (int64_t i = 0; i < size; i += kLanes) {
         const Ints rounded = nearest(load_some(x + i, lanes_left(i, size)) * inverse);
         store_inputs(q + i, rounded);
-        if (is_copied) store_nibble_inputs(nibble_q + i, rounded);
         total += rounded;
     }
     const int64_t end = (size + kLanes - 1) / kLanes * kLanes;
     memset(q + end, 0, (to.stride - end) * sizeof(Input));
     to.scale[row] = peak / 127.0f;
     to.sum[row] = sum_of(total);
-    if (!to.nibble_start) return;
-    if (is_copied) memset(nibble_q + end, 0, to.stride - end);
-    for (int64_t group = 0; group < to.stride / kGroup; group++)
-        to.nibble_start[row * (to.stride / kGroup) + group] = nibble_start_of(nibble_q + group * kGroup, kGroup);
 }
 
-// Brings a row of activations into the form that the next product reads.
-INLINE void store_row(const float* x, int64_t size, const Rows& to, int64_t row) {
-    if (!to.x) return quantize_row(x, size, to, row);
+// Groups behind the row's end get scales of 0.
+INLINE void quantize_groups(const float* x, int64_t size, const Rows& to, int64_t row) {
+    const int64_t groups = to.stride / kGroup;
+    GroupInput* q = to.group_q + row * to.stride;
+    float *scale = to.group_scale + row * groups, *shift = to.group_shift + row * groups;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t from = std::min(group * kGroup, size), count = std::min(size - from, kGroup);
+        const float peak = max_of(peaks_of(x + from, count));
+        const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // smaller ones have no inverse, and add nothing
+        Ints total = {};
+        for (int64_t i = 0; i < kGroup; i += kLanes) {
+            const int left = lanes_left(i, std::max(i, count));
+            const Ints rounded = nearest((left ? load_some(x + from + i, left) : Floats{}) * inverse);
+            store_group_inputs(q + group * kGroup + i, rounded);
+            total += rounded;
+        }
+        scale[group] = peak / 127.0f;
+        shift[group] = scale[group] * (float(sum_of(total)) * -0.0625f);
+    }
+}
+
+// Brings a row of activations into the forms that the next products read.
+INLINE void store_row(const float* x, int64_t size, const Rows& to, int64_t row, int forms) {
+    if (forms & kByRow) quantize_row(x, size, to, row);
+    if (forms & kByGroup) quantize_groups(x, size, to, row);
+    if (!(forms & kFloats)) return;
     float* out = to.x + row * to.stride;
     memcpy(out, x, size * sizeof(float));
     memset(out + size, 0, ((size + kStep - 1) / kStep * kStep - size) * sizeof(float));
 }
 
-INLINE void copy_row(const Rows& from, int64_t row, const Rows& to, int64_t number) {
-    const int64_t stride = to.stride, groups = stride / kGroup;  // both have the same
-    if (to.x) {
-        memcpy(to.x + number * stride, from.x + row * stride, stride * sizeof(float));
-        return;
-    }
-    memcpy(to.q + number * stride, from.q + row * stride, stride * sizeof(Input));
-    to.scale[number] = from.scale[row], to.sum[number] = from.sum[row];
-    if (!to.nibble_start) return;
-    if (kCopiesNibbleInputs) memcpy(to.nibble_q + number * stride, from.nibble_q + row * stride, stride * sizeof(NibbleInput));
-    memcpy(to.nibble_start + number * groups, from.nibble_start + row * groups, groups * sizeof(int32_t));
+// The same forms of a row, from others of the same stride.
+INLINE void copy_row(const Rows& from, int64_t row, const Rows& to, int64_t number, int forms) {
+    const int64_t stride = to.stride, groups = stride / kGroup;
+    const auto copy = [=](auto* out, const auto* in, int64_t size) { memcpy(out + number * size, in + row * size, size * sizeof *in); };
+    if (forms & kFloats) copy(to.x, from.x, stride);
+    if (forms & kByRow) copy(to.q, from.q, stride), copy(to.scale, from.scale, 1), copy(to.sum, from.sum, 1);
+    if (!(forms & kByGroup)) return;
+    copy(to.group_q, from.group_q, stride);
+    copy(to.group_scale, from.group_scale, groups), copy(to.group_shift, from.group_shift, groups);
 }
 
 // Where a product goes: channel c of row r to out[r * stride + c - first], assigned or added.
@@ -110,7 +139,7 @@ struct Target {
     int64_t first = 0;
 };
 
-// Memory to fetch while a tile is computed, `lines` cache lines for every `kStep` inputs.
+// Memory to fetch while a tile is computed, `lines` cache lines at each step of so many inputs as the tile takes at once.
 struct Ahead {
     const uint8_t* from;
     int64_t lines;
@@ -138,3 +167,8 @@ struct Tile {
 #else
 #define UNMASK_UNROLL_IN_CLANG
 #endif
+
+// Of tiles that take no more rows than the registers hold.
+struct RegisterTiles {
+    static constexpr int64_t kManyRows = 0;
+};

@@ -18,7 +18,7 @@ from unmask.models.native.quantize import PackedMatrix
 
 
 class PackedLinear:
-    """`x W^T + b` with 8- or 4-bit weights and 8-bit activations, one scale a row, or in floats; `depth` is K, padded."""
+    """`x W^T + b` with 8- or 4-bit weights and 8-bit activations, or in floats; `depth` is K, padded."""
 
     def __init__(self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None) -> None:
         """Point the kernels to a matrix.
@@ -60,6 +60,6 @@ class PackedLinear:
 
 def linear_struct(matrix: PackedMatrix, bias: Tensor | None) -> interface.Linear:
     """The C structure of a matrix and its bias, which must outlive it."""
-    tensors = (matrix.weight, matrix.group_scale, matrix.scale, bias)
+    tensors = (matrix.weight, matrix.scale, bias)
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     return interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)

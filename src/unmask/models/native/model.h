@@ -7,6 +7,9 @@
 // A matrix and, unless `in` has no weight, the gated LoRA that noisy rows pass beside it.
 struct GatedLinear {
     Linear base, in, out;
+
+    // That rows are read in.
+    int forms() const { return base.form() | in.form(); }
 };
 
 // The least that a thread takes of a loop: panels of a product as tiles take them, and rows.
@@ -26,6 +29,9 @@ struct Layer {
     const float *attention_norm, *mlp_norm;
     const float *query_norm, *key_norm;  // null without per-head norms
     const Experts* experts;              // null in a dense layer
+
+    // That what is behind the second norm reads.
+    int feed_forms() const { return gate_up.forms() | (experts ? experts->router.form() | experts->gate_up.form() : 0); }
 };
 
 // What is taken from the biased scores of a group that is not among the best, where experts are limited: all of them then come after
@@ -82,19 +88,16 @@ struct Arena {
         used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
         return out;
     }
-    // Rows for products with weights of so many bits.
-    Rows take_rows(int64_t rows, int64_t width, int64_t bits) {
+    // Rows in some forms.
+    Rows take_rows(int64_t rows, int64_t width, int forms) {
         const int64_t stride = (width + 63) / 64 * 64 + 64;  // off powers of two, where rows would share cache sets
         Rows out = {};
         out.stride = stride;
-        if (bits >= 16) {
-            out.x = take<float>(rows * stride);
-            return out;
-        }
-        out.q = take<Input>(rows * stride), out.scale = take<float>(rows), out.sum = take<int32_t>(rows);
-        if (bits == 4) {
-            out.nibble_q = kCopiesNibbleInputs ? take<NibbleInput>(rows * stride) : reinterpret_cast<NibbleInput*>(out.q);
-            out.nibble_start = take<int32_t>(rows * stride / kGroup);
+        if (forms & kFloats) out.x = take<float>(rows * stride);
+        if (forms & kByRow) out.q = take<Input>(rows * stride), out.scale = take<float>(rows), out.sum = take<int32_t>(rows);
+        if (forms & kByGroup) {
+            out.group_q = take<GroupInput>(rows * stride);
+            out.group_scale = take<float>(rows * stride / kGroup), out.group_shift = take<float>(rows * stride / kGroup);
         }
         return out;
     }

@@ -32,10 +32,11 @@ _FIRST_POSITIONS = 512
 class PackedTransformer:
     """Inference of a model on the CPU: 8- or 4-bit weights and 8-bit activations, or all in floats.
 
-    Quantised weights have one scale per output channel (4-bit ones also one small integer per 32 inputs), activations one per
-    row and product; sums are exact integers, everything else is float32, routers of experts included. Gated LoRA then has 8
-    bits. Float weights are float32 or bfloat16, and their sums have one order. A row's result is the same bits whatever the
-    other rows and the number of threads. Calls from several threads may overlap: each thread has a workspace of its own.
+    Weights of 8 bits have one scale per output channel, and their activations one per row and product. Weights of 4 bits have a
+    scale and a minimum for every 32 inputs, and their activations a scale. Sums under one scale are exact integers, everything
+    else is float32, routers of experts included. Gated LoRA has 8 bits where a model is quantised. Float weights are float32 or
+    bfloat16, and their sums have one order. A row's result is the same bits whatever the other rows and the number of threads.
+    Calls from several threads may overlap: each thread has a workspace of its own.
 
     Args:
         weights: of the model; they stay in use.

@@ -21,7 +21,7 @@ from torch import Tensor
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
-from unmask.models.native.quantize import PANEL, PackedMatrix, QuantizedMatrix, exact_dtype, pack, pack_floats, quantize
+from unmask.models.native.quantize import PANEL, PackedMatrix, RoundedMatrix, exact_dtype, pack, pack_floats, quantize
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
 from unmask.models.weights.checkpoint import ModelParts, parts_of
 
@@ -32,13 +32,13 @@ OnLayer = Callable[[int, int], None]
 FLOAT_BITS = 32
 """Of weights that are packed as they are; where bfloat16 holds a matrix exactly, it takes 16."""
 
-Rounding = Callable[[str, Tensor, int, int], QuantizedMatrix]
+Rounding = Callable[[str, Tensor, int, int], RoundedMatrix]
 """Rounds rows of a matrix: its name, the rows [T, K], the first one's number, and the bits of a weight."""
 
 _ROWS = 4096
 
 
-def round_nearest(name: str, rows_TK: Tensor, first: int, bits: int) -> QuantizedMatrix:
+def round_nearest(name: str, rows_TK: Tensor, first: int, bits: int) -> RoundedMatrix:
     """The `Rounding` that needs nothing but the weights."""
     return quantize(rows_TK, bits)
 
@@ -152,8 +152,8 @@ def pack_model(model: Transformer, bits: int, *, rotate: bool | None = None) -> 
     Args:
         model: on the CPU, any floating dtype.
         bits: 8, or 4 for the layers and 8 for the vocabulary head, or FLOAT_BITS.
-        rotate: spread outliers of the hidden states over all channels first; None: with 8 bits. With 4 bits it costs more in
-            weights, which lose their quiet groups, than it gains in activations.
+        rotate: spread outliers of the hidden states over all channels first; None: with 8 bits. With 4 bits activations have a
+            scale for every 32 and gain little, and weights lose more.
 
     Raises:
         ConfigError: another number of bits, or a model that is not on the CPU.
@@ -348,8 +348,8 @@ class Packer:
 
 
 def _mixed_channels(ffn_size: int, bits: int) -> int:
-    """Floats lose nothing by outliers."""
-    return 1 if bits == FLOAT_BITS else mixed_channels(ffn_size)
+    """Floats lose nothing by outliers, and activations with a scale for every 32 little."""
+    return mixed_channels(ffn_size) if bits == 8 else 1
 
 
 def _vector(weight: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Weight quantisation to 8 or 4 bits, and the layout of quantised and of float matrices that `linear.h` describes.
 
-Owns rounding and packing of one matrix. Knows neither models nor how the kernels are called.
+Owns rounding to nearest and packing of one matrix, however its integers were chosen. Knows neither models nor how the kernels
+are called. Every tensor of a packed matrix has panels, or the outputs of panels, in front, and none of an output's numbers
+depends on another's: outputs packed 16 at a time are slices of the whole.
 
 Legend: N outputs, K inputs, P panels of 16 outputs, G groups of inputs: 32, or those that share four
 bytes of a panel; c outputs of a panel, s inputs of a group. Depths of all but 4 bits are multiples of STEP.
@@ -19,42 +21,104 @@ GROUP = 32
 STEP = 16
 # Of a matrix that are packed at a time.
 _ROWS = 4096
-# The largest multiple of a group's step that keeps (q - 8) * multiple + 128 in a byte.
-_MAX_MULTIPLE = 16
+_LINE = 64
+# Steps of a group's zero to one of its codes.
+_ZERO_STEPS = 16
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Signed integers and one scale per output: `weight = integers * scale`.
-
-    With 4 bits the integers are `q * multiple`, q in -8..7 and one multiple in 1..16 per group, so that products of both
-    widths are exact sums of bytes.
-    """
+    """Signed bytes and one scale per output: `weight = integers * scale`."""
 
     integers_NK: Tensor
     scale_N: Tensor
-    multiple_NG: Tensor | None
 
     def dequantize(self) -> Tensor:
         """The float32 matrix [N, K] that the integers stand for."""
         return self.integers_NK.float() * self.scale_N[:, None]
 
 
-def quantize(weight_NK: Tensor, bits: int) -> QuantizedMatrix:
-    """Round a matrix to `bits` (8 or 4) bits, symmetric around 0."""
+@dataclass(frozen=True)
+class GroupGrid:
+    """The numbers that the 4-bit codes of a matrix stand for: `code * scale + minimum`, one of both for 32 inputs.
+
+    Attributes:
+        unit_N: float32, of each output.
+        multiple_NG: uint8: a group's scale is so many units.
+        zero_NG: uint8: where 0 lies, in sixteenths of a code, so that `minimum = -scale * zero / 16`.
+    """
+
+    unit_N: Tensor
+    multiple_NG: Tensor
+    zero_NG: Tensor
+
+    @property
+    def scale_NG(self) -> Tensor:
+        """float32 scale of each group."""
+        return self.multiple_NG * self.unit_N[:, None]
+
+    @property
+    def minimum_NG(self) -> Tensor:
+        """float32 number of code 0 of each group."""
+        return self.scale_NG * self.zero_NG.float() / -_ZERO_STEPS
+
+
+@dataclass(frozen=True)
+class GroupedMatrix:
+    """Codes of 4 bits, and what they stand for.
+
+    Attributes:
+        codes_NK: uint8, 0 to 15.
+        grid: of its groups; the last one may be of less than 32 inputs.
+    """
+
+    codes_NK: Tensor
+    grid: GroupGrid
+
+    def dequantize(self) -> Tensor:
+        """The float32 matrix [N, K] that the codes stand for."""
+        scale_NK, minimum_NK = (
+            each.repeat_interleave(GROUP, 1)[:, : self.codes_NK.shape[1]] for each in (self.grid.scale_NG, self.grid.minimum_NG)
+        )
+        return self.codes_NK * scale_NK + minimum_NK
+
+
+RoundedMatrix = QuantizedMatrix | GroupedMatrix
+
+
+def group_grid(scale_NG: Tensor, minimum_NG: Tensor) -> GroupGrid:
+    """The grid nearest to some scales and minima. Codes are best chosen for the grid's own.
+
+    Args:
+        scale_NG: floats; 0 or more.
+        minimum_NG: floats; those above 0 become 0, those below -15.9 scales these.
+    """
+    scale_NG = scale_NG.float()
+    unit_N = (scale_NG.amax(dim=1) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+    multiple_NG = (scale_NG / unit_N[:, None]).round().clamp(1, 255)
+    zero_NG = (minimum_NG.float() * -_ZERO_STEPS / (multiple_NG * unit_N[:, None])).round().clamp(0, 255)
+    return GroupGrid(unit_N, multiple_NG.to(torch.uint8), zero_NG.to(torch.uint8))
+
+
+def quantize(weight_NK: Tensor, bits: int) -> RoundedMatrix:
+    """Round a matrix to 8 or 4 bits."""
+    return round_bytes(weight_NK) if bits == 8 else round_codes(weight_NK)
+
+
+def round_bytes(weight_NK: Tensor) -> QuantizedMatrix:
+    """Round a matrix to 8 bits, symmetric around 0."""
     weight_NK = weight_NK.float()
-    if bits == 8:
-        scale_N = weight_NK.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return QuantizedMatrix((weight_NK / scale_N[:, None]).round().to(torch.int8), scale_N, None)
-    groups_NGk = F.pad(weight_NK, (0, -weight_NK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    peak_NG = groups_NGk.abs().amax(dim=2)
-    # A group's peak lies at 7 steps, the largest group's step is 16 units.
-    scale_N = peak_NG.amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / (7 * _MAX_MULTIPLE)
-    multiple_NG = (peak_NG / (7 * scale_N[:, None])).ceil().clamp(1, _MAX_MULTIPLE)
-    step_NG1 = (multiple_NG * scale_N[:, None])[..., None]
-    q_NGk = (groups_NGk / step_NG1).round().clamp(-8, 7)
-    integers = (q_NGk * multiple_NG[..., None]).flatten(1)[:, : weight_NK.shape[1]]
-    return QuantizedMatrix(integers.to(torch.int8), scale_N, multiple_NG.to(torch.uint8))
+    scale_N = weight_NK.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return QuantizedMatrix((weight_NK / scale_N[:, None]).round().to(torch.int8), scale_N)
+
+
+def round_codes(weight_NK: Tensor) -> GroupedMatrix:
+    """Round a matrix to 4 bits, between the least and the largest number of each group."""
+    groups_NGs = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    least_NG, most_NG = groups_NGs.amin(dim=2).clamp(max=0), groups_NGs.amax(dim=2).clamp(min=0)
+    grid = group_grid((most_NG - least_NG) / 15, least_NG)
+    codes_NGs = ((groups_NGs - grid.minimum_NG[..., None]) / grid.scale_NG[..., None]).round().clamp(0, 15)
+    return GroupedMatrix(codes_NGs.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]], grid)
 
 
 @dataclass(frozen=True)
@@ -65,7 +129,6 @@ class PackedMatrix:
     outputs: int
     depth: int
     weight: Tensor
-    group_scale: Tensor | None
     scale: Tensor | None
 
 
@@ -78,7 +141,7 @@ def pack_floats(weight_NK: Tensor) -> PackedMatrix:
     for panels, rows in zip(panels_PGcs.split(_ROWS // PANEL), weight_NK.split(_ROWS), strict=True):
         padded = F.pad(rows.to(dtype), (0, depth - inputs, 0, -len(rows) % PANEL))
         panels.copy_(padded.view(-1, PANEL, depth // step, step).transpose(1, 2))
-    return PackedMatrix(8 * dtype.itemsize, outputs, depth, panels_PGcs, None, None)
+    return PackedMatrix(8 * dtype.itemsize, outputs, depth, panels_PGcs, None)
 
 
 def exact_dtype(weight_NK: Tensor) -> torch.dtype:
@@ -87,22 +150,26 @@ def exact_dtype(weight_NK: Tensor) -> torch.dtype:
     return torch.bfloat16 if is_narrow else torch.float32
 
 
-def pack(matrix: QuantizedMatrix) -> PackedMatrix:
+def pack(matrix: RoundedMatrix) -> PackedMatrix:
     """Bring a quantised matrix into panels."""
+    return _pack_groups(matrix.codes_NK, matrix.grid) if isinstance(matrix, GroupedMatrix) else _pack_bytes(matrix)
+
+
+def _pack_bytes(matrix: QuantizedMatrix) -> PackedMatrix:
     outputs, inputs = matrix.integers_NK.shape
-    rows = -outputs % PANEL
-    scale = F.pad(matrix.scale_N, (0, rows))
-    if matrix.multiple_NG is None:
-        depth = inputs + -inputs % STEP
-        padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows))
-        panels = padded.view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
-        # Bytes w + 128: flipping the sign bit of a signed byte.
-        return PackedMatrix(8, outputs, depth, panels.view(torch.uint8).bitwise_xor_(128), None, scale)
-    depth = inputs + -inputs % GROUP
-    multiple_NG = F.pad(matrix.multiple_NG, (0, 0, 0, rows), value=1)
-    padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows)).unflatten(1, (-1, GROUP))
-    nibbles = (padded // multiple_NG[..., None].to(torch.int8) + 8).to(torch.uint8)
-    lower, upper = nibbles.view(-1, PANEL, depth // 8, 2, 4).transpose(1, 2).unbind(3)
-    weight = (lower | upper << 4).contiguous()
-    group_scale = multiple_NG.view(-1, PANEL, depth // GROUP).transpose(1, 2).contiguous()
-    return PackedMatrix(4, outputs, depth, weight, group_scale, scale)
+    rows, depth = -outputs % PANEL, inputs + -inputs % STEP
+    padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows))
+    panels = padded.view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
+    # Bytes w + 128: flipping the sign bit of a signed byte.
+    return PackedMatrix(8, outputs, depth, panels.view(torch.uint8).bitwise_xor_(128), F.pad(matrix.scale_N, (0, rows)))
+
+
+def _pack_groups(codes_NK: Tensor, grid: GroupGrid) -> PackedMatrix:
+    outputs, inputs = codes_NK.shape
+    rows, depth = -outputs % PANEL, inputs + -inputs % GROUP
+    # [P, G, multiple or zero, c], to a whole number of cache lines.
+    of_groups = torch.stack((grid.multiple_NG, grid.zero_NG), 2)
+    head = F.pad(of_groups, (0, 0, 0, 0, 0, rows)).view(-1, PANEL, depth // GROUP * 2).transpose(1, 2).flatten(1)
+    lower, upper = F.pad(codes_NK, (0, depth - inputs, 0, rows)).view(-1, PANEL, depth // 8, 2, 4).transpose(1, 2).unbind(3)
+    weight = torch.cat((F.pad(head, (0, -head.shape[1] % _LINE)), (lower | upper << 4).flatten(1)), 1)
+    return PackedMatrix(4, outputs, depth, weight, F.pad(grid.unit_N, (0, rows)))

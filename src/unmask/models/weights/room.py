@@ -69,7 +69,7 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
     """Bytes of the weights of the CPU kernels, at most.
 
-    Layers have `bits`, with 4 one byte for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16.
+    Layers have `bits`, with 4 two bytes for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16.
     Every output has a float32 scale; vectors and routers are float32.
 
     Args:
@@ -90,7 +90,7 @@ def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
             total += 4 * rows * columns
             continue
         is_narrow = bits == 4 and "gated_in" not in tensor.parameter and "gated_out" not in tensor.parameter
-        total += 4 * rows + (rows * columns * 17 // 32 if is_narrow else rows * columns)
+        total += 4 * rows + (rows * columns * 9 // 16 if is_narrow else rows * columns)
     return total
 
 
