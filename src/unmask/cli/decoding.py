@@ -40,17 +40,28 @@ Quantize = Annotated[
         rich_help_panel="Model",
     ),
 ]
+ExpertCapacity = Annotated[
+    int | None,
+    typer.Option(
+        help="Experts that the tokens of a block may use in a layer (block routing): fewer are read, at some cost in quality. "
+        "[default: as the model was trained]",
+        rich_help_panel="Model",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.", rich_help_panel="Output")
 ]
 
 
-def load(model: str, dtype: str, device: str, quantize: str) -> LanguageModel:
-    """The model that `--model`, `--dtype`, `--device` and `--quantize` name."""
+def load(model: str, dtype: str, device: str, quantize: str, expert_capacity: int | None = None) -> LanguageModel:
+    """The model that `--model`, `--dtype`, `--device`, `--quantize` and `--expert-capacity` name."""
     import unmask
     from unmask.cli.packing_line import PackingLine
 
-    return unmask.load(model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine())
+    return unmask.load(
+        model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine(),
+        expert_capacity=expert_capacity,
+    )  # fmt: skip
 
 
 def with_sampling_options(

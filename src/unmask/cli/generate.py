@@ -30,6 +30,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = "auto",
+    expert_capacity: options.ExpertCapacity = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,
@@ -48,7 +49,7 @@ def generate(
     A lower --threshold accepts more tokens per step: faster, less careful.
     """
     text = _read_stdin() if prompt == "-" else prompt
-    language_model = options.load(model, dtype, device, quantize)
+    language_model = options.load(model, dtype, device, quantize, expert_capacity)
     chat = False if raw else None
     ask = partial(language_model.generate, text, params, chat=chat)
     live = False

@@ -57,6 +57,7 @@ def serve(
     quantize: options.Quantize = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    expert_capacity: options.ExpertCapacity = None,
     log_format: Annotated[
         Literal["json", "text"], typer.Option(help="One JSON object per line, or text.", rich_help_panel="Server")
     ] = "text",
@@ -78,7 +79,7 @@ def serve(
     from unmask.serve.server import listen, run, url_of
 
     listener = listen(host, port)
-    language_model = options.load(model, dtype, device, quantize)
+    language_model = options.load(model, dtype, device, quantize, expert_capacity)
     configure_logging(log_format)
     url = url_of(listener)
     typer.echo(f"{config.name or model} is served at {url}", err=True)

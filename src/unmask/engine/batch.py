@@ -98,6 +98,11 @@ class Batch:
         """bool, tokens that are being denoised; they pass the gated LoRA of a model that has one."""
         return self._tensor(self._host_noisy_T)
 
+    @cached_property
+    def mask_block_T(self) -> Tensor:
+        """int64 number of each token's mask block in the forward, counted from 0; a causal token is one alone."""
+        return self._tensor(self.host_mask_block_T)
+
     @property
     def max_seqlen_q(self) -> int:
         """Most tokens of a sequence."""
@@ -165,6 +170,14 @@ class Batch:
         return np.fromiter(chain.from_iterable(range(s.start, s.start + len(s.tokens)) for s in self.slices), np.int64)
 
     @cached_property
+    def host_mask_block_T(self) -> Ints:
+        """`mask_block_T` on the host."""
+        key_4T = np.stack((self._sequence_T, self._host_noisy_T, self.host_positions_T // self._mask_size_T))
+        begins_T = (np.diff(key_4T, axis=1) != 0).any(0)
+        numbers_T: Ints = np.concatenate(([0], np.cumsum(begins_T)))
+        return numbers_T
+
+    @cached_property
     def _sequence_T(self) -> Ints:
         """By token, its sequence."""
         return np.repeat(np.arange(len(self.slices)), self.num_queries_N)
@@ -176,9 +189,13 @@ class Batch:
         return noisy_T
 
     @cached_property
-    def _host_visible_T(self) -> Ints:
+    def _mask_size_T(self) -> Ints:
         size_T = np.array([each.mask_block_size for each in self.slices], dtype=np.int64)[self._sequence_T]
-        size_T = np.where(self._host_noisy_T, size_T, 1)
+        return np.where(self._host_noisy_T, size_T, 1)
+
+    @cached_property
+    def _host_visible_T(self) -> Ints:
+        size_T = self._mask_size_T
         visible_T: Ints = np.minimum((self.host_positions_T // size_T + 1) * size_T, self.num_keys_N[self._sequence_T])
         return visible_T
 

@@ -55,6 +55,8 @@ class LanguageModel:
             kernels run the model; "none": they decode as they are, by PyTorch.
         reload: reads the weights of packed ones, when `transformer` is asked for.
         folder: of the model, for which what is learnt on drafts is kept (`DraftStatistics`); None: in memory alone.
+        expert_capacity: experts that the tokens of a block may use, all together, in each layer (block routing); None: as the
+            model was trained.
 
     Attributes:
         config: the architecture and special token ids.
@@ -70,6 +72,7 @@ class LanguageModel:
         quantize: str | None = "none",
         reload: Callable[[], Transformer] | None = None,
         folder: Path | None = None,
+        expert_capacity: int | None = None,
     ) -> None:
         self.config, self.tokenizer, self.name = weights.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
@@ -82,6 +85,10 @@ class LanguageModel:
             self._transformer = weights.eval()
             kind = decoding_weights(quantize, weights.embed.weight.device)
             self._native = None if kind == "none" else packed_backend(weights, kind)
+        self._expert_capacity = expert_capacity
+        if expert_capacity is not None:
+            self.config.with_expert_capacity(expert_capacity)  # checks it
+            self._native = None if self._native is None else self._native.with_expert_capacity(expert_capacity)
         bits = PACKED_BITS["none"] if self._native is None else self._native.bits
         self.quantize = next(name for name in PACKED_BITS if PACKED_BITS[name] == bits)
 
@@ -112,7 +119,12 @@ class LanguageModel:
 
     def backend(self) -> Backend:
         """What computes the forward passes."""
-        return TorchBackend(self.transformer) if self._native is None else self._native
+        return self._plain if self._native is None else self._native
+
+    @cached_property
+    def _plain(self) -> TorchBackend:
+        backend = TorchBackend(self.transformer)
+        return backend if self._expert_capacity is None else backend.with_expert_capacity(self._expert_capacity)
 
     @cached_property
     def drafting(self) -> DraftStatistics:

@@ -29,6 +29,7 @@ def load(
     device: str = "cpu",
     quantize: str | None = "auto",
     on_packing: Callable[[int, int], None] = lambda done, total: None,
+    expert_capacity: int | None = None,
 ) -> LanguageModel:
     """Load a model for generation.
 
@@ -42,6 +43,8 @@ def load(
             they run the model, else by PyTorch. "auto": int8 where the CPU kernels run the model and no dtype is asked for,
             else none.
         on_packing: called with (parts done, parts in all) while weights are packed for the kernels, which happens once a model.
+        expert_capacity: of a mixture of experts, those that the tokens of a block may use, all together, in each layer (block
+            routing): fewer are read in a forward. None: as the model was trained.
 
     Returns:
         The model; its tokenizer is None when the folder has none.
@@ -69,4 +72,4 @@ def load(
     weights = open_packed(folder, kind, read_dtype, parts, on_packing) if is_packed else read()
     if is_packed:
         room.check_mapped(str(model), kind)
-    return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder)
+    return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder, expert_capacity=expert_capacity)

@@ -57,9 +57,11 @@ def test_what_cannot_be_quantised_is_refused_at_once() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("weights", ["int8", "int4", "none"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "llada2"])
-def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
-    language_model = LanguageModel(packed_backend(model(family), weights), None, name="tiny")
+@pytest.mark.parametrize(
+    ("family", "capacity"), [("llama", None), ("qwen2", None), ("qwen3", None), ("llada2", None), ("llada2", 3)]
+)
+def test_batched_equals_alone_bit_for_bit(family: str, capacity: int | None, weights: str) -> None:
+    language_model = LanguageModel(packed_backend(model(family), weights), None, name="tiny", expert_capacity=capacity)
     assert language_model.quantize == weights
     backend = language_model.backend()
     assert not isinstance(backend, TorchBackend)
@@ -82,6 +84,25 @@ def test_batched_equals_alone_bit_for_bit(family: str, weights: str) -> None:
             assert found.ids == expected.ids
             confidences = [[step.confidence for step in completion.trace] for completion in (found, expected)]
             assert confidences[0] == confidences[1], "a row's result depends on its neighbours"
+
+
+@needs_kernels
+def test_block_routing_gives_the_same_by_torch_and_by_the_kernels() -> None:
+    prompt, texts = (5, 17, 3, 40, 8), []
+    for capacity in (None, 2, 3, 8):
+        by_torch = LanguageModel(model("llada2"), None, name="tiny", expert_capacity=capacity)
+        by_kernels = LanguageModel(packed_backend(model("llada2"), "none"), None, name="tiny", expert_capacity=capacity)
+        texts.append(by_torch.generate_ids(prompt, max_new_tokens=24, eos_id=()))
+        assert by_kernels.generate_ids(prompt, max_new_tokens=24, eos_id=()) == texts[-1]
+        assert ("experts" in by_torch.backend().kernels) == (capacity is not None)
+        assert ("experts" in by_kernels.backend().kernels) == (capacity is not None)
+    assert len(set(map(tuple, texts))) > 2
+
+
+@pytest.mark.parametrize(("family", "capacity", "names"), [("llama", 4, "mixtures"), ("llada2", 1, "expert_capacity is 1")])
+def test_block_routing_is_refused_where_it_cannot_be(family: str, capacity: int, names: str) -> None:
+    with refused(ConfigError, names):
+        LanguageModel(model(family), None, name="tiny", expert_capacity=capacity)
 
 
 @pytest.fixture

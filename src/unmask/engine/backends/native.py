@@ -12,13 +12,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unmask.engine.backends.torch import unwritten_tensor
+from unmask.engine.backends.torch import routing_name, unwritten_tensor
 from unmask.engine.batch import Batch
 from unmask.engine.quantization import PACKED_BITS
 from unmask.models.arch.transformer import Transformer
@@ -39,7 +40,11 @@ class NativeBackend(PackedTransformer):
 
     @property
     def kernels(self) -> str:
-        return f"{self._kernels.variant}-{self.bits}bit"
+        return f"{self._kernels.variant}-{self.bits}bit{routing_name(self.config)}"
+
+    def with_expert_capacity(self, expert_capacity: int) -> NativeBackend:
+        """The same weights with block routing."""
+        return NativeBackend(replace(self._weights, config=self.config.with_expert_capacity(expert_capacity)), self._kernels)
 
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config

@@ -23,7 +23,8 @@ from unmask.diffusion.objectives import ban_mask
 from unmask.engine.batch import Batch, Ints
 from unmask.models.arch.attention import Attend, sdpa
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.moe import TokenBlocks
+from unmask.models.arch.transformer import Transformer, reconfigured
 from unmask.models.dtypes import dtype_name
 
 _SHORT, _FEW = 16, 64
@@ -41,6 +42,10 @@ class TorchBackend:
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
+    def with_expert_capacity(self, expert_capacity: int) -> TorchBackend:
+        """The same weights with block routing."""
+        return TorchBackend(reconfigured(self.model, self.config.with_expert_capacity(expert_capacity)))
+
     @property
     def config(self) -> ModelConfig:
         return self.model.config
@@ -55,7 +60,7 @@ class TorchBackend:
 
     @property
     def kernels(self) -> str:
-        return f"torch-{self.device.type}-{dtype_name(self.dtype)}"
+        return f"torch-{self.device.type}-{dtype_name(self.dtype)}{routing_name(self.config)}"
 
     @property
     def prefill_chunk(self) -> int:
@@ -75,7 +80,12 @@ class TorchBackend:
         gated = self.config.gated_lora_rank is not None and batch.segments_C6[:, 4].any()
         noisy_BT = batch.is_noisy_T[None] if gated else None
         attend = self.attend(batch, kv_cache)
-        hidden: Tensor = self.model(batch.tokens_T[None], batch.positions_T[None], attend, noisy_BT=noisy_BT)
+        token_blocks = None
+        if self.config.moe is not None and self.config.moe.expert_capacity is not None:
+            token_blocks = TokenBlocks(batch.mask_block_T, int(batch.host_mask_block_T[-1]) + 1)
+        hidden: Tensor = self.model(
+            batch.tokens_T[None], batch.positions_T[None], attend, noisy_BT=noisy_BT, token_blocks=token_blocks
+        )
         return hidden[0]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -84,6 +94,12 @@ class TorchBackend:
     def greedy(self, hidden_ND: Tensor, banned_id: int | None) -> tuple[Tensor, Tensor]:
         logits_NV = self.model.head(hidden_ND)
         return greedy_candidates(logits_NV if banned_id is None else ban_mask(logits_NV, banned_id))
+
+
+def routing_name(config: ModelConfig) -> str:
+    """What block routing adds to the name of kernels: with it forwards cost less."""
+    capacity = None if config.moe is None else config.moe.expert_capacity
+    return "" if capacity is None else f"-{capacity}experts"
 
 
 def unwritten_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

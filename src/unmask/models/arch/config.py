@@ -42,8 +42,8 @@ class RopeConfig:
 class MoEConfig:
     """Mixture of experts with the group-limited sigmoid router of Ling 2.0: group, select, normalise, scale.
 
-    `expert_capacity` experts are open to the tokens of a block in a model trained with block routing (LLaDA2.2), in place of
-    the groups; None: all of them.
+    With block routing (LLaDA2.2) `expert_capacity` experts are open to the tokens of a block, in place of the groups; None: it
+    is off.
     """
 
     num_experts: int
@@ -164,6 +164,16 @@ class ModelConfig:
     def with_diffusion(self, *, mask_id: int, block_size: int, start_id: int | None = None) -> ModelConfig:
         """The same architecture as a block-diffusion model; with a `start_id` a shifted one."""
         return replace(self, mask_id=mask_id, block_size=block_size, start_id=start_id)
+
+    def with_expert_capacity(self, expert_capacity: int) -> ModelConfig:
+        """The same mixture of experts with block routing.
+
+        Raises:
+            ConfigError: the model is dense, or the capacity lies outside its range.
+        """
+        if self.moe is None:
+            raise ConfigError(f"expert_capacity is {expert_capacity}; only mixtures of experts have block routing")
+        return replace(self, moe=replace(self.moe, expert_capacity=expert_capacity))
 
     def inputs(self, tokens: Sequence[int], start: int, stop: int) -> Sequence[int]:
         """Input tokens at positions `start..stop` of a sequence; of a shifted model, the tokens one position earlier."""

@@ -3,12 +3,12 @@
 Owns routing and the grouped expert products. Knows nothing of balancing policies or of training: those observe it through
 `RouterObserver`.
 
-Legend: N tokens, D hidden, E experts, A active experts per token, F expert feed-forward, P = N * A routed pairs.
+Legend: N tokens, D hidden, E experts, A active experts per token, F expert feed-forward, P = N * A routed pairs, C blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,41 @@ from unmask.models.arch.config import MoEConfig
 from unmask.models.arch.layers import FeedForward
 
 
-def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+class TokenBlocks(NamedTuple):
+    """The block of each token, for block routing: its number [N] int64, and how many blocks there are."""
+
+    number_N: Tensor
+    num_blocks: int
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig, blocks: TokenBlocks | None = None) -> tuple[Tensor, Tensor]:
     """Choose experts and their weights.
 
     Scores are sigmoids of the logits. `bias_E` only selects: groups are ranked by the sum of their two best biased
     scores, the best groups stay eligible, the top experts among them are chosen by biased score, the lowest of equals first,
-    and the weights are the *unbiased* scores, normalised over the chosen and scaled.
+    and the weights are the *unbiased* scores, normalised over the chosen and scaled. With an `expert_capacity` there are no
+    groups: the experts with the best biased score at any token of a block are open to its tokens.
 
     Args:
         logits_NE: router logits, float32 or wider.
         bias_E: selection bias.
         moe: the router's sizes.
+        blocks: of the tokens, which block routing needs.
 
     Returns:
         Weights [N, A] in the logits' dtype and expert indices [N, A] int64.
 
-    Source: DeepSeek-V3 (2412.19437) Eqs 13-16 with group limiting, as used by Ling 2.0 / LLaDA2.0.
+    Source: DeepSeek-V3 (2412.19437) Eqs 13-16 with group limiting, as used by Ling 2.0 / LLaDA2.0; block routing: the LLaDA2.2
+        report, `g_j = max_i s_ij`.
+    Departs: the report does not say whether its scores are biased; here they are, as wherever experts are chosen.
     """
     # Rounded from float64, a score is the same number on every device and in the CPU kernels.
     scores_NE = logits_NE.double().sigmoid().to(logits_NE.dtype)
     biased_NE = scores_NE + bias_E
-    if moe.num_active_groups < moe.num_groups:
+    if moe.expert_capacity is not None:
+        assert blocks is not None, "block routing needs the blocks of the tokens"
+        biased_NE = _open_experts(biased_NE, moe.expert_capacity, blocks)
+    elif moe.num_active_groups < moe.num_groups:
         grouped = biased_NE.view(-1, moe.num_groups, moe.num_experts // moe.num_groups)
         group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         best_groups = largest(group_scores, moe.num_active_groups)
@@ -49,6 +63,15 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig) -> tuple[Tensor, Te
     if moe.normalize:
         weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
     return weights_NA * moe.routed_scale, indices_NA
+
+
+def _open_experts(biased_NE: Tensor, capacity: int, blocks: TokenBlocks) -> Tensor:
+    """Biased scores, those of experts that are not open to the token's block at -inf."""
+    number_NE = blocks.number_N[:, None].expand_as(biased_NE)
+    best_CE = biased_NE.new_full((blocks.num_blocks, biased_NE.shape[1]), float("-inf"))
+    best_CE.scatter_reduce_(0, number_NE, biased_NE, "amax")
+    closed_CE = torch.ones_like(best_CE, dtype=torch.bool).scatter_(1, largest(best_CE, capacity), False)
+    return biased_NE.masked_fill(closed_CE[blocks.number_N], float("-inf"))
 
 
 def largest(x_NE: Tensor, count: int) -> Tensor:
@@ -127,11 +150,11 @@ class MoE(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             return F.linear(x_ND.to(wide), self.router.to(wide))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Apply to `x_BTD`; returns [B, T, D]."""
+    def forward(self, x_BTD: Tensor, blocks: TokenBlocks | None = None) -> Tensor:
+        """Apply to `x_BTD`, `blocks` as of `route`; returns [B, T, D]."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE = self.router_logits(x_ND)
-        weights_NA, indices_NA = route(logits_NE, self.expert_bias.to(logits_NE.dtype), self.moe)
+        weights_NA, indices_NA = route(logits_NE, self.expert_bias.to(logits_NE.dtype), self.moe, blocks)
         extra_loss = None if self.observer is None else self.observer(logits_NE, indices_NA)
         if extra_loss is not None:
             weights_NA = _AuxiliaryLoss.apply(weights_NA, extra_loss)  # type: ignore[no-untyped-call]

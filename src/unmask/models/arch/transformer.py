@@ -21,7 +21,7 @@ from unmask.errors import ConfigError
 from unmask.models.arch.attention import Attend, Attention
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin, rope_frequencies
-from unmask.models.arch.moe import MoE
+from unmask.models.arch.moe import MoE, TokenBlocks
 
 T = TypeVar("T")
 
@@ -55,11 +55,18 @@ class Block(nn.Module):
         else:
             self.mlp = FeedForward(config.hidden_size, config.ffn_size, bias=config.mlp_bias, rank=config.gated_lora_rank)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, noisy_BT: Tensor | None = None) -> Tensor:
-        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`; `noisy_BT` as in `Transformer`."""
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, noisy_BT: Tensor | None = None,
+        token_blocks: TokenBlocks | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`; the others as in `Transformer`."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
         x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), noisy_BT)
-        return x_BTD + apply(self.mlp, self.mlp_norm(x_BTD), noisy_BT)
+        normed_BTD = self.mlp_norm(x_BTD)
+        if token_blocks is not None and isinstance(self.mlp, MoE):
+            routed_BTD: Tensor = self.mlp(normed_BTD, token_blocks)
+            return x_BTD + routed_BTD
+        return x_BTD + apply(self.mlp, normed_BTD, noisy_BT)
 
 
 def embed_tokens(
@@ -79,15 +86,16 @@ def run_blocks(
     rope: tuple[Tensor, Tensor],
     attend: Attend,
     noisy_BT: Tensor | None,
+    token_blocks: TokenBlocks | None = None,
     *,
     checkpointing: bool,
 ) -> Tensor:
     """Hidden states after some layers; `rope` are cosines and sines, `checkpointing` recomputes each layer for its gradient."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, *rope, attend, noisy_BT, use_reentrant=False)
+            x_BTD = checkpoint(block, x_BTD, *rope, attend, noisy_BT, token_blocks, use_reentrant=False)
         else:
-            x_BTD = block(x_BTD, *rope, attend, noisy_BT)
+            x_BTD = block(x_BTD, *rope, attend, noisy_BT, token_blocks)
     return x_BTD
 
 
@@ -130,6 +138,7 @@ class Transformer(nn.Module):
         *,
         input_noise: Tensor | None = None,
         noisy_BT: Tensor | None = None,
+        token_blocks: TokenBlocks | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -139,6 +148,7 @@ class Transformer(nn.Module):
             attend: attention pattern and cache.
             input_noise: [B, T, D], added to the embedding layer's output (mask-embedding noise).
             noisy_BT: bool, the rows that denoise: gated LoRA applies to them, and nothing else depends on it. None: no row.
+            token_blocks: block of each token, in order, for a model with block routing.
 
         Returns:
             [B, T, D] hidden states in the compute dtype.
@@ -147,7 +157,9 @@ class Transformer(nn.Module):
         if self.mask_vector is None:
             noisy_BT = None
         rope = rope_cos_sin(positions_BT, self.inv_freq, self.rope_factor, x_BTD.dtype)
-        x_BTD = run_blocks(self.blocks, x_BTD, rope, attend, noisy_BT, checkpointing=self.activation_checkpointing)
+        x_BTD = run_blocks(
+            self.blocks, x_BTD, rope, attend, noisy_BT, token_blocks, checkpointing=self.activation_checkpointing
+        )
         out: Tensor = self.norm(x_BTD)
         return out
 

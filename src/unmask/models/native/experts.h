@@ -67,8 +67,7 @@ static void choose(const Routing& r, const float* scores, float* biased, int64_t
         for (int64_t i = 0; i < r.active_groups; i++) take_largest(keys, r.groups);
         for (int64_t g = 0; g < r.groups; g++)
             if (keys[g] != INT64_MIN)
-                for (int64_t j = g * size; j < (g + 1) * size; j++)
-                    biased[j] = r.block_experts ? biased[j] - kIneligible : kMinusInfinity;
+                std::fill(biased + g * size, biased + (g + 1) * size, kMinusInfinity);
     }
     keys_of(biased, r.experts, keys);
     float total = 0;
@@ -82,12 +81,12 @@ static void choose(const Routing& r, const float* scores, float* biased, int64_t
 
 // Bars rows of one block from all experts but those with the largest scores in any of them; `limits` are memory for the experts.
 static void admit(const Routing& r, float* biased, int64_t rows, int64_t* keys, float* limits) {
-    if (rows * r.active <= r.block_experts) return;
+    if (rows == 1) return;  // its experts are among those
     memcpy(limits, biased, r.experts * sizeof(float));
     for (int64_t i = 1; i < rows; i++)
         for (int64_t j = 0; j < r.experts; j++) limits[j] = std::max(limits[j], biased[i * r.experts + j]);
     keys_of(limits, r.experts, keys);
-    for (int64_t i = 0; i < r.block_experts; i++) take_largest(keys, r.experts);
+    for (int64_t i = 0; i < r.capacity; i++) take_largest(keys, r.experts);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < r.experts; j++)
             if (keys[j] != INT64_MIN) biased[i * r.experts + j] = kMinusInfinity;
@@ -115,7 +114,7 @@ static void route(const Routing& r, const float* bias, const RouterWork& work, c
             work.biased[i] = work.scores[i] + bias[i % r.experts];
         }
     });
-    if (r.block_experts)
+    if (r.capacity)
         team.share(step.num_segments, 1, [&](Range segments, int thread) {
             for (const Segment* s = step.segments + segments.from; s < step.segments + segments.to; s++)
                 for (int64_t row = s->start, stop; row < s->stop; row = stop) {

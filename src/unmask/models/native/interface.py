@@ -50,7 +50,7 @@ class Routing(Structure):
     """`Routing` of model.h."""
 
     _fields_ = (
-        *_fields(c_int64, "experts", "active", "groups", "active_groups", "normalize", "block_experts", "size", "mixed"),
+        *_fields(c_int64, "experts", "active", "groups", "active_groups", "normalize", "capacity", "size", "mixed"),
         ("scale", c_float),
     )
 

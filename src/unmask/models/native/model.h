@@ -34,16 +34,12 @@ struct Layer {
     int feed_forms() const { return gate_up.forms() | (experts ? experts->router.form() | experts->gate_up.form() : 0); }
 };
 
-// What is taken from the biased scores of a group that is not among the best, where experts are limited: all of them then come after
-// the others, and before experts that are not admitted.
-constexpr float kIneligible = 1024;
-
 // The choice of experts, and their size.
 struct Routing {
     int64_t experts, active, groups, active_groups;
-    int64_t normalize;      // 0 or 1
-    int64_t block_experts;  // that a block may use, 0: any
-    int64_t size, mixed;    // as `ffn` and `mixed` of a layer
+    int64_t normalize;    // 0 or 1
+    int64_t capacity;     // experts that a block may use, 0: any; then there is one group
+    int64_t size, mixed;  // as `ffn` and `mixed` of a layer
     float scale;
 };
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.errors import ConfigError
-from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.config import ModelConfig, MoEConfig
 from unmask.models.arch.layers import rope_cos_sin
 from unmask.models.native import interface
 from unmask.models.native.linear import PackedLinear, linear_struct
@@ -44,7 +44,7 @@ class PackedTransformer:
     """
 
     def __init__(self, weights: PackedWeights, kernels: interface.Kernels) -> None:
-        config = weights.config
+        config, moe = weights.config, weights.config.moe
         self.config: ModelConfig = config
         self.bits = weights.bits
         self._kernels, self._weights = kernels, weights
@@ -57,7 +57,8 @@ class PackedTransformer:
         self._model = interface.Model(
             addressof(self._layers), weights.vectors["norm"].data_ptr(), config.num_layers, config.hidden_size,
             config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim, config.gated_lora_rank or 0,
-            config.norm_eps, self._routing(),
+            config.norm_eps,
+            interface.Routing() if moe is None else routing_of(moe, weights.mixed_channels(moe.expert_size)),
         )  # fmt: skip
         self._workspace = interface.Workspace()
 
@@ -162,15 +163,6 @@ class PackedTransformer:
         )
         return interface.Experts(router, bias.data_ptr(), gate_up, down)
 
-    def _routing(self) -> interface.Routing:
-        moe = self.config.moe
-        if moe is None:
-            return interface.Routing()
-        return interface.Routing(
-            moe.num_experts, moe.num_active, moe.num_groups, moe.num_active_groups, moe.normalize, 0, moe.expert_size,
-            self._weights.mixed_channels(moe.expert_size), moe.routed_scale,
-        )  # fmt: skip
-
     def _gated(self, name: str) -> interface.GatedLinear:
         """A layer and its update, if it has one."""
         matrices, vectors = self._weights.matrices, self._weights.vectors
@@ -178,3 +170,12 @@ class PackedTransformer:
         return interface.GatedLinear(
             *(linear_struct(matrices[part], vectors.get(f"{part}.bias")) for part in parts if part in matrices)
         )
+
+
+def routing_of(moe: MoEConfig, mixed_channels: int) -> interface.Routing:
+    """The C structure of a router and the size of its experts."""
+    groups = (moe.num_groups, moe.num_active_groups) if moe.expert_capacity is None else (1, 1)
+    return interface.Routing(
+        moe.num_experts, moe.num_active, *groups, moe.normalize, moe.expert_capacity or 0, moe.expert_size, mixed_channels,
+        moe.routed_scale,
+    )  # fmt: skip
