@@ -35,6 +35,7 @@ from unmask.data.packing import PackedRows
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Transformer
 from unmask.train.forward import AttentionBackend
+from unmask.train.fuse import fuse
 from unmask.train.loop import accumulate
 from unmask.train.objectives.base import Objective, Setting
 from unmask.train.optim import MasterAdamW
@@ -227,6 +228,8 @@ class Step:
 
     def __init__(self, sizes: Sizes, *, recompute: bool = False) -> None:
         self._sizes, model = sizes, sizes.model(torch.bfloat16, recompute=recompute)
+        if sizes.device.type == "cuda":
+            fuse(model)
         self._optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0)
         self._objective = sizes.objective(model, sizes.attention, World.single())
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from decoders import Decoded
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from unmask.models.arch.transformer import Transformer
 
@@ -53,6 +54,7 @@ class GraphDecoder:
         torch.manual_seed(seed)
         shape = (2, config.num_layers, num_slots, config.num_kv_heads, max_length, config.head_dim)
         self._cache = torch.zeros(shape, dtype=model.embed.weight.dtype, device=self._device)
+        self._bias_N11C = torch.zeros(num_slots, 1, 1, max_length, dtype=self._cache.dtype, device=self._device)
         self._text_NC = self._zeros(num_slots, max_length)
         self._at_N = self._zeros(num_slots)  # of the token that is fed next
         self._stop_N = self._zeros(num_slots)
@@ -134,7 +136,7 @@ class GraphDecoder:
             # What padding leaves behind is overwritten before it is seen.
             self._cache[0, layer, slots, :, :length] = k_NGPS
             self._cache[1, layer, slots, :, :length] = v_NGPS
-            return torch.nn.functional.scaled_dot_product_attention(q_NHPS, k_NGPS, v_NGPS, is_causal=True, enable_gqa=True)
+            return scaled_dot_product_attention(q_NHPS, k_NGPS, v_NGPS, is_causal=True, enable_gqa=True)
 
         self._model(tokens_NP, torch.arange(length, device=self._device).expand(len(batch), -1), attend)
         self._text_NC[slots, :length] = tokens_NP
@@ -160,6 +162,8 @@ class GraphDecoder:
     def _decode(self) -> None:
         """One token of every slot that is not done, in place."""
         at_N, slots = self._at_N, self._slots
+        hidden_NC = torch.arange(self._max_length, device=self._device) > at_N[:, None]
+        self._bias_N11C.copy_(torch.where(hidden_NC, float("-inf"), 0.0)[:, None, None])
         hidden_N1D = self._model(self._text_NC[slots, at_N][:, None], at_N[:, None], self._attend)
         logits_NV = self._model.head(hidden_N1D[:, 0]).float()
         noise_NV = torch.empty_like(logits_NV).exponential_().log_().neg_()  # Gumbel: its argmax samples
@@ -175,13 +179,11 @@ class GraphDecoder:
         keys, values = self._cache[0, layer], self._cache[1, layer]
         keys[self._slots, :, self._at_N] = k_NGPS[:, :, 0]
         values[self._slots, :, self._at_N] = v_NGPS[:, :, 0]
-        groups, size = k_NGPS.shape[1], q_NHPS.shape[-1]
-        q_NGRS = q_NHPS[:, :, 0].unflatten(1, (groups, -1))
-        weights = (q_NGRS @ keys.transpose(-1, -2)).float() * size**-0.5
-        hidden = torch.arange(self._max_length, device=self._device) > self._at_N[:, None]
-        weights = weights.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-        out_NHS: Tensor = (weights.to(values.dtype) @ values).flatten(1, 2)
-        return out_NHS[:, :, None]
+        # Heads that share keys are queries side by side: one pass over the keys.
+        q_NGRS = q_NHPS[:, :, 0].unflatten(1, (k_NGPS.shape[1], -1))
+        bias = self._bias_N11C.expand(-1, -1, q_NGRS.shape[2], -1)
+        out_NGRS = scaled_dot_product_attention(q_NGRS, keys, values, attn_mask=bias)
+        return out_NGRS.flatten(1, 2)[:, :, None]
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._device)

@@ -46,7 +46,7 @@ MAX_ASKED_CHARACTERS = 900
 """Of a paragraph that a prompt asks about: prompt and answer fit a training row."""
 SHARD_RECORDS = 1_000
 PROGRESS_SECONDS = 30.0
-SLOT_LENGTH = 704
+SLOT_LENGTH = 512
 """Tokens of a prompt and its answer on a GPU."""
 
 
@@ -273,7 +273,7 @@ def open_decoder(model: LanguageModel, device: str, max_num_seqs: int | None) ->
         return EngineDecoder(model, max_num_seqs or 48)
     from graph_decoder import GraphDecoder
 
-    return GraphDecoder(model.transformer, model.eos_ids, num_slots=max_num_seqs or 1024, max_length=SLOT_LENGTH)
+    return GraphDecoder(model.transformer, model.eos_ids, num_slots=max_num_seqs or 2048, max_length=SLOT_LENGTH)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -288,7 +288,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=1, help="of every prompt; from the second on the temperature differs")
     parser.add_argument("--jobs", type=Path, help="file of the prompts, made first if it is not there [default: in memory]")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of all answers of a conversation together")
-    parser.add_argument("--max-num-seqs", type=int, help="answered at the same time [default: 48, on a GPU 1024]")
+    parser.add_argument("--max-num-seqs", type=int, help="answered at the same time [default: 48, on a GPU 2048]")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: then --quantize is none")
     parser.add_argument("--quantize", default="int8", help="auto, none, int8 or int4")
     parser.add_argument("--threads", type=int, default=1)

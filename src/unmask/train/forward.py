@@ -39,8 +39,8 @@ def make_attend(index: StreamIndex, backend: AttentionBackend, num_queries: int 
         # Imported here: it loads torch._dynamo, which takes seconds and which only this backend needs.
         from torch.nn.attention.flex_attention import create_block_mask
 
-        device = index.copy_BT.device
-        return FlexAttend(create_block_mask(flex_mask_mod(index), rows, None, num_queries or length, length, device=device))
+        device, queries = index.copy_BT.device, num_queries or length
+        return FlexAttend(create_block_mask(flex_mask_mod(index), rows, None, queries, length, device=device))
     if num_queries is not None:
         return DenseAttend(dense_mask(index, queries=index[:, :num_queries]))
     return DenseAttend(dense_mask(index)) if backend == "dense" else BlockedAttend(blocked_mask(index))

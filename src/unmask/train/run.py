@@ -199,6 +199,11 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
 
         for each, its_pipeline in models:
             load_shards(each, folder, stored_config, world, device, its_pipeline)
+    if train.compile and device.startswith("cuda") and world.size == 1:
+        # Imported here: only a GPU needs it.
+        from unmask.train.fuse import fuse
+
+        fuse(model)
     backend: AttentionBackend = "flex" if device.startswith("cuda") else "blocked"
     if train.attention != "auto":
         backend = train.attention

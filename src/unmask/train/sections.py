@@ -101,6 +101,7 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: bool = False
+    compile: bool = Field(True, description="on one GPU: fuse what layers compute beside attention; false: nothing is compiled")
     lora: LoraSection | None = None
     freeze_embeddings: bool = Field(
         False, description="embedding and head stay as they are; a new mask token then keeps the vector that it begins with"

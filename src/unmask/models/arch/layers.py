@@ -28,6 +28,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., size]; returns the same shape and dtype."""
+        if torch.compiler.is_compiling():
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            normed: Tensor = (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+            return normed * self.weight
         if not torch.is_grad_enabled():
             return _normalise(x, self.weight, self.eps)[0]
         out: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
@@ -107,14 +111,15 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor, noisy_BT: Tensor | None = None) -> Tensor:
         """Apply to `x_BTD`; returns [B, T, D]."""
         gate_up = apply(self.gate_up, x_BTD, noisy_BT)
-        gated: Tensor = _Gate.apply(gate_up) if torch.is_grad_enabled() else _gate(gate_up)  # type: ignore[no-untyped-call]
+        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gated: Tensor = _Gate.apply(gate_up) if by_hand else _gate(gate_up)  # type: ignore[no-untyped-call]
         return apply(self.down, gated, noisy_BT)
 
 
 def _gate(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `gate | up` [..., 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
 
 class _Gate(torch.autograd.Function):

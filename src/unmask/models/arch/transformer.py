@@ -60,8 +60,20 @@ class Block(nn.Module):
         token_blocks: TokenBlocks | None = None,
     ) -> Tensor:  # fmt: skip
         """One layer; `cos` and `sin` [B, 1, T, R] belong to the positions of `x_BTD`; the others as in `Transformer`."""
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
-        x_BTD = x_BTD + self.attention.merge(attend(self.layer, q, k, v), noisy_BT)
+        heads = self.before_attention(x_BTD, cos, sin, noisy_BT)
+        return self.after_attention(x_BTD, attend(self.layer, *heads), noisy_BT, token_blocks)
+
+    def before_attention(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, noisy_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the layer, as `Attention.project` returns them."""
+        return self.attention.project(self.attention_norm(x_BTD), cos, sin, noisy_BT)
+
+    def after_attention(
+        self, x_BTD: Tensor, heads_BHTS: Tensor, noisy_BT: Tensor | None = None, token_blocks: TokenBlocks | None = None
+    ) -> Tensor:
+        """What the layer makes of its input and the attended heads."""
+        x_BTD = x_BTD + self.attention.merge(heads_BHTS, noisy_BT)
         normed_BTD = self.mlp_norm(x_BTD)
         if token_blocks is not None and isinstance(self.mlp, MoE):
             routed_BTD: Tensor = self.mlp(normed_BTD, token_blocks)

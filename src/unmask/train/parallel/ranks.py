@@ -147,7 +147,8 @@ _EXPERTS = ("pipeline", "data_replicate", "expert_shard", "expert", "tensor")
 
 
 def _divide(ranks: DeviceMesh, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    return ranks._unflatten("ranks", shape, names)
+    # By its number: PyTorch 2.11 refuses the name of a mesh's only dimension.
+    return ranks._unflatten(0, shape, names)
 
 
 def gathered(value: T, group: dist.ProcessGroup | None) -> list[T]:
