@@ -99,3 +99,39 @@ def test_sizes(text: str, expected: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with refused(ConfigError, "5GB"):
         shard_bytes(text)
+
+
+def test_a_gguf_file_is_written_and_is_a_model_to_every_verb(run, own_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "own.gguf"
+    result = run("export", own_folder, "--format", "gguf", "--type", "f32", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [f"model    {out}", "format   GGUF, llama, f32"]
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert (facts["architecture"], facts["kind"], facts["weights_on_disk"]) == ("llama", "autoregressive", None)
+    assert load(out, dtype="float32").generate_ids([5, 6, 7], max_new_tokens=8) == load(
+        own_folder, dtype="float32"
+    ).generate_ids([5, 6, 7], max_new_tokens=8)
+    assert run("export", out, "--out", tmp_path / "folder").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--format", "gguf", "--type", "q5_k"], ("q5_k", "q8_0")),
+        (["--format", "gguf", "--dtype", "float16"], ("--dtype", "--type")),
+        (["--format", "onnx"], ("--format", "onnx")),
+        (["--type", "q8_0"], ("--type", "q8_0")),
+        (["--format", "gguf", "--parent"], ("gated LoRA",)),
+    ],
+)
+def test_formats_and_types_are_checked(
+    fails, own_folder: Path, tmp_path: Path, options: list[str], names: tuple[str, ...]
+) -> None:
+    fails("export", own_folder, "--out", tmp_path / "out.gguf", *options, names=names)
+
+
+def test_a_damaged_gguf_file_is_one_line(fails, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    fails("info", tmp_path / "x.gguf", names=["x.gguf"])
+    fails("generate", "Hello", "--model", tmp_path / "x.gguf", names=["x.gguf"])

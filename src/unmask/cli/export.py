@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from unmask.cli.console import make_console
-from unmask.errors import ConfigError
+from unmask.errors import CheckpointError, ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", re.IGNORECASE)
 
@@ -21,27 +21,41 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder of a model or adapter, Hugging Face id, or embedded model.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder for the files.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="New or empty folder for the files; with --format gguf, a new file.")
+    ],
+    format_: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder. gguf: a file for llama.cpp.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as each tensor is stored.")] = "auto",
+    type_: Annotated[
+        str, typer.Option("--type", help="Of GGUF weights: f32, f16, bf16, q8_0, q4_0, q4_1, or auto: as they are stored.")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Split larger weights into files of at most this size.")] = "5GB",
     parent: Annotated[
         bool, typer.Option("--parent", help="Of a model with gated LoRA, the autoregressive model it was made from.")
     ] = False,
 ) -> None:
-    """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer.
+    """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer, or as a GGUF file for llama.cpp.
 
     \b
     unmask export out/mine --out out/for-transformers
     unmask export out/chat/adapter --out out/chat-bf16 --dtype bfloat16
+    unmask export smollm2-135m-diffusion --parent --format gguf --type q8_0 --out out/parent.gguf
 
     An adapter is folded into its base. A Ling model converted to diffusion becomes a LLaDA2 model. Router weights stay in
-    float32 whatever dtype is narrower.
+    float32 whatever dtype is narrower. GGUF files are written of dense autoregressive models.
     """
     from unmask.cli.progress import counting
     from unmask.models.dtypes import dtype_name, parse_dtype
     from unmask.models.weights.export import export_model
     from unmask.models.weights.hub import resolve
 
+    if format_ == "gguf":
+        if dtype != "auto":
+            raise ConfigError("--dtype is of --format hf; GGUF weights have a --type")
+        _export_gguf(model, out, type_, parent)
+        return
+    if format_ != "hf" or type_ != "auto":
+        raise ConfigError(f"--format is {format_!r} and --type {type_!r}; --format is hf or gguf, --type of gguf only")
     size = shard_bytes(max_shard_size)
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     console = make_console()
@@ -50,6 +64,29 @@ def export(
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     console.print(f"model    {out}", soft_wrap=True)
     console.print(f"format   {exported.config.family}, {kind}, {dtype_name(exported.dtype)}", soft_wrap=True)
+    for note in exported.notes:
+        console.print(f"note     {note}", soft_wrap=True)
+
+
+def _export_gguf(model: str, out: Path, kind: str, parent: bool) -> None:
+    from unmask.cli.progress import counting
+    from unmask.data.chat_template import DEFAULT
+    from unmask.data.tokenizer_files import read_tokenizer
+    from unmask.models.weights.gguf_export import GGUFTokenizer, export_gguf
+    from unmask.models.weights.hub import resolve, tokenizer_folder
+
+    folder, console = resolve(model), make_console()
+    source = tokenizer_folder(folder)
+    if source is None:
+        raise CheckpointError(
+            f"{model} has no tokenizer, without which llama.cpp reads no file; copy the model's own beside it"
+        )
+    files = read_tokenizer(source)
+    tokenizer = GGUFTokenizer(files.backend, files.named, files.templates.get(DEFAULT))
+    with counting(console, "exporting") as on_progress:
+        exported = export_gguf(folder, out, tokenizer, kind=kind, parent=parent, on_progress=on_progress)
+    console.print(f"model    {out}", soft_wrap=True)
+    console.print(f"format   GGUF, {exported.config.family}, {exported.kind}", soft_wrap=True)
     for note in exported.notes:
         console.print(f"note     {note}", soft_wrap=True)
 

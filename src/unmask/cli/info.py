@@ -130,8 +130,10 @@ def find_config(model: str) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the folder it was found in, unless that is of no interest."""
     from unmask.models.families.registry import PUBLISHED, published_config, read_config
     from unmask.models.weights.checkpoint import read_model_config
-    from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, is_hub_id, resolve, unknown_model
+    from unmask.models.weights.hub import EMBEDDED_MODELS, fetch_config, gguf_config, is_hub_id, resolve, unknown_model
 
+    if model and Path(model).suffix == ".gguf" and Path(model).expanduser().is_file():
+        return gguf_config(Path(model).expanduser()), None
     if model in EMBEDDED_MODELS or (model and Path(model).expanduser().exists()):
         folder = resolve(model)
         return read_model_config(folder), folder

@@ -43,7 +43,9 @@ class Exported(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _TensorSource(NamedTuple):
+class TensorSource(NamedTuple):
+    """A model's tensors by their names on disk, read one by one."""
+
     config: ModelConfig
     dtypes: dict[str, torch.dtype]
     read: Callable[[str], Tensor]
@@ -78,7 +80,7 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is not empty; choose another folder")
     with ExitStack() as stack:
-        source = _open_files(folder, stack) if base_folder(folder) is None else _open_adapted(folder, dtype, stack)
+        source = open_source(folder, dtype, stack)
         config = parent_config(source.config) if parent else source.config
         config = family_of(config).for_export(config)
         specs = {
@@ -102,14 +104,23 @@ def export_model(
     return Exported(config, embedding_dtype, _notes(config))
 
 
-def _open_files(folder: Path, stack: ExitStack) -> _TensorSource:
+def open_source(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> TensorSource:
+    """The tensors of a model, checked; those of an adapter's base with the adapter folded in, loaded in `dtype`.
+
+    Raises:
+        CheckpointError: the model is incomplete.
+    """
+    return _open_files(folder, stack) if base_folder(folder) is None else _open_adapted(folder, dtype, stack)
+
+
+def _open_files(folder: Path, stack: ExitStack) -> TensorSource:
     config = read_model_config(folder)
     check_tensors(folder, config)
     files = TensorFiles(folder, stack)
-    return _TensorSource(config, {name: files.spec(name).dtype for name in stored_tensors(config)}, files.read)
+    return TensorSource(config, {name: files.spec(name).dtype for name in stored_tensors(config)}, files.read)
 
 
-def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> _TensorSource:
+def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> TensorSource:
     """The model with the adapter folded in; by default in the dtype of the base's embedding."""
     base_model = folder
     while (base := base_folder(base_model)) is not None:
@@ -119,7 +130,7 @@ def _open_adapted(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> 
     model = load_model(folder, dtype=dtype or next(iter(_open_files(base_model, stack).dtypes.values())))
     state = model.state_dict()
     tensors = {name: tensor.view(state) for name, tensor in stored_tensors(model.config).items()}
-    return _TensorSource(model.config, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
+    return TensorSource(model.config, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 def converted_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

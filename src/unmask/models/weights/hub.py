@@ -26,10 +26,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from unmask.errors import CheckpointError, UnmaskNote
+from unmask.errors import CheckpointError, ConfigError, UnmaskNote
 from unmask.files import atomic_write, bytes_writer, disk_errors, read_json, staging_folder
+from unmask.models.arch.config import ModelConfig
+from unmask.models.families.registry import read_config, stored_tensors
 from unmask.models.weights.delta import DIGEST_BYTES, Delta
-from unmask.models.weights.gguf_file import GGUFFile
+from unmask.models.weights.gguf.file import GGUFFile
 from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write_checkpoint
 
 EMBEDDED = "smollm2-135m"
@@ -247,13 +249,41 @@ def embedded_gguf() -> GGUFSource:
 
 def _unpack_gguf(file: Path, folder: Path) -> None:
     gguf = GGUFFile(file)
-    # Q4_1 gives scale * code + minimum in float32, more bits than bfloat16 or float16 hold: only float32 is exact.
-    specs = {name: TensorSpec(gguf.shape(name), torch.float32) for name in gguf.names()}
     hf_config = gguf.hf_config()
+    _config_of(gguf, hf_config)
+    specs = {name: TensorSpec(gguf.shape(name), gguf.dtype(name)) for name in gguf.names()}
     token_ids = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     jsons = {"tokenizer_config.json": gguf.tokenizer_config(), "generation_config.json": token_ids}
     write_checkpoint(folder, hf_config, specs, gguf.tensor, extra_jsons=jsons)
     atomic_write(folder / "tokenizer.json", bytes_writer(gguf.tokenizer().to_str(pretty=True).encode()))
+
+
+def gguf_config(file: Path) -> ModelConfig:
+    """The architecture in a GGUF file; nothing is unpacked.
+
+    Raises:
+        CheckpointError: it is damaged, or of a kind that is not read.
+    """
+    gguf = GGUFFile(file)
+    return _config_of(gguf, gguf.hf_config())
+
+
+def _config_of(gguf: GGUFFile, hf_config: Mapping[str, Any]) -> ModelConfig:
+    """The file's architecture; raises CheckpointError where its tensors are not those of it."""
+    try:
+        config = read_config(hf_config)
+    except ConfigError as error:
+        raise CheckpointError(f"{gguf.path}: {error}") from error
+    expected = {name: stored.shape for name, stored in stored_tensors(config).items()}
+    found = {name: gguf.shape(name) for name in gguf.names()}
+    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{gguf.path} does not fit its own config: {name} has shape {found.get(name)}, must have {expected.get(name)}"
+            f"{f' (and {len(differing) - 1} others)' if len(differing) > 1 else ''}; get it again"
+        )
+    return config
 
 
 def _embedded_delta(name: str, cache: Path) -> Path:
