@@ -144,6 +144,17 @@ class UpcycledTensors:
         return torch.Generator().manual_seed(zlib.crc32(f"{self._upcycling.seed} {name}".encode()))
 
 
+def upcycled(model: Transformer, upcycling: Upcycling) -> Transformer:
+    """The mixture that a dense model becomes, in memory."""
+    tensors = UpcycledTensors(model, upcycling)
+    mixture = Transformer(tensors.config).to(model.embed.weight.dtype)
+    state = mixture.state_dict()
+    for name, tensor in stored_tensors(tensors.config).items():
+        with torch.no_grad():
+            tensor.view(state).copy_(tensors.read(name))
+    return mixture.eval()
+
+
 def upcycle(model: str | Path, out: Path, upcycling: Upcycling, *, dtype: torch.dtype = torch.float32) -> ModelConfig:
     """Write the mixture that a dense model becomes, with its tokenizer, chat template and token ids.
 
