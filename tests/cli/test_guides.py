@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 GUIDES = {"convert": "convert", "speed-up": "convert", "sft": "sft", "cap": "sft", "dpo": "dpo"}
 """Page -> the verb it is about."""
 BLOCK = re.compile(
-    r'^```(sh|python|yaml title="(.*)")\n(.*?)^```|`(unmask (?:merge|export) --?[^`]*|unmask \w+ [^`]*--resume)`',
+    r'^```(sh|python|yaml title="([^"]*)")\n(.*?)^```|`(unmask (?:merge|export) --?[^`]*|unmask \w+ [^`]*--resume)`',
     re.DOTALL | re.MULTILINE,
 )
 TINY = {
@@ -49,7 +49,7 @@ def shortened(words: list[str], models: dict[str, Path], done: set[Path]) -> lis
         if out in done:
             return None
         done.add(out)
-        if "my.yaml" in words:
+        if {"my.yaml", "joint.yaml"} & set(words):
             words += ["--model", str(models["smollm2-135m"])]
         words += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     return words + (["--max-new-tokens", "8"] if words[0] == "generate" else [])
@@ -87,7 +87,7 @@ def test_stages_say_where_things_are_and_refuse_the_wrong_recipe(
 ) -> None:
     data = tiny_preferences(tmp_path / "pairs.jsonl") if verb == "dpo" else answers
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    lora = ["--set", "train.lora={rank: 2, train_embedding: false}"]
+    lora = ["--set", "train.lora.rank=2", "--set", "train.freeze_embeddings=true"]
     out = tmp_path / "run"
     common = [verb, "--data", data, *sets, *lora, "--out"]
     result = run(*common, out, "--model", diffusion_folder)
