@@ -88,7 +88,8 @@ INLINE void store_inputs(Input* to, NativeInts x) {
 #elif defined(UNMASK_SSE2)
     x = (NativeInts)_mm_shuffle_epi32((__m128i)x, _MM_SHUFFLE(3, 1, 2, 0));
 #endif
-    store(to, __builtin_convertvector(x, Narrow));
+    typedef int16_t Shorts __attribute__((vector_size(kNative * 2)));  // GCC narrows by halves only
+    store(to, __builtin_convertvector(__builtin_convertvector(x, Shorts), Narrow));
 }
 template <class V>
 INLINE void store_inputs(Input* to, Twice<V> x) {
@@ -162,18 +163,15 @@ INLINE NativeFloats scaled(NativeInts sum, Multiples multiple) {
 #endif
 }
 
-// Stores integers of a row that is quantised in groups as `group_inputs_of` reads them.
-template <class V>
-INLINE void store_group_inputs(GroupInput* to, V x) {
-#if defined(UNMASK_CODE_PAIRS)
-    if constexpr (kIsTwice<V>) {
-        store_group_inputs(to, x.lo);
-        store_group_inputs(to + sizeof(x.lo) / 4, x.hi);
-    } else {
-        typedef int8_t Narrow __attribute__((vector_size(kNative)));
-        store(to, __builtin_convertvector(x, Narrow));
-    }
+// Stores the integers of a group as `group_inputs_of` reads them.
+INLINE void store_group(GroupInput* to, Ints first, Ints second) {
+#if defined(UNMASK_AVX2)
+    const __m256i low = _mm256_packs_epi32((__m256i)first.lo, (__m256i)first.hi);
+    const __m256i high = _mm256_packs_epi32((__m256i)second.lo, (__m256i)second.hi);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing keeps halves apart
+    store(to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 #else
-    store_inputs(to, x);
+    store_inputs(to, first);
+    store_inputs(to + kLanes, second);
 #endif
 }

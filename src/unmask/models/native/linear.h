@@ -68,14 +68,10 @@ struct Rows {
     int64_t stride;
 };
 
-INLINE Floats peaks_of(const float* x, int64_t size) {
+INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t row) {
     Floats top = {};
     for (int64_t i = 0; i < size; i += kLanes) top = larger(top, magnitude(load_some(x + i, lanes_left(i, size))));
-    return top;
-}
-
-INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t row) {
-    const float peak = max_of(peaks_of(x, size)), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    const float peak = max_of(top), inverse = peak > 0 ? 127.0f / peak : 0.0f;
     Input* q = to.q + row * to.stride;
     Ints total = {};
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -89,24 +85,26 @@ INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t r
     to.sum[row] = sum_of(total);
 }
 
+INLINE void quantize_group(Floats first, Floats second, GroupInput* q, float* scale, float* shift) {
+    const float peak = max_of(larger(magnitude(first), magnitude(second)));
+    const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // smaller ones have no inverse, and add nothing
+    const Ints low = nearest(first * inverse), high = nearest(second * inverse);
+    store_group(q, low, high);
+    *scale = peak / 127.0f;
+    *shift = *scale * (float(sum_of(low + high)) * -0.0625f);
+}
+
 // Groups behind the row's end get scales of 0.
 INLINE void quantize_groups(const float* x, int64_t size, const Rows& to, int64_t row) {
     const int64_t groups = to.stride / kGroup;
     GroupInput* q = to.group_q + row * to.stride;
     float *scale = to.group_scale + row * groups, *shift = to.group_shift + row * groups;
-    for (int64_t group = 0; group < groups; group++) {
-        const int64_t from = std::min(group * kGroup, size), count = std::min(size - from, kGroup);
-        const float peak = max_of(peaks_of(x + from, count));
-        const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // smaller ones have no inverse, and add nothing
-        Ints total = {};
-        for (int64_t i = 0; i < kGroup; i += kLanes) {
-            const int left = lanes_left(i, std::max(i, count));
-            const Ints rounded = nearest((left ? load_some(x + from + i, left) : Floats{}) * inverse);
-            store_group_inputs(q + group * kGroup + i, rounded);
-            total += rounded;
-        }
-        scale[group] = peak / 127.0f;
-        shift[group] = scale[group] * (float(sum_of(total)) * -0.0625f);
+    int64_t group = 0;
+    for (; (group + 1) * kGroup <= size; group++, x += kGroup, q += kGroup)
+        quantize_group(load<Floats>(x), load<Floats>(x + kLanes), q, scale + group, shift + group);
+    for (int64_t left = size - group * kGroup; group < groups; group++, left = 0, q += kGroup) {
+        const int count = int(std::min<int64_t>(left, kLanes));
+        quantize_group(load_some(x, count), load_some(x + count, int(left) - count), q, scale + group, shift + group);
     }
 }
 

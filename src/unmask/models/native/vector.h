@@ -238,22 +238,27 @@ INLINE float fma_of(float a, float b, float c) {
 INLINE float exp_of(float x) { return exp_(splat_to<NativeFloats>(x))[0]; }
 
 // Horizontal reductions, always in the same order: lane i with lane i + 8, then i + 4, ...
-template <class V>
-INLINE auto sum_of(V x) {
+template <class V, class F>
+INLINE auto reduce(V x, F join) {
     if constexpr (kIsTwice<V>) {
-        return sum_of(x.lo + x.hi);
+        return reduce(join(x.lo, x.hi), join);
+    } else if constexpr (sizeof(V) > 16) {
+        typedef std::remove_reference_t<decltype(x[0])> Half __attribute__((vector_size(sizeof(V) / 2)));
+        Half lo, hi;
+        memcpy(&lo, &x, sizeof lo), memcpy(&hi, reinterpret_cast<const char*>(&x) + sizeof lo, sizeof hi);
+        return reduce(join(lo, hi), join);
     } else {
-        for (int half = kNative / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; i++) x[i] += x[i + half];
-        return x[0];
+        return join(join(x[0], x[2]), join(x[1], x[3]));
     }
 }
-INLINE float max_of(NativeFloats x) {
-    for (int half = kNative / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-    return x[0];
+template <class V>
+INLINE auto sum_of(V x) {
+    return reduce(x, [](auto a, auto b) { return a + b; });
 }
 template <class V>
-INLINE float max_of(Twice<V> x) {
-    return max_of(larger(x.lo, x.hi));
+INLINE float max_of(V x) {
+    return reduce(x, [](auto a, auto b) {
+        if constexpr (std::is_arithmetic_v<decltype(a)>) return a > b ? a : b;
+        else return larger(a, b);
+    });
 }
