@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers import refused
 from runs import tiny_recipe
 from unmask.errors import ConfigError
-from unmask.train.lock import locked
+from unmask.lock import locked
 from unmask.train.run import run_recipe
 
 

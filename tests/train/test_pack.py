@@ -21,8 +21,8 @@ from unmask.data.packed import MANIFEST, PackedFolder, RowFile, read_manifest
 from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import CheckpointError, ConfigError, DataError
+from unmask.lock import locked
 from unmask.models.weights.checkpoint import read_model_config
-from unmask.train.lock import locked
 from unmask.train.metrics import read_metrics
 from unmask.train.pack import PROGRESS, pack_recipe
 from unmask.train.recipe import Recipe, parse_recipe

@@ -57,7 +57,10 @@ def load(model: str, dtype: str, device: str, quantize: str, expert_capacity: in
     """The model that `--model`, `--dtype`, `--device`, `--quantize` and `--expert-capacity` name."""
     import unmask
     from unmask.cli.packing_line import PackingLine
+    from unmask.models.weights.manifest import is_quantized
 
+    if device == "auto" and is_quantized(Path(model).expanduser()):
+        device = "cpu"  # where alone such weights are read
     return unmask.load(
         model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine(),
         expert_capacity=expert_capacity,

@@ -33,6 +33,9 @@ def info(
         str, typer.Argument(metavar="MODEL", help="Folder, Hugging Face id, embedded model, or published model (llada2-mini).")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a quantised model, compare every byte with its manifest.")
+    ] = False,
 ) -> None:
     """Describe a model.
 
@@ -44,16 +47,24 @@ def info(
 
     Only config.json is needed: nothing else is fetched, and no weight is read.
     """
+    from unmask.cli.progress import counting
+    from unmask.models.weights import manifest
     from unmask.models.weights.hub import base_name
 
     config, folder = find_config(model)
     base = None if folder is None else base_name(folder)
-    weights = None if folder is None or base is not None else _weights(folder, config)
-    facts = {**describe(config), "auto": _auto(model, config)}
+    console = make_console()
+    quantized = None
+    if folder is not None and manifest.is_quantized(folder):
+        if verify:
+            with counting(console, "verifying") as on_progress:
+                manifest.verify(folder, manifest.read_manifest(folder), on_progress)
+        quantized = quantized_facts(folder, config)
+    weights = None if folder is None or base is not None or quantized is not None else _weights(folder, config)
+    facts = {**describe(config), "auto": _auto(model, config) if quantized is None else None, "quantized": quantized}
     if as_json:
         typer.echo(json.dumps({"model": model, **facts, "adapter_of": base, "weights_on_disk": weights}))
         return
-    console = make_console()
     rows = _rows(config, facts, weights) if base is None else [*_rows(config, facts, None), ("adapter", f"of {base}")]
     for name, value in rows:
         console.print(f"{name:<16} {value}", soft_wrap=True)
@@ -156,6 +167,45 @@ def _room(auto: dict[str, Any]) -> str:
     return f"{decimal(max(auto['available_bytes'], 0))} on {auto['device']}: {can}"
 
 
+def quantized_facts(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """What a quantised model was made from, and what a token reads of it."""
+    import torch
+
+    from unmask.models.native.packed_folder import bytes_of_a_token, map_folder
+    from unmask.models.weights import room
+    from unmask.models.weights.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    memory = room.available_memory(torch.device("cpu"))
+    return {
+        "quantize": manifest.quantize,
+        "recipe": manifest.recipe,
+        "made_from": manifest.source.model,
+        "layers_of_source": manifest.source.num_layers,
+        "num_files": len(manifest.pieces),
+        "num_bytes": manifest.num_bytes,
+        "bytes_of_a_token": bytes_of_a_token(map_folder(folder, manifest, config)),
+        "fits": room.fits(manifest.num_bytes, memory),
+        "available_bytes": None if memory is None else memory.num_bytes,
+    }
+
+
+def _decoding_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What decodes, and whether there is room, for people."""
+    from rich.filesize import decimal
+
+    quantized = facts["quantized"]
+    if quantized is None:
+        return [("decodes with", _words_of(facts["auto"])), ("room", _room(facts["auto"]))]
+    layers = "" if quantized["layers_of_source"] == facts["layers"] else f", the first {facts['layers']} layers"
+    where = "from memory" if quantized["fits"] else f"from disk: {decimal(quantized['available_bytes'])} of memory are free"
+    return [
+        ("quantised", f"{quantized['quantize']}, from {quantized['made_from']}{layers}"),
+        ("on disk", f"{decimal(quantized['num_bytes'])} in {quantized['num_files']} files, mapped by the CPU kernels"),
+        ("a token reads", f"{decimal(quantized['bytes_of_a_token'])} {where}"),
+    ]
+
+
 def _words_of(auto: dict[str, Any]) -> str:
     """What decodes by default, for people."""
     kernels = f"CPU kernels: {auto['kernels'] or 'not built'}"
@@ -206,8 +256,7 @@ def _rows(config: ModelConfig, facts: dict[str, Any], weights: dict[str, int] | 
         *([] if config.start_id is None else [("shifted", f"yes: reads the token before, id {config.start_id} at the start")]),
         *([] if config.gated_lora_rank is None else [("gated LoRA", f"rank {config.gated_lora_rank}, for noisy rows")]),
         ("context", f"{config.max_positions:,} tokens"),
-        ("decodes with", _words_of(facts["auto"])),
-        ("room", _room(facts["auto"])),
+        *_decoding_rows(facts),
         ("other keys (kept)", ", ".join(facts["ignored_config_keys"]) or "none"),
     ]
     if weights is not None:

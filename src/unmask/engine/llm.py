@@ -35,6 +35,7 @@ from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
+from unmask.models.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from unmask.engine.grammar import Grammar, GrammarCompiler
@@ -57,10 +58,12 @@ class LanguageModel:
         folder: of the model, for which what is learnt on drafts is kept (`DraftStatistics`); None: in memory alone.
         expert_capacity: experts that the tokens of a block may use, all together, in each layer (block routing); None: as the
             model was trained.
+        digest: of the weights of a quantised model, by its manifest.
 
     Attributes:
         config: the architecture and special token ids.
         quantize: the weights that decode: "int8", "int4" or "none".
+        digest: of the weights of a quantised model, which has no others; None: of weights as loaded.
     """
 
     def __init__(
@@ -73,11 +76,12 @@ class LanguageModel:
         reload: Callable[[], Transformer] | None = None,
         folder: Path | None = None,
         expert_capacity: int | None = None,
+        digest: str | None = None,
     ) -> None:
         self.config, self.tokenizer, self.name = weights.config, tokenizer, name
         if tokenizer is not None and self.config.start_id is not None:
             tokenizer.set_start_token(self.config.start_id)
-        self._folder = folder
+        self._folder, self.digest = folder, digest
         self._transformer: Transformer | None = None
         self._reload, self._reloading = reload, threading.Lock()
         self._native = weights if isinstance(weights, NativeBackend) else None
@@ -101,6 +105,17 @@ class LanguageModel:
                 assert self._reload is not None, "packed weights alone come with what reads the others"
                 transformer = self._transformer = self._reload().eval()
             return transformer
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Parameters, each counted once; those of gated LoRA included."""
+        with torch.device("meta"):
+            return Transformer(self.config).num_parameters()
+
+    @property
+    def weights_dtype(self) -> str:
+        """The number format of the weights as loaded; of a quantised model, "int8" or "int4"."""
+        return dtype_name(self.transformer.embed.weight.dtype) if self.digest is None else self.quantize
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

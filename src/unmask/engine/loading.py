@@ -1,10 +1,12 @@
 """`load`: a `LanguageModel` from a folder, a Hugging Face id or the name of an embedded model.
 
-Owns which weights are read: packed ones from the cache where the CPU kernels decode, and then no others until somebody asks.
+Owns which weights are read: packed ones, from the folder of a quantised model or from the cache, where the CPU kernels decode,
+and then no others until somebody asks.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,19 @@ from pathlib import Path
 import torch
 
 from unmask.data.tokenizer import load_tokenizer
-from unmask.engine.backends.native import open_packed
+from unmask.engine.backends.native import NativeBackend, open_packed
 from unmask.engine.llm import LanguageModel
 from unmask.engine.quantization import decoding_weights, for_dtype, kernels_compute
 from unmask.engine.room import DecodingRoom
+from unmask.errors import ConfigError, UnmaskWarning
 from unmask.models.dtypes import parse_dtype
+from unmask.models.native.library import load_kernels
+from unmask.models.native.packed_folder import map_folder
+from unmask.models.native.packing import check_packable
 from unmask.models.weights.checkpoint import ModelParts, read_model_config
 from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model, load_parts
+from unmask.models.weights.manifest import is_quantized, read_manifest
 
 
 def load(
@@ -34,8 +41,8 @@ def load(
     """Load a model for generation.
 
     Args:
-        model: a folder (of a model, or of an adapter), a Hugging Face id, or an embedded model (`smollm2-135m`,
-            `smollm2-135m-diffusion`, `smollm2-135m-converted`).
+        model: a folder (of a model, an adapter, or a quantised model), a Hugging Face id, or an embedded model
+            (`smollm2-135m`, `smollm2-135m-diffusion`, `smollm2-135m-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
         quantize: what decodes. "int8" or "int4": quantised weights (on the CPU); the others are read from the
@@ -55,6 +62,8 @@ def load(
         RoomError: the model does not fit into memory; no weight has been read.
     """
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
+    if is_quantized(folder):
+        return _load_quantized(str(model), folder, dtype, device, quantize, expert_capacity)
     config, where = read_model_config(folder), torch.device(device)
     kind = decoding_weights(for_dtype(quantize, dtype), where)
     room = DecodingRoom(config, read_dtype, where)
@@ -73,3 +82,32 @@ def load(
     if is_packed:
         room.check_mapped(str(model), kind)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder, expert_capacity=expert_capacity)
+
+
+def _load_quantized(
+    name: str, folder: Path, dtype: str | torch.dtype, device: str, quantize: str | None, expert_capacity: int | None
+) -> LanguageModel:
+    """The model in a folder of `unmask quantize`, mapped; arguments as of `load`."""
+    manifest, config, where = read_manifest(folder), read_model_config(folder), torch.device(device)
+    if quantize not in ("auto", manifest.quantize):
+        raise ConfigError(
+            f"quantize is {quantize or 'none'}; {folder} holds {manifest.quantize} weights: leave it out, or load the model "
+            f"that they were made from, {manifest.source.model}"
+        )
+    if dtype != "auto":
+        raise ConfigError(f"dtype is {dtype}; {folder} holds {manifest.quantize} weights, which have no other: leave it out")
+    check_packable(where, 8)
+    if config.num_layers < manifest.source.num_layers:
+        warnings.warn(
+            f"{folder} holds {config.num_layers} of {manifest.source.num_layers} layers: it is for measurements, not for use",
+            UnmaskWarning,
+            stacklevel=2,
+        )
+    DecodingRoom(config, torch.float16, where).check_mapped(name, manifest.quantize, manifest.num_bytes)
+    weights = NativeBackend(map_folder(folder, manifest, config), load_kernels())
+    source = tokenizer_folder(folder)
+    tokenizer = None if source is None else load_tokenizer(source)
+    reload = partial(load_model, folder, dtype=torch.float32)
+    return LanguageModel(
+        weights, tokenizer, name=name, reload=reload, folder=folder, digest=manifest.digest(), expert_capacity=expert_capacity
+    )  # fmt: skip

@@ -81,14 +81,20 @@ class DecodingRoom:
         needs = {what: packing_bytes(self.config, self.dtype, PACKED_BITS[weights], whole=whole)}
         check_room(name, needs | self._cache_need(torch.float32), self.device, self.options)
 
-    def check_mapped(self, name: str, weights: str) -> None:
-        """Say what to expect of packed weights, mapped from a file, that exceed memory; arguments as of `check_packing`.
+    def check_mapped(self, name: str, weights: str, num_bytes: int | None = None) -> None:
+        """Say what to expect of packed weights, mapped from files, that exceed memory.
+
+        Args:
+            name: as of `check_packing`.
+            weights: as of `check_packing`.
+            num_bytes: of the files; None: as many as packing would make.
 
         Raises:
             RoomError: not even the KV cache fits.
         """
         check_room(name, self._cache_need(torch.float32), self.device, self.options)
-        packed, memory = packed_bytes(self.config, self.dtype, PACKED_BITS[weights]), available_memory(self.device)
+        packed = packed_bytes(self.config, self.dtype, PACKED_BITS[weights]) if num_bytes is None else num_bytes
+        memory = available_memory(self.device)
         if memory is not None and not fits(packed, memory):
             what = dtype_name(self.dtype) if weights == "none" else weights
             warnings.warn(

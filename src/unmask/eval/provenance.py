@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from unmask.engine.llm import LanguageModel
-from unmask.models.dtypes import dtype_name
 
 PACKAGES = (
     *("unmask", "torch", "transformers", "tokenizers", "llguidance", "numpy"),
@@ -22,7 +21,9 @@ PACKAGES = (
 
 
 def weights_digest(model: LanguageModel) -> str:
-    """Hash of the weights: of the names, dtypes, shapes and bytes of all tensors."""
+    """Hash of the weights: of the names, dtypes, shapes and bytes of all tensors; of a quantised model, its manifest's."""
+    if model.digest is not None:
+        return model.digest
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.transformer.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -35,7 +36,7 @@ def about_model(model: LanguageModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "weights": weights_digest(model),
-        "dtype": dtype_name(model.transformer.embed.weight.dtype),
+        "dtype": model.weights_dtype,
         "quantize": model.quantize,
         "diffusion": model.is_diffusion,
     }

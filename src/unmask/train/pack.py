@@ -20,9 +20,9 @@ from unmask.data.parallel import EncoderPool, encoder_pool
 from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.errors import ConfigError, DataError
 from unmask.files import atomic_write, atomic_write_json, read_json
+from unmask.lock import locked
 from unmask.models.weights.checkpoint import read_model_config
 from unmask.models.weights.hub import resolve, tokenizer_folder
-from unmask.train.lock import locked
 from unmask.train.recipe import Recipe
 from unmask.train.rows import held_out_packer, held_out_share, open_packer, open_stream, row_settings
 from unmask.train.tokens import training_config

@@ -15,6 +15,7 @@ import torch
 
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import ConfigError
+from unmask.lock import locked
 from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
@@ -24,7 +25,6 @@ from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.safetensors_io import copy_checkpoint
 from unmask.train.forward import AttentionBackend
-from unmask.train.lock import locked
 from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from helpers import refused
 from unmask.errors import ConfigError, LostRanksError, TrainingError
-from unmask.train.lock import locked
+from unmask.lock import locked
 from unmask.train.parallel.fatal import fatal_status, is_first_print, record_fatal
 from unmask.train.parallel.ranks import agree_on_round, compare_recipes
 from unmask.train.parallel.start import check_devices, restarted

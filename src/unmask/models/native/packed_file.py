@@ -111,17 +111,28 @@ def read_facts(path: Path) -> dict[str, str] | None:
 
 def map_packed(path: Path) -> PackedWeights | None:
     """The packed weights in a file, mapped; None: it is missing, cut short or damaged."""
+    found = map_tensors(path)
+    if found is None:
+        return None
+    description, tensors = found
+    try:
+        numbers, vectors = description.pop("matrices"), description.pop("vectors")
+        return weights_of(description | {"config": _config(description["config"])}, numbers, vectors, tensors)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What a file says of its weights, and its tensors, mapped; None: it is missing, cut short or damaged."""
     found = _header(path)
     if found is None:
         return None
     header, start = found
     try:
-        description = json.loads(header.pop(_METADATA)["weights"])
+        description: dict[str, Any] = json.loads(header.pop(_METADATA)["weights"])
         # Copy on write: nobody writes, and PyTorch asks for memory that could be written.
         data = torch.from_numpy(np.memmap(path, np.uint8, "c", start))
-        tensors = {name: _view(data, entry) for name, entry in header.items() if not name.startswith(_PADDING)}
-        numbers, vectors = description.pop("matrices"), description.pop("vectors")
-        return weights_of(description | {"config": _config(description["config"])}, numbers, vectors, tensors)
+        return description, {name: _view(data, entry) for name, entry in header.items() if not name.startswith(_PADDING)}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
 

@@ -207,16 +207,21 @@ class Packer:
         parts: of the model.
         bits: as of `pack_model`.
         rotate: as of `pack_model`.
+        width: bits of a matrix of a layer, by its packed name; None: `bits`, of all.
         rounding: of what is quantised.
 
     Raises:
         ConfigError: as of `pack_model`.
     """
 
-    def __init__(self, parts: ModelParts, bits: int, *, rotate: bool | None = None, rounding: Rounding = round_nearest) -> None:
+    def __init__(
+        self, parts: ModelParts, bits: int, *, rotate: bool | None = None, width: Callable[[str], int] | None = None,
+        rounding: Rounding = round_nearest,
+    ) -> None:  # fmt: skip
         model = parts.model
         check_packable(model.inv_freq.device, bits)
         self._parts, self._config, self._bits, self._rounding = parts, model.config, bits, rounding
+        self._width = width or (lambda name: bits)
         self._bits_beside = FLOAT_BITS if bits == FLOAT_BITS else 8
         rotates = bits == 8 if rotate is None else rotate
         self._rotation = Rotation(model.config.hidden_size) if rotates else None
@@ -273,7 +278,7 @@ class Packer:
             if writes and self._rotation is not None:
                 rows = self._rotation.outputs(rows)
             rows, first = F.pad(rows, pads), expert * (outputs + pads[3])
-            sink.add_matrix(name, pack(self._rounding(name, rows, first, self._bits)), first, experts * len(rows))
+            sink.add_matrix(name, pack(self._rounding(name, rows, first, self._width(name))), first, experts * len(rows))
 
     def _behind_mixed(self, weight_TK: Tensor) -> Tensor:
         """Rows of a matrix that reads a feed-forward's channels, mixed at run time."""
@@ -312,12 +317,13 @@ class Packer:
             reads: what becomes of rows [T, K] because of the basis its inputs are in.
             writes: its outputs are added to the hidden states.
         """
-        self._add_matrix(sink, f"{name}.base", f"{layer}.weight", self._bits, reads, writes=writes)
+        base = f"{name}.base"
+        self._add_matrix(sink, base, f"{layer}.weight", self._width(base), reads, writes=writes)
         if (bias := f"{layer}.bias") in self._parts.shapes:
             bias_V = self._parts.read(bias)
             if writes and self._rotation is not None:
                 bias_V = self._rotation(bias_V)
-            sink.add_vector(f"{name}.base.bias", pack_bias(bias_V))
+            sink.add_vector(f"{base}.bias", pack_bias(bias_V))
         if f"{layer}.gated_in" in self._parts.shapes:
             self._add_matrix(sink, f"{name}.input", f"{layer}.gated_in", self._bits_beside, reads)
             self._add_matrix(sink, f"{name}.output", f"{layer}.gated_out", self._bits_beside, writes=writes)

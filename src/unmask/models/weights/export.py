@@ -144,25 +144,30 @@ def converted_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str, Any]]:
     """Files to copy and JSON files to write: tokenizer, defaults of generation, an autoregressive model's own code."""
-    source = tokenizer_folder(folder)
-    files = [] if source is None else [path for path in sorted(source.iterdir()) if _COMPANION.fullmatch(path.name)]
+    files = tokenizer_files(folder)
     jsons: dict[str, Any] = {}
     if any(path.name == "tokenizer_config.json" for path in files):
         jsons["tokenizer_config.json"] = _tokenizer_config(read_json(files[0].parent / "tokenizer_config.json"))
     if config.mask_id is not None:
         jsons[GENERATION_CONFIG] = _generation_config(config)
     else:
-        jsons[GENERATION_CONFIG] = {**_own_generation_config(folder), **token_ids(config)}
+        jsons[GENERATION_CONFIG] = {**generation_config(folder), **token_ids(config)}
         files += [path for path in sorted(folder.iterdir()) if _CODE.fullmatch(path.name)]
     return files, jsons
 
 
-def _own_generation_config(folder: Path) -> dict[str, Any]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer of a model, or of an adapter."""
+    source = tokenizer_folder(folder)
+    return [] if source is None else [path for path in sorted(source.iterdir()) if _COMPANION.fullmatch(path.name)]
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
     """The generation_config.json of a model, or of an adapter's base; empty where there is none."""
     if (folder / GENERATION_CONFIG).is_file():
         return read_json(folder / GENERATION_CONFIG)
     base = base_folder(folder)
-    return {} if base is None else _own_generation_config(base)
+    return {} if base is None else generation_config(base)
 
 
 def _tokenizer_config(hf: dict[str, Any]) -> dict[str, Any]:

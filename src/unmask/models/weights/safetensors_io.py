@@ -25,6 +25,7 @@ from torch import Tensor
 from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.files import Writer, bytes_writer, disk_errors, json_writer, read_json, staging_folder, sync_folder, write_folder
 from unmask.models.weights.boxes import BoxedTensor
+from unmask.models.weights.manifest import float_model
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -319,6 +320,8 @@ def _open(path: Path) -> Any:
 def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder; give one in the Hugging Face layout"
+    if quantized := float_model(folder):
+        return quantized
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         return f"{folder} holds {pickled[0]} but no safetensors weights; convert it to safetensors first"

@@ -29,6 +29,7 @@ from unmask.serve.served_model import PreparedRequests, ServedModel
 
 router = APIRouter()
 VERSION = "0.12.11"
+_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 """Of Ollama's API as it is spoken here; clients refuse older servers."""
 _RESPONSES: dict[int | str, dict[str, Any]] = {**OTHER_ERROR_RESPONSES, 200: {"content": {JSON_LINES.media_type: {}}}}
 
@@ -83,7 +84,7 @@ async def post_show(body: OllamaModelRequest, state: CurrentState) -> dict[str, 
         "vocab_size": config.vocab_size,
     }
     about = {f"{config.family}.{name}": value for name, value in sizes.items()}
-    count = model.language_model.transformer.num_parameters()
+    count = model.language_model.num_parameters
     return {
         "modelfile": f"FROM {model.name}",
         "parameters": "",
@@ -217,13 +218,14 @@ def _check_name(model: ServedModel, name: str) -> None:
 
 
 def _listed(model: ServedModel) -> dict[str, Any]:
-    transformer = model.language_model.transformer
+    language_model = model.language_model
+    bits = _BITS[language_model.weights_dtype]
     name = model.name if ":" in model.name else model.name + LATEST
     return {
         "name": name,
         "model": name,
         "modified_at": _time(model.created),
-        "size": transformer.num_parameters() * transformer.embed.weight.itemsize,
+        "size": language_model.num_parameters * bits // 8,
         "digest": sha256(model.name.encode()).hexdigest(),
         "details": _details(model),
     }
@@ -231,14 +233,14 @@ def _listed(model: ServedModel) -> dict[str, Any]:
 
 def _details(model: ServedModel) -> dict[str, Any]:
     language_model = model.language_model
-    count, family = language_model.transformer.num_parameters(), language_model.config.family
+    count, family = language_model.num_parameters, language_model.config.family
     return {
         "parent_model": "",
         "format": "safetensors",
         "family": family,
         "families": [family],
         "parameter_size": f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M",
-        "quantization_level": str(language_model.transformer.embed.weight.dtype).removeprefix("torch."),
+        "quantization_level": language_model.weights_dtype,
     }
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unmask.errors import ConfigError
-from unmask.train.lock import job_of
+from unmask.lock import job_of
 from unmask.train.parallel.dims import ParallelSection
 from unmask.train.parallel.world import World
 

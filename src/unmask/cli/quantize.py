@@ -1,0 +1,60 @@
+"""`unmask quantize`: write a model with 8- or 4-bit weights, for the CPU kernels.
+
+Owns the options and the report. The job is `models.native.quantization_job`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from unmask.cli.console import make_console, program
+from unmask.cli.startup import INTERRUPTED
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a model or adapter, Hugging Face id, or embedded model.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty folder, or one of the same job, which goes on.")],
+    bits: Annotated[Literal["8", "4"], typer.Option(help="Of the layers' weights.")] = "4",
+    layers: Annotated[
+        int | None, typer.Option(help="Quantise the first layers only, to measure with.", show_default="all")
+    ] = None,
+) -> None:
+    """Write a model with 8- or 4-bit weights into a folder that decodes by the CPU kernels.
+
+    Such a folder is given like any model (generate, chat, serve, eval ...). It is opened in seconds, whatever its size: weights
+    are mapped, shared between processes, and read from disk as they are needed where memory is short. Layers are read, rounded
+    and written one after the other, in less than 2 GB of memory; an interrupted job goes on where it was.
+
+    \b
+    unmask quantize out/mine --out out/mine-int4
+    unmask quantize inclusionAI/LLaDA2.0-mini --bits 8 --out models/mini-int8
+    unmask chat --model out/mine-int4
+    """
+    from rich.filesize import decimal
+
+    from unmask.cli.progress import counting
+    from unmask.models.native.quantization_job import QuantizationJob
+    from unmask.models.native.recipe import QuantizationRecipe
+    from unmask.models.weights.hub import resolve
+
+    console, started = make_console(), time.monotonic()
+    job = QuantizationJob(model, resolve(model), QuantizationRecipe(int(bits)), num_layers=layers)
+    try:
+        with counting(console, "quantising (MB)") as on_progress:
+            manifest = job.run(out, on_progress)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    files = len(manifest.pieces)
+    console.print(
+        f"model    {out}: {manifest.quantize}, {decimal(manifest.num_bytes)} in {files} files, "
+        f"{time.monotonic() - started:.0f} s",
+        soft_wrap=True,
+    )
+    console.print(f"decode   {program()} chat --model {out}", soft_wrap=True)

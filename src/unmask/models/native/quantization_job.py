@@ -1,0 +1,220 @@
+"""The job that quantises a model into a folder, piece by piece: little is in memory, and a killed job goes on where it was.
+
+Owns the order of the files, the record of what is done, and what lies in the folder beside the weights. How a piece is packed
+is `packing`'s.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.errors import CheckpointError, ConfigError
+from unmask.files import Writer, atomic_write, atomic_write_json, bytes_writer, json_writer, read_json
+from unmask.lock import locked
+from unmask.models.arch.config import ModelConfig
+from unmask.models.families.registry import stored_tensors, write_config
+from unmask.models.native.packed_file import PackedFile
+from unmask.models.native.packed_folder import piece_name
+from unmask.models.native.packing import Packer
+from unmask.models.native.recipe import QuantizationRecipe
+from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, read_model_config
+from unmask.models.weights.export import generation_config, tokenizer_files
+from unmask.models.weights.hub import base_folder
+from unmask.models.weights.loading import load_parts
+from unmask.models.weights.manifest import FORMAT, HEADER_BYTES, MANIFEST, PROGRESS, Manifest, Piece, Source, describe_piece
+from unmask.models.weights.room import in_words, packed_bytes
+from unmask.models.weights.safetensors_io import CONFIG_NAME, TensorFiles
+
+OnProgress = Callable[[int, int], None]
+"""Called with megabytes of weights that are done, and megabytes in all."""
+_RESERVE = 2**26
+"""Bytes that stay free on the disk."""
+
+
+@dataclass(frozen=True)
+class QuantizationJob:
+    """A model and how it shall be quantised.
+
+    Attributes:
+        name: of the model, as it was given.
+        folder: of the model or adapter.
+        recipe: of its matrices.
+        num_layers: the first ones, for measurements; None: all.
+    """
+
+    name: str
+    folder: Path
+    recipe: QuantizationRecipe
+    num_layers: int | None = None
+
+    def run(self, out: Path, on_progress: OnProgress = lambda done, total: None) -> Manifest:
+        """Write the folder; an unfinished one of the same job is gone on with.
+
+        Args:
+            out: new, empty, or of this job.
+            on_progress: sees the progress.
+
+        Raises:
+            CheckpointError: the model is incomplete, or the disk is full; what is done is kept.
+            ConfigError: the model, the recipe or `out` will not do.
+        """
+        parts = load_parts(self.folder, dtype=_stored_dtype(self.folder))
+        config = parts.model.config
+        layers = config.num_layers if self.num_layers is None else self.num_layers
+        if not 0 < layers <= config.num_layers:
+            raise ConfigError(f"layers is {layers}; the model has {config.num_layers}")
+        _check_folder(out)
+        with locked(out):
+            _check_folder(out)
+            writer = _PieceWriter(self, out, parts, layers)
+            writer.check_disk()
+            pieces = writer.write(on_progress)
+            manifest = self._manifest(writer, pieces)
+            for name, write in _companions(self.folder, writer.config).items():
+                atomic_write(out / name, write)
+            atomic_write(out / MANIFEST, manifest.writer())
+            (out / PROGRESS).unlink()
+        return manifest
+
+    def source(self, num_layers: int) -> Source:
+        """What is quantised; `num_layers` of the whole model."""
+        files = {path.name: path.stat().st_size for path in _weight_files(self.folder)}
+        return Source(self.name, str(self.folder.resolve()), files, num_layers)
+
+    def _manifest(self, writer: _PieceWriter, pieces: list[Piece]) -> Manifest:
+        weights = {name: value for name, value in writer.packer.description.items() if name != "config"}
+        versions = {name: importlib.metadata.version(name) for name in ("unmask", "torch")}
+        return Manifest(
+            FORMAT, f"int{self.recipe.bits}", writer.recipe, writer.source, versions, weights, tuple(pieces)
+        )  # fmt: skip
+
+
+class _PieceWriter:
+    """Writes the pieces of a job that are not there yet."""
+
+    def __init__(self, job: QuantizationJob, out: Path, parts: ModelParts, num_layers: int) -> None:
+        config = parts.model.config
+        self._job, self._out, self._parts = job, out, parts
+        self.config: ModelConfig = replace(config, num_layers=num_layers)
+        self.source = job.source(config.num_layers)
+        self.recipe: dict[str, Any] = job.recipe.description()
+        self.packer = Packer(parts, job.recipe.bits, width=job.recipe.width)
+        self._identity = json.loads(json.dumps([asdict(self.source), self.recipe, num_layers, FORMAT]))
+        self._done = self._read_progress()
+
+    def check_disk(self) -> None:
+        """Refuse a disk that cannot hold the pieces that are still to be written.
+
+        Raises:
+            CheckpointError: it is too small.
+        """
+        needed = packed_bytes(self.config, torch.bfloat16, self._job.recipe.bits) - sum(each.num_bytes for each in self._done)
+        free = shutil.disk_usage(self._out).free
+        if needed + _RESERVE > free:
+            raise CheckpointError(
+                f"{self._out} needs {in_words(needed)} more, and {in_words(free)} are free; free some space, choose another "
+                "folder, or quantise fewer layers"
+            )
+
+    def write(self, on_progress: OnProgress) -> list[Piece]:
+        """All pieces; those that are whole are kept."""
+        sizes = self._sizes()
+        kept = self._whole()
+        self._record()
+        for number in range(len(sizes)):
+            if number >= kept:
+                self._write_piece(number, len(sizes))
+            on_progress(sum(sizes[: number + 1]) // 10**6, sum(sizes) // 10**6)
+        return self._done
+
+    def _write_piece(self, number: int, count: int) -> None:
+        name = piece_name(number, count)
+        scratch = self._out / f".{name}"
+
+        def write(file: Any) -> None:
+            sink = PackedFile(file, HEADER_BYTES)
+            self.packer.pack(number, sink)
+            sink.finish({}, {})
+
+        atomic_write(scratch, write)
+        piece = describe_piece(scratch, name)
+        scratch.replace(self._out / name)
+        self._done.append(piece)
+        self._record()
+
+    def _record(self) -> None:
+        atomic_write_json(self._out / PROGRESS, {"job": self._identity, "pieces": [asdict(each) for each in self._done]})
+
+    def _whole(self) -> int:
+        """How many of the recorded pieces are there, byte for byte; the others are forgotten."""
+        for number, piece in enumerate(self._done):
+            path = self._out / piece.file
+            if not path.is_file() or path.stat().st_size != piece.num_bytes or describe_piece(path, piece.file) != piece:
+                del self._done[number:]
+                break
+        return len(self._done)
+
+    def _read_progress(self) -> list[Piece]:
+        path = self._out / PROGRESS
+        if not path.is_file():
+            return []
+        values = read_json(path)
+        if values.get("job") != self._identity:
+            raise ConfigError(
+                f"{self._out} holds an unfinished job of another model or recipe, or the model has changed; choose another "
+                "folder"
+            )
+        return [Piece(**piece) for piece in values["pieces"]]
+
+    def _sizes(self) -> list[int]:
+        """Bytes of the weights of each piece, as they are."""
+        sizes = [0] * (1 + self.config.num_layers)
+        for name, shape in self._parts.shapes.items():
+            number = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+            if number < len(sizes):
+                sizes[number] += 2 * shape.numel()
+        return sizes
+
+
+def _check_folder(out: Path) -> None:
+    """Raises: ConfigError: the folder holds anything but an unfinished job."""
+    if (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} holds a quantised model; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is not a folder; choose another one")
+    if out.is_dir() and not (out / PROGRESS).is_file() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ConfigError(f"{out} is not empty; choose another folder")
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the weights of a model, or of an adapter's base: what is read of them."""
+    if (base := base_folder(folder)) is not None:
+        return _stored_dtype(base)
+    config = read_model_config(folder)
+    with ExitStack() as stack:
+        dtype = TensorFiles(folder, stack).spec(next(iter(stored_tensors(config)))).dtype
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Of a model; of an adapter, those of its base, too."""
+    base = base_folder(folder)
+    return [*sorted(folder.glob("*.safetensors")), *([] if base is None else _weight_files(base))]
+
+
+def _companions(folder: Path, config: ModelConfig) -> dict[str, Writer]:
+    """The files beside the weights: config, end ids and tokenizer."""
+    files = {path.name: bytes_writer(path.read_bytes()) for path in tokenizer_files(folder)}
+    generation = generation_config(folder)
+    if generation:
+        files[GENERATION_CONFIG] = json_writer(generation)
+    return {**files, CONFIG_NAME: json_writer(write_config(config))}
