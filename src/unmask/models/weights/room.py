@@ -23,6 +23,7 @@ from unmask.models.weights.checkpoint import parameter_dtype
 
 RESERVE = 2**27
 """Bytes that a process takes for its forwards beside what is summed up here."""
+_OTHERWISE = "free some, or take a smaller model or a larger machine"
 _UNLIMITED = 2**60
 _CGROUP_FILES = {"2": ("memory.max", "memory.high", "memory.current"), "1": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
 """The limits and, last, the usage of a cgroup, by version."""
@@ -120,15 +121,17 @@ def fits(num_bytes: int, memory: Memory | None) -> bool:
 
 
 def check_room(
-    what: str, needs: Mapping[str, int], device: torch.device | str, others: Callable[[], Mapping[str, int]] = dict
-) -> None:
+    what: str, needs: Mapping[str, int], device: torch.device | str, others: Callable[[], Mapping[str, int]] = dict, *,
+    otherwise: str = _OTHERWISE,
+) -> None:  # fmt: skip
     """Refuse what does not fit into the memory that can be had on a device; otherwise as `check_fits`."""
-    check_fits(what, needs, available_memory(device), others)
+    check_fits(what, needs, available_memory(device), others, otherwise=otherwise)
 
 
 def check_fits(
-    what: str, needs: Mapping[str, int], memory: Memory | None, others: Callable[[], Mapping[str, int]] = dict
-) -> None:
+    what: str, needs: Mapping[str, int], memory: Memory | None, others: Callable[[], Mapping[str, int]] = dict, *,
+    otherwise: str = _OTHERWISE,
+) -> None:  # fmt: skip
     """Refuse what does not fit into memory.
 
     Args:
@@ -137,6 +140,7 @@ def check_fits(
         memory: that can be had; None: nothing says.
         others: called where it does not fit: bytes in all of what could be done instead, by how that is asked for, the best
             first.
+        otherwise: what to do where none of these fits.
 
     Raises:
         RoomError: more is needed than there is. The message names all parts, the limit, and what would fit.
@@ -147,7 +151,7 @@ def check_fits(
     smaller = {name: size for name, size in others().items() if size < total}
     fitting = [f"{name} ({in_words(size)})" for name, size in smaller.items() if fits(size, memory)]
     parts = ", ".join(f"{name} {in_words(size)}" for name, size in needs.items() if size)
-    remedy = "free some, or take a smaller model or a larger machine"
+    remedy = otherwise
     if fitting:
         remedy = f"use {' or '.join(fitting)}"
     elif smaller:
