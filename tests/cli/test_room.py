@@ -44,10 +44,10 @@ def test_info_says_what_fits(run, mini: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("unmask.cli.info.pick_device", lambda device: "cpu")
     limit_memory(monkeypatch, 40 * 10**9)
     auto = json.loads(run("info", mini, "--json").stdout)["auto"]
-    assert (auto["available_bytes"], auto["fits"]) == (40 * 10**9, ["dtype bfloat16"])
+    assert (auto["available_bytes"], auto["fits"]) == (40 * 10**9, ["dtype bfloat16", "quantize int8", "quantize int4"])
     assert "40.0 GB on cpu: --dtype bfloat16" in run("info", mini).stdout
     limit_memory(monkeypatch, 10**9)
-    assert "nothing fits: --dtype bfloat16 needs 32.6 GB" in run("info", mini).stdout
+    assert "nothing fits: --quantize int4 needs" in run("info", mini).stdout
 
 
 def test_a_cache_that_does_not_fit_names_the_flag(fails, diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
