@@ -44,11 +44,12 @@ def test_weights_as_they_are_need_room_and_some_cache(monkeypatch: pytest.Monkey
 
 def test_only_what_runs_here_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_memory(monkeypatch, 1)
-    with pytest.raises(RoomError, match="even dtype bfloat16 needs") as caught:
-        room_of(tiny_config("llada2")).check_loading("it")
-    assert "quantize" not in str(caught.value)
-    monkeypatch.setattr("unmask.models.native.library.kernel_variant", lambda: None)
-    assert not room.is_quantizable(torch.device("cpu"))
+    for variant in ("avx2", None):
+        monkeypatch.setattr("unmask.models.native.library.kernel_variant", lambda variant=variant: variant)
+        assert room.is_quantizable(torch.device("cpu")) == (variant is not None)
+        with pytest.raises(RoomError, match=r"even .* needs") as caught:
+            room_of(tiny_config("llama", **BIG)).check_loading("it")
+        assert ("unmask quantize it" in str(caught.value)) == (variant is not None)
 
 
 def test_quantising_needs_room_and_mapped_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

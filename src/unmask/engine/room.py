@@ -16,6 +16,7 @@ from unmask.errors import ConfigError, UnmaskNote
 from unmask.models.arch.config import ModelConfig
 from unmask.models.dtypes import dtype_name
 from unmask.models.weights.room import (
+    OTHERWISE,
     available_memory,
     check_room,
     fits,
@@ -64,7 +65,7 @@ class DecodingRoom:
             RoomError: it does not fit.
         """
         needs = {f"weights in {dtype_name(self.dtype)}": weight_bytes(self.config, self.dtype)}
-        check_room(name, needs | self._cache_need(self.dtype), self.device, self.options, otherwise=_remedy(name))
+        check_room(name, needs | self._cache_need(self.dtype), self.device, self.options, otherwise=self._remedy(name))
 
     def check_packing(self, name: str, weights: str, *, whole: bool) -> None:
         """Refuse a model that cannot be packed for the CPU kernels.
@@ -79,7 +80,7 @@ class DecodingRoom:
         """
         what = f"packing weights in {dtype_name(self.dtype)}" if weights == "none" else f"quantising to {weights}"
         needs = {what: packing_bytes(self.config, self.dtype, PACKED_BITS[weights], whole=whole)}
-        check_room(name, needs | self._cache_need(torch.float32), self.device, self.options, otherwise=_remedy(name))
+        check_room(name, needs | self._cache_need(torch.float32), self.device, self.options, otherwise=self._remedy(name))
 
     def check_mapped(self, name: str, weights: str, num_bytes: int | None = None) -> None:
         """Say what to expect of packed weights, mapped from files, that exceed memory.
@@ -104,15 +105,17 @@ class DecodingRoom:
                 stacklevel=3,
             )
 
+    def _remedy(self, name: str) -> str:
+        """What to do with a model that nothing else makes fit."""
+        if not is_quantizable(self.device):
+            return OTHERWISE
+        return f"quantise it into a folder, which takes little memory and is mapped from there: unmask quantize {name}"
+
     def _cache(self, dtype: torch.dtype) -> int:
         return kv_cache_bytes(self.config, dtype, min(FIRST_TOKENS, self.config.max_positions))
 
     def _cache_need(self, dtype: torch.dtype) -> dict[str, int]:
         return {f"KV cache of {min(FIRST_TOKENS, self.config.max_positions):,} tokens": self._cache(dtype)}
-
-
-def _remedy(name: str) -> str:
-    return f"quantise it into a folder, which takes little memory and is mapped from there: unmask quantize {name}"
 
 
 def is_quantizable(device: torch.device) -> bool:

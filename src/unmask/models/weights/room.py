@@ -23,7 +23,8 @@ from unmask.models.weights.checkpoint import parameter_dtype
 
 RESERVE = 2**27
 """Bytes that a process takes for its forwards beside what is summed up here."""
-_OTHERWISE = "free some, or take a smaller model or a larger machine"
+OTHERWISE = "free some, or take a smaller model or a larger machine"
+"""What to do where nothing fits."""
 _UNLIMITED = 2**60
 _CGROUP_FILES = {"2": ("memory.max", "memory.high", "memory.current"), "1": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
 """The limits and, last, the usage of a cgroup, by version."""
@@ -122,7 +123,7 @@ def fits(num_bytes: int, memory: Memory | None) -> bool:
 
 def check_room(
     what: str, needs: Mapping[str, int], device: torch.device | str, others: Callable[[], Mapping[str, int]] = dict, *,
-    otherwise: str = _OTHERWISE,
+    otherwise: str = OTHERWISE,
 ) -> None:  # fmt: skip
     """Refuse what does not fit into the memory that can be had on a device; otherwise as `check_fits`."""
     check_fits(what, needs, available_memory(device), others, otherwise=otherwise)
@@ -130,7 +131,7 @@ def check_room(
 
 def check_fits(
     what: str, needs: Mapping[str, int], memory: Memory | None, others: Callable[[], Mapping[str, int]] = dict, *,
-    otherwise: str = _OTHERWISE,
+    otherwise: str = OTHERWISE,
 ) -> None:  # fmt: skip
     """Refuse what does not fit into memory.
 
