@@ -63,11 +63,18 @@ def test_overrides_reach_sections_and_lists(tmp_path: Path, values: dict[str, An
         ("train.tokens", ["section.key=value"]),
         ("data.sources.7.path=x", ["'7'", "index"]),
         ("model.x=1", ["'model'", "not a section"]),
+        ("train.activation_checkpointing=some", ["train.activation_checkpointing", "'some'", "'selective'"]),
     ],
 )
 def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], override: str, names: list[object]) -> None:
     with refused(ConfigError, *names):
         load_recipe(written(tmp_path, values), [override])
+
+
+def test_selective_checkpointing_takes_one_backward_pass(tmp_path: Path, values: dict[str, Any]) -> None:
+    overrides = ["train.activation_checkpointing=selective", "parallel.pipeline_schedule=zero_bubble"]
+    with refused(ConfigError, "selective", "zero_bubble"):
+        load_recipe(written(tmp_path, values), overrides)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from unmask.data.packing import Overlong
 from unmask.data.sources import SourceConfig
 from unmask.diffusion.blocks import BlockSchedule, wsd_schedule
 from unmask.errors import ConfigError
+from unmask.models.arch.transformer import Checkpointing
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
@@ -100,7 +101,7 @@ class TrainSection(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
     compile: bool = Field(True, description="on one GPU: fuse what layers compute beside attention; false: nothing is compiled")
     lora: LoraSection | None = None
     freeze_embeddings: bool = Field(

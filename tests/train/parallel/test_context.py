@@ -23,8 +23,9 @@ TWO = ParallelDims(context=2)
 FOUR = ParallelDims(context=4)
 SHARDED = ParallelDims(data_shard=2, context=2)
 CHECKPOINTING = {"activation_checkpointing": True}
+SELECTIVE = {"activation_checkpointing": "selective"}
 
-QUICK = [Case(TWO, "cap", "lora", train=CHECKPOINTING), Case(SHARDED, "draft", "gated")]
+QUICK = [Case(TWO, "cap", "lora", train=SELECTIVE), Case(SHARDED, "draft", "gated")]
 SLOW = [
     *(Case(TWO, block_size=size) for size in (1, None)),
     Case(TWO, "preference"),

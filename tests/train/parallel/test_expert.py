@@ -27,7 +27,7 @@ HYBRID = ParallelDims(data_replicate=2, data_shard=2, expert=2)
 FEW = MoEConfig(num_experts=2, num_active=1, expert_size=16)
 
 QUICK = [
-    Case(EXPERT2, family="llada2", router="bias", train={"activation_checkpointing": True}),
+    Case(EXPERT2, family="llada2", router="bias", train={"activation_checkpointing": "selective"}),
     Case(SHARDED, "cap", family="llada2", router="aux"),
 ]
 SLOW = [

@@ -29,7 +29,7 @@ SLOW = [
     Case(SHARD2, "denoise", "gated", train={"activation_checkpointing": True}),
     Case(SHARD2, "draft", "lora"),
     Case(SHARD2, "denoise", "full", "llada2"),
-    Case(HYBRID, "denoise", "lora"),
+    Case(HYBRID, "denoise", "lora", train={"activation_checkpointing": "selective"}),
     Case(HYBRID, "cap", "full", "llada2"),
     Case(HYBRID, "preference"),
     Case(HYBRID, "next_token", "lora"),

@@ -85,8 +85,8 @@ def is_rank(command: bytes) -> bool:
 class Run:
     """A run of `unmask convert` in two processes, and the same run in this one."""
 
-    def __init__(self, folder: Path, tokens: int = 20_000) -> None:
-        tiny_folder(folder / "model")
+    def __init__(self, folder: Path, tokens: int = 20_000, family: str = "llama") -> None:
+        tiny_folder(folder / "model", family=family)
         tiny_jsonl(folder / "data.jsonl")
         values = tiny_values(folder / "model", folder / "data.jsonl", tokens=tokens, checkpoint_every=2)
         values["parallel"] = {"timeout": 10}
@@ -118,6 +118,14 @@ class Run:
         while not any(record["step"] >= step for record in read_metrics(self.out / "metrics.jsonl")):
             assert time.monotonic() < stop, f"step {step} was not reached"
             time.sleep(0.05)
+
+    def wait_for_save(self) -> Path:
+        """Wait until a save begins: the checkpoint that it will be."""
+        folder, stop = self.out / "checkpoints", time.monotonic() + 200
+        before = set(folder.glob(".*.partial"))
+        while not (begun := set(folder.glob(".*.partial")) - before):
+            assert time.monotonic() < stop, "no checkpoint was saved"
+        return folder / begun.pop().name.strip(".").removesuffix(".partial")
 
     def interrupted_by(self, number: signal.Signals) -> str:
         """Start two ranks and, after three steps, signal every process: what they print; the run ends as an interrupted one."""
@@ -163,6 +171,38 @@ def test_ctrl_c_saves_and_another_layout_goes_on(convert: Run) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     convert.assert_same_losses()
+
+
+@pytest.mark.parametrize(("family", "divided"), [("llama", "tensor"), ("llada2", "expert")])
+def test_killed_runs_end_with_the_losses_of_one_process_on_another_layout(tmp_path: Path, family: str, divided: str) -> None:
+    convert, two = Run(tmp_path, family=family), ("--nproc", "2", "--max-restarts", "0", "--resume")
+    try:
+        # A rank in a step.
+        process = convert.start(options=two)
+        convert.wait_for_step(3)
+        os.kill(convert.ranks(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, output
+        # The launcher: its ranks save, and end.
+        process = convert.start(options=two)
+        convert.wait_for_step(6)
+        process.kill()
+        process.communicate(timeout=60)
+        last = max(train_losses(convert.out))
+        assert list_checkpoints(convert.out)[-1].name == f"step-{last:07d}"
+        # A rank in a save, which leaves the checkpoint before it.
+        process = convert.start(options=two)
+        begun = convert.wait_for_save()
+        os.kill(convert.ranks(process)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, output
+        assert list_checkpoints(convert.out)[-1].name < begun.name
+        process = convert.start(options=("--nproc", "4", "--resume", "--set", f"parallel.{divided}=2"))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        convert.assert_same_losses()
+    finally:
+        convert.end()
 
 
 @pytest.fixture

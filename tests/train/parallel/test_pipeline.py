@@ -36,6 +36,7 @@ SLOW = [
     *(Case(dims, family="llada2", router="bias", model=DEEP) for dims in (INTERLEAVED, ZERO_TWICE, SHARDED, EXPERTS)),
     *(Case(dims, "preference", model=DEEP) for dims in (FOUR, SHARDED)),
     *(Case(dims, "denoise", "gated", model=DEEP, train=RECOMPUTED) for dims in (TWO, FOUR, SHARDED)),
+    *(Case(dims, model=DEEP, train={"activation_checkpointing": "selective"}) for dims in (INTERLEAVED, SHARDED)),
     *(Case(dims, "cap", "lora", model=DEEP | TIED) for dims in (FOUR, ZERO, SHARDED)),
     Case(SHARDED, "joint", model=DEEP),
     Case(ZERO_TWICE, model=DEEP, train={"micro_rows": 8}),

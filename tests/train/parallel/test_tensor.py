@@ -42,6 +42,7 @@ SLOW = [
     Case(FOUR, "next_token", "full", "llada2", model={"num_kv_heads": 4}),
     Case(SHARDED, "denoise", "full", "qwen2"),
     Case(SHARDED, "cap", "lora", train=CHECKPOINTING),
+    Case(WITH_EXPERTS, family="llada2", router="aux", train={"activation_checkpointing": "selective"}),
     Case(SHARDED, "preference"),
     Case(SHARDED, "joint", "full", "llada2"),
     Case(WITH_CONTEXT, "denoise", "full", "qwen2", train=CHECKPOINTING),

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import Attend, Attention
@@ -24,6 +25,9 @@ from unmask.models.arch.layers import FeedForward, RMSNorm, apply, rope_cos_sin,
 from unmask.models.arch.moe import MoE, TokenBlocks
 
 T = TypeVar("T")
+
+Checkpointing = bool | Literal["selective"]
+"""Activation checkpointing: True recomputes each layer for its gradient; selective all but attention and its large products."""
 
 
 class Layers(Protocol):
@@ -92,6 +96,33 @@ def embed_tokens(
     return x_BTD if input_noise is None else x_BTD + input_noise.to(x_BTD.dtype)
 
 
+_PRODUCTS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten.bmm.default: 1,
+    torch.ops.aten._grouped_mm.default: 1,
+}
+"""Matrix products, and which argument is the matrix."""
+
+
+def keep_products(block: Block) -> Callable[..., CheckpointPolicy]:
+    """The policy of selective activation checkpointing: attention and the products of a layer that are costly to recompute.
+
+    Those read hidden states or attended heads. The products behind a feed-forward's gate are recomputed: a dense layer's needs
+    nobody, and experts' are wide and cheap.
+    """
+    attention = block.attention
+    inner = {block.attention_norm.weight.shape[0], attention.num_heads * attention.head_dim}
+
+    def policy(_: object, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        matrix = _PRODUCTS.get(op)
+        if "attention" in op.name() or (matrix is not None and args[matrix].shape[-2] in inner):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
 def run_blocks(
     blocks: Iterable[nn.Module],
     x_BTD: Tensor,
@@ -100,15 +131,25 @@ def run_blocks(
     noisy_BT: Tensor | None,
     token_blocks: TokenBlocks | None = None,
     *,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> Tensor:
-    """Hidden states after some layers; `rope` are cosines and sines, `checkpointing` recomputes each layer for its gradient."""
+    """Hidden states after some layers; `rope` are cosines and sines."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, *rope, attend, noisy_BT, token_blocks, use_reentrant=False)
+            x_BTD = run_checkpointed(block, x_BTD, *rope, attend, noisy_BT, token_blocks, checkpointing=checkpointing)
         else:
             x_BTD = block(x_BTD, *rope, attend, noisy_BT, token_blocks)
     return x_BTD
+
+
+def run_checkpointed(block: nn.Module, *args: Any, checkpointing: Checkpointing) -> Tensor:
+    """The output of a layer, which runs again, as far as it is not kept, when its gradient is computed."""
+    options: dict[str, Any] = {}
+    if checkpointing == "selective":
+        assert isinstance(block, Block)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products(block))
+    out: Tensor = checkpoint(block, *args, use_reentrant=False, **options)
+    return out
 
 
 class Transformer(nn.Module):
@@ -135,7 +176,7 @@ class Transformer(nn.Module):
         with torch.device("cpu"):
             inv_freq, self.rope_factor = rope_frequencies(config.rope, config.rotary_dim)
         self.register_buffer("inv_freq", inv_freq.to(embed_VD.device), persistent=False)
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Checkpointing = False
 
     @property
     def head_weight(self) -> Tensor:

@@ -57,7 +57,7 @@ class Launcher:
         """Call `function(should_stop, *args)` in every rank.
 
         Args:
-            function: importable; `should_stop` is a function that is true after `stop`.
+            function: importable; `should_stop` is a function that is true after `stop`, and when this process has been killed.
             args: picklable, as must be the result.
 
         Returns:
@@ -76,7 +76,7 @@ class Launcher:
         )  # fmt: skip
         with self._folder:
             try:
-                results = elastic_launch(config, _serve)(self._folder.name, function, args)
+                results = elastic_launch(config, _serve)(self._folder.name, os.getpid(), function, args)
             except ChildFailedError as error:
                 rank, failure = error.get_first_failure()
                 lost = TrainingError(f"rank {rank} ended with exit code {failure.exitcode}; what it printed is in {self._logs}")
@@ -97,16 +97,24 @@ def _prepare_environment(ranks: int) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Run the function in this rank; an error that the user must mend ends all ranks, and is the same when they start again."""
+def _serve(name: str, launcher: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Run the function in this rank; an error that the user must mend ends all ranks, and is the same when they start again.
+
+    `launcher` is the id of its process.
+    """
     folder, rank = Path(name), int(os.environ["RANK"])
+
+    def should_stop() -> bool:
+        # Ranks outlive a launcher that is killed.
+        return (folder / _STOP).exists() or os.getppid() != launcher
+
     # Ctrl-C reaches the whole foreground group, but it is the launcher that tells the ranks to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _handle_sigterm(folder / _STOP)
     if _error_of(folder, _FATAL) is not None:
         return None
     try:
-        return function((folder / _STOP).exists, *args)
+        return function(should_stop, *args)
     except LostRanksError as error:
         _leave(folder / f"{_LOST}-{rank}", error)
         if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
@@ -120,6 +128,9 @@ def _serve(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> An
         traceback.print_exc()
         _leave(folder / f"{_LOST}-{rank}", TrainingError(f"rank {rank} failed: {' '.join(repr(error).split())}"))
         raise SystemExit(1) from error
+    finally:
+        if os.getppid() != launcher:
+            os._exit(1)  # PyTorch would wait until the launcher has read the result.
 
 
 def _handle_sigterm(stop: Path) -> None:
