@@ -72,8 +72,8 @@ class Recipe(Section):
         self.objective.check(self.data, self.train, blocks)
         if self.train.activation_checkpointing == "selective" and self.parallel.pipeline_schedule == "zero_bubble":
             raise ConfigError(
-                "train.activation_checkpointing is selective, but pipeline_schedule zero_bubble computes a layer's gradients in "
-                "two passes, and what is kept is there for one; use true, or another schedule"
+                "train.activation_checkpointing is selective, but pipeline_schedule zero_bubble computes a layer's gradients "
+                "in two passes, and what is kept is there for one; use true, or another schedule"
             )
         return self
 

@@ -199,7 +199,9 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
 
         for each, its_pipeline in models:
             load_shards(each, folder, stored_config, world, device, its_pipeline)
-    if train.compile and device.startswith("cuda") and world.size == 1:
+    # Of what is compiled, no single product could be kept.
+    fused = train.compile and train.activation_checkpointing != "selective"
+    if fused and device.startswith("cuda") and world.size == 1:
         # Imported here: only a GPU needs it.
         from unmask.train.fuse import fuse
 

@@ -5,6 +5,7 @@ A forkserver imports PyTorch once. A rank that raises is shown by its number; on
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -125,6 +126,7 @@ def _answer(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, store: str, timeout: float
 ) -> tuple[bool, Any]:
     import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     try:
@@ -134,7 +136,10 @@ def _answer(
             return True, function(*args)
         finally:
             dist.destroy_process_group()
-            # It holds meshes, whose groups are gone; in the next run equal meshes are found in it.
+            # They hold meshes: equal ones of the next run would be found, and groups live on, each with threads of gloo.
             _clear_sharding_prop_cache()
+            clear_redistribute_planner_cache()
+            _gen_transform_infos.cache_clear()
+            gc.collect()
     except BaseException:
         return False, traceback.format_exc()
