@@ -30,6 +30,7 @@ VERBS = (
     "info",
     "merge",
     "export",
+    "quantize",
     "demo",
     "eval",
     "compare",
