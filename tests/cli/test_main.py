@@ -22,6 +22,7 @@ VERBS = (
     "trace",
     "chat",
     "serve",
+    "batch",
     "convert",
     "sft",
     "dpo",
@@ -61,7 +62,7 @@ def test_help_of_a_verb_teaches_with_an_example(run, verb: str) -> None:
 def test_all_verbs_decode_with_the_same_weights_by_default() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     defaults = {verb: each.default for verb in VERBS for each in commands[verb].params if each.name == "quantize"}
-    decoding = ("generate", "infill", "trace", "chat", "serve", "eval", "compare", "sweep", "ceiling")
+    decoding = ("generate", "infill", "trace", "chat", "serve", "batch", "eval", "compare", "sweep", "ceiling")
     assert defaults == dict.fromkeys(decoding, "auto")
 
 

@@ -19,10 +19,10 @@ from unmask.cli.console import Guarded, PanelCommand, show_warning
 
 # The file of each verb, in the order of `--help`.
 _VERBS: Mapping[str, str] = {
-    "generate": "generate", "infill": "infill", "trace": "trace", "chat": "chat", "serve": "serve", "convert": "training",
-    "sft": "training", "dpo": "training", "pack": "pack", "plan": "plan", "info": "info", "merge": "merge", "export": "export",
-    "quantize": "quantize",
-    "demo": "demo", "eval": "eval", "compare": "compare", "sweep": "sweep", "ceiling": "ceiling",
+    "generate": "generate", "infill": "infill", "trace": "trace", "chat": "chat", "serve": "serve", "batch": "batch",
+    "convert": "training", "sft": "training", "dpo": "training", "pack": "pack", "plan": "plan", "info": "info",
+    "merge": "merge", "export": "export", "quantize": "quantize", "demo": "demo", "eval": "eval", "compare": "compare",
+    "sweep": "sweep", "ceiling": "ceiling",
 }  # fmt: skip
 _RUNS_WITHOUT_ARGUMENTS = frozenset({"chat", "serve", "demo", "eval", "sweep"})
 

@@ -1,0 +1,86 @@
+"""`unmask batch`: answer a file of requests in OpenAI's batch format.
+
+Owns the options and what is reported. Answering is `serve.batch`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmask.cli import decoding as options
+from unmask.cli.console import make_console
+from unmask.cli.startup import INTERRUPTED
+from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmask.serve.batch import BatchCounts
+
+STOP_NOTICE = b"\nfinishing what runs; Ctrl-C again drops it\n"
+FAILED = 1
+"""Exit code where some of the requests were refused or failed."""
+
+
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="REQUESTS", help="A file of requests, one JSON object a line.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the answers.")],
+    model: options.Model = options.DIFFUSION_MODEL,
+    name: Annotated[
+        str | None, typer.Option(help="Model name that the requests use.", show_default="MODEL; one in all requests does, too")
+    ] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a chat completion that sets no limit.")] = 1024,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache holds.", show_default="what fits 1 GiB")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out: what it answers is not asked again.")] = False,
+    quantize: options.Quantize = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Answer a file of requests in OpenAI's batch format, many at a time.
+
+    \b
+    unmask batch requests.jsonl --out answers.jsonl
+    unmask batch requests.jsonl --out answers.jsonl --resume
+
+    A line is {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}; url may be
+    /v1/completions, /v1/responses, /v1/messages or /infill, too. Every custom_id is answered once, in any order, as the server
+    would answer it; a request that it would refuse has its error in the file, and the exit code is 1. Killed or stopped by
+    Ctrl-C, the job goes on with --resume.
+    """
+    from unmask.cli.interrupt import stop_on_interrupt
+    from unmask.cli.progress import counting
+    from unmask.serve.batch import run_batch
+    from unmask.serve.config import ServerConfig
+
+    if out.exists() and not resume:
+        raise ConfigError(f"{out} is there already; --resume goes on with it, or choose another file")
+    config = ServerConfig(
+        name=name or _common_name(requests), max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens
+    )
+    language_model = options.load(model, dtype, device, quantize)
+    console = make_console(stderr=True)
+    with stop_on_interrupt(notice=STOP_NOTICE) as should_stop, counting(console, "answering") as show:
+
+        def on_progress(counts: BatchCounts) -> None:
+            show(counts.done, counts.total)
+
+        counts = run_batch(language_model, requests, out, config, on_progress=on_progress, should_stop=should_stop)
+    failed = f", {counts.failed:,} of them with an error" if counts.failed else ""
+    typer.echo(f"answered {counts.done:,} of {counts.total:,} requests{failed}: {out}", err=True)
+    if counts.done < counts.total:
+        typer.echo("go on    the same command with --resume", err=True)
+        raise typer.Exit(INTERRUPTED)
+    if counts.failed:
+        raise typer.Exit(FAILED)
+
+
+def _common_name(requests: Path) -> str | None:
+    """The name of the model in the requests if it is the same in all that have one."""
+    from unmask.serve.batch import read_batch
+
+    names = {line.body["model"] for line in read_batch(requests) if isinstance(line.body.get("model"), str)}
+    return names.pop() if len(names) == 1 else None

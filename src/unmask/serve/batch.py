@@ -1,0 +1,245 @@
+"""Batches: a file of requests in OpenAI's batch format, answered by the server's application in this process.
+
+Owns the file formats, what is asked at a time, and resuming. An answer is what the server would send: `app` prepares, decodes
+and writes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from fastapi import FastAPI
+
+from unmask.engine.llm import LanguageModel
+from unmask.errors import DataError
+from unmask.files import disk_errors
+from unmask.serve.app import create_app
+from unmask.serve.config import ServerConfig
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/infill")
+"""Paths that a line may ask."""
+WAITING = 2
+"""Requests sent for each that is decoded: while one ends, the next is prepared."""
+_UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class BatchLine:
+    """A request of a batch file.
+
+    Attributes:
+        number: of its line, from 1.
+        custom_id: the client's, by which its answer is found.
+        url: one of `ENDPOINTS`.
+        body: of the request.
+    """
+
+    number: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """How far a batch is: lines in all, answered, and among these refused or failed."""
+
+    total: int
+    done: int
+    failed: int
+
+
+def read_batch(path: Path) -> Iterator[BatchLine]:
+    """The lines of a batch file, one at a time.
+
+    Raises:
+        DataError: an unreadable file, or a line that is not a request with a `custom_id` of its own.
+    """
+    seen: set[str] = set()
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
+                    line = _batch_line(text, number, path)
+                    if line.custom_id in seen:
+                        raise DataError(
+                            f"{path}, line {number}: custom_id {line.custom_id!r:.80} is there twice; ids are unique"
+                        )
+                    seen.add(line.custom_id)
+                    yield line
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"cannot read {path}: {reason}") from error
+
+
+def _batch_line(text: str, number: int, path: Path) -> BatchLine:
+    where = f"{path}, line {number}"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({str(error)[:80]}); a batch file has one request a line") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: {values!r:.40} is not an object with custom_id, method, url and body")
+    custom_id, method, url, body = (values.get(key) for key in ("custom_id", "method", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise DataError(f"{where}: custom_id is {custom_id!r:.40}; it must be a text, by which the answer is found")
+    if method not in (None, "POST"):
+        raise DataError(f"{where}: method is {method!r:.40}; it must be POST")
+    if url not in ENDPOINTS:
+        raise DataError(f"{where}: url is {url!r:.80}; it must be one of {', '.join(ENDPOINTS)}")
+    if not isinstance(body, dict):
+        raise DataError(f"{where}: body is {body!r:.40}; it must be an object, the body of a request")
+    return BatchLine(number, custom_id, url, body)
+
+
+class BatchAnswers:
+    """The file of answers: what is there already, and where the next one goes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; a torn last line, of a killed run, is cut off.
+
+        Raises:
+            DataError: a file that holds something else.
+        """
+        self._path = path
+        self.failed: dict[str, bool] = {}
+        """Of every answer by its custom_id, whether it is an error."""
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.exists() else b""
+            whole = content.rfind(b"\n") + 1
+            for number, text in enumerate(content[:whole].splitlines(), 1):
+                self._read(text, number)
+            if whole < len(content):
+                os.truncate(path, whole)
+            self._file = path.open("ab")
+
+    def _read(self, text: bytes, number: int) -> None:
+        try:
+            record = json.loads(text)
+            self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._path}, line {number}: not an answer of a batch; choose another file") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append an answer; raises DataError on a full disk."""
+        with disk_errors(self._path):
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+        self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
+
+    def close(self) -> None:
+        """Write everything to the disk."""
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def run_batch(
+    language_model: LanguageModel,
+    requests: Path,
+    out: Path,
+    config: ServerConfig,
+    *,
+    on_progress: Callable[[BatchCounts], None] = lambda counts: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> BatchCounts:
+    """Answer all requests of a batch file that `out` does not answer yet, many at a time, in any order.
+
+    Args:
+        language_model: with a tokenizer.
+        requests: a batch file; read twice, first to check all of it.
+        out: answers, a line each, as OpenAI's: `id`, `custom_id`, `response` (`status_code`, `request_id`, `body`), `error`.
+        config: limits; `max_concurrent` requests are decoded together, and none times out.
+        on_progress: called after every answer.
+        should_stop: asked before every request; True: those that run are finished, and the counts returned.
+
+    Raises:
+        DataError: the file is not a batch, `out` holds something else, or the disk is full.
+    """
+    ids = {line.custom_id for line in read_batch(requests)}
+    answers = BatchAnswers(out)
+    try:
+        strangers = answers.failed.keys() - ids
+        if strangers:
+            raise DataError(f"{out} answers {min(strangers)!r:.80}, which {requests} does not ask; choose another file")
+
+        def counts() -> BatchCounts:
+            return BatchCounts(len(ids), len(answers.failed), sum(answers.failed.values()))
+
+        def write(record: dict[str, Any]) -> None:
+            answers.write(record)
+            on_progress(counts())
+
+        on_progress(counts())
+        if len(answers.failed) < len(ids):
+            config = replace(config, max_queue=_UNLIMITED, timeout=float("inf"))
+            waiting = (line for line in read_batch(requests) if line.custom_id not in answers.failed)
+            asyncio.run(_answer_all(create_app(language_model, config), waiting, write, config, should_stop))
+        return counts()
+    finally:
+        answers.close()
+
+
+async def _answer_all(
+    app: FastAPI,
+    lines: Iterator[BatchLine],
+    write: Callable[[dict[str, Any]], None],
+    config: ServerConfig,
+    should_stop: Callable[[], bool],
+) -> None:
+    async with _client(app) as client:
+        name = app.state.unmask.model.name
+        running: set[asyncio.Task[dict[str, Any]]] = set()
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(running) < WAITING * config.max_concurrent and not should_stop():
+                    line = next(lines, None)
+                    if line is None:
+                        exhausted = True
+                    else:
+                        running.add(asyncio.create_task(_answer(client, line, name)))
+                if not running:
+                    return
+                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    write(task.result())
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of the application, which runs meanwhile."""
+    transport = httpx2.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client,
+    ):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.05)
+        yield client
+
+
+async def _answer(client: httpx2.AsyncClient, line: BatchLine, name: str) -> dict[str, Any]:
+    """The record of a line's answer; a body without a model means the one that there is."""
+    if line.body.get("stream"):
+        message = "stream is true; the answers of a batch are whole, leave it out"
+        status, request_id, body = 400, "", {"error": {"message": message, "type": "invalid_request_error", "param": "stream"}}
+    else:
+        response = await client.post(line.url, json={"model": name, **line.body})
+        status, request_id, body = response.status_code, response.headers.get("x-request-id", ""), response.json()
+    answered = {"status_code": status, "request_id": request_id, "body": body}
+    return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}

@@ -1,0 +1,77 @@
+"""`unmask batch`: a killed job goes on, and ends with the answers of one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from runs import tiny_folder
+from unmask.cli.app import app
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    path = tmp_path / "requests.jsonl"
+    body = {"max_tokens": 20, "temperature": 0}
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": f"say {i}", **body}}
+        for i in range(COUNT)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def answers(path: Path) -> dict[str, str]:
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    found = {record["custom_id"]: record["response"]["body"]["choices"][0]["text"] for record in records}
+    assert len(found) == len(records), "answered twice"
+    return found
+
+
+def command(requests: Path, out: Path, model: Path) -> list[str]:
+    return ["batch", str(requests), "--out", str(out), "--model", str(model), "--max-concurrent", "2"]
+
+
+def test_a_killed_job_ends_with_the_answers_of_one_that_was_not(requests: Path, model: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "unmask", *command(requests, out, model)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while (not out.exists() or out.stat().st_size < 500) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = CliRunner().invoke(app, [*command(requests, out, model), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert f"{COUNT} of {COUNT} requests" in resumed.output
+    assert CliRunner().invoke(app, command(requests, whole, model)).exit_code == 0
+    assert answers(out) == answers(whole)
+
+
+def test_an_existing_file_needs_resume(requests: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    out.touch()
+    result = CliRunner().invoke(app, command(requests, out, model))
+    assert result.exit_code == 2
+    assert "--resume" in result.output
+
+
+def test_refused_requests_are_told_by_the_exit_code(model: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": 3, "model": "any"}}\n')
+    result = CliRunner().invoke(app, command(requests, tmp_path / "answers.jsonl", model))
+    assert result.exit_code == 1
+    assert "1 of them with an error" in result.output

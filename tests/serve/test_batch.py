@@ -1,0 +1,125 @@
+"""Batches: every request is answered once, as the server answers it, whatever stops the job."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmask.engine.llm import LanguageModel
+from unmask.errors import DataError
+from unmask.serve.batch import BatchCounts, run_batch
+from unmask.serve.config import ServerConfig
+
+COUNT = 7
+CONFIG = ServerConfig(name="tiny", max_concurrent=3)
+
+
+def line(number: int, **body: Any) -> dict[str, Any]:
+    asked = {"model": "tiny", "prompt": f"say {number}", "max_tokens": 5, "temperature": 0, **body}
+    return {"custom_id": f"request {number}", "method": "POST", "url": "/v1/completions", "body": asked}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return path
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    found = {record["custom_id"]: record for record in records}
+    assert len(found) == len(records), "answered twice"
+    return found
+
+
+def stop_after(count: int) -> tuple[Callable[[BatchCounts], None], Callable[[], bool]]:
+    """Progress and question of a job that stops when so many are answered."""
+    seen = [0]
+
+    def on_progress(counts: BatchCounts) -> None:
+        seen[0] = counts.done
+
+    return on_progress, lambda: seen[0] >= count
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    return write(tmp_path / "requests.jsonl", [line(number) for number in range(COUNT)])
+
+
+def test_answers_are_the_models_own(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert run_batch(tiny, requests, out, CONFIG) == BatchCounts(COUNT, COUNT, 0)
+    for number, record in enumerate(read(out)[f"request {number}"] for number in range(COUNT)):
+        ids = tiny.encode_prompt(f"say {number}", chat=False)
+        answer = tiny.complete(ids, max_new_tokens=5, temperature=0.0)
+        response = record["response"]
+        assert (response["status_code"], record["error"]) == (200, None)
+        assert response["body"]["choices"][0]["text"] == answer.text
+        assert response["body"]["usage"]["completion_tokens"] == len(answer.ids)
+        assert response["request_id"]
+
+
+def test_a_stopped_and_torn_job_goes_on(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    run_batch(tiny, requests, whole, CONFIG)
+    on_progress, should_stop = stop_after(2)
+    one = ServerConfig(name="tiny", max_concurrent=1)
+    counts = run_batch(tiny, requests, out, one, on_progress=on_progress, should_stop=should_stop)
+    assert 2 <= counts.done < COUNT
+    os.truncate(out, out.stat().st_size - 3)
+    asked: list[int] = []
+    counts = run_batch(tiny, requests, out, CONFIG, on_progress=lambda counts: asked.append(counts.done))
+    assert counts == BatchCounts(COUNT, COUNT, 0)
+    assert asked[0] >= 1, "what was answered is not asked again"
+    bodies = [{key: each["response"]["body"]["choices"] for key, each in read(path).items()} for path in (out, whole)]
+    assert bodies[0] == bodies[1]
+
+
+def test_a_request_that_the_server_refuses_has_its_error(tiny: LanguageModel, tmp_path: Path) -> None:
+    lines = [line(0), line(1, max_tokens=-1), line(2, model="another"), line(3, stream=True)]
+    chat = {"custom_id": "chat", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}]}}
+    chat["body"] |= {"max_tokens": 3}  # type: ignore[operator]
+    out = tmp_path / "answers.jsonl"
+    counts = run_batch(tiny, write(tmp_path / "requests.jsonl", [*lines, chat]), out, CONFIG)
+    assert counts == BatchCounts(5, 5, 3)
+    found = read(out)
+    status = {key: record["response"]["status_code"] for key, record in found.items()}
+    assert status == {"request 0": 200, "request 1": 400, "request 2": 404, "request 3": 400, "chat": 200}
+    assert "max_tokens" in found["request 1"]["response"]["body"]["error"]["message"]
+    assert found["request 3"]["response"]["body"]["error"]["param"] == "stream"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1"),
+        (json.dumps({**line(0), "custom_id": 3}), "custom_id is 3"),
+        (json.dumps({**line(0), "url": "/v1/embeddings"}), "/v1/embeddings"),
+        (json.dumps({**line(0), "method": "GET"}), "GET"),
+        (json.dumps({**line(0), "body": None}), "body is None"),
+        (f"{json.dumps(line(0))}\n\n{json.dumps(line(0))}", "line 3: custom_id 'request 0'"),
+        ("\udcff", "UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_refused(tiny: LanguageModel, tmp_path: Path, text: str, named: str) -> None:
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(DataError, match=named):
+        run_batch(tiny, requests, out, CONFIG)
+    assert not out.exists()
+
+
+def test_answers_of_other_requests_are_refused(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    run_batch(tiny, requests, out, CONFIG)
+    others = write(tmp_path / "others.jsonl", [line(1)])
+    with pytest.raises(DataError, match="request 0"):
+        run_batch(tiny, others, out, CONFIG)
+    with pytest.raises(DataError, match="line 1: not an answer"):
+        run_batch(tiny, requests, requests, CONFIG)
