@@ -18,7 +18,7 @@ from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import CorruptionConfig, noisy_copies
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Checkpointing, Transformer
 from unmask.train.forward import layer_outputs
 from unmask.train.loop import accumulate, evaluate
 from unmask.train.metrics import MetricRecord
@@ -197,10 +197,11 @@ def test_the_weight_of_the_diffusion_loss_scales_its_gradient() -> None:
     assert [figures.keys() - plain[0].keys() for figures in alone] == [{"denoise"}, {"draft"}]
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_activation_checkpointing_changes_nothing(checkpointing: Checkpointing) -> None:
     model, chosen = tiny(), recipe(align=2.0, parent_kl=0.5)
     figures, expected = step(model, chosen)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = checkpointing
     again, found = step(model, chosen)
     assert again == pytest.approx(figures)
     assert all(torch.allclose(found[name], gradient) for name, gradient in expected.items())
