@@ -10,7 +10,6 @@ from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.models.weights.checkpoint import save_model
 from unmask.train.metrics import MetricRecord, read_metrics
-from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.speed import speed_figures
 
@@ -98,7 +97,7 @@ def tiny_values(model: Path, data: Path, **train: Any) -> dict[str, Any]:
 
 def untimed_records(run: Path) -> list[MetricRecord]:
     """The metric records of a run without what differs from run to run: speed and memory."""
-    timing = speed_figures(1, 1.0, World.single())
+    timing = speed_figures(1, 1.0, [1])
     return [
         {name: value for name, value in record.items() if name not in timing} for record in read_metrics(run / "metrics.jsonl")
     ]

@@ -14,9 +14,11 @@ from tiny import tiny_model
 from unmask.errors import RoomError
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.weights.adapter import attach_lora
-from unmask.models.weights.room import weight_bytes
+from unmask.models.weights.room import RESERVE, Memory, weight_bytes
 from unmask.train.optim import MasterAdamW
-from unmask.train.room import num_trainable, training_needs
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.world import World
+from unmask.train.room import check_training_room, num_trainable, training_needs
 from unmask.train.run import build_components
 from unmask.train.sections import TrainSection
 
@@ -63,6 +65,30 @@ def test_a_preference_needs_a_reference(tmp_path: Path) -> None:
     )
     assert full["the reference's weights"] == weight_bytes(config, torch.float32)
     assert lora["the reference's weights"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "llada2"])
+def test_ranks_hold_their_shards(tmp_path: Path, family: str) -> None:
+    config, recipe = tiny_model(family).config, stage_recipe(tmp_path, tmp_path)
+    whole = sum(training_needs(recipe, config, torch.float32).values())
+    routers = 0 if config.moe is None else 2 * config.moe.num_experts * config.hidden_size * 4 * torch.float32.itemsize
+    own = sum(training_needs(recipe, config, torch.float32, ParallelDims(data_shard=4)).values())
+    assert own == pytest.approx((whole - routers) / 4 + routers, rel=0.01)
+
+
+class OneOfFour(World):
+    """A rank whose others find the same."""
+
+    dims = ParallelDims(data_shard=4)
+
+
+def test_ranks_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, recipe = tiny_model("llama").config, stage_recipe(tmp_path, tmp_path)
+    need = sum(training_needs(recipe, config, torch.float32, OneOfFour.dims).values())
+    monkeypatch.setattr("unmask.models.weights.room.available_memory", lambda device: Memory(RESERVE + 2 * need, "memory"))
+    check_training_room(recipe, config, torch.float32, "cpu", OneOfFour(), 2)
+    with refused(RoomError, f"training {tmp_path}", "3 of 4 ranks", "gradients"):
+        check_training_room(recipe, config, torch.float32, "cpu", OneOfFour(), 3)
 
 
 def test_a_run_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from unmask.train.parallel.world import World
 from unmask.train.passes import Pass, Pipeline
 from unmask.train.recipe import Recipe, parse_recipe
 from unmask.train.router import RouterMonitor
-from unmask.train.speed import Utilisation, gpu_of, speed_figures
+from unmask.train.speed import Utilisation, gpu_of, peak_memory, speed_figures
 from unmask.train.state import TrainState, read_state
 
 
@@ -177,6 +177,7 @@ class Trainer:
         self._tokenizer_identity = components.tokenizer.identity
         self._validation: dict[str, Any] = {}
         self._on_record, self._should_stop = on_record, should_stop
+        self._stop = False
 
     def resume(self) -> bool:
         """Continue from the newest complete checkpoint; False when there is none.
@@ -244,10 +245,9 @@ class Trainer:
                 phase_ended = self.finished or self.phase_index != before
                 if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
-                stop = self.world.any(self._should_stop() or self.checkpoints.failed)
-                if phase_ended or stop or self.step % self.train.checkpoint_every == 0:
+                if phase_ended or self._stop or self.step % self.train.checkpoint_every == 0:
                     self.save()
-                if stop:
+                if self._stop:
                     break
             self.checkpoints.wait()
         return self.finished
@@ -295,8 +295,10 @@ class Trainer:
         self.step += 1
         self.tokens += packer.batch_tokens
         self._packer_state = packer.state_dict()
+        peaks, stops = zip(*self.world.gather_all((peak_memory(), self._should_stop() or self.checkpoints.failed)), strict=True)
+        self._stop = any(stops)
         seconds = time.perf_counter() - started
-        speed = speed_figures(packer.batch_tokens, seconds, self.world)
+        speed = speed_figures(packer.batch_tokens, seconds, peaks)
         if self._utilisation is not None:
             speed["mfu"] = self._utilisation.mfu(phase_index, seconds)
         figures = {"row_length": rows.tokens_RL.shape[1], **figures, "grad_norm": norm, "learning_rate": rate, **loads, **speed}

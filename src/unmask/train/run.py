@@ -29,7 +29,7 @@ from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.parallel.apply import parallelize
-from unmask.train.parallel.start import job_name, open_world, restarted
+from unmask.train.parallel.start import job_name, local_ranks, open_world, restarted
 from unmask.train.parallel.whole import on_main, skeleton_of
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe
@@ -162,14 +162,14 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
     compute_dtype = parse_dtype(train.compute_dtype, device)
     folder = resolve(recipe.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder) or folder)
-    if world.size == 1:
-        check_training_room(recipe, read_model_config(folder), compute_dtype, device)
+    weights_dtype = compute_dtype if world.size == 1 else torch.float32
+    check_training_room(recipe, read_model_config(folder), weights_dtype, device, world, local_ranks())
     # Several ranks shard the master weights, and gather them in the compute dtype; each reads its shards once they are known.
     sharded_start = world.size > 1 and base_folder(folder) is None
     if sharded_start:
         model = open_parts(folder, dtype=torch.float32, device=device).model
     else:
-        model = load_model(folder, dtype=compute_dtype if world.size == 1 else torch.float32, device=device)
+        model = load_model(folder, dtype=weights_dtype, device=device)
     stored_config = model.config
     config = training_config(model.config, tokenizer, recipe)
     if config.vocab_size > model.config.vocab_size:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.train.parallel.world import World
 from unmask.train.plan.gpus import GIB, Gpu, gpu_of_device
 from unmask.train.plan.work import model_flops, row_works
 from unmask.train.recipe import Recipe
 
 
-def speed_figures(num_tokens: int, seconds: float, world: World) -> dict[str, float]:
-    """`seconds`, `tokens_per_second`, `tokens_per_second_per_device`, and `memory_gib`, the highest peak of a rank's device.
-
-    All ranks must ask.
-    """
+def speed_figures(num_tokens: int, seconds: float, peaks: Sequence[int]) -> dict[str, float]:
+    """`seconds`, `tokens_per_second`, `tokens_per_second_per_device`, and `memory_gib`, the highest of the ranks' peaks."""
     rate = num_tokens / seconds
     return {
         "seconds": seconds,
         "tokens_per_second": rate,
-        "tokens_per_second_per_device": rate / world.size,
-        "memory_gib": max(world.gather_all(peak_memory())) / GIB,
+        "tokens_per_second_per_device": rate / len(peaks),
+        "memory_gib": max(peaks) / GIB,
     }
 
 

@@ -15,7 +15,7 @@ from unmask.errors import ConfigError, LostRanksError, TrainingError
 from unmask.lock import locked
 from unmask.train.parallel.fatal import fatal_status, is_first_print, record_fatal
 from unmask.train.parallel.ranks import agree_on_round, compare_recipes
-from unmask.train.parallel.start import check_devices, restarted
+from unmask.train.parallel.start import check_devices, job_name, restarted
 
 
 def agreed(store: Store, size: int) -> set[str]:
@@ -56,6 +56,18 @@ def test_a_folder_is_gone_on_with_by_the_job_that_began_it_only(tmp_path: Path, 
     assert not restarted(tmp_path)
     with refused(TrainingError, "nan"), locked(tmp_path, "second"):
         raise TrainingError("loss nan")
+    assert not restarted(tmp_path)
+
+
+def test_a_job_that_is_started_anew_under_the_same_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    monkeypatch.setenv("MASTER_PORT", str(stores[0].port))
+    (tmp_path / ".lock").write_text(job_name())
+    assert restarted(tmp_path)
+    monkeypatch.setenv("MASTER_PORT", str(stores[1].port))
     assert not restarted(tmp_path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_STATUS, _PRINTED = "unmask/status", "unmask/printed"
+_STATUS, _PRINTED, _NAME = "unmask/status", "unmask/printed", "unmask/name"
 _PATIENCE = timedelta(seconds=10)
 
 T = TypeVar("T")
@@ -33,6 +34,11 @@ def fatal_status() -> int | None:
 def is_first_print() -> bool:
     """Whether nothing has been printed on this machine of the error that ends the job; each call counts as a print."""
     return _ask(lambda store: bool(store.add(f"{_PRINTED}/{socket.gethostname()}", 1) == 1), True)
+
+
+def store_name() -> str:
+    """The name of the agents' store, which the first who asks makes; empty without one."""
+    return _ask(lambda store: store.compare_set(_NAME, "", uuid.uuid4().hex).decode(), "")
 
 
 def _ask(question: Callable[[Store], T], default: T) -> T:

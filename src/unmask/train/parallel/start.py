@@ -11,6 +11,7 @@ from pathlib import Path
 from unmask.errors import ConfigError
 from unmask.lock import job_of
 from unmask.train.parallel.dims import ParallelSection
+from unmask.train.parallel.fatal import store_name
 from unmask.train.parallel.world import World
 
 
@@ -30,7 +31,7 @@ def open_world(parallel: ParallelSection, device: str, recipe: str) -> Iterator[
     if dims.size == 1:
         yield World.single()
         return
-    check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
+    check_devices(local_ranks(), device)
     # Imported here: a run of one process needs none of it.
     from unmask.train.parallel.ranks import joined
 
@@ -54,14 +55,24 @@ def check_devices(processes: int, device: str) -> None:
         raise ConfigError("train.device is cuda, but this PyTorch has no NCCL for several processes; set train.device to cpu")
 
 
+def local_ranks() -> int:
+    """Ranks of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def job_name() -> str:
-    """Name of the job that torchrun's (or `--nproc`'s) agents run, through all restarts; empty without them."""
+    """Name of the job that torchrun's (or `--nproc`'s) agents run, through all restarts; empty without them.
+
+    The store of the agents ends with the job: one that is started anew has another name, under the same `--rdzv-id` too.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name and (store := store_name()):
+        return store
     # Without --rdzv-id every job has the same name.
     return name if name != "none" else f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 

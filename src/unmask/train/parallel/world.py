@@ -74,10 +74,6 @@ class World:
         """The values of all ranks."""
         return [value]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
-        return any(self.gather_all(flag))
-
     def full(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor of which this rank may hold a shard; every rank that holds one must ask."""
         return tensor
