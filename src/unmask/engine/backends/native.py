@@ -44,7 +44,7 @@ class NativeBackend(PackedTransformer):
 
     def with_expert_capacity(self, expert_capacity: int) -> NativeBackend:
         """The same weights with block routing."""
-        return NativeBackend(replace(self._weights, config=self.config.with_expert_capacity(expert_capacity)), self._kernels)
+        return NativeBackend(replace(self.weights, config=self.config.with_expert_capacity(expert_capacity)), self._kernels)
 
     def new_kv_cache(self, num_cache_blocks: int, cache_block_size: int) -> Tensor:
         config = self.config

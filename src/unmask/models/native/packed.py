@@ -47,7 +47,7 @@ class PackedTransformer:
         config, moe = weights.config, weights.config.moe
         self.config: ModelConfig = config
         self.bits = weights.bits
-        self._kernels, self._weights = kernels, weights
+        self._kernels, self.weights = kernels, weights
         self._embed_VD, self._inv_freq = weights.vectors["embed"], weights.vectors["inv_freq"]
         self._rope_factor = weights.rope_factor
         self._rope_PR = self._rope_table(_FIRST_POSITIONS)
@@ -140,32 +140,32 @@ class PackedTransformer:
     def _layer(self, number: int) -> interface.Layer:
         config, experts = self.config, self._experts[number]
         prefix, norms = f"blocks.{number}.", ("attention_norm", "mlp_norm", "query_norm", "key_norm")
-        vectors = (self._weights.vectors.get(f"{prefix}{name}") for name in norms)
+        vectors = (self.weights.vectors.get(f"{prefix}{name}") for name in norms)
         mlp, ffn_size = prefix, config.ffn_size
         if config.moe is not None and experts is not None:
             mlp, ffn_size = f"{prefix}shared.", config.moe.num_shared * config.moe.expert_size
         return interface.Layer(
             *(self._gated(f"{prefix}{name}") for name in ("qkv", "out")),
             *(self._gated(f"{mlp}{name}") for name in ("gate_up", "down")),
-            ffn_size, self._weights.mixed_channels(ffn_size) if ffn_size else 1,
+            ffn_size, self.weights.mixed_channels(ffn_size) if ffn_size else 1,
             *(None if vector is None else vector.data_ptr() for vector in vectors),
             None if experts is None else addressof(experts),
         )  # fmt: skip
 
     def _experts_of(self, prefix: str) -> interface.Experts | None:
         """The routed experts of a layer that has some."""
-        bias = self._weights.vectors.get(f"{prefix}expert_bias")
+        bias = self.weights.vectors.get(f"{prefix}expert_bias")
         if bias is None:
             return None
         router, gate_up, down = (
-            linear_struct(self._weights.matrices[f"{prefix}{name}.base"], None)
+            linear_struct(self.weights.matrices[f"{prefix}{name}.base"], None)
             for name in ("router", "experts.gate_up", "experts.down")
         )
         return interface.Experts(router, bias.data_ptr(), gate_up, down)
 
     def _gated(self, name: str) -> interface.GatedLinear:
         """A layer and its update, if it has one."""
-        matrices, vectors = self._weights.matrices, self._weights.vectors
+        matrices, vectors = self.weights.matrices, self.weights.vectors
         parts = (f"{name}.{part}" for part in ("base", "input", "output"))
         return interface.GatedLinear(
             *(linear_struct(matrices[part], vectors.get(f"{part}.bias")) for part in parts if part in matrices)

@@ -1,11 +1,14 @@
 """The job that quantises a model into a folder, piece by piece: little is in memory, and a killed job goes on where it was.
 
 Owns the order of the files, the record of what is done, and what lies in the folder beside the weights. How a piece is packed
-is `packing`'s.
+is `packing`'s, how it is rounded `calibration`'s.
+
+Legend: R rows, T tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -16,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unmask.errors import CheckpointError, ConfigError
 from unmask.files import Writer, atomic_write, atomic_write_json, bytes_writer, json_writer, read_json
 from unmask.lock import locked
 from unmask.models.arch.config import ModelConfig
 from unmask.models.families.registry import stored_tensors, write_config
+from unmask.models.native.calibration import Calibration
 from unmask.models.native.packed_file import PackedFile
 from unmask.models.native.packed_folder import piece_name
-from unmask.models.native.packing import Packer
+from unmask.models.native.packing import Packer, round_nearest
+from unmask.models.native.quantize import RoundedMatrix
 from unmask.models.native.recipe import QuantizationRecipe
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, read_model_config
 from unmask.models.weights.export import generation_config, tokenizer_files
@@ -36,6 +42,8 @@ from unmask.models.weights.safetensors_io import CONFIG_NAME, TensorFiles
 
 OnProgress = Callable[[int, int], None]
 """Called with megabytes of weights that are done, and megabytes in all."""
+_TEXT = ".calibration.pt"
+"""The text before the next layer, of a job that has not ended."""
 _RESERVE = 2**26
 """Bytes that stay free on the disk."""
 
@@ -49,12 +57,14 @@ class QuantizationJob:
         folder: of the model or adapter.
         recipe: of its matrices.
         num_layers: the first ones, for measurements; None: all.
+        tokens_RT: ids of the text that 4 bits are calibrated with; None: they are rounded to nearest.
     """
 
     name: str
     folder: Path
     recipe: QuantizationRecipe
     num_layers: int | None = None
+    tokens_RT: Tensor | None = None
 
     def run(self, out: Path, on_progress: OnProgress = lambda done, total: None) -> Manifest:
         """Write the folder; an unfinished one of the same job is gone on with.
@@ -82,7 +92,8 @@ class QuantizationJob:
             for name, write in _companions(self.folder, writer.config).items():
                 atomic_write(out / name, write)
             atomic_write(out / MANIFEST, manifest.writer())
-            (out / PROGRESS).unlink()
+            for name in (PROGRESS, _TEXT):
+                (out / name).unlink(missing_ok=True)
         return manifest
 
     def source(self, num_layers: int) -> Source:
@@ -107,7 +118,12 @@ class _PieceWriter:
         self.config: ModelConfig = replace(config, num_layers=num_layers)
         self.source = job.source(config.num_layers)
         self.recipe: dict[str, Any] = job.recipe.description()
-        self.packer = Packer(parts, job.recipe.bits, width=job.recipe.width)
+        if job.tokens_RT is not None:
+            rows, length = job.tokens_RT.shape
+            digest = hashlib.sha256(job.tokens_RT.numpy().tobytes()).hexdigest()
+            self.recipe["calibration"] = {"rows": rows, "tokens_of_a_row": length, "sha256": digest}
+        self._calibration: Calibration | None = None
+        self.packer = Packer(parts, job.recipe.bits, width=job.recipe.width, rounding=self._round)
         self._identity = json.loads(json.dumps([asdict(self.source), self.recipe, num_layers, FORMAT]))
         self._done = self._read_progress()
 
@@ -129,9 +145,13 @@ class _PieceWriter:
         """All pieces; those that are whole are kept."""
         sizes = self._sizes()
         kept = self._whole()
+        if self._job.tokens_RT is not None:
+            kept = self._calibrated(kept, self._job.tokens_RT)
         self._record()
         for number in range(len(sizes)):
             if number >= kept:
+                if number and self._calibration is not None:
+                    self._calibration.next_layer(number - 1)
                 self._write_piece(number, len(sizes))
             on_progress(sum(sizes[: number + 1]) // 10**6, sum(sizes) // 10**6)
         return self._done
@@ -148,6 +168,9 @@ class _PieceWriter:
         atomic_write(scratch, write)
         piece = describe_piece(scratch, name)
         scratch.replace(self._out / name)
+        if number and self._calibration is not None:
+            state = {"pieces": number + 1, "hidden": self._calibration.hidden_RTD}
+            atomic_write(self._out / _TEXT, lambda file: torch.save(state, file))
         self._done.append(piece)
         self._record()
 
@@ -162,6 +185,22 @@ class _PieceWriter:
                 del self._done[number:]
                 break
         return len(self._done)
+
+    def _calibrated(self, kept: int, tokens_RT: Tensor) -> int:
+        """Begin calibration, or go on with it; returns how many pieces it has behind it."""
+        recipe, path = self._job.recipe, self._out / _TEXT
+        self._calibration = Calibration(self._parts, tokens_RT, recipe.width, uses_gptq=recipe.method == "gptq")
+        state: dict[str, Any] = torch.load(path) if path.is_file() else {"pieces": 0}
+        if kept > 1 and state["pieces"] == kept:
+            self._calibration.hidden_RTD = state["hidden"]
+        else:
+            # The text is known before the first layer and after the last one that was recorded.
+            del self._done[1:]
+        return len(self._done)
+
+    def _round(self, name: str, rows_TK: Tensor, first: int, bits: int) -> RoundedMatrix:
+        found = None if self._calibration is None or bits != 4 else self._calibration.rounding(name, rows_TK, first)
+        return round_nearest(name, rows_TK, first, bits) if found is None else found
 
     def _read_progress(self) -> list[Piece]:
         path = self._out / PROGRESS
