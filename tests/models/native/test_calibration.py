@@ -56,6 +56,7 @@ def model_like(model: Transformer) -> Transformer:
     """A copy, which calibration does not use up."""
     other = Transformer(model.config)
     other.load_state_dict(model.state_dict())
+    other.inv_freq = model.inv_freq.float()
     return other.eval()
 
 

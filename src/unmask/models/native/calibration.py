@@ -2,7 +2,7 @@
 
 Owns the order: every matrix is rounded for what the rounded ones before it give it. How it is rounded is `rounding`'s. One
 layer is in memory at a time, of a mixture one expert. Experts are weighed and not rounded here: how much each input of each
-expert counts is little to keep. Gated LoRA is left out: rows are of clean text.
+expert counts is little to keep. Gated LoRA takes no part: its rows are not masked.
 
 Source: GPTQ (2210.17323). Departs: a matrix's inputs are those that the rounded matrices before it give, in its layer, too.
 
