@@ -200,3 +200,13 @@ def test_quantization(models: dict[str, str], tmp_path: Path, capsys: pytest.Cap
     figures = json.loads(capsys.readouterr().out)
     assert len(figures) == len(models) * 2 * 2
     assert all(0 <= figure["value"] <= 1 for name, figure in figures.items() if name.endswith("agreement"))
+
+
+def test_mini16b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("mini16b", tmp_path, "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["32 rows with block routing experts"]["value"] == 4
+    assert figures["32 rows experts"]["value"] > 12
+    assert all(figure["value"] >= 0 and figure["target"] is None for figure in figures.values())
+    assert not (tmp_path / "mini16b").exists()
+    assert list(tmp_path.glob("mini16b_*.json"))

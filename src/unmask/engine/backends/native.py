@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unmask.engine.backends.torch import routing_name, unwritten_tensor
-from unmask.engine.batch import Batch
+from unmask.engine.batch import Batch, Ints
 from unmask.engine.quantization import PACKED_BITS
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.library import load_kernels
@@ -51,11 +51,11 @@ class NativeBackend(PackedTransformer):
         shape = (config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
         return unwritten_tensor(shape, self.dtype, self.device)
 
-    def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def forward(self, batch: Batch, kv_cache: Tensor, *, touched_L: Ints | None = None) -> Tensor:
         size = batch.cache_block_size
         slots_NMS = batch.host_block_table_NM[..., None] * np.int64(size) + np.arange(size)
         slots_NK = slots_NMS.reshape(len(slots_NMS), -1)
-        return self.run(batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache)
+        return self.run(batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache, touched_L=touched_L)
 
 
 def packed_backend(model: Transformer, weights: str) -> NativeBackend:
