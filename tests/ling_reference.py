@@ -33,8 +33,12 @@ class Reference:
             states = [x + a for x, a in zip(states, mixed, strict=True)]
             normed = [self.norm(x, f"{name}.post_attention_layernorm") for x in states]
             dense = layer < self.hf["first_k_dense_replace"]
-            forward = self.swiglu if dense else self.experts
-            states = [x + forward(f"{name}.mlp", n) for x, n in zip(states, normed, strict=True)]
+            if dense:
+                outputs = [self.swiglu(f"{name}.mlp", n) for n in normed]
+            else:
+                open_to = self.open_experts(f"{name}.mlp", normed)
+                outputs = [self.experts(f"{name}.mlp", n, eligible) for n, eligible in zip(normed, open_to, strict=True)]
+            states = [x + y for x, y in zip(states, outputs, strict=True)]
         return np.stack([self.disk["lm_head.weight"] @ self.norm(x, "model.norm") for x in states])
 
     def norm(self, x: Array, name: str) -> Array:
@@ -44,15 +48,35 @@ class Reference:
         gate, up = self.disk[f"{name}.gate_proj.weight"] @ x, self.disk[f"{name}.up_proj.weight"] @ x
         return self.disk[f"{name}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
 
-    def experts(self, name: str, x: Array) -> Array:
-        hf = self.hf
+    def scores(self, name: str, x: Array) -> tuple[Array, Array]:
+        """Of every expert: the score that weighs it, and the biased one that chooses it."""
         scores = 1 / (1 + np.exp(-(self.disk[f"{name}.gate.weight"] @ x)))
-        biased = scores + self.disk[f"{name}.gate.expert_bias"]
+        return scores, scores + self.disk[f"{name}.gate.expert_bias"]
+
+    def open_experts(self, name: str, inputs: list[Array]) -> list[list[int]]:
+        """The experts among which each token chooses: those of its best groups, or with block routing those of its block."""
+        hf = self.hf
+        biased = [self.scores(name, x)[1] for x in inputs]
+        if not hf.get("expert_capacity"):
+            return [self.best_groups(scores) for scores in biased]
+        open_to = []
+        for index in range(len(inputs)):
+            start = index // hf["block_size"] * hf["block_size"]
+            best = np.max(biased[start : start + hf["block_size"]], axis=0)
+            open_to.append(sorted(range(hf["num_experts"]), key=lambda e: -best[e])[: hf["expert_capacity"]])
+        return open_to
+
+    def best_groups(self, biased: Array) -> list[int]:
+        hf = self.hf
         per_group = hf["num_experts"] // hf["n_group"]
         groups = [range(g * per_group, (g + 1) * per_group) for g in range(hf["n_group"])]
         worth = [sum(sorted((biased[e] for e in group), reverse=True)[:2]) for group in groups]
-        best_groups = sorted(range(hf["n_group"]), key=lambda g: -worth[g])[: hf["topk_group"]]
-        eligible = [expert for g in best_groups for expert in groups[g]]
+        best = sorted(range(hf["n_group"]), key=lambda g: -worth[g])[: hf["topk_group"]]
+        return [expert for g in best for expert in groups[g]]
+
+    def experts(self, name: str, x: Array, eligible: list[int]) -> Array:
+        hf = self.hf
+        scores, biased = self.scores(name, x)
         chosen = sorted(eligible, key=lambda e: -biased[e])[: hf["num_experts_per_tok"]]
         self.chosen.append(set(chosen))
         total = sum(scores[e] for e in chosen)

@@ -18,7 +18,7 @@ from unmask.engine.backends.native import NativeBackend, open_packed
 from unmask.engine.llm import LanguageModel
 from unmask.engine.quantization import decoding_weights, for_dtype, kernels_compute
 from unmask.engine.room import DecodingRoom
-from unmask.errors import ConfigError, UnmaskWarning
+from unmask.errors import ConfigError, UnmaskNote, UnmaskWarning
 from unmask.models.dtypes import parse_dtype
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed_folder import map_folder
@@ -62,9 +62,14 @@ def load(
         RoomError: the model does not fit into memory; no weight has been read.
     """
     folder, read_dtype = resolve(str(model)), parse_dtype(dtype, device)
+    config, where = read_model_config(folder), torch.device(device)
+    if config.delete_id is not None:
+        edits = f"tokens {config.delete_id} and {config.insert_id}, which delete and insert (LLaDA2.2)"
+        warnings.warn(
+            f"{edits}, are never chosen: edits replace tokens, and blocks keep their length", UnmaskNote, stacklevel=2
+        )
     if is_quantized(folder):
         return _load_quantized(str(model), folder, dtype, device, quantize, expert_capacity)
-    config, where = read_model_config(folder), torch.device(device)
     kind = decoding_weights(for_dtype(quantize, dtype), where)
     room = DecodingRoom(config, read_dtype, where)
     read = partial(load_model, folder, dtype=read_dtype, device=device)

@@ -39,6 +39,9 @@ class Sampler:
 
     def __init__(self, backend: Backend, mask_id: int | None) -> None:
         self.backend, self.mask_id = backend, mask_id
+        # Tokens by which a model was trained to change a block's length, which is not decoded: never candidates either.
+        edits = (backend.config.delete_id, backend.config.insert_id)
+        self._banned_ids = [id_ for id_ in edits if id_ is not None]
 
     def sample(self, hidden_TD: Tensor, scheduled: Sequence[ScheduledSequence]) -> list[ModelOutput | None]:
         """Candidates for every scheduled sequence's queries; None where there are none.
@@ -54,7 +57,7 @@ class Sampler:
             if each.targets:
                 outputs[i] = self._scored(hidden_TD, rows, each)
             elif each.queries:
-                (drawn if each.request.needs_logits else greedy).append((i, rows, each))
+                (drawn if each.request.needs_logits or self._banned_ids else greedy).append((i, rows, each))
         for sampled, chosen in ((self._greedy, greedy), (self._drawn, drawn)):
             if chosen:
                 rows = [row for _, of_sequence, _ in chosen for row in of_sequence]
@@ -86,6 +89,8 @@ class Sampler:
     def _drawn(self, hidden_ND: Tensor, scheduled: Sequence[ScheduledSequence]) -> Iterator[ModelOutput]:
         logits_NV = self.backend.logits(hidden_ND)
         processed_NV = process(logits_NV, scheduled, self.mask_id, self.backend.config.start_id)
+        if self._banned_ids:
+            processed_NV[:, self._banned_ids] = float("-inf")
         token_N, confidence_N = draw(processed_NV, scheduled)
         tokens, confidences = token_N.tolist(), confidence_N.tolist()
         for each, part in zip(scheduled, _parts(scheduled), strict=True):

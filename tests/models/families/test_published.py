@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import unmask
 from helpers import make_tokenizer, refused
 from ling_reference import Reference
 from unmask.data.end_ids import end_ids
-from unmask.errors import CheckpointError, ConfigError
+from unmask.errors import ConfigError, UnmaskNote
 from unmask.files import read_json
 from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.moe import TokenBlocks
 from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import read_config, stored_tensors, write_config
 from unmask.models.weights.checkpoint import read_model_config, save_model
@@ -33,7 +35,7 @@ LLADA20, LLADA22, LING = (
     for name, suffix in (("llada2.0", ""), ("llada2.2", ""), ("ling", "-2.0"))
 )
 LLADA21 = ["llada2.1-mini", "llada2.1-flash"]
-OPENED = [*LLADA20, *LLADA21, *LING]
+OPENED = [*LLADA20, *LLADA21, *LLADA22, *LING]
 # Tensors in the files of LLaDA2 mini and flash, by the records of third parties.
 NUM_TENSORS = {"mini": 14_813, "flash": 24_161}
 SHRUNK = {
@@ -78,7 +80,7 @@ def checkpoint(name: str, folder: Path) -> dict[str, Any]:
     return hf
 
 
-@pytest.mark.parametrize("name", [*OPENED, *LLADA22])
+@pytest.mark.parametrize("name", OPENED)
 def test_config_as_published(name: str) -> None:
     hf = config_of(name)
     config = read_config(hf)
@@ -103,7 +105,7 @@ def test_as_many_tensors_as_published(name: str) -> None:
     assert len(stored_tensors(read_config(config_of(name)))) == NUM_TENSORS[name.split("-")[1]]
 
 
-@pytest.mark.parametrize("name", [*OPENED, *LLADA22])
+@pytest.mark.parametrize("name", OPENED)
 def test_every_published_key_is_written_again(name: str) -> None:
     hf = config_of(name)
     written = write_config(read_config(hf), dtype="bfloat16")
@@ -116,9 +118,10 @@ def test_checkpoint_computes_what_the_reference_does(name: str, tmp_path: Path) 
     hf = checkpoint(name, tmp_path)
     visible = np.arange(12)[:, None] // 4 >= np.arange(12)[None, :] // 4
     reference = Reference(hf, load_file(tmp_path / "model.safetensors"), visible)
-    model = load_model(tmp_path, dtype=torch.float32)
+    model, blocks = load_model(tmp_path, dtype=torch.float32), TokenBlocks(torch.arange(12) // 4, 3)
+    attend = DenseAttend(torch.from_numpy(visible)[None])
     with torch.no_grad():
-        hidden = model(torch.tensor([TOKENS]), torch.arange(12)[None], DenseAttend(torch.from_numpy(visible)[None]))
+        hidden = model(torch.tensor([TOKENS]), torch.arange(12)[None], attend, token_blocks=blocks if name in LLADA22 else None)
         found = model.head(hidden)[0].numpy()
     expected = reference.logits(TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
@@ -152,16 +155,27 @@ def test_generation_config_and_template_end_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LLADA22)
-def test_llada22_is_described_and_exported_but_not_computed(name: str, tmp_path: Path) -> None:
+def test_llada22_keeps_its_keys_when_exported(name: str, tmp_path: Path) -> None:
     checkpoint(name, tmp_path / "model")
-    with refused(CheckpointError, "expert_capacity", 8, "delete_token_id", 40, "split_token_id", 41):
-        load_model(tmp_path / "model", dtype=torch.float32)
     export_model(tmp_path / "model", tmp_path / "out")
     written = read_json(tmp_path / "out" / "config.json")
     assert [written[key] for key in ("expert_capacity", "delete_token_id", "split_token_id")] == [8, 40, 41]
     source, copy = (dict(iter_tensors(tmp_path / folder)) for folder in ("model", "out"))
     assert source.keys() == copy.keys()
     assert all(torch.equal(source[key], copy[key]) for key in source)
+
+
+def test_what_llada22_does_besides_is_refused(tmp_path: Path) -> None:
+    checkpoint("llada2.2-mini", tmp_path)
+    with pytest.warns(UnmaskNote, match="tokens 40 and 41"):
+        model = unmask.load(tmp_path, dtype="float32")
+    ids = model.generate_ids([3, 17, 8], max_new_tokens=21, threshold=0.0)
+    assert ids
+    biased = model.generate_ids([3, 17, 8], max_new_tokens=21, logit_bias={40: 50.0, 41: 50.0, 42: 10.0})
+    assert 42 in biased
+    assert not {40, 41, 50} & {*ids, *biased}
+    with refused(ConfigError, "expert_capacity", 8, "LLaDA2.2"):
+        model.transformer(torch.tensor([TOKENS]), torch.arange(12)[None], DenseAttend(torch.ones(1, 12, 12, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.errors import ConfigError
 from unmask.models.arch.config import MoEConfig
 from unmask.models.arch.layers import FeedForward
 
@@ -42,15 +43,22 @@ def route(logits_NE: Tensor, bias_E: Tensor, moe: MoEConfig, blocks: TokenBlocks
     Returns:
         Weights [N, A] in the logits' dtype and expert indices [N, A] int64.
 
+    Raises:
+        ConfigError: the model routes by blocks, and there are none.
+
     Source: DeepSeek-V3 (2412.19437) Eqs 13-16 with group limiting, as used by Ling 2.0 / LLaDA2.0; block routing: the LLaDA2.2
         report, `g_j = max_i s_ij`.
-    Departs: the report does not say whether its scores are biased; here they are, as wherever experts are chosen.
+    Departs: the report does not say whether its scores are biased; here they are, as in the published code.
     """
     # Rounded from float64, a score is the same number on every device and in the CPU kernels.
     scores_NE = logits_NE.double().sigmoid().to(logits_NE.dtype)
     biased_NE = scores_NE + bias_E
     if moe.expert_capacity is not None:
-        assert blocks is not None, "block routing needs the blocks of the tokens"
+        if blocks is None:
+            raise ConfigError(
+                f"expert_capacity is {moe.expert_capacity}: only decoding knows block routing (LLaDA2.2); for training and "
+                "likelihoods take a LLaDA2.0 or 2.1 checkpoint"
+            )
         biased_NE = _open_experts(biased_NE, moe.expert_capacity, blocks)
     elif moe.num_active_groups < moe.num_groups:
         grouped = biased_NE.view(-1, moe.num_groups, moe.num_experts // moe.num_groups)

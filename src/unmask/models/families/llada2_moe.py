@@ -1,7 +1,6 @@
 """LLaDA2 (`llada2_moe`): Ling 2.0 as a block-diffusion model, and what its published code and SGLang read.
 
-LLaDA2.2's keys are read and written, and its tensors are named as those of 2.1; block routing and edits that change the length
-are not computed.
+LLaDA2.2's keys are read and written, and its tensors are named as those of 2.1; edits that change the length are not decoded.
 """
 
 from __future__ import annotations

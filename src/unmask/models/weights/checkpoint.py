@@ -115,7 +115,6 @@ def parts_of(model: Transformer) -> ModelParts:
 def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelParts:
     """The model in `folder`, checked as by `load_checkpoint`, its weights still to be loaded."""
     config = read_model_config(folder)
-    check_computed(folder, config)
     stored = stored_tensors(config)
     check_tensors(folder, config)
     with torch.device("meta"):
@@ -176,22 +175,6 @@ class _PartReader:
         if path not in self._open:
             self._open[path] = TensorFiles(dict.fromkeys(self._names[path], path), self._stack)
         return self._open[path]
-
-
-def check_computed(folder: Path, config: ModelConfig) -> None:
-    """Refuse a model that is described and exported here, but computed wrongly.
-
-    Raises:
-        CheckpointError: it routes by blocks, or edits by deleting and inserting (LLaDA2.2).
-    """
-    capacity = None if config.moe is None else config.moe.expert_capacity
-    keys = {"expert_capacity": capacity, "delete_token_id": config.delete_id, "split_token_id": config.insert_id}
-    named = [f"{key} {value}" for key, value in keys.items() if value is not None]
-    if named:
-        raise CheckpointError(
-            f"{folder} has {', '.join(named)} in its config.json: block routing and edits that change the length (LLaDA2.2) "
-            "are not computed; take a LLaDA2.0 or 2.1 checkpoint"
-        )
 
 
 def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, BoxedTensor]) -> None:
