@@ -10,7 +10,8 @@ rounding alone.
 The embedded base is a 4-bit model itself (Q4_1: groups of 32 with a minimum): its own weights lose nothing in that format. A
 fine-tuned model and a rotated one have left that grid.
 
-Source: GPTQ (2210.17323) Algorithm 1, with the Hessian of the float model's inputs; QuaRot (2404.00456) for the rotation.
+Source: GPTQ (2210.17323) Algorithm 1, here with the Hessian of the float model's inputs (`unmask quantize` takes those of the
+model that is rounded so far); QuaRot (2404.00456) for the rotation.
 
 Legend: N outputs, K inputs, G groups, g inputs of a group, T tokens, D hidden.
 """
@@ -38,6 +39,7 @@ from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.layers import FeedForward
 from unmask.models.arch.transformer import Block, Transformer
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
+from unmask.models.native.rounding import Gptq, fit_grid, round_to
 
 ROOT = Path(__file__).parents[1]
 _RATIOS = torch.linspace(0.6, 1.1, 11).tolist()
@@ -52,9 +54,10 @@ class Rounding:
         bits: of an integer; 16: not at all.
         group: inputs that share a scale; 0: all of a row.
         scale: "peak": the largest weight is the largest integer; "squares": least squared error, weighted by `importance`;
-            "minimum": a scale and a minimum (Q4_1); "multiple": a row's scale times an integer of 1 to 16 (the kernels' int4).
+            "minimum": the kernels' int4, 4 bits with a scale and a minimum for 32 inputs; "multiple": a row's scale times an
+            integer of 1 to 16.
         importance: errors count by the mean square of their input, over the calibration text.
-        gptq: errors are made up for by the inputs still to be rounded.
+        gptq: errors are made up for by the inputs still to be rounded; for "minimum".
     """
 
     bits: int
@@ -68,7 +71,7 @@ class Rounding:
         """With float16 scales; a whole row's counts for nothing."""
         if self.bits == 16 or not self.group:
             return self.bits
-        return self.bits + {"minimum": 32, "multiple": 8}.get(self.scale, 16) / self.group
+        return self.bits + {"minimum": 16, "multiple": 8}.get(self.scale, 16) / self.group
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,6 @@ def round_groups(groups_NGg: Tensor, rounding: Rounding, weight_Gg: Tensor | Non
     """The function that rounds groups to the grid that fits `groups_NGg`; `weight_Gg`: how much errors count."""
     top = 2 ** (rounding.bits - 1) - 1
     peak_NG1 = groups_NGg.abs().amax(-1, keepdim=True).clamp_min(1e-12)
-    if rounding.scale == "minimum":
-        low, high = groups_NGg.amin(-1, keepdim=True), groups_NGg.amax(-1, keepdim=True)
-        step, low = ((high - low) / (2 * top + 1)).clamp_min(1e-12).half().float().clamp_min(1e-7), low.half().float()
-        return lambda x: ((x - low) / step).round().clamp(0, 2 * top + 1) * step + low
     if rounding.scale == "multiple":
         unit = peak_NG1.amax(1, keepdim=True) / (top * 16)
         scale = (peak_NG1 / (top * unit)).ceil().clamp(1, 16) * unit
@@ -140,30 +139,13 @@ def round_matrix(weight_NK: Tensor, rounding: Rounding, hessian_KK: Tensor | Non
     if rounding.importance:
         assert hessian_KK is not None
         weight_Gg = hessian_KK.diagonal().unflatten(0, (-1, group))
-    if rounding.gptq:
-        assert hessian_KK is not None
-        return _gptq(weight_NK, rounding, hessian_KK, group, weight_Gg)
+    if rounding.scale == "minimum":
+        if rounding.gptq:
+            assert hessian_KK is not None
+            return Gptq(hessian_KK)(weight_NK).dequantize()
+        return round_to(weight_NK, fit_grid(weight_NK, None if weight_Gg is None else weight_Gg.flatten())).dequantize()
     groups = weight_NK.unflatten(1, (-1, group))
     return round_groups(groups, rounding, weight_Gg)(groups).flatten(1)
-
-
-def _gptq(weight_NK: Tensor, rounding: Rounding, hessian_KK: Tensor, group: int, weight_Gg: Tensor | None) -> Tensor:
-    size = weight_NK.shape[1]
-    damped = hessian_KK + torch.eye(size) * hessian_KK.diagonal().mean() * 0.01
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    work, out = weight_NK.clone(), torch.empty_like(weight_NK)
-    for start in range(0, size, group):
-        stop = start + group
-        weight = None if weight_Gg is None else weight_Gg[start // group][None]
-        to_grid = round_groups(work[:, None, start:stop], rounding, weight)
-        errors = torch.empty(len(work), group)
-        for column in range(start, stop):
-            # The grid is the group's: each column is rounded by its own scale.
-            out[:, column] = to_grid(work[:, None, column, None])[:, 0, 0]
-            errors[:, column - start] = (work[:, column] - out[:, column]) / upper[column, column]
-            work[:, column + 1 : stop] -= errors[:, column - start, None] * upper[column, column + 1 : stop]
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return out
 
 
 def round_activations(x: Tensor, bits: int, group: int) -> Tensor:
@@ -305,8 +287,7 @@ def rotated(model: Transformer) -> Transformer:
 def recipes() -> dict[str, Recipe]:
     """The recipes that are compared, by name."""
     eight, full = Rounding(8), Rounding(16)
-    best = Rounding(4, 32, "squares", importance=True, gptq=True)
-    squares = replace(best, gptq=False, importance=False)
+    best, squares = Rounding(4, 32, "minimum", gptq=True), Rounding(4, 32, "squares")
     ends = {r"blocks\.(0|29)\.": eight}
     down = {r"down": Rounding(8, 32)}
     return {
@@ -320,13 +301,10 @@ def recipes() -> dict[str, Recipe]:
         "int8 row, activations of 12 bits": Recipe(eight, rotate=True, activations=(12, 0)),
         "int8 row, activations of 16 bits": Recipe(eight, rotate=True, activations=(16, 0)),
         "int8 group 32, activations of 16 bits": Recipe(Rounding(8, 32), Rounding(8, 32), rotate=True, activations=(16, 0)),
-        "int8 gptq 32, activations by 32": Recipe(
-            Rounding(8, 32, gptq=True), Rounding(8, 32), rotate=True, activations=(8, 32)
-        ),
         "int8 squares 32, activations by 32, not rotated": Recipe(
             Rounding(8, 32, "squares"), Rounding(8, 32, "squares"), activations=(8, 32)
         ),
-        "int4 multiple 32 (today)": Recipe(Rounding(4, 32, "multiple")),
+        "int4 multiple 32": Recipe(Rounding(4, 32, "multiple")),
         "int4 multiple 32, activations as they are": Recipe(Rounding(4, 32, "multiple"), activations=None),
         "int4 row": Recipe(Rounding(4), activations=None),
         "int4 peak 64": Recipe(Rounding(4, 64), activations=None),
@@ -337,13 +315,12 @@ def recipes() -> dict[str, Recipe]:
         "int4 squares 32, rotated": Recipe(squares, rotate=True, activations=None),
         "int4 squares 32, importance": Recipe(replace(squares, importance=True), activations=None),
         "int4 gptq 32": Recipe(best, activations=None),
-        "int4 gptq 64": Recipe(replace(best, group=64), activations=None),
         "int4 gptq 32, rotated": Recipe(best, rotate=True, activations=None),
         "int4 gptq 32, rotated, ends in 8 bits": Recipe(best, others=ends, rotate=True, activations=None),
         "int4 gptq 32, rotated, down in 8 bits": Recipe(best, others=down, rotate=True, activations=None),
-        "int4 gptq minimum 32": Recipe(replace(best, scale="minimum"), activations=None),
-        "int4 gptq minimum 32, activations by 32": Recipe(replace(best, scale="minimum"), activations=(8, 32)),
-        "int4 gptq minimum 32, down in 8 bits": Recipe(replace(best, scale="minimum"), others=down, activations=None),
+        "int4 minimum 32, importance": Recipe(replace(best, gptq=False, importance=True), activations=None),
+        "int4 gptq 32, activations by 32": Recipe(best, activations=(8, 32)),
+        "int4 gptq 32, down in 8 bits": Recipe(best, others=down, activations=None),
         "int4 gptq 32, rotated, activations by 32": Recipe(best, rotate=True, activations=(8, 32)),
         "int4 gptq 32, rotated, activations by row": Recipe(best, rotate=True),
     }
