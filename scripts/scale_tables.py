@@ -7,8 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from unmask.models.families.registry import published_config, read_config
+from unmask.train.parallel.dims import layout_name
 from unmask.train.plan.gpus import GIB, find_gpu
-from unmask.train.plan.planner import Plan, Question, find_plans, layout_name
+from unmask.train.plan.planner import CHECKPOINTING, Plan, Question, find_plans
 from unmask.train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def table_row(model: str, gpus: int, gpu: str, plan: Plan | None) -> str:
     if plan is None:
         return f"| {model} | {gpus} {gpu} | nothing fits |" + " |" * 8
     batch = plan.batch
-    cells = [model, f"{gpus} {gpu}", f"`{layout_name(plan.dims)}`", "yes" if plan.recompute else "no"]
+    cells = [model, f"{gpus} {gpu}", f"`{layout_name(plan.dims)}`", CHECKPOINTING[plan.recompute]]
     cells += [f"{batch.micro_rows} x {batch.micro_batches}", f"{plan.memory.total / GIB:.0f}"]
     cells += [f"{sum(link.values()) / 1e9:.0f}" for link in (plan.nvlink, plan.network)]
     cells += [f"{plan.seconds:.2f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_day / 1e9:.1f}"]

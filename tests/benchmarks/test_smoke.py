@@ -134,6 +134,14 @@ def test_train_step(models: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scaling(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smoke("scaling", tmp_path, "--model", models["diffusion"], "--json")
+    assert json.loads(capsys.readouterr().out)["T4 weak scaling"]["target"] == 1.7
+    (result,) = tmp_path.glob("scaling_*.json")
+    assert json.loads(result.read_text())["tokens_per_second"]["several"][0] > 0
+
+
+@pytest.mark.slow
 def test_serve(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke("serve", tmp_path, "--model", models["diffusion"], "--autoregressive", models["autoregressive"], "--json")
     for figures in json.loads(capsys.readouterr().out)["clients"]["1"].values():

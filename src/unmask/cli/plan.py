@@ -49,9 +49,9 @@ def plan(
     unmask plan --recipe recipes/scale/llada2-flash_64_h100.yaml --gpu h100 --gpus 64
     unmask plan --recipe recipes/scale/llada2-mini_8_h200.yaml --gpu h200 --gpus 8 --layout recipe --check
 
-    Every legal layout (data_replicate, data_shard, context, tensor, pipeline, expert), with and without activation
-    checkpointing: memory of a rank, traffic of a step, tokens in a day; fastest first. Memory is measured layer by layer, time
-    is arithmetic; --check runs the code that would train.
+    Every legal layout (data_replicate, data_shard, context, tensor, pipeline, expert), with activation checkpointing, full,
+    selective and none: memory of a rank, traffic of a step, tokens in a day; fastest first. Memory is measured layer by
+    layer, time is arithmetic; --check runs the code that would train.
     """
     from unmask.cli.info import find_config
     from unmask.train.parallel.dims import parse_layout
@@ -114,8 +114,9 @@ def _nothing_fits(question: Question, plans: Plans) -> str:
 def _facts(question: Question, plans: Plans, to_check: Plan | None) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from unmask.train.parallel.dims import layout_name
     from unmask.train.plan.check import check_plan
-    from unmask.train.plan.planner import layout_name, too_large
+    from unmask.train.plan.planner import too_large
 
     checked = None
     if to_check is not None:
@@ -133,8 +134,9 @@ def _facts(question: Question, plans: Plans, to_check: Plan | None) -> dict[str,
 
 def _print_table(console: Console, question: Question, plans: list[Plan]) -> None:
     from unmask.cli.tables import print_table
+    from unmask.train.parallel.dims import layout_name
     from unmask.train.plan.gpus import GIB
-    from unmask.train.plan.planner import layout_name
+    from unmask.train.plan.planner import CHECKPOINTING
 
     head = [
         "layout",
@@ -153,7 +155,7 @@ def _print_table(console: Console, question: Question, plans: list[Plan]) -> Non
     for each in plans:
         memory = each.memory
         states = memory.weights + memory.gradients + memory.optimizer
-        cells = [layout_name(each.dims), "yes" if each.recompute else "no"]
+        cells = [layout_name(each.dims), CHECKPOINTING[each.recompute]]
         cells.append(f"{each.batch.micro_rows} x {each.batch.micro_batches}")
         sizes = (memory.total, states, memory.gathered, memory.activations + memory.logits)
         cells += [f"{size / GIB:.1f}" for size in sizes]
@@ -198,9 +200,9 @@ def _print_reasons(console: Console, question: Question, plans: Plans) -> None:
 def _print_check(console: Console, question: Question, plan: Plan | None, first: Plan) -> None:
     """Check a plan and print what comes out; `first` is the one at the head of the table."""
     from unmask.cli.tables import print_table
+    from unmask.train.parallel.dims import layout_name
     from unmask.train.plan.check import check_plan
     from unmask.train.plan.gpus import GIB
-    from unmask.train.plan.planner import layout_name
 
     reason = "a check runs one rank, and one of a pipeline would wait for others"
     if plan is None:

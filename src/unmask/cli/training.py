@@ -167,8 +167,20 @@ def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if (status := fatal_status()) is not None:
         raise typer.Exit(status)
+    if torchrun and is_main_rank():
+        _show_layout(recipe, int(os.environ["WORLD_SIZE"]))
     with stop_on_interrupt(notice=SAVE_NOTICE if is_main_rank() else b"", once=torchrun) as should_stop:
         return _show_run(should_stop, recipe, out, resume)
+
+
+def _show_layout(recipe: Recipe, ranks: int) -> None:
+    """Check the layout of a run; one that is chosen is printed."""
+    from unmask.train.parallel.dims import layout_name
+    from unmask.train.run import run_layout
+
+    dims = run_layout(recipe, ranks)
+    if recipe.parallel.auto and ranks > 1:
+        typer.echo(f"parallel {layout_name(dims)}", err=True)
 
 
 def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts: int) -> RunResult:
@@ -179,7 +191,7 @@ def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(f"--nproc is {ranks}, but torchrun has started this process already; leave --nproc out")
-    recipe.parallel.dims(ranks)
+    _show_layout(recipe, ranks)
     check_devices(ranks, device_of(recipe.train))
     launcher = Launcher(ranks, max_restarts=max_restarts, logs=out / "logs")
     with stop_on_interrupt(on_stop=launcher.stop):

@@ -6,7 +6,7 @@ Owns how model, mask token, data, objective and trainer come together, and what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,14 +29,17 @@ from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.parallel.apply import parallelize
-from unmask.train.parallel.start import job_name, local_ranks, open_world, restarted
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.parallel.start import job_name, local_ranks, num_ranks, open_world, restarted
 from unmask.train.parallel.whole import on_main, skeleton_of
 from unmask.train.parallel.world import World
+from unmask.train.plan.auto import layout_of
 from unmask.train.recipe import Recipe
 from unmask.train.room import check_training_room
 from unmask.train.router import RouterMonitor
 from unmask.train.rows import training_rows, validation_rows
 from unmask.train.sections import TrainSection
+from unmask.train.speed import gpu_of
 from unmask.train.state import SHARDS, list_checkpoints, save_model
 from unmask.train.tokens import training_config
 
@@ -83,9 +86,18 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    opened = open_world(recipe.parallel, device_of(recipe.train), recipe.model_dump_json())
-    with opened if world is None else nullcontext(world) as world:
+    with nullcontext(world) if world is not None else _opened(recipe) as world:
         return _run(recipe, out, world, resume, on_record, should_stop)
+
+
+def run_layout(recipe: Recipe, num_processes: int) -> ParallelDims:
+    """The layout of a run of so many processes on the devices here; raises ConfigError when there is none."""
+    return layout_of(recipe, num_processes, gpu_of(torch.device(device_of(recipe.train))))
+
+
+def _opened(recipe: Recipe) -> AbstractContextManager[World]:
+    dims = run_layout(recipe, num_ranks())
+    return open_world(dims, recipe.parallel.timeout, device_of(recipe.train), f"{recipe.model_dump_json()} {dims}")
 
 
 def _run(

@@ -9,6 +9,7 @@ import pytest
 from processes import Pool
 from tiny import tiny_config
 from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.check import Checked, check_layout, track_rank
 from unmask.train.plan.memory import stage_memory, stages
@@ -25,7 +26,7 @@ def sized(family: str, num_layers: int) -> ModelConfig:
     return tiny_config(family, **sizes)
 
 
-def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checked, *, recompute: bool) -> None:
+def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checked, *, recompute: Checkpointing) -> None:
     (stage,) = stages(config, dims)
     rows = {"micro_rows": BATCH.micro_rows, "micro_batches": BATCH.micro_batches}
     memory = stage_memory(config, ROW, dims, stage, recompute=recompute, **rows)
@@ -35,18 +36,20 @@ def assert_as_predicted(config: ModelConfig, dims: ParallelDims, checked: Checke
     assert checked.predicted_flops == pytest.approx(checked.flops, rel=0.05)
 
 
-QUICK = [
+QUICK: list[tuple[str, int, ParallelDims, Checkpointing]] = [
     ("llama", 4, ParallelDims(), False),
     ("llama", 4, ParallelDims(data_shard=4), True),
     ("llada2", 4, ParallelDims(data_shard=4, expert=4), False),
 ]
-MORE = [
+MORE: list[tuple[str, int, ParallelDims, Checkpointing]] = [
     (family, layers, dims, recompute)
     for family, layers in (("qwen3", 6), ("llada2", 6))
     for dims in (ParallelDims(data_shard=8), ParallelDims(data_shard=4, tensor=2), ParallelDims(data_shard=4, context=2))
     for recompute in (False, True)
 ]
 MORE += [
+    *((family, 6, ParallelDims(data_shard=8), "selective") for family in ("qwen3", "llada2")),
+    ("llada2", 6, ParallelDims(data_shard=4, expert=4), "selective"),
     ("llada2", 6, ParallelDims(data_shard=16), True),  # more shards than experts
     ("llada2", 6, ParallelDims(), True),
     ("llada2", 6, ParallelDims(), False),
@@ -57,7 +60,7 @@ MORE += [
 @pytest.mark.parametrize(
     ("family", "layers", "dims", "recompute"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
-def test_a_layout_is_as_predicted(family: str, layers: int, dims: ParallelDims, recompute: bool) -> None:
+def test_a_layout_is_as_predicted(family: str, layers: int, dims: ParallelDims, recompute: Checkpointing) -> None:
     config = sized(family, layers)
     checked = check_layout(config, ROW, dims, BATCH, recompute=recompute)
     assert_as_predicted(config, dims, checked, recompute=recompute)

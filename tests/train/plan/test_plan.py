@@ -10,10 +10,11 @@ import torch
 from tiny import FAMILIES, tiny_config
 from unmask.errors import ConfigError
 from unmask.models.arch.transformer import Transformer
-from unmask.train.parallel.dims import ParallelDims, parse_layout
+from unmask.train.parallel.dims import ParallelDims, layout_name, parse_layout
+from unmask.train.plan.auto import layout_of
 from unmask.train.plan.gpus import find_gpu
 from unmask.train.plan.memory import stage_memory, stages
-from unmask.train.plan.planner import Question, find_plans, layout_name, too_large
+from unmask.train.plan.planner import Question, fastest_layout, find_plans, too_large
 from unmask.train.plan.step import Batch, stage_transfers
 from unmask.train.plan.work import RowWork, mean_row, num_parameters, row_works
 from unmask.train.recipe import Recipe, parse_recipe
@@ -96,6 +97,33 @@ def test_every_layout_is_planned_or_refused() -> None:
     assert plan.tokens_per_day == pytest.approx(32 * 64 / plan.seconds * 86_400)
     with pytest.raises(ConfigError, match="key-value heads"):
         find_plans(question, ParallelDims(tensor=8))
+
+
+def test_a_layout_is_chosen_for_the_processes_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = recipe(parallel="auto")
+    monkeypatch.setattr("unmask.train.plan.auto.resolve", Path)
+    monkeypatch.setattr("unmask.train.plan.auto.read_model_config", lambda folder: tiny_config("llada2"))
+    question = Question(auto, tiny_config("llada2"), find_gpu("h100"), 8)
+    chosen = layout_of(auto, 8, question.gpu)
+    assert chosen == fastest_layout(question)
+    assert chosen.size == 8
+    assert layout_of(auto, 1, question.gpu) == ParallelDims()
+    # On a CPU: as many shards as divide the rows, context ranks for the rest.
+    assert layout_of(auto, 8, None) == ParallelDims(data_shard=8)
+    few = recipe(parallel={"auto": True, "timeout": 5}, train={"tokens": 6400, "batch_rows": 6, "micro_rows": 1})
+    assert layout_of(few, 8, None) == ParallelDims(data_shard=2, context=4)
+    with pytest.raises(ConfigError, match="attention heads"):
+        layout_of(few, 16, None)
+    with pytest.raises(ConfigError, match=r"parallel\.auto.*tensor"):
+        recipe(parallel={"auto": True, "tensor": 2})
+    given = recipe(parallel={"tensor": 2})
+    assert layout_of(given, 4, None) == ParallelDims(data_shard=2, tensor=2)
+
+
+def test_no_layout_that_fits_is_one_line() -> None:
+    question = Question(recipe(), tiny_config("llama", hidden_size=8192, ffn_size=131072), find_gpu("a100-40gb"), 1)
+    with pytest.raises(ConfigError, match="no layout of 1 a100-40gb fits"):
+        fastest_layout(question)
 
 
 def test_stages_of_a_plan_are_those_that_train() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unmask.errors import ConfigError
 from unmask.train.sections import Positive, Section
@@ -146,6 +146,18 @@ class ParallelDims:
             )
 
 
+_DEGREES = ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
+
+
+def layout_name(dims: ParallelDims) -> str:
+    """A layout as `--layout` takes it: the degrees above 1."""
+    degrees = {name: degree for name in _DEGREES if (degree := vars(dims)[name]) > 1}
+    return ",".join(f"{name}={degree}" for name, degree in degrees.items()) or "data_shard=1"
+
+
+_NO_DEGREES = {"timeout", "auto"}
+
+
 class ParallelSection(Section):
     """How a run is divided over processes; their number is given when it is started (`--nproc`, torchrun)."""
 
@@ -163,11 +175,29 @@ class ParallelSection(Section):
     pipeline_stages: Positive | None = Field(
         None, description="stages of each rank, which alternate [default: with interleaved_1f1b 2, else 1]"
     )
+    auto: bool = Field(
+        False, description="choose the degrees: the fastest layout that fits, as `unmask plan` finds it (`parallel: auto`)"
+    )
     timeout: float = Field(600, gt=0, description="seconds without an answer after which a rank counts as hung")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, values: Any) -> Any:
+        """`parallel: auto`."""
+        return {"auto": True} if values == "auto" else values
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSection:
+        given = [
+            name for name in sorted(self.model_fields_set - _NO_DEGREES) if getattr(self, name) not in (1, None, "auto", "1f1b")
+        ]
+        if self.auto and given:
+            raise ConfigError(f"parallel.auto chooses the degrees, but {given[0]} is given; leave one of them out")
+        return self
 
     def dims(self, num_processes: int) -> ParallelDims:
         """The dimensions of a run of `num_processes`; raises ConfigError when they make another number."""
-        degrees = self.model_dump(exclude={"timeout"})
+        degrees = self.model_dump(exclude=_NO_DEGREES)
         if self.pipeline_stages is None:
             degrees["pipeline_stages"] = 2 if self.pipeline_schedule == "interleaved_1f1b" else 1
         named = prod(degrees[name] for name in ("data_replicate", "context", "tensor", "pipeline"))
@@ -197,7 +227,7 @@ def parse_layout(text: str, num_processes: int | None = None) -> ParallelDims:
     try:
         section = ParallelSection.model_validate(dict(part.split("=") for part in filter(None, text.split(","))))
     except ValueError as error:
-        keys = ", ".join(key for key in ParallelSection.model_fields if key != "timeout")
+        keys = ", ".join(key for key in ParallelSection.model_fields if key not in _NO_DEGREES)
         raise ConfigError(f"layout {text!r} is not of the form data_shard=2,tensor=2 (keys: {keys})") from error
     if num_processes is None:
         shards = 1 if section.data_shard == "auto" else section.data_shard

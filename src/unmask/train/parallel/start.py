@@ -10,24 +10,24 @@ from pathlib import Path
 
 from unmask.errors import ConfigError
 from unmask.lock import job_of
-from unmask.train.parallel.dims import ParallelSection
+from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.fatal import store_name
 from unmask.train.parallel.world import World
 
 
 @contextmanager
-def open_world(parallel: ParallelSection, device: str, recipe: str) -> Iterator[World]:
+def open_world(dims: ParallelDims, timeout: float, device: str, recipe: str) -> Iterator[World]:
     """The world of this process: of the ranks that torchrun or `--nproc` started, or of itself alone.
 
     Args:
-        parallel: the recipe's section.
+        dims: their product is the number of processes.
+        timeout: seconds that a rank waits for the others before it gives up.
         device: type of device that the run computes on.
         recipe: the whole of it, as text: all ranks must have the same.
 
     Raises:
-        ConfigError: the recipe's dimensions make another number of processes, or other ranks have another recipe.
+        ConfigError: other ranks have another recipe.
     """
-    dims = parallel.dims(int(os.environ.get("WORLD_SIZE", "1")))
     if dims.size == 1:
         yield World.single()
         return
@@ -35,7 +35,7 @@ def open_world(parallel: ParallelSection, device: str, recipe: str) -> Iterator[
     # Imported here: a run of one process needs none of it.
     from unmask.train.parallel.ranks import joined
 
-    with joined(dims, device, parallel.timeout, recipe) as world:
+    with joined(dims, device, timeout, recipe) as world:
         yield world
 
 
@@ -53,6 +53,11 @@ def check_devices(processes: int, device: str) -> None:
         )
     if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
         raise ConfigError("train.device is cuda, but this PyTorch has no NCCL for several processes; set train.device to cpu")
+
+
+def num_ranks() -> int:
+    """Processes of the run that torchrun or `--nproc` started; 1: this one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_ranks() -> int:

@@ -20,7 +20,7 @@ from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import StreamIndex
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Transformer
+from unmask.models.arch.transformer import Checkpointing, Transformer
 from unmask.models.weights.checkpoint import parameter_dtype
 from unmask.train.objectives.base import Setting
 from unmask.train.optim import MasterAdamW
@@ -88,7 +88,7 @@ def fake_world(dims: ParallelDims) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: bool) -> Checked:
+def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: Checkpointing) -> Checked:
     """Run one micro-batch, forward and backward, as rank 0 of the layout.
 
     Args:
@@ -103,7 +103,13 @@ def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: B
 
 
 def track_rank(
-    config: ModelConfig, row: RowWork, world: Ranks, batch: Batch, tensors: AbstractContextManager[Any], *, recompute: bool
+    config: ModelConfig,
+    row: RowWork,
+    world: Ranks,
+    batch: Batch,
+    tensors: AbstractContextManager[Any],
+    *,
+    recompute: Checkpointing,
 ) -> Checked:
     """`check_layout` in a world that is there already; what is allocated is allocated inside `tensors` (a fake tensor mode)."""
     started, dims = time.perf_counter(), world.dims

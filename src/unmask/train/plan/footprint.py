@@ -6,7 +6,7 @@ Owns the measurement, under fake tensors, and the stand-in for FlexAttention in 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Block
+from unmask.models.arch.transformer import Block, run_checkpointed
 from unmask.train.plan.tracker import Tracker
 
 _TOKENS = 2**22
@@ -51,13 +51,13 @@ class Footprint:
     peak: float
 
 
-def layer_footprint(config: ModelConfig, layer: int, tensor: int, dtype: torch.dtype) -> Footprint:
-    """Footprint of layer `layer` of one of `tensor` ranks that divide its matrices."""
-    whole = _measure(_Key(config, config.is_moe_layer(layer), 1, dtype))
+def layer_footprint(config: ModelConfig, layer: int, tensor: int, dtype: torch.dtype, *, selective: bool) -> Footprint:
+    """Footprint of layer `layer` of one of `tensor` ranks that divide its matrices; `selective`: activation checkpointing."""
+    whole = _measure(_Key(config, config.is_moe_layer(layer), 1, dtype, selective))
     if tensor == 1:
         return whole
     # What is divided shrinks with 1 / tensor, and the rest stays: two measurements tell them apart.
-    half = _measure(_Key(config, config.is_moe_layer(layer), 2, dtype))
+    half = _measure(_Key(config, config.is_moe_layer(layer), 2, dtype, selective))
     share = 2 * (1 - 1 / tensor)
     return Footprint(*(one - share * (one - two) for one, two in ((whole.kept, half.kept), (whole.peak, half.peak))))
 
@@ -70,9 +70,10 @@ class _Key:
     routed: bool
     tensor: int
     dtype: torch.dtype
+    selective: bool
 
     def __hash__(self) -> int:
-        return hash((self.routed, self.tensor, self.dtype, self.config.num_layers, self.config.hidden_size))
+        return hash((self.routed, self.tensor, self.dtype, self.selective, self.config.num_layers, self.config.hidden_size))
 
 
 @cache
@@ -93,7 +94,8 @@ def _measure(key: _Key) -> Footprint:
         cos = torch.empty(1, 1, _TOKENS, config.rotary_dim, dtype=key.dtype)
         gradient, before = torch.empty_like(x_BTD), tracker.current
         tracker.reset()
-        out_BTD = block(x_BTD, cos, cos, flex_shapes)
+        run = partial(run_checkpointed, block, checkpointing="selective") if key.selective else block
+        out_BTD = run(x_BTD, cos, cos, flex_shapes)
         kept = tracker.current - before - out_BTD.nbytes
         out_BTD.backward(gradient)
     return Footprint(kept / _TOKENS, (tracker.peak - before) / _TOKENS)

@@ -11,6 +11,7 @@ import torch
 
 from unmask.diffusion.objectives import PREDICTIONS_AT_ONCE
 from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.footprint import Footprint, layer_footprint
 from unmask.train.plan.work import LayerCount, RowWork, layer_count, layer_parameters
@@ -114,7 +115,14 @@ def local_ends(config: ModelConfig, stage: Stage, dims: ParallelDims) -> LocalPa
 
 
 def stage_memory(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, micro_rows: int, micro_batches: int, recompute: bool
+    config: ModelConfig,
+    row: RowWork,
+    dims: ParallelDims,
+    stage: Stage,
+    *,
+    micro_rows: int,
+    micro_batches: int,
+    recompute: Checkpointing,
 ) -> Memory:
     """Memory of a rank of one pipeline stage.
 
@@ -125,7 +133,7 @@ def stage_memory(
         stage: its layers.
         micro_rows: rows in a micro-batch.
         micro_batches: of a step.
-        recompute: activation checkpointing: each layer keeps its input only, and runs again in the backward pass.
+        recompute: activation checkpointing. With True each layer keeps its input only, and runs again in the backward pass.
     """
     kinds = {config.is_moe_layer(layer): local_layer(config, layer, dims) for layer in stage.kinds(config)}
     layers = [kinds[config.is_moe_layer(layer)] for layer in range(stage.first, stage.last)]
@@ -134,11 +142,13 @@ def stage_memory(
     tokens = micro_rows * row.positions / dims.context
     # Between two layers each tensor rank holds a part of the positions.
     stream = _GATHERED * config.hidden_size * tokens / dims.tensor
-    prints = {config.is_moe_layer(layer): _layer_print(config, layer, dims) for layer in stage.kinds(config)}
+    prints = {config.is_moe_layer(layer): _layer_print(config, layer, dims, recompute) for layer in stage.kinds(config)}
     kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
+    if recompute is True:
+        kept = [0.0] * len(kept)
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
-    others = (in_flight - 1) * (inputs + (0 if recompute else sum(kept)))
+    others = (in_flight - 1) * (inputs + sum(kept))
     predictions = min(micro_rows * row.predictions / dims.context, PREDICTIONS_AT_ONCE) if stage.has_head else 0
     logits = _LOGITS * predictions * config.vocab_size / dims.tensor
     # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
@@ -151,7 +161,7 @@ def stage_memory(
     # The first micro-batch of a step finds no gradients: they come with the layers, the last one's first.
     arrived = _SHARD * shard if micro_batches > 1 else 0.0
     weights, moments_bytes = _SHARD * shard, 2 * _SHARD * shard
-    moments = [Memory(weights, arrived, moments_bytes, resident, others + inputs + (0 if recompute else sum(kept)), logits)]
+    moments = [Memory(weights, arrived, moments_bytes, resident, others + inputs + sum(kept), logits)]
     for number, layer in enumerate(layers):
         # The layer at work, the one being fetched and, on their way to the shards in float32, the gradients of the one before.
         at_work, fetched = layer.gathered, layers[number - 1].gathered if number else 0.0
@@ -160,7 +170,7 @@ def stage_memory(
         if dims.size == 1:
             # The gradient of a matrix, on its way to float32.
             buffers = _SHARD * at_work / 2
-        held = stream * (number + 2) + (0 if recompute else sum(kept[:number]))
+        held = stream * (number + 2) + sum(kept[:number])
         work = prints[config.is_moe_layer(stage.first + number)].peak * tokens
         if micro_batches == 1:
             arrived = _SHARD * sum(each.shard(dims) for each in layers[number + 1 :])
@@ -168,8 +178,8 @@ def stage_memory(
     return max(moments, key=lambda memory: memory.total)
 
 
-def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims) -> Footprint:
-    return layer_footprint(config, layer, dims.tensor, torch.bfloat16)
+def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims, recompute: Checkpointing) -> Footprint:
+    return layer_footprint(config, layer, dims.tensor, torch.bfloat16, selective=recompute == "selective")
 
 
 def _place(config: ModelConfig, stage: Stage, dims: ParallelDims) -> int:

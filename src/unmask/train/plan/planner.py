@@ -12,7 +12,8 @@ from typing import Any
 
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.train.parallel.dims import ParallelDims
+from unmask.models.arch.transformer import Checkpointing
+from unmask.train.parallel.dims import ParallelDims, layout_name
 from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Memory, stage_memory, stages
 from unmask.train.plan.step import Batch, Transfer, stage_flops, stage_seconds, stage_transfers
@@ -20,12 +21,13 @@ from unmask.train.plan.work import RowWork, mean_row, model_flops, row_works
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400
-_DEGREES = ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
+CHECKPOINTING: dict[Checkpointing, str] = {False: "no", "selective": "selective", True: "yes"}
+"""Kinds of activation checkpointing, and what tables call them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout with or without activation checkpointing. Memory is that of the worst rank, in the phase that needs most.
+    """One layout with one kind of activation checkpointing. Memory is that of the worst rank, in the phase that needs most.
 
     Attributes:
         dims, recompute: the layout, and whether activations are computed again in the backward pass.
@@ -40,7 +42,7 @@ class Plan:
     """
 
     dims: ParallelDims
-    recompute: bool
+    recompute: Checkpointing
     batch: Batch
     memory: Memory
     fits: bool
@@ -78,12 +80,6 @@ class Question:
     efficiency: Efficiency = field(default_factory=Efficiency)
 
 
-def layout_name(dims: ParallelDims) -> str:
-    """A layout as `--layout` takes it: the degrees above 1."""
-    degrees = {name: degree for name in _DEGREES if (degree := asdict(dims)[name]) > 1}
-    return ",".join(f"{name}={degree}" for name, degree in degrees.items()) or "data_shard=1"
-
-
 def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
     """Plan every layout, or this one.
 
@@ -100,12 +96,36 @@ def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
                 raise
             refused[str(error)] += 1
             continue
-        for recompute in (False, True):
+        for recompute in CHECKPOINTING:
             plans = [make_plan(question, rows, dims, batch, recompute=recompute) for batch in batches]
             found.append(min(plans, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else plan.memory.total)))
     fitting = sorted((plan for plan in found if plan.fits), key=lambda plan: (plan.seconds, plan.memory.total))
     too_large = sorted((plan for plan in found if not plan.fits), key=lambda plan: plan.memory.total)
     return Plans(fitting, too_large, refused)
+
+
+def fastest_layout(question: Question) -> ParallelDims:
+    """The fastest layout that fits, with the recipe's own micro-batches and activation checkpointing.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    train, rows = question.recipe.train, row_works(question.recipe)
+    plans = []
+    for dims in _layouts(question.num_gpus, question.config):
+        try:
+            batches = legal_batches(question, dims)
+        except ConfigError:
+            continue
+        own = [batch for batch in batches if batch.micro_rows == min(train.micro_rows, train.batch_rows // dims.data)]
+        plans += [make_plan(question, rows, dims, batch, recompute=train.activation_checkpointing) for batch in own]
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        raise ConfigError(
+            f"parallel is auto, but no layout of {question.num_gpus} {question.gpu.name} fits with train.micro_rows "
+            f"{train.micro_rows} and activation_checkpointing {train.activation_checkpointing}; `unmask plan` says what would"
+        )
+    return min(fitting, key=lambda plan: (plan.seconds, plan.memory.total)).dims
 
 
 def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
@@ -131,7 +151,7 @@ def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
     return batches
 
 
-def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch: Batch, *, recompute: bool) -> Plan:
+def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch: Batch, *, recompute: Checkpointing) -> Plan:
     """The plan of a legal layout."""
     config, gpu, efficiency = question.config, question.gpu, question.efficiency
     micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
@@ -185,7 +205,7 @@ def too_large(plan: Plan, question: Question) -> str:
     total = plan.memory.total
     parts = sorted(((value, name) for name, value in asdict(plan.memory).items() if value > total / 10), reverse=True)
     largest = ", ".join(f"{name} {value / GIB:.1f}" for value, name in parts)
-    kept = "" if plan.recompute else ", activations kept"
+    kept = {False: ", activations kept", "selective": ", selective checkpointing", True: ""}[plan.recompute]
     return f"{layout_name(plan.dims)}{kept}: {total / GIB:.1f} GiB of {room / GIB:.1f} ({largest})"
 
 

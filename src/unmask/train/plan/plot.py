@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unmask.train.parallel.dims import layout_name
 from unmask.train.plan.gpus import GIB
-from unmask.train.plan.planner import Plans, Question, layout_name
+from unmask.train.plan.planner import CHECKPOINTING, Plans, Question
 
 _NAMED = 3
 
@@ -16,10 +17,10 @@ def plot_plans(plans: Plans, question: Question, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for recompute, color in ((False, "tab:orange"), (True, "tab:blue")):
-        kind = [plan for plan in (*plans.fitting, *plans.too_large) if plan.recompute is recompute]
+    for (recompute, name), color in zip(CHECKPOINTING.items(), ("tab:orange", "tab:green", "tab:blue"), strict=True):
+        kind = [plan for plan in (*plans.fitting, *plans.too_large) if plan.recompute == recompute]
         points = [plan.memory.total / GIB for plan in kind], [plan.tokens_per_day / 1e9 for plan in kind]
-        axes.scatter(*points, s=14, color=color, label="with checkpointing" if recompute else "activations kept")
+        axes.scatter(*points, s=14, color=color, label=f"checkpointing: {name}")
     room = question.gpu.memory * question.efficiency.memory / GIB
     axes.axvline(room, color="black", linewidth=1, label=f"room on {question.gpu.name}: {room:.0f} GiB")
     for plan in plans.fitting[:_NAMED]:

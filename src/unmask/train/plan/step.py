@@ -12,6 +12,7 @@ from math import gcd
 
 from unmask.diffusion.objectives import PREDICTIONS_AT_ONCE
 from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Stage, local_ends, local_layer
@@ -60,14 +61,19 @@ def _local(size: int, stride: int) -> int:
     return min(size, max(PER_NODE // stride, 1))
 
 
-def stage_flops(config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, rows: int, recompute: bool) -> Flops:
+def stage_flops(
+    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, rows: int, recompute: Checkpointing
+) -> Flops:
     """FLOP of a rank for so many rows; routed experts and routers are not divided by tensor parallelism."""
     positions, pairs = rows * row.positions / dims.context, rows * row.pairs / dims.context
     layers = stage.kinds(config)
     whole = layer_flops(config, layers, positions, pairs)
     forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
     total = forward + backward(forward)
-    if recompute:
+    if recompute == "selective":
+        # The last of an expert's three products and, with FlexAttention, attention.
+        total += Flops(experts=forward.experts / 3, attention=forward.attention)
+    elif recompute:
         total += forward + Flops(-_last_products(config, layers, positions) / dims.tensor)
     if stage.has_head:
         forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
@@ -85,7 +91,7 @@ def _last_products(config: ModelConfig, layers: LayerCount, positions: float) ->
 
 
 def stage_transfers(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: bool
+    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: Checkpointing
 ) -> Iterator[Transfer]:
     """What a rank sends in a step, dimension by dimension."""
     local = local_ends(config, stage, dims)

@@ -47,6 +47,12 @@ def row_works(recipe: Recipe) -> list[RowWork]:
     return [_row_work(recipe, phase, phase.tokens / total) for phase in phases]
 
 
+def is_planned(recipe: Recipe) -> bool:
+    """Whether plans are made for a recipe's objective, and all weights train."""
+    full = recipe.train.lora is None and recipe.train.gated_lora_rank is None
+    return full and recipe.objective.kind in ("denoise", "next_token")
+
+
 def mean_row(rows: list[RowWork]) -> RowWork:
     """A row of the whole run: what takes time grows with each count in proportion."""
     counts = (
