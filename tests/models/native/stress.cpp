@@ -51,21 +51,30 @@ struct Memory {
         if (rank) w.in = linear(inputs, rank, beside, false), w.out = linear(rank, outputs, beside, false);
         return w;
     }
+    Experts experts(int64_t hidden, const Routing& r, int64_t bits) {
+        const auto padded = [](int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; };
+        return {linear(hidden, r.experts, bits == 16 ? 16 : 32, false), real(r.experts, -0.1f, 0.1f),
+                linear(hidden, r.experts * padded(2 * r.size), bits, false), linear(r.size, r.experts * padded(hidden), bits, false)};
+    }
 };
 
+// With experts, of all layers but the first; `shared` is the width of the expert that all rows pass, or 0.
 struct Shape {
     int64_t hidden, heads, kv_heads, head_dim, ffn, mixed, rank, vocab, bits;
     bool norms, bias;
+    Routing routing;
+    int64_t shared;
 };
 constexpr int64_t kLayers = 2, kSlots = 1200;
 
-// What one thread gives: hidden states, keys and values, logits, tokens, probabilities.
+// What one thread gives: hidden states, keys and values, logits, tokens, probabilities, and how many experts a layer has touched.
 struct Result {
     std::vector<float> hidden, cache, logits, probabilities;
-    std::vector<int64_t> tokens;
+    std::vector<int64_t> tokens, touched;
 
     bool operator==(const Result& o) const {
-        return hidden == o.hidden && cache == o.cache && logits == o.logits && probabilities == o.probabilities && tokens == o.tokens;
+        return hidden == o.hidden && cache == o.cache && logits == o.logits && probabilities == o.probabilities && tokens == o.tokens &&
+               touched == o.touched;
     }
 };
 
@@ -101,12 +110,13 @@ static Result call(const Model& m, const Linear& head, int threads, unsigned see
         {{0, 3, 33, 1, 0, one.data()}, {3, 8, 36, 8, 1, one.data()}, {8, 16, 11, 8, 1, two.data()}},
     };
     Scratch scratch;
+    result.touched.resize(m.num_layers);
     for (const std::vector<Segment>& segments : steps) {
         const int64_t rows = segments.back().stop;
         const std::vector<float> cos = filled(rows * m.rotary_dim), sin = filled(rows * m.rotary_dim);
         result.hidden = filled(rows * m.hidden);
         const ForwardBatch batch{rows, int64_t(segments.size()), segments.data(), cos.data(), sin.data(), result.hidden.data(),
-                                 {result.cache.data(), kSlots}};
+                                 {result.cache.data(), kSlots}, result.touched.data()};
         unmask_forward(&m, &batch, scratch.take(unmask_forward_bytes(&m, rows, threads)), threads);
     }
     const int64_t rows = int64_t(result.hidden.size()) / m.hidden;
@@ -122,6 +132,7 @@ static Result call(const Model& m, const Linear& head, int threads, unsigned see
 struct Case {
     Memory memory;
     std::vector<Layer> layers;
+    std::deque<Experts> experts;
     Model model;
     Linear head;
 
@@ -132,14 +143,19 @@ struct Case {
             Layer l{};
             l.qkv = memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias);
             l.out = memory.gated(attended, s.hidden, s.bits, s.rank, s.bias);
-            l.gate_up = memory.gated(s.hidden, 2 * s.ffn, s.bits, s.rank, s.bias);
-            l.down = memory.gated(s.ffn, s.hidden, s.bits, s.rank, s.bias);
+            const bool is_routed = s.routing.experts && i > 0;
+            l.ffn = is_routed ? s.shared : s.ffn, l.mixed = is_routed && !s.shared ? 1 : s.mixed;
+            if (is_routed) l.experts = &experts.emplace_back(memory.experts(s.hidden, s.routing, s.bits));
+            if (l.ffn) {
+                l.gate_up = memory.gated(s.hidden, 2 * l.ffn, s.bits, s.rank, s.bias);
+                l.down = memory.gated(l.ffn, s.hidden, s.bits, s.rank, s.bias);
+            }
             l.attention_norm = norm(s.hidden), l.mlp_norm = norm(s.hidden);
             if (s.norms) l.query_norm = norm(s.head_dim), l.key_norm = norm(s.head_dim);
             layers.push_back(l);
         }
-        model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.ffn, s.mixed,
-                 s.rank, 1e-6f};
+        model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.rank,
+                 1e-6f, s.routing};
         head = memory.linear(s.hidden, s.vocab, std::max<int64_t>(s.bits, 8), false);
     }
 };
@@ -193,12 +209,16 @@ int main(int count, char**) {
         {64, 4, 2, 16, 96, 2, 0, 61, 8, false, false},    {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false},
         {48, 3, 1, 10, 40, 1, 16, 1601, 8, true, true},  {48, 3, 3, 8, 128, 8, 8, 770, 4, false, true},
         {64, 4, 2, 16, 96, 1, 0, 61, 16, true, false},    {48, 3, 1, 10, 272, 1, 16, 1601, 32, false, true},
+        {64, 4, 2, 16, 96, 2, 0, 61, 8, true, false, {8, 2, 4, 2, 1, 0, 32, 2, 2.5f}, 64},
+        {48, 3, 1, 10, 40, 1, 0, 61, 4, true, false, {12, 3, 1, 1, 1, 0, 40, 1, 1.0f}, 0},
+        {64, 4, 2, 16, 96, 1, 0, 61, 4, false, true, {8, 2, 1, 1, 0, 3, 24, 1, 2.5f}, 48},
+        {48, 3, 1, 10, 40, 1, 0, 61, 16, true, false, {5, 5, 1, 1, 1, 0, 17, 1, 1.0f}, 34},
     };
     int wrong = 0;
     for (const Shape& shape : shapes) {
         if (count > 1) print_digests(shape);
         else wrong += check_threads(shape);
     }
-    if (wrong) std::printf("%d of 18 rounds differ from one thread's\n", wrong);
+    if (wrong) std::printf("%d of %zu rounds differ from one thread's\n", wrong, 3 * std::size(shapes));
     return wrong != 0;
 }
