@@ -100,7 +100,7 @@ class Scene:
     def __init__(self, max_requests: int, timeout: float, engines: Sequence[Scripted | BaseException]) -> None:
         self.made: list[Scripted] = []
         self.failures: list[BaseException] = []
-        self.metrics = Metrics()
+        self.metrics = Metrics("tiny")
         self.engines = list(engines)
         self.worker = Worker(
             self.make,
@@ -376,7 +376,7 @@ def test_the_broken_engine_is_gone_before_the_next_is_made(monkeypatch: pytest.M
             gone.append(known() is None)
             return Scripted()
 
-        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics(), on_failure=lambda error: None)
+        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics("tiny"), on_failure=lambda error: None)
         await until(lambda: worker.state == "ready")
         with pytest.raises(EngineFailedError):
             await everything(worker.submit([ORDINARY]))
@@ -417,7 +417,7 @@ def test_a_worker_that_is_not_ready_says_503_and_when_to_come_back() -> None:
             assert gate.wait(20)
             return Scripted()
 
-        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics(), on_failure=lambda error: None)
+        worker = Worker(make, max_requests=1, timeout=60, metrics=Metrics("tiny"), on_failure=lambda error: None)
         assert worker.state == "loading"
         for ask in (lambda: worker.submit([ORDINARY]), worker.check_room, lambda: worker.engine):
             with pytest.raises(ApiError, match="loading") as refused:

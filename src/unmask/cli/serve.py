@@ -20,11 +20,13 @@ from unmask.serve.config import ServerConfig
 
 
 def _server_options() -> list[inspect.Parameter]:
-    """One command-line option per field of `ServerConfig`; of a tuple's, one that may be repeated."""
+    """One command-line option per field of `ServerConfig`; of a tuple's, one that may be repeated. All names are `--name`."""
     parameters = []
     for name, kind in get_type_hints(ServerConfig).items():
         setting = ServerConfig.__dataclass_fields__[name]
-        is_tuple = setting.default == ()
+        is_tuple = setting.default == () or name == "name"
+        if name == "other_names":
+            continue
         flag = f"--{name.removesuffix('s') if is_tuple else name}".replace("_", "-")
         default_text = setting.metadata["default_text"]
         option = typer.Option(
@@ -42,6 +44,8 @@ def _server_options() -> list[inspect.Parameter]:
 def _build_config(arguments: Mapping[str, Any]) -> ServerConfig:
     given = {name: value for name, value in arguments.items() if value is not None}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if names := values.pop("name", ()):
+        values |= {"name": names[0], "other_names": names[1:]}
     return ServerConfig(**values)
 
 

@@ -33,6 +33,10 @@ class Scheduler:
         prefix_cache: share cache blocks of equal prefixes.
         plan_drafts: told which sequences decide tokens in this forward, and the number of tokens beside theirs, before they are
             asked for their parts.
+
+    Attributes:
+        queried_tokens: of the prompts that were looked up in the prefix cache, each when it was first admitted.
+        hit_tokens: of those, found there.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: list[DecodingSequence] = []
         self.running: list[DecodingSequence] = []
-        self.clock = 0
+        self.clock = self.queried_tokens = self.hit_tokens = 0
 
     def add(self, sequence: DecodingSequence) -> None:
         """Let it wait for its turn."""
@@ -194,7 +198,9 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.start(sequence.committed)
+        if sequence.start(sequence.committed) and self.prefix_cache:
+            self.queried_tokens += len(sequence.request.prefix)
+            self.hit_tokens += sequence.committed
         sequence.block_table = cache_blocks
         sequence.num_published = len(cache_blocks)
         return True

@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.serve.api import anthropic, chat, completions, infill, llamacpp, ollama, responses, tokenize
+from unmask.serve.api import anthropic, chat, completions, gateways, infill, llamacpp, ollama, responses, tokenize
 from unmask.serve.api.responses_store import ResponseStore
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, ErrorForm, openai_error
@@ -62,6 +62,7 @@ APIS = (
     Api(llamacpp.router),
     Api(ollama.router, "/api/", ollama.ollama_error, is_untyped=True),
     Api(tokenize.router),
+    Api(gateways.router),
 )
 _PAGE = Path(str(files("unmask.serve"))) / "page"
 PAGE_POLICY = (
@@ -75,17 +76,17 @@ router = APIRouter()
 
 @router.get("/v1/models", responses=_COMMON_ERRORS)
 async def get_models(http: Request, state: CurrentState) -> dict[str, Any]:
-    """The served model."""
+    """The served model, once under each of its names."""
     if anthropic.VERSION_HEADER in http.headers:
         return anthropic.model_page(state.model)
-    return {"object": "list", "data": [state.model.describe()]}
+    return {"object": "list", "data": [state.model.describe(name) for name in state.model.names]}
 
 
 @router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: ERROR_RESPONSES[404]})
 async def get_model(http: Request, name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
     state.model.check_name(name)
-    return anthropic.model_info(state.model) if anthropic.VERSION_HEADER in http.headers else state.model.describe()
+    return anthropic.model_info(state.model) if anthropic.VERSION_HEADER in http.headers else state.model.describe(name)
 
 
 @router.get("/health", responses={403: ERROR_RESPONSES[403]})
@@ -136,8 +137,8 @@ def create_app(
     Raises:
         ConfigError: the model has no tokenizer.
     """
-    metrics = Metrics()
     model = ServedModel(language_model, config)
+    metrics = Metrics(model.name)
 
     app = FastAPI(
         title="unmask",

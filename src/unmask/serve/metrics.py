@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from unmask.engine.engine import Engine
 from unmask.engine.request import Completion
+from unmask.serve.vllm_metrics import VllmMetrics
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _PER_FORWARD = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -19,10 +20,18 @@ _PER_SECOND = (1, 2.5, 5, 10, 25, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000)
 
 
 class Metrics:
-    """Counters, histograms and gauges of one application."""
+    """Counters, histograms and gauges of one application.
 
-    def __init__(self) -> None:
+    Args:
+        model_name: that clients use.
+
+    Attributes:
+        vllm: the same and more under vLLM's names.
+    """
+
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.vllm = VllmMetrics(model_name, self.registry)
         self._common: dict[str, Any] = {"registry": self.registry, "namespace": "unmask"}
         common = self._common
         self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **common)
@@ -61,6 +70,7 @@ class Metrics:
 
     def observe_engine(self, engine: Callable[[], Engine | None]) -> None:
         """Report sizes of the engine's cache and queues, read at every scrape."""
+        self.vllm.observe_engine(engine)
         cache_blocks = Gauge("kv_cache_blocks", "Blocks of the KV cache.", ["state"], **self._common)
         requests = Gauge("requests", "Completions.", ["state"], **self._common)
         sizes: dict[tuple[Gauge, str], Callable[[Engine], int]] = {

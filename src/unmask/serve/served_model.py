@@ -72,6 +72,7 @@ class ServedModel:
         self.language_model, self.config = language_model, config
         self.tokenizer: Tokenizer = language_model.tokenizer
         self.name = config.name or language_model.name
+        self.names = tuple(dict.fromkeys((self.name, *config.other_names)))
         self.created = int(time.time())
         self.compile = lru_cache(maxsize=64)(self._compile_once)
 
@@ -80,18 +81,19 @@ class ServedModel:
         """Context length: tokens that prompt and completion may have together."""
         return self.language_model.config.max_positions
 
-    def describe(self) -> dict[str, Any]:
-        """OpenAI's model object, with the context length, decoding defaults of a diffusion model, and decoding options."""
+    def describe(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object of a name, with context length, decoding defaults of a diffusion model, and options."""
         config = self.language_model.config
         defaults = SamplingParams(max_new_tokens=self.config.max_tokens).resolve(config)
         diffusion = {"block_size": defaults.block_size, "threshold": defaults.threshold}
         capabilities = self.language_model.capabilities
         options = [each for each in SamplingParams.options().values() if "page" in each.surfaces and capabilities.takes(each)]
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "unmask",
+            "root": self.name,
             "max_model_len": self.context,
             "capabilities": asdict(capabilities),
             "diffusion": diffusion if capabilities.diffusion else None,
@@ -102,7 +104,7 @@ class ServedModel:
 
     def check_name(self, name: str) -> None:
         """Raises: ApiError: another model."""
-        if name != self.name:
+        if name not in self.names:
             message = f"model {name[:80]!r} is not served here; use {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -128,6 +130,10 @@ class ServedModel:
             return self.language_model.encode_prompt(text, chat=False)
         except UnmaskError as error:
             raise bad_request(str(error), "prompt") from error
+
+    def probe(self, priority: int) -> Request:
+        """A request for one token, to see whether the engine works."""
+        return self.language_model.request([0], SamplingParams(max_new_tokens=1), priority=priority)
 
     def requests(
         self,

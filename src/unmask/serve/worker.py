@@ -21,6 +21,7 @@ from unmask.errors import RequestError
 from unmask.serve.drain_rate import DrainRate
 from unmask.serve.errors import ApiError, bad_request, loading, stopping, timed_out
 from unmask.serve.metrics import Metrics
+from unmask.serve.vllm_metrics import TokenTimes
 
 _JOIN_SECONDS = 10.0
 """How long a shutdown waits for the current forward, or for a model that is still loading."""
@@ -46,6 +47,7 @@ class Submission:
     def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool) -> None:
         self.requests, self.watch = list(requests), watch
         self.started = time.perf_counter()
+        self.times = [TokenTimes(self.started) for _ in self.requests]
         self.unfinished = set(range(len(self.requests)))
         self.first_token_seconds: float | None = None
         self._worker = worker
@@ -108,6 +110,7 @@ class Worker:
 
     Attributes:
         loop: the event loop on which its methods are called.
+        num_updates: updates with tokens that the engine has delivered.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Worker:
         self._make_engine, self._max_requests, self._timeout = make_engine, max_requests, timeout
         self._metrics, self._on_failure = metrics, on_failure
         self.loop = asyncio.get_running_loop()
+        self.num_updates = 0
         self._submissions: dict[Submission, asyncio.TimerHandle] = {}
         self._numbers: dict[int, tuple[Submission, int]] = {}
         self._commands: deque[_Command] = deque()
@@ -242,6 +246,8 @@ class Worker:
             if update.error is not None:
                 self._end(submission, bad_request(str(update.error)), "error")
                 continue
+            self.num_updates += bool(update.new_ids)
+            self._metrics.vllm.observe(submission.requests[index], update, submission.times[index], time.perf_counter())
             submission.take(index, update)
             if update.completion is not None:
                 self._metrics.completed(update.completion)

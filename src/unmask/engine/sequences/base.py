@@ -183,11 +183,13 @@ class DecodingSequence(ABC):
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
         """Take in what the forward gave (None: there were no queries)."""
 
-    def start(self, num_cached: int) -> None:
-        """It has been admitted; so many tokens were found in the prefix cache, which counts the first time."""
-        if len(self._times) == 1:
+    def start(self, num_cached: int) -> bool:
+        """It has been admitted; so many tokens were found in the prefix cache, which counts the first time: if this is it."""
+        is_first = len(self._times) == 1
+        if is_first:
             self._times.append(time.perf_counter())
             self.cached_tokens = num_cached
+        return is_first
 
     def resume(self, scored: DecodingSequence) -> None:
         """Take over the prompt's log-probabilities and all costs from the sequence that has scored the prompt."""

@@ -214,7 +214,8 @@ def _is_json(text: str) -> bool:
 
 def _check_name(model: ServedModel, name: str) -> None:
     """Raises: ApiError: another model. A name may have the tag `latest`."""
-    model.check_name(model.name if name.removesuffix(LATEST) == model.name.removesuffix(LATEST) else name)
+    known = {each.removesuffix(LATEST): each for each in reversed(model.names)}
+    model.check_name(known.get(name.removesuffix(LATEST), name))
 
 
 def _listed(model: ServedModel) -> dict[str, Any]:
