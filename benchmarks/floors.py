@@ -18,7 +18,7 @@ from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}
 
 
 def machine() -> dict[str, Any]:
