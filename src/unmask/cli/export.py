@@ -24,21 +24,32 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="New or empty folder for the files; with --format gguf, a new file.")
     ],
-    format_: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder. gguf: a file for llama.cpp.")] = "hf",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="hf: a Hugging Face folder. sdar: one for SGLang and LMDeploy, of a diffusion Qwen3. gguf: for llama.cpp.",
+        ),
+    ] = "hf",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as each tensor is stored.")] = "auto",
     type_: Annotated[
         str, typer.Option("--type", help="Of GGUF weights: f32, f16, bf16, q8_0, q4_0, q4_1, or auto: as they are stored.")
     ] = "auto",
+    remote_code: Annotated[
+        bool, typer.Option("--remote-code", help="Add code with which transformers runs and decodes a diffusion model.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Split larger weights into files of at most this size.")] = "5GB",
     parent: Annotated[
         bool, typer.Option("--parent", help="Of a model with gated LoRA, the autoregressive model it was made from.")
     ] = False,
 ) -> None:
-    """Write a model as a plain Hugging Face folder, for transformers, SGLang or dInfer, or as a GGUF file for llama.cpp.
+    """Write a model as a Hugging Face folder, for transformers, SGLang, LMDeploy or dInfer, or as a GGUF file for llama.cpp.
 
     \b
     unmask export out/mine --out out/for-transformers
     unmask export out/chat/adapter --out out/chat-bf16 --dtype bfloat16
+    unmask export out/mine --remote-code --out out/with-code
+    unmask export out/qwen3-diffusion --format sdar --out out/sdar
     unmask export smollm2-135m-diffusion --parent --format gguf --type q8_0 --out out/parent.gguf
 
     An adapter is folded into its base. A Ling model converted to diffusion becomes a LLaDA2 model. Router weights stay in
@@ -51,16 +62,21 @@ def export(
 
     if format_ == "gguf":
         if dtype != "auto":
-            raise ConfigError("--dtype is of --format hf; GGUF weights have a --type")
+            raise ConfigError("--dtype is of --format hf and sdar; GGUF weights have a --type")
+        if remote_code:
+            raise ConfigError("--remote-code is of --format hf; a GGUF file holds none")
         _export_gguf(model, out, type_, parent)
         return
-    if format_ != "hf" or type_ != "auto":
-        raise ConfigError(f"--format is {format_!r} and --type {type_!r}; --format is hf or gguf, --type of gguf only")
+    if format_ not in ("hf", "sdar") or type_ != "auto":
+        raise ConfigError(f"--format is {format_!r} and --type {type_!r}; --format is hf, sdar or gguf, --type of gguf only")
     size = shard_bytes(max_shard_size)
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     console = make_console()
     with counting(console, "exporting") as on_progress:
-        exported = export_model(resolve(model), out, dtype=wanted, max_shard_bytes=size, parent=parent, on_progress=on_progress)
+        exported = export_model(
+            resolve(model), out, dtype=wanted, max_shard_bytes=size, parent=parent, sdar=format_ == "sdar",
+            remote_code=remote_code, on_progress=on_progress,
+        )  # fmt: skip
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     console.print(f"model    {out}", soft_wrap=True)
     console.print(f"format   {exported.config.family}, {kind}, {dtype_name(exported.dtype)}", soft_wrap=True)

@@ -17,6 +17,8 @@ from unmask.models.families.hf_values import eos, flag, integer, number, optiona
 from unmask.models.families.rope_keys import ROPE_KEYS, read_rope, write_rope
 from unmask.models.families.tensors import StoredTensor, attention_tensors, feed_forward_tensors, gated_lora_tensors
 
+REMOTE_CODE = "remote_code"
+"""The key of config.json of an exported folder with code of its own; what the code needs to know of the family."""
 # Keys that every config must have, and their fields in `ModelConfig`.
 _SIZES: Mapping[str, str] = {
     "hidden_size": "hidden_size", "vocab_size": "vocab_size", "intermediate_size": "ffn_size",
@@ -25,7 +27,7 @@ _SIZES: Mapping[str, str] = {
 # Keys that are read, but not written for every model.
 _OPTIONAL_KEYS = ROPE_KEYS | {
     "mask_token_id", "block_size", "shift_start_token_id", "gated_lora_rank", "token_editing", "torch_dtype", "dtype",
-    "num_nextn_predict_layers",
+    "num_nextn_predict_layers", REMOTE_CODE,
 }  # fmt: skip
 # Keys that change the computation, and the only values for which they do not.
 _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
@@ -98,6 +100,10 @@ class ModelFamily:
         """Where other programs assume what is not so in the exported model."""
         return ()
 
+    def export_files(self, config: ModelConfig, threshold: float) -> dict[str, Any]:
+        """Contents, by name, of the JSON files beside an exported diffusion model that other programs take options from."""
+        return {}
+
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """See `registry.read_config`."""
         _refuse_unsupported(hf)
@@ -130,6 +136,8 @@ class ModelFamily:
                 f"rotary_dim is {rotary_dim}, but head_dim x partial_rotary_factor is {config.rotary_dim}; they must agree"
             )
         known_keys = _OPTIONAL_KEYS | self.optional_keys | self.write_config(config, None).keys()
+        if REMOTE_CODE in hf:
+            known_keys |= {"auto_map"}
         return replace(config, hf_extras={key: value for key, value in hf.items() if key not in known_keys})
 
     def write_config(self, config: ModelConfig, dtype: str | None) -> dict[str, Any]:
@@ -158,6 +166,19 @@ class ModelFamily:
             **write_rope(config.rope, default_fraction=self.rotary_fraction),
             **self.write_own_keys(config),
             **{key: value for key, value in optional.items() if value is not None},
+        }
+
+    def remote_code_keys(self, config: ModelConfig) -> dict[str, Any]:
+        """What `models.remote_code` needs to know beside the other keys of config.json: names of modules, and their kinds."""
+        return {
+            "embedding": self.embedding.removeprefix("model."),
+            "attention": self.attention,
+            "attention_names": dict(self.attention_names),
+            "qkv_bias": config.qkv_bias,
+            "out_bias": config.out_bias,
+            "mlp_bias": config.mlp_bias,
+            "qk_norm": config.qk_norm,
+            "rotary_dim": config.rotary_dim,
         }
 
     def tensors(self, config: ModelConfig) -> dict[str, StoredTensor]:

@@ -17,10 +17,11 @@ from unmask.models.families.llada2_moe import LLaDA2MoE
 from unmask.models.families.llama import Llama
 from unmask.models.families.qwen2 import Qwen2
 from unmask.models.families.qwen3 import Qwen3
+from unmask.models.families.sdar import SDAR
 from unmask.models.families.tensors import StoredTensor
 
 FAMILIES: Mapping[str, ModelFamily] = {
-    family.name: family for family in (Llama(), Qwen2(), Qwen3(), BailingMoEV2(), LLaDA2MoE())
+    family.name: family for family in (Llama(), Qwen2(), Qwen3(), SDAR(), BailingMoEV2(), LLaDA2MoE())
 }
 # What published checkpoints call themselves where another family has the same name: `model_type` and architecture.
 _PUBLISHED_AS: Mapping[tuple[str, str], str] = {("bailing_moe", BailingMoEV2.architecture): BailingMoEV2.name}
@@ -31,6 +32,7 @@ _UNSUPPORTED: Mapping[str, str] = {
     "bailing_hybrid": "Ling 2.5 to 3.0, with linear attention in most layers and multi-head latent attention in the others",
     "bailing2_5_moe": "Ling 2.5 and 2.6, with linear attention in most layers and multi-head latent attention in the others",
     "llada2_moe_veomni": "dFactory's LLaDA2 with merged experts; split them with its scripts/moe_convertor.py",
+    "sdar_moe": "SDAR with Qwen3's mixture of experts",
     "llada": "LLaDA 1, which denoises a whole text and no blocks",
 }
 PUBLISHED: Mapping[str, ModelFamily] = {name: family for family in FAMILIES.values() for name in family.published}

@@ -21,9 +21,11 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.gated_lora import parent_config
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
+from unmask.models.families.sdar import as_sdar
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, check_tensors, parameter_dtype, read_model_config, token_ids
 from unmask.models.weights.hub import base_folder, tokenizer_folder
 from unmask.models.weights.loading import load_model
+from unmask.models.weights.remote_code import remote_code_files, remote_code_keys
 from unmask.models.weights.safetensors_io import DEFAULT_SHARD_BYTES, TensorFiles, TensorSpec, write_checkpoint
 
 # Defaults of the `generate` of LLaDA2's published code, whose argument names the exported generation_config.json uses.
@@ -53,7 +55,8 @@ class TensorSource(NamedTuple):
 
 def export_model(
     folder: Path, out: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    parent: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None,
+    parent: bool = False, sdar: bool = False, remote_code: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:  # fmt: skip
     """Write a model as a plain Hugging Face folder.
 
@@ -66,6 +69,8 @@ def export_model(
         dtype: of the weights; None keeps each tensor's own. Router weights and selection biases are stored in float32 when a
             narrower one is asked for.
         max_shard_bytes: a larger model is split into shards of at most so many bytes.
+        sdar: write a block-diffusion Qwen3 as an SDAR model, for SGLang and LMDeploy, with remote code.
+        remote_code: add code with which transformers runs a diffusion model.
         parent: leave out the gated LoRA and what makes the model a diffusion model: its autoregressive parent.
         on_progress: (tensors done, tensors in all).
 
@@ -82,7 +87,8 @@ def export_model(
     with ExitStack() as stack:
         source = open_source(folder, dtype, stack)
         config = parent_config(source.config) if parent else source.config
-        config = family_of(config).for_export(config)
+        config = as_sdar(config) if sdar else family_of(config).for_export(config)
+        code = remote_code_keys(config, block_length=_BLOCK_LENGTH) if remote_code or sdar else {}
         specs = {
             name: TensorSpec(tensor.shape, source.dtypes[name] if dtype is None else parameter_dtype(tensor.parameter, dtype))
             for name, tensor in stored_tensors(config).items()
@@ -98,10 +104,11 @@ def export_model(
 
         files, jsons = _companions(folder, config)
         write_checkpoint(
-            out, write_config(config, dtype=dtype_name(embedding_dtype)), specs, read, max_shard_bytes=max_shard_bytes,
-            extra_files=files, extra_jsons=jsons, always_index=family_of(config).index_required,
+            out, write_config(config, dtype=dtype_name(embedding_dtype)) | code, specs, read, max_shard_bytes=max_shard_bytes,
+            extra_files=files, extra_jsons=jsons, extra_texts=remote_code_files(config) if code else None,
+            always_index=family_of(config).index_required,
         )  # fmt: skip
-    return Exported(config, embedding_dtype, _notes(config))
+    return Exported(config, embedding_dtype, () if remote_code else _notes(config))
 
 
 def open_source(folder: Path, dtype: torch.dtype | None, stack: ExitStack) -> TensorSource:
@@ -150,6 +157,7 @@ def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str
         jsons["tokenizer_config.json"] = _tokenizer_config(read_json(files[0].parent / "tokenizer_config.json"))
     if config.mask_id is not None:
         jsons[GENERATION_CONFIG] = _generation_config(config)
+        jsons |= family_of(config).export_files(config, _THRESHOLD)
     else:
         jsons[GENERATION_CONFIG] = {**generation_config(folder), **token_ids(config)}
         files += [path for path in sorted(folder.iterdir()) if _CODE.fullmatch(path.name)]

@@ -214,7 +214,7 @@ def stored_shape(path: Path, name: str) -> tuple[int, ...] | None:
 def write_checkpoint(
     folder: Path, hf_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES, extra_files: Iterable[Path] = (), extra_jsons: Mapping[str, Any] | None = None,
-    always_index: bool = False,
+    extra_texts: Mapping[str, str] | None = None, always_index: bool = False,
 ) -> None:  # fmt: skip
     """Write a checkpoint from tensors made on demand, one in memory at a time.
 
@@ -229,12 +229,14 @@ def write_checkpoint(
         max_shard_bytes: weights of more bytes are split into numbered shards of at most so many, plus an index.
         extra_files: copied into the folder under their own names (tokenizer files).
         extra_jsons: more files, by name; they replace extra files of the same name.
+        extra_texts: text files, by name.
         always_index: write numbered shards and an index even where one file would do.
 
     Raises:
         CheckpointError: the disk is full or refuses; nothing is left behind.
     """
     extra = {path.name: bytes_writer(_read_extra(path)) for path in extra_files}
+    extra |= {name: bytes_writer(text.encode()) for name, text in (extra_texts or {}).items()}
     shards, metadata = split_into_files(specs, max_shard_bytes)
     indexed = always_index or len(shards) > 1
     names = _shard_names(folder, len(shards)) if indexed else [SINGLE_NAME]
