@@ -243,8 +243,8 @@ class UnmaskForCausalLM(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     _supports_sdpa = True
     _no_split_modules = ("UnmaskLayer",)
-    _keep_in_fp32_modules = ("gate",)
-    _keep_in_fp32_modules_strict = ("gate",)
+    _keep_in_fp32_modules = ("mlp.gate.weight", "expert_bias")
+    _keep_in_fp32_modules_strict = ("mlp.gate.weight", "expert_bias")
 
     def __init__(self, config: UnmaskConfig) -> None:
         super().__init__(config)
