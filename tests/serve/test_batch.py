@@ -12,7 +12,7 @@ import pytest
 
 from unmask.engine.llm import LanguageModel
 from unmask.errors import DataError
-from unmask.serve.batch import BatchCounts, run_batch
+from unmask.serve.batch import BatchAnswers, BatchCounts, run_batch
 from unmask.serve.config import ServerConfig
 
 COUNT = 7
@@ -105,6 +105,7 @@ def test_a_request_that_the_server_refuses_has_its_error(tiny: LanguageModel, tm
         (json.dumps({**line(0), "body": None}), "body is None"),
         (f"{json.dumps(line(0))}\n\n{json.dumps(line(0))}", "line 3: custom_id 'request 0'"),
         ("\udcff", "UTF-8"),
+        ("\n", "holds no request"),
     ],
 )
 def test_a_file_that_is_no_batch_is_refused(tiny: LanguageModel, tmp_path: Path, text: str, named: str) -> None:
@@ -113,6 +114,41 @@ def test_a_file_that_is_no_batch_is_refused(tiny: LanguageModel, tmp_path: Path,
     with pytest.raises(DataError, match=named):
         run_batch(tiny, requests, out, CONFIG)
     assert not out.exists()
+
+
+def test_no_request_ends_the_batch(tiny: LanguageModel, tmp_path: Path) -> None:
+    """What JSON allows and clients refuse to send: NaN, and half of a surrogate pair."""
+    half = "\ud83d"
+    lines = [line(0, temperature=float("nan")), line(1, prompt=half), {**line(2), "custom_id": half}]
+    out = tmp_path / "answers.jsonl"
+    assert run_batch(tiny, write(tmp_path / "requests.jsonl", lines), out, CONFIG).done == 3
+    found = read(out)
+    assert found["request 0"]["response"]["status_code"] == 400
+    assert found[half]["response"]["status_code"] == 200
+
+
+def test_a_failure_of_the_application_answers_one_request(
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: LanguageModel, prompt: str, **options: Any) -> tuple[int, ...]:
+        if prompt == "say 1":
+            raise RuntimeError("a defect")
+        return encode(self, prompt, **options)
+
+    encode = LanguageModel.encode_prompt
+    monkeypatch.setattr(LanguageModel, "encode_prompt", fail)
+    out = tmp_path / "answers.jsonl"
+    counts = run_batch(tiny, write(tmp_path / "requests.jsonl", [line(0), line(1), line(2)]), out, CONFIG)
+    assert counts == BatchCounts(3, 3, 1)
+    assert read(out)["request 1"]["response"]["status_code"] == 500
+
+
+def test_two_jobs_do_not_write_the_same_answers(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:
+    answers = BatchAnswers(tmp_path / "answers.jsonl")
+    with pytest.raises(DataError, match="another job"):
+        run_batch(tiny, requests, tmp_path / "answers.jsonl", CONFIG)
+    answers.close()
+    assert run_batch(tiny, requests, tmp_path / "answers.jsonl", CONFIG).failed == 0
 
 
 def test_answers_of_other_requests_are_refused(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ and writes it.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,23 +106,29 @@ class BatchAnswers:
     """The file of answers: what is there already, and where the next one goes."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file; a torn last line, of a killed run, is cut off.
+        """Open the file, for this job alone; a torn last line, of a killed run, is cut off.
 
         Raises:
-            DataError: a file that holds something else.
+            DataError: a file that holds something else, or that another job is writing.
+            CheckpointError: it cannot be written.
         """
         self._path = path
         self.failed: dict[str, bool] = {}
         """Of every answer by its custom_id, whether it is an error."""
-        with disk_errors(path):
+        with disk_errors(path), ExitStack() as stack:
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
+            self._file = stack.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"another job is writing {path}; wait for it, or choose another file") from error
+            content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
             for number, text in enumerate(content[:whole].splitlines(), 1):
                 self._read(text, number)
             if whole < len(content):
                 os.truncate(path, whole)
-            self._file = path.open("ab")
+            stack.pop_all()
 
     def _read(self, text: bytes, number: int) -> None:
         try:
@@ -131,9 +138,11 @@ class BatchAnswers:
             raise DataError(f"{self._path}, line {number}: not an answer of a batch; choose another file") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append an answer; raises DataError on a full disk."""
+        """Append an answer; raises CheckpointError on a full disk."""
+        # Half of a surrogate pair, which a request may hold, is written as JSON's escape.
+        text = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
         with disk_errors(self._path):
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.write(text + b"\n")
             self._file.flush()
         self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
 
@@ -164,9 +173,12 @@ def run_batch(
         should_stop: asked before every request; True: those that run are finished, and the counts returned.
 
     Raises:
-        DataError: the file is not a batch, `out` holds something else, or the disk is full.
+        DataError: the file is not a batch, or `out` holds something else, or another job is writing it.
+        CheckpointError: the disk is full.
     """
     ids = {line.custom_id for line in read_batch(requests)}
+    if not ids:
+        raise DataError(f"{requests} holds no request; a batch file has one a line")
     answers = BatchAnswers(out)
     try:
         strangers = answers.failed.keys() - ids
@@ -223,7 +235,8 @@ async def _answer_all(
 @asynccontextmanager
 async def _client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the application, which runs meanwhile."""
-    transport = httpx2.ASGITransport(app)
+    # What fails within the application is the answer to one request (500), not the end of the batch.
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client,
@@ -239,7 +252,17 @@ async def _answer(client: httpx2.AsyncClient, line: BatchLine, name: str) -> dic
         message = "stream is true; the answers of a batch are whole, leave it out"
         status, request_id, body = 400, "", {"error": {"message": message, "type": "invalid_request_error", "param": "stream"}}
     else:
-        response = await client.post(line.url, json={"model": name, **line.body})
-        status, request_id, body = response.status_code, response.headers.get("x-request-id", ""), response.json()
+        # As it is in the file: a client would refuse NaN, and half of a surrogate pair.
+        asked = json.dumps({"model": name, **line.body}).encode()
+        response = await client.post(line.url, content=asked, headers={"content-type": "application/json"})
+        status, request_id, body = response.status_code, response.headers.get("x-request-id", ""), _body(response)
     answered = {"status_code": status, "request_id": request_id, "body": body}
     return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}
+
+
+def _body(response: httpx2.Response) -> Any:
+    """The body of a response; of one that is no JSON, because the application failed, its text as an error."""
+    try:
+        return response.json()
+    except ValueError:
+        return {"error": {"message": response.text, "type": "server_error", "param": None}}
