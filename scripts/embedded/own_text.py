@@ -135,7 +135,8 @@ def cut_torn_line(path: Path) -> list[str]:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
-    return content[:whole].decode("utf-8").splitlines()
+    # Not `splitlines`: what the model writes may hold other separators, such as U+2028.
+    return content[:whole].decode("utf-8").split("\n")[:-1]
 
 
 def loops(text: str) -> bool:
@@ -301,7 +302,8 @@ def planned_jobs(options: argparse.Namespace) -> Iterable[Job]:
     """The jobs of `--jobs`, or those that the other options ask for."""
     if options.jobs is not None and options.jobs.exists():
         return read_jobs(options.jobs)
-    texts = [] if options.texts is None else [json.loads(line) for line in options.texts.read_text("utf-8").splitlines()]
+    lines = [] if options.texts is None else options.texts.read_text("utf-8").split("\n")
+    texts = [json.loads(line) for line in lines if line]
     count = max(100, options.tokens // TOKENS_PER_JOB)
     jobs = make_jobs(count, options.seed, texts, options.continuations, options.answers)
     if options.jobs is not None:

@@ -89,6 +89,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     records.write_text('{"prompt": "one"}\n{"messages": [{"role": "user", "content": "two"}], "kind": "chat"}\n')
     assert [each.prompt for each in read_prompts(lines)] == ["one", "two"]
     assert [each.kind for each in read_prompts(records)] == ["all", "chat"]
+    records.write_text('{"prompt": "one\u2028two"}\n', encoding="utf-8")
+    assert [each.prompt for each in read_prompts(records)] == ["one\u2028two"]
     records.write_text('{"prompt": "one"}\n{"text": "two"}\n')
     with refused(DataError, "line 2", "messages", "prompt"):
         read_prompts(records)

@@ -82,7 +82,8 @@ def read_prompts(path: Path) -> list[PromptToMeasure]:
         DataError: it cannot be read, or a line holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON and texts may hold other separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts {path} cannot be read: {error}") from error
     prompts: list[PromptToMeasure] = []

@@ -148,9 +148,9 @@ def test_dropped_prompts_are_not_asked_again(model: LanguageModel, tmp_path: Pat
 
 def test_cut_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes("one\ntwö\nthr".encode())
-    assert cut_torn_line(path) == ["one", "twö"]
-    assert path.read_text() == "one\ntwö\n"
+    path.write_bytes("one\u2028\ntwö\nthr".encode())
+    assert cut_torn_line(path) == ["one\u2028", "twö"]
+    assert path.read_text(encoding="utf-8") == "one\u2028\ntwö\n"
     path.write_text("no line end")
     assert cut_torn_line(path) == []
     assert path.read_text() == ""
