@@ -77,6 +77,19 @@ def test_llada2_comes_with_notes(run, tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_code_and_sdar(run, tmp_path: Path) -> None:
+    save_model(tiny_model("qwen3", mask_id=57, block_size=8), tmp_path / "source")
+    result = run("export", tmp_path / "source", "--out", tmp_path / "code", "--remote-code")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "code" / "modeling_unmask.py").is_file()
+    result = run("export", tmp_path / "source", "--out", tmp_path / "sdar", "--format", "sdar")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[1] == "format   sdar, diffusion, float32"
+    assert [line.split()[:2] for line in lines[2:]] == [["note", "SGLang"], ["note", "SGLang"]]
+    assert (tmp_path / "sdar" / "modeling_unmask.py").is_file()
+
+
 def test_mistakes(fails, ar_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fails("export", ar_folder, "--out", ar_folder, names=[ar_folder, "empty"])
@@ -123,6 +136,10 @@ def test_a_gguf_file_is_written_and_is_a_model_to_every_verb(run, own_folder: Pa
         (["--format", "onnx"], ("--format", "onnx")),
         (["--type", "q8_0"], ("--type", "q8_0")),
         (["--format", "gguf", "--parent"], ("gated LoRA",)),
+        (["--format", "gguf", "--remote-code"], ("--remote-code", "GGUF")),
+        (["--format", "sdar"], ("qwen3", "'llama'")),
+        (["--format", "sdar", "--type", "q8_0"], ("--type", "'sdar'")),
+        (["--remote-code"], ("autoregressive",)),
     ],
 )
 def test_formats_and_types_are_checked(
