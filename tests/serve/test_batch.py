@@ -130,7 +130,7 @@ def test_no_request_ends_the_batch(tiny: LanguageModel, tmp_path: Path) -> None:
 def test_a_failure_of_the_application_answers_one_request(
     tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: LanguageModel, prompt: str, **options: Any) -> tuple[int, ...]:
+    def fail(self: LanguageModel, prompt: str, **options: Any) -> list[int]:
         if prompt == "say 1":
             raise RuntimeError("a defect")
         return encode(self, prompt, **options)
