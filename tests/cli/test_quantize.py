@@ -31,6 +31,9 @@ def test_commands_that_decode_take_the_folder(run, diffusion_folder: Path, quant
 
 def test_info_tells_what_it_is_and_verifies_it(run, fails, diffusion_folder: Path, quantized: Path) -> None:
     facts = json.loads(run("info", quantized, "--json", "--verify").stdout.splitlines()[-1])
+    assert facts["quantized"]["verified"]
+    assert "every byte" in run("info", quantized, "--verify").stdout
+    fails("info", diffusion_folder, "--verify", names=("--verify", diffusion_folder))
     assert facts["quantized"]["quantize"] == "int8"
     assert facts["quantized"]["made_from"] == str(diffusion_folder)
     assert 0 < facts["quantized"]["bytes_of_a_token"] < facts["quantized"]["num_bytes"]

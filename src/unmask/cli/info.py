@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unmask.cli.console import make_console, pick_device
+from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
@@ -59,7 +60,9 @@ def info(
         if verify:
             with counting(console, "verifying") as on_progress:
                 manifest.verify(folder, manifest.read_manifest(folder), on_progress)
-        quantized = quantized_facts(folder, config)
+        quantized = quantized_facts(folder, config) | {"verified": verify}
+    elif verify:
+        raise ConfigError(f"--verify compares a quantised model with its manifest; {model} has none: leave it out")
     weights = None if folder is None or base is not None or quantized is not None else _weights(folder, config)
     facts = {**describe(config), "auto": _auto(model, config) if quantized is None else None, "quantized": quantized}
     if as_json:
@@ -198,10 +201,14 @@ def _decoding_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if quantized is None:
         return [("decodes with", _words_of(facts["auto"])), ("room", _room(facts["auto"]))]
     layers = "" if quantized["layers_of_source"] == facts["layers"] else f", the first {facts['layers']} layers"
+    verified = "; every byte is as it was written" if quantized["verified"] else ""
     where = "from memory" if quantized["fits"] else f"from disk: {decimal(quantized['available_bytes'])} of memory are free"
     return [
         ("quantised", f"{quantized['quantize']}, from {quantized['made_from']}{layers}"),
-        ("on disk", f"{decimal(quantized['num_bytes'])} in {quantized['num_files']} files, mapped by the CPU kernels"),
+        (
+            "on disk",
+            f"{decimal(quantized['num_bytes'])} in {quantized['num_files']} files, mapped by the CPU kernels{verified}",
+        ),
         ("a token reads", f"{decimal(quantized['bytes_of_a_token'])} {where}"),
     ]
 

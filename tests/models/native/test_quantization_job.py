@@ -21,7 +21,7 @@ from unmask.models.native.library import kernel_variant
 from unmask.models.native.packed_folder import bytes_of_a_token, map_folder
 from unmask.models.native.packing import pack_model
 from unmask.models.native.quantization_job import QuantizationJob
-from unmask.models.native.recipe import QuantizationRecipe
+from unmask.models.native.recipe import CALIBRATED, QuantizationRecipe
 from unmask.models.weights.adapter import attach_lora, save_adapter
 from unmask.models.weights.checkpoint import read_model_config, save_model
 from unmask.models.weights.loading import load_model
@@ -108,13 +108,51 @@ def test_an_interrupted_job_goes_on_to_the_same_files(folder: Path, made: Path, 
         with pytest.raises(KeyboardInterrupt):
             QuantizationJob("the model", folder, INT8).run(out, interrupt)
         assert is_quantized(out)
-        with refused(CheckpointError, out):
-            read_manifest(out)
+        for read in (read_manifest, read_model_config):
+            with refused(CheckpointError, out, "finished"):
+                read(out)
     second = out / "packed-00002-of-00003.safetensors"
     second.write_bytes(second.read_bytes()[:-1])
     (out / ".packed-00003-of-00003.safetensors").write_bytes(b"half")
     quantize(folder, out)
     assert content(out) == content(made)
+
+
+def test_a_model_that_has_changed_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "model")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        QuantizationJob("it", source, INT8).run(tmp_path / "out", interrupt)
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    with refused(ConfigError, tmp_path / "out", "changed"):
+        QuantizationJob("it", source, INT8).run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "llada2"])
+def test_a_calibrated_job_goes_on_to_the_same_files(tmp_path: Path, family: str) -> None:
+    save_model(tiny_model(family), tmp_path / "model")
+    rows = torch.randint(0, 57, (4, 16), generator=torch.Generator().manual_seed(0))
+    job = QuantizationJob("it", tmp_path / "model", CALIBRATED, tokens_RT=rows)
+    made = job.run(tmp_path / "made")
+    assert made.recipe["method"] == "gptq"
+    reports = iter(range(9))
+
+    def interrupt(done: int, total: int) -> None:
+        if next(reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(tmp_path / "out", interrupt)
+    job.run(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "made")
+    weights = map_folder(tmp_path / "made", made, read_model_config(tmp_path / "made"))
+    bits = {name: matrix.bits for name, matrix in weights.matrices.items()}
+    assert (bits["blocks.0.qkv.base"], bits["blocks.0.down.base"], bits["head"]) == (4, 8, 8)
+    if family == "llada2":
+        assert bits["blocks.1.experts.down.base"] == 4
 
 
 @pytest.mark.parametrize(

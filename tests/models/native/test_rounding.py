@@ -49,5 +49,7 @@ def test_matrices_on_a_grid_and_without_inputs_stay_as_they_are() -> None:
     codes[:, ::32], codes[:, 1::32] = 0, 15
     weight = (codes - 6).float() * 0.25
     assert torch.allclose(round_to(weight, fit_grid(weight, None)).dequantize(), weight, atol=1e-5)
+    for unusable in (torch.full((64, 64), torch.nan), torch.full((64, 64), 1e30)):
+        assert Gptq(unusable)(weight).codes_NK.shape == weight.shape
     zeros = Gptq(torch.zeros(64, 64))(torch.zeros(8, 64))
     assert torch.equal(zeros.dequantize(), torch.zeros(8, 64))

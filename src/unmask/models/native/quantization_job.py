@@ -124,7 +124,8 @@ class _PieceWriter:
             self.recipe["calibration"] = {"rows": rows, "tokens_of_a_row": length, "sha256": digest}
         self._calibration: Calibration | None = None
         self.packer = Packer(parts, job.recipe.bits, width=job.recipe.width, rounding=self._round)
-        self._identity = json.loads(json.dumps([asdict(self.source), self.recipe, num_layers, FORMAT]))
+        about = [asdict(self.source), _times(job.folder), asdict(config), self.recipe, num_layers, FORMAT]
+        self._identity = json.loads(json.dumps(about))
         self._done = self._read_progress()
 
     def check_disk(self) -> None:
@@ -133,7 +134,17 @@ class _PieceWriter:
         Raises:
             CheckpointError: it is too small.
         """
-        needed = packed_bytes(self.config, torch.bfloat16, self._job.recipe.bits) - sum(each.num_bytes for each in self._done)
+        recipe = self._job.recipe
+        needed = packed_bytes(self.config, torch.bfloat16, recipe.bits) - sum(each.num_bytes for each in self._done)
+        for name, shape in self._parts.shapes.items():
+            packed = name.replace("attention.", "").replace("mlp.", "").removesuffix(".weight")
+            if (
+                recipe.bits == 4
+                and name.startswith("blocks.")
+                and name.endswith(".weight")
+                and recipe.width(f"{packed}.base") == 8
+            ):
+                needed += shape.numel() // 2
         free = shutil.disk_usage(self._out).free
         if needed + _RESERVE > free:
             raise CheckpointError(
@@ -248,6 +259,13 @@ def _weight_files(folder: Path) -> list[Path]:
     """Of a model; of an adapter, those of its base, too."""
     base = base_folder(folder)
     return [*sorted(folder.glob("*.safetensors")), *([] if base is None else _weight_files(base))]
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When the files that decide what a model is were written; those of an adapter's base, too."""
+    base = base_folder(folder)
+    files = [path for pattern in ("*.safetensors", "*.json") for path in sorted(folder.glob(pattern))]
+    return {**({} if base is None else _times(base)), **{str(path): path.stat().st_mtime_ns for path in files}}
 
 
 def _companions(folder: Path, config: ModelConfig) -> dict[str, Writer]:

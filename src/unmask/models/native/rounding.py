@@ -22,7 +22,7 @@ _SPACINGS = tuple(0.1 * number for number in range(-12, 9, 2))
 """Added to the number of steps between a group's ends."""
 _CACHED = 2**16
 """Numbers that are worked on at a time: they stay in the second-level cache."""
-_DAMPING = 0.01
+_DAMPINGS = (0.01, 0.1, 1.0)
 
 
 def fit_grid(weight_NK: Tensor, importance_K: Tensor | None) -> GroupGrid:
@@ -83,7 +83,8 @@ class Gptq:
     """GPTQ for the matrices that read the same inputs.
 
     Args:
-        hessian_KK: sum of x x^T over inputs x.
+        hessian_KK: sum of x x^T over inputs x. Where it has no inverse even when it is damped, matrices are rounded by least
+            squares alone.
     """
 
     def __init__(self, hessian_KK: Tensor) -> None:
@@ -91,12 +92,13 @@ class Gptq:
         mean = self.importance_K.mean().clamp_min(1e-12)
         self._order_K = self.importance_K.argsort(descending=True, stable=True)
         ordered = hessian_KK[self._order_K][:, self._order_K]
-        ordered.diagonal().add_(mean * _DAMPING)
-        self._upper_KK = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+        self._upper_KK = _upper_factor(ordered, mean)
 
     def __call__(self, weight_NK: Tensor) -> GroupedMatrix:
         """Round a matrix, or some rows of one: errors are made up for by the inputs still to be rounded."""
         grid = fit_grid(weight_NK, self.importance_K)
+        if self._upper_KK is None:
+            return round_to(weight_NK, grid)
         upper_KK, size = self._upper_KK, weight_NK.shape[1]
         work_KN = weight_NK.float().T[self._order_K].contiguous()
         group_K = (self._order_K // GROUP).tolist()
@@ -117,3 +119,17 @@ class Gptq:
         codes_NK = torch.empty(len(weight_NK), size, dtype=torch.uint8)
         codes_NK[:, self._order_K] = codes_KN.T
         return GroupedMatrix(codes_NK, grid)
+
+
+def _upper_factor(hessian_KK: Tensor, mean: Tensor) -> Tensor | None:
+    """The upper Cholesky factor of the inverse, damped by as little of the mean diagonal as it takes; None: it has none."""
+    for damping in _DAMPINGS:
+        damped = hessian_KK.clone()
+        damped.diagonal().add_(mean * damping)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if info.item() == 0 and torch.isfinite(upper).all():
+                factor: Tensor = upper
+                return factor
+    return None

@@ -27,6 +27,7 @@ from unmask.models.families.tensors import StoredTensor
 from unmask.models.weights.adapter import folded_state
 from unmask.models.weights.boxes import Box, BoxedTensor
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
+from unmask.models.weights.manifest import is_quantized, read_manifest
 from unmask.models.weights.safetensors_io import (
     CONFIG_NAME,
     DEFAULT_SHARD_BYTES,
@@ -60,6 +61,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     if path is None and (base := base_folder(folder)) is not None:
         return with_generation_ends(read_model_config(base), folder)
     path = path or folder / CONFIG_NAME
+    if not path.exists() and is_quantized(folder):
+        read_manifest(folder)  # it says that the folder is not finished
     try:
         config = read_config(read_json(path))
     except ConfigError as error:
