@@ -183,6 +183,15 @@ def test_what_does_not_belong_together_is_refused(own: Path, tmp_path: Path, dam
         unmask.load(own)
 
 
+@pytest.mark.parametrize("key", ["intermediate_size", "num_attention_heads", "head_dim", "partial_rotary_factor"])
+def test_a_config_of_other_sizes_is_refused(own: Path, key: str) -> None:
+    config = json.loads((own / "config.json").read_text())
+    changed = {"partial_rotary_factor": 0.5}.get(key) or 2 * config[key]
+    (own / "config.json").write_text(json.dumps(config | {key: changed}))
+    with refused(CheckpointError, "config.json"):
+        unmask.load(own)
+
+
 def test_a_flipped_bit_is_found_by_hash(own: Path) -> None:
     seen: list[tuple[int, int]] = []
     verify(own, read_manifest(own), lambda done, total: seen.append((done, total)))

@@ -16,6 +16,7 @@ from unmask.errors import CheckpointError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.native.packed_file import map_tensors
 from unmask.models.native.packing import PackedWeights, weights_of
+from unmask.models.native.quantize import GROUP, PANEL, STEP
 from unmask.models.weights.manifest import MANIFEST, Manifest, check_header
 
 
@@ -48,14 +49,46 @@ def map_folder(folder: Path, manifest: Manifest, config: ModelConfig) -> PackedW
         numbers |= description["matrices"]
         vectors += description["vectors"]
         tensors |= mapped
-    embed_VD = tensors.get("embed")
-    if (
-        len(manifest.pieces) != 1 + config.num_layers
-        or embed_VD is None
-        or embed_VD.shape != (config.vocab_size, config.hidden_size)
-    ):
+    weights = weights_of({**manifest.weights, "config": config}, numbers, vectors, tensors)
+    if len(manifest.pieces) != 1 + config.num_layers or not _fits_config(weights):
         raise CheckpointError(f"{folder / MANIFEST} and config.json are of different models; copy both again")
-    return weights_of({**manifest.weights, "config": config}, numbers, vectors, tensors)
+    return weights
+
+
+def _fits_config(weights: PackedWeights) -> bool:
+    """Whether all sizes are those of the config: kernels that went by others would read beyond the files."""
+    config, matrices, vectors = weights.config, weights.matrices, weights.vectors
+    embed_VD, inv_freq = vectors.get("embed"), vectors.get("inv_freq")
+    if embed_VD is None or embed_VD.shape != (config.vocab_size, config.hidden_size):
+        return False
+    if inv_freq is None or 2 * len(inv_freq) != config.rotary_dim:
+        return False
+    ranks = {matrix.outputs for name, matrix in matrices.items() if name.endswith(".input")}
+    sizes = {"head": (config.vocab_size, config.hidden_size)}
+    for number in range(config.num_layers):
+        sizes |= {f"blocks.{number}.{name}.base": size for name, size in _layer_sizes(config, number).items()}
+    plain = {name: matrix for name, matrix in matrices.items() if not name.endswith((".input", ".output"))}
+    if plain.keys() != sizes.keys() or not ranks <= {config.gated_lora_rank}:
+        return False
+    steps = {name: GROUP if matrix.bits == 4 else STEP for name, matrix in plain.items()}
+    expected = {name: (outputs, inputs + -inputs % steps[name]) for name, (outputs, inputs) in sizes.items()}
+    return {name: (matrix.outputs, matrix.depth) for name, matrix in plain.items()} == expected
+
+
+def _layer_sizes(config: ModelConfig, number: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the matrices of a layer, by packed name; stacks of experts have each expert's outputs padded."""
+    hidden, moe = config.hidden_size, config.moe
+    sizes = {"qkv": (config.qkv_size, hidden), "out": (hidden, config.num_heads * config.head_dim)}
+    if moe is None or not config.is_moe_layer(number):
+        return sizes | {"gate_up": (2 * config.ffn_size, hidden), "down": (hidden, config.ffn_size)}
+    sizes |= {
+        "router": (moe.num_experts, hidden),
+        "experts.gate_up": (moe.num_experts * (2 * moe.expert_size + -2 * moe.expert_size % PANEL), hidden),
+        "experts.down": (moe.num_experts * (hidden + -hidden % PANEL), moe.expert_size),
+    }
+    if (shared := moe.num_shared * moe.expert_size) > 0:
+        sizes |= {"shared.gate_up": (2 * shared, hidden), "shared.down": (hidden, shared)}
+    return sizes
 
 
 def bytes_of_a_token(weights: PackedWeights) -> int:
