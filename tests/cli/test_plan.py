@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,24 +31,13 @@ def test_a_layout_in_detail(run, small) -> None:
     assert "optimizer" in result.stdout
 
 
-def test_the_fastest_plan_without_a_pipeline_is_checked(run, small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unmask.train.plan import planner
-
-    find = planner.find_plans
-
-    def pipelines_first(*args: Any) -> planner.Plans:
-        plans = find(*args)
-        return replace(plans, fitting=sorted(plans.fitting, key=lambda plan: (plan.dims.pipeline == 1, plan.seconds)))
-
-    monkeypatch.setattr(planner, "find_plans", pipelines_first)
-    result = run(*small, "--check", "--top", 1)
+def test_a_pipeline_is_checked(run, small) -> None:
+    result = run(*small, "--layout", "data_shard=2,pipeline=2", "--check")
     assert result.exit_code == 0, result.output
-    assert "without a pipeline" in result.stdout
     assert "tracked" in result.stdout
 
 
 def test_what_cannot_be_planned_is_one_line(fails, small) -> None:
     fails(*small, "--gpu", "z9", names=("z9", "h100-80gb"))
     fails(*small, "--layout", "tensor=8", names=("8 processes", 4))
-    fails(*small, "--layout", "pipeline=2", "--check", names=("parallel.pipeline", 2))
     fails("plan", "--recipe", RECIPE, "--gpu", "a100-40gb", "--gpus", 1, names=("nothing fits", "micro_rows"))

@@ -66,7 +66,7 @@ def plan(
         dims = values.parallel.dims(gpus) if layout == "recipe" else parse_layout(layout, gpus)
     plans = find_plans(question, dims)
     if as_json:
-        typer.echo(json.dumps(_facts(question, plans, _to_check(plans, dims) if check else None)))
+        typer.echo(json.dumps(_facts(question, plans, _to_check(plans) if check else None)))
     else:
         _print_plans(question, plans, dims, top, check=check)
     if plot is not None:
@@ -89,13 +89,12 @@ def _print_plans(question: Question, plans: Plans, dims: ParallelDims | None, to
     else:
         _print_reasons(console, question, plans)
     if check:
-        _print_check(console, question, _to_check(plans, dims), shown[0])
+        _print_check(console, question, shown[0])
 
 
-def _to_check(plans: Plans, dims: ParallelDims | None) -> Plan | None:
-    """The plan of `dims`, or the fastest that can be checked; None: there is none."""
-    candidates = plans.fitting if dims is None else [*plans.fitting, *plans.too_large]
-    return next((each for each in candidates if dims is not None or each.dims.pipeline == 1), None)
+def _to_check(plans: Plans) -> Plan | None:
+    """The plan that is checked: the fastest or, if none fits, the nearest; None: there is none."""
+    return next(iter([*plans.fitting, *plans.too_large]), None)
 
 
 def _nothing_fits(question: Question, plans: Plans) -> str:
@@ -197,24 +196,18 @@ def _print_reasons(console: Console, question: Question, plans: Plans) -> None:
         console.print(f"  {count} x {reason}", soft_wrap=True)
 
 
-def _print_check(console: Console, question: Question, plan: Plan | None, first: Plan) -> None:
-    """Check a plan and print what comes out; `first` is the one at the head of the table."""
+def _print_check(console: Console, question: Question, plan: Plan) -> None:
+    """Check a plan and print what comes out."""
     from unmask.cli.tables import print_table
     from unmask.train.parallel.dims import layout_name
     from unmask.train.plan.check import check_plan
     from unmask.train.plan.gpus import GIB
 
-    reason = "a check runs one rank, and one of a pipeline would wait for others"
-    if plan is None:
-        console.print(f"check    every plan that fits has a pipeline: {reason}", soft_wrap=True)
-        return
-    if plan is not first:
-        console.print(f"check    {layout_name(plan.dims)}, the fastest plan without a pipeline: {reason}", soft_wrap=True)
     checked, rows = check_plan(question, plan), []
-    for name, predicted, tracked, unit in checked.comparison(plan):
+    for name, predicted, tracked, unit in checked.comparison():
         scale = {"GiB": GIB, "TFLOP": 1e12}[unit]
         rows.append(
             [f"{name}, {unit}", f"{predicted / scale:.2f}", f"{tracked / scale:.2f}", f"{predicted / tracked - 1:+.1%}"]
         )
-    title = f"checked on fake tensors: rank 0 of {layout_name(plan.dims)}, {checked.seconds:.0f} s"
+    title = f"checked on fake tensors: one rank of {layout_name(plan.dims)}, {checked.seconds:.0f} s"
     print_table(console, ["", "predicted", "tracked", "difference"], rows, title=title)

@@ -86,3 +86,17 @@ def test_fake_tensors_hold_what_real_ones_do() -> None:
     fake = check_layout(config, ROW, dims, BATCH, recompute=True)
     assert fake.peak == pytest.approx(real.peak, rel=0.02)
     assert fake.flops == real.flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_stage_is_as_predicted(place: int, recompute: bool) -> None:
+    config, dims, batch = sized("llada2", 8), ParallelDims(data_shard=4, pipeline=2), Batch(micro_rows=2, micro_batches=3)
+    checked = check_layout(config, ROW, dims, batch, recompute=recompute, place=place)
+    stage = stages(config, dims)[place]
+    memory = stage_memory(config, ROW, dims, stage, recompute=recompute, micro_rows=2, micro_batches=3)
+    shards = memory.weights, memory.gradients, memory.optimizer
+    assert (checked.weights, checked.gradients, checked.optimizer) == pytest.approx(shards, rel=0.02)
+    assert memory.total == pytest.approx(checked.peak, rel=0.10)
+    assert checked.predicted_flops == pytest.approx(checked.flops, rel=0.05)

@@ -57,11 +57,17 @@ class Stage(nn.Module):
         self.norm = model.norm if self.is_last else None
         self.lm_head = model.lm_head if self.is_last else None
         self.passes: Sequence[Pass[Any]] = ()
-        self.shape_BL = (0, 0)
+        self.shape_BL, self._number = (0, 0), 0
 
-    def forward(self, received_BLD: Tensor | None = None, *, number: Tensor) -> Any:
-        """Run the stage's part of pass `number`: hidden states [B, L, D], padded to `shape_BL`, or what the pass ends with."""
-        one = self.passes[int(number)]
+    def begin(self, passes: Sequence[Pass[Any]]) -> None:
+        """Take the passes that are to be run; every schedule runs a stage's in their order."""
+        self.passes, self._number = passes, 0
+        self.shape_BL = (max(one.rows for one in passes), max(sum(self.lengths(one)) for one in passes))
+
+    def forward(self, received_BLD: Tensor | None = None) -> Any:
+        """Run the stage's part of the next pass: hidden states [B, L, D], padded to `shape_BL`, or what the pass ends with."""
+        one = self.passes[self._number]
+        self._number += 1
         received = None if received_BLD is None else received_BLD[: one.rows].split_with_sizes(self._split(one), dim=1)
         parts = one.run(self._layers, received)
         if self.is_last:
@@ -158,8 +164,7 @@ class TorchPipeline:
     def train(self, passes: Sequence[Pass[Tensor]]) -> None:
         """Run micro-batches forward and, from the losses that `finish` gives, backward."""
         self._prepare(passes)
-        numbers = torch.arange(len(passes))
-        self._schedule(len(passes)).step(number=numbers, target=numbers, return_outputs=False)
+        self._schedule(len(passes)).step(target=torch.arange(len(passes)), return_outputs=False)
         for stage in self._stages:
             stage.passes = ()
         self._sum_tied()
@@ -174,7 +179,7 @@ class TorchPipeline:
             if not stage.is_first:
                 received = self._empty(stage, self._device)
                 dist.recv(received, group=self._group, group_src=(self._rank - 1) % self._size)
-            out = stage(received, number=torch.tensor(0))
+            out = stage(received)
             if stage.is_last:
                 result = tuple(tensor.cpu() for tensor in out)
             else:
@@ -197,8 +202,7 @@ class TorchPipeline:
 
     def _prepare(self, passes: Sequence[Pass[Any]]) -> None:
         for stage in self._stages:
-            stage.passes = passes
-            stage.shape_BL = (max(one.rows for one in passes), max(sum(stage.lengths(one)) for one in passes))
+            stage.begin(passes)
 
     @property
     def _device(self) -> torch.device:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import StreamIndex
-from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.models.arch.transformer import Checkpointing, Transformer
+from unmask.models.arch.transformer import Checkpointing, Layers, Transformer
 from unmask.models.weights.checkpoint import parameter_dtype
 from unmask.train.objectives.base import Setting
 from unmask.train.optim import MasterAdamW
@@ -28,8 +28,9 @@ from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.expert import ExpertExchange, routed_layers
 from unmask.train.parallel.ranks import Ranks
+from unmask.train.passes import Pass, Pipeline, StageLayers
 from unmask.train.plan.footprint import flex_shapes
-from unmask.train.plan.memory import stages
+from unmask.train.plan.memory import Memory, Stage, stage_memory, stages
 from unmask.train.plan.planner import Plan, Question
 from unmask.train.plan.step import Batch, stage_flops
 from unmask.train.plan.tracker import Tracker
@@ -39,9 +40,10 @@ from unmask.train.sections import TrainSection
 
 @dataclass(frozen=True)
 class Checked:
-    """What rank 0 held and computed in one micro-batch: bytes (`peak` of everything), FLOP without attention's, and how long
-    the check took."""
+    """What one rank held and computed in one micro-batch: bytes (`peak` of everything), FLOP without attention's, and how long
+    the check took. `memory` is what was predicted for the micro-batches that were run."""
 
+    memory: Memory
     weights: int
     gradients: int
     optimizer: int
@@ -50,9 +52,9 @@ class Checked:
     predicted_flops: float
     seconds: float
 
-    def comparison(self, plan: Plan) -> list[tuple[str, float, float, str]]:
+    def comparison(self) -> list[tuple[str, float, float, str]]:
         """Name, predicted value, tracked value and unit of each figure."""
-        memory = plan.memory
+        memory = self.memory
         return [
             ("weights", memory.weights, self.weights, "GiB"),
             ("gradients", memory.weights, self.gradients, "GiB"),
@@ -63,42 +65,48 @@ class Checked:
 
 
 def check_plan(question: Question, plan: Plan) -> Checked:
-    """Check a plan in the phase that needs most memory.
-
-    Raises:
-        ConfigError: a layout with a pipeline, whose stages wait for each other.
-    """
-    if plan.dims.pipeline > 1:
-        raise ConfigError(
-            f"parallel.pipeline is {plan.dims.pipeline}; a check runs one rank, which would wait for others: check 1"
-        )
+    """Check a plan in the phase that needs most memory and, of a pipeline, on the rank that does."""
+    config, dims, batch = question.config, plan.dims, plan.batch
     row = max(row_works(question.recipe), key=lambda row: row.positions)
-    return check_layout(question.config, row, plan.dims, plan.batch, recompute=plan.recompute)
+
+    def needed(stage: Stage) -> float:
+        rows = {"micro_rows": batch.micro_rows, "micro_batches": batch.micro_batches}
+        return stage_memory(config, row, dims, stage, recompute=plan.recompute, **rows).total
+
+    every = stages(config, dims)
+    place = every.index(max(every, key=needed))
+    return check_layout(config, row, dims, batch, recompute=plan.recompute, place=place)
 
 
 @contextmanager
-def fake_world(dims: ParallelDims) -> Iterator[Ranks]:
-    """Rank 0 of a world of `dims.size` processes that are not there: collectives return at once."""
+def fake_world(dims: ParallelDims, rank: int = 0) -> Iterator[Ranks]:
+    """One rank of a world of `dims.size` processes that are not there: what it sends and receives is nothing, at once."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=dims.size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=dims.size, store=FakeStore())
     try:
         yield Ranks(dims, "cpu")
     finally:
         dist.destroy_process_group()
+        # It holds meshes whose groups are gone; another rank's are equal.
+        _clear_sharding_prop_cache()
 
 
-def check_layout(config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: Checkpointing) -> Checked:
-    """Run one micro-batch, forward and backward, as rank 0 of the layout.
+def check_layout(
+    config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: Checkpointing, place: int = 0
+) -> Checked:
+    """Run one micro-batch, forward and backward, as the first rank of a layout; of a pipeline's, as many as it has in flight.
 
     Args:
         config: the model.
         row: what a row is.
         dims: the layout.
         batch: rows of the micro-batch; with several micro-batches it is not the first one, and finds gradients.
-        recompute: with activation checkpointing.
+        recompute: activation checkpointing.
+        place: of the rank in its pipeline.
     """
-    with fake_world(dims) as world:
+    with fake_world(dims, place * (dims.size // dims.pipeline)) as world:
         return track_rank(config, row, world, batch, FakeTensorMode(allow_non_fake_inputs=True), recompute=recompute)
 
 
@@ -116,7 +124,7 @@ def track_rank(
     with torch.device("meta"):
         model = Transformer(config)
     model.activation_checkpointing = recompute
-    parallelize(model, world, compute_dtype=torch.bfloat16)
+    pipeline = parallelize(model, world, compute_dtype=torch.bfloat16)
     positions = batch.micro_rows * -(-row.positions // dims.context)
     for moe in routed_layers(model) if dims.expert > 1 else ():
         moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
@@ -124,24 +132,50 @@ def track_rank(
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
     with tensors, Tracker() as tracker:
-        model.to_empty(device="cpu")
+        if pipeline is None:
+            model.to_empty(device="cpu")
+        else:
+            pipeline.apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
         optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
         # One process adds gradients to the master weights; several, to the shards that the parameters are.
-        summed = optimizer.parameters if world.size == 1 else list(model.parameters())
+        summed = optimizer.parameters if world.size == 1 else [each for each in model.parameters() if not each.is_meta]
         _fill_gradients(summed)
         optimizer.clip(1.0)
         optimizer.step(1e-4)
-        if batch.micro_batches > 1:
+        if batch.micro_batches > 1 and pipeline is None:
             _fill_gradients(summed)
         weights = _bytes(world, summed)
         tracker.reset()
-        _micro_batch(model, world, row, batch.micro_rows)
+        number = 1 if pipeline is None else min(batch.micro_batches, dims.pipeline + 1)
+        one = _micro_batch(model, world, row, batch.micro_rows, pipeline)
+        if pipeline is None:
+            (hidden_BTD,) = one.run(model, None)
+            one.finish(hidden_BTD).backward()
+        else:
+            with _known_shapes():
+                pipeline.train([one] * number)
         gradients = _bytes(world, (parameter.grad for parameter in summed))
         state = _bytes(world, (tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment")))
-    (stage,) = stages(config, dims)
+    stage = stages(config, dims)[world.index("pipeline")]
     predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
+    run = batch.micro_batches if pipeline is None else number
+    memory = stage_memory(config, row, dims, stage, micro_rows=batch.micro_rows, micro_batches=run, recompute=recompute)
     seconds = time.perf_counter() - started
-    return Checked(weights, gradients, state, tracker.peak, tracker.flops, predicted.total, seconds)
+    return Checked(memory, weights, gradients, state, tracker.peak, tracker.flops // number, predicted.total, seconds)
+
+
+@contextmanager
+def _known_shapes() -> Iterator[None]:
+    """Stages that do not ask the others, who are not there, whether they all know the shapes of what they receive."""
+    from torch.distributed.pipelining import PipelineStage
+
+    asked = PipelineStage._warmup_forward_vote, PipelineStage._warmup_backward_result
+    PipelineStage._warmup_forward_vote = lambda *args, **options: None  # type: ignore[method-assign, assignment]
+    PipelineStage._warmup_backward_result = lambda *args, **options: torch.tensor(1)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PipelineStage._warmup_forward_vote, PipelineStage._warmup_backward_result = asked  # type: ignore[method-assign]
 
 
 class _BalancedExchange(ExpertExchange):
@@ -162,19 +196,24 @@ def _fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _micro_batch(model: Transformer, world: Ranks, row: RowWork, micro_rows: int) -> None:
-    """Forward and backward pass of a stream of one token; which positions are predicted changes no shape."""
-    setting = Setting(model, TrainSection(tokens=1), "flex", mask_id=model.config.mask_id, world=world)
+def _micro_batch(model: Transformer, world: Ranks, row: RowWork, micro_rows: int, pipeline: Pipeline | None) -> Pass[Tensor]:
+    """A micro-batch of streams of one token; which positions are predicted changes no shape."""
+    setting = Setting(model, TrainSection(tokens=1), "flex", mask_id=model.config.mask_id, world=world, pipeline=pipeline)
     zeros_BT = torch.zeros(micro_rows, row.positions, dtype=torch.int64)
     zeros_N = torch.zeros(micro_rows * row.predictions // world.dims.context, dtype=torch.int64)
     index, weight_N = StreamIndex(zeros_BT, zeros_BT, zeros_BT), zeros_N.float()
     predict = (zeros_N, zeros_N)
     stream = Stream(zeros_BT, zeros_BT, index, zeros_BT, zeros_BT, predict, zeros_N, weight_N, weight_N, len(zeros_N))
-    layers = model if setting.context is None else setting.context.divide(model)
-    hidden_BTD = layers(zeros_BT, zeros_BT, flex_shapes)
-    hidden_ND = hidden_BTD[predict]
-    del hidden_BTD
-    setting.nll(stream, hidden_ND=hidden_ND).sum().backward()
+
+    def run(layers: StageLayers | Transformer, received: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        one: Layers = layers if received is None else partial(layers, received_BTD=received[0])
+        divided = one if setting.context is None else setting.context.divide(one)
+        return (divided(zeros_BT, zeros_BT, flex_shapes),)
+
+    def finish(hidden_BTD: Tensor) -> Tensor:
+        return setting.nll(stream, hidden_ND=hidden_BTD[predict]).sum()
+
+    return Pass(micro_rows, (-(-row.positions // world.dims.context),), run, finish)
 
 
 def _bytes(world: Ranks, tensors: Iterable[Tensor | None]) -> int:

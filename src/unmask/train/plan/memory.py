@@ -149,6 +149,9 @@ def stage_memory(
     in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
     others = (in_flight - 1) * (inputs + sum(kept))
+    if dims.pipeline > 1:
+        # PyTorch has a buffer for what each micro-batch of a step receives; those in flight are the inputs of a first layer.
+        others += stream * (micro_batches * (not stage.has_head) + (micro_batches - in_flight) * (not stage.has_embedding))
     predictions = min(micro_rows * row.predictions / dims.context, PREDICTIONS_AT_ONCE) if stage.has_head else 0
     logits = _LOGITS * predictions * config.vocab_size / dims.tensor
     # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
