@@ -1,4 +1,4 @@
-"""llama.cpp beside the tests: logits, tokens and quantised files, from an interpreter that has llama-cpp-python.
+"""llama.cpp beside the tests: logits and tokens, from an interpreter that has llama-cpp-python.
 
 That is the one `LLAMA_PYTHON` names, this one, or that of an environment `llama-venv` in a folder above this file.
 """
@@ -30,13 +30,6 @@ for request in json.load(sys.stdin):
         answer["greedy"] = list(islice(model.generate(request["prompt"], temp=0.0), request["tokens"]))
     print(json.dumps(answer))
 """
-_QUANTISE = """
-import ctypes, sys
-import llama_cpp
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{sys.argv[1]}")
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[2].encode(), sys.argv[3].encode(), ctypes.byref(params)))
-"""
 
 
 def _python() -> str:
@@ -59,11 +52,3 @@ def ask(*requests: dict[str, Any]) -> list[dict[str, Any]]:
     done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def quantise(kind: str, source: Path, out: Path) -> None:
-    """Write a file in another type (`Q4_K_M`) with llama.cpp's own quantiser."""
-    done = subprocess.run(
-        [_python(), "-c", _QUANTISE, kind, str(source), str(out)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -204,15 +204,10 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f32", "f16", "Q4_K_M", "Q5_K_M", "Q6_K"])
+@pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_llama_cpp_writes_what_we_write_with_the_embedded_model(kind: str, tmp_path: Path) -> None:
-    """In floats of ours, and in K-quants of llama.cpp's own quantiser read by us: the greedy tokens are nearly the same."""
     source, file = resolve("smollm2-135m"), tmp_path / "model.gguf"
-    export(source, file, kind if kind in KINDS else "f16")
-    if kind not in KINDS:
-        rival_llama.quantise(kind, file, tmp_path / "quantised.gguf")
-        file = tmp_path / "quantised.gguf"
-        source = resolve(str(file), cache=tmp_path / "cache")
+    export(source, file, kind)
     backend, model = read_tokenizer(source).backend, load_model(source, dtype=torch.float32)
     texts = [
         "The capital of France is",
@@ -226,6 +221,4 @@ def test_llama_cpp_writes_what_we_write_with_the_embedded_model(kind: str, tmp_p
         ids = list(prompt)
         for _ in range(24):
             ids.append(int(causal_logits(model, ids)[-1].argmax()))
-        first = next((i for i, (a, b) in enumerate(zip(ids[len(prompt) :], answer["greedy"], strict=True)) if a != b), 24)
-        # K-quants: llama.cpp rounds activations to 8 bits.
-        assert first == 24 if kind in KINDS else first >= 2
+        assert ids[len(prompt) :] == answer["greedy"]
