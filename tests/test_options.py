@@ -37,7 +37,7 @@ print(json.dumps({
     "http": list(ChatRequest.model_fields),
     "diffusion": list(Diffusion.model_fields),
     "set": list(settable_options()),
-    "page": [option["name"] for option in ServedModel.describe(served)["options"]],
+    "page": [option["name"] for option in ServedModel.describe(served, "any")["options"]],
     "docs": hooks["options_table"]("", "", "test"),
 }))
 """

@@ -44,26 +44,22 @@ if TYPE_CHECKING:
 class LanguageModel:
     """A model ready to generate; make one with `unmask.load`.
 
-    Diffusion models (a `mask_id` in their config) decode block by block, others one token at a time. Calls keep no
-    state between them and are deterministic: the same arguments give the same result. They may come from several threads at
-    once, each with an engine of its own.
+    Diffusion models (a `mask_id` in their config) decode block by block, others one token at a time. Calls keep no state and
+    are deterministic. They may come from several threads at once, each with an engine of its own.
 
     Args:
         weights: as loaded, or packed for the CPU kernels, and then with `reload`.
         tokenizer: None: only calls that take and give ids work.
         name: what to call it in messages.
-        quantize: what becomes of loaded weights. "int8" or "int4": they are quantised on the CPU; "auto": to int8 where the CPU
-            kernels run the model; "none": they decode as they are, by PyTorch.
+        quantize: what becomes of loaded weights, on a CPU: "int8", "int4"; "auto": int8 where kernels run; "none".
         reload: reads the weights of packed ones, when `transformer` is asked for.
         folder: of the model, for which what is learnt on drafts is kept (`DraftStatistics`); None: in memory alone.
-        expert_capacity: experts that the tokens of a block may use, all together, in each layer (block routing); None: as the
-            model was trained.
+        expert_capacity: experts that the tokens of a block share in each layer (block routing); None: as in training.
         digest: of the weights of a quantised model, by its manifest.
 
     Attributes:
         config: the architecture and special token ids.
         quantize: the weights that decode: "int8", "int4" or "none".
-        digest: of the weights of a quantised model, which has no others; None: of weights as loaded.
     """
 
     def __init__(
@@ -188,8 +184,8 @@ class LanguageModel:
         started = time.perf_counter()
         ids = self.encode_prompt(prompt, chat=chat)
         completion = self.complete(ids, params, on_step=on_step, **options)
-        setup_seconds = time.perf_counter() - started - completion.costs.queue_seconds - completion.costs.busy_seconds
-        return Generation.from_completion(completion, len(ids), setup_seconds=setup_seconds)
+        setup = time.perf_counter() - started - completion.costs.queue_seconds - completion.costs.busy_seconds
+        return Generation.from_completion(completion, len(ids), setup_seconds=setup)
 
     def generate_batch(
         self,
@@ -202,8 +198,7 @@ class LanguageModel:
     ) -> list[Generation]:
         """Answer many prompts at once, each exactly as `generate` would, sharing forwards.
 
-        Sampled answers to equal prompts differ: the first is `generate`'s, those after it are further samples.
-        """
+        Sampled answers to equal prompts differ: the first is `generate`'s."""
         started = time.perf_counter()
         self._need_tokenizer()
         if isinstance(prompts, str):
@@ -242,8 +237,7 @@ class LanguageModel:
             The filled text, what went into each hole, and what it cost.
 
         Raises:
-            RequestError: no hole, a model without `capabilities.infill`, an option out of range, or a text longer than the
-                context.
+            RequestError: no hole, a model without `capabilities.infill`, an option out of range, or too long a text.
         """
         tokenizer = self._need_tokenizer()
         parts = split_holes(text, hole)
@@ -371,8 +365,8 @@ class LanguageModel:
             block_size: tokens see their own block and those before it; default: the model's, or 1 (causal) if it has none.
 
         Returns:
-            float32 [len(ids), vocab]. Row i predicts token i of a diffusion model, token i + 1 of an autoregressive one. A
-            shifted model reads all but the last block causally, and its last id is seen by no row.
+            float32 [len(ids), vocab]. Row i predicts token i, of an autoregressive model token i + 1. A shifted model reads
+            all but the last block causally; no row sees its last id.
 
         Raises:
             RequestError: no ids, more than the context holds, or one outside the vocabulary.
@@ -383,12 +377,12 @@ class LanguageModel:
         size = block_size if block_size is not None else self.config.block_size or 1
         if size < 1:
             raise RequestError(f"block_size is {size}; it must be at least 1")
-        device = self.transformer.embed.weight.device
-        tokens = torch.tensor(self.config.inputs(ids, 0, len(ids)), device=device)[None]
-        context = (len(ids) - 1) // size * size if self.config.shifted else 0
-        mask = block_causal_mask(len(ids), len(ids), size, context=context).to(device)[None]
-        positions = torch.arange(len(ids), device=device)[None]
-        hidden = self.transformer(tokens, positions, DenseAttend(mask), noisy_BT=positions >= context)
+        device, length = self.transformer.embed.weight.device, len(ids)
+        tokens = torch.tensor(self.config.inputs(ids, 0, length), device=device)[None]
+        context = (length - 1) // size * size if self.config.shifted else 0
+        attend = DenseAttend(block_causal_mask(length, length, size, context=context).to(device)[None])
+        positions = torch.arange(length, device=device)[None]
+        hidden = self.transformer(tokens, positions, attend, noisy_BT=positions >= context)
         out: Tensor = self.transformer.head(hidden)[0].float()
         return out
 
