@@ -251,7 +251,8 @@ def test_models(site: Live, client: OpenAI) -> None:
     options = {option["name"]: option for option in retrieved.model_extra.pop("options")}
     capabilities = {"diffusion": True, "speculative": False, "infill": True, "editing": True}
     diffusion = {"block_size": 8, "threshold": 0.95}
-    assert retrieved.model_extra == {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
+    rest = {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
+    assert retrieved.model_extra == {"root": "tiny", **rest}
     for name, option in SamplingParams.options().items():
         causal = name in ("speculative", "prompt_lookup")
         assert (name in options) == ("page" in option.surfaces and not causal), "no speculation without shift"

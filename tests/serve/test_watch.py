@@ -96,8 +96,11 @@ def test_edits_are_counted(site: Live, client: OpenAI) -> None:
         events = [chunk.diffusion for chunk in chunks[:-1] if not chunk.choices]
         seen = sum(token["state"] == "edited" for event in events for token in event["tokens"])
         ends = [chunk.diffusion for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
-        assert seen > 0
-        assert [end["edits"] for end in ends] == [seen]
+        forwards = [event["forwards"] for event in events]
+        is_merged = any(after > before + 1 for before, after in zip([0, *forwards], forwards, strict=False))
+        (edits,) = [end["edits"] for end in ends]
+        assert 0 < seen <= edits
+        assert seen == edits or is_merged, "steps are merged where the reader is slow; then the last state of each token is shown"
 
 
 def test_text_is_handed_out_in_the_step_that_commits_it(client: OpenAI) -> None:
