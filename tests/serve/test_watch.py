@@ -100,7 +100,9 @@ def test_edits_are_counted(site: Live, client: OpenAI) -> None:
         is_merged = any(after > before + 1 for before, after in zip([0, *forwards], forwards, strict=False))
         (edits,) = [end["edits"] for end in ends]
         assert 0 < seen <= edits
-        assert seen == edits or is_merged, "steps are merged where the reader is slow; then the last state of each token is shown"
+        assert seen == edits or is_merged, (
+            "steps are merged where the reader is slow; then the last state of each token is shown"
+        )
 
 
 def test_text_is_handed_out_in_the_step_that_commits_it(client: OpenAI) -> None:

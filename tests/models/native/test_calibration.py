@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tiny import MASK, tiny_model
+from tiny import MASK, tiny_config, tiny_model
 from unmask.diffusion.masks import block_causal_mask
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.arch.moe import TokenBlocks
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.calibration import Calibration
 from unmask.models.native.packing import PackedSink, Packer, round_nearest
@@ -31,7 +34,10 @@ def states(model: Transformer, tokens_RT: torch.Tensor, block_size: int = 1) -> 
     model.norm = torch.nn.Identity()  # type: ignore[assignment]
     length = tokens_RT.shape[1]
     mask = block_causal_mask(length, length, block_size)[None]
-    return model(tokens_RT, torch.arange(length)[None].expand_as(tokens_RT), DenseAttend(mask))
+    blocks_RT = torch.arange(tokens_RT.numel()).view_as(tokens_RT) // block_size
+    blocks = TokenBlocks(blocks_RT.flatten(), tokens_RT.numel() // block_size)
+    positions_RT = torch.arange(length)[None].expand_as(tokens_RT)
+    return model(tokens_RT, positions_RT, DenseAttend(mask), token_blocks=blocks)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llada2", "gated", "bfloat16"])
@@ -58,6 +64,20 @@ def model_like(model: Transformer) -> Transformer:
     other.load_state_dict(model.state_dict())
     other.inv_freq = model.inv_freq.float()
     return other.eval()
+
+
+@torch.no_grad()
+def test_tokens_of_a_block_share_their_experts() -> None:
+    moe = tiny_config("llada2").moe
+    assert moe is not None
+    model = tiny_model("llada2", moe=replace(moe, expert_capacity=3), mask_id=MASK, block_size=4)
+    calibration = Calibration(parts_of(model), ROWS, lambda name: 8)
+    draws_RT = torch.rand(ROWS.shape, generator=torch.Generator().manual_seed(0))
+    is_masked_RT = (draws_RT < 0.5) & (torch.arange(len(ROWS)) % 2 == 1)[:, None]
+    expected = states(model_like(model), ROWS.masked_fill(is_masked_RT, MASK), 4)
+    for number in range(len(model.blocks)):
+        calibration.next_layer(number)
+    torch.testing.assert_close(calibration.hidden_RTD, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_denoises_reads_masks_in_its_blocks() -> None:

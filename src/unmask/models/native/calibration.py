@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unmask.diffusion.masks import block_causal_mask
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.layers import FeedForward, rope_cos_sin
-from unmask.models.arch.moe import MoE, route
+from unmask.models.arch.moe import MoE, TokenBlocks, route
 from unmask.models.arch.transformer import Block
 from unmask.models.native.quantize import GroupedMatrix, GroupGrid
 from unmask.models.native.rounding import Gptq, fit_grid, round_to
@@ -65,6 +65,10 @@ class Calibration:
             is_masked_RT = (draws_RT < _MASKED) & (torch.arange(len(tokens_RT)) % 2 == 1)[:, None]
             tokens_RT = tokens_RT.masked_fill(is_masked_RT, config.mask_id)
         self._attend = DenseAttend(block_causal_mask(length, length, block_size)[None])
+        # Every row begins a block; only block routing asks.
+        in_row = -(-length // block_size)
+        number_RT = torch.arange(len(tokens_RT))[:, None] * in_row + torch.arange(length) // block_size
+        self._blocks = TokenBlocks(number_RT.flatten(), len(tokens_RT) * in_row)
         self._rope = rope_cos_sin(torch.arange(length)[None], parts.model.inv_freq, parts.model.rope_factor, torch.float32)
         used, places_RT = tokens_RT.unique(return_inverse=True)
         embedded = [parts.read("embed.weight", (slice(token, token + 1),)) for token in used.tolist()]
@@ -130,7 +134,7 @@ class Calibration:
     def _experts(self, prefix: str, mlp: MoE, normed_RTD: Tensor) -> None:
         """Weigh the inputs of every expert by the tokens that are routed to it, and add what the experts say."""
         x_ND, out_ND = normed_RTD.flatten(0, 1), self.hidden_RTD.flatten(0, 1)
-        weights_NA, indices_NA = route(mlp.router_logits(x_ND), mlp.expert_bias, mlp.moe)
+        weights_NA, indices_NA = route(mlp.router_logits(x_ND), mlp.expert_bias, mlp.moe, self._blocks)
         experts, hidden = mlp.moe.num_experts, x_ND.shape[1]
         of_gate_up, of_down = torch.zeros(experts, hidden), torch.zeros(experts, mlp.moe.expert_size)
         for expert in range(experts):
