@@ -25,6 +25,7 @@ def outcome(model: Transformer, length: int, noisy: bool) -> tuple[torch.Tensor,
     return hidden.detach(), gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "llada2"])
 def test_compiled_layers_equal_those_that_are_not(family: str) -> None:
     model = tiny_model(family, 1, torch.float64).train()
