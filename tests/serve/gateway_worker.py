@@ -20,4 +20,4 @@ if __name__ == "__main__":
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     folder.mkdir()
     model = served_model(folder, seconds=SECONDS)
-    run(model, ServerConfig(name=NAME, max_concurrent=4), listen("127.0.0.1", port), loopback=True)
+    run(model, ServerConfig(names=(NAME,), max_concurrent=4), listen("127.0.0.1", port), loopback=True)

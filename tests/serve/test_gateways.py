@@ -22,7 +22,7 @@ SAMPLE_LABELS = {"model_name": "first", "engine": "0"}
 @pytest.fixture(scope="module")
 def worker(tiny: LanguageModel) -> Iterator[Live]:
     """The model, served under two names."""
-    with live(tiny, ServerConfig(name="first", other_names=("second",))) as site:
+    with live(tiny, ServerConfig(names=("first", "second"))) as site:
         yield site
         site.wait_idle()
 
@@ -84,7 +84,7 @@ def test_metrics_have_the_semantics_of_vllms(worker: Live) -> None:
 
 def test_running_and_waiting_requests_are_counted(tiny: LanguageModel) -> None:
     assert isinstance(tiny, SlowModel)
-    with live(tiny, ServerConfig(name="first", max_concurrent=1)) as site:
+    with live(tiny, ServerConfig(names=("first",), max_concurrent=1)) as site:
         tiny.seconds = 0.05
         try:
             asking = threading.Thread(target=complete, args=(site, list(range(20, 30))), kwargs={"n": 3, "max_tokens": 3})
@@ -122,7 +122,7 @@ class _Dead:
 
 def test_a_full_queue_is_healthy_while_others_get_tokens(tiny: LanguageModel) -> None:
     assert isinstance(tiny, SlowModel)
-    with live(tiny, ServerConfig(name="first", max_concurrent=1, max_queue=0)) as site:
+    with live(tiny, ServerConfig(names=("first",), max_concurrent=1, max_queue=0)) as site:
         tiny.seconds = 0.01
         try:
             asking = threading.Thread(target=complete, args=(site, list(range(20, 30))), kwargs={"max_tokens": 32})

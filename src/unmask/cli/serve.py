@@ -20,13 +20,11 @@ from unmask.serve.config import ServerConfig
 
 
 def _server_options() -> list[inspect.Parameter]:
-    """One command-line option per field of `ServerConfig`; of a tuple's, one that may be repeated. All names are `--name`."""
+    """One command-line option per field of `ServerConfig`; of a tuple's, one that may be repeated."""
     parameters = []
     for name, kind in get_type_hints(ServerConfig).items():
         setting = ServerConfig.__dataclass_fields__[name]
-        is_tuple = setting.default == () or name == "name"
-        if name == "other_names":
-            continue
+        is_tuple = setting.default == ()
         flag = f"--{name.removesuffix('s') if is_tuple else name}".replace("_", "-")
         default_text = setting.metadata["default_text"]
         option = typer.Option(
@@ -44,8 +42,6 @@ def _server_options() -> list[inspect.Parameter]:
 def _build_config(arguments: Mapping[str, Any]) -> ServerConfig:
     given = {name: value for name, value in arguments.items() if value is not None}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if names := values.pop("name", ()):
-        values |= {"name": names[0], "other_names": names[1:]}
     return ServerConfig(**values)
 
 
@@ -86,7 +82,7 @@ def serve(
     language_model = options.load(model, dtype, device, quantize, expert_capacity)
     configure_logging(log_format)
     url = url_of(listener)
-    typer.echo(f"{config.name or model} is served at {url}", err=True)
+    typer.echo(f"{config.names[0] if config.names else model} is served at {url}", err=True)
     typer.echo(f"chat in a browser: {url}/    API: {url}/v1    metrics: {url}/metrics    Ctrl-C stops", err=True)
     if not config.api_keys and not is_loopback(host):
         typer.echo(f"note: anyone who can reach {host} may use this server; set --api-key", err=True)

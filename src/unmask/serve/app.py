@@ -28,7 +28,7 @@ from unmask.engine.llm import LanguageModel
 from unmask.serve.api import anthropic, chat, completions, gateways, infill, llamacpp, ollama, responses, tokenize
 from unmask.serve.api.responses_store import ResponseStore
 from unmask.serve.config import ServerConfig
-from unmask.serve.errors import ERROR_RESPONSES, ApiError, ErrorForm, openai_error
+from unmask.serve.errors import COMMON_ERROR_RESPONSES, ERROR_RESPONSES, ApiError, ErrorForm, openai_error
 from unmask.serve.exchange import AppState, CurrentState
 from unmask.serve.guard import Guard
 from unmask.serve.metrics import Metrics
@@ -70,11 +70,10 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE_HEADERS = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
-_COMMON_ERRORS: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 403, 500)}
 router = APIRouter()
 
 
-@router.get("/v1/models", responses=_COMMON_ERRORS)
+@router.get("/v1/models", responses=COMMON_ERROR_RESPONSES)
 async def get_models(http: Request, state: CurrentState) -> dict[str, Any]:
     """The served model, once under each of its names."""
     if anthropic.VERSION_HEADER in http.headers:
@@ -82,7 +81,7 @@ async def get_models(http: Request, state: CurrentState) -> dict[str, Any]:
     return {"object": "list", "data": [state.model.describe(name) for name in state.model.names]}
 
 
-@router.get("/v1/models/{name:path}", responses={**_COMMON_ERRORS, 404: ERROR_RESPONSES[404]})
+@router.get("/v1/models/{name:path}", responses={**COMMON_ERROR_RESPONSES, 404: ERROR_RESPONSES[404]})
 async def get_model(http: Request, name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
     state.model.check_name(name)
@@ -102,7 +101,7 @@ async def get_ready(state: CurrentState) -> JSONResponse:
     return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
 
-@router.get("/metrics", responses=_COMMON_ERRORS, response_class=Response)
+@router.get("/metrics", responses=COMMON_ERROR_RESPONSES, response_class=Response)
 async def get_metrics(state: CurrentState) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

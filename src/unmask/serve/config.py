@@ -24,8 +24,7 @@ class ServerConfig:
         ConfigError: a value out of range.
     """
 
-    name: str | None = _setting(None, "Model name that clients use; repeatable: the first is the name in answers.", "MODEL")
-    other_names: tuple[str, ...] = _setting((), "Further names that clients may use.")
+    names: tuple[str, ...] = _setting((), "Model name that clients use; repeatable: the first is the name in answers.", "MODEL")
     api_keys: tuple[str, ...] = _setting((), "API key that clients must send; repeatable.", "no key needed")
     max_concurrent: int = _setting(16, "Completions decoded together.")
     max_queue: int = _setting(1024, "Completions that may wait beside those; more get status 429.")

@@ -53,6 +53,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """What the OpenAPI document says about them."""
+COMMON_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 403, 500)}
+"""Those of routes that take no body."""
 OTHER_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": response["description"]} for status, response in ERROR_RESPONSES.items()
 }

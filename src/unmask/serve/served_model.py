@@ -71,8 +71,8 @@ class ServedModel:
             raise ConfigError(f"model {language_model.name} has no tokenizer; add tokenizer.json to its folder to serve it")
         self.language_model, self.config = language_model, config
         self.tokenizer: Tokenizer = language_model.tokenizer
-        self.name = config.name or language_model.name
-        self.names = tuple(dict.fromkeys((self.name, *config.other_names)))
+        self.names = tuple(dict.fromkeys(config.names or (language_model.name,)))
+        self.name = self.names[0]
         self.created = int(time.time())
         self.compile = lru_cache(maxsize=64)(self._compile_once)
 

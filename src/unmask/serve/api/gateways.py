@@ -9,17 +9,16 @@ from typing import Any
 from fastapi import APIRouter
 
 from unmask import __version__
-from unmask.serve.errors import ERROR_RESPONSES, ApiError
+from unmask.serve.errors import COMMON_ERROR_RESPONSES, ERROR_RESPONSES, ApiError
 from unmask.serve.exchange import CurrentState
 
 router = APIRouter()
 PROBE_SECONDS = 20.0
 """How long /health_generate waits for a token."""
 _PROBE_PRIORITY = -(2**20)
-_RESPONSES: dict[int | str, dict[str, Any]] = {status: ERROR_RESPONSES[status] for status in (401, 403, 500)}
 
 
-@router.get("/health_generate", responses={**_RESPONSES, 503: ERROR_RESPONSES[503]})
+@router.get("/health_generate", responses={**COMMON_ERROR_RESPONSES, 503: ERROR_RESPONSES[503]})
 async def get_health_generate(state: CurrentState) -> dict[str, str]:
     """The engine decides tokens: one of a prompt of its own, or of any other request meanwhile."""
     worker, before, submission = state.worker, state.worker.num_updates, None
@@ -41,7 +40,7 @@ async def get_health_generate(state: CurrentState) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/get_model_info", responses=_RESPONSES)
+@router.get("/get_model_info", responses=COMMON_ERROR_RESPONSES)
 @router.get("/model_info", include_in_schema=False)
 async def get_model_info(state: CurrentState) -> dict[str, Any]:
     """The model, with SGLang's names."""
@@ -59,7 +58,7 @@ async def get_model_info(state: CurrentState) -> dict[str, Any]:
     }
 
 
-@router.get("/server_info", responses=_RESPONSES)
+@router.get("/server_info", responses=COMMON_ERROR_RESPONSES)
 @router.get("/get_server_info", include_in_schema=False)
 async def get_server_info(state: CurrentState) -> dict[str, Any]:
     """Sizes and load of the server, with SGLang's names."""
@@ -81,7 +80,7 @@ async def get_server_info(state: CurrentState) -> dict[str, Any]:
     }
 
 
-@router.get("/version", responses=_RESPONSES)
+@router.get("/version", responses=COMMON_ERROR_RESPONSES)
 async def get_version() -> dict[str, str]:
     """The version of this package."""
     return {"version": __version__}

@@ -16,7 +16,9 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from unmask.engine.quantization import BITS
 from unmask.engine.request import TokenLogprob
+from unmask.models.dtypes import parse_dtype
 from unmask.serve.choice import Choice, logprob_entry
 from unmask.serve.errors import OTHER_ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.event_stream import JSON_LINES, Event, stream_events
@@ -29,7 +31,6 @@ from unmask.serve.served_model import PreparedRequests, ServedModel
 
 router = APIRouter()
 VERSION = "0.12.11"
-_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 """Of Ollama's API as it is spoken here; clients refuse older servers."""
 _RESPONSES: dict[int | str, dict[str, Any]] = {**OTHER_ERROR_RESPONSES, 200: {"content": {JSON_LINES.media_type: {}}}}
 
@@ -220,7 +221,8 @@ def _check_name(model: ServedModel, name: str) -> None:
 
 def _listed(model: ServedModel) -> dict[str, Any]:
     language_model = model.language_model
-    bits = _BITS[language_model.weights_dtype]
+    dtype = language_model.weights_dtype
+    bits = BITS.get(dtype) or 8 * parse_dtype(dtype).itemsize
     name = model.name if ":" in model.name else model.name + LATEST
     return {
         "name": name,
