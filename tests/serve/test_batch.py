@@ -12,11 +12,16 @@ import pytest
 
 from unmask.engine.llm import LanguageModel
 from unmask.errors import DataError
-from unmask.serve.batch import BatchAnswers, BatchCounts, run_batch
+from unmask.serve.batch import BatchAnswers, BatchCounts, BatchFile
+from unmask.serve.batch import run_batch as run_checked_batch
 from unmask.serve.config import ServerConfig
 
 COUNT = 7
-CONFIG = ServerConfig(name="tiny", max_concurrent=3)
+CONFIG = ServerConfig(names=("tiny",), max_concurrent=3)
+
+
+def run_batch(model: LanguageModel, requests: Path, out: Path, config: ServerConfig, **options: Any) -> BatchCounts:
+    return run_checked_batch(model, BatchFile.read(requests), out, config, **options)
 
 
 def line(number: int, **body: Any) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def test_a_stopped_and_torn_job_goes_on(tiny: LanguageModel, requests: Path, tmp
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     run_batch(tiny, requests, whole, CONFIG)
     on_progress, should_stop = stop_after(2)
-    one = ServerConfig(name="tiny", max_concurrent=1)
+    one = ServerConfig(names=("tiny",), max_concurrent=1)
     counts = run_batch(tiny, requests, out, one, on_progress=on_progress, should_stop=should_stop)
     assert 2 <= counts.done < COUNT
     os.truncate(out, out.stat().st_size - 3)
@@ -159,3 +164,14 @@ def test_answers_of_other_requests_are_refused(tiny: LanguageModel, requests: Pa
         run_batch(tiny, others, out, CONFIG)
     with pytest.raises(DataError, match="line 1: not an answer"):
         run_batch(tiny, requests, requests, CONFIG)
+
+
+@pytest.mark.parametrize("content", ["a note without an end of line", '{"id": "something else"'])
+def test_a_file_of_something_else_keeps_its_last_line(
+    tiny: LanguageModel, requests: Path, tmp_path: Path, content: str
+) -> None:
+    out = tmp_path / "note.txt"
+    out.write_text(content)
+    with pytest.raises(DataError, match="line 1: not an answer"):
+        run_batch(tiny, requests, out, CONFIG)
+    assert out.read_text() == content

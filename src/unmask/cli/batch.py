@@ -53,14 +53,15 @@ def batch(
     """
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import counting
-    from unmask.serve.batch import run_batch
+    from unmask.serve.batch import BatchFile, run_batch
     from unmask.serve.config import ServerConfig
 
     if out.exists() and not resume:
         raise ConfigError(f"{out} is there already; --resume goes on with it, or choose another file")
-    config = ServerConfig(
-        name=name or _common_name(requests), max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens
-    )
+    batch_file = BatchFile.read(requests)
+    asked = tuple(batch_file.models) if len(batch_file.models) == 1 else ()
+    names = asked if name is None else (name,)
+    config = ServerConfig(names=names, max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens)
     language_model = options.load(model, dtype, device, quantize)
     console = make_console(stderr=True)
     with stop_on_interrupt(notice=STOP_NOTICE) as should_stop, counting(console, "answering") as show:
@@ -68,7 +69,7 @@ def batch(
         def on_progress(counts: BatchCounts) -> None:
             show(counts.done, counts.total)
 
-        counts = run_batch(language_model, requests, out, config, on_progress=on_progress, should_stop=should_stop)
+        counts = run_batch(language_model, batch_file, out, config, on_progress=on_progress, should_stop=should_stop)
     failed = f", {counts.failed:,} of them with an error" if counts.failed else ""
     typer.echo(f"answered {counts.done:,} of {counts.total:,} requests{failed}: {out}", err=True)
     if counts.done < counts.total:
@@ -76,11 +77,3 @@ def batch(
         raise typer.Exit(INTERRUPTED)
     if counts.failed:
         raise typer.Exit(FAILED)
-
-
-def _common_name(requests: Path) -> str | None:
-    """The name of the model in the requests if it is the same in all that have one."""
-    from unmask.serve.batch import read_batch
-
-    names = {line.body["model"] for line in read_batch(requests) if isinstance(line.body.get("model"), str)}
-    return names.pop() if len(names) == 1 else None

@@ -31,6 +31,9 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/me
 WAITING = 2
 """Requests sent for each that is decoded: while one ends, the next is prepared."""
 _UNLIMITED = 2**31
+_ID_PREFIX = "batch_req_"
+_BEGINNING = f'{{"id": "{_ID_PREFIX}'.encode()
+"""Of every line of answers."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,11 @@ class BatchLine:
     """A request of a batch file.
 
     Attributes:
-        number: of its line, from 1.
         custom_id: the client's, by which its answer is found.
         url: one of `ENDPOINTS`.
         body: of the request.
     """
 
-    number: int
     custom_id: str
     url: str
     body: dict[str, Any]
@@ -59,31 +60,57 @@ class BatchCounts:
     failed: int
 
 
-def read_batch(path: Path) -> Iterator[BatchLine]:
-    """The lines of a batch file, one at a time.
+@dataclass(frozen=True)
+class BatchFile:
+    """A batch file that has been checked as a whole.
 
-    Raises:
-        DataError: an unreadable file, or a line that is not a request with a `custom_id` of its own.
+    Attributes:
+        path: of the file.
+        ids: every `custom_id`.
+        models: the names that bodies give their model.
     """
-    seen: set[str] = set()
+
+    path: Path
+    ids: frozenset[str]
+    models: frozenset[str]
+
+    @classmethod
+    def read(cls, path: Path) -> BatchFile:
+        """Check a file.
+
+        Raises:
+            DataError: an unreadable or empty file, or a line that is not a request with a `custom_id` of its own.
+        """
+        ids: set[str] = set()
+        models: set[str] = set()
+        for number, line in _read_lines(path):
+            if line.custom_id in ids:
+                raise DataError(f"{path}, line {number}: custom_id {line.custom_id!r:.80} is there twice; ids are unique")
+            ids.add(line.custom_id)
+            if isinstance(name := line.body.get("model"), str):
+                models.add(name)
+        if not ids:
+            raise DataError(f"{path} holds no request; a batch file has one a line")
+        return cls(path, frozenset(ids), frozenset(models))
+
+    def lines(self) -> Iterator[BatchLine]:
+        """The requests, one at a time; raises DataError as `read`."""
+        return (line for _, line in _read_lines(self.path))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, BatchLine]]:
+    """The requests of a file with the numbers of their lines, from 1."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
-                    line = _batch_line(text, number, path)
-                    if line.custom_id in seen:
-                        raise DataError(
-                            f"{path}, line {number}: custom_id {line.custom_id!r:.80} is there twice; ids are unique"
-                        )
-                    seen.add(line.custom_id)
-                    yield line
+                    yield number, _batch_line(text, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"cannot read {path}: {reason}") from error
 
 
-def _batch_line(text: str, number: int, path: Path) -> BatchLine:
-    where = f"{path}, line {number}"
+def _batch_line(text: str, where: str) -> BatchLine:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -99,7 +126,7 @@ def _batch_line(text: str, number: int, path: Path) -> BatchLine:
         raise DataError(f"{where}: url is {url!r:.80}; it must be one of {', '.join(ENDPOINTS)}")
     if not isinstance(body, dict):
         raise DataError(f"{where}: body is {body!r:.40}; it must be an object, the body of a request")
-    return BatchLine(number, custom_id, url, body)
+    return BatchLine(custom_id, url, body)
 
 
 class BatchAnswers:
@@ -124,9 +151,13 @@ class BatchAnswers:
                 raise DataError(f"another job is writing {path}; wait for it, or choose another file") from error
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
-            for number, text in enumerate(content[:whole].splitlines(), 1):
+            lines = content[:whole].splitlines()
+            for number, text in enumerate(lines, 1):
                 self._read(text, number)
-            if whole < len(content):
+            torn = content[whole:]
+            if not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
+                raise self._foreign(len(lines) + 1)
+            if torn:
                 os.truncate(path, whole)
             stack.pop_all()
 
@@ -135,7 +166,10 @@ class BatchAnswers:
             record = json.loads(text)
             self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._path}, line {number}: not an answer of a batch; choose another file") from error
+            raise self._foreign(number) from error
+
+    def _foreign(self, number: int) -> DataError:
+        return DataError(f"{self._path}, line {number}: not an answer of a batch; choose another file")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append an answer; raises CheckpointError on a full disk."""
@@ -155,7 +189,7 @@ class BatchAnswers:
 
 def run_batch(
     language_model: LanguageModel,
-    requests: Path,
+    requests: BatchFile,
     out: Path,
     config: ServerConfig,
     *,
@@ -166,36 +200,33 @@ def run_batch(
 
     Args:
         language_model: with a tokenizer.
-        requests: a batch file; read twice, first to check all of it.
+        requests: the batch file.
         out: answers, a line each, as OpenAI's: `id`, `custom_id`, `response` (`status_code`, `request_id`, `body`), `error`.
         config: limits; `max_concurrent` requests are decoded together, and none times out.
         on_progress: called after every answer.
         should_stop: asked before every request; True: those that run are finished, and the counts returned.
 
     Raises:
-        DataError: the file is not a batch, or `out` holds something else, or another job is writing it.
+        DataError: `out` holds something else, or another job is writing it.
         CheckpointError: the disk is full.
     """
-    ids = {line.custom_id for line in read_batch(requests)}
-    if not ids:
-        raise DataError(f"{requests} holds no request; a batch file has one a line")
     answers = BatchAnswers(out)
     try:
-        strangers = answers.failed.keys() - ids
+        strangers = answers.failed.keys() - requests.ids
         if strangers:
-            raise DataError(f"{out} answers {min(strangers)!r:.80}, which {requests} does not ask; choose another file")
+            raise DataError(f"{out} answers {min(strangers)!r:.80}, which {requests.path} does not ask; choose another file")
 
         def counts() -> BatchCounts:
-            return BatchCounts(len(ids), len(answers.failed), sum(answers.failed.values()))
+            return BatchCounts(len(requests.ids), len(answers.failed), sum(answers.failed.values()))
 
         def write(record: dict[str, Any]) -> None:
             answers.write(record)
             on_progress(counts())
 
         on_progress(counts())
-        if len(answers.failed) < len(ids):
+        if len(answers.failed) < len(requests.ids):
             config = replace(config, max_queue=_UNLIMITED, timeout=float("inf"))
-            waiting = (line for line in read_batch(requests) if line.custom_id not in answers.failed)
+            waiting = (line for line in requests.lines() if line.custom_id not in answers.failed)
             asyncio.run(_answer_all(create_app(language_model, config), waiting, write, config, should_stop))
         return counts()
     finally:
@@ -257,7 +288,7 @@ async def _answer(client: httpx2.AsyncClient, line: BatchLine, name: str) -> dic
         response = await client.post(line.url, content=asked, headers={"content-type": "application/json"})
         status, request_id, body = response.status_code, response.headers.get("x-request-id", ""), _body(response)
     answered = {"status_code": status, "request_id": request_id, "body": body}
-    return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}
+    return {"id": f"{_ID_PREFIX}{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}
 
 
 def _body(response: httpx2.Response) -> Any:
