@@ -60,7 +60,6 @@ class GraphDecoder:
         self._stop_N = self._zeros(num_slots)
         self._done_N = self._zeros(num_slots) == 0
         self._temperature_N = torch.zeros(num_slots, device=self._device)
-        self._num_slots = num_slots
         self.end_ids = frozenset(end_ids)
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=self._device)
         self._slots = torch.arange(num_slots, device=self._device)
@@ -73,7 +72,7 @@ class GraphDecoder:
     @property
     def room(self) -> int:
         """Sequences that may still be added: so many wait that no slot stays empty."""
-        return self._num_slots + self._num_slots // 4 - len(self._running) - len(self._waiting)
+        return len(self._slots) * 5 // 4 - len(self._running) - len(self._waiting)
 
     def add(self, ids: list[int], *, budget: int, temperature: float, seed: int) -> int:
         """Queue a sequence, with what a slot holds of its budget (ValueError: nothing); `seed` is not used."""

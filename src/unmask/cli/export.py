@@ -6,13 +6,17 @@ Owns the options. What is written is `models.export`'s.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unmask.cli.console import make_console
 from unmask.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", re.IGNORECASE)
 
@@ -55,11 +59,6 @@ def export(
     An adapter is folded into its base. A Ling model converted to diffusion becomes a LLaDA2 model. Router weights stay in
     float32 whatever dtype is narrower. GGUF files are written of dense autoregressive models.
     """
-    from unmask.cli.progress import counting
-    from unmask.models.dtypes import dtype_name, parse_dtype
-    from unmask.models.weights.export import export_model
-    from unmask.models.weights.hub import resolve
-
     if format_ == "gguf":
         if dtype != "auto":
             raise ConfigError("--dtype is of --format hf and sdar; GGUF weights have a --type")
@@ -69,19 +68,24 @@ def export(
         return
     if format_ not in ("hf", "sdar") or type_ != "auto":
         raise ConfigError(f"--format is {format_!r} and --type {type_!r}; --format is hf, sdar or gguf, --type of gguf only")
-    size = shard_bytes(max_shard_size)
+    _export_folder(model, out, dtype, shard_bytes(max_shard_size), parent=parent, sdar=format_ == "sdar", code=remote_code)
+
+
+def _export_folder(model: str, out: Path, dtype: str, shard: int, *, parent: bool, sdar: bool, code: bool) -> None:
+    from unmask.cli.progress import counting
+    from unmask.models.dtypes import dtype_name, parse_dtype
+    from unmask.models.weights.export import export_model
+    from unmask.models.weights.hub import resolve
+
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     console = make_console()
     with counting(console, "exporting") as on_progress:
         exported = export_model(
-            resolve(model), out, dtype=wanted, max_shard_bytes=size, parent=parent, sdar=format_ == "sdar",
-            remote_code=remote_code, on_progress=on_progress,
+            resolve(model), out, dtype=wanted, max_shard_bytes=shard, parent=parent, sdar=sdar, remote_code=code,
+            on_progress=on_progress,
         )  # fmt: skip
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
-    console.print(f"model    {out}", soft_wrap=True)
-    console.print(f"format   {exported.config.family}, {kind}, {dtype_name(exported.dtype)}", soft_wrap=True)
-    for note in exported.notes:
-        console.print(f"note     {note}", soft_wrap=True)
+    _report(console, out, f"{exported.config.family}, {kind}, {dtype_name(exported.dtype)}", exported.notes)
 
 
 def _export_gguf(model: str, out: Path, kind: str, parent: bool) -> None:
@@ -101,10 +105,13 @@ def _export_gguf(model: str, out: Path, kind: str, parent: bool) -> None:
     tokenizer = GGUFTokenizer(files.backend, files.named, files.templates.get(DEFAULT))
     with counting(console, "exporting") as on_progress:
         exported = export_gguf(folder, out, tokenizer, kind=kind, parent=parent, on_progress=on_progress)
-    console.print(f"model    {out}", soft_wrap=True)
-    console.print(f"format   GGUF, {exported.config.family}, {exported.kind}", soft_wrap=True)
-    for note in exported.notes:
-        console.print(f"note     {note}", soft_wrap=True)
+    _report(console, out, f"GGUF, {exported.config.family}, {exported.kind}", exported.notes)
+
+
+def _report(console: Console, out: Path, form: str, notes: Sequence[str]) -> None:
+    """Print what was written."""
+    for label, text in (("model", out), ("format", form), *(("note", note) for note in notes)):
+        console.print(f"{label:8} {text}", soft_wrap=True)
 
 
 def shard_bytes(text: str) -> int:
