@@ -49,11 +49,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers of one pipeline rank, `first` to `last - 1`, of all of them."""
+    """Layers of one pipeline rank, `first` to `last - 1`, of all of them; `place` is that of the rank in the pipeline."""
 
     first: int
     last: int
     num_layers: int
+    place: int
 
     def kinds(self, config: ModelConfig) -> LayerCount:
         """How many there are of each kind."""
@@ -72,7 +73,8 @@ class Stage:
 
 def stages(config: ModelConfig, dims: ParallelDims) -> list[Stage]:
     """The layers of each pipeline rank, which has one stage."""
-    return [Stage(layers.start, layers.stop, config.num_layers) for layers in dims.stage_layers(config.num_layers)]
+    every = enumerate(dims.stage_layers(config.num_layers))
+    return [Stage(layers.start, layers.stop, config.num_layers, place) for place, layers in every]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def stage_memory(
     kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
     if recompute is True:
         kept = [0.0] * len(kept)
-    in_flight = min(micro_batches, dims.pipeline - _place(config, stage, dims)) if dims.pipeline > 1 else 1
+    in_flight = min(micro_batches, dims.pipeline - stage.place) if dims.pipeline > 1 else 1
     inputs = stream * (len(layers) + stage.has_head)
     others = (in_flight - 1) * (inputs + sum(kept))
     if dims.pipeline > 1:
@@ -183,7 +185,3 @@ def stage_memory(
 
 def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims, recompute: Checkpointing) -> Footprint:
     return layer_footprint(config, layer, dims.tensor, torch.bfloat16, selective=recompute == "selective")
-
-
-def _place(config: ModelConfig, stage: Stage, dims: ParallelDims) -> int:
-    return next(index for index, each in enumerate(stages(config, dims)) if each == stage)
