@@ -5,7 +5,9 @@ Owns what is held when: FSDP's shards and gathered blocks, activations, logits. 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +17,8 @@ from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.footprint import Footprint, layer_footprint
 from unmask.train.plan.work import LayerCount, RowWork, layer_count, layer_parameters
+
+T = TypeVar("T")
 
 _SHARD, _GATHERED = 4, 2
 """Bytes of a float32 weight of a shard (moments and gradients are float32, too) and of a gathered one in bfloat16."""
@@ -137,18 +141,15 @@ def stage_memory(
         micro_batches: of a step.
         recompute: activation checkpointing. With True each layer keeps its input only, and runs again in the backward pass.
     """
-    kinds = {config.is_moe_layer(layer): local_layer(config, layer, dims) for layer in stage.kinds(config)}
-    layers = [kinds[config.is_moe_layer(layer)] for layer in range(stage.first, stage.last)]
+    layers = _each_layer(config, stage, lambda layer: local_layer(config, layer, dims))
+    prints = _each_layer(config, stage, lambda layer: _layer_print(config, layer, dims, recompute))
     ends = local_ends(config, stage, dims)
     shard = sum(layers, start=ends).shard(dims)
     tokens = micro_rows * row.positions / dims.context
     # Between two layers each tensor rank holds a part of the positions.
     stream = _GATHERED * config.hidden_size * tokens / dims.tensor
-    prints = {config.is_moe_layer(layer): _layer_print(config, layer, dims, recompute) for layer in stage.kinds(config)}
-    kept = [prints[config.is_moe_layer(layer)].kept * tokens for layer in range(stage.first, stage.last)]
-    if recompute is True:
-        kept = [0.0] * len(kept)
-    in_flight = min(micro_batches, dims.pipeline - stage.place) if dims.pipeline > 1 else 1
+    kept = [0.0 if recompute is True else each.kept * tokens for each in prints]
+    in_flight = min(micro_batches, dims.pipeline - stage.place)
     inputs = stream * (len(layers) + stage.has_head)
     others = (in_flight - 1) * (inputs + sum(kept))
     if dims.pipeline > 1:
@@ -156,13 +157,7 @@ def stage_memory(
         others += stream * (micro_batches * (not stage.has_head) + (micro_batches - in_flight) * (not stage.has_embedding))
     predictions = min(micro_rows * row.predictions / dims.context, PREDICTIONS_AT_ONCE) if stage.has_head else 0
     logits = _LOGITS * predictions * config.vocab_size / dims.tensor
-    # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
-    resident = 1.5 * _GATHERED * ends.gathered
-    if dims.pipeline > 1:
-        resident += 2 * _GATHERED * sum(layer.gathered for layer in layers)
-    if dims.size == 1:
-        # One process gathers nothing: it computes with a copy of the weights in bfloat16.
-        resident += _GATHERED * sum(layer.gathered for layer in layers)
+    resident = _resident(layers, ends, dims)
     # The first micro-batch of a step finds no gradients: they come with the layers, the last one's first.
     arrived = _SHARD * shard if micro_batches > 1 else 0.0
     weights, moments_bytes = _SHARD * shard, 2 * _SHARD * shard
@@ -176,11 +171,29 @@ def stage_memory(
             # The gradient of a matrix, on its way to float32.
             buffers = _SHARD * at_work / 2
         held = stream * (number + 2) + sum(kept[:number])
-        work = prints[config.is_moe_layer(stage.first + number)].peak * tokens
+        work = prints[number].peak * tokens
         if micro_batches == 1:
             arrived = _SHARD * sum(each.shard(dims) for each in layers[number + 1 :])
         moments.append(Memory(weights, arrived, moments_bytes, resident + buffers, others + held + work, 0.0))
     return max(moments, key=lambda memory: memory.total)
+
+
+def _each_layer(config: ModelConfig, stage: Stage, of: Callable[[int], T]) -> list[T]:
+    """What `of` gives for each layer of a stage; it is asked once for each kind of layer."""
+    kinds = {config.is_moe_layer(layer): of(layer) for layer in stage.kinds(config)}
+    return [kinds[config.is_moe_layer(layer)] for layer in range(stage.first, stage.last)]
+
+
+def _resident(layers: Sequence[LocalParameters], ends: LocalParameters, dims: ParallelDims) -> float:
+    """Bytes in bfloat16 that stay from layer to layer."""
+    # Embedding and head stay gathered, and the head's gradient waits for the embedding's; in a pipeline so do all layers.
+    resident = 1.5 * _GATHERED * ends.gathered
+    if dims.pipeline > 1:
+        resident += 2 * _GATHERED * sum(layer.gathered for layer in layers)
+    if dims.size == 1:
+        # One process gathers nothing: it computes with a copy of the weights in bfloat16.
+        resident += _GATHERED * sum(layer.gathered for layer in layers)
+    return resident
 
 
 def _layer_print(config: ModelConfig, layer: int, dims: ParallelDims, recompute: Checkpointing) -> Footprint:
