@@ -242,6 +242,9 @@ class StreamBatch(MicroBatch):
         """The pass through the stages of a pipeline; `finish` makes the loss to differentiate of what `forward` gives."""
         return self.setting.stages(self.stream, self.noise_norm or 0.0, lambda hidden_ND: finish(self.forward(hidden_ND)))
 
+    def _noise_figure(self) -> dict[str, Figure]:
+        return {} if self.noise_norm is None else {"mask_noise": Figure(self.noise_norm, 1)}
+
 
 @dataclass(frozen=True, eq=False)
 class WeightedNll(StreamBatch):
@@ -255,9 +258,6 @@ class WeightedNll(StreamBatch):
     def forward(self, hidden_ND: Tensor | None = None) -> Output:
         nll_N = self.setting.nll(self.stream, self.noise_norm or 0.0, hidden_ND)
         return Output((LossTerm(nelbo(nll_N, self.stream.weight_N), self.count),), self._noise_figure())
-
-    def _noise_figure(self) -> dict[str, Figure]:
-        return {} if self.noise_norm is None else {"mask_noise": Figure(self.noise_norm, 1)}
 
 
 class Objective(ABC):

@@ -185,7 +185,7 @@ class JointBatch(StreamBatch):
         counts = self._counts
         terms = tuple(LossTerm(weight * sums[name], counts[name]) for name, weight in self.weights.items())
         figures = {name: Figure(float(sums[name].detach()), counts[name]) for name in self.weights}
-        return Output(terms, figures | {"mask_noise": Figure(self.noise_norm or 0.0, 1)})
+        return Output(terms, figures | self._noise_figure())
 
     @cached_property
     def _rows_N(self) -> dict[str, Tensor]:
