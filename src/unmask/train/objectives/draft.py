@@ -66,25 +66,28 @@ class DraftObjective(Objective):
         share = self._section.denoise_share
         if int((step + 1) * share) > int(step * share):
             return self._denoise.prepare(rows, phase, step)
-        stream = self.setting.own_predictions(draft_stream(rows, self._layout(phase, self._section.cuts)))
+        layout = draft_layout(self.setting, phase, self._section.cuts, self._section.decay)
+        stream = self.setting.own_predictions(draft_stream(rows, layout))
         return WeightedNll(self.setting, stream, float(stream.weight_N.double().sum()))
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         """`nelbo`: nats per draft token, unweighted; `accepted_length` as of `held_out_drafts`."""
-        figures = held_out_drafts(self.setting, rows, self._layout(phase, 1))
+        figures = held_out_drafts(self.setting, rows, phase)
         return {"nelbo": figures["draft_nll"], "accepted_length": figures["accepted_length"]}
 
-    def _layout(self, phase: Phase, cuts: int) -> DraftConfig:
-        start_id = self.setting.model.config.start_id
-        assert phase.block_size is not None
-        assert start_id is not None
-        assert self.setting.mask_id is not None
-        return DraftConfig(self.setting.mask_id, start_id, phase.block_size, cuts, self._section.decay)
+
+def draft_layout(setting: Setting, phase: Phase, cuts: int = 1, decay: float = 1.0) -> DraftConfig:
+    """The drafts of one phase of a shifted model."""
+    start_id = setting.model.config.start_id
+    assert phase.block_size is not None
+    assert start_id is not None
+    assert setting.mask_id is not None
+    return DraftConfig(setting.mask_id, start_id, phase.block_size, cuts, decay)
 
 
-def held_out_drafts(setting: Setting, rows: PackedRows, layout: DraftConfig) -> dict[str, Figure]:
+def held_out_drafts(setting: Setting, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
     """`draft_nll`: nats per draft token, unweighted; `accepted_length`: mean number of correct drafts of a block."""
-    whole = draft_stream(rows, layout)
+    whole = draft_stream(rows, draft_layout(setting, phase))
     stream = setting.own_predictions(whole)
     scores = setting.scores(stream)
     correct_BT = torch.zeros(whole.tokens_BT.shape, device=whole.tokens_BT.device)

@@ -20,7 +20,6 @@ from torch import Tensor
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import Stream
-from unmask.diffusion.drafts import DraftConfig
 from unmask.diffusion.joint import JointConfig, clean_columns, joint_stream, without_fill
 from unmask.diffusion.masks import CLEAN
 from unmask.diffusion.objectives import alignment, nelbo, parent_divergence
@@ -28,7 +27,7 @@ from unmask.errors import ConfigError
 from unmask.train.forward import layer_outputs
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, StreamBatch
 from unmask.train.objectives.denoise import MaskNoise, RandomMaskSection
-from unmask.train.objectives.draft import held_out_drafts
+from unmask.train.objectives.draft import draft_layout, held_out_drafts
 from unmask.train.objectives.masking import held_out_nelbo
 from unmask.train.sections import DataSection, Positive, TrainSection
 
@@ -131,7 +130,7 @@ class JointObjective(Objective):
         figures = {"ar_nll": Figure(float(self.setting.nll(clean).sum()), len(clean.target_N))}
         if phase.block_size is not None and phase.block_size > 1:
             ended = replace(rows, maskable_RL=without_fill(rows, self._clean.end_ids))
-            figures |= held_out_drafts(self.setting, ended, self._drafts(phase, 1))
+            figures |= held_out_drafts(self.setting, ended, phase)
         return {**figures, **held_out_nelbo(self.setting, rows, phase)}
 
     @property
@@ -143,15 +142,10 @@ class JointObjective(Objective):
 
     def _layout(self, phase: Phase) -> JointConfig:
         section, weights = self._section, self._section.weights
-        drafts = self._drafts(phase, section.cuts) if "draft" in weights else None
+        drafts = draft_layout(self.setting, phase, section.cuts, section.decay) if "draft" in weights else None
         complementary = section.complementary
         masks = section.corruption(self.setting, phase, complementary=complementary) if "denoise" in weights else None
         return replace(self._clean, drafts=drafts, masks=masks)
-
-    def _drafts(self, phase: Phase, cuts: int) -> DraftConfig:
-        assert self.setting.mask_id is not None
-        assert phase.block_size is not None
-        return DraftConfig(self.setting.mask_id, self._clean.start_id, phase.block_size, cuts, self._section.decay)
 
 
 @dataclass(frozen=True, eq=False)
