@@ -233,6 +233,12 @@ def clean_copy(
     return compact(rows, keep_RL, read_inputs(rows, rows.tokens_RL, block_RL, start_id), CLEAN, order_RL, predicted)
 
 
+def causal_copy(rows: CleanRows, last_RL: Tensor, start_id: int, predicted: NoisyCopy | None = None) -> CompactCopy:
+    """The clean copy of a shifted model, which holds each document up to its position `last_RL`."""
+    keep_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
+    return clean_copy(rows, keep_RL, rows.position_RL, start_id, predicted)
+
+
 def assemble(rows: CleanRows, copies: Sequence[CompactCopy]) -> Stream:
     """Concatenate copies of the rows, the noisy ones first, to a stream; its `num_maskable` counts its predictions."""
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []

@@ -21,7 +21,7 @@ from unmask.diffusion.corrupt import (
     Stream,
     assemble,
     block_ids,
-    clean_copy,
+    causal_copy,
     compact,
     extreme_in_block,
 )
@@ -58,9 +58,7 @@ def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
     Source: TiDAR (2511.08923) section 3; cutting the blocks in several ways is ours.
     """
     copies, last_RL = draft_copies(rows, config, rows.maskable_RL)
-    whole_RL = torch.zeros_like(rows.position_RL)
-    keep_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
-    return assemble(rows, [*copies, clean_copy(rows, keep_RL, whole_RL, config.start_id)])
+    return assemble(rows, [*copies, causal_copy(rows, last_RL, config.start_id)])
 
 
 def draft_copies(rows: CleanRows, config: DraftConfig, learnt_RL: Tensor) -> tuple[list[CompactCopy], Tensor]:

@@ -20,7 +20,7 @@ from unmask.diffusion.corrupt import (
     NoisyCopy,
     Stream,
     assemble,
-    clean_copy,
+    causal_copy,
     extreme_in_block,
     masked_copies,
     noisy_copies,
@@ -60,7 +60,7 @@ def joint_stream(rows: CleanRows, config: JointConfig, seed: int) -> Stream:
     Source: TiDAR (2511.08923) section 3 for the sum of both losses over one clean copy; random masks beside drafts are ours.
     """
     copies: list[CompactCopy] = []
-    learnt_RL, whole_RL = without_fill(rows, config.end_ids), torch.zeros_like(rows.position_RL)
+    learnt_RL = without_fill(rows, config.end_ids)
     if config.drafts is not None:
         copies += draft_copies(rows, config.drafts, learnt_RL)[0]
     num_masked = 0
@@ -68,10 +68,10 @@ def joint_stream(rows: CleanRows, config: JointConfig, seed: int) -> Stream:
         masked = noisy_copies(rows, config.masks, seed)
         copies += masked_copies(rows, masked, config.masks, first=len(copies) + 1)
         num_masked = len(masked)
+    whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
     last_RL = extreme_in_block(rows, whole_RL, rows.position_RL, rows.maskable_RL, "amax", -1)
-    keep_RL = (rows.position_RL <= last_RL) & (rows.segment_RL > 0)
     ones_RL = torch.ones_like(learnt_RL, dtype=torch.float32)
-    copies.append(clean_copy(rows, keep_RL, whole_RL, config.start_id, NoisyCopy(learnt_RL, ones_RL, ones_RL)))
+    copies.append(causal_copy(rows, last_RL, config.start_id, NoisyCopy(learnt_RL, ones_RL, ones_RL)))
     return replace(assemble(rows, copies), num_maskable=int(rows.maskable_RL.sum()) * num_masked)
 
 
