@@ -8,7 +8,6 @@ Legend: N drafts, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unmask.data.packing import PackedRows
+from unmask.data.records import JsonLinesRecords, Record
 from unmask.diffusion.drafts import DraftConfig, draft_stream
 from unmask.diffusion.joint import JointConfig, joint_stream
 from unmask.diffusion.objectives import ban_mask
@@ -81,29 +81,27 @@ def read_prompts(path: Path) -> list[PromptToMeasure]:
     Raises:
         DataError: it cannot be read, or a line holds no prompt.
     """
+    if path.suffix == ".jsonl":
+        records = JsonLinesRecords(str(path), _check_record)
+        return [_of_record(records.read(number)) for number in range(len(records))]
     try:
-        # Not `splitlines`: JSON and texts may hold other separators, such as U+2028.
+        # Not `splitlines`: texts may hold other separators, such as U+2028.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts {path} cannot be read: {error}") from error
-    prompts: list[PromptToMeasure] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(PromptToMeasure(line, "all"))
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} line {number} is no JSON: {error}") from error
-        prompt = (record.get("messages") or record.get("prompt")) if isinstance(record, dict) else None
-        if not prompt:
-            raise DataError(f"{path} line {number} has neither messages nor prompt; give one of them")
-        prompts.append(PromptToMeasure(prompt, str(record.get("kind", "all"))))
+    prompts = [PromptToMeasure(line, "all") for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{path} holds no prompt; give one a line")
     return prompts
+
+
+def _check_record(record: Record) -> None:
+    if not (record.get("messages") or record.get("prompt")):
+        raise DataError("neither messages nor prompt; give one of them")
+
+
+def _of_record(record: Record) -> PromptToMeasure:
+    return PromptToMeasure(record.get("messages") or record["prompt"], str(record.get("kind", "all")))
 
 
 def measure(
