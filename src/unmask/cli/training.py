@@ -163,12 +163,13 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
     """Run the recipe in this process, which may be one of the ranks of torchrun."""
     from unmask.train.parallel.fatal import fatal_status
+    from unmask.train.parallel.start import num_ranks
 
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if (status := fatal_status()) is not None:
         raise typer.Exit(status)
     if torchrun and is_main_rank():
-        _show_layout(recipe, int(os.environ["WORLD_SIZE"]))
+        _show_layout(recipe, num_ranks())
     with stop_on_interrupt(notice=SAVE_NOTICE if is_main_rank() else b"", once=torchrun) as should_stop:
         return _show_run(should_stop, recipe, out, resume)
 

@@ -84,4 +84,5 @@ def job_name() -> str:
 
 def restarted(out: Path) -> bool:
     """Whether this process goes on with the run that its own job has begun in this folder, before ranks were lost."""
-    return bool(job_name()) and job_of(out) == job_name()
+    name = job_name()
+    return bool(name) and job_of(out) == name
