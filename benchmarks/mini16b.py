@@ -23,6 +23,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,10 @@ def run_stages(options: Any) -> dict[str, Any]:
         found["measure"] = run_stage("measure", options)
     finally:
         if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            for each in (folder / "bfloat16", packed):
+                shutil.rmtree(each, ignore_errors=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
     return found
 
 
