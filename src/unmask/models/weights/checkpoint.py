@@ -7,9 +7,10 @@ matter, what tensors are called on disk `families`'.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -151,9 +152,10 @@ class _PartReader:
         self._names: dict[Path, list[str]] = {}
         for name, path in self._index.items():
             self._names.setdefault(path, []).append(name)
-        self._stored: dict[str, list[tuple[str, StoredTensor]]] = {}
+        # By parameter and expert: a parameter of experts is hundreds of tensors, and is read expert by expert.
+        self._stored: dict[str, dict[int | None, list[tuple[str, StoredTensor]]]] = {}
         for name, tensor in stored.items():
-            self._stored.setdefault(tensor.parameter, []).append((name, tensor))
+            self._stored.setdefault(tensor.parameter, {}).setdefault(_first_number(tensor.index), []).append((name, tensor))
         self._stack, self._open, self._bytes = ExitStack(), dict[Path, TensorFiles](), 0
 
     def __call__(self, parameter: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
@@ -162,7 +164,7 @@ class _PartReader:
         ranges = [(each, each + 1) if isinstance(each, int) else (each.start, each.stop) for each in whole]
         out = torch.empty([stop - start for start, stop in ranges], dtype=parameter_dtype(parameter, self._dtype))
         boxed = BoxedTensor(tuple(shape), (Box(tuple(start for start, _ in ranges), out),))
-        for name, stored in self._stored[parameter]:
+        for name, stored in self._stored_near(parameter, _first_number(index)):
             part = boxed.part((*stored.index, *(slice(0, size) for size in shape[len(stored.index) :])))
             if part.boxes:
                 self._files(name).fill(name, part)
@@ -173,11 +175,20 @@ class _PartReader:
             self._bytes = 0
         return out[tuple(0 if isinstance(each, int) else slice(None) for each in whole)]
 
+    def _stored_near(self, parameter: str, number: int | None) -> Iterator[tuple[str, StoredTensor]]:
+        """What may hold something of `parameter[number]`; None: of any part of the parameter."""
+        by_number = self._stored[parameter]
+        return chain.from_iterable(by_number[each] for each in by_number if number is None or each in (None, number))
+
     def _files(self, name: str) -> TensorFiles:
         path = self._index[name]
         if path not in self._open:
             self._open[path] = TensorFiles(dict.fromkeys(self._names[path], path), self._stack)
         return self._open[path]
+
+
+def _first_number(index: tuple[int | slice, ...]) -> int | None:
+    return index[0] if index and isinstance(index[0], int) else None
 
 
 def fill_parameters(folder: Path, config: ModelConfig, parameters: Mapping[str, BoxedTensor]) -> None:
