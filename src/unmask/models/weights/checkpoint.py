@@ -7,9 +7,10 @@ matter, what tensors are called on disk `families`'.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +83,14 @@ def read_model_config(folder: Path) -> ModelConfig:
 def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Transformer:
     """Load the whole model in `folder`, strictly: every tensor of the architecture, none besides. See `loading.load_model`."""
     parts = open_parts(folder, dtype=dtype, device=device)
-    parts.fill("")
+    state = {
+        name: torch.empty(shape, dtype=parameter_dtype(name, dtype), device=device) for name, shape in parts.shapes.items()
+    }
+    with ExitStack() as stack:
+        files = TensorFiles(folder, stack)
+        for name, tensor in stored_tensors(parts.model.config).items():
+            tensor.view(state).copy_(files.read(name))
+    parts.model.load_state_dict(state, assign=True)
     return parts.model
 
 
@@ -91,15 +99,13 @@ class ModelParts:
     """A model whose weights are loaded part by part.
 
     Attributes:
-        model: on the meta device, but for what has been loaded.
+        model: on the meta device, unless all of it has been loaded.
         shapes: of its parameters, by name.
-        fill: loads the parameters whose names begin so.
         read: a part of a parameter, by its name and an index of numbers and slices with both ends; nothing else is read.
     """
 
     model: Transformer
     shapes: Mapping[str, torch.Size]
-    fill: Callable[[str], None]
     read: ReadPart
 
 
@@ -113,7 +119,7 @@ def parts_of(model: Transformer) -> ModelParts:
     """The parts of a model that is loaded."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    return ModelParts(model, shapes, lambda prefix: None, lambda parameter, index=(): state[parameter][index])
+    return ModelParts(model, shapes, lambda parameter, index=(): state[parameter][index])
 
 
 def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelParts:
@@ -125,21 +131,7 @@ def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         model = Transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.inv_freq = rope_frequencies(config.rope, config.rotary_dim)[0].to(device)
-
-    def fill(prefix: str) -> None:
-        state = {
-            name: torch.empty(shape, dtype=parameter_dtype(name, dtype), device=device)
-            for name, shape in shapes.items()
-            if name.startswith(prefix)
-        }
-        with ExitStack() as stack:
-            files = TensorFiles(folder, stack)  # closed after each part: the pages that were read leave memory
-            for name, tensor in stored.items():
-                if tensor.parameter in state:
-                    tensor.view(state).copy_(files.read(name))
-        model.load_state_dict(state, strict=False, assign=True)
-
-    return ModelParts(model, shapes, fill, _PartReader(folder, stored, shapes, dtype))
+    return ModelParts(model, shapes, _PartReader(folder, stored, shapes, dtype))
 
 
 class _PartReader:
@@ -148,10 +140,7 @@ class _PartReader:
     def __init__(
         self, folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, torch.Size], dtype: torch.dtype
     ) -> None:
-        self._index, self._shapes, self._dtype = tensor_index(folder), shapes, dtype
-        self._names: dict[Path, list[str]] = {}
-        for name, path in self._index.items():
-            self._names.setdefault(path, []).append(name)
+        self._folder, self._shapes, self._dtype = folder, shapes, dtype
         # By parameter and expert: a parameter of experts is hundreds of tensors, and is read expert by expert.
         self._stored: dict[str, dict[int | None, list[tuple[str, StoredTensor]]]] = {}
         for name, tensor in stored.items():
@@ -179,6 +168,17 @@ class _PartReader:
         """What may hold something of `parameter[number]`; None: of any part of the parameter."""
         by_number = self._stored[parameter]
         return chain.from_iterable(by_number[each] for each in by_number if number is None or each in (None, number))
+
+    @cached_property
+    def _index(self) -> dict[str, Path]:
+        return tensor_index(self._folder)  # when something is read: who loads a model whole never asks
+
+    @cached_property
+    def _names(self) -> dict[Path, list[str]]:
+        names: dict[Path, list[str]] = {}
+        for name, path in self._index.items():
+            names.setdefault(path, []).append(name)
+        return names
 
     def _files(self, name: str) -> TensorFiles:
         path = self._index[name]
