@@ -38,8 +38,9 @@ from unmask.engine.parent import parent_of
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.layers import FeedForward
 from unmask.models.arch.transformer import Block, Transformer
+from unmask.models.native.quantize import round_to
 from unmask.models.native.rotation import Rotation, mix, mixed_channels
-from unmask.models.native.rounding import Gptq, fit_grid, round_to
+from unmask.models.native.rounding import Gptq, fit_grid
 
 ROOT = Path(__file__).parents[1]
 _RATIOS = torch.linspace(0.6, 1.1, 11).tolist()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unmask.models.native.quantize import round_codes
-from unmask.models.native.rounding import Gptq, fit_grid, round_to
+from unmask.models.native.quantize import round_codes, round_to
+from unmask.models.native.rounding import Gptq, fit_grid
 
 
 def inputs_and_weight() -> tuple[Tensor, Tensor]:

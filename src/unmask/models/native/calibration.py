@@ -23,8 +23,8 @@ from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.layers import FeedForward, rope_cos_sin
 from unmask.models.arch.moe import MoE, TokenBlocks, route
 from unmask.models.arch.transformer import Block
-from unmask.models.native.quantize import GroupedMatrix, GroupGrid
-from unmask.models.native.rounding import Gptq, fit_grid, round_to
+from unmask.models.native.quantize import GroupedMatrix, GroupGrid, round_to
+from unmask.models.native.rounding import Gptq, fit_grid
 from unmask.models.weights.checkpoint import ModelParts
 
 _CHUNK = 8

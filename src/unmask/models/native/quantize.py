@@ -19,6 +19,8 @@ from torch import Tensor
 PANEL = 16
 GROUP = 32
 STEP = 16
+TOP = 15
+"""The largest code of 4 bits."""
 # Of a matrix that are packed at a time.
 _ROWS = 4096
 _LINE = 64
@@ -114,11 +116,21 @@ def round_bytes(weight_NK: Tensor) -> QuantizedMatrix:
 
 def round_codes(weight_NK: Tensor) -> GroupedMatrix:
     """Round a matrix to 4 bits, between the least and the largest number of each group."""
-    groups_NGs = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups_NGs = groups_of(weight_NK)
     least_NG, most_NG = groups_NGs.amin(dim=2).clamp(max=0), groups_NGs.amax(dim=2).clamp(min=0)
-    grid = group_grid((most_NG - least_NG) / 15, least_NG)
-    codes_NGs = ((groups_NGs - grid.minimum_NG[..., None]) / grid.scale_NG[..., None]).round().clamp(0, 15)
+    return round_to(weight_NK, group_grid((most_NG - least_NG) / TOP, least_NG))
+
+
+def round_to(weight_NK: Tensor, grid: GroupGrid) -> GroupedMatrix:
+    """The nearest codes on a grid."""
+    codes_NGs = ((groups_of(weight_NK) - grid.minimum_NG[..., None]) / grid.scale_NG[..., None]).round_().clamp_(0, TOP)
     return GroupedMatrix(codes_NGs.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]], grid)
+
+
+def groups_of(weight_NK: Tensor) -> Tensor:
+    """float32 [N, G, GROUP], the last group padded with zeros."""
+    groups_NGs: Tensor = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return groups_NGs
 
 
 @dataclass(frozen=True)

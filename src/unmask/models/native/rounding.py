@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unmask.models.native.quantize import GROUP, GroupedMatrix, GroupGrid, group_grid
+from unmask.models.native.quantize import GROUP, TOP, GroupedMatrix, GroupGrid, group_grid, groups_of, round_to
 
-_TOP = 15
 _SPACINGS = tuple(0.1 * number for number in range(-12, 9, 2))
 """Added to the number of steps between a group's ends."""
 _CACHED = 2**16
@@ -38,8 +37,7 @@ def fit_grid(weight_NK: Tensor, importance_K: Tensor | None) -> GroupGrid:
     weight_Gg = F.pad(weight_Gg, (0, padding)).clamp_min(1e-20).unflatten(0, (-1, GROUP))
     fitted = []
     for rows in weight_NK.split(max(_CACHED // (inputs + padding), 1)):
-        groups = F.pad(rows.float(), (0, padding)).unflatten(1, (-1, GROUP))
-        fitted.append(_fit(groups, weight_Gg))
+        fitted.append(_fit(groups_of(rows), weight_Gg))
     scale_NG, minimum_NG = (torch.cat(each) for each in zip(*fitted, strict=True))
     return group_grid(scale_NG, minimum_NG)
 
@@ -51,10 +49,10 @@ def _fit(groups_NGg: Tensor, weight_Gg: Tensor) -> tuple[Tensor, Tensor]:
     total = weight_Gg.sum(-1, keepdim=True)
     weighted_NGg = groups_NGg * weight_Gg
     sum_x = weighted_NGg.sum(-1, keepdim=True)
-    best_scale, best_low = span / _TOP, low
+    best_scale, best_low = span / TOP, low
     least = torch.full_like(span, torch.inf)
     for extra in _SPACINGS:
-        codes = (groups_NGg - low).mul_((_TOP + extra) / span).round_().clamp_(0, _TOP)
+        codes = (groups_NGg - low).mul_((TOP + extra) / span).round_().clamp_(0, TOP)
         weighted_codes = codes * weight_Gg
         sum_c, sum_cc = weighted_codes.sum(-1, keepdim=True), (weighted_codes * codes).sum(-1, keepdim=True)
         sum_cx = (weighted_codes * groups_NGg).sum(-1, keepdim=True)
@@ -70,13 +68,6 @@ def _fit(groups_NGg: Tensor, weight_Gg: Tensor) -> tuple[Tensor, Tensor]:
         best_scale, best_low = torch.where(is_better, scale, best_scale), torch.where(is_better, minimum, best_low)
         least = torch.where(is_better, error, least)
     return best_scale[..., 0], best_low[..., 0]
-
-
-def round_to(weight_NK: Tensor, grid: GroupGrid) -> GroupedMatrix:
-    """The nearest codes on a grid."""
-    padded = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    codes = ((padded - grid.minimum_NG[..., None]) / grid.scale_NG[..., None]).round_().clamp_(0, _TOP)
-    return GroupedMatrix(codes.flatten(1)[:, : weight_NK.shape[1]].to(torch.uint8), grid)
 
 
 class Gptq:
@@ -109,7 +100,7 @@ class Gptq:
             errors = torch.empty(stop - start, len(weight_NK))
             for column in range(start, stop):
                 scale, minimum = scale_GN[group_K[column]], minimum_GN[group_K[column]]
-                codes = ((work_KN[column] - minimum) / scale).round_().clamp_(0, _TOP)
+                codes = ((work_KN[column] - minimum) / scale).round_().clamp_(0, TOP)
                 codes_KN[column] = codes
                 error = errors[column - start]
                 torch.sub(work_KN[column], codes.mul_(scale).add_(minimum), out=error)
