@@ -170,8 +170,7 @@ def work_of(weights: PackedWeights, touched_L: np.ndarray[Any, Any], rows: int) 
     assert moe is not None
     moved, operations = 0.0, 0.0
     for name, matrix in weights.matrices.items():
-        num_bytes = sum(part.nbytes for part in vars(matrix).values() if isinstance(part, Tensor))
-        numbers = float(matrix.outputs * matrix.depth)
+        num_bytes, numbers = float(matrix.num_bytes), float(matrix.outputs * matrix.depth)
         if ".experts." in name:
             num_bytes *= touched_L[int(name.split(".")[1])] / moe.num_experts
             numbers *= moe.num_active / moe.num_experts

@@ -6,7 +6,6 @@ the same for every processor.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,6 @@ def bytes_of_a_token(weights: PackedWeights) -> int:
     """Bytes of weights that one token alone reads: all but the embeddings of other tokens and experts it is not routed to."""
     total, moe = 0, weights.config.moe
     for name, matrix in weights.matrices.items():
-        parts = (getattr(matrix, field.name) for field in fields(matrix))
-        size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        size = matrix.num_bytes
         total += size * moe.num_active // moe.num_experts if moe is not None and ".experts." in name else size
     return total + sum(vector.nbytes for name, vector in weights.vectors.items() if name != "embed")

@@ -143,6 +143,11 @@ class PackedMatrix:
     weight: Tensor
     scale: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all that a product reads of it."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
 
 def pack_floats(weight_NK: Tensor) -> PackedMatrix:
     """Bring a float matrix into panels, some rows at a time: bfloat16 if that holds every weight exactly, else float32."""
