@@ -114,7 +114,7 @@ def test_an_interrupted_job_goes_on_to_the_same_files(folder: Path, made: Path, 
                 read(out)
     second = out / "packed-00002-of-00003.safetensors"
     second.write_bytes(second.read_bytes()[:-1])
-    (out / ".packed-00003-of-00003.safetensors").write_bytes(b"half")
+    (out / "packed-00003-of-00003.safetensors").write_bytes(b"half")
     quantize(folder, out)
     assert content(out) == content(made)
 

@@ -168,17 +168,15 @@ class _PieceWriter:
         return self._done
 
     def _write_piece(self, number: int, count: int) -> None:
-        name = piece_name(number, count)
-        scratch = self._out / f".{name}"
+        path = self._out / piece_name(number, count)
 
         def write(file: Any) -> None:
             sink = PackedFile(file, HEADER_BYTES)
             self.packer.pack(number, sink)
             sink.finish({}, {})
 
-        atomic_write(scratch, write)
-        piece = describe_piece(scratch, name)
-        scratch.replace(self._out / name)
+        atomic_write(path, write)
+        piece = describe_piece(path)
         if number and self._calibration is not None:
             state = {"pieces": number + 1, "hidden": self._calibration.hidden_RTD}
             atomic_write(self._out / _TEXT, lambda file: torch.save(state, file))
@@ -192,7 +190,7 @@ class _PieceWriter:
         """How many of the recorded pieces are there, byte for byte; the others are forgotten."""
         for number, piece in enumerate(self._done):
             path = self._out / piece.file
-            if not path.is_file() or path.stat().st_size != piece.num_bytes or describe_piece(path, piece.file) != piece:
+            if not path.is_file() or path.stat().st_size != piece.num_bytes or describe_piece(path) != piece:
                 del self._done[number:]
                 break
         return len(self._done)

@@ -110,8 +110,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({error}); quantise the model again") from error
 
 
-def describe_piece(path: Path, name: str) -> Piece:
-    """A file of packed weights, read whole; `name`: that it will have."""
+def describe_piece(path: Path) -> Piece:
+    """A file of packed weights, read whole."""
     digest, header = hashlib.sha256(), hashlib.sha256()
     with path.open("rb") as file:
         first = file.read(HEADER_BYTES)
@@ -119,7 +119,7 @@ def describe_piece(path: Path, name: str) -> Piece:
         digest.update(first)
         while part := file.read(_CHUNK):
             digest.update(part)
-    return Piece(name, path.stat().st_size, header.hexdigest(), digest.hexdigest())
+    return Piece(path.name, path.stat().st_size, header.hexdigest(), digest.hexdigest())
 
 
 def check_header(folder: Path, piece: Piece) -> None:
@@ -154,7 +154,7 @@ def verify(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], N
     """
     for number, piece in enumerate(manifest.pieces):
         check_header(folder, piece)
-        if describe_piece(folder / piece.file, piece.file) != piece:
+        if describe_piece(folder / piece.file) != piece:
             raise CheckpointError(f"{folder / piece.file} is damaged (sha256 differs); copy it again, or quantise again")
         on_progress(number + 1, len(manifest.pieces))
 
