@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from unmask.data.tokenizer import load_tokenizer
+from unmask.data.tokenizer import Tokenizer, load_tokenizer
 from unmask.engine.backends.native import NativeBackend, open_packed
 from unmask.engine.llm import LanguageModel
 from unmask.engine.quantization import decoding_weights, for_dtype, kernels_compute
 from unmask.engine.room import DecodingRoom
 from unmask.errors import ConfigError, UnmaskNote, UnmaskWarning
+from unmask.models.arch.config import ModelConfig
 from unmask.models.dtypes import parse_dtype
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed_folder import map_folder
@@ -69,7 +70,7 @@ def load(
             f"{edits}, are never chosen: edits replace tokens, and blocks keep their length", UnmaskNote, stacklevel=2
         )
     if is_quantized(folder):
-        return _load_quantized(str(model), folder, dtype, device, quantize, expert_capacity)
+        return _load_quantized(str(model), folder, config, dtype, device, quantize, expert_capacity)
     kind = decoding_weights(for_dtype(quantize, dtype), where)
     room = DecodingRoom(config, read_dtype, where)
     read = partial(load_model, folder, dtype=read_dtype, device=device)
@@ -81,8 +82,7 @@ def load(
     is_packed = kernels_compute(kind, where, read_dtype)
     if not is_packed:
         room.check_loading(str(model))
-    source = tokenizer_folder(folder)
-    tokenizer = None if source is None else load_tokenizer(source)
+    tokenizer = _tokenizer(folder)
     weights = open_packed(folder, kind, read_dtype, parts, on_packing) if is_packed else read()
     if is_packed:
         room.check_mapped(str(model), kind)
@@ -90,10 +90,11 @@ def load(
 
 
 def _load_quantized(
-    name: str, folder: Path, dtype: str | torch.dtype, device: str, quantize: str | None, expert_capacity: int | None
-) -> LanguageModel:
+    name: str, folder: Path, config: ModelConfig, dtype: str | torch.dtype, device: str, quantize: str | None,
+    expert_capacity: int | None,
+) -> LanguageModel:  # fmt: skip
     """The model in a folder of `unmask quantize`, mapped; arguments as of `load`."""
-    manifest, config, where = read_manifest(folder), read_model_config(folder), torch.device(device)
+    manifest, where = read_manifest(folder), torch.device(device)
     if quantize not in ("auto", manifest.quantize):
         raise ConfigError(
             f"quantize is {quantize or 'none'}; {folder} holds {manifest.quantize} weights: leave it out, or load the model "
@@ -110,9 +111,13 @@ def _load_quantized(
         )
     DecodingRoom(config, torch.float16, where).check_mapped(name, manifest.quantize, manifest.num_bytes)
     weights = NativeBackend(map_folder(folder, manifest, config), load_kernels())
-    source = tokenizer_folder(folder)
-    tokenizer = None if source is None else load_tokenizer(source)
     reload = partial(load_model, folder, dtype=torch.float32)
     return LanguageModel(
-        weights, tokenizer, name=name, reload=reload, folder=folder, digest=manifest.digest(), expert_capacity=expert_capacity
+        weights, _tokenizer(folder), name=name, reload=reload, folder=folder, digest=manifest.digest(),
+        expert_capacity=expert_capacity,
     )  # fmt: skip
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    source = tokenizer_folder(folder)
+    return None if source is None else load_tokenizer(source)
