@@ -44,8 +44,9 @@ from unmask.models.families.registry import published_config, read_config, store
 from unmask.models.native.packing import PackedWeights
 from unmask.models.native.quantization_job import QuantizationJob
 from unmask.models.native.recipe import QuantizationRecipe
+from unmask.models.native.sizes import packed_bytes
 from unmask.models.weights.checkpoint import parameter_dtype
-from unmask.models.weights.room import packed_bytes, weight_bytes
+from unmask.models.weights.room import weight_bytes
 from unmask.models.weights.safetensors_io import TensorSpec, write_checkpoint
 
 LOG = Console(stderr=True, width=132)

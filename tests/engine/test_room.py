@@ -17,7 +17,8 @@ from unmask.engine.engine import Engine
 from unmask.engine.room import DecodingRoom
 from unmask.errors import RoomError, UnmaskNote
 from unmask.models.arch.config import ModelConfig
-from unmask.models.weights.room import RESERVE, kv_cache_bytes, packed_bytes, packing_bytes, weight_bytes
+from unmask.models.native.sizes import packed_bytes, packing_bytes
+from unmask.models.weights.room import RESERVE, kv_cache_bytes, weight_bytes
 
 BIG = {"hidden_size": 1024, "ffn_size": 4096, "head_dim": 256, "vocab_size": 4096, "num_layers": 4, "max_positions": 4096}
 

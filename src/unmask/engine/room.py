@@ -1,6 +1,7 @@
 """Room for decoding: what a model takes of memory with each kind of weights, and what to expect where it is paged from disk.
 
-Owns the choice of what else could be loaded where a model does not fit. The sums and the limits are `models.weights.room`'s.
+Owns the choice of what else could be loaded where a model does not fit. The sums are `models.weights.room`'s, those of packed
+weights `models.native.sizes`'; the limits are the former's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unmask.engine.quantization import BITS, PACKED_BITS, kernels_compute
 from unmask.errors import ConfigError, UnmaskNote
 from unmask.models.arch.config import ModelConfig
 from unmask.models.dtypes import dtype_name
+from unmask.models.native.sizes import packed_bytes, packing_bytes
 from unmask.models.weights.room import (
     OTHERWISE,
     available_memory,
@@ -22,8 +24,6 @@ from unmask.models.weights.room import (
     fits,
     in_words,
     kv_cache_bytes,
-    packed_bytes,
-    packing_bytes,
     weight_bytes,
 )
 

@@ -12,18 +12,14 @@ import torch
 from helpers import limit_memory, refused
 from models.weights.saved import saved_base
 from sparse import sparse_checkpoint
-from tiny import FAMILIES, tiny_config, tiny_model
+from tiny import FAMILIES
 from unmask.errors import RoomError
-from unmask.models.arch.config import MoEConfig
 from unmask.models.families.registry import published_config, read_config
-from unmask.models.native.packing import pack_model
 from unmask.models.weights.checkpoint import check_tensors
 from unmask.models.weights.loading import load_model
-from unmask.models.weights.room import Memory, available_memory, check_room, packed_bytes, packing_bytes, weight_bytes
+from unmask.models.weights.room import Memory, available_memory, check_room, weight_bytes
 
 GIB = 2**30
-GATED = {"gated_lora_rank": 16, "mask_id": 1, "block_size": 4, "start_id": 0}
-EXPERTS = {"moe": MoEConfig(num_experts=16, num_active=2, expert_size=64)}
 
 
 def proc_of(folder: Path, available_kib: int, *cgroups: str) -> Path:
@@ -44,23 +40,6 @@ def write_files(folder: Path, **files: object) -> None:
 def test_weights_take_what_is_summed_up(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     loaded = load_model(saved_base(family, tmp_path), dtype=dtype)
     assert weight_bytes(loaded.config, dtype) == sum(tensor.nbytes for tensor in loaded.state_dict().values())
-
-
-@pytest.mark.parametrize("bits", [8, 4, 32])
-@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, GATED, EXPERTS])
-def test_packed_weights_take_about_what_is_summed_up(bits: int, changes: dict[str, object]) -> None:
-    family = "llada2" if "moe" in changes else "llama"
-    model = tiny_model(family, hidden_size=128, ffn_size=256, head_dim=32, vocab_size=512, **changes)
-    packed = pack_model(model, bits)
-    tensors = [getattr(matrix, name) for matrix in packed.matrices.values() for name in ("weight", "scale")]
-    total = sum(tensor.nbytes for tensor in [*tensors, *packed.vectors.values()] if tensor is not None)
-    assert packed_bytes(model.config, torch.float32, bits) == pytest.approx(total, rel=0.02)
-
-
-def test_quantising_takes_more_than_its_result() -> None:
-    config = tiny_config("llama")
-    layerwise, whole = (packing_bytes(config, torch.float32, 8, whole=whole) for whole in (False, True))
-    assert packed_bytes(config, torch.float32, 8) < layerwise < whole
 
 
 def test_the_machine_without_swap(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from unmask.errors import CheckpointError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.native.packed_file import map_tensors
 from unmask.models.native.packing import PackedWeights, weights_of
-from unmask.models.native.quantize import GROUP, PANEL, STEP
+from unmask.models.native.quantize import padded_depth
+from unmask.models.native.sizes import matrix_sizes
 from unmask.models.weights.manifest import MANIFEST, Manifest, check_header
 
 
@@ -62,32 +63,11 @@ def _fits_config(weights: PackedWeights) -> bool:
         return False
     if inv_freq is None or 2 * len(inv_freq) != config.rotary_dim:
         return False
-    ranks = {matrix.outputs for name, matrix in matrices.items() if name.endswith(".input")}
-    sizes = {"head": (config.vocab_size, config.hidden_size)}
-    for number in range(config.num_layers):
-        sizes |= {f"blocks.{number}.{name}.base": size for name, size in _layer_sizes(config, number).items()}
-    plain = {name: matrix for name, matrix in matrices.items() if not name.endswith((".input", ".output"))}
-    if plain.keys() != sizes.keys() or not ranks <= {config.gated_lora_rank}:
+    sizes = matrix_sizes(config)
+    if matrices.keys() != sizes.keys():
         return False
-    steps = {name: GROUP if matrix.bits == 4 else STEP for name, matrix in plain.items()}
-    expected = {name: (outputs, inputs + -inputs % steps[name]) for name, (outputs, inputs) in sizes.items()}
-    return {name: (matrix.outputs, matrix.depth) for name, matrix in plain.items()} == expected
-
-
-def _layer_sizes(config: ModelConfig, number: int) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the matrices of a layer, by packed name; stacks of experts have each expert's outputs padded."""
-    hidden, moe = config.hidden_size, config.moe
-    sizes = {"qkv": (config.qkv_size, hidden), "out": (hidden, config.num_heads * config.head_dim)}
-    if moe is None or not config.is_moe_layer(number):
-        return sizes | {"gate_up": (2 * config.ffn_size, hidden), "down": (hidden, config.ffn_size)}
-    sizes |= {
-        "router": (moe.num_experts, hidden),
-        "experts.gate_up": (moe.num_experts * (2 * moe.expert_size + -2 * moe.expert_size % PANEL), hidden),
-        "experts.down": (moe.num_experts * (hidden + -hidden % PANEL), moe.expert_size),
-    }
-    if (shared := moe.num_shared * moe.expert_size) > 0:
-        sizes |= {"shared.gate_up": (2 * shared, hidden), "shared.down": (hidden, shared)}
-    return sizes
+    expected = {name: (outputs, padded_depth(inputs, matrices[name].bits)) for name, (outputs, inputs) in sizes.items()}
+    return {name: (matrix.outputs, matrix.depth) for name, matrix in matrices.items()} == expected
 
 
 def bytes_of_a_token(weights: PackedWeights) -> int:

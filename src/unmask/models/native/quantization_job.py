@@ -32,12 +32,13 @@ from unmask.models.native.packed_folder import piece_name
 from unmask.models.native.packing import Packer, round_nearest
 from unmask.models.native.quantize import RoundedMatrix
 from unmask.models.native.recipe import QuantizationRecipe
+from unmask.models.native.sizes import packed_bytes
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, read_model_config
 from unmask.models.weights.export import generation_config, tokenizer_files
 from unmask.models.weights.hub import base_folder
 from unmask.models.weights.loading import load_parts
 from unmask.models.weights.manifest import FORMAT, HEADER_BYTES, MANIFEST, PROGRESS, Manifest, Piece, Source, describe_piece
-from unmask.models.weights.room import in_words, packed_bytes
+from unmask.models.weights.room import in_words
 from unmask.models.weights.safetensors_io import CONFIG_NAME, TensorFiles
 
 OnProgress = Callable[[int, int], None]
@@ -135,16 +136,8 @@ class _PieceWriter:
             CheckpointError: it is too small.
         """
         recipe = self._job.recipe
-        needed = packed_bytes(self.config, torch.bfloat16, recipe.bits) - sum(each.num_bytes for each in self._done)
-        for name, shape in self._parts.shapes.items():
-            packed = name.replace("attention.", "").replace("mlp.", "").removesuffix(".weight")
-            if (
-                recipe.bits == 4
-                and name.startswith("blocks.")
-                and name.endswith(".weight")
-                and recipe.width(f"{packed}.base") == 8
-            ):
-                needed += shape.numel() // 2
+        whole = packed_bytes(self.config, torch.bfloat16, recipe.bits, recipe.width)
+        needed = whole - sum(each.num_bytes for each in self._done)
         free = shutil.disk_usage(self._out).free
         if needed + _RESERVE > free:
             raise CheckpointError(

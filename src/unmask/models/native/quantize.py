@@ -149,16 +149,30 @@ class PackedMatrix:
         return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
+def padded_depth(inputs: int, bits: int) -> int:
+    """The depth of a packed matrix of so many inputs."""
+    return inputs + -inputs % (GROUP if bits == 4 else STEP)
+
+
+def matrix_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """`num_bytes` of a packed matrix of this size."""
+    depth, panels = padded_depth(inputs, bits), -(-outputs // PANEL)
+    head = 2 * PANEL * depth // GROUP if bits == 4 else 0
+    scale = 0 if bits >= 16 else 4
+    return panels * (head + -head % _LINE + PANEL * (depth * bits // 8 + scale))
+
+
 def pack_floats(weight_NK: Tensor) -> PackedMatrix:
     """Bring a float matrix into panels, some rows at a time: bfloat16 if that holds every weight exactly, else float32."""
     dtype = exact_dtype(weight_NK)
     outputs, inputs = weight_NK.shape
-    depth, step = inputs + -inputs % STEP, 4 // dtype.itemsize
+    bits = 8 * dtype.itemsize
+    depth, step = padded_depth(inputs, bits), 4 // dtype.itemsize
     panels_PGcs = torch.empty(-(-outputs // PANEL), depth // step, PANEL, step, dtype=dtype)
     for panels, rows in zip(panels_PGcs.split(_ROWS // PANEL), weight_NK.split(_ROWS), strict=True):
         padded = F.pad(rows.to(dtype), (0, depth - inputs, 0, -len(rows) % PANEL))
         panels.copy_(padded.view(-1, PANEL, depth // step, step).transpose(1, 2))
-    return PackedMatrix(8 * dtype.itemsize, outputs, depth, panels_PGcs, None)
+    return PackedMatrix(bits, outputs, depth, panels_PGcs, None)
 
 
 def exact_dtype(weight_NK: Tensor) -> torch.dtype:
@@ -174,7 +188,7 @@ def pack(matrix: RoundedMatrix) -> PackedMatrix:
 
 def _pack_bytes(matrix: QuantizedMatrix) -> PackedMatrix:
     outputs, inputs = matrix.integers_NK.shape
-    rows, depth = -outputs % PANEL, inputs + -inputs % STEP
+    rows, depth = -outputs % PANEL, padded_depth(inputs, 8)
     padded = F.pad(matrix.integers_NK, (0, depth - inputs, 0, rows))
     panels = padded.view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
     # Bytes w + 128: flipping the sign bit of a signed byte.
@@ -183,7 +197,7 @@ def _pack_bytes(matrix: QuantizedMatrix) -> PackedMatrix:
 
 def _pack_groups(codes_NK: Tensor, grid: GroupGrid) -> PackedMatrix:
     outputs, inputs = codes_NK.shape
-    rows, depth = -outputs % PANEL, inputs + -inputs % GROUP
+    rows, depth = -outputs % PANEL, padded_depth(inputs, 4)
     # [P, G, multiple or zero, c], to a whole number of cache lines.
     of_groups = torch.stack((grid.multiple_NG, grid.zero_NG), 2)
     head = F.pad(of_groups, (0, 0, 0, 0, 0, rows)).view(-1, PANEL, depth // GROUP * 2).transpose(1, 2).flatten(1)

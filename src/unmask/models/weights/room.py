@@ -68,54 +68,6 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> 
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize * num_tokens
 
 
-def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int) -> int:
-    """Bytes of the weights of the CPU kernels, at most.
-
-    Layers have `bits`, with 4 two bytes for 32 inputs beside them; gated LoRA and the head have 8; the embedding is float16.
-    Every output has a float32 scale; vectors and routers are float32.
-
-    Args:
-        config: of the model.
-        dtype: of the weights that are quantised.
-        bits: 8 or 4; or 32, the weights as they are, where the head is a matrix of its own even if it is tied.
-    """
-    embed = config.vocab_size * config.hidden_size
-    if bits == 32:
-        return weight_bytes(config, dtype) + (embed * dtype.itemsize if config.tied_head else 0)
-    total = 3 * embed + 4 * config.vocab_size
-    for tensor in stored_tensors(config).values():
-        if not tensor.parameter.startswith("blocks.") or len(tensor.shape) == 1:
-            total += 4 * tensor.shape[0] if len(tensor.shape) == 1 else 0
-            continue
-        rows, columns = tensor.shape
-        if tensor.parameter.endswith(".router"):
-            total += 4 * rows * columns
-            continue
-        is_narrow = bits == 4 and "gated_in" not in tensor.parameter and "gated_out" not in tensor.parameter
-        total += 4 * rows + (rows * columns * 9 // 16 if is_narrow else rows * columns)
-    return total
-
-
-def packing_bytes(config: ModelConfig, dtype: torch.dtype, bits: int, *, whole: bool = False) -> int:
-    """Bytes at the peak of packing a model: the packed weights, what is loaded, and float32 copies of the largest matrix.
-
-    Args:
-        config: of the model.
-        dtype: in which it is loaded.
-        bits: as of `packed_bytes`.
-        whole: it is loaded at once, as an adapter's is, and not layer by layer.
-    """
-    embed = config.vocab_size * config.hidden_size
-    vocabulary = embed * dtype.itemsize * (1 if config.tied_head else 2) + 3 * embed
-    last = f"blocks.{config.num_layers - 1}."  # the first ones may be dense among mixtures of experts
-    layer = [tensor for tensor in stored_tensors(config).values() if tensor.parameter.startswith(last)]
-    numels = [math.prod(tensor.shape) for tensor in layer]
-    # A fused matrix has several parts on disk: gate and up, query, key and value.
-    largest = 3 * max(numels, default=0)
-    loaded = weight_bytes(config, dtype) if whole else sum(numels) * dtype.itemsize
-    return packed_bytes(config, dtype, bits) + max(vocabulary, loaded + 12 * largest)
-
-
 def fits(num_bytes: int, memory: Memory | None) -> bool:
     """Whether so many bytes can be had, with what forwards take beside them."""
     return memory is None or num_bytes + RESERVE <= memory.num_bytes
