@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
+from unmask.engine.quantization import BYTES_PER_WEIGHT
 from unmask.models.arch.config import ModelConfig
 from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
-
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}
 
 
 def machine() -> dict[str, Any]:
@@ -87,7 +86,8 @@ class Machine:
         """Seconds that a forward of `rows` rows takes at least, `head_rows` of them through the vocabulary; attention is
         free."""
         head = config.vocab_size * config.hidden_size if head_rows else 0
-        moved = products(config) * BYTES[weights] + head * max(BYTES[weights], 1.0)  # the head has 8 bits at least
+        each = BYTES_PER_WEIGHT[weights]
+        moved = products(config) * each + head * max(each, 1.0)  # the head has 8 bits at least
         operations = 2 * (rows * products(config) + head_rows * head)
         rate = self.rates["int8" if weights.startswith("int") else "float32"]
         return max(moved / self.bytes_per_second, operations / rate)

@@ -26,7 +26,6 @@ COST_OF_INT8 = {
 }
 """Of the embedded models: share of positions whose likeliest token stays, and relative change of perplexity, against float32
 (`benchmarks/quantization.py`, own answers)."""
-BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 def info(
@@ -78,6 +77,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     import torch
 
     from unmask.engine.capabilities import capabilities
+    from unmask.engine.quantization import BYTES_PER_WEIGHT
     from unmask.models.arch.transformer import Transformer
     from unmask.models.weights.room import kv_cache_bytes
 
@@ -101,7 +101,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "experts": experts,
         "parameters": total,
         "active_parameters": model.num_active_parameters(),
-        "memory_bytes": {name: round(total * size) for name, size in BYTES_PER_PARAMETER.items()},
+        "memory_bytes": {name: round(total * size) for name, size in BYTES_PER_WEIGHT.items()},
         "kv_cache_bytes_per_token": kv_cache_bytes(config, torch.bfloat16, 1),
         "mask_id": config.mask_id,
         "block_size": config.block_size,
