@@ -53,7 +53,7 @@ def divided_rows(recipe: Recipe, config: ModelConfig, num_processes: int) -> Par
     Raises:
         ConfigError: the model cannot be divided so.
     """
-    units = recipe.train.batch_rows // (2 if recipe.objective.needs_reference else 1)
+    units = recipe.train.batch_rows // (2 if recipe.objective.pairs else 1)
     data_shard = gcd(units, num_processes)
     dims = ParallelDims(data_shard=data_shard, context=num_processes // data_shard)
     dims.check_model(config)
