@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from unmask.models.dtypes import dtype_name
 from unmask.models.native.packed_file import map_packed, read_facts, write_packed
 from unmask.models.native.packing import FLOAT_BITS, OnLayer, PackedWeights, pack_parts
 from unmask.models.weights.checkpoint import ModelParts
-from unmask.models.weights.hub import base_folder, cache_folder, cache_name
+from unmask.models.weights.hub import cache_folder, cache_name, model_files
 
 # The files that decide what the weights are.
 _PATTERNS = ("*.safetensors", "*config.json", "*.index.json")
@@ -42,7 +42,7 @@ class PackedCache:
     def __init__(self, folder: Path, bits: int, dtype: torch.dtype, *, least_bytes: int | None = None) -> None:
         self._folder, self._bits = folder.resolve(), bits
         least = _LEAST_BYTES if least_bytes is None else least_bytes
-        files = list(_files(self._folder))
+        files = list(model_files(self._folder, _PATTERNS))
         self._is_kept = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") >= least
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         self._identity = hashlib.sha256(repr((stats, _code_digest())).encode()).hexdigest()
@@ -79,14 +79,6 @@ class PackedCache:
 def packed_folder() -> Path:
     """Where packed weights are kept."""
     return cache_folder() / "packed"
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The files that decide what the weights in a folder are, those of an adapter's base included."""
-    yield from sorted(path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file())
-    base = base_folder(folder)
-    if base is not None:
-        yield from _files(base)
 
 
 @cache

@@ -35,7 +35,7 @@ from unmask.models.native.recipe import QuantizationRecipe
 from unmask.models.native.sizes import packed_bytes
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, read_model_config
 from unmask.models.weights.export import generation_config, tokenizer_files
-from unmask.models.weights.hub import base_folder
+from unmask.models.weights.hub import base_folder, model_files
 from unmask.models.weights.loading import load_parts
 from unmask.models.weights.manifest import FORMAT, HEADER_BYTES, MANIFEST, PROGRESS, Manifest, Piece, Source, describe_piece
 from unmask.models.weights.room import in_words
@@ -99,7 +99,7 @@ class QuantizationJob:
 
     def source(self, num_layers: int) -> Source:
         """What is quantised; `num_layers` of the whole model."""
-        files = {path.name: path.stat().st_size for path in _weight_files(self.folder)}
+        files = {path.name: path.stat().st_size for path in model_files(self.folder, ["*.safetensors"])}
         return Source(self.name, str(self.folder.resolve()), files, num_layers)
 
     def _manifest(self, writer: _PieceWriter, pieces: list[Piece]) -> Manifest:
@@ -125,7 +125,8 @@ class _PieceWriter:
             self.recipe["calibration"] = {"rows": rows, "tokens_of_a_row": length, "sha256": digest}
         self._calibration: Calibration | None = None
         self.packer = Packer(parts, job.recipe.bits, width=job.recipe.width, rounding=self._round)
-        about = [asdict(self.source), _times(job.folder), asdict(config), self.recipe, num_layers, FORMAT]
+        times = {str(path): path.stat().st_mtime_ns for path in model_files(job.folder, ["*.safetensors", "*.json"])}
+        about = [asdict(self.source), times, asdict(config), self.recipe, num_layers, FORMAT]
         self._identity = json.loads(json.dumps(about))
         self._done = self._read_progress()
 
@@ -244,19 +245,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     with ExitStack() as stack:
         dtype = TensorFiles(folder, stack).spec(next(iter(stored_tensors(config)))).dtype
     return torch.float32 if dtype == torch.float64 else dtype
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Of a model; of an adapter, those of its base, too."""
-    base = base_folder(folder)
-    return [*sorted(folder.glob("*.safetensors")), *([] if base is None else _weight_files(base))]
-
-
-def _times(folder: Path) -> dict[str, int]:
-    """When the files that decide what a model is were written; those of an adapter's base, too."""
-    base = base_folder(folder)
-    files = [path for pattern in ("*.safetensors", "*.json") for path in sorted(folder.glob(pattern))]
-    return {**({} if base is None else _times(base)), **{str(path): path.stat().st_mtime_ns for path in files}}
 
 
 def _companions(folder: Path, config: ModelConfig) -> dict[str, Writer]:

@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -184,6 +184,18 @@ def base_folder(folder: Path) -> Path | None:
     if base.resolve() == folder.resolve():
         raise CheckpointError(f"the adapter in {folder} names itself as its base; name the model it was trained from")
     return base
+
+
+def model_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Files of a model whose names match; of an adapter its own, then those of its base.
+
+    Raises:
+        CheckpointError: as of `base_folder`.
+    """
+    yield from sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    base = base_folder(folder)
+    if base is not None:
+        yield from model_files(base, patterns)
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
