@@ -40,7 +40,7 @@ class PackedFile(PackedSink):
         header_bytes: room for the header.
     """
 
-    def __init__(self, file: BinaryIO, header_bytes: int = 2**16) -> None:
+    def __init__(self, file: BinaryIO, header_bytes: int) -> None:
         super().__init__()
         self._file, self._start = file, header_bytes
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
