@@ -112,11 +112,11 @@ class FeedForward(nn.Module):
         """Apply to `x_BTD`; returns [B, T, D]."""
         gate_up = apply(self.gate_up, x_BTD, noisy_BT)
         by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gated: Tensor = _Gate.apply(gate_up) if by_hand else _gate(gate_up)  # type: ignore[no-untyped-call]
+        gated: Tensor = _Gate.apply(gate_up) if by_hand else swiglu(gate_up)  # type: ignore[no-untyped-call]
         return apply(self.down, gated, noisy_BT)
 
 
-def _gate(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `gate | up` [..., 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
@@ -128,7 +128,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _gate(gate_up)
+        return swiglu(gate_up)
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unmask.diffusion.masks import block_causal_mask
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.layers import FeedForward, rope_cos_sin
+from unmask.models.arch.layers import FeedForward, rope_cos_sin, swiglu
 from unmask.models.arch.moe import MoE, TokenBlocks, route
 from unmask.models.arch.transformer import Block
 from unmask.models.native.quantize import GroupedMatrix, GroupGrid, round_to
@@ -123,8 +123,7 @@ class Calibration:
 
     def _feed_forward(self, prefix: str, mlp: FeedForward, normed_RTD: Tensor) -> None:
         def gated(x: Tensor) -> Tensor:
-            gate, up = F.linear(x, mlp.gate_up.weight, mlp.gate_up.bias).chunk(2, dim=-1)
-            return F.silu(gate) * up
+            return swiglu(mlp.gate_up(x))
 
         self._round(f"{prefix}gate_up", mlp.gate_up, lambda: iter(normed_RTD.split(_CHUNK)))
         self._round(f"{prefix}down", mlp.down, lambda: (gated(x) for x in normed_RTD.split(_CHUNK)))
@@ -141,8 +140,7 @@ class Calibration:
             rows, places = (indices_NA == expert).nonzero(as_tuple=True)
             if len(rows):
                 gate_up, down = (self._parts.read(f"{prefix}mlp.{name}", (expert,)).float() for name in ("gate_up", "down"))
-                gate, up = F.linear(x_ND[rows], gate_up).chunk(2, dim=-1)
-                gated = F.silu(gate) * up
+                gated = swiglu(F.linear(x_ND[rows], gate_up))
                 of_gate_up[expert], of_down[expert] = x_ND[rows].square().sum(0), gated.square().sum(0)
                 out_ND.index_add_(0, rows, F.linear(gated, down) * weights_NA[rows, places, None])
         for name, squares_EK in (("gate_up", of_gate_up), ("down", of_down)):
