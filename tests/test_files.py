@@ -12,7 +12,7 @@ import pytest
 
 from helpers import refused
 from unmask.errors import CheckpointError
-from unmask.files import atomic_write, atomic_write_json, bytes_writer, disk_errors, staging_folder
+from unmask.files import atomic_write, atomic_write_json, bytes_writer, cut_torn_line, disk_errors, staging_folder
 
 
 def full_disk(file: BinaryIO) -> None:
@@ -110,3 +110,15 @@ def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
 def test_disk_errors_pass_other_errors_through(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
         raise ZeroDivisionError
+
+
+def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes("one\u2028\ntwö\nthr".encode())
+    assert [line.decode() for line in cut_torn_line(path)] == ["one\u2028", "twö"]
+    assert path.read_text(encoding="utf-8") == "one\u2028\ntwö\n"
+    path.write_text("no line end")
+    with pytest.raises(ZeroDivisionError):
+        cut_torn_line(path, lambda torn, number: number // 0)
+    assert cut_torn_line(path) == []
+    assert path.read_text() == ""

@@ -34,6 +34,7 @@ from prompts import SPLITS, Prompt, prompts
 
 import unmask
 from unmask.engine.llm import LanguageModel
+from unmask.files import cut_torn_line
 
 HINTS = (" Answer briefly.", " Answer in one or two sentences.")
 HINT_SHARE = 15
@@ -107,7 +108,7 @@ class Shards:
                     self.done.add(record["id"])
                     self.tokens += record["tokens"]
                     self._counts[split, form] = self._counts.get((split, form), 0) + 1
-        self.dropped = set(cut_torn_line(self._dropped)) if self._dropped.exists() else set()
+        self.dropped = {line.decode() for line in cut_torn_line(self._dropped)} if self._dropped.exists() else set()
         self.done |= self.dropped
 
     def write(self, split: str, record: dict[str, Any]) -> None:
@@ -127,16 +128,6 @@ class Shards:
             file.write(id_ + "\n")
         self.done.add(id_)
         self.dropped.add(id_)
-
-
-def cut_torn_line(path: Path) -> list[str]:
-    """The whole lines of a file; what a killed writer left behind the last of them is cut off."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    # Not `splitlines`: what the model writes may hold other separators, such as U+2028.
-    return content[:whole].decode("utf-8").split("\n")[:-1]
 
 
 def loops(text: str) -> bool:

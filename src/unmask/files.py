@@ -79,6 +79,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def cut_torn_line(path: Path, check: Callable[[bytes, int], None] = lambda torn, number: None) -> list[bytes]:
+    """The whole lines of a file, without their ends; what a killed writer left behind the last of them is cut off.
+
+    Args:
+        path: of the file.
+        check: given what would be cut off and the number of its line, from 1; may raise.
+    """
+    # Not `splitlines`: a line may hold other separators.
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        check(torn, len(lines) + 1)
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    return lines
+
+
 def json_writer(value: Any) -> Writer:
     """A writer of `value` as indented JSON with a final newline."""
     return bytes_writer((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

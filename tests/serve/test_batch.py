@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from unmask.engine.engine import Engine, Update
 from unmask.engine.llm import LanguageModel
-from unmask.errors import DataError
-from unmask.serve.batch import BatchAnswers, BatchCounts, BatchFile
+from unmask.errors import DataError, RoomError, TrainingError
+from unmask.serve import batch as batches
+from unmask.serve.batch import BatchCounts
 from unmask.serve.batch import run_batch as run_checked_batch
+from unmask.serve.batch_file import BatchAnswers, BatchFile
 from unmask.serve.config import ServerConfig
 
 COUNT = 7
@@ -145,7 +149,63 @@ def test_a_failure_of_the_application_answers_one_request(
     out = tmp_path / "answers.jsonl"
     counts = run_batch(tiny, write(tmp_path / "requests.jsonl", [line(0), line(1), line(2)]), out, CONFIG)
     assert counts == BatchCounts(3, 3, 1)
-    assert read(out)["request 1"]["response"]["status_code"] == 500
+    first = read(out)
+    assert first["request 1"]["response"]["status_code"] == 500
+    monkeypatch.undo()
+    asked: list[BatchCounts] = []
+    resumed = run_batch(tiny, tmp_path / "requests.jsonl", out, CONFIG, on_progress=asked.append)
+    assert (asked[0], resumed) == (BatchCounts(3, 2, 0), BatchCounts(3, 3, 0)), "what the server failed at is asked again"
+    again = read(out)
+    assert again["request 1"]["response"]["status_code"] == 200
+    assert all(again[name] == first[name] for name in ("request 0", "request 2"))
+
+
+class Unready(LanguageModel):
+    """A model whose engine cannot be made, or is not made in time."""
+
+    seconds: float
+
+    def engine(self, **options: Any) -> Engine:
+        if self.seconds:
+            time.sleep(self.seconds)
+            return super().engine(**options)
+        raise RoomError("the KV cache needs more memory than there is")
+
+
+@pytest.mark.parametrize(("seconds", "error"), [(0.0, RoomError), (0.4, TrainingError)])
+def test_an_engine_that_does_not_get_ready_ends_the_batch(
+    tiny: LanguageModel, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(batches, "READY_SECONDS", 0.1)
+    model = Unready(tiny.transformer, tiny.tokenizer, name="tiny")
+    model.seconds = seconds
+    with pytest.raises(error):
+        run_batch(model, requests, tmp_path / "answers.jsonl", CONFIG)
+    assert read(tmp_path / "answers.jsonl") == {}
+
+
+def test_what_comes_while_the_engine_is_replaced_waits_for_the_next(
+    tiny: LanguageModel, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, made = Engine.step, LanguageModel.engine
+    failing = [RuntimeError("a defect")]
+
+    def fail_once(engine: Engine) -> list[Update]:
+        if failing:
+            raise failing.pop()
+        return step(engine)
+
+    def slow(model: LanguageModel, **options: Any) -> Engine:
+        time.sleep(0.05)
+        return made(model, **options)
+
+    monkeypatch.setattr(Engine, "step", fail_once)
+    monkeypatch.setattr(LanguageModel, "engine", slow)
+    counts = run_batch(tiny, requests, tmp_path / "answers.jsonl", CONFIG)
+    assert counts.done == COUNT
+    statuses = {record["response"]["status_code"] for record in read(tmp_path / "answers.jsonl").values()}
+    assert statuses <= {200, 500}
+    assert counts.failed <= CONFIG.max_concurrent * batches.WAITING, "only what the engine had"
 
 
 def test_two_jobs_do_not_write_the_same_answers(tiny: LanguageModel, requests: Path, tmp_path: Path) -> None:

@@ -35,7 +35,12 @@ def batch(
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache holds.", show_default="what fits 1 GiB")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out: what it answers is not asked again.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with --out: what it answers is not asked again, failures of the server (5xx) are."
+        ),
+    ] = False,
     quantize: options.Quantize = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -53,7 +58,8 @@ def batch(
     """
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import counting
-    from unmask.serve.batch import BatchFile, run_batch
+    from unmask.serve.batch import run_batch
+    from unmask.serve.batch_file import BatchFile
     from unmask.serve.config import ServerConfig
 
     if out.exists() and not resume:

@@ -1,54 +1,36 @@
-"""Batches: a file of requests in OpenAI's batch format, answered by the server's application in this process.
+"""Batches: requests of a file in OpenAI's batch format, answered by the server's application in this process.
 
-Owns the file formats, what is asked at a time, and resuming. An answer is what the server would send: `app` prepares, decodes
-and writes it.
+Owns how lines are asked and resumed. An answer is what the server would send: the application prepares, decodes and writes it.
+`unmask batch` and the server's own batches (`batch_runner`) ask through here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from unmask.engine.llm import LanguageModel
-from unmask.errors import DataError
-from unmask.files import disk_errors
+from unmask.errors import DataError, TrainingError
 from unmask.serve.app import create_app
+from unmask.serve.batch_file import ID_PREFIX, BatchAnswers, BatchFile, BatchLine
 from unmask.serve.config import ServerConfig
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/infill")
-"""Paths that a line may ask."""
 WAITING = 2
 """Requests sent for each that is decoded: while one ends, the next is prepared."""
-_UNLIMITED = 2**31
-_ID_PREFIX = "batch_req_"
-_BEGINNING = f'{{"id": "{_ID_PREFIX}'.encode()
-"""Of every line of answers."""
-
-
-@dataclass(frozen=True)
-class BatchLine:
-    """A request of a batch file.
-
-    Attributes:
-        custom_id: the client's, by which its answer is found.
-        url: one of `ENDPOINTS`.
-        body: of the request.
-    """
-
-    custom_id: str
-    url: str
-    body: dict[str, Any]
+READY_SECONDS = 1800.0
+"""How long the engine may take to be made."""
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -59,132 +41,10 @@ class BatchCounts:
     done: int
     failed: int
 
-
-@dataclass(frozen=True)
-class BatchFile:
-    """A batch file that has been checked as a whole.
-
-    Attributes:
-        path: of the file.
-        ids: every `custom_id`.
-        models: the names that bodies give their model.
-    """
-
-    path: Path
-    ids: frozenset[str]
-    models: frozenset[str]
-
     @classmethod
-    def read(cls, path: Path) -> BatchFile:
-        """Check a file.
-
-        Raises:
-            DataError: an unreadable or empty file, or a line that is not a request with a `custom_id` of its own.
-        """
-        ids: set[str] = set()
-        models: set[str] = set()
-        for number, line in _read_lines(path):
-            if line.custom_id in ids:
-                raise DataError(f"{path}, line {number}: custom_id {line.custom_id!r:.80} is there twice; ids are unique")
-            ids.add(line.custom_id)
-            if isinstance(name := line.body.get("model"), str):
-                models.add(name)
-        if not ids:
-            raise DataError(f"{path} holds no request; a batch file has one a line")
-        return cls(path, frozenset(ids), frozenset(models))
-
-    def lines(self) -> Iterator[BatchLine]:
-        """The requests, one at a time; raises DataError as `read`."""
-        return (line for _, line in _read_lines(self.path))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, BatchLine]]:
-    """The requests of a file with the numbers of their lines, from 1."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, _batch_line(text, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"cannot read {path}: {reason}") from error
-
-
-def _batch_line(text: str, where: str) -> BatchLine:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({str(error)[:80]}); a batch file has one request a line") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: {values!r:.40} is not an object with custom_id, method, url and body")
-    custom_id, method, url, body = (values.get(key) for key in ("custom_id", "method", "url", "body"))
-    if not isinstance(custom_id, str) or not custom_id:
-        raise DataError(f"{where}: custom_id is {custom_id!r:.40}; it must be a text, by which the answer is found")
-    if method not in (None, "POST"):
-        raise DataError(f"{where}: method is {method!r:.40}; it must be POST")
-    if url not in ENDPOINTS:
-        raise DataError(f"{where}: url is {url!r:.80}; it must be one of {', '.join(ENDPOINTS)}")
-    if not isinstance(body, dict):
-        raise DataError(f"{where}: body is {body!r:.40}; it must be an object, the body of a request")
-    return BatchLine(custom_id, url, body)
-
-
-class BatchAnswers:
-    """The file of answers: what is there already, and where the next one goes."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, for this job alone; a torn last line, of a killed run, is cut off.
-
-        Raises:
-            DataError: a file that holds something else, or that another job is writing.
-            CheckpointError: it cannot be written.
-        """
-        self._path = path
-        self.failed: dict[str, bool] = {}
-        """Of every answer by its custom_id, whether it is an error."""
-        with disk_errors(path), ExitStack() as stack:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = stack.enter_context(path.open("ab"))
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(f"another job is writing {path}; wait for it, or choose another file") from error
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            lines = content[:whole].splitlines()
-            for number, text in enumerate(lines, 1):
-                self._read(text, number)
-            torn = content[whole:]
-            if not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
-                raise self._foreign(len(lines) + 1)
-            if torn:
-                os.truncate(path, whole)
-            stack.pop_all()
-
-    def _read(self, text: bytes, number: int) -> None:
-        try:
-            record = json.loads(text)
-            self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._foreign(number) from error
-
-    def _foreign(self, number: int) -> DataError:
-        return DataError(f"{self._path}, line {number}: not an answer of a batch; choose another file")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append an answer; raises CheckpointError on a full disk."""
-        # Half of a surrogate pair, which a request may hold, is written as JSON's escape.
-        text = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
-        with disk_errors(self._path):
-            self._file.write(text + b"\n")
-            self._file.flush()
-        self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
-
-    def close(self) -> None:
-        """Write everything to the disk."""
-        with disk_errors(self._path):
-            os.fsync(self._file.fileno())
-            self._file.close()
+    def of(cls, requests: BatchFile, answers: BatchAnswers) -> BatchCounts:
+        """The counts of a file and its answers."""
+        return cls(len(requests.ids), len(answers.failed), sum(answers.failed.values()))
 
 
 def run_batch(
@@ -209,6 +69,8 @@ def run_batch(
     Raises:
         DataError: `out` holds something else, or another job is writing it.
         CheckpointError: the disk is full.
+        TrainingError: the engine does not get ready.
+        UnmaskError: the engine cannot be made.
     """
     answers = BatchAnswers(out)
     try:
@@ -216,79 +78,126 @@ def run_batch(
         if strangers:
             raise DataError(f"{out} answers {min(strangers)!r:.80}, which {requests.path} does not ask; choose another file")
 
-        def counts() -> BatchCounts:
-            return BatchCounts(len(requests.ids), len(answers.failed), sum(answers.failed.values()))
-
         def write(record: dict[str, Any]) -> None:
             answers.write(record)
-            on_progress(counts())
+            on_progress(BatchCounts.of(requests, answers))
 
-        on_progress(counts())
+        on_progress(BatchCounts.of(requests, answers))
         if len(answers.failed) < len(requests.ids):
-            config = replace(config, max_queue=_UNLIMITED, timeout=float("inf"))
             waiting = (line for line in requests.lines() if line.custom_id not in answers.failed)
-            asyncio.run(_answer_all(create_app(language_model, config), waiting, write, config, should_stop))
-        return counts()
+            asyncio.run(_run(language_model, config, waiting, write, should_stop))
+        return BatchCounts.of(requests, answers)
     finally:
         answers.close()
 
 
-async def _answer_all(
-    app: FastAPI,
+async def _run(
+    language_model: LanguageModel,
+    config: ServerConfig,
     lines: Iterator[BatchLine],
     write: Callable[[dict[str, Any]], None],
-    config: ServerConfig,
     should_stop: Callable[[], bool],
 ) -> None:
-    async with _client(app) as client:
+    failures: list[BaseException] = []
+    app = create_app(language_model, config, on_failure=failures.append)
+    slots = asyncio.Semaphore(WAITING * config.max_concurrent)
+
+    async def admit() -> bool:
+        await slots.acquire()
+        return not should_stop()
+
+    async with app.router.lifespan_context(app), batch_client(app) as client:
+
+        async def wait_ready() -> None:
+            deadline = time.monotonic() + READY_SECONDS
+            while (await client.get("/ready")).status_code != 200:
+                if failures:
+                    raise failures[0]
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"the engine is not ready after {READY_SECONDS:g} s; try a smaller model")
+                await asyncio.sleep(_POLL_SECONDS)
+
+        await wait_ready()
         name = app.state.unmask.model.name
-        running: set[asyncio.Task[dict[str, Any]]] = set()
-        exhausted = False
+        await answer_lines(lines, lambda line: ask(client, line, name, wait_ready), write, admit, slots.release)
+
+
+async def answer_lines(
+    lines: Iterator[BatchLine],
+    ask_line: Callable[[BatchLine], Awaitable[dict[str, Any]]],
+    write: Callable[[dict[str, Any]], None],
+    admit: Callable[[], Awaitable[bool]],
+    release: Callable[[], None],
+) -> None:
+    """Ask lines together and write their answers as they come; an exception ends what runs.
+
+    Args:
+        lines: what is asked.
+        ask_line: gives the record of a line's answer.
+        write: takes it.
+        admit: waits until one more line may be asked; False: no more are, and those that run are finished.
+        release: called when a line that was admitted is done.
+    """
+
+    async def answer(line: BatchLine) -> None:
         try:
-            while True:
-                while not exhausted and len(running) < WAITING * config.max_concurrent and not should_stop():
-                    line = next(lines, None)
-                    if line is None:
-                        exhausted = True
-                    else:
-                        running.add(asyncio.create_task(_answer(client, line, name)))
-                if not running:
-                    return
-                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    write(task.result())
+            write(await ask_line(line))
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            release()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for line in lines:
+                if not await admit():
+                    release()
+                    return
+                group.create_task(answer(line))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 @asynccontextmanager
-async def _client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of the application, which runs meanwhile."""
+async def batch_client(app: FastAPI, marks: Mapping[str, Any] | None = None) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an application that runs in this process, whose requests come after all others.
+
+    Args:
+        app: the application, running.
+        marks: entries of the ASGI scope of its requests.
+    """
+    entries = {"unmask.background": True, **(marks or {})}
+
+    async def marked(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, **entries}, receive, send)
+
     # What fails within the application is the answer to one request (500), not the end of the batch.
-    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client,
-    ):
-        while (await client.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.05)
+    transport = httpx2.ASGITransport(marked, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
         yield client
 
 
-async def _answer(client: httpx2.AsyncClient, line: BatchLine, name: str) -> dict[str, Any]:
-    """The record of a line's answer; a body without a model means the one that there is."""
+async def ask(
+    client: httpx2.AsyncClient, line: BatchLine, name: str, wait_ready: Callable[[], Awaitable[None]]
+) -> dict[str, Any]:
+    """The record of a line's answer.
+
+    Args:
+        client: from `batch_client`.
+        line: of a batch file; a body without a model means the one that there is.
+        name: of that model.
+        wait_ready: awaited while the engine is made anew; raises where it will not be.
+    """
     if line.body.get("stream"):
         message = "stream is true; the answers of a batch are whole, leave it out"
         status, request_id, body = 400, "", {"error": {"message": message, "type": "invalid_request_error", "param": "stream"}}
     else:
         # As it is in the file: a client would refuse NaN, and half of a surrogate pair.
         asked = json.dumps({"model": name, **line.body}).encode()
-        response = await client.post(line.url, content=asked, headers={"content-type": "application/json"})
+        headers = {"content-type": "application/json"}
+        while (response := await client.post(line.url, content=asked, headers=headers)).status_code == 503:
+            await wait_ready()
         status, request_id, body = response.status_code, response.headers.get("x-request-id", ""), _body(response)
     answered = {"status_code": status, "request_id": request_id, "body": body}
-    return {"id": f"{_ID_PREFIX}{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}
+    return {"id": f"{ID_PREFIX}{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": answered, "error": None}
 
 
 def _body(response: httpx2.Response) -> Any:

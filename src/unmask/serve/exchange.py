@@ -48,9 +48,10 @@ async def _current_state(request: HttpRequest) -> AppState:
 CurrentState = Annotated[AppState, Depends(_current_state)]
 
 
-async def _state_with_room(state: CurrentState) -> AppState:
+async def _state_with_room(http: HttpRequest, state: CurrentState) -> AppState:
     """Refuses a request before its body is parsed where the queue is full: overload costs nothing."""
-    state.worker.check_room()
+    if not http.scope["unmask.background"]:
+        state.worker.check_room()
     return state
 
 
@@ -199,7 +200,7 @@ async def open_exchange(
     state: AppState, http: HttpRequest, prepared: PreparedRequests, *, watch: bool = False
 ) -> AsyncIterator[Exchange]:
     """Submit requests; when the client disconnects or the block is left early, they end and their cache blocks are free."""
-    submission = state.worker.submit(prepared.requests, watch=watch)
+    submission = state.worker.submit(prepared.requests, watch=watch, background=http.scope["unmask.background"])
     exchange = Exchange(state, http, prepared, submission)
     watcher = asyncio.create_task(_abort_on_disconnect(http, submission))
     try:

@@ -80,11 +80,13 @@ class Guard:
         client_id = headers.get("x-request-id", "")
         scope["unmask.id"] = client_id if _CLIENT_ID.fullmatch(client_id) else secrets.token_hex(12)
         scope["unmask.details"] = {}
+        scope.setdefault("unmask.background", False)  # True: a line of a batch, which this process asks itself
         forms = self._error_forms.items()
         scope["unmask.error_form"] = next((form for prefix, form in forms if scope["path"].startswith(prefix)), openai_error)
         response = _Response(scope, receive, send)
         try:
-            self._check(scope, headers)
+            if not scope["unmask.background"]:
+                self._check(scope, headers)
             await self._app(scope, _LimitedBody(receive, self._max_body).receive, response.send)
         except ApiError as error:
             await response.fail(error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ from unmask.serve.vllm_metrics import TokenTimes
 
 _JOIN_SECONDS = 10.0
 """How long a shutdown waits for the current forward, or for a model that is still loading."""
+_BACKGROUND_PRIORITY = 2**20
+"""Of requests that come after all others."""
 _log = logging.getLogger("unmask.serve")
 _Command = Callable[[Engine], None]
 
@@ -44,8 +47,8 @@ class Submission:
     one update per request.
     """
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool) -> None:
-        self.requests, self.watch = list(requests), watch
+    def __init__(self, worker: Worker, requests: Sequence[Request], *, watch: bool, background: bool) -> None:
+        self.requests, self.watch, self.background = list(requests), watch, background
         self.started = time.perf_counter()
         self.times = [TokenTimes(self.started) for _ in self.requests]
         self.unfinished = set(range(len(self.requests)))
@@ -164,6 +167,11 @@ class Worker:
         return sum(len(submission.unfinished) for submission in self._submissions)
 
     @property
+    def num_background(self) -> int:
+        """Those of batches among them."""
+        return sum(len(submission.unfinished) for submission in self._submissions if submission.background)
+
+    @property
     def is_idle(self) -> bool:
         """Nothing to do for the thread: no request in the engine, and no command."""
         return not (self._numbers or self._commands)
@@ -179,17 +187,27 @@ class Worker:
         Raises:
             ApiError: the queue is full, or the server is not ready.
         """
+        self._check_ready()
+        num_requests = self.num_requests - self.num_background
+        if num_requests + count > self._max_requests:
+            wait = self._drain_rate.retry_seconds(count, self.loop.time())
+            message = f"{num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
+
+    def _check_ready(self) -> None:
+        """Raises: ApiError: the server is starting or shutting down."""
         if self._draining:
             raise stopping()
         if self._engine is None:
             raise loading()
-        if self.num_requests + count > self._max_requests:
-            wait = self._drain_rate.retry_seconds(count, self.loop.time())
-            message = f"{self.num_requests} requests are queued and running, of at most {self._max_requests}; retry in {wait} s"
-            raise ApiError(429, message, code="queue_full", headers={"retry-after": str(wait)})
 
-    def submit(self, requests: Sequence[Request], *, watch: bool = False) -> Submission:
+    def submit(self, requests: Sequence[Request], *, watch: bool = False, background: bool = False) -> Submission:
         """Queue requests of one client.
+
+        Args:
+            requests: of one body.
+            watch: also deliver what every forward saw.
+            background: of a batch: they come after all others, take no place in the queue and do not time out.
 
         Raises:
             ApiError: the queue is full, the server is not ready, or the engine cannot serve one of them.
@@ -201,12 +219,16 @@ class Worker:
                 raise bad_request(str(error)) from error
         if len(requests) > self._max_requests:
             raise bad_request(f"{len(requests)} completions requested; this server accepts {self._max_requests} at once", "n")
-        self.check_room(len(requests))
-        submission = Submission(self, requests, watch=watch)
+        if background:
+            self._check_ready()
+        else:
+            self.check_room(len(requests))
+        submission = Submission(self, requests, watch=watch, background=background)
         if not self._submissions:
             self._drain_rate.begin(self.loop.time())
-        expiry = (submission, timed_out(self._timeout), "timeout")
-        self._submissions[submission] = self.loop.call_later(self._timeout, self._end, *expiry)
+        timeout = math.inf if background else self._timeout
+        expiry = (submission, timed_out(timeout), "timeout")
+        self._submissions[submission] = self.loop.call_later(timeout, self._end, *expiry)
         self._send(lambda engine: self._add(engine, submission))
         return submission
 
@@ -222,6 +244,8 @@ class Worker:
     async def close(self, grace: float) -> None:
         """Wait up to `grace` seconds for what runs, fail the rest and end the thread; a second call can shorten the wait."""
         self.drain()
+        for submission in [each for each in self._submissions if each.background]:
+            self._end(submission, stopping(), "shutdown")  # asked again when the batch goes on
         deadline = time.perf_counter() + grace
         while self._submissions and time.perf_counter() < deadline:
             await asyncio.sleep(0.02)
@@ -313,7 +337,8 @@ class Worker:
             # Requests beyond what can run together queue as if they arrived when those before them end, so that another
             # client's requests need not wait for all of them.
             wave = index // engine.scheduler.max_num_seqs
-            priority = request.priority + wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
+            priority = request.priority + _BACKGROUND_PRIORITY * submission.background
+            priority += wave * (1 + request.num_wanted // STEPS_PER_PRIORITY)
             try:
                 self._numbers[engine.add(replace(request, priority=priority), watch=submission.watch)] = (submission, index)
             except RequestError as error:

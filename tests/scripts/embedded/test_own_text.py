@@ -10,7 +10,7 @@ from typing import Any
 import own_text
 import pytest
 from decoders import EngineDecoder
-from own_text import Job, Shards, Writer, chat_job, cut_torn_line, loops, make_jobs, text_job
+from own_text import Job, Shards, Writer, chat_job, loops, make_jobs, text_job
 from prompts import Prompt
 
 import unmask
@@ -144,16 +144,6 @@ def test_dropped_prompts_are_not_asked_again(model: LanguageModel, tmp_path: Pat
     shards = write(model, tmp_path, jobs())
     assert shards.tokens == 0
     assert len(shards.dropped) == len(jobs())
-
-
-def test_cut_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes("one\u2028\ntwö\nthr".encode())
-    assert cut_torn_line(path) == ["one\u2028", "twö"]
-    assert path.read_text(encoding="utf-8") == "one\u2028\ntwö\n"
-    path.write_text("no line end")
-    assert cut_torn_line(path) == []
-    assert path.read_text() == ""
 
 
 def test_loops(monkeypatch: pytest.MonkeyPatch) -> None:
