@@ -142,6 +142,7 @@ class Timed:
     def __init__(self, backend: Backend, timed: Callable[..., Any]) -> None:
         self.config, self.device, self.dtype = backend.config, backend.device, backend.dtype
         self.new_kv_cache, self.prefill_chunk, self.kernels = backend.new_kv_cache, backend.prefill_chunk, backend.kernels
+        self.prepare_adapter = backend.prepare_adapter
         self.forward, self.logits, self.greedy = timed(backend.forward), timed(backend.logits), timed(backend.greedy)
 
 

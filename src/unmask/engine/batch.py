@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unmask.models.weights.lora_adapter import LoraAdapter
+
 Ints = NDArray[np.int64]
 
 
@@ -31,6 +33,7 @@ class SequenceSlice(NamedTuple):
         block_table: cache blocks of the sequence in order, at least up to the last of these positions.
         mask_block_size: attention is block-causal with blocks of this size; 1 is causal.
         causal_end: positions below it attend causally and are clean; those from it on are noisy (`Batch.is_noisy_T`).
+        adapter: LoRA that these tokens are computed with; None: the model as it is.
     """
 
     tokens: Sequence[int]
@@ -38,6 +41,15 @@ class SequenceSlice(NamedTuple):
     block_table: Sequence[int]
     mask_block_size: int
     causal_end: int = 0
+    adapter: LoraAdapter | None = None
+
+
+class AdaptedRun(NamedTuple):
+    """Consecutive tokens of a forward with one adapter."""
+
+    start: int
+    stop: int
+    adapter: LoraAdapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +163,7 @@ class Batch:
         """int64 on the host, for kernels whose mask has one form per call. A segment is a sequence, or its causal and its
         noisy part: start, stop (tokens of the forward), first position, mask block size, noisy (0 or 1), sequence."""
         segments, row = list[tuple[int, ...]](), 0
-        for number, (tokens, start, _, mask_block_size, causal_end) in enumerate(self.slices):
+        for number, (tokens, start, _, mask_block_size, causal_end, _) in enumerate(self.slices):
             stop = row + len(tokens)
             border = row + min(max(causal_end - start, 0), len(tokens))
             if border > row:
@@ -160,6 +172,18 @@ class Batch:
                 segments.append((border, stop, start + border - row, mask_block_size, 1, number))
             row = stop
         return np.array(segments, dtype=np.int64)
+
+    @cached_property
+    def adapted_runs(self) -> list[AdaptedRun]:
+        """Tokens that have an adapter; sequences next to each other with the same one are one run."""
+        runs, row = list[AdaptedRun](), 0
+        for each in self.slices:
+            start, row = row, row + len(each.tokens)
+            if each.adapter is not None:
+                joins = bool(runs) and runs[-1].stop == start and runs[-1].adapter is each.adapter
+                start = runs.pop().start if joins else start
+                runs.append(AdaptedRun(start, row, each.adapter))
+        return runs
 
     @cached_property
     def host_positions_T(self) -> Ints:

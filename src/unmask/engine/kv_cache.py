@@ -19,13 +19,13 @@ class PrefixHashes:
     """Prefix hashes of a sequence's full cache blocks.
 
     Within a diffusion block every token sees every other, so what a cache block holds depends on all tokens up to the end of
-    the diffusion block that its last token is in. Its prefix hash is one of those tokens, the diffusion block size, and its
-    index in the block table.
+    the diffusion block that its last token is in. Its prefix hash is one of those tokens, the diffusion block size, its
+    index in the block table, and a `key` (at most 64 bytes) that tells apart what computes it: an adapter's digest.
     """
 
-    def __init__(self, block_size: int, cache_block_size: int) -> None:
+    def __init__(self, block_size: int, cache_block_size: int, key: bytes = b"") -> None:
         self.block_size, self.cache_block_size = block_size, cache_block_size
-        self._chain = blake2b(block_size.to_bytes(4, "little"), digest_size=16)
+        self._chain = blake2b(block_size.to_bytes(4, "little"), digest_size=16, key=key)
         self._blocks: list[bytes] = []
         self.hashes: list[bytes] = []
 

@@ -36,6 +36,7 @@ from unmask.errors import RequestError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
+from unmask.models.weights.lora_adapter import LoraAdapter
 
 if TYPE_CHECKING:
     from unmask.engine.grammar import Grammar, GrammarCompiler
@@ -60,6 +61,7 @@ class LanguageModel:
     Attributes:
         config: the architecture and special token ids.
         quantize: the weights that decode: "int8", "int4" or "none".
+        adapter: LoRA that its requests have (`adapted_model`).
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class LanguageModel:
         if expert_capacity is not None:
             self.config.with_expert_capacity(expert_capacity)  # checks it
             self._native = None if self._native is None else self._native.with_expert_capacity(expert_capacity)
+        self.adapter: LoraAdapter | None = None
         bits = PACKED_BITS["none"] if self._native is None else self._native.bits
         self.quantize = next(name for name in PACKED_BITS if PACKED_BITS[name] == bits)
 
@@ -196,9 +199,7 @@ class LanguageModel:
         mask_id: int | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Answer many prompts at once, each exactly as `generate` would, sharing forwards.
-
-        Sampled answers to equal prompts differ: the first is `generate`'s."""
+        """Answer many prompts at once, each as `generate` would; samples of equal prompts differ, the first is `generate`'s."""
         started = time.perf_counter()
         self._need_tokenizer()
         if isinstance(prompts, str):
@@ -208,10 +209,8 @@ class LanguageModel:
         engine = self.engine(mask_id=mask_id)
         setup_seconds = time.perf_counter() - started
         completions = engine.run(requests)
-        return [
-            Generation.from_completion(each, len(ids), setup_seconds=setup_seconds)
-            for ids, each in zip(encoded, completions, strict=True)
-        ]
+        pairs = zip(encoded, completions, strict=True)
+        return [Generation.from_completion(each, len(ids), setup_seconds=setup_seconds) for ids, each in pairs]
 
     def infill(
         self,
@@ -333,6 +332,7 @@ class LanguageModel:
             sample=sample,
             priority=priority,
             trace=trace,
+            adapter=self.adapter,
         )
 
     def score(self, text: str, *, after: str = "", alternatives: int = 0) -> tuple[TokenLogprob, ...]:

@@ -20,6 +20,7 @@ from unmask.engine.policies import POLICIES
 from unmask.engine.sampling_params import ResolvedParams
 from unmask.errors import RequestError
 from unmask.models.arch.config import ModelConfig
+from unmask.models.weights.lora_adapter import LoraAdapter
 
 if TYPE_CHECKING:
     from unmask.engine.grammar import Grammar
@@ -42,6 +43,7 @@ class Request:
         sample: number of the completion among several of one prompt and seed; part of the key of all random numbers.
         priority: a request of priority p starts as if it had come 64 p steps later (earlier when negative).
         trace: keep every step.
+        adapter: LoRA that its tokens are computed with, whatever those beside them have; None: the model as it is.
     """
 
     ids: tuple[int | None, ...]
@@ -52,6 +54,7 @@ class Request:
     sample: int = 0
     priority: int = 0
     trace: bool = False
+    adapter: LoraAdapter | None = None
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
@@ -124,14 +127,14 @@ class Request:
 
 
 def distinct_samples(requests: Iterable[Request]) -> list[Request]:
-    """The same requests, in order, those of one prompt and seed numbered on by `sample`, so that no two draw the same.
+    """The same requests, in order, those of one prompt, seed and adapter numbered on by `sample`: no two draw the same.
 
     The first of them draws what it draws alone, whatever else is asked for.
     """
-    seen: Counter[tuple[tuple[int | None, ...], int]] = Counter()
+    seen: Counter[tuple[tuple[int | None, ...], int, LoraAdapter | None]] = Counter()
     numbered = []
     for request in requests:
-        key = request.ids, request.params.seed
+        key = request.ids, request.params.seed, request.adapter
         numbered.append(replace(request, sample=request.sample + seen[key]))
         seen[key] += 1
     return numbered

@@ -37,7 +37,12 @@ class Runner:
         inputs = self.backend.config.inputs
         slices = [
             SequenceSlice(
-                inputs(each.tokens, each.start, each.stop), each.start, each.block_table, each.mask_block_size, each.causal_end
+                inputs(each.tokens, each.start, each.stop),
+                each.start,
+                each.block_table,
+                each.mask_block_size,
+                each.causal_end,
+                each.request.adapter,
             )
             for each in scheduled
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unmask.engine.batch import Batch
 from unmask.models.arch.config import ModelConfig
+from unmask.models.weights.lora_adapter import LoraAdapter
 
 
 class Backend(Protocol):
@@ -52,8 +53,19 @@ class Backend(Protocol):
         """
         ...
 
+    def prepare_adapter(self, adapter: LoraAdapter) -> None:
+        """Make what `forward` needs of an adapter, which takes a moment; without this call the first forward does.
+
+        Raises:
+            ConfigError: the adapter is of another model.
+        """
+        ...
+
     def forward(self, batch: Batch, kv_cache: Tensor) -> Tensor:
-        """Hidden states [T, D] after the final norm; keys and values of the batch are written to their slots."""
+        """Hidden states [T, D] after the final norm; keys and values of the batch are written to their slots.
+
+        Tokens of sequences with an adapter (`Batch.adapted_runs`) are computed with it, all others as if there were none.
+        """
         ...
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

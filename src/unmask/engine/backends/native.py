@@ -28,6 +28,7 @@ from unmask.models.native.packed import PackedTransformer
 from unmask.models.native.packed_cache import PackedCache
 from unmask.models.native.packing import OnLayer, pack_model
 from unmask.models.weights.checkpoint import ModelParts
+from unmask.models.weights.lora_adapter import LoraAdapter
 
 
 class NativeBackend(PackedTransformer):
@@ -50,6 +51,9 @@ class NativeBackend(PackedTransformer):
         config = self.config
         shape = (config.num_layers, 2, config.num_kv_heads, num_cache_blocks * cache_block_size, config.head_dim)
         return unwritten_tensor(shape, self.dtype, self.device)
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> None:
+        raise NotImplementedError
 
     def forward(self, batch: Batch, kv_cache: Tensor, *, touched_L: Ints | None = None) -> Tensor:
         size = batch.cache_block_size

@@ -13,6 +13,7 @@ import math
 import mmap
 import sys
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,12 +21,16 @@ from torch import Tensor
 
 from unmask.diffusion.decode import greedy_candidates
 from unmask.diffusion.objectives import ban_mask
+from unmask.engine.backends.adapters import PreparedAdapters
 from unmask.engine.batch import Batch, Ints
 from unmask.models.arch.attention import Attend, sdpa
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.moe import TokenBlocks
+from unmask.models.arch.row_lora import AdaptedRows, LayerUpdate, RowSelection, with_row_lora
 from unmask.models.arch.transformer import Transformer, reconfigured
 from unmask.models.dtypes import dtype_name
+from unmask.models.weights.adapter import adaptable_layers
+from unmask.models.weights.lora_adapter import LoraAdapter, check_adapter
 
 _SHORT, _FEW = 16, 64
 """Numbers of tokens and keys up to which padding costs less than another call."""
@@ -41,6 +46,8 @@ class TorchBackend:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
+        self._adapters = PreparedAdapters(self._updates)
+        self._adapted_rows = RowSelection()
 
     def with_expert_capacity(self, expert_capacity: int) -> TorchBackend:
         """The same weights with block routing."""
@@ -72,6 +79,19 @@ class TorchBackend:
         shape = (config.num_layers, 2, num_cache_blocks, cache_block_size, config.num_kv_heads, config.head_dim)
         return unwritten_tensor(shape, self.dtype, self.device)
 
+    def prepare_adapter(self, adapter: LoraAdapter) -> None:
+        self._adapters.of(adapter)
+
+    def _updates(self, adapter: LoraAdapter) -> dict[str, LayerUpdate]:
+        check_adapter(adapter, self.config)
+        updates = adapter.updates.items()
+        return {name: LayerUpdate(*(each.to(self.device, self.dtype) for each in update)) for name, update in updates}
+
+    @cached_property
+    def _model_by_row(self) -> Transformer:
+        """The same weights, computed with the adapters of `_adapted_rows`."""
+        return with_row_lora(self.model, adaptable_layers(self.config), self._adapted_rows)
+
     def attend(self, batch: Batch, kv_cache: Tensor) -> Attend:
         """Attention of one forward."""
         return PaddedAttend(batch, kv_cache)
@@ -83,7 +103,12 @@ class TorchBackend:
         token_blocks = None
         if self.config.moe is not None and self.config.moe.expert_capacity is not None:
             token_blocks = TokenBlocks(batch.mask_block_T, int(batch.host_mask_block_T[-1]) + 1)
-        hidden: Tensor = self.model(
+        model = self.model
+        if batch.adapted_runs:
+            model = self._model_by_row
+            runs = batch.adapted_runs
+            self._adapted_rows.rows = [AdaptedRows(run.start, run.stop, self._adapters.of(run.adapter)) for run in runs]
+        hidden: Tensor = model(
             batch.tokens_T[None], batch.positions_T[None], attend, noisy_BT=noisy_BT, token_blocks=token_blocks
         )
         return hidden[0]

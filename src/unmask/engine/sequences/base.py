@@ -111,7 +111,8 @@ class DecodingSequence(ABC):
     ) -> None:
         self._history = DraftHistory() if history is None else history
         self.request, self.number, self.mask_id, self._decode, self._shifted = request, number, mask_id, decode, shifted
-        self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size)
+        key = b"" if request.adapter is None else request.adapter.digest
+        self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size, key)
         self.committed = 0
         self.block_table: list[int] = []
         self.num_published = 0

@@ -206,12 +206,8 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
         ConfigError: the model has an adapter already.
     """
     settings, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
-    parts = {module: rows for layer in _adaptable_layers(model.config).values() for module, rows in layer}
-    try:
-        loras = read_settings(settings, parts)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from error
-    _check_fit(folder, model, settings, loras, tensors)
+    loras = adapter_loras(folder, model.config, settings)
+    check_fit(folder, model.config, settings, loras, tensors)
     if model.config.tied_head and _unties(model, settings, tensors):
         untie_head(model)
     vocabulary = {name: parameter for name, parameter in _vocabulary_tensors(model).items() if name in tensors}
@@ -237,7 +233,25 @@ def stored_vocab_size(folder: Path, config: ModelConfig) -> int | None:
     return None if shape is None else shape[0]
 
 
-def _adaptable_layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
+def adapter_loras(folder: Path, config: ModelConfig, settings: Mapping[str, Any]) -> dict[str, ModuleLora]:
+    """Rank and alpha of each module that an adapter changes, by its name on disk; as of `read_settings`.
+
+    Raises:
+        CheckpointError: a setting is not supported, or no module is changed.
+    """
+    parts = [module for layer in adaptable_layers(config).values() for module, _ in layer]
+    try:
+        return read_settings(settings, parts)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {error}") from error
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """Names of A and B of a module in the file."""
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def adaptable_layers(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     """The linear layers that can be adapted: of each, the modules on disk that are fused in it and their rows, in order."""
     layers: dict[str, list[tuple[str, int]]] = {}
     for name, tensor in stored_tensors(config).items():
@@ -254,7 +268,7 @@ def _attach(
         raise ConfigError("the model has an adapter already; fold it in first (save the model and load it)")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, modules in _adaptable_layers(model.config).items():
+    for name, modules in adaptable_layers(model.config).items():
         parts = [(rows, lora_of(module)) for module, rows in modules]
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear), f"{name} is not a linear layer"
@@ -277,21 +291,26 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _adapter_tensors(model: Transformer) -> tuple[dict[str, ModuleLora], dict[str, Tensor]]:
     """Rank and alpha of each adapted module on disk, and the tensors A and B under their names in the file."""
-    layers, loras, tensors = _adaptable_layers(model.config), {}, {}
+    layers, loras = adaptable_layers(model.config), {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in _lora_layers(model):
         for number, (module, _) in enumerate(layers[name]):
             lora = layer.parts[number][1]
             if lora is not None:
                 loras[module] = lora
-                tensors[f"{_PREFIX}{module}.lora_A.weight"] = layer.lora_a[str(number)]
-                tensors[f"{_PREFIX}{module}.lora_B.weight"] = layer.lora_b[str(number)]
+                a, b = tensor_names(module)
+                tensors |= {a: layer.lora_a[str(number)], b: layer.lora_b[str(number)]}
     return loras, tensors
 
 
 def _vocabulary_tensors(model: Transformer) -> dict[str, Tensor]:
     """Embedding and head, which may be one tensor, under their names in the file."""
-    names = (family_of(model.config).embedding, _HEAD)
-    return {f"{_PREFIX}{names[0]}.weight": model.embed.weight, f"{_PREFIX}{names[1]}.weight": model.head_weight}
+    return dict(zip(vocabulary_names(model.config), (model.embed.weight, model.head_weight), strict=True))
+
+
+def vocabulary_names(config: ModelConfig) -> list[str]:
+    """Names of embedding and head in the file."""
+    return [f"{_PREFIX}{name}.weight" for name in (family_of(config).embedding, _HEAD)]
 
 
 def _unties(model: Transformer, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
@@ -302,25 +321,24 @@ def _unties(model: Transformer, settings: Mapping[str, Any], tensors: Mapping[st
     return not torch.equal(head, model.embed.weight.to(head) if embedding is None else embedding)
 
 
-def _check_fit(
+def check_fit(
     folder: Path,
-    model: Transformer,
+    config: ModelConfig,
     settings: Mapping[str, Any],
     loras: Mapping[str, ModuleLora],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Compare the file with the model.
+    """Compare an adapter's file with the config of its base.
 
     Raises:
         CheckpointError: all mismatches, in one error.
     """
     expected: dict[str, tuple[int, ...]] = {}
-    stored = stored_tensors(model.config)
+    stored = stored_tensors(config)
     for module, lora in loras.items():
         rows, columns = stored[f"{module}.weight"].shape
-        expected[f"{_PREFIX}{module}.lora_A.weight"] = (lora.rank, columns)
-        expected[f"{_PREFIX}{module}.lora_B.weight"] = (rows, lora.rank)
-    vocabulary = _vocabulary_tensors(model)
+        expected |= dict(zip(tensor_names(module), ((lora.rank, columns), (rows, lora.rank)), strict=True))
+    vocabulary = vocabulary_names(config)
     saved = settings.get("modules_to_save") or []
     modules = {name: name.removeprefix(_PREFIX).removesuffix(".weight") for name in vocabulary}
     wanted = {name for name, module in modules.items() if any(f".{module}".endswith(f".{last}") for last in saved)}
@@ -329,7 +347,8 @@ def _check_fit(
         for last in saved
         if not any(f".{module}".endswith(f".{last}") for module in modules.values())
     ]
-    expected |= {name: tuple(vocabulary[name].shape) for name in vocabulary if name in tensors or name in wanted}
+    size = (config.vocab_size, config.hidden_size)
+    expected |= {name: size for name in vocabulary if name in tensors or name in wanted}
     problems += [f"missing: {name}" for name in expected if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected]
     problems += [
