@@ -1,6 +1,8 @@
 """LLaDA2.0-mini's size on this machine: made with random weights, quantised, opened, and its forwards beside their floors.
 
     python benchmarks/mini16b.py [--layers 20] [--bits 4] [--folder out/mini16b] [--keep] [--json]
+    python benchmarks/mini16b.py --preset llada2-flash --layers 3 --keep     # 100 billion parameters have 32 layers
+    systemd-run --scope -p MemoryMax=3G python benchmarks/mini16b.py --stage generate     # with less memory than weights
 
 Weights are random (seeded): sizes, memory and time are those of the published model; tokens are random, too, so that experts
 are chosen about evenly, which a trained router does less. The bfloat16 checkpoint (32 GB) is removed once it is quantised, and
@@ -58,9 +60,9 @@ _POOL = 2**24 + 43
 _STD = 0.02
 
 
-def geometry(num_layers: int | None, *, smoke: bool) -> ModelConfig:
-    """The architecture of LLaDA2.0-mini, or of something tiny."""
-    config = read_config(published_config("llada2-mini"))
+def geometry(preset: str, num_layers: int | None, *, smoke: bool) -> ModelConfig:
+    """The architecture of a published model, or of something tiny."""
+    config = read_config(published_config(preset))
     if smoke:
         assert config.moe is not None
         moe = replace(config.moe, num_experts=16, num_active=4, expert_size=32, num_groups=4, num_active_groups=2)
@@ -124,6 +126,16 @@ def measure(folder: Path, bits: int, *, smoke: bool) -> dict[str, Any]:
     found["forwards"] = [forwards.timed(rows, floors) for rows in ROWS]
     found["limited"] = [limited.timed(rows, floors) for rows in ROWS[1:]]
     return found
+
+
+def generate(folder: Path, bits: int) -> dict[str, Any]:
+    """Decode a prompt, block by block, as `unmask generate` does."""
+    model = unmask.load(folder / f"int{bits}")
+    model.generate_ids(range(100, 132), max_new_tokens=1)
+    started = time.perf_counter()
+    tokens = len(model.generate_ids(range(200, 232), max_new_tokens=2 * BLOCK))
+    seconds = time.perf_counter() - started
+    return {"tokens": tokens, "tokens_per_second": tokens / seconds, "resident": _resident_bytes()}
 
 
 class Forwards:
@@ -206,7 +218,7 @@ def run_stage(name: str, options: Any) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     else:
         command = [sys.executable, __file__, "--stage", name, "--folder", options.folder, "--bits", options.bits]
-        command += ["--layers", options.layers] if options.layers else []
+        command += ["--preset", options.preset, *(["--layers", options.layers] if options.layers else [])]
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             output = process.stdout.read()
@@ -223,9 +235,10 @@ def run_stage(name: str, options: Any) -> dict[str, Any]:
 def stage_of(name: str, options: Any) -> Callable[[], dict[str, Any]]:
     """The work of a stage."""
     return {
-        "make": lambda: make(options.folder, geometry(options.layers, smoke=options.smoke)),
+        "make": lambda: make(options.folder, geometry(options.preset, options.layers, smoke=options.smoke)),
         "quantise": lambda: quantise(options.folder, options.bits),
         "measure": lambda: measure(options.folder, options.bits, smoke=options.smoke),
+        "generate": lambda: generate(options.folder, options.bits),
     }[name]
 
 
@@ -243,8 +256,8 @@ def check_disk(folder: Path, config: ModelConfig, bits: int) -> None:
 def run_stages(options: Any) -> dict[str, Any]:
     """All stages, and what they wrote removed again."""
     folder, packed = options.folder, options.folder / f"int{options.bits}"
-    config = geometry(options.layers, smoke=options.smoke)
-    found: dict[str, Any] = {"machine": machine(), "layers": config.num_layers}
+    config = geometry(options.preset, options.layers, smoke=options.smoke)
+    found: dict[str, Any] = {"machine": machine(), "preset": options.preset, "layers": config.num_layers}
     try:
         if not (packed / "config.json").exists():
             if not (folder / "bfloat16" / "config.json").exists():
@@ -296,7 +309,9 @@ def figures_of(found: dict[str, Any], *, is_whole: bool) -> dict[str, Figure]:
 
 def show(found: dict[str, Any], figures: dict[str, Figure]) -> None:
     """Tables of what was found."""
-    table = Table("", "value", "target", "", title=f"LLaDA2.0-mini's geometry, {found['layers']} layers", title_justify="left")
+    table = Table(
+        "", "value", "target", "", title=f"{found['preset']}'s geometry, {found['layers']} layers", title_justify="left"
+    )
     for name, each in figures.items():
         if " rows" not in name:
             target = "" if each["target"] is None else f"{each['target']:g}"
@@ -326,12 +341,15 @@ def show(found: dict[str, Any], figures: dict[str, Figure]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, help="fewer than all 20, where the disk is short: 1.6 GB of bfloat16 each")
+    parser.add_argument("--preset", choices=("llada2-mini", "llada2-flash"), default="llada2-mini", help="16 or 100 billion")
+    parser.add_argument(
+        "--layers", type=int, help="fewer than all 20 or 32, where the disk is short: 1.6 or 6.4 GB of bfloat16 each"
+    )
     parser.add_argument("--bits", type=int, choices=(8, 4), default=4)
     parser.add_argument("--folder", type=Path, default=Path("out/mini16b"), help="where models are written")
     parser.add_argument("--keep", action="store_true", help="remove nothing")
     parser.add_argument("--json", action="store_true", help="print the figures as one object")
-    parser.add_argument("--stage", choices=("make", "quantise", "measure"), help="that one alone, in this process")
+    parser.add_argument("--stage", choices=("make", "quantise", "measure", "generate"), help="that one alone, in this process")
     options = parser.parse_args(argv)
     if options.stage:
         print(json.dumps(stage_of(options.stage, options)()))
@@ -339,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.smoke:
         options.folder = options.results / "mini16b"
     found = run_stages(options)
-    figures = figures_of(found, is_whole=not options.smoke and options.layers is None)
+    figures = figures_of(found, is_whole=not options.smoke and options.layers is None and options.preset == "llada2-mini")
     write_results(results_path(options.results, "mini16b"), {"figures": figures, **found})
     show(found, figures)
     if options.json:

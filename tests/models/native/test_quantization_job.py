@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import unmask
 from helpers import disk_full, refused
 from runs import tiny_folder
 from tiny import tiny_model
 from unmask.errors import CheckpointError, ConfigError, UnmaskWarning
+from unmask.files import Writer, atomic_write
 from unmask.lock import locked
 from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.native.calibration import Calibration
 from unmask.models.native.library import kernel_variant
 from unmask.models.native.packed_folder import bytes_of_a_token, map_folder
 from unmask.models.native.packing import pack_model
@@ -154,6 +157,54 @@ def test_a_calibrated_job_goes_on_to_the_same_files(tmp_path: Path, family: str)
     assert (bits["blocks.0.qkv.base"], bits["blocks.0.down.base"], bits["head"]) == (4, 8, 8)
     if family == "llada2":
         assert bits["blocks.1.experts.down.base"] == 4
+
+
+@pytest.mark.parametrize("last", [".calibration.pt", ".quantization.json"])
+def test_a_calibration_killed_between_two_files_does_one_layer_again(
+    tmp_path: Path, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`last` is the file that is not written any more, behind the second layer."""
+    save_model(tiny_model("llama", num_layers=3), tmp_path / "model")
+    rows = torch.randint(0, 57, (4, 16), generator=torch.Generator().manual_seed(0))
+    job = QuantizationJob("it", tmp_path / "model", CALIBRATED, tokens_RT=rows)
+    job.run(tmp_path / "made")
+
+    def write_less(path: Path, write: Writer) -> None:
+        if path.name == last and (path.parent / "packed-00003-of-00004.safetensors").is_file():
+            raise KeyboardInterrupt
+        atomic_write(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unmask.models.native.quantization_job.atomic_write", write_less)
+        patch.setattr("unmask.files.atomic_write", write_less)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(tmp_path / "out")
+    done, next_layer = list[int](), Calibration.next_layer
+
+    def counted(self: Calibration, number: int) -> None:
+        done.append(number)
+        next_layer(self, number)
+
+    monkeypatch.setattr(Calibration, "next_layer", counted)
+    job.run(tmp_path / "out")
+    assert done == [1, 2]
+    assert content(tmp_path / "out") == content(tmp_path / "made")
+
+
+@pytest.mark.parametrize("recipe", [INT8, CALIBRATED])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, recipe: QuantizationRecipe) -> None:
+    model = tiny_model("llada2")
+    save_model(model, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    for name, value in (("model.layers.1.mlp.experts.1.up_proj.weight", torch.nan), ("lm_head.weight", torch.inf)):
+        before = tensors[name].clone()
+        tensors[name][1, 2] = value
+        save_file(tensors, file)
+        job = QuantizationJob("it", tmp_path / "model", recipe, tokens_RT=None if recipe == INT8 else torch.zeros(1, 8).long())
+        with refused(CheckpointError, tmp_path / "model", f"finite: {name};"):
+            job.run(tmp_path / "out" / name)
+        tensors[name] = before
 
 
 @pytest.mark.parametrize(

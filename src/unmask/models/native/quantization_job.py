@@ -75,10 +75,11 @@ class QuantizationJob:
             on_progress: sees the progress.
 
         Raises:
-            CheckpointError: the model is incomplete, or the disk is full; what is done is kept.
+            CheckpointError: the model is incomplete or has weights that are not finite, or the disk is full; what is done is
+                kept.
             ConfigError: the model, the recipe or `out` will not do.
         """
-        parts = load_parts(self.folder, dtype=_stored_dtype(self.folder))
+        parts = _finite(load_parts(self.folder, dtype=_stored_dtype(self.folder)), self.folder)
         config = parts.model.config
         layers = config.num_layers if self.num_layers is None else self.num_layers
         if not 0 < layers <= config.num_layers:
@@ -170,12 +171,12 @@ class _PieceWriter:
             sink.finish({}, {})
 
         atomic_write(path, write)
-        piece = describe_piece(path)
+        self._done.append(describe_piece(path))
+        self._record()
+        # After the record: a text that is one layer behind it can be gone on from, one that is ahead cannot.
         if number and self._calibration is not None:
             state = {"pieces": number + 1, "hidden": self._calibration.hidden_RTD}
             atomic_write(self._out / _TEXT, lambda file: torch.save(state, file))
-        self._done.append(piece)
-        self._record()
 
     def _record(self) -> None:
         atomic_write_json(self._out / PROGRESS, {"job": self._identity, "pieces": [asdict(each) for each in self._done]})
@@ -194,12 +195,13 @@ class _PieceWriter:
         recipe, path = self._job.recipe, self._out / _TEXT
         self._calibration = Calibration(self._parts, tokens_RT, recipe.width, uses_gptq=recipe.method == "gptq")
         state: dict[str, Any] = torch.load(path) if path.is_file() else {"pieces": 0}
-        if kept > 1 and state["pieces"] == kept:
+        if 1 < state["pieces"] <= kept:
             self._calibration.hidden_RTD = state["hidden"]
+            kept = state["pieces"]  # the layers behind it are done again: one, where the job was killed between the two files
         else:
-            # The text is known before the first layer and after the last one that was recorded.
-            del self._done[1:]
-        return len(self._done)
+            kept = min(kept, 1)  # before the first layer the text is known, too
+        del self._done[kept:]
+        return kept
 
     def _round(self, name: str, rows_TK: Tensor, first: int, bits: int) -> RoundedMatrix:
         found = None if self._calibration is None or bits != 4 else self._calibration.rounding(name, rows_TK, first)
@@ -235,6 +237,24 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(f"{out} is not a folder; choose another one")
     if out.is_dir() and not (out / PROGRESS).is_file() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose another folder")
+
+
+def _finite(parts: ModelParts, folder: Path) -> ModelParts:
+    """The parts of a model, looked at when they are read: a number that is not finite would spoil its matrix in silence."""
+
+    def read(parameter: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+        part = parts.read(parameter, index)
+        if not _is_finite(part):
+            stored = ((name, each) for name, each in stored_tensors(parts.model.config).items() if each.parameter == parameter)
+            names = [name for name, each in stored if not _is_finite(parts.read(parameter, each.index))]
+            raise CheckpointError(f"{folder} has weights that are not finite: {', '.join(names)}; fetch or train it again")
+        return part
+
+    return replace(parts, read=read)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
