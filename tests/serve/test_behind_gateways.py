@@ -1,35 +1,30 @@
-"""Workers behind gateways on loopback: one is killed, one drained, one added while clients stream.
-
-`UNMASK_GATEWAYS` is a folder of virtual environments named as the gateways' packages (`python -m venv sglang-router &&
-sglang-router/bin/pip install sglang-router`); those that are missing are skipped.
-"""
+"""Workers behind gateways on loopback: one is killed, one drained, one added while clients stream; prefixes are found again."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from gateway import GATEWAYS, Gateway, free_port
+from gateway_worker import gateway_worker
 from live import NAME
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
-NUM_CLIENTS = 16
+NUM_CLIENTS = 32
 PROMPTS = [f"Tell me about number {number}." for number in range(NUM_CLIENTS)]
 BODY = {"model": NAME, "max_tokens": 32, "ignore_eos": True, "stream": True}
+NUM_WORKERS, NUM_CONVERSATIONS, NUM_TURNS = 3, 9, 5
+TURN_TOKENS = 32
+by_package = pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.package)
 
 
 @dataclass
@@ -43,64 +38,9 @@ class Answer:
     ids: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Gateway:
-    """How a gateway is started, and how it learns of another worker."""
-
-    package: str
-    command: tuple[str, ...]
-    add: Callable[[str, str], httpx2.Response]
-
-
-def _post_worker(url: str, worker: str) -> httpx2.Response:
-    return httpx2.post(f"{url}/workers", json={"url": worker})
-
-
-COMMON = ("--host", "127.0.0.1", "--policy", "round_robin", "--health-check-interval-secs", "1")
-GATEWAYS = (Gateway("sglang-router", ("python", "-m", "sglang_router.launch_router", *COMMON), _post_worker),)
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that connections get."""
-    while True:
-        port = random.randint(12_000, 30_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-@contextmanager
-def process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is killed when the block ends."""
-    places = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    with log.open("wb") as output:
-        running = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-        )
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.wait(10)
-
-
-def wait_for(url: str, running: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it answers with 200."""
-    end = time.monotonic() + 90
-    while time.monotonic() < end:
-        assert running.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx2.get(url, timeout=5).status_code == 200:
-                return
-        except httpx2.HTTPError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(log.read_text()[-3000:])
-
-
-async def ask(client: httpx2.AsyncClient, url: str, prompt: str) -> Answer:
+async def ask(client: httpx2.AsyncClient, url: str, prompt: str, answer: Answer) -> None:
     """Stream one answer."""
-    answer, body = Answer(), {**BODY, "messages": [{"role": "user", "content": prompt}]}
+    body = {**BODY, "messages": [{"role": "user", "content": prompt}]}
     try:
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             answer.status = response.status_code
@@ -108,7 +48,6 @@ async def ask(client: httpx2.AsyncClient, url: str, prompt: str) -> Answer:
                 take(answer, line)
     except httpx2.HTTPError as error:
         answer.error = repr(error)
-    return answer
 
 
 def take(answer: Answer, line: str) -> None:
@@ -122,74 +61,107 @@ def take(answer: Answer, line: str) -> None:
             return
         answer.ids.add(chunk["id"])
         answer.text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-    elif line:
+    elif line and not line.startswith(":"):
         answer.error += line
 
 
-async def ask_all(url: str, meanwhile: Callable[[], object], after: float) -> list[Answer]:
-    """All prompts at once; something happens meanwhile."""
-    async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=None)) as client:
-        asking = [asyncio.create_task(ask(client, url, prompt)) for prompt in PROMPTS]
-        await asyncio.sleep(after)
+async def ask_all(url: str, meanwhile: Callable[[], object] = lambda: None) -> list[Answer]:
+    """All prompts at once; something happens as soon as a quarter of the answers have begun."""
+    answers = [Answer() for _ in PROMPTS]
+    async with httpx2.AsyncClient(timeout=300, limits=httpx2.Limits(max_connections=None)) as client:
+        asking = [asyncio.create_task(ask(client, url, *each)) for each in zip(PROMPTS, answers, strict=True)]
+        while sum(bool(answer.text) for answer in answers) < NUM_CLIENTS // 4 and not all(task.done() for task in asking):
+            await asyncio.sleep(0.02)
         await asyncio.to_thread(meanwhile)
-        return list(await asyncio.gather(*asking))
+        await asyncio.gather(*asking)
+    return answers
 
 
-def check(answers: list[Answer], expected: list[str], *, may_break: bool) -> int:
+def check(answers: list[Answer], expected: list[str], *, may_break: bool = False) -> int:
     """Every answer is whole and given once, but for those that were cut after they had begun; how many."""
     num_cut = 0
     for answer, text in zip(answers, expected, strict=True):
         assert len(answer.ids) <= 1, f"two answers to one request: {answer}"
-        if answer.ends == 1 and not answer.error:
-            assert answer.text == text
-        else:
-            assert may_break, f"lost: {answer}"
-            assert answer.status == 200, f"lost before it had begun: {answer}"
-            assert answer.ids, f"lost before it had begun: {answer}"
-            assert text.startswith(answer.text)
-            num_cut += 1
+        if answer.ends == 1 and answer.text == text and not answer.error:
+            continue
+        assert may_break, f"lost: {answer}"
+        assert answer.status == 200, f"lost before it had begun: {answer}"
+        assert answer.ids, f"lost before it had begun: {answer}"
+        assert text.startswith(answer.text)
+        num_cut += 1
     return num_cut
 
 
-@pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.package)
+@by_package
 def test_a_worker_is_killed_one_added_one_drained(gateway: Gateway, tmp_path: Path) -> None:
-    place = Path(os.environ.get("UNMASK_GATEWAYS", "/nonexistent")) / gateway.package / "bin"
-    if not place.is_dir():
-        pytest.skip(f"{gateway.package} is not installed under UNMASK_GATEWAYS")
     with ExitStack() as stack:
-
-        def start_worker(name: str) -> tuple[str, subprocess.Popen[bytes]]:
-            port = free_port()
-            command = [sys.executable, str(HERE / "gateway_worker.py"), str(port), str(tmp_path / name)]
-            url = f"http://127.0.0.1:{port}"
-            return url, stack.enter_context(process(command, tmp_path / f"{name}.log"))
-
-        names = ("first", "second", "third")
-        (first, killed), (second, drained), (third, added) = workers = [start_worker(name) for name in names]
-        for name, (worker, running) in zip(names, workers, strict=True):
-            wait_for(f"{worker}/ready", running, tmp_path / f"{name}.log")
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        program, *options = gateway.command
-        command = [str(place / program), *options, "--port", str(port), "--prometheus-port", str(free_port())]
-        command += ["--worker-urls", first, second]
-        running = stack.enter_context(process(command, tmp_path / "gateway.log"))
-        wait_for(f"{url}/health", running, tmp_path / "gateway.log")
-        expected = [answer.text for answer in asyncio.run(ask_all(first, lambda: None, 0.0))]
+        ports = [free_port() for _ in range(3)]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        killed, drained = (stack.enter_context(gateway_worker(tmp_path / str(port), port)) for port in ports[:2])
+        killed.wait_ready()
+        drained.wait_ready()
+        known = urls if gateway.add is None else urls[:2]
+        url = stack.enter_context(gateway.running(known, gateway.round_robin, tmp_path))
+        expected = [answer.text for answer in asyncio.run(ask_all(killed.url))]
         assert all(expected)
-        assert check(asyncio.run(ask_all(url, lambda: None, 0.0)), expected, may_break=False) == 0
+        assert check(asyncio.run(ask_all(url)), expected) == 0
 
-        num_cut = check(asyncio.run(ask_all(url, killed.kill, 1.0)), expected, may_break=True)
-        assert num_cut <= NUM_CLIENTS // 2 + 1
+        num_cut = check(asyncio.run(ask_all(url, killed.process.kill)), expected, may_break=True)
+        assert num_cut < NUM_CLIENTS
 
-        assert gateway.add(url, third).status_code in (200, 202)
-        end = time.monotonic() + 30
-        while "vllm:request_success_total{" not in httpx2.get(f"{third}/metrics").text:
+        added = stack.enter_context(gateway_worker(tmp_path / str(ports[2]), ports[2]))
+        added.wait_ready()
+        if gateway.add is not None:
+            reply = gateway.add(url, added.url)
+            assert reply.status_code in (200, 202), reply.text
+        end = time.monotonic() + 120
+        while not added.metric("vllm:request_success_total"):
             assert time.monotonic() < end, "the added worker gets no requests"
-            assert check(asyncio.run(ask_all(url, lambda: None, 0.0)), expected, may_break=False) == 0
+            assert check(asyncio.run(ask_all(url)), expected) == 0
 
-        terminate = asyncio.run(ask_all(url, lambda: drained.send_signal(signal.SIGTERM), 1.0))
-        assert check(terminate, expected, may_break=False) == 0
-        assert drained.wait(30) == 0
-        assert check(asyncio.run(ask_all(url, lambda: None, 0.0)), expected, may_break=False) == 0
-        assert added.poll() is None
+        assert check(asyncio.run(ask_all(url, drained.drain)), expected) == 0
+        assert drained.exit_code() == 0
+        assert check(asyncio.run(ask_all(url)), expected) == 0
+        assert added.process.is_alive()
+        print(f"{gateway.package}: {num_cut} of {NUM_CLIENTS} streams were cut by SIGKILL, none by draining")
+
+
+async def converse(url: str) -> None:
+    """Conversations side by side, each turn with all that was said before; in an order that no policy of turns foresees.
+
+    The workers' caches together hold all of them, and no one alone.
+    """
+    choose = random.Random(1)
+    conversations: list[list[dict[str, str]]] = [[] for _ in range(NUM_CONVERSATIONS)]
+    async with httpx2.AsyncClient(timeout=300) as client:
+        for _ in range(NUM_TURNS):
+            for messages in choose.sample(conversations, NUM_CONVERSATIONS):
+                messages.append({"role": "user", "content": "".join(choose.choices("abcdefghij", k=TURN_TOKENS))})
+                body = {"model": NAME, "max_tokens": 8, "ignore_eos": True, "messages": messages}
+                response = await client.post(f"{url}/v1/chat/completions", json=body)
+                assert response.status_code == 200, response.text
+                messages.append(response.json()["choices"][0]["message"])
+
+
+@by_package
+def test_conversations_find_their_prefixes_where_they_were(gateway: Gateway, tmp_path: Path) -> None:
+    if not gateway.cache_aware:
+        pytest.skip(f"{gateway.package} does not route by prefixes")
+    hits: dict[str, float] = {}
+    for policy in (gateway.round_robin, gateway.cache_aware):
+        with ExitStack() as stack:
+            folder = tmp_path / policy
+            folder.mkdir()
+            ports = [free_port() for _ in range(NUM_WORKERS)]
+            workers = [
+                stack.enter_context(gateway_worker(folder / str(port), port, seconds=0.0, context=1024, cache_tokens=1024))
+                for port in ports
+            ]
+            for worker in workers:
+                worker.wait_ready()
+            url = stack.enter_context(gateway.running([worker.url for worker in workers], policy, folder))
+            asyncio.run(converse(url))
+            queries = sum(worker.metric("vllm:prefix_cache_queries_total") for worker in workers)
+            hits[policy] = sum(worker.metric("vllm:prefix_cache_hits_total") for worker in workers) / queries
+    print(f"{gateway.package}: " + ", ".join(f"{policy} {rate:.0%} of prompt tokens cached" for policy, rate in hits.items()))
+    assert hits[gateway.cache_aware] >= 2 * hits[gateway.round_robin]

@@ -75,9 +75,13 @@ def serve(
 
     Ctrl-C or SIGTERM finishes running requests and accepts no new ones (exit code 0); a second Ctrl-C ends at once (130).
     """
+    from unmask.serve.kv_events import check_installed
     from unmask.serve.logs import configure_logging
     from unmask.serve.server import listen, run, url_of
 
+    if config.kv_events is not None:
+        # Before the model is loaded.
+        check_installed()
     listener = listen(host, port)
     language_model = options.load(model, dtype, device, quantize, expert_capacity)
     configure_logging(log_format)

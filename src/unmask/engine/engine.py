@@ -18,7 +18,7 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.drafting import DraftPlanner
-from unmask.engine.kv_cache import BlockPool
+from unmask.engine.kv_cache import BlockPool, CacheEvent
 from unmask.engine.request import Completion, DecodingStep, Request, TokenLogprob
 from unmask.engine.runner import Runner
 from unmask.engine.scheduler import Scheduler
@@ -78,6 +78,7 @@ class Engine:
         prefix_cache: share the cache of equal beginnings, also with requests that have ended.
         drafting: costs of forwards and acceptance of drafts, by which the numbers of draft tokens are chosen; default: learnt
             by this engine alone. They decide the speed, and no text.
+        on_cache_events: called after every step that has changed what the prefix cache holds.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Engine:
         max_num_batched_tokens: int = 512,
         prefix_cache: bool = True,
         drafting: DraftStatistics | None = None,
+        on_cache_events: Callable[[Sequence[CacheEvent]], object] | None = None,
     ) -> None:
         backend = TorchBackend(model) if isinstance(model, Transformer) else model
         self.config = backend.config
@@ -116,7 +118,8 @@ class Engine:
         _check_room(num_tokens, per_token, memory, backend.dtype)
         num_cache_blocks = -(-num_tokens // size)
         self.cache_block_size, self._decode = size, decode
-        self.pool = BlockPool(num_cache_blocks, num_retained)
+        self.pool = BlockPool(num_cache_blocks, num_retained, record_events=on_cache_events is not None)
+        self._on_cache_events = on_cache_events
         self._drafting = DraftStatistics(backend.kernels) if drafting is None else drafting
         self._planner = DraftPlanner(self._drafting.costs)
         self.scheduler = Scheduler(
@@ -231,6 +234,9 @@ class Engine:
                     sequence = self._enter(sequence)
                 updates.append(self._update(sequence))
         self._observe(work, time.perf_counter() - started)
+        if self._on_cache_events is not None and self.pool.events:
+            self._on_cache_events(self.pool.events)
+            self.pool.events = []
         if work and not self._sequences:
             self._drafting.keep()
         return updates

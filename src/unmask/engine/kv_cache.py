@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import takewhile
 
@@ -44,6 +45,37 @@ class PrefixHashes:
         return self._blocks[last_block] + index.to_bytes(4, "little")
 
 
+@dataclass(frozen=True)
+class BlocksStored:
+    """Cache blocks of one sequence, one after the other, that others can share from now on.
+
+    Attributes:
+        hashes: prefix hashes.
+        parent: the prefix hash of the cache block before them; None: they are the first.
+        tokens: what they hold.
+        adapter: name of the adapter that computed them; None: the model alone.
+    """
+
+    hashes: tuple[bytes, ...]
+    parent: bytes | None
+    tokens: tuple[int, ...]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockRemoved:
+    """A cache block whose content is gone.
+
+    Attributes:
+        prefix_hash: of the content.
+    """
+
+    prefix_hash: bytes
+
+
+CacheEvent = BlocksStored | BlockRemoved
+
+
 class BlockPool:
     """Cache blocks in one of three states: used (with a reference count), cached (unused, content worth keeping), free.
 
@@ -56,10 +88,15 @@ class BlockPool:
     Args:
         num_cache_blocks: how many there are.
         num_retained: how many may be written before cached ones are given up; None: all.
+        record_events: keep `events`.
+
+    Attributes:
+        events: what can be found has changed so, in order, since somebody emptied the list; None: not recorded.
     """
 
-    def __init__(self, num_cache_blocks: int, num_retained: int | None = None) -> None:
+    def __init__(self, num_cache_blocks: int, num_retained: int | None = None, *, record_events: bool = False) -> None:
         self.num_cache_blocks = num_cache_blocks
+        self.events: list[CacheEvent] | None = [] if record_events else None
         self._num_retained = num_cache_blocks if num_retained is None else num_retained
         self._unwritten = set(range(num_cache_blocks))
         self._free: set[int] = set()
@@ -109,7 +146,10 @@ class BlockPool:
             cache_block = _middle_of_largest_gap(self._free | unwritten)
         elif self._cached:
             cache_block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(cache_block)]
+            prefix_hash = self._hash_of.pop(cache_block)
+            del self._block_of[prefix_hash]
+            if self.events is not None:
+                self.events.append(BlockRemoved(prefix_hash))
         else:
             return None
         self._free.discard(cache_block)
@@ -117,12 +157,18 @@ class BlockPool:
         self._ref_counts[cache_block] = 1
         return cache_block
 
-    def publish(self, cache_block: int, prefix_hash: bytes) -> None:
-        """The content of `cache_block` is final from now on. A second cache block of the same content stays private."""
+    def publish(self, cache_block: int, prefix_hash: bytes) -> bool:
+        """The content of `cache_block` is final from now on. A second cache block of the same content stays private.
+
+        Returns:
+            Whether it is the first of this content, which can be found from now on.
+        """
         assert self._ref_counts.get(cache_block) == 1, f"cache block {cache_block} is shared"
         assert cache_block not in self._hash_of, f"cache block {cache_block} is published already"
-        if prefix_hash not in self._block_of:
+        is_new = prefix_hash not in self._block_of
+        if is_new:
             self._block_of[prefix_hash], self._hash_of[cache_block] = cache_block, prefix_hash
+        return is_new
 
     def free(self, cache_blocks: Sequence[int]) -> None:
         """One reference less to each; the last of a prefix is the first to be reused."""

@@ -9,9 +9,10 @@ and keeps everything it has decided.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
-from unmask.engine.kv_cache import BlockPool
+from unmask.engine.kv_cache import BlockPool, BlocksStored
 from unmask.engine.sequences.base import DecodingSequence, ScheduledSequence
 
 STEPS_PER_PRIORITY = 64
@@ -134,9 +135,24 @@ class Scheduler:
         full = sequence.committed // self.cache_block_size
         if full > sequence.num_published:
             hashes = sequence.prefix_hashes.extend(sequence.tokens, sequence.committed)
-            for index in range(sequence.num_published, full):
-                self.pool.publish(sequence.block_table[index], hashes[index])
+            ready = range(sequence.num_published, full)
+            new = [index for index in ready if self.pool.publish(sequence.block_table[index], hashes[index])]
             sequence.num_published = full
+            if self.pool.events is not None:
+                self.pool.events += self._stored(sequence, new)
+
+    def _stored(self, sequence: DecodingSequence, indices: Sequence[int]) -> Iterator[BlocksStored]:
+        """Events of newly published cache blocks, by their indices in the block table: one for each run of neighbours."""
+        hashes, size, adapter = sequence.prefix_hashes.hashes, self.cache_block_size, sequence.request.adapter
+        for _, run in groupby(enumerate(indices), lambda each: each[1] - each[0]):
+            start, *others = [index for _, index in run]
+            stop = start + len(others) + 1
+            yield BlocksStored(
+                tuple(hashes[start:stop]),
+                hashes[start - 1] if start else None,
+                tuple(sequence.tokens[start * size : stop * size]),
+                None if adapter is None else adapter.name,
+            )
 
     def _serve(self, sequence: DecodingSequence, budget: int, work: list[tuple[DecodingSequence, ScheduledSequence]]) -> int:
         """Put it into the forward if there is room for its tokens and their cache blocks; returns how many tokens."""

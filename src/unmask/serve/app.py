@@ -31,6 +31,7 @@ from unmask.serve.config import ServerConfig
 from unmask.serve.errors import COMMON_ERROR_RESPONSES, ERROR_RESPONSES, ApiError, ErrorForm, openai_error
 from unmask.serve.exchange import AppState, CurrentState
 from unmask.serve.guard import Guard
+from unmask.serve.kv_events import KVEventPublisher
 from unmask.serve.metrics import Metrics
 from unmask.serve.served_model import ServedModel
 from unmask.serve.validation import invalid_body
@@ -134,15 +135,16 @@ def create_app(
         on_failure: called when the engine cannot be made.
 
     Raises:
-        ConfigError: the model has no tokenizer.
+        ConfigError: the model has no tokenizer; or an address of KV events is wrong or in use, or their packages are missing.
     """
     model = ServedModel(language_model, config)
+    publisher = KVEventPublisher.of(config)
     metrics = Metrics(model.name)
 
     app = FastAPI(
         title="unmask",
         version=__version__,
-        lifespan=lambda app: _engine_running(app, model, metrics, on_failure),
+        lifespan=lambda app: _engine_running(app, model, metrics, publisher, on_failure),
         exception_handlers={
             RequestValidationError: _on_invalid,
             ValidationError: _on_invalid,
@@ -190,7 +192,11 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, loo
 
 @asynccontextmanager
 async def _engine_running(
-    app: FastAPI, model: ServedModel, metrics: Metrics, on_failure: Callable[[BaseException], None]
+    app: FastAPI,
+    model: ServedModel,
+    metrics: Metrics,
+    publisher: KVEventPublisher | None,
+    on_failure: Callable[[BaseException], None],
 ) -> AsyncIterator[None]:
     """Runs the worker while the application runs."""
     config = model.config
@@ -199,7 +205,11 @@ async def _engine_running(
         model.tokenizer.check_rows(model.language_model.config.vocab_size)
         # The vocabulary's bytes take half a second, which few first requests need.
         Thread(target=model.token_bytes, args=(0,), name="vocabulary", daemon=True).start()
-        return model.language_model.engine(num_tokens=config.cache_tokens, max_num_seqs=config.max_concurrent)
+        engine_options: dict[str, Any] = {"num_tokens": config.cache_tokens, "max_num_seqs": config.max_concurrent}
+        if publisher is not None:
+            publisher.clear()
+            engine_options["on_cache_events"] = publisher.publish
+        return model.language_model.engine(**engine_options)
 
     worker = Worker(
         make_engine,
@@ -214,6 +224,8 @@ async def _engine_running(
         yield
     finally:
         await worker.close(0.0)
+        if publisher is not None:
+            publisher.close()
 
 
 class _PageFiles(StaticFiles):

@@ -39,6 +39,11 @@ class ServerConfig:
     allow_hosts: tuple[str, ...] = _setting(
         (), "Accepted value of the Host header; repeatable.", "any; loopback names on a loopback address without keys"
     )
+    kv_events: str | None = _setting(
+        None, "ZeroMQ address that tells routers what the prefix cache holds, in vLLM's KV events: tcp://*:5557.", "none"
+    )
+    kv_events_replay: str | None = _setting(None, "ZeroMQ address where they ask for events that they have missed.", "none")
+    kv_events_topic: str = _setting("", "Topic of the events.", "empty")
     strict: bool = _setting(False, "Refuse unknown fields of requests, which are otherwise ignored and named in a header.")
     log_prompts: bool = _setting(False, "Log prompts and answers.")
 
@@ -51,5 +56,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
         if not self.timeout > 0:
             raise ConfigError(f"timeout is {self.timeout}; it must be positive")
+        if self.kv_events is None and (self.kv_events_replay is not None or self.kv_events_topic):
+            raise ConfigError("kv_events_replay and kv_events_topic say how events are published; set kv_events, too")
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
             raise ConfigError("api_keys holds a key that is empty, not ASCII or surrounded by white space; use another key")
