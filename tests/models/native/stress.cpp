@@ -36,25 +36,28 @@ struct Memory {
         return to;
     }
     // As quantize.py packs a matrix; not its numbers.
-    Linear linear(int64_t inputs, int64_t outputs, int64_t bits, bool bias) {
-        const int64_t step = bits == 4 ? kGroup : kStep;
-        Linear w{nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits};
+    Linear linear(int64_t inputs, int64_t outputs, int64_t bits, bool bias, bool by_group) {
+        const int64_t step = bits >= 16 ? kStep : kGroup;
+        Linear w{nullptr, nullptr, nullptr, (inputs + step - 1) / step * step, outputs, bits, by_group};
         const int64_t channels = w.panels() * kLanes;
         w.weight = w.is_float() ? floating(channels * w.depth, bits) : small(w.panels() * w.panel_bytes(), 0, 255);
         w.scale = real(channels, 1e-4f, 2e-3f);
         if (bias) w.bias = real(channels, -0.1f, 0.1f);
         return w;
     }
-    GatedLinear gated(int64_t inputs, int64_t outputs, int64_t bits, int64_t rank, bool bias) {
-        GatedLinear w{linear(inputs, outputs, bits, bias), {}, {}};
+    // In a model of 4 bits, what adds to the hidden states has 8.
+    GatedLinear gated(int64_t inputs, int64_t outputs, int64_t bits, int64_t rank, bool bias, bool adds) {
+        const bool by_group = bits == 4;
+        GatedLinear w{linear(inputs, outputs, adds && by_group ? 8 : bits, bias, by_group), {}, {}};
         const int64_t beside = bits >= 16 ? 32 : 8;
-        if (rank) w.in = linear(inputs, rank, beside, false), w.out = linear(rank, outputs, beside, false);
+        if (rank) w.in = linear(inputs, rank, beside, false, by_group), w.out = linear(rank, outputs, beside, false, by_group);
         return w;
     }
     Experts experts(int64_t hidden, const Routing& r, int64_t bits) {
         const auto padded = [](int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; };
-        return {linear(hidden, r.experts, bits == 16 ? 16 : 32, false), real(r.experts, -0.1f, 0.1f),
-                linear(hidden, r.experts * padded(2 * r.size), bits, false), linear(r.size, r.experts * padded(hidden), bits, false)};
+        return {linear(hidden, r.experts, bits == 16 ? 16 : 32, false, false), real(r.experts, -0.1f, 0.1f),
+                linear(hidden, r.experts * padded(2 * r.size), bits, false, false),
+                linear(r.size, r.experts * padded(hidden), bits, false, false)};
     }
 };
 
@@ -141,14 +144,14 @@ struct Case {
         auto norm = [&](int64_t size) { return memory.real(size, 0.5f, 1.5f); };
         for (int64_t i = 0; i < kLayers; i++) {
             Layer l{};
-            l.qkv = memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias);
-            l.out = memory.gated(attended, s.hidden, s.bits, s.rank, s.bias);
+            l.qkv = memory.gated(s.hidden, qkv, s.bits, s.rank, s.bias, false);
+            l.out = memory.gated(attended, s.hidden, s.bits, s.rank, s.bias, true);
             const bool is_routed = s.routing.experts && i > 0;
             l.ffn = is_routed ? s.shared : s.ffn, l.mixed = is_routed && !s.shared ? 1 : s.mixed;
             if (is_routed) l.experts = &experts.emplace_back(memory.experts(s.hidden, s.routing, s.bits));
             if (l.ffn) {
-                l.gate_up = memory.gated(s.hidden, 2 * l.ffn, s.bits, s.rank, s.bias);
-                l.down = memory.gated(l.ffn, s.hidden, s.bits, s.rank, s.bias);
+                l.gate_up = memory.gated(s.hidden, 2 * l.ffn, s.bits, s.rank, s.bias, false);
+                l.down = memory.gated(l.ffn, s.hidden, s.bits, s.rank, s.bias, true);
             }
             l.attention_norm = norm(s.hidden), l.mlp_norm = norm(s.hidden);
             if (s.norms) l.query_norm = norm(s.head_dim), l.key_norm = norm(s.head_dim);
@@ -156,7 +159,7 @@ struct Case {
         }
         model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.rank,
                  1e-6f, s.routing};
-        head = memory.linear(s.hidden, s.vocab, std::max<int64_t>(s.bits, 8), false);
+        head = memory.linear(s.hidden, s.vocab, std::max<int64_t>(s.bits, 8), false, s.bits == 4);
     }
 };
 
@@ -176,7 +179,7 @@ static void print_digests(const Shape& s) {
     for (const std::vector<float>* numbers : {&result.hidden, &result.cache, &result.logits, &result.probabilities})
         print_digest(*numbers);
     print_digest(result.tokens);
-    const Linear w = made.memory.linear(s.ffn, s.vocab, s.bits, true);
+    const Linear w = made.memory.linear(s.ffn, s.vocab, s.bits, true, false);
     for (int64_t rows = 1; rows <= 40; rows++) {
         Scratch scratch;
         std::vector<float> out(rows * w.outputs);

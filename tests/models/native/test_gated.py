@@ -58,13 +58,16 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor, open_: Tensor | None = None) -> Tensor:
         x, layer = mix(x, self.mixed), self.layer
-        out = rounded_product(x, mix(layer.weight, self.mixed) / self.mixed, self.bits)
+        out = self.product(x, mix(layer.weight, self.mixed) / self.mixed, self.bits)
         if layer.bias is not None:
             out = out + layer.bias
         if open_ is None:
             return out
-        low = rounded_product(x, mix(layer.gated_in, self.mixed) / self.mixed, 8)
-        return out + rounded_product(low, layer.gated_out, 8) * open_[..., None]
+        low = self.product(x, mix(layer.gated_in, self.mixed) / self.mixed, 8)
+        return out + self.product(low, layer.gated_out, 8) * open_[..., None]
+
+    def product(self, x: Tensor, weight: Tensor, bits: int) -> Tensor:
+        return rounded_product(x, weight, bits, by_group=self.bits == 4)
 
 
 def rounded(model: Transformer, bits: int) -> Transformer:

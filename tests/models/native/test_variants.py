@@ -53,14 +53,16 @@ def other_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("bits", [8, 4, 16, FLOAT_BITS])
-def test_products_are_the_same_bits_in_every_variant(kernels: Kernels, other_kernels: Kernels, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "by_group"), [(8, False), (8, True), (4, True), (16, False), (FLOAT_BITS, False)])
+def test_products_are_the_same_bits_in_every_variant(
+    kernels: Kernels, other_kernels: Kernels, bits: int, by_group: bool
+) -> None:
     """At every number of rows up to some tiles, and with panels and depths that fill no tile."""
     generator = torch.Generator().manual_seed(bits)
     for inputs, outputs in ((16, 16), (30, 33), (64, 64), (100, 20), (200, 115), (576, 80)):
         weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
         packed = pack_floats(weight.bfloat16()) if bits == 16 else pack_matrix(weight, bits)
-        ours, other = (PackedLinear(packed, k, bias=pack_bias(bias)) for k in (kernels, other_kernels))
+        ours, other = (PackedLinear(packed, k, bias=pack_bias(bias), by_group=by_group) for k in (kernels, other_kernels))
         for rows in itertools.chain(range(1, 41), (64, 65, 300)):
             x = torch.randn(rows, inputs, generator=generator)
             assert torch.equal(other(x), ours(x)), (inputs, outputs, rows)

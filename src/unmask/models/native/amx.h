@@ -1,7 +1,7 @@
 // Matrix products of many rows in AMX tiles; part of gemm.h.
 //
-// A tile of inputs is 16 rows x 64 inputs, a tile of weights 64 inputs of a panel as they lie: [16][channel][4]. Of 4-bit weights, whose
-// sums end with each group, it is 32 inputs, and codes are expanded to bytes before.
+// A tile of inputs is 16 rows x 64 inputs, a tile of weights 64 inputs of a panel as they lie: [16][channel][4]. Where sums end with each
+// group of inputs it is 32 of them, and codes of 4 bits are expanded to bytes before.
 #pragma once
 
 constexpr int64_t kAmxRows = 16, kAmxInputs = 64;
@@ -21,24 +21,38 @@ struct alignas(64) TileShapes {
     }
 };
 
-// Adds products of inputs of upper and lower rows with weights of one or two panels to the sums.
-template <int P, bool kLower>
-INLINE void amx_multiply(const Input* upper, const Input* lower, int64_t stride, const uint8_t* first, const uint8_t* second) {
-    _tile_loadd(4, upper, stride);
-    _tile_loadd(6, first, 64);
-    _tile_dpbsud(0, 4, 6);
-    if constexpr (P == 2) {
-        _tile_loadd(7, second, 64);
-        _tile_dpbsud(1, 4, 7);
-    }
-    if constexpr (kLower) {
-        _tile_loadd(5, lower, stride);
-        _tile_dpbsud(2, 5, 6);
-        if constexpr (P == 2) _tile_dpbsud(3, 5, 7);
-    }
-}
+// Up to 32 rows, the lower ones from the 17th on, whose inputs are multiplied with weights of one or two panels, step by step.
+struct AmxInputs {
+    const Input *upper, *lower;
+    int64_t stride, step;
 
-// Sums of up to 32 rows and two panels.
+    // Makes all sums zero.
+    AmxInputs(const Input* from, int64_t row_stride, int64_t rows, int64_t inputs)
+        : upper(from), lower(from + kAmxRows * row_stride), stride(row_stride), step(inputs) {
+        const int64_t height = std::min(rows, kAmxRows);
+        const TileShapes shapes(height, rows - height, inputs);
+        _tile_loadconfig(&shapes);
+    }
+
+    template <int P, bool kLower>
+    __attribute__((always_inline)) void multiply(const uint8_t* first, const uint8_t* second) {
+        _tile_loadd(4, upper, stride);
+        _tile_loadd(6, first, 64);
+        _tile_dpbsud(0, 4, 6);
+        if constexpr (P == 2) {
+            _tile_loadd(7, second, 64);
+            _tile_dpbsud(1, 4, 7);
+        }
+        if constexpr (kLower) {
+            _tile_loadd(5, lower, stride);
+            _tile_dpbsud(2, 5, 6);
+            if constexpr (P == 2) _tile_dpbsud(3, 5, 7);
+        }
+        upper += step, lower += step;
+    }
+};
+
+// Their sums.
 struct AmxSums {
     alignas(64) int32_t of[4][kAmxRows][kLanes];
 
@@ -49,110 +63,99 @@ struct AmxSums {
         if constexpr (kLower) _tile_stored(2, of[2], 64);
         if constexpr (kLower && P == 2) _tile_stored(3, of[3], 64);
     }
-    const int32_t* row(int64_t row, int panel) const { return of[row / kAmxRows * 2 + panel][row % kAmxRows]; }
+    Ints row(int64_t row, int panel) const { return load<Ints>(of[row / kAmxRows * 2 + panel][row % kAmxRows]); }
 };
 
-// Up to 32 rows by up to kPanels panels, two at a time.
-template <class Tiles>
-INLINE void amx_tiles(const Tile& t, int64_t rows, int64_t panels) {
-    Tile two = t;
-    for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * t.w.panel_bytes()) {
-        const auto tile = panels - p == 1 ? (rows > kAmxRows ? Tiles::template amx_tile<1, true> : Tiles::template amx_tile<1, false>)
-                                          : (rows > kAmxRows ? Tiles::template amx_tile<2, true> : Tiles::template amx_tile<2, false>);
-        tile(two, rows);
-        two.ahead.lines = 0;
+// Up to 32 rows by P (1 or 2) panels; kLower: more than 16 rows.
+template <int P, bool kLower>
+static void amx_tile(const Int8Tiles&, const Tile& t, int64_t rows) {
+    const Rows& a = t.a;
+    Ahead ahead = t.ahead;
+    const int64_t panel_bytes = t.w.panel_bytes();
+    AmxInputs inputs(a.q + t.row * a.stride, a.stride, rows, kAmxInputs);
+    alignas(64) uint8_t ends[P][kAmxInputs * kLanes];
+    for (int64_t k = 0; k < t.w.depth; k += kAmxInputs) {
+        for (int64_t step = 0; step < kAmxInputs; step += kStep) ahead.fetch();
+        const uint8_t *first = t.weights + k * kLanes, *second = first + panel_bytes;
+        if (t.w.depth - k < kAmxInputs) {  // behind the end rows are zero, but weights must be there
+            memset(ends, 0, sizeof ends);
+            for (int p = 0; p < P; p++) memcpy(ends[p], first + p * panel_bytes, (t.w.depth - k) * kLanes);
+            first = ends[0], second = ends[P - 1];
+        }
+        inputs.multiply<P, kLower>(first, second);
+    }
+    AmxSums sums;
+    sums.store<P, kLower>();
+    _tile_release();
+    for (int p = 0; p < P; p++) {
+        const Finish finish(t.w, t.to, t.panel + p);
+        for (int64_t r = 0; r < rows; r++) {
+            const Ints sum = sums.row(r, p) - kWeightOffset * a.sum[t.row + r];
+            finish.row(to_floats(sum) * a.scale[t.row + r], t.row + r);
+        }
     }
 }
 
-struct AmxInt8Tiles : Int8Tiles {
-    static constexpr int64_t kManyRows = 2 * kAmxRows;
+template <int P, bool kLower>
+INLINE void zero_sums() {
+    _tile_zero(0);
+    if constexpr (P == 2) _tile_zero(1);
+    if constexpr (kLower) _tile_zero(2);
+    if constexpr (kLower && P == 2) _tile_zero(3);
+}
 
-    static void many(const Tile& t, int64_t rows, int64_t panels) { amx_tiles<AmxInt8Tiles>(t, rows, panels); }
+// The codes of a group as bytes.
+INLINE void expand(const uint8_t* from, uint8_t* to) {
+    for (int64_t k = 0; k < kGroup; k += 8, from += 4 * kLanes, to += 8 * kLanes)
+        for (int half = 0; half < 2; half++) store(to + half * 4 * kLanes, codes_of(load<NativeInts>(from), half, 0));
+}
 
-    // Up to 32 rows by P (1 or 2) panels; kLower: more than 16 rows.
-    template <int P, bool kLower>
-    static void amx_tile(const Tile& t, int64_t rows) {
-        const Linear& w = t.w;
-        const Rows& a = t.a;
-        Ahead ahead = t.ahead;
-        const int64_t panel_bytes = w.panel_bytes(), upper = std::min(rows, kAmxRows);
-        const TileShapes shapes(upper, rows - upper, kAmxInputs);
-        _tile_loadconfig(&shapes);  // makes all tiles zero
-        const Input *q = a.q + t.row * a.stride, *q_lower = q + kAmxRows * a.stride;
-        alignas(64) uint8_t ends[P][kAmxInputs * kLanes];
-        for (int64_t k = 0; k < w.depth; k += kAmxInputs, q += kAmxInputs, q_lower += kAmxInputs) {
-            for (int64_t step = 0; step < kAmxInputs; step += kStep) ahead.fetch();
-            const uint8_t *first = t.weights + k * kLanes, *second = first + panel_bytes;
-            if (w.depth - k < kAmxInputs) {  // behind the end rows are zero, but weights must be there
-                memset(ends, 0, sizeof ends);
-                for (int p = 0; p < P; p++) memcpy(ends[p], first + p * panel_bytes, (w.depth - k) * kLanes);
-                first = ends[0], second = ends[P - 1];
-            }
-            amx_multiply<P, kLower>(q, q_lower, a.stride, first, second);
+template <int P, bool kLower, int kBits>
+static void amx_tile(const GroupTiles<kBits>&, const Tile& t, int64_t rows) {
+    const Rows& a = t.a;
+    Ahead ahead = t.ahead;
+    const int64_t panel_bytes = t.w.panel_bytes(), row_groups = a.stride / kGroup;
+    AmxInputs inputs(a.group_q + t.row * a.stride, a.stride, rows, kGroup);
+    const InputGroup* groups = a.groups + t.row * row_groups;
+    const uint8_t *scales = t.weights, *weights = t.weights + t.w.head_bytes();
+    alignas(64) uint8_t bytes[P][kGroup * kLanes];
+    AmxSums sums;
+    Floats totals[P][2 * kAmxRows] = {};
+    for (int64_t group = 0; group < t.w.depth / kGroup; group++, weights += kGroup * kLanes * kBits / 8) {
+        ahead.fetch();
+        const uint8_t *first = weights, *second = weights + panel_bytes;
+        if constexpr (kBits == 4) {
+            for (int p = 0; p < P; p++) expand(weights + p * panel_bytes, bytes[p]);
+            first = bytes[0], second = bytes[P - 1];
         }
-        AmxSums sums;
+        zero_sums<P, kLower>();
+        inputs.multiply<P, kLower>(first, second);
         sums.store<P, kLower>();
-        _tile_release();
         for (int p = 0; p < P; p++) {
-            const Finish finish(w, t.to, t.panel + p);
-            for (int64_t r = 0; r < rows; r++) {
-                const Ints sum = load<Ints>(sums.row(r, p)) - kWeightOffset * a.sum[t.row + r];
-                finish.row(to_floats(sum) * a.scale[t.row + r], t.row + r);
-            }
+            const GroupScale<kBits> scale(scales + p * panel_bytes + group * 2 * kLanes);
+            for (int64_t r = 0; r < rows; r++)
+                totals[p][r] = scale.add(totals[p][r], sums.row(r, p), groups[r * row_groups + group]);
         }
     }
-};
+    _tile_release();
+    for (int p = 0; p < P; p++) {
+        const Finish finish(t.w, t.to, t.panel + p);
+        for (int64_t r = 0; r < rows; r++) finish.row(totals[p][r], t.row + r);
+    }
+}
 
-struct AmxInt4Tiles : Int4Tiles {
+// Up to 32 rows by up to kPanels panels, two at a time.
+template <class Tiles>
+struct AmxTiles : Tiles {
     static constexpr int64_t kManyRows = 2 * kAmxRows;
 
-    static void many(const Tile& t, int64_t rows, int64_t panels) { amx_tiles<AmxInt4Tiles>(t, rows, panels); }
-
-    template <int P, bool kLower>
-    static void amx_tile(const Tile& t, int64_t rows) {
-        const Linear& w = t.w;
-        const Rows& a = t.a;
-        Ahead ahead = t.ahead;
-        const int64_t panel_bytes = w.panel_bytes(), upper = std::min(rows, kAmxRows), row_groups = a.stride / kGroup;
-        const TileShapes shapes(upper, rows - upper, kGroup);
-        _tile_loadconfig(&shapes);
-        const GroupInput *q = a.group_q + t.row * a.stride, *q_lower = q + kAmxRows * a.stride;
-        const float *scale = a.group_scale + t.row * row_groups, *shift = a.group_shift + t.row * row_groups;
-        const uint8_t *scales = t.weights, *codes = t.weights + w.head_bytes();
-        alignas(64) uint8_t bytes[P][kGroup * kLanes];
-        AmxSums sums;
-        Floats totals[P][2 * kAmxRows] = {};
-        for (int64_t group = 0; group < w.depth / kGroup; group++, q += kGroup, q_lower += kGroup) {
-            ahead.fetch();
-            for (int p = 0; p < P; p++) expand(codes + p * panel_bytes + group * kGroup * kLanes / 2, bytes[p]);
-            zero_sums<P, kLower>();
-            amx_multiply<P, kLower>(q, q_lower, a.stride, bytes[0], bytes[P - 1]);
-            sums.store<P, kLower>();
-            for (int p = 0; p < P; p++) {
-                const GroupScale group_scale(scales + p * panel_bytes + group * 2 * kLanes);
-                for (int64_t r = 0; r < rows; r++)
-                    totals[p][r] = group_scale.add(totals[p][r], load<Ints>(sums.row(r, p)), scale[r * row_groups + group],
-                                                   shift[r * row_groups + group]);
-            }
+    static void many(const Tile& t, int64_t rows, int64_t panels) {
+        Tile two = t;
+        for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * t.w.panel_bytes()) {
+            const bool is_one = panels - p == 1;
+            if (rows > kAmxRows) is_one ? amx_tile<1, true>(Tiles(), two, rows) : amx_tile<2, true>(Tiles(), two, rows);
+            else is_one ? amx_tile<1, false>(Tiles(), two, rows) : amx_tile<2, false>(Tiles(), two, rows);
+            two.ahead.lines = 0;
         }
-        _tile_release();
-        for (int p = 0; p < P; p++) {
-            const Finish finish(w, t.to, t.panel + p);
-            for (int64_t r = 0; r < rows; r++) finish.row(totals[p][r], t.row + r);
-        }
-    }
-
-    template <int P, bool kLower>
-    INLINE void zero_sums() {
-        _tile_zero(0);
-        if constexpr (P == 2) _tile_zero(1);
-        if constexpr (kLower) _tile_zero(2);
-        if constexpr (kLower && P == 2) _tile_zero(3);
-    }
-
-    // The codes of a group as bytes.
-    INLINE void expand(const uint8_t* from, uint8_t* to) {
-        for (int64_t k = 0; k < kGroup; k += 8, from += 4 * kLanes, to += 8 * kLanes)
-            for (int half = 0; half < 2; half++) store(to + half * 4 * kLanes, codes_of(load<NativeInts>(from), half, 0));
     }
 };

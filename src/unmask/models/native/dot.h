@@ -97,22 +97,22 @@ INLINE void store_inputs(Input* to, Twice<V> x) {
     store_inputs(to + sizeof(V) / 4, x.hi);
 }
 
-// The same for the codes of 4-bit weights, 0..15, and inputs of 8 bits in their order. A register's lane holds eight codes of a channel:
-// four in the lower nibbles (half 0), four in the upper ones. Sums of a group of 32 inputs fit into 16 bits.
+// The same for groups of 32 inputs of 8 bits in their order; first with the codes of 4-bit weights, 0..15. A register's lane holds
+// eight codes of a channel: four in the lower nibbles (half 0), four in the upper ones. Sums of a group fit into 16 bits.
 #if defined(UNMASK_AVX2) && !defined(UNMASK_AVXVNNI)
 #define UNMASK_CODE_PAIRS 1  // a lane's sums are two of 16 bits: of the first two of each four inputs, and of the others
 typedef int8_t GroupInput;
-constexpr int kCodePasses = 1;
+constexpr int kGroupPasses = 1;
 typedef NativeInts Multiples;
 #else
 typedef Input GroupInput;
-constexpr int kCodePasses = kPasses;
+constexpr int kGroupPasses = kPasses;
 typedef NativeFloats Multiples;
 #endif
 
 INLINE NativeInts codes_of(NativeInts eight, int half, int pass) {
     const NativeInts bytes = (half ? eight >> 4 : eight) & 0x0f0f0f0f;
-    if (kCodePasses == 1) return bytes;
+    if (kGroupPasses == 1) return bytes;
     return pass == 0 ? bytes & 0x00ff00ff : bytes >> 8 & 0x00ff00ff;
 }
 
@@ -125,6 +125,33 @@ INLINE NativeInts code_dot(NativeInts sum, NativeInts codes, NativeInts inputs) 
     return sum;
 #else
     return dot(sum, codes, inputs);
+#endif
+}
+
+// Then with the bytes of 8-bit weights, which are multiplied as w + kGroupWeightOffset.
+#if defined(UNMASK_CODE_PAIRS)
+constexpr int32_t kGroupWeightOffset = 0;
+#else
+constexpr int32_t kGroupWeightOffset = kWeightOffset;
+#endif
+
+INLINE NativeInts group_weights_of(const uint8_t* from, int pass) {
+#if defined(UNMASK_CODE_PAIRS)
+    return load<NativeInts>(from) ^ int32_t(0x80808080);
+#else
+    return weights_of(from, pass);
+#endif
+}
+
+INLINE NativeInts byte_dot(NativeInts sum, NativeInts weights, NativeInts inputs) {
+#if defined(UNMASK_CODE_PAIRS)
+    // Two products fit into 16 bits, as no input is -128; signs go with the inputs.
+    const __m256i w = (__m256i)weights, pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8((__m256i)inputs, w));
+    sum += (NativeInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    UNMASK_ADDED(sum);
+    return sum;
+#else
+    return dot(sum, weights, inputs);
 #endif
 }
 

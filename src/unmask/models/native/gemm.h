@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "float_tiles.h"
-#include "int4_tiles.h"
+#include "group_tiles.h"
 
 template <class Tiles, int P, int... R>
 static void (*tile_of(int64_t rows, std::integer_sequence<int, R...>))(const Tile&) {
@@ -32,6 +32,11 @@ INLINE int64_t tile_height(int64_t rows) {
 
 #if defined(UNMASK_AMX)
 #include "amx.h"
+template <class Tiles>
+using BestTiles = AmxTiles<Tiles>;
+#else
+template <class Tiles>
+using BestTiles = Tiles;
 #endif
 
 template <class Tiles>
@@ -63,12 +68,7 @@ static void gemm(const Linear& w, const Rows& a, Range rows, Range panels, const
     switch (w.bits) {
         case 32: return multiply<FloatTiles<32>>(w, a, rows, panels, to);
         case 16: return multiply<FloatTiles<16>>(w, a, rows, panels, to);
-#if defined(UNMASK_AMX)
-        case 8: return multiply<AmxInt8Tiles>(w, a, rows, panels, to);
-        case 4: return multiply<AmxInt4Tiles>(w, a, rows, panels, to);
-#else
-        case 8: return multiply<Int8Tiles>(w, a, rows, panels, to);
-        case 4: return multiply<Int4Tiles>(w, a, rows, panels, to);
-#endif
+        case 8: return (w.by_group ? multiply<BestTiles<GroupTiles<8>>> : multiply<BestTiles<Int8Tiles>>)(w, a, rows, panels, to);
+        case 4: return multiply<BestTiles<GroupTiles<4>>>(w, a, rows, panels, to);
     }
 }

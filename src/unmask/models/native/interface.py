@@ -21,7 +21,7 @@ def _fields(kind: type, *names: str) -> tuple[tuple[str, Any], ...]:
 class Linear(Structure):
     """A packed matrix; `Linear` of linear.h."""
 
-    _fields_ = (*_fields(c_void_p, "weight", "scale", "bias"), *_fields(c_int64, "depth", "outputs", "bits"))
+    _fields_ = (*_fields(c_void_p, "weight", "scale", "bias"), *_fields(c_int64, "depth", "outputs", "bits", "by_group"))
 
 
 class GatedLinear(Structure):

@@ -9,8 +9,8 @@
 //   16  [panel][K / 2][channel][2], bfloat16;
 //   32  [panel][K][channel], float32.
 //
-// Bytes are multiplied with activations of 8 bits, one scale a row (signed, scale = max |x| / 127), and codes with activations of 8
-// bits, one scale a group; both have one scale a channel. Sums of integers are exact, over a row or over a group, and the sums of
+// Bytes are multiplied with activations of 8 bits (signed, scale = max |x| / 127), one scale a row or one scale a group of kGroup
+// inputs, and codes with the latter; both have one scale a channel. Sums of integers are exact, over a row or over a group, and the sums of
 // groups are added one after the other. Floats are multiplied with float32 activations. A row's result depends neither on the other
 // rows nor on how work is cut up nor on the processor.
 #pragma once
@@ -20,7 +20,7 @@
 #include "dot.h"
 #include "threads.h"
 
-constexpr int64_t kGroup = 32, kStep = 16;  // depths are multiples of kStep, those of 4 bits of kGroup
+constexpr int64_t kGroup = 32, kStep = 16;  // depths of integers are multiples of kGroup, those of floats of kStep
 
 // What a product reads of its rows: bits of a set.
 enum Form : int { kFloats = 1, kByRow = 2, kByGroup = 4 };
@@ -32,9 +32,10 @@ struct Linear {
     int64_t depth;       // K, padded
     int64_t outputs;     // channels, not padded
     int64_t bits;
+    int64_t by_group;  // 0 or 1, of 8 bits: rows have a scale for each group
 
     bool is_float() const { return bits >= 16; }
-    int form() const { return !weight ? 0 : is_float() ? kFloats : bits == 8 ? kByRow : kByGroup; }
+    int form() const { return !weight ? 0 : is_float() ? kFloats : bits == 8 && !by_group ? kByRow : kByGroup; }
     int64_t panels() const { return (outputs + kLanes - 1) / kLanes; }
     // Of the multiples and zeros before a panel's codes.
     int64_t head_bytes() const { return bits == 4 ? (depth / kGroup * 2 * kLanes + 63) / 64 * 64 : 0; }
@@ -53,6 +54,13 @@ struct Linear {
     }
 };
 
+// What belongs to a group of a row's inputs.
+struct InputGroup {
+    float scale;
+    float shift;  // what a zero of 1 adds to a product: -1 / 16 of the scaled sum
+    int32_t sum;  // of the integers
+};
+
 // Rows of activations in the forms that products read, zeros behind each row's end.
 struct Rows {
     float* x;  // kFloats
@@ -61,9 +69,8 @@ struct Rows {
     float* scale;
     int32_t* sum;
 
-    GroupInput* group_q;   // kByGroup
-    float* group_scale;    // [rows][stride / kGroup]
-    float* group_shift;    // the same shape: what a zero of 1 adds to a sum, -1 / 16 of the group's sum of inputs
+    GroupInput* group_q;  // kByGroup
+    InputGroup* groups;   // [rows][stride / kGroup]
 
     int64_t stride;
 };
@@ -85,26 +92,27 @@ INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t r
     to.sum[row] = sum_of(total);
 }
 
-INLINE void quantize_group(Floats first, Floats second, GroupInput* q, float* scale, float* shift) {
+INLINE void quantize_group(Floats first, Floats second, GroupInput* q, InputGroup& group) {
     const float peak = max_of(larger(magnitude(first), magnitude(second)));
     const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // smaller ones have no inverse, and add nothing
     const Ints low = nearest(first * inverse), high = nearest(second * inverse);
     store_group(q, low, high);
-    *scale = peak / 127.0f;
-    *shift = *scale * (float(sum_of(low + high)) * -0.0625f);
+    group.scale = peak / 127.0f;
+    group.sum = sum_of(low + high);
+    group.shift = group.scale * (float(group.sum) * -0.0625f);
 }
 
 // Groups behind the row's end get scales of 0.
 INLINE void quantize_groups(const float* x, int64_t size, const Rows& to, int64_t row) {
-    const int64_t groups = to.stride / kGroup;
+    const int64_t count = to.stride / kGroup;
     GroupInput* q = to.group_q + row * to.stride;
-    float *scale = to.group_scale + row * groups, *shift = to.group_shift + row * groups;
+    InputGroup* groups = to.groups + row * count;
     int64_t group = 0;
     for (; (group + 1) * kGroup <= size; group++, x += kGroup, q += kGroup)
-        quantize_group(load<Floats>(x), load<Floats>(x + kLanes), q, scale + group, shift + group);
-    for (int64_t left = size - group * kGroup; group < groups; group++, left = 0, q += kGroup) {
-        const int count = int(std::min<int64_t>(left, kLanes));
-        quantize_group(load_some(x, count), load_some(x + count, int(left) - count), q, scale + group, shift + group);
+        quantize_group(load<Floats>(x), load<Floats>(x + kLanes), q, groups[group]);
+    for (int64_t left = size - group * kGroup; group < count; group++, left = 0, q += kGroup) {
+        const int lanes = int(std::min<int64_t>(left, kLanes));
+        quantize_group(load_some(x, lanes), load_some(x + lanes, int(left) - lanes), q, groups[group]);
     }
 }
 
@@ -120,13 +128,11 @@ INLINE void store_row(const float* x, int64_t size, const Rows& to, int64_t row,
 
 // The same forms of a row, from others of the same stride.
 INLINE void copy_row(const Rows& from, int64_t row, const Rows& to, int64_t number, int forms) {
-    const int64_t stride = to.stride, groups = stride / kGroup;
+    const int64_t stride = to.stride;
     const auto copy = [=](auto* out, const auto* in, int64_t size) { memcpy(out + number * size, in + row * size, size * sizeof *in); };
     if (forms & kFloats) copy(to.x, from.x, stride);
     if (forms & kByRow) copy(to.q, from.q, stride), copy(to.scale, from.scale, 1), copy(to.sum, from.sum, 1);
-    if (!(forms & kByGroup)) return;
-    copy(to.group_q, from.group_q, stride);
-    copy(to.group_scale, from.group_scale, groups), copy(to.group_shift, from.group_shift, groups);
+    if (forms & kByGroup) copy(to.group_q, from.group_q, stride), copy(to.groups, from.groups, stride / kGroup);
 }
 
 // Where a product goes: channel c of row r to out[r * stride + c - first], assigned or added.

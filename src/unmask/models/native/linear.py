@@ -20,18 +20,21 @@ from unmask.models.native.quantize import PackedMatrix
 class PackedLinear:
     """`x W^T + b` with 8- or 4-bit weights and 8-bit activations, or in floats; `depth` is K, padded."""
 
-    def __init__(self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, matrix: PackedMatrix, kernels: interface.Kernels, *, bias: Tensor | None = None, by_group: bool = False
+    ) -> None:
         """Point the kernels to a matrix.
 
         Args:
             matrix: packed.
             kernels: the compiled library.
             bias: float32, padded to panels (`pack_bias`).
+            by_group: as of `linear_struct`.
         """
         self._tensors = (matrix, bias)
         self._kernels, self._outputs, self.depth = kernels, matrix.outputs, matrix.depth
         self._workspace = interface.Workspace()
-        self._struct = linear_struct(matrix, bias)
+        self._struct = linear_struct(matrix, bias, by_group=by_group)
 
     @torch.no_grad()
     def __call__(self, x_NK: Tensor) -> Tensor:
@@ -58,8 +61,14 @@ class PackedLinear:
         kernel(byref(self._struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
 
 
-def linear_struct(matrix: PackedMatrix, bias: Tensor | None) -> interface.Linear:
-    """The C structure of a matrix and its bias, which must outlive it."""
+def linear_struct(matrix: PackedMatrix, bias: Tensor | None, *, by_group: bool) -> interface.Linear:
+    """The C structure of a matrix and its bias, which must outlive it.
+
+    Args:
+        matrix: packed.
+        bias: as of `PackedLinear`.
+        by_group: with weights of 8 bits, too, activations have a scale for every 32 inputs, and not for a row.
+    """
     tensors = (matrix.weight, matrix.scale, bias)
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits)
+    return interface.Linear(*addresses, matrix.depth, matrix.outputs, matrix.bits, by_group)

@@ -91,10 +91,7 @@ struct Arena {
         out.stride = stride;
         if (forms & kFloats) out.x = take<float>(rows * stride);
         if (forms & kByRow) out.q = take<Input>(rows * stride), out.scale = take<float>(rows), out.sum = take<int32_t>(rows);
-        if (forms & kByGroup) {
-            out.group_q = take<GroupInput>(rows * stride);
-            out.group_scale = take<float>(rows * stride / kGroup), out.group_shift = take<float>(rows * stride / kGroup);
-        }
+        if (forms & kByGroup) out.group_q = take<GroupInput>(rows * stride), out.groups = take<InputGroup>(rows * stride / kGroup);
         return out;
     }
 };

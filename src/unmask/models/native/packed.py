@@ -33,7 +33,8 @@ class PackedTransformer:
     """Inference of a model on the CPU: 8- or 4-bit weights and 8-bit activations, or all in floats.
 
     Weights of 8 bits have one scale per output channel, and their activations one per row and product. Weights of 4 bits have a
-    scale and a minimum for every 32 inputs, and their activations a scale. Sums under one scale are exact integers, everything
+    scale and a minimum for every 32 inputs, and the activations of a model with such, those of its 8-bit weights included, a
+    scale for every 32. Sums under one scale are exact integers, everything
     else is float32, routers of experts included. Gated LoRA has 8 bits where a model is quantised. Float weights are float32 or
     bfloat16, and their sums have one order. A row's result is the same bits whatever the other rows and the number of threads.
     Calls from several threads may overlap: each thread has a workspace of its own.
@@ -46,14 +47,14 @@ class PackedTransformer:
     def __init__(self, weights: PackedWeights, kernels: interface.Kernels) -> None:
         config, moe = weights.config, weights.config.moe
         self.config: ModelConfig = config
-        self.bits = weights.bits
+        self.bits, self._by_group = weights.bits, weights.bits == 4
         self._kernels, self.weights = kernels, weights
         self._embed_VD, self._inv_freq = weights.vectors["embed"], weights.vectors["inv_freq"]
         self._rope_factor = weights.rope_factor
         self._rope_PR = self._rope_table(_FIRST_POSITIONS)
         self._experts = [self._experts_of(f"blocks.{number}.") for number in range(config.num_layers)]
         self._layers = (interface.Layer * config.num_layers)(*(self._layer(number) for number in range(config.num_layers)))
-        self._head = PackedLinear(weights.matrices["head"], kernels)
+        self._head = PackedLinear(weights.matrices["head"], kernels, by_group=self._by_group)
         self._model = interface.Model(
             addressof(self._layers), weights.vectors["norm"].data_ptr(), config.num_layers, config.hidden_size,
             config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim, config.gated_lora_rank or 0,
@@ -158,7 +159,7 @@ class PackedTransformer:
         if bias is None:
             return None
         router, gate_up, down = (
-            linear_struct(self.weights.matrices[f"{prefix}{name}.base"], None)
+            linear_struct(self.weights.matrices[f"{prefix}{name}.base"], None, by_group=self._by_group)
             for name in ("router", "experts.gate_up", "experts.down")
         )
         return interface.Experts(router, bias.data_ptr(), gate_up, down)
@@ -168,7 +169,11 @@ class PackedTransformer:
         matrices, vectors = self.weights.matrices, self.weights.vectors
         parts = (f"{name}.{part}" for part in ("base", "input", "output"))
         return interface.GatedLinear(
-            *(linear_struct(matrices[part], vectors.get(f"{part}.bias")) for part in parts if part in matrices)
+            *(
+                linear_struct(matrices[part], vectors.get(f"{part}.bias"), by_group=self._by_group)
+                for part in parts
+                if part in matrices
+            )
         )
 
 

@@ -5,7 +5,7 @@ are called. Every tensor of a packed matrix has panels, or the outputs of panels
 depends on another's: outputs packed 16 at a time are slices of the whole.
 
 Legend: N outputs, K inputs, P panels of 16 outputs, G groups of inputs: 32, or those that share four
-bytes of a panel; c outputs of a panel, s inputs of a group. Depths of all but 4 bits are multiples of STEP.
+bytes of a panel; c outputs of a panel, s inputs of a group. Depths of floats are multiples of STEP, those of integers of GROUP.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class PackedMatrix:
 
 def padded_depth(inputs: int, bits: int) -> int:
     """The depth of a packed matrix of so many inputs."""
-    return inputs + -inputs % (GROUP if bits == 4 else STEP)
+    return inputs + -inputs % (STEP if bits >= 16 else GROUP)
 
 
 def matrix_bytes(outputs: int, inputs: int, bits: int) -> int:
