@@ -118,7 +118,7 @@ def live(model: LanguageModel, config: ServerConfig | None = None) -> Iterator[L
     """Serve until the block ends."""
     config = config if config is not None else ServerConfig()
     app, listener = create_app(model, config), listen("127.0.0.1", 0)
-    server = Server(app, config.shutdown_grace)
+    server = Server(app, config.shutdown_grace, config.max_connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

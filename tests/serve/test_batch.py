@@ -15,9 +15,8 @@ from unmask.engine.engine import Engine, Update
 from unmask.engine.llm import LanguageModel
 from unmask.errors import DataError, RoomError, TrainingError
 from unmask.serve import batch as batches
-from unmask.serve.batch import BatchCounts
 from unmask.serve.batch import run_batch as run_checked_batch
-from unmask.serve.batch_file import BatchAnswers, BatchFile
+from unmask.serve.batch_file import BatchAnswers, BatchCounts, BatchFile
 from unmask.serve.config import ServerConfig
 
 COUNT = 7

@@ -274,6 +274,7 @@ def unchunked(data: bytes) -> str:
 
 
 def test_a_request_that_never_arrives_is_cut(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(connection, "READ_SECONDS", 0.2)
     for beginning in (
         b"",

@@ -16,7 +16,7 @@ from unmask.cli.startup import INTERRUPTED
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from unmask.serve.batch import BatchCounts
+    from unmask.serve.batch_file import BatchCounts
 
 STOP_NOTICE = b"\nfinishing what runs; Ctrl-C again drops it\n"
 FAILED = 1

@@ -88,7 +88,7 @@ def serve(
     url = url_of(listener)
     typer.echo(f"{config.names[0] if config.names else model} is served at {url}", err=True)
     typer.echo(f"chat in a browser: {url}/    API: {url}/v1    metrics: {url}/metrics    Ctrl-C stops", err=True)
-    if not config.api_keys and not is_loopback(host):
+    if not config.keys and not is_loopback(host):
         typer.echo(f"note: anyone who can reach {host} may use this server; set --api-key", err=True)
     if not run(language_model, config, listener, loopback=is_loopback(host)):
         raise typer.Exit(INTERRUPTED)

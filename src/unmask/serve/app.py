@@ -5,9 +5,10 @@ Owns the lifetime of the worker and the routes that generate nothing; `APIS` lis
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -25,11 +26,27 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.serve.api import anthropic, chat, completions, gateways, infill, llamacpp, ollama, responses, tokenize
+from unmask.serve.api import (
+    anthropic,
+    batches,
+    chat,
+    completions,
+    files,
+    gateways,
+    infill,
+    llamacpp,
+    ollama,
+    responses,
+    tokenize,
+)
 from unmask.serve.api.responses_store import ResponseStore
+from unmask.serve.audit import AuditLog
+from unmask.serve.batch_runner import BatchRunner
+from unmask.serve.clients import RATE_HEADERS, Clients
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import COMMON_ERROR_RESPONSES, ERROR_RESPONSES, ApiError, ErrorForm, openai_error
 from unmask.serve.exchange import AppState, CurrentState
+from unmask.serve.file_store import FileStore
 from unmask.serve.guard import Guard
 from unmask.serve.kv_events import KVEventPublisher
 from unmask.serve.metrics import Metrics
@@ -64,8 +81,10 @@ APIS = (
     Api(ollama.router, "/api/", ollama.ollama_error, is_untyped=True),
     Api(tokenize.router),
     Api(gateways.router),
+    Api(files.router),
+    Api(batches.router),
 )
-_PAGE = Path(str(files("unmask.serve"))) / "page"
+_PAGE = Path(str(resources.files("unmask.serve"))) / "page"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -135,16 +154,20 @@ def create_app(
         on_failure: called when the engine cannot be made.
 
     Raises:
-        ConfigError: the model has no tokenizer; or an address of KV events is wrong or in use, or their packages are missing.
+        ConfigError: the model has no tokenizer; a file or folder cannot be used; an address of KV events is wrong or in use, or
+            their packages are missing.
     """
     model = ServedModel(language_model, config)
     publisher = KVEventPublisher.of(config)
     metrics = Metrics(model.name)
+    limits = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute}
+    clients = Clients(config.keys, **limits)
+    audit = None if config.audit_log is None else AuditLog(config.audit_log)
 
     app = FastAPI(
         title="unmask",
         version=__version__,
-        lifespan=lambda app: _engine_running(app, model, metrics, publisher, on_failure),
+        lifespan=lambda app: _running(app, model, metrics, clients, publisher, audit, on_failure),
         exception_handlers={
             RequestValidationError: _on_invalid,
             ValidationError: _on_invalid,
@@ -156,10 +179,11 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.responses = ResponseStore()
+    app.state.files = None if config.files is None else FileStore(config.files, config.max_stored)
     for each in _routers():
         app.include_router(each)
     app.mount("/page", _PageFiles(directory=_PAGE), name="page")
-    _add_middleware(app, config, metrics, loopback=loopback)
+    _add_middleware(app, config, metrics, clients, audit, loopback=loopback)
     return app
 
 
@@ -167,7 +191,9 @@ def _routers() -> tuple[APIRouter, ...]:
     return (router, *(api.router for api in APIS))
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, loopback: bool) -> None:
+def _add_middleware(
+    app: FastAPI, config: ServerConfig, metrics: Metrics, clients: Clients, audit: AuditLog | None, *, loopback: bool
+) -> None:
     """The guard around the routes and, for pages of other origins, CORS around both."""
     app.add_middleware(
         Guard,
@@ -175,10 +201,12 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, loo
         paths={route.path for each in _routers() for route in each.routes if isinstance(route, APIRoute)},
         error_forms={api.prefix: api.error_form for api in APIS if api.prefix},
         untyped=[api.prefix for api in APIS if api.is_untyped],
-        api_keys=config.api_keys,
-        hosts=config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.api_keys else ()),
+        clients=clients,
+        hosts=config.allow_hosts or (("localhost", "127.0.0.1", "[::1]") if loopback and not config.keys else ()),
         origins=config.allow_origins,
         max_body=config.max_body,
+        uploads={files.PATH: files.max_body(config.max_file)},
+        audit=audit,
     )
     if config.allow_origins:
         app.add_middleware(
@@ -186,19 +214,21 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, loo
             allow_origins=config.allow_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-unmask-ignored-fields"],
+            expose_headers=["x-request-id", "x-unmask-ignored-fields", "retry-after", *RATE_HEADERS],
         )
 
 
 @asynccontextmanager
-async def _engine_running(
+async def _running(
     app: FastAPI,
     model: ServedModel,
     metrics: Metrics,
+    clients: Clients,
     publisher: KVEventPublisher | None,
+    audit: AuditLog | None,
     on_failure: Callable[[BaseException], None],
 ) -> AsyncIterator[None]:
-    """Runs the worker while the application runs."""
+    """Runs the worker, and what answers batches, while the application runs."""
     config = model.config
 
     def make_engine() -> Engine:
@@ -221,11 +251,30 @@ async def _engine_running(
     metrics.observe_engine(lambda: worker.current_engine)
     app.state.unmask = AppState(model, worker, metrics, config)
     try:
-        yield
+        async with _batches_running(app, worker, clients, model):
+            yield
     finally:
         await worker.close(0.0)
-        if publisher is not None:
-            publisher.close()
+        for each in (publisher, audit):
+            if each is not None:
+                each.close()
+
+
+@asynccontextmanager
+async def _batches_running(app: FastAPI, worker: Worker, clients: Clients, model: ServedModel) -> AsyncIterator[None]:
+    """Answers batches where the server keeps files."""
+    store: FileStore | None = app.state.files
+    if store is None:
+        yield
+        return
+    runner = BatchRunner(app, store, worker, clients, name=model.name, max_concurrent=model.config.max_concurrent)
+    app.state.batches, task = runner, asyncio.create_task(runner.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        store.close()
 
 
 class _PageFiles(StaticFiles):

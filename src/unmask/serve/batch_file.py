@@ -24,6 +24,10 @@ _BEGINNING = f'{{"id": "{ID_PREFIX}'.encode()
 """Of every line of answers."""
 
 
+class AnswersBusyError(DataError):
+    """Another job is writing the file of answers."""
+
+
 class BatchLineError(DataError):
     """A line of a batch file is no request.
 
@@ -165,7 +169,7 @@ class BatchAnswers:
             if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
                 raise BlockingIOError
         except BlockingIOError as error:
-            raise DataError(f"another job is writing {self._path}; wait for it, or choose another file") from error
+            raise AnswersBusyError(f"another job is writing {self._path}; wait for it, or choose another file") from error
 
     def _check_torn(self, torn: bytes, number: int) -> None:
         if not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
@@ -217,3 +221,17 @@ class BatchAnswers:
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """How far a batch is: lines in all, answered, and among these refused or failed."""
+
+    total: int
+    done: int
+    failed: int
+
+    @classmethod
+    def of(cls, requests: BatchFile, answers: BatchAnswers) -> BatchCounts:
+        """The counts of a file and its answers."""
+        return cls(len(requests.ids), len(answers.failed), sum(answers.failed.values()))

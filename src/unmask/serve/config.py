@@ -6,9 +6,12 @@ Owns their ranges and help; the options of `unmask serve` are generated from the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
+from unmask.serve.keys import ApiKey, check_unique, plain_key, read_keys
 
 
 def _setting(default: Any, help: str, default_text: str = "") -> Any:
@@ -26,11 +29,18 @@ class ServerConfig:
 
     names: tuple[str, ...] = _setting((), "Model name that clients use; repeatable: the first is the name in answers.", "MODEL")
     api_keys: tuple[str, ...] = _setting((), "API key that clients must send; repeatable.", "no key needed")
+    keys_file: Path | None = _setting(None, "YAML file of further keys: a list of name, key (or its sha256), and limits.")
+    requests_per_minute: int | None = _setting(None, "POST requests a minute of each key that sets no limit.", "any number")
+    tokens_per_minute: int | None = _setting(None, "Tokens a minute, of prompts and completions, likewise.", "any number")
     max_concurrent: int = _setting(16, "Completions decoded together.")
     max_queue: int = _setting(1024, "Completions that may wait beside those; more get status 429.")
     timeout: float = _setting(600.0, "Seconds that a request may take, waiting included.")
     shutdown_grace: float = _setting(30.0, "Seconds to finish running requests at Ctrl-C or SIGTERM.")
+    max_connections: int = _setting(2048, "Open connections; beyond, those are closed that have waited longest.")
     max_body: int = _setting(4 * 2**20, "Bytes of a request body.")
+    files: Path | None = _setting(None, "Folder of uploaded files and of batches.", "no files and batches are taken")
+    max_file: int = _setting(200 * 2**20, "Bytes of an uploaded file.")
+    max_stored: int = _setting(10 * 2**30, "Bytes of all files together.")
     max_tokens: int = _setting(1024, "New tokens of a chat completion that sets no limit.")
     cache_tokens: int | None = _setting(None, "Tokens that the KV cache holds.", "what fits 1 GiB")
     allow_origins: tuple[str, ...] = _setting(
@@ -46,9 +56,11 @@ class ServerConfig:
     kv_events_topic: str = _setting("", "Topic of the events.", "empty")
     strict: bool = _setting(False, "Refuse unknown fields of requests, which are otherwise ignored and named in a header.")
     log_prompts: bool = _setting(False, "Log prompts and answers.")
+    audit_log: Path | None = _setting(None, "File of a JSON line for every request: who, what, when; no texts.", "none")
 
     def __post_init__(self) -> None:
-        for name in ("max_concurrent", "max_body", "max_tokens", "cache_tokens"):
+        least_one = ("max_concurrent", "max_body", "max_tokens", "cache_tokens", "max_connections", "max_file", "max_stored")
+        for name in (*least_one, "requests_per_minute", "tokens_per_minute"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_queue", "shutdown_grace"):
@@ -58,5 +70,10 @@ class ServerConfig:
             raise ConfigError(f"timeout is {self.timeout}; it must be positive")
         if self.kv_events is None and (self.kv_events_replay is not None or self.kv_events_topic):
             raise ConfigError("kv_events_replay and kv_events_topic say how events are published; set kv_events, too")
-        if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
-            raise ConfigError("api_keys holds a key that is empty, not ASCII or surrounded by white space; use another key")
+        check_unique(self.keys)
+
+    @cached_property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """Every key that opens the server; none: no key is needed."""
+        plain = tuple(plain_key(key) for key in dict.fromkeys(self.api_keys))
+        return plain if self.keys_file is None else (*plain, *read_keys(self.keys_file))

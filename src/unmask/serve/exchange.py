@@ -20,6 +20,7 @@ from starlette.requests import Request as HttpRequest
 from unmask.engine.engine import Update
 from unmask.engine.request import decoding_seconds
 from unmask.serve.choice import Choice, ChoiceDelta
+from unmask.serve.clients import Client
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import bad_request, internal
 from unmask.serve.metrics import Metrics
@@ -115,7 +116,7 @@ class Exchange:
         self._model, self._metrics, self._http, self._submission = state.model, state.metrics, http, submission
         self._prompt_tokens, self._logs_text = prepared.prompt_tokens, state.config.log_prompts
         self.choices = [Choice(i, request, prepared, state.model) for i, request in enumerate(prepared.requests)]
-        self._note(prompt_tokens=prepared.prompt_tokens)
+        self._note(prompt_tokens=prepared.prompt_tokens, model=state.model.name)
         state.metrics.prompt_tokens.inc(prepared.prompt_tokens)
 
     @property
@@ -200,15 +201,22 @@ async def open_exchange(
     state: AppState, http: HttpRequest, prepared: PreparedRequests, *, watch: bool = False
 ) -> AsyncIterator[Exchange]:
     """Submit requests; when the client disconnects or the block is left early, they end and their cache blocks are free."""
-    submission = state.worker.submit(prepared.requests, watch=watch, background=http.scope["unmask.background"])
-    exchange = Exchange(state, http, prepared, submission)
-    watcher = asyncio.create_task(_abort_on_disconnect(http, submission))
+    client: Client = http.scope["unmask.client"]
+    reserved, used = prepared.prompt_tokens + sum(request.num_wanted for request in prepared.requests), 0
+    client.take_tokens(reserved)
     try:
-        yield exchange
+        submission = state.worker.submit(prepared.requests, watch=watch, background=http.scope["unmask.background"])
+        exchange = Exchange(state, http, prepared, submission)
+        watcher = asyncio.create_task(_abort_on_disconnect(http, submission))
+        try:
+            yield exchange
+        finally:
+            submission.abort("disconnect")
+            watcher.cancel()
+            exchange.close()
+            used = exchange.tokens.prompt + exchange.tokens.completion
     finally:
-        submission.abort("disconnect")
-        watcher.cancel()
-        exchange.close()
+        client.give_tokens(reserved - used)
 
 
 async def _abort_on_disconnect(http: HttpRequest, submission: Submission) -> None:

@@ -1,4 +1,4 @@
-"""`Guard`: the ASGI middleware for request ids, access control, body limits, metrics and the access log.
+"""`Guard`: the ASGI middleware for request ids, access control, rate and body limits, metrics, access and audit log.
 
 Owns the outermost layer of the application. Knows paths and headers, never the content of bodies.
 """
@@ -6,7 +6,6 @@ Owns the outermost layer of the application. Knows paths and headers, never the 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import secrets
@@ -14,10 +13,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unmask.serve.audit import AuditLog
+from unmask.serve.clients import Clients
 from unmask.serve.errors import ApiError, ErrorForm, internal, openai_error
 from unmask.serve.metrics import Metrics
 from unmask.serve.worker import AbortedError
@@ -28,7 +30,9 @@ CLIENT_CLOSED = 499
 MAX_HEADER = 1000
 """Characters of the header that names ignored fields."""
 BODY_SECONDS = 60.0
-"""How long a body may take to arrive."""
+"""How long a body may take to arrive, and longer by ..."""
+BODY_RATE = 2**16
+"""... a second for so many bytes."""
 _log = logging.getLogger("unmask.serve")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PORT = re.compile(r":\d+$")
@@ -43,10 +47,12 @@ class Guard:
         paths: paths of the application; all others are counted as one.
         error_forms: how errors are written, by the prefix of the path; elsewhere as OpenAI does.
         untyped: prefixes of paths whose bodies are JSON whatever their content-type says.
-        api_keys: accepted keys; without any, no key is needed.
+        clients: who may send requests.
         hosts: accepted values of the Host header; without any, all are accepted.
         origins: web origins besides the server's own that may send requests.
         max_body: bytes of a body.
+        uploads: bytes of the bodies of other paths, which are forms with files.
+        audit: has a line for every request.
     """
 
     def __init__(
@@ -57,14 +63,16 @@ class Guard:
         paths: Collection[str],
         error_forms: Mapping[str, ErrorForm],
         untyped: Sequence[str] = (),
-        api_keys: Sequence[str] = (),
+        clients: Clients,
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
         max_body: int,
+        uploads: Mapping[str, int],
+        audit: AuditLog | None = None,
     ) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
         self._error_forms, self._untyped = dict(error_forms), tuple(untyped)
-        self._keys = [key.encode() for key in api_keys]
+        self._clients, self._uploads, self._audit = clients, dict(uploads), audit
         self._hosts, self._origins, self._max_body = frozenset(hosts), frozenset(origins), max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,13 +89,15 @@ class Guard:
         scope["unmask.id"] = client_id if _CLIENT_ID.fullmatch(client_id) else secrets.token_hex(12)
         scope["unmask.details"] = {}
         scope.setdefault("unmask.background", False)  # True: a line of a batch, which this process asks itself
+        scope.setdefault("unmask.client", self._clients.everybody)
         forms = self._error_forms.items()
         scope["unmask.error_form"] = next((form for prefix, form in forms if scope["path"].startswith(prefix)), openai_error)
         response = _Response(scope, receive, send)
         try:
             if not scope["unmask.background"]:
                 self._check(scope, headers)
-            await self._app(scope, _LimitedBody(receive, self._max_body).receive, response.send)
+            body = _LimitedBody(receive, self._uploads.get(scope["path"], self._max_body))
+            await self._app(scope, body.receive, response.send)
         except ApiError as error:
             await response.fail(error)
         except AbortedError:
@@ -101,7 +111,7 @@ class Guard:
             self._count(scope, response)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises: ApiError: the request is not accepted."""
+        """Find out who asks. Raises: ApiError: the request is not accepted."""
         host = _PORT.sub("", headers.get("host", ""))
         if self._hosts and host not in self._hosts:
             raise ApiError(
@@ -115,25 +125,36 @@ class Guard:
             )
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
-        if self._keys and not is_open and not self._has_key(headers):
-            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key"
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
-            raise ApiError(415, "the body must be JSON; send content-type: application/json")
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._max_body:
-            raise ApiError(413, _too_large(self._max_body))
+        if self._clients.need_key and not is_open:
+            client = self._clients.find(_sent_keys(headers))
+            if client is None:
+                raise _no_key()
+            scope["unmask.client"] = client
+        self._check_body(scope, headers)
 
-    def _has_key(self, headers: Headers) -> bool:
-        """Whether a header holds an accepted key (OpenAI's or Anthropic's); compared in constant time."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = [headers.get("x-api-key", "").encode(), key.strip().encode() if scheme.lower() == "bearer" else b""]
-        matches = [hmac.compare_digest(each, known) for each in sent for known in self._keys]
-        return any(matches)
+    def _check_body(self, scope: Scope, headers: Headers) -> None:
+        is_upload = scope["path"] in self._uploads
+        if scope["method"] == "POST":
+            scope["unmask.client"].take_request()
+            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            is_empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+            if is_empty and not is_upload:
+                return
+            if is_upload and media_type != "multipart/form-data":
+                raise ApiError(415, "the body must be a form with a file; send content-type: multipart/form-data")
+            if not is_upload and not _is_json(media_type):
+                raise ApiError(415, "the body must be JSON; send content-type: application/json")
+        length = headers.get("content-length", "")
+        max_bytes = self._uploads.get(scope["path"], self._max_body)
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            raise ApiError(413, _too_large(max_bytes))
 
     def _count(self, scope: Scope, response: _Response) -> None:
-        path = scope["path"] if scope["path"] in self._paths else "other"
+        route = scope.get("route")
+        path = route.path if isinstance(route, APIRoute) else scope["path"] if scope["path"] in self._paths else "other"
         seconds = time.perf_counter() - response.started
+        if self._audit is not None:
+            self._audit.write(scope, path, response.status, seconds)
         self._metrics.responses.labels(path, str(response.status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
         level = logging.DEBUG if path in ("/health", "/ready", "/metrics", "other") and response.status < 500 else logging.INFO
@@ -164,9 +185,12 @@ class _LimitedBody:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError as error:
-            raise HTTPException(408, f"the body took longer than {BODY_SECONDS:g} s to arrive; send it again") from error
+            message_text = f"the body took longer than {BODY_SECONDS:g} s to arrive; send it again, faster"
+            raise HTTPException(408, message_text) from error
         self._complete = not message.get("more_body", False)
-        self._remaining -= len(message.get("body", b""))
+        length = len(message.get("body", b""))
+        self._remaining -= length
+        self._deadline += length / BODY_RATE
         if self._remaining < 0:
             raise HTTPException(413, _too_large(self._max_bytes))
         return message
@@ -188,6 +212,8 @@ class _Response:
             headers["x-request-id"] = self._scope["unmask.id"]
             headers["request-id"] = self._scope["unmask.id"]  # as Anthropic names it
             headers["x-content-type-options"] = "nosniff"
+            if self._scope["method"] == "POST":
+                headers.update(self._scope["unmask.client"].headers())
             if ignored := self._scope["unmask.details"].get("ignored_fields"):
                 headers["x-unmask-ignored-fields"] = ",".join(ascii(name)[1:-1] for name in ignored)[:MAX_HEADER]
         await self._send(message)
@@ -199,10 +225,20 @@ class _Response:
         await error.response(self._scope)(self._scope, self._receive, self.send)
 
 
-def _is_json(content_type: str) -> bool:
-    media_type = content_type.partition(";")[0].strip().lower()
+def _sent_keys(headers: Headers) -> tuple[str, str]:
+    """The keys of a request, in OpenAI's header and in Anthropic's."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return headers.get("x-api-key", ""), key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _no_key() -> ApiError:
+    message = "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key"
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _is_json(media_type: str) -> bool:
     return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
 
 
 def _too_large(max_bytes: int) -> str:
-    return f"the body is larger than {max_bytes} bytes; send less, or raise the server's max_body"
+    return f"the body is larger than {max_bytes} bytes; send less, or raise the server's limit"

@@ -7,6 +7,8 @@ finish and fail after it, and connections still open then are closed. A second S
 from __future__ import annotations
 
 import asyncio
+import functools
+import resource
 import socket
 
 import uvicorn
@@ -18,6 +20,8 @@ from unmask.serve.app import create_app
 from unmask.serve.config import ServerConfig
 from unmask.serve.connection import Connection
 
+_OTHER_DESCRIPTORS = 256
+"""Open files beside connections."""
 _FLUSH_SECONDS = 5.0
 """Time for clients to read the rest of their responses once the engine has stopped."""
 
@@ -28,12 +32,13 @@ class Server(uvicorn.Server):
     Args:
         app: from `create_app`.
         grace: seconds that running requests have to finish.
+        max_connections: open at once.
     """
 
-    def __init__(self, app: FastAPI, grace: float) -> None:
+    def __init__(self, app: FastAPI, grace: float, max_connections: int = 2048) -> None:
         config = uvicorn.Config(
             app,
-            http=Connection,
+            http=functools.partial(Connection, max_connections=max_connections),  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             access_log=False,
@@ -92,11 +97,22 @@ def run(language_model: LanguageModel, config: ServerConfig, listener: socket.so
         server.should_exit = True
 
     app = create_app(language_model, config, loopback=loopback, on_failure=on_failure)
-    server = Server(app, config.shutdown_grace)
+    server = Server(app, config.shutdown_grace, _with_descriptors(config.max_connections))
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
     return not server.force_exit
+
+
+def _with_descriptors(max_connections: int) -> int:
+    """Raise the process's limit of open files for so many connections, as far as the system allows; how many it allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + _OTHER_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return max(1, raised - _OTHER_DESCRIPTORS)
 
 
 def listen(host: str, port: int) -> socket.socket:
