@@ -25,4 +25,4 @@ def write_adapter(model: Transformer, folder: Path, *, seed: int = 0, rank: int 
 
 def folded(model: Transformer, folder: Path) -> Transformer:
     """The model with that adapter and no other, as it is loaded alone."""
-    return fold_adapter(load_adapter(deepcopy(model), folder)).eval()
+    return fold_adapter(load_adapter(deepcopy(model), folder)).requires_grad_(False).eval()

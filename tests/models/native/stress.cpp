@@ -67,6 +67,7 @@ struct Shape {
     bool norms, bias;
     Routing routing;
     int64_t shared;
+    int64_t lora;  // rank of an adapter that some rows have, or 0
 };
 constexpr int64_t kLayers = 2, kSlots = 1200;
 
@@ -91,7 +92,7 @@ struct Scratch {
     }
 };
 
-static Result call(const Model& m, const Linear& head, int threads, unsigned seed) {
+static Result call(const Model& m, const Linear& head, const LoraLayer* lora, int threads, unsigned seed) {
     std::mt19937 random{seed};
     std::uniform_real_distribution<float> unit(-1, 1);
     auto filled = [&](int64_t count) {
@@ -118,8 +119,9 @@ static Result call(const Model& m, const Linear& head, int threads, unsigned see
         const int64_t rows = segments.back().stop;
         const std::vector<float> cos = filled(rows * m.rotary_dim), sin = filled(rows * m.rotary_dim);
         result.hidden = filled(rows * m.hidden);
+        const LoraRun runs[] = {{1, rows / 2, lora}, {rows / 2, rows / 2 + 1, lora}};
         const ForwardBatch batch{rows, int64_t(segments.size()), segments.data(), cos.data(), sin.data(), result.hidden.data(),
-                                 {result.cache.data(), kSlots}, result.touched.data()};
+                                 {result.cache.data(), kSlots}, result.touched.data(), lora ? 2 : 0, runs};
         unmask_forward(&m, &batch, scratch.take(unmask_forward_bytes(&m, rows, threads)), threads);
     }
     const int64_t rows = int64_t(result.hidden.size()) / m.hidden;
@@ -136,6 +138,7 @@ struct Case {
     Memory memory;
     std::vector<Layer> layers;
     std::deque<Experts> experts;
+    std::vector<LoraLayer> lora;
     Model model;
     Linear head;
 
@@ -156,11 +159,20 @@ struct Case {
             l.attention_norm = norm(s.hidden), l.mlp_norm = norm(s.hidden);
             if (s.norms) l.query_norm = norm(s.head_dim), l.key_norm = norm(s.head_dim);
             layers.push_back(l);
+            if (!s.lora) continue;
+            auto update = [&](int64_t inputs, int64_t outputs) {
+                return LoraUpdate{memory.linear(inputs, s.lora, 32, false), memory.linear(s.lora, outputs, 16, false)};
+            };
+            lora.push_back({{update(s.hidden, qkv), update(attended, s.hidden)}});
+            if (!l.ffn) continue;
+            lora.back().updates[kGateUp] = update(s.hidden, 2 * l.ffn), lora.back().updates[kDown] = update(l.ffn, s.hidden);
         }
         model = {layers.data(), norm(s.hidden), kLayers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.head_dim, s.rank,
-                 1e-6f, s.routing};
+                 1e-6f, s.routing, s.lora};
         head = memory.linear(s.hidden, s.vocab, std::max<int64_t>(s.bits, 8), false, s.bits == 4);
     }
+
+    const LoraLayer* adapter() const { return lora.empty() ? nullptr : lora.data(); }
 };
 
 // What depends on every bit of some numbers.
@@ -175,7 +187,7 @@ static void print_digest(const std::vector<T>& numbers) {
 // Forwards, and products of every number of rows that tiles treat in a way of its own.
 static void print_digests(const Shape& s) {
     Case made(s);
-    const Result result = call(made.model, made.head, 1, 0);
+    const Result result = call(made.model, made.head, made.adapter(), 1, 0);
     for (const std::vector<float>* numbers : {&result.hidden, &result.cache, &result.logits, &result.probabilities})
         print_digest(*numbers);
     print_digest(result.tokens);
@@ -194,12 +206,12 @@ static int check_threads(const Shape& s) {
     Case made(s);
     constexpr int kCallers = 4;
     std::vector<Result> expected, found(kCallers);
-    for (int i = 0; i < kCallers; i++) expected.push_back(call(made.model, made.head, 1, i));
+    for (int i = 0; i < kCallers; i++) expected.push_back(call(made.model, made.head, made.adapter(), 1, i));
     int wrong = 0;
     for (int threads = 1; threads <= 3; threads++) {
         std::vector<std::thread> callers;
         for (int i = 0; i < kCallers; i++)
-            callers.emplace_back([&, i] { found[i] = call(made.model, made.head, threads, i); });
+            callers.emplace_back([&, i] { found[i] = call(made.model, made.head, made.adapter(), threads, i); });
         for (std::thread& caller : callers) caller.join();
         wrong += !(found == expected);
     }
@@ -216,6 +228,8 @@ int main(int count, char**) {
         {48, 3, 1, 10, 40, 1, 0, 61, 4, true, false, {12, 3, 1, 1, 1, 0, 40, 1, 1.0f}, 0},
         {64, 4, 2, 16, 96, 1, 0, 61, 4, false, true, {8, 2, 1, 1, 0, 3, 24, 1, 2.5f}, 48},
         {48, 3, 1, 10, 40, 1, 0, 61, 16, true, false, {5, 5, 1, 1, 1, 0, 17, 1, 1.0f}, 34},
+        {48, 3, 1, 10, 40, 1, 16, 61, 8, true, true, {}, 0, 21},
+        {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false, {8, 2, 4, 2, 1, 0, 32, 2, 2.5f}, 64, 48},
     };
     int wrong = 0;
     for (const Shape& shape : shapes) {

@@ -13,18 +13,21 @@ import ctypes
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unmask.engine.backends.adapters import PreparedAdapters
 from unmask.engine.backends.torch import routing_name, unwritten_tensor
 from unmask.engine.batch import Batch, Ints
 from unmask.engine.quantization import PACKED_BITS
 from unmask.models.arch.transformer import Transformer
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packed import PackedTransformer
+from unmask.models.native.packed_adapter import PackedAdapter
 from unmask.models.native.packed_cache import PackedCache
 from unmask.models.native.packing import OnLayer, pack_model
 from unmask.models.weights.checkpoint import ModelParts
@@ -53,13 +56,20 @@ class NativeBackend(PackedTransformer):
         return unwritten_tensor(shape, self.dtype, self.device)
 
     def prepare_adapter(self, adapter: LoraAdapter) -> None:
-        raise NotImplementedError
+        self._adapters.of(adapter)
+
+    @cached_property
+    def _adapters(self) -> PreparedAdapters[PackedAdapter]:
+        return PreparedAdapters(lambda adapter: PackedAdapter(adapter, self.weights))
 
     def forward(self, batch: Batch, kv_cache: Tensor, *, touched_L: Ints | None = None) -> Tensor:
         size = batch.cache_block_size
         slots_NMS = batch.host_block_table_NM[..., None] * np.int64(size) + np.arange(size)
         slots_NK = slots_NMS.reshape(len(slots_NMS), -1)
-        return self.run(batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache, touched_L=touched_L)
+        adapted = [(run.start, run.stop, self._adapters.of(run.adapter)) for run in batch.adapted_runs]
+        return self.run(
+            batch.tokens_T, batch.host_positions_T, batch.segments_C6, slots_NK, kv_cache, adapted=adapted, touched_L=touched_L
+        )
 
 
 def packed_backend(model: Transformer, weights: str) -> NativeBackend:

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "gemm.h"
+#include "lora.h"
 #include "model.h"
 #include "rows.h"
 
@@ -171,6 +172,7 @@ struct RoutedLayer {
     const ExpertWork& work;
     const ThreadMemory& memory;
     const Team& team;
+    const Lora& lora;
     const Rows &normed, &shared_gated;
     float* shared_gate_up;
     const Routing& r = m.routing;
@@ -187,9 +189,11 @@ struct RoutedLayer {
         });
         products(l.gate_up.base, l.experts->gate_up, 2 * r.size, num_touched, normed, work.pairs,
                  {shared_gate_up, gate_up_stride(l.ffn)}, {work.gate_up, gate_up_stride(r.size)});
+        lora.add(l, kGateUp, l.gate_up.base.panels(), normed, {shared_gate_up, gate_up_stride(l.ffn)});
         gate();
         products(l.down.base, l.experts->down, m.hidden, num_touched, shared_gated, work.gated, {step.hidden, m.hidden, true},
                  {work.out, m.hidden});
+        lora.add(l, kDown, l.down.base.panels(), shared_gated, {step.hidden, m.hidden});
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
             for (int64_t row = rows.from; row < rows.to; row++) combine(row);
         });
@@ -239,7 +243,7 @@ struct RoutedLayer {
                 const int64_t row = is_shared ? i : i - shared_rows, size = is_shared ? l.ffn : r.size;
                 swiglu((is_shared ? shared_gate_up : work.gate_up) + row * gate_up_stride(size), size, scratch);
                 mix(scratch, size, is_shared ? l.mixed : r.mixed);
-                if (is_shared) store_row(scratch, size, shared_gated, row, l.down.forms());
+                if (is_shared) store_row(scratch, size, shared_gated, row, l.down.forms() | m.lora_form());
                 else store_row(scratch, size, work.gated, row, l.experts->down.form());
             }
         });

@@ -63,7 +63,26 @@ class Model(Structure):
         *_fields(c_int64, "num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim", "rank"),
         ("eps", c_float),
         ("routing", Routing),
+        ("lora_rank", c_int64),
     )
+
+
+class LoraUpdate(Structure):
+    """`LoraUpdate` of model.h."""
+
+    _fields_ = _fields(Linear, "input", "output")
+
+
+class LoraLayer(Structure):
+    """`LoraLayer` of model.h: an update of each of its matrices."""
+
+    _fields_ = _fields(LoraUpdate, "qkv", "out", "gate_up", "down")
+
+
+class LoraRun(Structure):
+    """`LoraRun` of model.h."""
+
+    _fields_ = (*_fields(c_int64, "start", "stop"), ("layers", c_void_p))
 
 
 class ForwardBatch(Structure):
@@ -74,6 +93,8 @@ class ForwardBatch(Structure):
         *_fields(c_void_p, "segments", "cos", "sin", "hidden", "kv_cache"),
         ("num_slots", c_int64),
         ("touched", c_void_p),
+        ("num_lora_runs", c_int64),
+        ("lora_runs", c_void_p),
     )
 
 

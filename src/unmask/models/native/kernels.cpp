@@ -9,6 +9,7 @@
 #include "experts.h"
 #include "gemm.h"
 #include "head.h"
+#include "lora.h"
 #include "model.h"
 #include "rows.h"
 
@@ -27,11 +28,12 @@ struct Workspace {
     const int64_t** slots;  // of each row's own key
     AttentionParts parts;
     ExpertWork experts;
+    LoraWork lora;
     ThreadMemory memory;
 
-    Workspace(const Model& m, int64_t rows, int threads, Arena& arena) : experts(m, rows, threads, arena) {
+    Workspace(const Model& m, int64_t rows, int threads, Arena& arena) : experts(m, rows, threads, arena), lora(m, rows, arena) {
         int64_t ffn = 0;
-        int normed_forms = 0, attended_forms = 0, gated_forms = 0, lowered_forms = 0;
+        int normed_forms = m.lora_form(), attended_forms = m.lora_form(), gated_forms = m.lora_form(), lowered_forms = 0;
         for (const Layer* l = m.layers; l < m.layers + m.num_layers; l++) {
             ffn = std::max(ffn, l->ffn);
             normed_forms |= l->qkv.forms() | l->feed_forms(), attended_forms |= l->out.forms(), gated_forms |= l->down.forms();
@@ -59,6 +61,7 @@ struct Forward {
     const ForwardBatch& step;
     const Workspace& work;
     const Team& team;
+    const Lora lora = {m, step, work.lora, team};
 
     void run() const {
         prepare();
@@ -66,18 +69,22 @@ struct Forward {
             const Layer& l = m.layers[layer];
             normalize(l.attention_norm, l.qkv, l.qkv.forms());
             product(l.qkv, work.normed, {work.qkv, m.qkv()});
+            lora.add(l, kQkv, l.qkv.base.panels(), work.normed, {work.qkv, m.qkv()});
             place_keys(l, layer);
             attend_all(layer);
             store(work.heads, m.attended(), work.attended, l.out);
             product(l.out, work.attended, {step.hidden, m.hidden, true});
+            lora.add(l, kOut, l.out.base.panels(), work.attended, {step.hidden, m.hidden});
             normalize(l.mlp_norm, l.gate_up, l.feed_forms());
             if (l.experts) {
-                RoutedLayer{m, l, step, work.experts, work.memory, team, work.normed, work.gated, work.gate_up}.run();
+                RoutedLayer{m, l, step, work.experts, work.memory, team, lora, work.normed, work.gated, work.gate_up}.run();
                 continue;
             }
             product(l.gate_up, work.normed, {work.gate_up, gate_up_stride(l.ffn)});
+            lora.add(l, kGateUp, l.gate_up.base.panels(), work.normed, {work.gate_up, gate_up_stride(l.ffn)});
             gate(l);
             product(l.down, work.gated, {step.hidden, m.hidden, true});
+            lora.add(l, kDown, l.down.base.panels(), work.gated, {step.hidden, m.hidden});
         }
         for (int64_t r = 0; r < step.rows; r++) {
             float* x = step.hidden + r * m.hidden;
@@ -119,7 +126,7 @@ struct Forward {
             float* scratch = work.memory.scratch_of(thread);
             for (int64_t r = rows.from; r < rows.to; r++) {
                 rms_norm(step.hidden + r * m.hidden, weight, m.hidden, m.eps, scratch);
-                store_row(scratch, m.hidden, work.normed, r, forms);
+                store_row(scratch, m.hidden, work.normed, r, forms | m.lora_form());
             }
             lower(next, work.normed, rows);
         });
@@ -127,7 +134,7 @@ struct Forward {
 
     void store(const float* x, int64_t width, const Rows& to, const GatedLinear& next) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
-            for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r, next.forms());
+            for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r, next.forms() | m.lora_form());
             lower(next, to, rows);
         });
     }
@@ -138,7 +145,7 @@ struct Forward {
             for (int64_t r = rows.from; r < rows.to; r++) {
                 swiglu(work.gate_up + r * gate_up_stride(l.ffn), l.ffn, scratch);
                 mix(scratch, l.ffn, l.mixed);
-                store_row(scratch, l.ffn, work.gated, r, l.down.forms());
+                store_row(scratch, l.ffn, work.gated, r, l.down.forms() | m.lora_form());
             }
             lower(l.down, work.gated, rows);
         });

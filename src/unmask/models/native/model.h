@@ -34,6 +34,24 @@ struct Layer {
     int feed_forms() const { return gate_up.forms() | (experts ? experts->router.form() | experts->gate_up.form() : 0); }
 };
 
+// Matrices of a layer that LoRA of some rows adds to; the latter two of the shared expert in a layer with experts.
+enum LoraMatrix : int { kQkv, kOut, kGateUp, kDown, kLoraMatrices };
+
+// Both in floats; `in` has no weight where an adapter leaves the matrix alone.
+struct LoraUpdate {
+    Linear in, out;
+};
+
+struct LoraLayer {
+    LoraUpdate updates[kLoraMatrices];
+};
+
+// Consecutive rows of a forward that have an adapter.
+struct LoraRun {
+    int64_t start, stop;
+    const LoraLayer* layers;
+};
+
 // The choice of experts, and their size.
 struct Routing {
     int64_t experts, active, groups, active_groups;
@@ -50,7 +68,10 @@ struct Model {
     int64_t rank;  // of the updates; 0: there are none
     float eps;
     Routing routing;  // no experts: of a dense model
+    int64_t lora_rank;  // the largest of the adapters in this forward, 0: there are none
 
+    // That LoRA reads rows in.
+    int lora_form() const { return lora_rank ? kFloats : 0; }
     int64_t attended() const { return heads * head_dim; }
     int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
@@ -71,6 +92,8 @@ struct ForwardBatch {
     float* hidden;           // [rows][hidden]: embeddings on entry, hidden states on return
     KVCache kv_cache;
     int64_t* touched;  // [layers], numbers of experts that rows have chosen; or null
+    int64_t num_lora_runs;
+    const LoraRun* lora_runs;
 };
 
 // Cuts a buffer into aligned pieces; without a buffer it only measures.

@@ -9,6 +9,7 @@ L layers, G kv heads, P slots or positions, R rotated dims, S head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import addressof, byref
 
 import numpy as np
@@ -21,6 +22,7 @@ from unmask.models.arch.config import ModelConfig, MoEConfig
 from unmask.models.arch.layers import rope_cos_sin
 from unmask.models.native import interface
 from unmask.models.native.linear import PackedLinear, linear_struct
+from unmask.models.native.packed_adapter import PackedAdapter
 from unmask.models.native.packing import PackedWeights
 
 Ints = NDArray[np.int64]
@@ -66,7 +68,7 @@ class PackedTransformer:
     @torch.no_grad()
     def run(
         self, tokens_T: Tensor, positions_T: Ints, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor,
-        *, touched_L: Ints | None = None,
+        *, adapted: Sequence[tuple[int, int, PackedAdapter]] = (), touched_L: Ints | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states after the final norm; keys and values are written to their slots.
 
@@ -77,6 +79,7 @@ class PackedTransformer:
                 sequence. A token attends block-causally to its sequence's keys; noisy ones pass the gated LoRA.
             slots_NK: contiguous slots of each sequence's keys, by position.
             kv_cache: float32 [L, 2, G, P, S], contiguous.
+            adapted: consecutive tokens that have an adapter: start, stop, and which.
             touched_L: where the number of experts that tokens have chosen is written, by layer.
 
         Returns:
@@ -100,13 +103,19 @@ class PackedTransformer:
         # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
         segments = segments_C6.copy()
         segments[:, 5] = slots_NK.ctypes.data + segments_C6[:, 5] * slots_NK.strides[0]
+        runs = (interface.LoraRun * len(adapted))(
+            *(interface.LoraRun(start, stop, each.address) for start, stop, each in adapted)
+        )
+        model = interface.Model.from_buffer_copy(self._model) if adapted else self._model
+        model.lora_rank = max((each.rank for _, _, each in adapted), default=0)
         step = interface.ForwardBatch(
             len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.ctypes.data, sin_TR.ctypes.data, hidden_TD.data_ptr(),
             kv_cache.data_ptr(), kv_cache.shape[3], None if touched_L is None else touched_L.ctypes.data,
+            len(adapted), addressof(runs),
         )  # fmt: skip
         threads = torch.get_num_threads()
-        buffer = self._workspace.address(self._kernels.forward_bytes(byref(self._model), len(hidden_TD), threads))
-        self._kernels.forward(byref(self._model), byref(step), buffer, threads)
+        buffer = self._workspace.address(self._kernels.forward_bytes(byref(model), len(hidden_TD), threads))
+        self._kernels.forward(byref(model), byref(step), buffer, threads)
         return hidden_TD
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class PackedWeights:
             latter two of a gated LoRA); and `head`. In a layer with experts there are `router` (floats), `shared.gate_up` and
             `shared.down`, and `experts.gate_up` and `experts.down`, each a stack: the outputs of all experts one after the
             other, each expert's padded to panels.
-        vectors: biases (`NAME.bias`, padded to panels), norms, `blocks.N.expert_bias`, `embed` [V, D] and `inv_freq`.
+        vectors: biases (`NAME.bias`, padded to panels), norms (of a rotated model those of layers also as they were, `.folded`
+            into matrices), `blocks.N.expert_bias`, `embed` [V, D] and `inv_freq`.
     """
 
     config: ModelConfig
@@ -248,6 +249,8 @@ class Packer:
             self._add_feed_forward(sink, prefix, f"{prefix}mlp.", mlp_norm)
         for name, norm in (("attention_norm", attention_norm), ("mlp_norm", mlp_norm)):
             sink.add_vector(f"{prefix}{name}", _vector(self._norm_weight(norm)))
+            if self._rotation is not None:
+                sink.add_vector(f"{prefix}{name}.folded", _vector(norm))
         for name in ("query_norm", "key_norm"):
             if (parameter := f"{prefix}attention.{name}.weight") in self._parts.shapes:
                 sink.add_vector(f"{prefix}{name}", _vector(self._parts.read(parameter)))

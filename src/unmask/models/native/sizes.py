@@ -69,7 +69,8 @@ def packed_bytes(config: ModelConfig, dtype: torch.dtype, bits: int, width: Call
         return bits if width is None else width(name)
 
     matrices = sum(matrix_bytes(*size, bits_of(name)) for name, size in matrix_sizes(config).items())
-    vectors = sum(4 * tensor.shape[0] for tensor in stored_tensors(config).values() if len(tensor.shape) == 1)
+    # Norms are kept twice where hidden states are rotated.
+    vectors = sum(8 * tensor.shape[0] for tensor in stored_tensors(config).values() if len(tensor.shape) == 1)
     return matrices + vectors + 2 * embed
 
 
