@@ -161,7 +161,7 @@ struct Case {
             layers.push_back(l);
             if (!s.lora) continue;
             auto update = [&](int64_t inputs, int64_t outputs) {
-                return LoraUpdate{memory.linear(inputs, s.lora, 32, false), memory.linear(s.lora, outputs, 16, false)};
+                return LoraUpdate{memory.linear(inputs, s.lora, 32, false, false), memory.linear(s.lora, outputs, 16, false, false)};
             };
             lora.push_back({{update(s.hidden, qkv), update(attended, s.hidden)}});
             if (!l.ffn) continue;

@@ -64,7 +64,7 @@ class PackedAdapter:
     def _struct(self, matrix: PackedMatrix) -> interface.Linear:
         """The C structure of a matrix, which lives as long as the adapter."""
         self._matrices.append(matrix)
-        return linear_struct(matrix, None)
+        return linear_struct(matrix, None, by_group=False)
 
     def _changed(self, update: LayerUpdate, matrix: str, number: int, weights: PackedWeights) -> tuple[Tensor, Tensor]:
         """A and B for inputs and outputs in the basis of the base's, as `Packer` changes its matrices."""
