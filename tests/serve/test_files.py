@@ -135,7 +135,12 @@ def test_nobody_sees_what_is_anothers(archive: Live, first: OpenAI) -> None:
                 call(id_)
         with pytest.raises(openai.NotFoundError):
             second.batches.create(input_file_id=batch.input_file_id, endpoint=ENDPOINT, completion_window="24h")
-        assert second.batches.list(after=None).data == []
+        answer = first.responses.create(model="tiny", input="Hi", max_output_tokens=16)
+        assert first.responses.retrieve(answer.id).id == answer.id
+        with pytest.raises(openai.NotFoundError):
+            second.responses.retrieve(answer.id)
+        with pytest.raises(openai.BadRequestError, match="not stored"):
+            second.responses.create(model="tiny", input="Hi", previous_response_id=answer.id)
     assert len(first.files.list().data) == 2
 
 

@@ -157,17 +157,17 @@ def test_the_store_forgets_the_least_recently_used() -> None:
     def response(name: str) -> dict[str, Any]:
         return {"id": name, "output": [{"id": f"item of {name}", "text": "x" * 100}]}
 
-    store = ResponseStore(max_bytes=350)
+    store = ResponseStore(max_bytes=360)
     for name in ("a", "b", "c"):
-        store.put(response(name), [])
-        assert store.conversation("a") == response("a")["output"]
-    store.put(response("large") | {"input": "x" * 500}, [])
-    assert [name for name in ("a", "b", "c", "large") if store.get(name)] == ["a", "c"]
-    assert store.item("item of c") == response("c")["output"][0]
-    assert store.item("item of b") is None
-    assert store.delete("c")
-    assert not store.delete("c")
-    assert store.item("item of c") is None
+        store.put("me", response(name), [])
+        assert store.conversation("me", "a") == response("a")["output"]
+    store.put("me", response("large") | {"input": "x" * 500}, [])
+    assert [name for name in ("a", "b", "c", "large") if store.get("me", name)] == ["a", "c"]
+    assert store.item("me", "item of c") == response("c")["output"][0]
+    assert store.item("me", "item of b") is None
+    assert store.delete("me", "c")
+    assert not store.delete("me", "c")
+    assert store.item("me", "item of c") is None
 
 
 class Sum(BaseModel):

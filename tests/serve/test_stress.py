@@ -22,7 +22,7 @@ from wire import Wire, chat_body, request_bytes
 
 from helpers import soon
 from unmask.engine.engine import Engine, Update
-from unmask.serve import connection
+from unmask.serve import connection, guard
 from unmask.serve.config import ServerConfig
 
 CHAT = "/v1/chat/completions"
@@ -293,6 +293,50 @@ def test_a_request_that_never_arrives_is_cut(server: Live, monkeypatch: pytest.M
         assert wire.answer()[0] == 200
         wire.send(b"GET /hea")
         assert wire.rest() == b""
+
+
+def test_one_that_sends_a_byte_now_and_then_is_cut(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slowloris: in the headers, and in the body."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    whole = request_bytes(chat_body())
+    for sent in (10, len(whole) - 40):
+        with clean(server), Wire(server.url) as wire:
+            wire.send(whole[:sent])
+            with suppress(BrokenPipeError, ConnectionResetError):
+                for place in range(sent, sent + 30):
+                    wire.send(whole[place : place + 1])
+                    time.sleep(0.02)
+            if sent == 10:
+                assert wire.rest() == b""
+            else:
+                assert wire.answer()[0] == 408
+
+
+def test_many_connections_that_ask_nothing_hold_nobody_up(model: SlowModel) -> None:
+    with live(model, ServerConfig(max_connections=5)) as it:
+        silent = [Wire(it.url) for _ in range(12)]
+        half = Wire(it.url)
+        half.send(request_bytes(chat_body())[:-3])
+        soon(lambda: len(it.server.server_state.connections) <= 5)
+        completes(it)
+        closed = [each for each in silent if each.rest_is_there() == b""]
+        assert closed == silent[: len(closed)], "those that have waited longest"
+        assert len(closed) >= 8
+        for each in (*silent, half):
+            each.socket.close()
+
+
+def test_where_all_connections_wait_for_answers_one_more_is_503(model: SlowModel, brake: Brake) -> None:
+    with live(model, ServerConfig(max_connections=2)) as it, Wire(it.url) as one, Wire(it.url) as other:
+        brake.hold()
+        for wire in (one, other):
+            wire.send(request_bytes(chat_body(max_tokens=4)))
+        soon(lambda: it.worker.num_requests == 2)
+        with Wire(it.url) as more:
+            assert b" 503 " in more.rest()
+        brake.release()
+        assert [wire.answer()[0] for wire in (one, other)] == [200, 200]
 
 
 # Too many, and too long

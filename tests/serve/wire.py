@@ -76,6 +76,14 @@ class Wire:
             pass
         return self.read
 
+    def rest_is_there(self) -> bytes | None:
+        """What the server has sent until it closed; None: it has not."""
+        self.socket.setblocking(False)
+        try:
+            return self.rest()
+        except BlockingIOError:
+            return None
+
     def status(self) -> int:
         """Of the (next) answer."""
         return int(self.until(b"\r\n").split(b" ", 2)[1])

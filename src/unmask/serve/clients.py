@@ -10,7 +10,9 @@ import hmac
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import Request as HttpRequest
 
 from unmask.serve.errors import ApiError
@@ -150,6 +152,15 @@ class Clients:
         """The client of this name, if there is one still."""
         clients = self._clients.values() if self.need_key else (self.everybody,)
         return next((client for client in clients if client.name == name), None)
+
+
+async def _owner(http: HttpRequest) -> str:
+    client: Client = http.scope["unmask.client"]
+    return client.name
+
+
+Owner = Annotated[str, Depends(_owner)]
+"""The name of the key that was sent, for what is stored."""
 
 
 async def admin_only(http: HttpRequest) -> None:

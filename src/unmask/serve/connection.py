@@ -56,7 +56,8 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._waiting_since = time.monotonic()
         if self.conn.their_state is h11.SEND_BODY:
-            self._read_timeout.stop()
+            if not self.cycle.response_complete:  # else nobody wants the rest, and it has the time that is left
+                self._read_timeout.stop()
             self._read_timeout.start(READ_SECONDS)
         elif self.conn.their_state is h11.IDLE:
             if had_head:
@@ -78,7 +79,9 @@ class Connection(H11Protocol):
         others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
         owing = [each for each in others if each._owes_request()]
         if owing:
-            min(owing, key=lambda each: each._waiting_since).transport.abort()
+            oldest = min(owing, key=lambda each: each._waiting_since)
+            self.connections.discard(oldest)  # which the loop does only later
+            oldest.transport.abort()
         else:
             transport.write(_FULL)
             transport.close()

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
 
-from unmask.serve.api.files import Files, Owner, found, list_body
+from unmask.serve.api.files import Files, found, list_body
 from unmask.serve.batch_runner import BatchRunner
+from unmask.serve.clients import Owner
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.exchange import CurrentState, note_ignored
 from unmask.serve.file_store import MAX_OPEN_BATCHES

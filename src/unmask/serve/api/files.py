@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse
 
+from unmask.serve.clients import Owner
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.exchange import CurrentState
 from unmask.serve.file_store import FileStore, StoredPage
@@ -44,14 +45,7 @@ async def current_files(http: HttpRequest) -> FileStore:
     return store
 
 
-async def current_owner(http: HttpRequest) -> str:
-    """The name of the key that was sent."""
-    name: str = http.scope["unmask.client"].name
-    return name
-
-
 Files = Annotated[FileStore, Depends(current_files)]
-Owner = Annotated[str, Depends(current_owner)]
 
 
 def found(kind: str, id_: str, stored: dict[str, Any] | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from unmask.serve.api.answer_parts import respond_in_parts
 from unmask.serve.api.responses_store import ResponseStore
 from unmask.serve.api.responses_writer import ResponseWriter
+from unmask.serve.clients import Owner
 from unmask.serve.errors import ERROR_RESPONSES, ApiError, bad_request
 from unmask.serve.event_stream import NAMED_SSE, Event
 from unmask.serve.exchange import CurrentState, StateWithRoom, note_ignored
@@ -36,15 +37,17 @@ Stored = Annotated[ResponseStore, Depends(_response_store)]
 
 
 @router.post("/v1/responses", responses=ERROR_RESPONSES, response_class=JSONResponse)
-async def post_response(http: HttpRequest, body: ResponsesRequest, state: StateWithRoom, store: Stored) -> Response:
+async def post_response(
+    http: HttpRequest, body: ResponsesRequest, state: StateWithRoom, store: Stored, owner: Owner
+) -> Response:
     """Answer a conversation, given as items."""
     note_ignored(state, http, body)
-    items = _conversation(store, body)
+    items = _conversation(store, owner, body)
     prepared = await asyncio.to_thread(_prepared, state.model, body, items)
 
     def keep(response: Event) -> None:
         if body.store is not False:
-            store.put(response, [item.model_dump(exclude_none=True) for item in items])
+            store.put(owner, response, [item.model_dump(exclude_none=True) for item in items])
 
     writer = ResponseWriter(body, state.model, prepared, keep)
     framing = replace(NAMED_SSE, error=writer.failed) if body.stream else None
@@ -52,7 +55,9 @@ async def post_response(http: HttpRequest, body: ResponsesRequest, state: StateW
 
 
 @router.post("/v1/responses/input_tokens", responses=ERROR_RESPONSES)
-async def post_input_tokens(http: HttpRequest, body: ResponsesRequest, state: CurrentState, store: Stored) -> dict[str, Any]:
+async def post_input_tokens(
+    http: HttpRequest, body: ResponsesRequest, state: CurrentState, store: Stored, owner: Owner
+) -> dict[str, Any]:
     """The number of tokens that a conversation has for the model."""
     note_ignored(state, http, body)
 
@@ -61,22 +66,25 @@ async def post_input_tokens(http: HttpRequest, body: ResponsesRequest, state: Cu
             state.model.check_name(body.model)
             return len(prompt_ids(state.model, body.chat(items)))
 
-    return {"object": "response.input_tokens", "input_tokens": await asyncio.to_thread(count, _conversation(store, body))}
+    return {
+        "object": "response.input_tokens",
+        "input_tokens": await asyncio.to_thread(count, _conversation(store, owner, body)),
+    }
 
 
 @router.get("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
-async def get_response(response_id: str, store: Stored) -> dict[str, Any]:
+async def get_response(response_id: str, store: Stored, owner: Owner) -> dict[str, Any]:
     """A response of before."""
-    response = store.get(response_id)
+    response = store.get(owner, response_id)
     if response is None:
         raise _no_response(response_id)
     return response
 
 
 @router.delete("/v1/responses/{response_id}", responses=ERROR_RESPONSES)
-async def delete_response(response_id: str, store: Stored) -> dict[str, Any]:
+async def delete_response(response_id: str, store: Stored, owner: Owner) -> dict[str, Any]:
     """Forget a response."""
-    if not store.delete(response_id):
+    if not store.delete(owner, response_id):
         raise _no_response(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
@@ -85,7 +93,7 @@ def _no_response(response_id: str) -> ApiError:
     return ApiError(404, f"response {response_id[:80]!r} is not stored here, or no longer", param="response_id")
 
 
-def _conversation(store: ResponseStore, body: ResponsesRequest) -> list[InputItem]:
+def _conversation(store: ResponseStore, owner: str, body: ResponsesRequest) -> list[InputItem]:
     """The items of earlier responses and of the input, with references resolved.
 
     Raises:
@@ -93,7 +101,7 @@ def _conversation(store: ResponseStore, body: ResponsesRequest) -> list[InputIte
     """
     earlier: list[dict[str, Any]] | None = []
     if body.previous_response_id is not None:
-        earlier = store.conversation(body.previous_response_id)
+        earlier = store.conversation(owner, body.previous_response_id)
     if earlier is None:
         message = (
             f"response {str(body.previous_response_id)[:80]!r} is not stored here, or no longer; send the whole conversation"
@@ -104,7 +112,7 @@ def _conversation(store: ResponseStore, body: ResponsesRequest) -> list[InputIte
         if item.kind != "item_reference":
             items.append(item)
             continue
-        output = store.item(item.id or "")
+        output = store.item(owner, item.id or "")
         if output is None:
             message = f"item {str(item.id)[:80]!r} is not stored here, or no longer; send the item itself"
             raise bad_request(message, f"input[{index}].id")

@@ -1,6 +1,6 @@
 """`ResponseStore`: finished responses and their conversations, for `previous_response_id` and references to items.
 
-Owns their number: the most recently used within a number of bytes, in memory only. Knows no HTTP.
+Owns their number: the most recently used within a number of bytes, in memory only; nobody sees another's. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ class ResponseStore:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
-        # The response and the items before it; a conversation may be long, and is seldom asked for.
-        self._entries: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        # The response, the items before it, and the owner; a conversation may be long, and is seldom asked for.
+        self._entries: OrderedDict[str, tuple[str, str, str]] = OrderedDict()
         self._response_of_item: dict[str, str] = {}
 
-    def put(self, response: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
+    def put(self, owner: str, response: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
         """Keep a response.
 
         Args:
+            owner: whose it is.
             response: OpenAI's object.
             items: the conversation that it answers.
         """
-        entry = (json.dumps(response), json.dumps(items))
+        entry = (json.dumps(response), json.dumps(items), owner)
         size = sum(map(len, entry))
         if size > self._max_bytes:
             return
@@ -41,37 +42,42 @@ class ResponseStore:
         self._num_bytes += size
         self._response_of_item |= {item["id"]: response["id"] for item in response["output"]}
         while self._num_bytes > self._max_bytes:
-            self.delete(next(iter(self._entries)))
+            self._drop(next(iter(self._entries)))
 
-    def get(self, id_: str) -> dict[str, Any] | None:
+    def get(self, owner: str, id_: str) -> dict[str, Any] | None:
         """The response; None: unknown or dropped."""
-        entry = self._entry(id_)
+        entry = self._entry(owner, id_)
         if entry is None:
             return None
         response: dict[str, Any] = json.loads(entry[0])
         return response
 
-    def conversation(self, id_: str) -> list[dict[str, Any]] | None:
+    def conversation(self, owner: str, id_: str) -> list[dict[str, Any]] | None:
         """The items of the conversation up to and with the response's output; None: unknown or dropped."""
-        entry = self._entry(id_)
+        entry = self._entry(owner, id_)
         return None if entry is None else [*json.loads(entry[1]), *json.loads(entry[0])["output"]]
 
-    def item(self, id_: str) -> dict[str, Any] | None:
+    def item(self, owner: str, id_: str) -> dict[str, Any] | None:
         """An item of some response's output; None: unknown or dropped."""
-        response = self.get(self._response_of_item.get(id_, ""))
+        response = self.get(owner, self._response_of_item.get(id_, ""))
         return None if response is None else next(item for item in response["output"] if item["id"] == id_)
 
-    def delete(self, id_: str) -> bool:
+    def delete(self, owner: str, id_: str) -> bool:
         """Forget a response; False: it was not there."""
-        response = self.get(id_)
-        if response is None:
+        if self._entry(owner, id_) is None:
             return False
-        self._num_bytes -= sum(map(len, self._entries.pop(id_)))
-        for item in response["output"]:
-            del self._response_of_item[item["id"]]
+        self._drop(id_)
         return True
 
-    def _entry(self, id_: str) -> tuple[str, str] | None:
-        if id_ in self._entries:
-            self._entries.move_to_end(id_)
-        return self._entries.get(id_)
+    def _drop(self, id_: str) -> None:
+        entry = self._entries.pop(id_)
+        self._num_bytes -= sum(map(len, entry))
+        for item in json.loads(entry[0])["output"]:
+            del self._response_of_item[item["id"]]
+
+    def _entry(self, owner: str, id_: str) -> tuple[str, str, str] | None:
+        entry = self._entries.get(id_)
+        if entry is None or entry[2] != owner:
+            return None
+        self._entries.move_to_end(id_)
+        return entry
