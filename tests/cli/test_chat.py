@@ -183,11 +183,11 @@ def test_set_changes_an_option_unless_it_is_wrong(run, model: LanguageModel, dif
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("On", True), ("no", False), ("false", False)])
 def test_a_switch_is_set_by_yes_or_no(word: str, value: bool) -> None:
-    changed = chat_session.with_option(SamplingParams(seed=1), "speculative", word)
-    assert changed == SamplingParams(seed=1, speculative=value)
-    assert chat_session.with_option(changed, "speculative", "none") == SamplingParams(seed=1)
-    with refused(unmask.UnmaskError, "speculative", "'0'"):
-        chat_session.with_option(SamplingParams(), "speculative", "0")
+    changed = chat_session.with_option(SamplingParams(seed=1), "prompt_lookup", word)
+    assert changed == SamplingParams(seed=1, prompt_lookup=value)
+    assert chat_session.with_option(changed, "prompt_lookup", "none") == SamplingParams(seed=1)
+    with refused(unmask.UnmaskError, "prompt_lookup", "'0'"):
+        chat_session.with_option(SamplingParams(), "prompt_lookup", "0")
 
 
 def test_set_alone_lists_every_option_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,10 @@ LLADA2 = read_config(published_config("llada2-mini"))
 @pytest.mark.parametrize(
     ("config", "expected", "left_out"),
     [
-        (AUTOREGRESSIVE, Capabilities(False, False, False, False), ("threshold", "policy", "speculative", "preset", "window")),
-        (CONVERTED, Capabilities(True, False, True, False), ("speculative", "preset", "edit_threshold", "window")),
+        (AUTOREGRESSIVE, Capabilities(False, False, False, False), ("threshold", "policy", "preset", "window")),
+        (CONVERTED, Capabilities(True, False, True, False), ("mode", "preset", "edit_threshold", "window")),
         (SHIFTED, Capabilities(True, True, False, False), ("preset", "edit_threshold", "max_post_steps", "window")),
-        (LLADA2, Capabilities(True, False, True, True), ("speculative",)),
+        (LLADA2, Capabilities(True, False, True, True), ("mode",)),
     ],
     ids=["autoregressive", "converted", "shifted", "LLaDA2"],
 )

@@ -197,9 +197,9 @@ def looping() -> LanguageModel:
     return LanguageModel(model, None, name="loop")
 
 
-@pytest.mark.parametrize("speculative", [True, False])
-def test_a_model_that_loops_no_longer_does(speculative: bool) -> None:
-    model, options = looping(), {"max_new_tokens": 24, "speculative": speculative}
+@pytest.mark.parametrize("mode", ["speculative", "diffusion"])
+def test_a_model_that_loops_no_longer_does(mode: str) -> None:
+    model, options = looping(), {"max_new_tokens": 24, "mode": mode}
     assert len(set(model.complete(PROMPT, **options).ids)) == 1
     for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}):
         assert len(set(model.complete(PROMPT, **options, threshold=1.0, **penalty).ids)) > 12, penalty

@@ -72,7 +72,8 @@ PLAIN = tiny_config("llama")
         ({"logprobs": -1}, "-1", "[0, 20]"),
         ({"logprobs": True}, "True", "a whole number"),
         ({"seed": 2**63}, str(2**63), str(2**63 - 1)),
-        ({"speculative": "on"}, "'on'", "yes or no"),
+        ({"prompt_lookup": "on"}, "'on'", "yes or no"),
+        ({"mode": "causal"}, "'causal'", "ar, speculative, diffusion"),
         ({"grammar": 5}, "5", "text"),
     ],
 )
@@ -86,9 +87,10 @@ def test_a_value_out_of_range_is_refused_by_name(arguments: dict[str, Any], valu
     ("arguments", "names"),
     [
         ({"stop": ("x", "")}, ["stop"]),
-        ({"speculative": True, "policy": "fixed"}, ["speculative", "policy"]),
-        ({"speculative": True, "edit_threshold": 0.5}, ["speculative", "edit_threshold"]),
-        ({"speculative": True, "preset": "speed"}, ["speculative", "preset"]),
+        ({"mode": "speculative", "policy": "fixed"}, ["mode speculative", "policy"]),
+        ({"mode": "ar", "edit_threshold": 0.5}, ["mode ar", "edit_threshold"]),
+        ({"mode": "speculative", "preset": "speed"}, ["mode speculative", "preset"]),
+        ({"mode": "ar", "block_size": 8}, ["block_size", "mode ar"]),
         ({"regex": "a", "grammar": "start: A"}, ["regex", "grammar"]),
         ({"regex": "a", "json_schema": True}, ["json_schema", "regex"]),
         ({"regex": "a", "edit_threshold": 0.5}, ["regex", "edit_threshold"]),
@@ -128,23 +130,29 @@ def test_only_what_differs_from_the_defaults_is_given() -> None:
 
 
 def test_what_is_left_open_comes_from_the_model() -> None:
-    assert SamplingParams().resolve(PLAIN) == ResolvedParams(block_size=PLAIN.block_size or BLOCK_SIZE)
-    resolved = SamplingParams(temperature=0.5, threshold=0.3, block_size=8).resolve(tiny_config("llama", block_size=4))
+    assert SamplingParams().resolve(PLAIN) == ResolvedParams(block_size=PLAIN.block_size or BLOCK_SIZE, mode="speculative")
+    resolved = SamplingParams(temperature=0.5, threshold=0.3, block_size=8).resolve(
+        tiny_config("llama", mask_id=5, block_size=4)
+    )
     assert (resolved.block_size, resolved.steps, resolved.threshold, resolved.temperature) == (8, 8, 0.3, 0.5)
-    assert SamplingParams(steps=3).resolve(tiny_config("llama", block_size=4)) == ResolvedParams(block_size=4, steps=3)
+    assert SamplingParams(steps=3).resolve(tiny_config("llama", mask_id=5, block_size=4)) == ResolvedParams(
+        block_size=4, steps=3
+    )
 
 
 def test_speculative_is_the_default_where_it_is_possible() -> None:
     shifted = tiny_config("llama", mask_id=5, block_size=4, start_id=4)
-    assert SamplingParams().resolve(shifted).speculative
+    assert SamplingParams().resolve(shifted).mode == "speculative"
     assert SamplingParams().resolve(shifted).threshold == SPECULATIVE_THRESHOLD
     assert SamplingParams(threshold=0.9).resolve(shifted).threshold == 0.9
-    others = [SamplingParams(policy="fixed"), SamplingParams(edit_threshold=0.5), SamplingParams(speculative=False)]
+    others = [SamplingParams(policy="fixed"), SamplingParams(edit_threshold=0.5), SamplingParams(mode="diffusion")]
     for params in others:
-        assert (params.resolve(shifted).speculative, params.resolve(shifted).threshold) == (False, THRESHOLD)
-    assert not SamplingParams(preset="speed").resolve(shifted).speculative
-    assert not SamplingParams().resolve(shifted, has_holes=True).speculative
-    assert not SamplingParams().resolve(PLAIN).speculative
+        assert (params.resolve(shifted).mode, params.resolve(shifted).threshold) == ("diffusion", THRESHOLD)
+    assert SamplingParams(preset="speed").resolve(shifted).mode == "diffusion"
+    assert SamplingParams().resolve(shifted, has_holes=True).mode == "diffusion"
+    assert SamplingParams().resolve(PLAIN).mode == "speculative", "by prompt lookup"
+    ar = SamplingParams(mode="ar").resolve(shifted)
+    assert (ar.block_size, ar.steps, ar.prompt_lookup) == (1, 1, False)
 
 
 def test_the_presets_are_the_published_ones_and_options_override_them() -> None:
@@ -162,8 +170,8 @@ def test_the_presets_are_the_published_ones_and_options_override_them() -> None:
     [
         ("top_k", "5", 5),
         ("threshold", "0.5", 0.5),
-        ("speculative", "no", False),
-        ("speculative", "ON", True),
+        ("prompt_lookup", "no", False),
+        ("prompt_lookup", "ON", True),
         ("seed", "-1", -1),
     ],
 )
@@ -171,7 +179,7 @@ def test_a_value_is_read_by_its_type(name: str, text: str, value: Any) -> None:
     assert OPTIONS[name].parse(text) == value
 
 
-@pytest.mark.parametrize(("name", "text"), [("top_k", "5.5"), ("threshold", "high"), ("speculative", "perhaps")])
+@pytest.mark.parametrize(("name", "text"), [("top_k", "5.5"), ("threshold", "high"), ("prompt_lookup", "perhaps")])
 def test_a_text_of_another_type_is_refused_by_name(name: str, text: str) -> None:
     with refused(RequestError, name, repr(text)):
         OPTIONS[name].parse(text)

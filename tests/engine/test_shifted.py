@@ -16,7 +16,7 @@ from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
 from unmask.engine.loading import load
 from unmask.engine.request import Completion, DecodingStep, Request
-from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, ResolvedParams
+from unmask.engine.sampling_params import SPECULATIVE_THRESHOLD, THRESHOLD, ResolvedParams
 from unmask.errors import RequestError
 from unmask.eval.likelihood import LikelihoodEstimator
 from unmask.models.arch.gated_lora import add_gated_lora, is_gated_lora, parent_config
@@ -80,7 +80,7 @@ def test_the_bound_of_blocks_of_one_is_the_parents_likelihood(first: int) -> Non
     assert found.value == pytest.approx(chain, rel=1e-5)
 
 
-SPECULATIVE = {"speculative": True, "steps": 4}
+SPECULATIVE = {"mode": "speculative", "steps": 4}
 SPECULATIVE_CASES = [
     *(("llama", threshold, size) for threshold in (0.0, 0.3, 1.0) for size in (1, 2, 4, 8)),
     *(("qwen2", 0.3, 4), ("qwen3", 0.0, 8), ("llada2", 0.3, 4)),
@@ -168,30 +168,48 @@ def test_speculative_decoding_takes_at_most_a_forward_a_token_and_fewer_where_dr
 def test_what_makes_nonsense_of_a_shifted_model_is_refused(options: dict[str, Any], name: str) -> None:
     model = LanguageModel(shifted("llama"), None, name="tiny")
     ids = options.pop("ids", PROMPT)
-    for speculative in ({}, {"speculative": False}):
+    for mode in ({}, {"mode": "diffusion"}):
         with refused(RequestError, "shifted", name):
-            model.request(ids, **speculative, **options)
+            model.request(ids, **mode, **options)
 
 
 def test_what_excludes_speculative_decoding_is_refused_or_decoded_without() -> None:
     model = LanguageModel(shifted("llama"), None, name="tiny")
     with refused(RequestError, "speculative", "policy"):
-        model.complete(PROMPT, max_new_tokens=9, speculative=True, policy="entropy")
-    denoised = model.complete(PROMPT, max_new_tokens=9, speculative=False, policy="entropy")
+        model.complete(PROMPT, max_new_tokens=9, mode="speculative", policy="entropy")
+    denoised = model.complete(PROMPT, max_new_tokens=9, mode="diffusion", policy="entropy")
     assert model.complete(PROMPT, max_new_tokens=9, policy="entropy") == denoised
-    assert not model.request(PROMPT, policy="entropy").params.speculative
+    assert model.request(PROMPT, policy="entropy").params.mode == "diffusion"
 
 
 def test_shifted_models_decode_speculatively_by_default() -> None:
     model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
     chosen = model.request(PROMPT)
-    assert chosen.params.speculative
+    assert chosen.params.mode == "speculative"
     assert chosen.params.threshold == SPECULATIVE_THRESHOLD == 0.0
     assert model.request(PROMPT, threshold=0.9).params.threshold == 0.9
-    assert not model.request(PROMPT, speculative=False).params.speculative
-    assert not plain.request(PROMPT).params.speculative
-    with refused(RequestError, "speculative", "shifted"):
-        plain.complete(PROMPT, max_new_tokens=3, speculative=True)
+    assert model.request(PROMPT, mode="diffusion").params.threshold == THRESHOLD
+    assert plain.request(PROMPT).params.mode == "speculative"  # by prompt lookup alone
+
+
+def test_mode_ar_writes_the_speculative_text_token_by_token() -> None:
+    model, plain = LanguageModel(shifted("llama"), None, name="tiny"), LanguageModel(AUTOREGRESSIVE["llama"], None, name="ar")
+    for each in (model, plain):
+        drafted, token_by_token = (each.complete(PROMPT, max_new_tokens=30, mode=mode) for mode in ("speculative", "ar"))
+        assert token_by_token.ids == drafted.ids
+        assert (token_by_token.forwards, token_by_token.costs.accepted_drafts) == (len(drafted.ids), 0)
+        assert drafted.forwards <= token_by_token.forwards
+
+
+def test_modes_that_a_model_was_not_trained_for_are_refused() -> None:
+    diffusion = tiny_model("llama", 4, torch.float64)
+    diffusion.config = replace(diffusion.config, mask_id=MASK, block_size=4)
+    unshifted, plain = (LanguageModel(model, None, name="tiny") for model in (diffusion, AUTOREGRESSIVE["llama"]))
+    for mode in ("ar", "speculative"):
+        with refused(RequestError, mode, "shifted"):
+            unshifted.complete(PROMPT, max_new_tokens=3, mode=mode)
+    with refused(RequestError, "diffusion", "mask token"):
+        plain.complete(PROMPT, max_new_tokens=3, mode="diffusion")
 
 
 def test_logprobs_of_speculative_tokens_are_the_parents() -> None:

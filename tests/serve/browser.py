@@ -132,7 +132,7 @@ class FakeServer:
 
         @app.get("/v1/models")
         async def models() -> dict[str, Any]:
-            defaults = ResolvedParams(block_size=8, threshold=0.95, speculative=True)
+            defaults = ResolvedParams(block_size=8, threshold=0.95, mode="speculative")
             declared = [option for option in SamplingParams.options().values() if "page" in option.surfaces]
             options = [option for option in declared if self.diffusion or option.panel in ("Sampling", "Output")]
             model = {

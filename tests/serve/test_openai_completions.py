@@ -211,7 +211,7 @@ def test_a_shifted_model_neither_fills_nor_edits(tmp_path: Any) -> None:
         (listed,) = HTTP.get(f"{site.url}/v1/models").json()["data"]
     assert listed["capabilities"] == {"diffusion": True, "speculative": True, "infill": False, "editing": False}
     names = {option["name"] for option in listed["options"]}
-    assert "speculative" in names
+    assert "mode" in names
     assert names.isdisjoint(("preset", "edit_threshold", "max_post_steps", "window"))
     with refused(RequestError, "holes", "smollm2-135m-converted"):
         model.infill("a ___ b")
@@ -254,7 +254,7 @@ def test_models(site: Live, client: OpenAI) -> None:
     rest = {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
     assert retrieved.model_extra == {"root": "tiny", **rest}
     for name, option in SamplingParams.options().items():
-        causal = name in ("speculative", "prompt_lookup")
+        causal = name in ("mode", "prompt_lookup")
         assert (name in options) == ("page" in option.surfaces and not causal), "no speculation without shift"
     assert (options["threshold"]["default"], options["steps"]["default"], options["seed"]["default"]) == (0.95, 8, None)
     with pytest.raises(NotFoundError) as caught:

@@ -294,7 +294,7 @@ def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     page.get_by_label("Block size").fill("16")
     page.get_by_label("Temperature").fill("0.7")
     page.get_by_label("Max new tokens").fill("99")
-    page.get_by_label("Speculative").uncheck()
+    page.get_by_label("Mode", exact=True).select_option("diffusion")
     page.get_by_label("Seed").fill("3")
     page.reload()
     page.get_by_role("button", name="Settings").click()
@@ -304,7 +304,7 @@ def test_settings_are_sent_and_kept(tab: Visit, fake: FakeServer) -> None:
     tab.answer()
     body = fake.bodies[0]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert body["diffusion"] == {"watch": True, "threshold": 0.6, "block_size": 16, "preset": "quality", "speculative": False}
+    assert body["diffusion"] == {"watch": True, "threshold": 0.6, "block_size": 16, "preset": "quality", "mode": "diffusion"}
     assert (body["temperature"], body["max_completion_tokens"], body["seed"]) == (0.7, 99, 3)
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Reset to defaults").click()

@@ -262,9 +262,9 @@ def test_a_joint_checkpoint_decodes_in_three_ways(base: Path, tmp_path: Path) ->
         ids.append(int(logits_V.argmax()))
     options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0.0}
     modes = {
-        "ar": {"block_size": 1, "prompt_lookup": False},
+        "ar": {"mode": "ar"},
         "speculative": {"prompt_lookup": False},
-        "diffusion": {"speculative": False, "threshold": 0.0},
+        "diffusion": {"mode": "diffusion", "threshold": 0.0},
     }
     answers = {name: model.engine().run([model.request(prompt, **options, **mode)])[0] for name, mode in modes.items()}
     assert list(answers["ar"].ids) == list(answers["speculative"].ids) == ids[1 + len(prompt) :]

@@ -35,9 +35,8 @@ class Capabilities:
         """Whether a decoding option is of use with the model."""
         if option.name in _EDITING_OPTIONS:
             return self.editing
-        if option.name == "prompt_lookup":
-            return self.speculative or not self.diffusion
-        return {"Diffusion": self.diffusion, "Speculative": self.speculative}.get(option.panel, True)
+        causal = self.speculative or not self.diffusion
+        return {"Diffusion": self.diffusion, "Speculative": causal}.get(option.panel, True)
 
 
 def capabilities(config: ModelConfig) -> Capabilities:

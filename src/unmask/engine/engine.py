@@ -166,7 +166,7 @@ class Engine:
         kind: type[DecodingSequence]
         if scoring:
             kind = CausalScoringSequence if self.mask_id is None or self.config.shifted else BlockScoringSequence
-        elif self.mask_id is None or request.params.speculative:
+        elif self.mask_id is None or (self.config.shifted and request.params.mode != "diffusion"):
             kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence

@@ -120,10 +120,10 @@ class Request:
             raise RequestError("grammar goes with neither holes nor an edit_threshold; leave one of them out")
         if self.grammar is not None and not POLICIES[params.policy].verifiable:
             raise RequestError(f"policy is {params.policy!r}; a grammar goes with the policy threshold alone")
-        if params.speculative and holes:
-            raise RequestError("speculative does not go with holes; leave one of them out")
-        if params.speculative and not config.shifted:
-            raise RequestError("speculative takes a shifted model (converted with shift: true); leave it out")
+        if params.mode != "diffusion" and holes:
+            raise RequestError(f"mode {params.mode} does not go with holes; leave one of them out")
+        if params.mode != "diffusion" and config.mask_id is not None and not config.shifted:
+            raise RequestError(f"mode {params.mode} takes a shifted model (converted with shift: true); leave it out")
 
 
 def distinct_samples(requests: Iterable[Request]) -> list[Request]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unmask.models.arch.config import ModelConfig
 
 Preset = Literal["speed", "quality"]
+Mode = Literal["ar", "speculative", "diffusion"]
 Panel = Literal["Sampling", "Diffusion", "Speculative", "Structured output", "Output"]
 Surface = Literal["cli", "http", "diffusion", "set", "page"]
 """Where an option appears: a command-line option, a field of HTTP bodies (OpenAI's, or in their section `diffusion`), `/set` in
@@ -39,6 +40,7 @@ BLOCK_SIZE = 32
 THRESHOLD = 0.95
 SPECULATIVE_THRESHOLD = 0.0
 """Of draft tokens: which of them are verified is chosen by what they are worth."""
+_CAUSAL: tuple[Mode, ...] = ("ar", "speculative")
 _KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
 _UNIONS = (UnionType, Union)
 _WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
@@ -209,7 +211,7 @@ class SamplingParams:
     )
     threshold: float | None = _option(
         "Accept every token whose probability is above this; lower is faster and less careful.", "Diffusion",
-        default_text=f"{THRESHOLD}; none when speculative", minimum=0, maximum=1,
+        default_text=f"{THRESHOLD}; none in mode speculative", minimum=0, maximum=1,
     )  # fmt: skip
     steps: int | None = _option("Most denoising steps per block.", "Diffusion", default_text="the block size", minimum=1)
     policy: str = _option(
@@ -228,9 +230,10 @@ class SamplingParams:
     )  # fmt: skip
     max_post_steps: int = _option("Most editing passes over a block without masks.", "Diffusion", 16, minimum=0)
     window: int = _option("Newest blocks that stay open to edits.", "Diffusion", 1, minimum=1, http_maximum=64)
-    speculative: bool | None = _option(
-        "Self-speculative decoding: drafts are verified, so that the text is that of decoding token by token.", "Speculative",
-        default_text="on for shifted models, unless a policy or editing is given",
+    mode: Mode | None = _option(  # noqa: RUF009  (declares a field)
+        "ar decodes token by token; speculative writes the same text from drafts that it verifies; diffusion accepts by "
+        "confidence.", "Speculative",
+        default_text="speculative, or diffusion for models that are not shifted and with a policy, editing or holes",
     )  # fmt: skip
     prompt_lookup: bool = _option(
         "Draft what followed earlier occurrences of the last tokens: the same text, sooner where it repeats the prompt.",
@@ -305,8 +308,12 @@ class SamplingParams:
         editing = self.edit_threshold is not None or self.preset is not None
         if self.window > 1 and not editing:
             raise RequestError(f"window is {self.window} without an edit_threshold; only edits reach back into older blocks")
-        if self.speculative and (editing or not POLICIES[self.policy].verifiable):
-            raise RequestError("speculative goes with neither a policy nor a preset nor an edit_threshold; leave them out")
+        if self.mode in _CAUSAL and (editing or not POLICIES[self.policy].verifiable):
+            raise RequestError(
+                f"mode {self.mode} goes with neither a policy nor a preset nor an edit_threshold; leave them out"
+            )
+        if self.mode == "ar" and self.block_size not in (None, 1):
+            raise RequestError(f"block_size is {self.block_size}; mode ar decodes token by token: leave one of them out")
         if grammars and editing:
             raise RequestError(f"{grammars[0]} does not go with an edit_threshold or a preset; leave one of them out")
 
@@ -342,16 +349,24 @@ class SamplingParams:
 
         Args:
             config: of the model.
-            has_holes: the prompt has holes, which self-speculative decoding cannot fill.
+            has_holes: the prompt has holes, which only mode diffusion fills.
 
         Raises:
             RequestError: options that do not go together.
         """
         given = {**({} if self.preset is None else PRESETS[self.preset]), **self.given(), "preset": None}
+        if self.mode == "diffusion" and config.mask_id is None:
+            raise RequestError(
+                "mode diffusion takes a model with a mask token (converted); this one decodes in mode ar or speculative"
+            )
+        causal = config.shifted or config.mask_id is None
+        verifiable = POLICIES[self.policy].verifiable and "edit_threshold" not in given and not has_holes
+        mode = given.setdefault("mode", "speculative" if causal and verifiable else "diffusion")
+        if mode == "ar":
+            given |= {"block_size": 1, "prompt_lookup": False}
         block_size = given.setdefault("block_size", config.block_size or BLOCK_SIZE)
         given.setdefault("steps", block_size)
-        possible = config.shifted and POLICIES[self.policy].verifiable and "edit_threshold" not in given and not has_holes
-        if given.setdefault("speculative", possible):
+        if mode in _CAUSAL and config.shifted:
             given.setdefault("threshold", SPECULATIVE_THRESHOLD)
         return ResolvedParams(**given)
 
@@ -372,5 +387,5 @@ class ResolvedParams(SamplingParams):
     block_size: int = BLOCK_SIZE
     threshold: float = THRESHOLD
     steps: int = 32
-    speculative: bool = False
+    mode: Mode = "diffusion"
     max_new_tokens: int = MAX_NEW_TOKENS

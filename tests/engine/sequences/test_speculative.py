@@ -184,7 +184,7 @@ def repetitive_requests(draw: st.DrawFn) -> Request:
 
 def plain(request: Request, *, shifted: bool) -> Completion:
     """Token by token, alone."""
-    request = replace(request, params=request.params.replace(prompt_lookup=False, block_size=1, speculative=shifted))
+    request = replace(request, params=request.params.replace(prompt_lookup=False, block_size=1, mode="speculative"))
     (completion,) = Engine(MODELS["shifted" if shifted else "autoregressive"], prefix_cache=False).run([request])
     assert completion.costs.accepted_drafts == 0
     assert completion.forwards == len(completion.ids)
@@ -203,7 +203,7 @@ def test_the_text_is_that_of_decoding_token_by_token(
 ) -> None:
     """For all costs, neighbours, chunks and interruptions, drawn or not; log-probabilities too."""
     model: Transformer = MODELS["shifted" if shifted else "autoregressive"]
-    requests = [replace(each, params=each.params.replace(speculative=shifted)) for each in batch]
+    requests = [replace(each, params=each.params.replace(mode="speculative")) for each in batch]
     engine = Engine(model, drafting=statistics_of(costs), **options)
     for found, request in zip(engine.run(requests), requests, strict=True):
         expected = plain(request, shifted=shifted)
@@ -220,7 +220,7 @@ def test_the_text_is_that_of_decoding_token_by_token(
 def test_lookup_takes_fewer_forwards_where_the_text_repeats_itself(shifted: bool) -> None:
     """The tiny model loops."""
     ids, budget = (5, 17, 3, 40, 8, 22, 9, 31, 2), 60
-    params = ResolvedParams(block_size=1, max_new_tokens=budget, speculative=shifted, logit_bias={MASK: float("-inf")})
+    params = ResolvedParams(block_size=1, max_new_tokens=budget, mode="speculative", logit_bias={MASK: float("-inf")})
     request = Request(ids, params)
     model = MODELS["shifted" if shifted else "autoregressive"]
     (found,) = Engine(model, drafting=statistics_of(TABLES[1])).run([request])
@@ -234,7 +234,7 @@ def test_lookup_takes_fewer_forwards_where_the_text_repeats_itself(shifted: bool
 
 
 def test_the_same_requests_take_the_same_forwards_where_costs_are_given() -> None:
-    params = ResolvedParams(block_size=8, threshold=0.0, speculative=True, max_new_tokens=40)
+    params = ResolvedParams(block_size=8, threshold=0.0, mode="speculative", max_new_tokens=40)
     requests = [Request(PROMPT[:n], params, trace=True) for n in (2, 3, 5)]
     first, second = (Engine(MODELS["shifted"], drafting=statistics_of(TABLES[1])).run(requests) for _ in range(2))
     assert first == second
@@ -243,7 +243,7 @@ def test_the_same_requests_take_the_same_forwards_where_costs_are_given() -> Non
 
 def test_what_does_not_pay_is_not_done() -> None:
     """Where each token more costs as much as a forward, nothing is drafted but seldom, to see whether it would pay."""
-    params = ResolvedParams(block_size=8, threshold=0.0, speculative=True, max_new_tokens=100)
+    params = ResolvedParams(block_size=8, threshold=0.0, mode="speculative", max_new_tokens=100)
     counts: list[int] = []
     model = MODELS["shifted"]
     counter = model.register_forward_pre_hook(lambda _, arguments: counts.append(arguments[0].shape[1]))
