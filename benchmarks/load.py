@@ -1,27 +1,30 @@
 """D7: many requests at once, drafting against decoding the same weights token by token, by turns, in process.
 
-    python benchmarks/load.py [--model smollm2-135m-diffusion] [--clients 1 4 16 64] [--rounds 2] [--json]
+    python benchmarks/load.py [--model smollm2-135m-diffusion] [--clients 1 4 16 64] [--pairs 4] [--json]
 
-At each level so many different everyday prompts are answered together; the time for the prompts is included, nothing is cached.
-Sides:
+At each level so many everyday prompts are answered together, one after another where fewer than 12 are; the time for the
+prompts is included, nothing is cached. Sides:
 
 - plain: autoregressive, no drafts. What the others are compared with;
 - auto: the model itself, which drafts what pays;
 - always: the model itself, told that more tokens cost a forward nothing, so that it drafts all it can.
 
-Printed by number of clients: tokens/s of all together, their ratio to plain's (of the medians over rounds, and the least and
-greatest of a round), tokens per forward of a request, and the share of texts that are plain's.
+They take turns there and back (A B B A): a machine that gets slower meanwhile slows both alike. Each such pair of turns gives
+one ratio to plain's tokens/s. Printed by number of clients: tokens/s of all together, the mean of the ratios with its 95%
+interval (Student's t), tokens per forward of a request, and the share of texts that are plain's. Ratios of one side to itself
+differ by some percent too: a target inside the interval is neither met nor missed. The whole takes some five minutes.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import arguments, figure, print_json, results_path, write_results
+from common import Figure, arguments, figure, print_json, results_path, write_results
 from everyday import Side, clock_of, read_prompts, sides_of
 from rich.console import Console
 from rich.progress import Progress
@@ -34,6 +37,8 @@ from unmask.engine.engine import Engine
 from unmask.engine.request import Completion
 
 TARGET = 0.97
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Of the 95% interval, by degrees of freedom from 1 on."""
 LOG = Console(stderr=True, width=120)
 
 
@@ -45,11 +50,6 @@ class Run:
     forwards: int
     seconds: float
     ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def speed(self) -> float:
-        """Tokens/s of all together."""
-        return self.tokens / self.seconds
 
 
 class Loaded:
@@ -81,39 +81,56 @@ def measure(sides: dict[str, Side], prompts: list[list[int]], clients: int, opti
     """Every side at one level, by turns."""
     side_of = {"plain": sides["plain"], "auto": sides["speculative"], "always": sides["speculative"]}
     loaded = {name: Loaded(side_of[name], clients, always=name == "always") for name in options.sides}
-    chosen = [prompts[i % len(prompts)] for i in range(clients)]
+    chosen = [prompts[i % len(prompts)] for i in range(max(clients, options.prompts))]
     runs: dict[str, list[Run]] = {name: [] for name in loaded}
     for each in loaded.values():
         each.run(chosen, 8)  # so that nobody pays for warming up, or for learning what forwards cost
-    for number in range(options.rounds):
-        for name in list(loaded) if number % 2 == 0 else list(reversed(loaded)):
+    for _ in range(options.pairs):
+        for name in (*loaded, *reversed(loaded)):
             runs[name].append(loaded[name].run(chosen, options.max_new_tokens))
-    medians = {name: statistics.median(run.speed for run in each) for name, each in runs.items()}
+    plain = runs["plain"]
+    return {name: {**compared(each, plain), "tokens_per_second": speed(each)} for name, each in runs.items()}
+
+
+def compared(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    """A side against plain: the ratio of each pair of turns, their mean and what it is uncertain by."""
+    ratios = [speed(runs[i : i + 2]) / speed(plain[i : i + 2]) for i in range(0, len(runs), 2)]
     return {
-        name: {
-            "tokens_per_second": medians[name],
-            "ratio": medians[name] / medians["plain"],
-            "ratios": [run.speed / plain.speed for run, plain in zip(each, runs["plain"], strict=True)],
-            "tokens_per_forward": sum(run.tokens for run in each) / sum(run.forwards for run in each),
-            "identical": sum(a == b for a, b in zip(each[0].ids, runs["plain"][0].ids, strict=True)) / clients,
-        }
-        for name, each in runs.items()
+        "ratio": statistics.mean(ratios),
+        "uncertainty": half_interval(ratios),
+        "ratios": ratios,
+        "tokens_per_forward": sum(run.tokens for run in runs) / sum(run.forwards for run in runs),
+        "identical": statistics.mean(a == b for a, b in zip(runs[0].ids, plain[0].ids, strict=True)),
     }
+
+
+def speed(runs: Sequence[Run]) -> float:
+    """Tokens/s over all of these."""
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
+
+
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval of a mean; None for one value."""
+    if len(values) < 2:
+        return None
+    student = STUDENT[min(len(values) - 2, len(STUDENT) - 1)]
+    return student * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m-diffusion", help="a model that drafts for its own parent")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--sides", nargs="+", choices=("plain", "auto", "always"), default=["plain", "auto", "always"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=("plain", "auto", "always"), default=["plain", "auto"])
+    parser.add_argument("--pairs", type=int, default=4, help="turns of each side, there and back")
+    parser.add_argument("--prompts", type=int, default=12, help="least number of prompts at each level")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, help="[default: all cores]")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU: beside other processes, with --threads 1")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
     options = parser.parse_args(argv)
     if options.smoke:
-        options.rounds, options.max_new_tokens, options.clients = 1, 4, [1, 4]
+        options.pairs, options.prompts, options.max_new_tokens, options.clients = 2, 2, 4, [1, 4]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.sides = list(dict.fromkeys(["plain", *options.sides]))
@@ -125,12 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for clients in progress.track(options.clients, description="clients"):
             found[str(clients)] = measure(sides, prompts, clients, options)
     show(found)
-    figures = {
-        f"{clients}_{name}": figure(row["ratio"], TARGET)
-        for clients, rows in found.items()
-        for name, row in rows.items()
-        if name == "auto"
-    }
+    figures: dict[str, Figure] = {}
+    for clients, rows in found.items():
+        for name, row in rows.items():
+            if name != "plain":
+                figures[f"{clients}_{name}"] = figure(row["ratio"], TARGET if name == "auto" else None)
+                figures[f"{clients}_{name}_uncertainty"] = figure(row["uncertainty"] or 0.0)
     content = {"figures": figures, "clients": found, "threads": torch.get_num_threads()}
     write_results(results_path(options.results, "load"), content)
     if options.json:
@@ -139,11 +156,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     """One line per level and side."""
-    table = Table("clients", "side", "tokens/s", "ratio", "of rounds", "tokens/forward", "identical")
+    table = Table("clients", "side", "tokens/s", "ratio", "of pairs", "tokens/forward", "identical")
     for clients, rows in found.items():
         for name, row in rows.items():
+            doubt = "" if row["uncertainty"] is None else f" ± {row['uncertainty']:.2f}"
             spread = f"{min(row['ratios']):.2f}-{max(row['ratios']):.2f}"
-            numbers = (f"{row['tokens_per_second']:.0f}", f"{row['ratio']:.2f}x", spread, f"{row['tokens_per_forward']:.2f}")
+            numbers = (
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['ratio']:.2f}x{doubt}",
+                spread,
+                f"{row['tokens_per_forward']:.2f}",
+            )
             table.add_row(clients, name, *numbers, f"{row['identical']:.0%}")
     LOG.print(table)
 

@@ -55,9 +55,11 @@ def test_everyday(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape: dict[str, Any] = {"mask_id": 3, "block_size": 4, "start_id": 0, "gated_lora_rank": 2, "max_positions": 1024}
-    smoke("load", tmp_path, "--model", str(tiny_folder(tmp_path / "model", **shape)), "--json")
+    smoke("load", tmp_path, "--model", str(tiny_folder(tmp_path / "model", **shape)), "--sides", "auto", "always", "--json")
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == {"1_auto", "4_auto"}
+    names = {f"{clients}_{side}" for clients in (1, 4) for side in ("auto", "always")}
+    assert set(figures) == names | {f"{name}_uncertainty" for name in names}
+    assert [figures[f"{clients}_auto"]["target"] for clients in (1, 4)] == [0.97, 0.97]
     (result,) = tmp_path.glob("load_*.json")
     assert json.loads(result.read_text())["clients"]["4"]["always"]["identical"] == 1.0
 

@@ -85,7 +85,9 @@ def test_a_self_speculative_model_says_what_its_parent_with_the_adapter_says(tmp
     write_adapter(parent, tmp_path / "a", seed=1)
     adapters = {"a": read_lora_adapter(tmp_path / "a", child.config, name="a")}
     prompt = (1, 5, 9, 5, 9, 5)
-    fast = Request(prompt, ResolvedParams(block_size=4, max_new_tokens=16, threshold=0.1, mode="speculative", prompt_lookup=True))
+    fast = Request(
+        prompt, ResolvedParams(block_size=4, max_new_tokens=16, threshold=0.1, mode="speculative", prompt_lookup=True)
+    )
     base, adapted = Engine(child.eval(), cache_block_size=4).run(mixed([fast], adapters))
     slow = Request((1, *prompt), ResolvedParams(max_new_tokens=16))
     expected = [Engine(each).run([slow])[0].ids for each in (parent, folded(parent, tmp_path / "a"))]

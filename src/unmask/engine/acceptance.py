@@ -51,6 +51,16 @@ class DraftPrices(NamedTuple):
     mask: float
     first_mask: float
 
+    @property
+    def drafts_may_pay(self) -> bool:
+        """Whether verifying the surest draft might; else nothing is drafted, and nothing need be known of drafts."""
+        return _PROMISING * self.verify < _HIGHEST
+
+    @property
+    def masks_may_pay(self) -> bool:
+        """Whether a mask might whose draft is the surest."""
+        return _HIGHEST - _PROMISING * self.verify > min(self.mask, self.first_mask)
+
 
 class Draft(NamedTuple):
     """A draft token that waits to be verified, or to be seen right or wrong as the text goes on.
@@ -222,6 +232,8 @@ class DraftEstimates:
         Returns:
             At most num_masks + 1 numbers.
         """
+        if not prices.masks_may_pay:
+            return [0.0]
         others, num_own = self._history.outcomes, len(self._outcomes.chains)
         share, total, worth = _OTHERS_WEIGHT / len(others.chains), num_own + _OTHERS_WEIGHT, [0.0]
         told = 0.0

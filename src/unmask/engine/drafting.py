@@ -21,6 +21,8 @@ import numpy as np
 from unmask.engine.acceptance import Draft, DraftPrices
 from unmask.engine.costs import ForwardCosts
 
+Counts = tuple[int, int, int]
+"""Of a forward: tokens, noisy tokens, tokens whose candidate takes all logits."""
 _SHARE_OF_PROBES = 0.01
 """Of the time, what masks may cost that are run to see whether masks would pay."""
 _MOST_CREDIT = 0.5
@@ -62,7 +64,7 @@ class Drafting(Protocol):
 
     Attributes:
         is_drawn: its candidates take all logits.
-        may_draft: it has drafts, or can run masks.
+        may_draft: it could have drafts, or run masks.
         num_idle: forwards since it ran masks.
         wants_probe: it has run no masks for some forwards, and could.
     """
@@ -109,42 +111,61 @@ class DraftPlanner:
     def plan(self, sequences: Sequence[Drafting], num_beside: int = 0, num_running: int = 0) -> None:
         """Tell each sequence what to do in the next forward.
 
+        Where a token more costs what the surest draft is worth, as in a large batch, no sequence is asked what it could do.
+
         Args:
             sequences: one plain token each.
             num_beside: other tokens of the forward.
             num_running: sequences, of this forward or not, that share the engine's time; at least these.
         """
-        able = [sequence for sequence in sequences if sequence.may_draft]
-        if not able:
+        if not sequences:
             return
-        cost, count, drawn = self.costs.cost, len(sequences), sum(sequence.is_drawn for sequence in sequences)
-        tokens, running = count + num_beside, max(count, num_running)
-        base, plain = cost(running, 0, drawn), cost(tokens, 0, drawn)
-        rate = self.costs.margin * self._gain * running / base
-        prices = DraftPrices(
-            rate * (cost(tokens + _PRICED * count, 0, drawn) - plain) / (_PRICED * count),
+        cost, drawn = self.costs.cost, sum(sequence.is_drawn for sequence in sequences)
+        tokens, running = len(sequences) + num_beside, max(len(sequences), num_running)
+        rate = self.costs.margin * self._gain * running / cost(running, 0, drawn)
+        prices = self._prices((tokens, 0, drawn), len(sequences), rate)
+        for sequence in sequences:
+            sequence.follow_plan(NO_DRAFTS)
+        able = [sequence for sequence in sequences if sequence.may_draft] if prices.drafts_may_pay else []
+        counts, gained = self._choose(able, (tokens, 0, drawn), prices, rate)
+        if not num_beside:
+            gain = max(1.0, (1 + gained / len(sequences)) * cost(tokens, 0, drawn) / cost(*counts))
+            self._gain = _RATE_MEMORY * self._gain + (1 - _RATE_MEMORY) * gain
+        self._credit = min(self._credit + _SHARE_OF_PROBES, _MOST_CREDIT)
+        if prices.masks_may_pay and (waiting := [sequence for sequence in able if sequence.wants_probe]):
+            self._probe(waiting, counts, cost(running, 0, drawn))
+
+    def _prices(self, plain: Counts, count: int, rate: float) -> DraftPrices:
+        """Prices beside what the forward holds without drafts, those of so many sequences among it."""
+        cost, (tokens, _, drawn) = self.costs.cost, plain
+        return DraftPrices(
+            rate * (cost(tokens + _PRICED * count, 0, drawn) - cost(*plain)) / (_PRICED * count),
             rate * (cost(tokens + 2, 2, drawn) - cost(tokens + 1, 1, drawn)),
-            rate * (cost(tokens + 1, 1, drawn) - plain),
+            rate * (cost(tokens + 1, 1, drawn) - cost(*plain)),
         )
+
+    def _choose(self, able: Sequence[Drafting], plain: Counts, prices: DraftPrices, rate: float) -> tuple[Counts, float]:
+        """Tell those that may draft what to do; what the forward then holds, and the tokens expected of it beyond the plain."""
         drafting, options = list[Drafting](), list[Sequence[DraftPlan]]()
         for sequence in able:
-            sequence.follow_plan(NO_DRAFTS)
             if len(each := sequence.draft_options(prices)) > 1:
                 drafting.append(sequence)
                 options.append(each)
-        noisy, gained = 0, 0.0
-        if options:
-            chosen = choose(options, [each.is_drawn for each in drafting], self.costs, (tokens, 0, drawn), rate)
-            for sequence, plan in zip(drafting, chosen, strict=True):
-                sequence.follow_plan(plan)
-                tokens, noisy, gained = tokens + plan.num_tokens, noisy + plan.num_masks, gained + plan.now
-                drawn += plan.num_tokens if sequence.is_drawn else 0
-        if not num_beside:
-            gain = max(1.0, (1 + gained / count) * plain / cost(tokens, noisy, drawn))
-            self._gain = _RATE_MEMORY * self._gain + (1 - _RATE_MEMORY) * gain
-        self._credit = min(self._credit + _SHARE_OF_PROBES, _MOST_CREDIT)
-        dearer = (cost(tokens + 1, noisy + 1, drawn) - cost(tokens, noisy, drawn)) / base
-        if dearer <= self._credit and (waiting := [sequence for sequence in able if sequence.wants_probe]):
+        if not options:
+            return plain, 0.0
+        (tokens, noisy, drawn), gained = plain, 0.0
+        chosen = choose(options, [each.is_drawn for each in drafting], self.costs, plain, rate)
+        for sequence, plan in zip(drafting, chosen, strict=True):
+            sequence.follow_plan(plan)
+            tokens, noisy, gained = tokens + plan.num_tokens, noisy + plan.num_masks, gained + plan.now
+            drawn += plan.num_tokens if sequence.is_drawn else 0
+        return (tokens, noisy, drawn), gained
+
+    def _probe(self, waiting: Sequence[Drafting], counts: Counts, base: float) -> None:
+        """Let the sequence that has waited longest run a mask, if the share of time for that is there."""
+        tokens, noisy, drawn = counts
+        dearer = (self.costs.cost(tokens + 1, noisy + 1, drawn) - self.costs.cost(*counts)) / base
+        if dearer <= self._credit:
             max(waiting, key=lambda sequence: sequence.num_idle).probe()
             self._credit -= dearer
 
@@ -153,7 +174,7 @@ def choose(
     options: Sequence[Sequence[DraftPlan]],
     is_drawn: Sequence[bool],
     costs: ForwardCosts,
-    plain: tuple[int, int, int],
+    plain: Counts,
     rate: float,
 ) -> list[DraftPlan]:
     """An option for each sequence, so that `gain - rate * cost` of the forward is greatest.
@@ -195,7 +216,7 @@ class _Climb:
         options: Sequence[Sequence[DraftPlan]],
         is_drawn: Sequence[bool],
         costs: ForwardCosts,
-        plain: tuple[int, int, int],
+        plain: Counts,
         rate: float,
     ) -> None:
         self._costs, self._plain_F, self._rate = costs, np.array(plain), rate

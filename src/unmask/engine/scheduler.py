@@ -85,7 +85,7 @@ class Scheduler:
         for sequence in self.running:
             (prefilling if sequence.is_prefilling else decoding).append(sequence)
         budget = self.max_num_batched_tokens
-        self._plan_drafts(decoding, 0)
+        self._plan_drafts(decoding, self._expected_beside(prefilling, len(decoding)))
         decoding.sort(key=lambda s: (s.last_served, s.order))
         needed = [sequence.num_missing for sequence in decoding]
         others = sum(needed)
@@ -104,6 +104,14 @@ class Scheduler:
                 budget -= self._serve(sequence, min(share, budget), work)
         assert work or not (self.running or self.waiting), "nothing can be scheduled"
         return work
+
+    def _expected_beside(self, prefilling: Sequence[DecodingSequence], num_decoding: int) -> int:
+        """Tokens of prompts that the next forward is likely to hold beside sequences that decode (see `_shares`)."""
+        lacking = sum(sequence.num_missing for sequence in prefilling)
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            lacking += self.waiting[0].num_missing
+        most = max(self.prefill_chunk, _PREFILL_PER_DECODING_TOKEN * num_decoding)
+        return min(lacking, most, max(self.max_num_batched_tokens - num_decoding, 0))
 
     def _shares(self, prefilling: list[DecodingSequence], budget: int) -> list[tuple[DecodingSequence, int]]:
         """Tokens of this forward for each sequence that prefills, the oldest first.

@@ -117,6 +117,16 @@ def test_an_autoregressive_sequence_verifies_looked_up_drafts() -> None:
     assert all(not plan.num_masks for plan in forward.plans())
 
 
+def test_a_text_that_went_on_unasked_is_looked_up_all_the_same() -> None:
+    """While nobody asks for drafts, as in a large batch, a forward does nothing for them."""
+    forward = Forwards(sequence_of())
+    for token in (20, 21, 22, 23, 30, 20, 21):
+        forward([token])
+    assert forward.looked_up()[:3] == [22, 23, 30]
+    forward([22])
+    assert forward.looked_up()[:2] == [23, 30]
+
+
 def test_drafts_end_with_the_text_and_with_the_room() -> None:
     sequence = sequence_of(max_new_tokens=4, stop_token_ids=(12,))
     forward = Forwards(sequence)
@@ -242,7 +252,7 @@ def test_the_same_requests_take_the_same_forwards_where_costs_are_given() -> Non
 
 
 def test_what_does_not_pay_is_not_done() -> None:
-    """Where each token more costs as much as a forward, nothing is drafted but seldom, to see whether it would pay."""
+    """Where each token more costs as much as a forward, nothing is drafted, and no mask is run to see whether it would pay."""
     params = ResolvedParams(block_size=8, threshold=0.0, mode="speculative", max_new_tokens=100)
     counts: list[int] = []
     model = MODELS["shifted"]
@@ -251,4 +261,27 @@ def test_what_does_not_pay_is_not_done() -> None:
         [Request(PROMPT[:1], params)]
     )
     counter.remove()
-    assert sum(counts) - len(counts) <= 6
+    assert (sum(counts), len(counts)) == (101, 100), "one token a forward, and the start token"
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_many_requests_are_decoded_by_the_forwards_of_decoding_without_drafts(shifted: bool) -> None:
+    """Equal in number and size; the last request, alone at the end, drafts."""
+    model = MODELS["shifted" if shifted else "autoregressive"]
+    costs = CostTable({1: 1.0, 2: 1.2, 4: 2.0, 24: 22.0}, noisy={0: 0.0, 1: 0.1})
+    params = ResolvedParams(block_size=4, max_new_tokens=12, mode="speculative", logit_bias={MASK: float("-inf")})
+    requests = [Request((2 + i, *PROMPT), params.replace(max_new_tokens=12 + 30 * (i == 0))) for i in range(8)]
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    texts = dict[bool, list[tuple[int, ...]]]()
+    for drafts in (False, True):
+        chosen = [replace(each, params=each.params.replace(prompt_lookup=drafts)) for each in requests]
+        if not drafts:
+            chosen = [replace(each, params=each.params.replace(block_size=1)) for each in chosen]
+        collect = sizes[drafts].append
+        counter = model.register_forward_pre_hook(lambda _, arguments, collect=collect: collect(arguments[0].shape[1]))
+        texts[drafts] = [each.ids for each in Engine(model, drafting=statistics_of(costs)).run(chosen)]
+        counter.remove()
+    assert texts[True] == texts[False]
+    num_shared = next(i for i, size in enumerate(sizes[False]) if i > 4 and size == 1)
+    assert sizes[True][:num_shared] == sizes[False][:num_shared]
+    assert len(sizes[True]) < len(sizes[False])

@@ -56,6 +56,7 @@ class SpeculativeSequence(DecodingSequence):
         self._estimates = DraftEstimates(self._history)
         self._pending: list[Draft] = []
         self._lookup: PromptLookup | None = None
+        self._num_learnt = len(prompt)
         self._plan = NO_DRAFTS
         self.num_idle = self._interval = _FIRST_INTERVAL
         self.is_drawn = self.request.needs_logits
@@ -102,6 +103,8 @@ class SpeculativeSequence(DecodingSequence):
         self._accepted_drafts += num_accepted
         self.committed = first + num_accepted + 1 - self._lag
         self._decide(targets[: num_accepted + 1])
+        if len(scheduled.queries) > 1:
+            self._learn()
         # Masks have read the drafts: what they predict counts only where all of those are accepted.
         if num_masks and num_accepted == len(drafts):
             self._draft(targets[len(drafts) + 1 :], confidences[len(drafts) + 1 :])
@@ -129,15 +132,8 @@ class SpeculativeSequence(DecodingSequence):
 
     @property
     def may_draft(self) -> bool:
-        """Whether it has drafts, or can run masks."""
-        if self._lookup is None and self.request.params.prompt_lookup:
-            self._lookup = PromptLookup(self.tokens[: self._num_decided])
-        return self._room > 0 and (bool(self._pending) or self._has_match or self._most_masks(()) > 0)
-
-    @property
-    def _has_match(self) -> bool:
-        """Whether what the text ends in has occurred before."""
-        return self._lookup is not None and self._lookup.length > 0
+        """Whether it could have drafts, or run masks."""
+        return self._room > 0 and (self.mask_id is not None or self.request.params.prompt_lookup)
 
     def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
         """All numbers of pending drafts and masks, and all numbers of looked-up drafts; the first is to do nothing.
@@ -145,9 +141,11 @@ class SpeculativeSequence(DecodingSequence):
         Args:
             prices: of verify tokens and masks.
         """
+        self._learn()
         room = self._room
         pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
-        found = promising(self._until_end(self._looked_up(room)), prices.verify) if self._has_match else []
+        has_match = self._lookup is not None and self._lookup.length > 0
+        found = promising(self._until_end(self._looked_up(room)), prices.verify) if has_match else []
         num_masks = self._most_masks(())
         # What masks tell is told at less cost once the prompt has been read.
         faster = room if self.num_missing == 1 else 0
@@ -210,15 +208,17 @@ class SpeculativeSequence(DecodingSequence):
         decided = list(tokens)
         self.tokens[self._num_decided :] = decided
         self._num_decided += len(decided)
-        self._learn(decided)
         for token in decided:
             self._follow(token)
             if token in self.request.end_ids:
                 break
 
-    def _learn(self, tokens: Iterable[int]) -> None:
-        """Drafts have turned out right or wrong, verified or not."""
-        for token in tokens:
+    def _learn(self) -> None:
+        """Take in what has been decided since the last call: drafts have turned out right or wrong, verified or not, and the
+        text in which is looked up has grown. Put off while nobody asks for drafts."""
+        if self._lookup is None and self.request.params.prompt_lookup:
+            self._lookup = PromptLookup(self.tokens[: self._num_learnt])
+        for token in self.tokens[self._num_learnt : self._num_decided]:
             if self._pending:
                 draft, *rest = self._pending
                 self._estimates.record(draft.key, draft.prior, draft.token == token)
@@ -227,13 +227,13 @@ class SpeculativeSequence(DecodingSequence):
                 if (expected := self._lookup.next) is not None:
                     self._estimates.record(*_lookup_kind(self._lookup.length), expected == token)
                 self._lookup.append(token)
+        self._num_learnt = self._num_decided
 
     def _add_forced(self) -> bool:
         """Decide what the grammar leaves no choice about; whether there was anything."""
         forced = self._take_forced(self._num_decided, self._length - self._num_decided)
         self.tokens[self._num_decided :] = forced
         self._num_decided += len(forced)
-        self._learn(forced)
         return bool(forced)
 
     def _allowed(self, drafts: Sequence[int]) -> dict[int, Tensor]:
