@@ -61,10 +61,10 @@ def test_quantising_needs_room_and_mapped_weights_do_not(monkeypatch: pytest.Mon
     limit_memory(monkeypatch, packed_bytes(config, torch.float32, 4) + RESERVE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        room_of(config).check_mapped("it", "int4")
+        assert room_of(config).check_mapped("it", "int4")
     limit_memory(monkeypatch, packed_bytes(config, torch.float32, 4) + RESERVE - 1)
     with pytest.warns(UnmaskNote, match="read from disk as they are needed"):
-        room_of(config).check_mapped("it", "int4")
+        assert not room_of(config).check_mapped("it", "int4")
 
 
 def test_floats_that_are_packed_page_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from unmask.errors import ConfigError, UnmaskNote, UnmaskWarning
 from unmask.models.arch.config import ModelConfig
 from unmask.models.dtypes import parse_dtype
 from unmask.models.native.library import load_kernels
+from unmask.models.native.packed_file import prefault
 from unmask.models.native.packed_folder import map_folder
 from unmask.models.native.packing import check_packable
 from unmask.models.weights.checkpoint import ModelParts, read_model_config
@@ -84,8 +85,8 @@ def load(
         room.check_loading(str(model))
     tokenizer = _tokenizer(folder)
     weights = open_packed(folder, kind, read_dtype, parts, on_packing) if is_packed else read()
-    if is_packed:
-        room.check_mapped(str(model), kind)
+    if isinstance(weights, NativeBackend) and room.check_mapped(str(model), kind):
+        prefault(weights.weights)
     return LanguageModel(weights, tokenizer, name=str(model), reload=read, folder=folder, expert_capacity=expert_capacity)
 
 
@@ -109,8 +110,10 @@ def _load_quantized(
             UnmaskWarning,
             stacklevel=2,
         )
-    DecodingRoom(config, torch.float16, where).check_mapped(name, manifest.quantize, manifest.num_bytes)
+    fits = DecodingRoom(config, torch.float16, where).check_mapped(name, manifest.quantize, manifest.num_bytes)
     weights = NativeBackend(map_folder(folder, manifest, config), load_kernels())
+    if fits:
+        prefault(weights.weights)
     reload = partial(load_model, folder, dtype=torch.float32)
     return LanguageModel(
         weights, _tokenizer(folder), name=name, reload=reload, folder=folder, digest=manifest.digest(),

@@ -82,8 +82,8 @@ class DecodingRoom:
         needs = {what: packing_bytes(self.config, self.dtype, PACKED_BITS[weights], whole=whole)}
         check_room(name, needs | self._cache_need(torch.float32), self.device, self.options, otherwise=self._remedy(name))
 
-    def check_mapped(self, name: str, weights: str, num_bytes: int | None = None) -> None:
-        """Say what to expect of packed weights, mapped from files, that exceed memory.
+    def check_mapped(self, name: str, weights: str, num_bytes: int | None = None) -> bool:
+        """Whether packed weights, mapped from files, fit into memory; if they do not, a note says what to expect.
 
         Args:
             name: as of `check_packing`.
@@ -96,14 +96,16 @@ class DecodingRoom:
         check_room(name, self._cache_need(torch.float32), self.device, self.options)
         packed = packed_bytes(self.config, self.dtype, PACKED_BITS[weights]) if num_bytes is None else num_bytes
         memory = available_memory(self.device)
-        if memory is not None and not fits(packed, memory):
-            what = dtype_name(self.dtype) if weights == "none" else weights
-            warnings.warn(
-                f"{name} has {in_words(packed)} of {what} weights, and there are {in_words(memory.num_bytes)} of "
-                f"{memory.where}: they are read from disk as they are needed, up to all of them for every forward",
-                UnmaskNote,
-                stacklevel=3,
-            )
+        if memory is None or fits(packed, memory):
+            return True
+        what = dtype_name(self.dtype) if weights == "none" else weights
+        warnings.warn(
+            f"{name} has {in_words(packed)} of {what} weights, and there are {in_words(memory.num_bytes)} of "
+            f"{memory.where}: they are read from disk as they are needed, up to all of them for every forward",
+            UnmaskNote,
+            stacklevel=3,
+        )
+        return False
 
     def _remedy(self, name: str) -> str:
         """What to do with a model that nothing else makes fit."""

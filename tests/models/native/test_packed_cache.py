@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.native import packed_cache
 from unmask.models.native.packed_cache import PackedCache, packed_folder
-from unmask.models.native.packed_file import map_packed, write_packed
+from unmask.models.native.packed_file import map_packed, prefault, write_packed
 from unmask.models.native.packing import FLOAT_BITS, PackedWeights, pack_model
 from unmask.models.native.quantize import PackedMatrix
 from unmask.models.weights.checkpoint import ModelParts, save_model
@@ -146,3 +147,17 @@ def test_a_file_of_the_packed_weights_may_be_replaced_while_it_is_mapped(folder:
     os.utime(folder / "model.safetensors", ns=(1, 1))
     cache_of(folder).pack(loader(folder))
     assert_same(mapped, pack_model(tiny_model("qwen2"), 8))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_are_mapped_beforehand(tmp_path: Path) -> None:
+    weights = pack_model(tiny_model("llama", hidden_size=256, ffn_size=2048), 8)
+    write_packed(tmp_path / "packed", weights, {})
+    mapped = map_packed(tmp_path / "packed")
+    assert mapped is not None
+    prefault(mapped).join()
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.endswith(str(tmp_path / "packed")))
+    resident = next(int(line.split()[1]) for line in lines[start:] if line.startswith("Rss:"))
+    assert 1024 * resident >= sum(matrix.weight.nbytes for matrix in mapped.matrices.values())
+    assert_same(mapped, weights)

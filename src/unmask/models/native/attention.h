@@ -80,11 +80,13 @@ struct KeyTile {
     }
 };
 
-// Scores of kTall keys for V vectors of queries. Meanwhile the rows of `upcoming` start to arrive.
+// Scores of kTall keys for V vectors of queries. Meanwhile the rows of `upcoming` start to arrive, and the keys' next numbers come from
+// the second-level cache.
 template <int kTall, int V>
 INLINE void score_tile(float* score, const float* query, const float* const* keys, const float* const* upcoming, int64_t size) {
     NativeFloats sums[kTall][V] = {};
     for (int64_t start = 0; start < size; start += kLanes) {
+        for (int k = 0; k < kTall; k++) __builtin_prefetch(keys[k] + start + kLanes);
         for (int k = 0; upcoming && k < kTall; k++) __builtin_prefetch(upcoming[k] + start, 0, 2);
         for (int64_t i = start; i < std::min(start + kLanes, size); i++) {
             NativeFloats row[V];

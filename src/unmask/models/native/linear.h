@@ -149,7 +149,7 @@ struct Ahead {
     int64_t lines;
 
     void fetch() {
-        for (int64_t i = 0; i < lines; i++, from += 64) __builtin_prefetch(from, 0, 2);
+        for (const uint8_t* end = from + 64 * lines; from != end; from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 
