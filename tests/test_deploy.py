@@ -143,3 +143,43 @@ def test_kubernetes_starts_one_torchrun_per_pod() -> None:
     assert values["resume"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert str(values["out"]).startswith(container["volumeMounts"][0]["mountPath"])
+
+
+def kubernetes_objects(name: str) -> dict[str, Any]:
+    """The objects of a manifest by their kinds."""
+    return {each["kind"]: each for each in yaml.safe_load_all((ROOT / "deploy/kubernetes" / name).read_text())}
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.36"])
+@pytest.mark.parametrize("name", ["serve.yaml", "train.yaml"])
+def test_kubernetes_objects_follow_their_schemas(name: str, version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    for each in kubernetes_objects(name).values():
+        validator.validate(each, version, strict=True)
+
+
+def test_kubernetes_pods_serve_with_options_that_exist_and_finish_their_answers() -> None:
+    objects = kubernetes_objects("serve.yaml")
+    pod = objects["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    values = parsed(container["args"])
+    assert values["model"] == EMBEDDED_DIFFUSION
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= values["shutdown_grace"] + pause + 10
+    (port,) = container["ports"]
+    assert port["containerPort"] == values["port"]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert instruction("VOLUME").strip('["]') in {mount["mountPath"] for mount in container["volumeMounts"]}
+    labels = pod["metadata"]["labels"]
+    pool = kubernetes_objects("inference-pool.yaml")
+    selectors = [objects["Service"]["spec"]["selector"], objects["Deployment"]["spec"]["selector"]["matchLabels"]]
+    selectors += [pool["InferencePool"]["spec"]["selector"]["matchLabels"]]
+    selectors += [objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]]
+    assert all(selector == labels for selector in selectors)
+    assert pool["InferencePool"]["spec"]["targetPorts"] == [{"number": values["port"]}]
+    (rule,) = pool["HTTPRoute"]["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    assert (backend["kind"], backend["name"]) == ("InferencePool", pool["InferencePool"]["metadata"]["name"])
+    scaled = objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert scaled["name"] == objects["Deployment"]["metadata"]["name"]

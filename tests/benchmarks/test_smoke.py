@@ -220,3 +220,13 @@ def test_mini16b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(figure["value"] >= 0 and figure["target"] is None for figure in figures.values())
     assert not (tmp_path / "mini16b").exists()
     assert list(tmp_path.glob("mini16b_*.json"))
+
+
+@pytest.mark.slow
+def test_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_folder(tmp_path / "model", mask_id=3, block_size=4, max_positions=1024)
+    smoke("cluster", tmp_path, "--model", str(model), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["2x1_capacity"]["value"] > 0
+    (result,) = tmp_path.glob("cluster_*.json")
+    assert json.loads(result.read_text())["sides"]["2x1"]["levels"]["1.2"]["requests"] >= 1

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import unmask
 from runs import tiny_folder
 from unmask.cli.app import app
+from unmask.serve import batch_ray
 
 COUNT = 60
 
@@ -25,14 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def requests(tmp_path: Path) -> Path:
-    path = tmp_path / "requests.jsonl"
-    body = {"max_tokens": 20, "temperature": 0}
-    lines = [
-        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": f"say {i}", **body}}
-        for i in range(COUNT)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_requests(tmp_path / "requests.jsonl", COUNT, 20)
 
 
 def answers(path: Path) -> dict[str, str]:
@@ -42,18 +37,33 @@ def answers(path: Path) -> dict[str, str]:
     return found
 
 
+def write_requests(path: Path, count: int, max_tokens: int) -> Path:
+    body = {"max_tokens": max_tokens, "temperature": 0}
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": f"say {i}", **body}}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def kill_after(command: list[str], out: Path, num_bytes: int) -> None:
+    """Run `unmask` and kill it when its answers have so many bytes."""
+    process = subprocess.Popen([sys.executable, "-m", "unmask", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while (not out.exists() or out.stat().st_size < num_bytes) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def command(requests: Path, out: Path, model: Path) -> list[str]:
     return ["batch", str(requests), "--out", str(out), "--model", str(model), "--max-concurrent", "2"]
 
 
 def test_a_killed_job_ends_with_the_answers_of_one_that_was_not(requests: Path, model: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "unmask", *command(requests, out, model)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while (not out.exists() or out.stat().st_size < 500) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(command(requests, out, model), out, 500)
     resumed = CliRunner().invoke(app, [*command(requests, out, model), "--resume"])
     assert resumed.exit_code == 0, resumed.output
     assert f"{COUNT} of {COUNT} requests" in resumed.output
@@ -75,3 +85,35 @@ def test_refused_requests_are_told_by_the_exit_code(model: Path, tmp_path: Path)
     result = CliRunner().invoke(app, command(requests, tmp_path / "answers.jsonl", model))
     assert result.exit_code == 1
     assert "1 of them with an error" in result.output
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_killed_twice_are_answered_once_each_as_alone(model: Path, tmp_path: Path) -> None:
+    count, max_tokens = 2000, 4
+    requests, out = write_requests(tmp_path / "requests.jsonl", count, max_tokens), tmp_path / "answers.jsonl"
+    sizes = []
+    for num_bytes in (150_000, 400_000):
+        kill_after([*command(requests, out, model), "--resume"], out, num_bytes)
+        sizes.append(out.read_bytes().count(b"\n"))
+    assert 0 < sizes[0] < sizes[1] < count
+    resumed = CliRunner().invoke(app, [*command(requests, out, model), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    language_model = unmask.load(model)
+    expected = {
+        str(i): language_model.complete(
+            language_model.encode_prompt(f"say {i}", chat=False), max_new_tokens=max_tokens, temperature=0.0
+        ).text
+        for i in range(count)
+    }
+    assert answers(out) == expected
+
+
+def test_ray_is_refused_in_one_line_where_it_is_not_installed(
+    requests: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_ray, "find_spec", lambda package: None)
+    out = tmp_path / "answers.jsonl"
+    refused = CliRunner().invoke(app, [*command(requests, out, model), "--ray", "auto"])
+    assert refused.exit_code == 2
+    assert "unmask[ray]" in refused.output
+    assert not out.exists()

@@ -35,6 +35,7 @@ class Gateway:
         command: starts it: of its folder of programs, its port, the workers' URLs, the policy, and a folder for its files.
         round_robin: its policy of turns.
         cache_aware: its policy by prefixes; empty: it has none.
+        takes_ids: it knows prefixes of prompts that are token ids, and not those of texts.
         health: path that answers with 200.
         add: tells a running gateway (URL) of a worker (URL); None: it must be told when it is started.
     """
@@ -43,6 +44,7 @@ class Gateway:
     command: Callable[[Path, int, Sequence[str], str, Path], list[str]]
     round_robin: str = "round_robin"
     cache_aware: str = "cache_aware"
+    takes_ids: bool = False
     health: str = "/health"
     add: Callable[[str, str], httpx2.Response] | None = None
 
@@ -55,7 +57,9 @@ class Gateway:
         port, log = free_port(), folder / f"{self.package}-{policy}.log"
         with log.open("wb") as output:
             command = self.command(programs, port, workers, policy, folder)
-            process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
+            # LiteLLM's proxy would not start without a key.
+            environment = {**os.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+            process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=environment)
         try:
             url = f"http://127.0.0.1:{port}"
             wait_for(f"{url}{self.health}", lambda: process.poll() is None, log)
@@ -96,13 +100,26 @@ def _router(*program: str, more: Sequence[str] = ()) -> Callable[[Path, int, Seq
     return command
 
 
+def _vllm_router(programs: Path, port: int, workers: Sequence[str], policy: str, folder: Path) -> list[str]:
+    """With `kv_aware` it follows the workers' KV events."""
+    command = _router("vllm-router")(programs, port, workers, policy, folder)
+    if policy == "kv_aware":
+        ports = [int(url.rsplit(":", 1)[1]) for url in workers]
+        command += ["--kv-event-model", NAME, "--kv-event-block-size", "8"]  # of the model's blocks
+        for url, worker in zip(workers, ports, strict=True):
+            command += ["--kv-event-source", f"{url}=tcp://127.0.0.1:{worker + 1}"]
+            command += ["--kv-event-replay-source", f"{url}=tcp://127.0.0.1:{worker + 2}"]
+    return command
+
+
 def _litellm(programs: Path, port: int, workers: Sequence[str], policy: str, folder: Path) -> list[str]:
     """LiteLLM's proxy: one deployment per worker, all of one name."""
     deployments = [
         {"model_name": NAME, "litellm_params": {"model": f"openai/{NAME}", "api_base": f"{url}/v1", "api_key": "none"}}
         for url in workers
     ]
-    router = {"routing_strategy": policy, "num_retries": 3, "cooldown_time": HEALTH_SECONDS, "retry_after": 0}
+    # One that failed is left alone for a while, so that retries find the others.
+    router = {"routing_strategy": policy, "num_retries": 10, "allowed_fails": 0, "cooldown_time": 5, "retry_after": 0}
     path = folder / "litellm.yaml"
     path.write_text(json.dumps({"model_list": deployments, "router_settings": router}))
     return [str(programs / "litellm"), "--config", str(path), "--host", "127.0.0.1", "--port", str(port)]
@@ -120,6 +137,6 @@ GATEWAYS = (
     Gateway("sglang-router", _router("python", "-m", "sglang_router.launch_router"), add=_post_workers),
     # It asks no more of a worker that has 8 requests waiting, as it reads every 10 s, and these clients come all at once.
     Gateway("smg", _router("smg", "launch", more=("--worker-overload-waiting-requests", "1000")), add=_post_workers),
-    Gateway("vllm-router", _router("vllm-router"), add=_post_add_worker),
+    Gateway("vllm-router", _vllm_router, cache_aware="kv_aware", takes_ids=True, add=_post_add_worker),
     Gateway("litellmproxy", _litellm, "simple-shuffle", cache_aware="", health="/health/liveliness"),
 )

@@ -57,7 +57,7 @@ class GatewayWorker:
 def gateway_worker(
     folder: Path, port: int, *, seconds: float = 0.05, max_concurrent: int = 8, context: int = CONTEXT, cache_tokens: int = 4096
 ) -> Iterator[GatewayWorker]:
-    """A worker that is killed when the block ends.
+    """A worker that is killed when the block ends; its KV events are at the next port, and their replay at the one after.
 
     Args:
         folder: for its tokenizer and its log; made here.
@@ -91,7 +91,13 @@ def _serve(folder: Path, port: int, seconds: float, max_concurrent: int, context
     os.dup2(log, 2)
     torch.set_num_threads(1)
     model = served_model(folder, seconds=seconds, context=context)
-    config = ServerConfig(names=(NAME,), max_concurrent=max_concurrent, cache_tokens=cache_tokens)
+    config = ServerConfig(
+        names=(NAME,),
+        max_concurrent=max_concurrent,
+        cache_tokens=cache_tokens,
+        kv_events=f"tcp://127.0.0.1:{port + 1}",
+        kv_events_replay=f"tcp://127.0.0.1:{port + 2}",
+    )
     run(model, config, listen("127.0.0.1", port), loopback=True)
 
 

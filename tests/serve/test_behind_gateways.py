@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 NUM_CLIENTS = 32
 PROMPTS = [f"Tell me about number {number}." for number in range(NUM_CLIENTS)]
 BODY = {"model": NAME, "max_tokens": 32, "ignore_eos": True, "stream": True}
-NUM_WORKERS, NUM_CONVERSATIONS, NUM_TURNS = 3, 9, 5
+NUM_WORKERS, NUM_CONVERSATIONS, NUM_TURNS = 3, 9, 4
 TURN_TOKENS = 32
 by_package = pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.package)
 
@@ -126,21 +126,28 @@ def test_a_worker_is_killed_one_added_one_drained(gateway: Gateway, tmp_path: Pa
         print(f"{gateway.package}: {num_cut} of {NUM_CLIENTS} streams were cut by SIGKILL, none by draining")
 
 
-async def converse(url: str) -> None:
-    """Conversations side by side, each turn with all that was said before; in an order that no policy of turns foresees.
-
-    The workers' caches together hold all of them, and no one alone.
-    """
+async def converse(url: str, *, ids: bool) -> None:
+    """Conversations side by side, each turn with all that was said before; in an order that no policy of turns foresees."""
     choose = random.Random(1)
     conversations: list[list[dict[str, str]]] = [[] for _ in range(NUM_CONVERSATIONS)]
     async with httpx2.AsyncClient(timeout=300) as client:
-        for _ in range(NUM_TURNS):
-            for messages in choose.sample(conversations, NUM_CONVERSATIONS):
-                messages.append({"role": "user", "content": "".join(choose.choices("abcdefghij", k=TURN_TOKENS))})
-                body = {"model": NAME, "max_tokens": 8, "ignore_eos": True, "messages": messages}
-                response = await client.post(f"{url}/v1/chat/completions", json=body)
-                assert response.status_code == 200, response.text
+
+        async def take_turn(messages: list[dict[str, str]], text: str) -> None:
+            messages.append({"role": "user", "content": text})
+            body: dict[str, Any] = {"model": NAME, "max_tokens": 8, "ignore_eos": True}
+            if ids:
+                body["prompt"] = [ord(letter) for message in messages for letter in message["content"]]
+            else:
+                body["messages"] = messages
+            response = await client.post(f"{url}/v1/{'' if ids else 'chat/'}completions", json=body)
+            assert response.status_code == 200, response.text
+            if not ids:
                 messages.append(response.json()["choices"][0]["message"])
+
+        for _ in range(NUM_TURNS):
+            texts = ["".join(choose.choices("abcdefghij", k=TURN_TOKENS)) for _ in conversations]
+            order = choose.sample(range(NUM_CONVERSATIONS), NUM_CONVERSATIONS)
+            await asyncio.gather(*(take_turn(conversations[number], texts[number]) for number in order))
 
 
 @by_package
@@ -154,14 +161,14 @@ def test_conversations_find_their_prefixes_where_they_were(gateway: Gateway, tmp
             folder.mkdir()
             ports = [free_port() for _ in range(NUM_WORKERS)]
             workers = [
-                stack.enter_context(gateway_worker(folder / str(port), port, seconds=0.0, context=1024, cache_tokens=1024))
-                for port in ports
+                stack.enter_context(gateway_worker(folder / str(port), port, seconds=0.01, context=1024)) for port in ports
             ]
             for worker in workers:
                 worker.wait_ready()
             url = stack.enter_context(gateway.running([worker.url for worker in workers], policy, folder))
-            asyncio.run(converse(url))
-            queries = sum(worker.metric("vllm:prefix_cache_queries_total") for worker in workers)
-            hits[policy] = sum(worker.metric("vllm:prefix_cache_hits_total") for worker in workers) / queries
+            asyncio.run(converse(url, ids=gateway.takes_ids))
+            asked = [worker.metric("vllm:prefix_cache_queries_total") for worker in workers]
+            hits[policy] = sum(worker.metric("vllm:prefix_cache_hits_total") for worker in workers) / sum(asked)
+            print(f"{gateway.package} {policy}: prompt tokens of each worker: {asked}")
     print(f"{gateway.package}: " + ", ".join(f"{policy} {rate:.0%} of prompt tokens cached" for policy, rate in hits.items()))
     assert hits[gateway.cache_aware] >= 2 * hits[gateway.round_robin]

@@ -26,8 +26,8 @@ from unmask.serve.kv_events import KVEventPublisher, event_hash
 BLOCK = 4
 
 
-class Event(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
-    """vLLM's events are arrays that begin with the name of their class."""
+class Event(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, tag=True):
+    """vLLM's events are maps with the name of their class."""
 
 
 class BlockStored(Event):

@@ -5,6 +5,7 @@ Owns the options and what is reported. Answering is `serve.batch`'s.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,19 @@ def batch(
             "--resume", help="Go on with --out: what it answers is not asked again, failures of the server (5xx) are."
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ray cluster that answers; auto: the one of this machine, local: one of its own. [default: none]",
+            rich_help_panel="Ray",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replicas of the model on the cluster.", show_default="one a node", rich_help_panel="Ray"),
+    ] = None,
+    replica_cpus: Annotated[int, typer.Option(min=1, help="CPUs of a replica.", rich_help_panel="Ray")] = 1,
     quantize: options.Quantize = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -55,11 +69,15 @@ def batch(
     /v1/completions, /v1/responses, /v1/messages or /infill, too. Every custom_id is answered once, in any order, as the server
     would answer it; a request that it would refuse has its error in the file, and the exit code is 1. Killed or stopped by
     Ctrl-C, the job goes on with --resume.
+
+    With --ray, replicas on a cluster answer, each with --max-concurrent completions at a time and, for --device cuda, one GPU;
+    MODEL must be found on every node.
     """
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import counting
     from unmask.serve.batch import run_batch
     from unmask.serve.batch_file import BatchFile
+    from unmask.serve.batch_ray import RayOptions, run_ray_batch
     from unmask.serve.config import ServerConfig
 
     if out.exists() and not resume:
@@ -68,14 +86,20 @@ def batch(
     asked = tuple(batch_file.models) if len(batch_file.models) == 1 else ()
     names = asked if name is None else (name,)
     config = ServerConfig(names=names, max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens)
-    language_model = options.load(model, dtype, device, quantize)
+    load = functools.partial(options.load, model, dtype, device, quantize)
+    cluster = None
+    if ray is not None:
+        cluster = RayOptions(address=ray, replicas=replicas, cpus=replica_cpus, gpus=int(device == "cuda"))
     console = make_console(stderr=True)
     with stop_on_interrupt(notice=STOP_NOTICE) as should_stop, counting(console, "answering") as show:
 
         def on_progress(counts: BatchCounts) -> None:
             show(counts.done, counts.total)
 
-        counts = run_batch(language_model, batch_file, out, config, on_progress=on_progress, should_stop=should_stop)
+        if cluster is None:
+            counts = run_batch(load(), batch_file, out, config, on_progress=on_progress, should_stop=should_stop)
+        else:
+            counts = run_ray_batch(load, batch_file, out, config, cluster, on_progress=on_progress, should_stop=should_stop)
     failed = f", {counts.failed:,} of them with an error" if counts.failed else ""
     typer.echo(f"answered {counts.done:,} of {counts.total:,} requests{failed}: {out}", err=True)
     if counts.done < counts.total:

@@ -1,13 +1,15 @@
 """`run_batch`: a file of requests in OpenAI's batch format, answered without a server.
 
-Owns the application that answers, how many lines are asked at a time, and resuming. Lines are asked by `batch_lines`.
+Owns the application that answers, how many lines are asked at a time, and resuming. Lines are asked by `batch_lines`;
+`batch_ray` does the same on a cluster.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,37 @@ def run_batch(
         TrainingError: the engine does not get ready.
         UnmaskError: the engine cannot be made.
     """
+    slots = asyncio.Semaphore(WAITING * config.max_concurrent)
+
+    async def admit() -> bool:
+        await slots.acquire()
+        return not should_stop()
+
+    async def answer(lines: Iterator[BatchLine], write: Callable[[dict[str, Any]], None]) -> None:
+        async with asking(language_model, config) as ask_line:
+            await answer_lines(lines, ask_line, write, admit, slots.release)
+
+    return answer_missing(requests, out, lambda lines, write: asyncio.run(answer(lines, write)), on_progress)
+
+
+def answer_missing(
+    requests: BatchFile,
+    out: Path,
+    answer: Callable[[Iterator[BatchLine], Callable[[dict[str, Any]], None]], None],
+    on_progress: Callable[[BatchCounts], None],
+) -> BatchCounts:
+    """Answer what `out` does not answer yet.
+
+    Args:
+        requests: the batch file.
+        out: file of answers.
+        answer: takes the lines to ask, and what writes the record of an answer.
+        on_progress: called before the first answer and after each.
+
+    Raises:
+        DataError: `out` holds something else, or another job is writing it.
+        CheckpointError: the disk is full.
+    """
     answers = BatchAnswers(out)
     try:
         strangers = answers.failed.keys() - requests.ids
@@ -62,28 +95,24 @@ def run_batch(
 
         on_progress(BatchCounts.of(requests, answers))
         if len(answers.failed) < len(requests.ids):
-            waiting = (line for line in requests.lines() if line.custom_id not in answers.failed)
-            asyncio.run(_run(language_model, config, waiting, write, should_stop))
+            answer((line for line in requests.lines() if line.custom_id not in answers.failed), write)
         return BatchCounts.of(requests, answers)
     finally:
         answers.close()
 
 
-async def _run(
-    language_model: LanguageModel,
-    config: ServerConfig,
-    lines: Iterator[BatchLine],
-    write: Callable[[dict[str, Any]], None],
-    should_stop: Callable[[], bool],
-) -> None:
+@asynccontextmanager
+async def asking(
+    language_model: LanguageModel, config: ServerConfig
+) -> AsyncIterator[Callable[[BatchLine], Awaitable[dict[str, Any]]]]:
+    """What gives the record of a line's answer, while the application runs in this process.
+
+    Raises:
+        TrainingError: the engine does not get ready.
+        UnmaskError: the engine cannot be made.
+    """
     failures: list[BaseException] = []
     app = create_app(language_model, config, on_failure=failures.append)
-    slots = asyncio.Semaphore(WAITING * config.max_concurrent)
-
-    async def admit() -> bool:
-        await slots.acquire()
-        return not should_stop()
-
     async with app.router.lifespan_context(app), batch_client(app) as client:
 
         async def wait_ready() -> None:
@@ -97,4 +126,4 @@ async def _run(
 
         await wait_ready()
         name = app.state.unmask.model.name
-        await answer_lines(lines, lambda line: ask(client, line, name, wait_ready), write, admit, slots.release)
+        yield lambda line: ask(client, line, name, wait_ready)

@@ -2,8 +2,8 @@
 
 Owns the sockets and the encoding, and none of their meaning to the cache: that is in `engine.kv_cache`. A message is three
 frames: topic, sequence number (8 bytes, big-endian, from 0 on), and a msgpack array `[seconds, events, data_parallel_rank]`,
-whose events are arrays that begin with the name of vLLM's class. A subscriber that has missed some sends the first number that
-it lacks to the replay address.
+whose events are maps with the name of vLLM's class under `type` (arrays in versions before). A subscriber that has missed some
+sends the first number that it lacks to the replay address.
 
 Needs pyzmq and msgspec (extra `unmask[events]`).
 
@@ -102,7 +102,7 @@ class KVEventPublisher:
 
     def clear(self) -> None:
         """Tell subscribers that the cache is empty, as a new engine's is."""
-        self._send([["AllBlocksCleared"]])
+        self._send([{"type": "AllBlocksCleared"}])
 
     def close(self) -> None:
         """End the thread and close the sockets; call it when nobody publishes any more."""
@@ -112,7 +112,7 @@ class KVEventPublisher:
         for socket in self._sockets:
             socket.close(linger=100)
 
-    def _send(self, events: list[list[Any]]) -> None:
+    def _send(self, events: list[dict[str, Any]]) -> None:
         message = self._encode([time.time(), events, 0])
         with self._lock:
             self._kept.append((self.num_sent, message))
@@ -132,14 +132,20 @@ class KVEventPublisher:
             router.send_multipart((client, b"", _END, b""))
 
 
-def _fields(event: CacheEvent) -> list[Any]:
-    """vLLM's array of an event."""
+def _fields(event: CacheEvent) -> dict[str, Any]:
+    """vLLM's map of an event."""
     if isinstance(event, BlockRemoved):
-        return ["BlockRemoved", [event_hash(event.prefix_hash)], MEDIUM]
-    parent = None if event.parent is None else event_hash(event.parent)
-    hashes = [event_hash(prefix_hash) for prefix_hash in event.hashes]
-    block_size = len(event.tokens) // len(hashes)
-    return ["BlockStored", hashes, parent, list(event.tokens), block_size, None, MEDIUM, event.adapter]
+        return {"type": "BlockRemoved", "block_hashes": [event_hash(event.prefix_hash)], "medium": MEDIUM}
+    return {
+        "type": "BlockStored",
+        "block_hashes": [event_hash(prefix_hash) for prefix_hash in event.hashes],
+        "parent_block_hash": None if event.parent is None else event_hash(event.parent),
+        "token_ids": list(event.tokens),
+        "block_size": len(event.tokens) // len(event.hashes),
+        "lora_id": None,
+        "medium": MEDIUM,
+        "lora_name": event.adapter,
+    }
 
 
 def event_hash(prefix_hash: bytes) -> int:
