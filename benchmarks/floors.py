@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from unmask.engine.quantization import BYTES_PER_WEIGHT
 from unmask.models.arch.config import ModelConfig
 from unmask.models.native.library import load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
+from unmask.models.native.quantize import matrix_bytes
+from unmask.models.native.sizes import matrix_sizes
 
 
 def machine() -> dict[str, Any]:
@@ -83,17 +84,13 @@ class Machine:
         self.rates = {"float32": rates["float32"], "int8": max(rates[name] for name in rates if name.startswith("int8"))}
 
     def floor(self, config: ModelConfig, weights: str, rows: int, head_rows: int) -> float:
-        """Seconds that a forward of `rows` rows takes at least, `head_rows` of them through the vocabulary; attention is
-        free."""
-        head = config.vocab_size * config.hidden_size if head_rows else 0
-        each = BYTES_PER_WEIGHT[weights]
-        moved = products(config) * each + head * max(each, 1.0)  # the head has 8 bits at least
-        operations = 2 * (rows * products(config) + head_rows * head)
+        """Seconds that a forward of a dense model takes at least, `rows` rows of which `head_rows` pass the vocabulary;
+        attention and gated LoRA are free."""
+        moved, operations, bits = 0, 0, {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[weights]
+        for name, (outputs, inputs) in matrix_sizes(config).items():
+            count = head_rows if name == "head" else rows if name.endswith(".base") else 0
+            operations += 2 * count * outputs * inputs
+            if count:
+                moved += matrix_bytes(outputs, inputs, max(bits, 8) if name == "head" else bits)
         rate = self.rates["int8" if weights.startswith("int") else "float32"]
         return max(moved / self.bytes_per_second, operations / rate)
-
-
-def products(config: ModelConfig) -> int:
-    """Weights of a dense model that every row is multiplied with, the vocabulary apart."""
-    attention = config.hidden_size * (config.qkv_size + config.num_heads * config.head_dim)
-    return config.num_layers * (attention + 3 * config.hidden_size * config.ffn_size)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from unmask.models.native.interface import Kernels
 from unmask.models.native.library import kernel_variant, load_kernels
 from unmask.models.native.linear import PackedLinear
 from unmask.models.native.packing import pack_matrix
-from unmask.models.native.quantize import GROUP, round_bytes, round_codes
+from unmask.models.native.quantize import GROUP, QuantizedMatrix, round_bytes, round_codes
 from unmask.models.native.variants import FLAGS, SOURCES, variants_of
 
 SHAPES = {"qkv": (576, 960), "out": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -91,65 +92,73 @@ def ways(inputs: int, outputs: int, kernels: Kernels) -> dict[str, Way]:
     eight, four = round_bytes(weight), round_codes(weight)
     copies = range(max(2, COLD_BYTES // (inputs * outputs)))
 
-    def int_mm(_: int) -> Product:
-        w = eight.integers_NK.clone().t()
+    def way(make: Callable[[], Product], exact: Tensor, rounded_inputs: int | None) -> Way:
+        return Way([make() for _ in copies], exact, rounded_inputs)
 
-        def product(x: Tensor) -> Tensor:
-            q, scale = round_rows(x)
-            return torch._int_mm(q, w).float() * scale * eight.scale_N
-
-        return product
-
-    def onednn(_: int) -> Product:
-        packed = torch.ops.onednn.qlinear_prepack(eight.integers_NK, None)
-        zeros = torch.zeros(outputs, dtype=torch.int64)
-
-        def product(x: Tensor) -> Tensor:
-            q, scale = round_rows(x)
-            # Signed inputs take a path without vector instructions, so 128 is added and told.
-            unsigned = q.view(torch.uint8).bitwise_xor_(128)
-            out = torch.ops.onednn.qlinear_pointwise(
-                unsigned, 1.0, 128, packed, eight.scale_N, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-            scaled: Tensor = out * scale
-            return scaled
-
-        return product
-
-    def weight_only(_: int) -> Product:
-        w = eight.integers_NK.clone()
-
-        def product(x: Tensor) -> Tensor:
-            out: Tensor = torch._weight_int8pack_mm(x, w, eight.scale_N)
-            return out
-
-        return product
-
-    def ours(bits: int) -> Callable[[int], Product]:
-        return lambda _: PackedLinear(pack_matrix(weight, bits), kernels)
-
-    def plain(_: int) -> Product:
-        w = weight.clone()
-        return lambda x: F.linear(x, w)
-
-    def packed_float(_: int) -> Product:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # packed for 8 rows, it serves all counts alike
-
-        def product(x: Tensor) -> Tensor:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-            return out
-
-        return product
+    def ours(bits: int) -> Callable[[], Product]:
+        return lambda: PackedLinear(pack_matrix(weight, bits), kernels)
 
     return {
-        "float32": Way([plain(i) for i in copies], weight, None),
-        "onednn float32": Way([packed_float(i) for i in copies], weight, None),
-        "_int_mm": Way([int_mm(i) for i in copies], eight.dequantize(), inputs),
-        "onednn qlinear": Way([onednn(i) for i in copies], eight.dequantize(), inputs),
-        "_weight_int8pack_mm": Way([weight_only(i) for i in copies], eight.dequantize(), None),
-        "ours, int8": Way([ours(8)(i) for i in copies], eight.dequantize(), inputs),
-        "ours, int4": Way([ours(4)(i) for i in copies], four.dequantize(), GROUP),
+        "float32": way(partial(plain, weight), weight, None),
+        "onednn float32": way(partial(packed_float, weight), weight, None),
+        "_int_mm": way(partial(int_mm, eight), eight.dequantize(), inputs),
+        "onednn qlinear": way(partial(onednn, eight), eight.dequantize(), inputs),
+        "_weight_int8pack_mm": way(partial(weight_only, eight), eight.dequantize(), None),
+        "ours, int8": way(ours(8), eight.dequantize(), inputs),
+        "ours, int4": way(ours(4), four.dequantize(), GROUP),
     }
+
+
+def plain(weight: Tensor) -> Product:
+    w = weight.clone()
+    return lambda x: F.linear(x, w)
+
+
+def packed_float(weight: Tensor) -> Product:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # packed for 8 rows, it serves all counts alike
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return out
+
+    return product
+
+
+def int_mm(eight: QuantizedMatrix) -> Product:
+    w = eight.integers_NK.clone().t()
+
+    def product(x: Tensor) -> Tensor:
+        q, scale = round_rows(x)
+        return torch._int_mm(q, w).float() * scale * eight.scale_N
+
+    return product
+
+
+def onednn(eight: QuantizedMatrix) -> Product:
+    packed = torch.ops.onednn.qlinear_prepack(eight.integers_NK, None)
+    zeros = torch.zeros(len(eight.scale_N), dtype=torch.int64)
+
+    def product(x: Tensor) -> Tensor:
+        q, scale = round_rows(x)
+        # Signed inputs take a path without vector instructions, so 128 is added and told.
+        unsigned = q.view(torch.uint8).bitwise_xor_(128)
+        out = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, 128, packed, eight.scale_N, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        scaled: Tensor = out * scale
+        return scaled
+
+    return product
+
+
+def weight_only(eight: QuantizedMatrix) -> Product:
+    w = eight.integers_NK.clone()
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = torch._weight_int8pack_mm(x, w, eight.scale_N)
+        return out
+
+    return product
 
 
 def check(way: Way, x: Tensor, plain: Way) -> str | None:

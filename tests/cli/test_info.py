@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from unmask.cli.info import describe
-from unmask.engine.quantization import BYTES_PER_WEIGHT
 from unmask.models.families.registry import PUBLISHED, published_config, read_config
+from unmask.models.native.sizes import packed_bytes
 from unmask.models.weights.loading import load_model
 
 
@@ -21,8 +21,8 @@ def test_facts_of_a_folder(run, diffusion_folder: Path) -> None:
     weights = load_model(diffusion_folder, dtype=torch.float32)
     count = sum(parameter.numel() for parameter in weights.parameters())
     assert (facts["parameters"], facts["active_parameters"]) == (count, count)
-    expected = {"float32": 4 * count, "bfloat16": 2 * count, "int8": count, "int4": round(count * 4.5 / 8)}
-    assert facts["memory_bytes"] == expected
+    packed = {f"int{bits}": packed_bytes(weights.config, torch.float32, bits) for bits in (8, 4)}
+    assert facts["memory_bytes"] == {"float32": 4 * count, "bfloat16": 2 * count, **packed}
     assert (facts["architecture"], facts["kind"], facts["block_size"]) == ("llama", "diffusion", 8)
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["head_dim"]) == (2, 4, 2, 8)
     assert facts["kv_cache_bytes_per_token"] == 2 * 2 * (2 * 2 * 8)
@@ -91,7 +91,8 @@ def test_presets_are_the_size_they_are_called(run, name: str, total: float, acti
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_is_described(name: str) -> None:
     facts = describe(read_config(published_config(name)))
-    assert facts["memory_bytes"].keys() == BYTES_PER_WEIGHT.keys()
+    sizes = list(facts["memory_bytes"].values())
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_hub_id_fetches_the_config_only(run, own_folder: Path, monkeypatch) -> None:

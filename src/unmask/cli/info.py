@@ -77,9 +77,11 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     import torch
 
     from unmask.engine.capabilities import capabilities
-    from unmask.engine.quantization import BYTES_PER_WEIGHT
+    from unmask.engine.quantization import BITS
     from unmask.models.arch.transformer import Transformer
-    from unmask.models.weights.room import kv_cache_bytes
+    from unmask.models.dtypes import dtype_name
+    from unmask.models.native.sizes import packed_bytes
+    from unmask.models.weights.room import kv_cache_bytes, weight_bytes
 
     with torch.device("meta"):
         model = Transformer(config)
@@ -101,7 +103,10 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "experts": experts,
         "parameters": total,
         "active_parameters": model.num_active_parameters(),
-        "memory_bytes": {name: round(total * size) for name, size in BYTES_PER_WEIGHT.items()},
+        "memory_bytes": {
+            **{dtype_name(dtype): weight_bytes(config, dtype) for dtype in (torch.float32, torch.bfloat16)},
+            **{name: packed_bytes(config, torch.bfloat16, bits) for name, bits in BITS.items()},
+        },
         "kv_cache_bytes_per_token": kv_cache_bytes(config, torch.bfloat16, 1),
         "mask_id": config.mask_id,
         "block_size": config.block_size,

@@ -19,8 +19,6 @@ Quantize = Literal["auto", "none", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 PACKED_BITS = {"none": 32, **BITS}
 """As `models.native.packing` counts them, where the kernels compute."""
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}
-"""Of matrices; 4 bits have a byte of scale and a byte of zero for every 32 weights beside them."""
 
 
 def for_dtype(quantize: str | None, dtype: object) -> str | None:
