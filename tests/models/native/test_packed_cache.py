@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import refused
 from tiny import tiny_model
 from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.models.arch.gated_lora import add_gated_lora
@@ -161,3 +163,13 @@ def test_pages_are_mapped_beforehand(tmp_path: Path) -> None:
     resident = next(int(line.split()[1]) for line in lines[start:] if line.startswith("Rss:"))
     assert 1024 * resident >= sum(matrix.weight.nbytes for matrix in mapped.matrices.values())
     assert_same(mapped, weights)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    with refused(CheckpointError, folder, "finite: model.layers.1.mlp.up_proj.weight;"):
+        cache_of(folder).pack(loader(folder))
+    assert cache_of(folder, FLOAT_BITS).pack(loader(folder)).bits == FLOAT_BITS

@@ -19,7 +19,7 @@ from unmask.errors import CheckpointError, UnmaskWarning
 from unmask.models.dtypes import dtype_name
 from unmask.models.native.packed_file import map_packed, read_facts, write_packed
 from unmask.models.native.packing import FLOAT_BITS, OnLayer, PackedWeights, pack_parts
-from unmask.models.weights.checkpoint import ModelParts
+from unmask.models.weights.checkpoint import ModelParts, finite_parts
 from unmask.models.weights.hub import cache_folder, cache_name, model_files
 
 # The files that decide what the weights are.
@@ -62,9 +62,11 @@ class PackedCache:
             on_layer: sees the progress.
 
         Raises:
-            CheckpointError, ConfigError: as of `load` and `pack_model`.
+            CheckpointError: as of `load`, or weights that are to be quantised are not finite.
+            ConfigError: as of `pack_model`.
         """
-        weights = pack_parts(load(), self._bits, on_layer)
+        parts = load()
+        weights = pack_parts(parts if self._bits == FLOAT_BITS else finite_parts(parts, self._folder), self._bits, on_layer)
         if not self._is_kept:
             return weights
         try:

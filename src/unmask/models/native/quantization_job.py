@@ -33,7 +33,7 @@ from unmask.models.native.packing import Packer, round_nearest
 from unmask.models.native.quantize import RoundedMatrix
 from unmask.models.native.recipe import QuantizationRecipe
 from unmask.models.native.sizes import packed_bytes
-from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, read_model_config
+from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, finite_parts, read_model_config
 from unmask.models.weights.export import generation_config, tokenizer_files
 from unmask.models.weights.hub import base_folder, model_files
 from unmask.models.weights.loading import load_parts
@@ -79,7 +79,7 @@ class QuantizationJob:
                 kept.
             ConfigError: the model, the recipe or `out` will not do.
         """
-        parts = _finite(load_parts(self.folder, dtype=_stored_dtype(self.folder)), self.folder)
+        parts = finite_parts(load_parts(self.folder, dtype=_stored_dtype(self.folder)), self.folder)
         config = parts.model.config
         layers = config.num_layers if self.num_layers is None else self.num_layers
         if not 0 < layers <= config.num_layers:
@@ -237,24 +237,6 @@ def _check_folder(out: Path) -> None:
         raise ConfigError(f"{out} is not a folder; choose another one")
     if out.is_dir() and not (out / PROGRESS).is_file() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose another folder")
-
-
-def _finite(parts: ModelParts, folder: Path) -> ModelParts:
-    """The parts of a model, looked at when they are read: a number that is not finite would spoil its matrix in silence."""
-
-    def read(parameter: str, index: tuple[int | slice, ...] = ()) -> Tensor:
-        part = parts.read(parameter, index)
-        if not _is_finite(part):
-            stored = ((name, each) for name, each in stored_tensors(parts.model.config).items() if each.parameter == parameter)
-            names = [name for name, each in stored if not _is_finite(parts.read(parameter, each.index))]
-            raise CheckpointError(f"{folder} has weights that are not finite: {', '.join(names)}; fetch or train it again")
-        return part
-
-    return replace(parts, read=read)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

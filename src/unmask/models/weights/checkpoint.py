@@ -134,6 +134,29 @@ def open_parts(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     return ModelParts(model, shapes, _PartReader(folder, stored, shapes, dtype))
 
 
+def finite_parts(parts: ModelParts, folder: Path) -> ModelParts:
+    """The parts of the model in `folder`, looked at when they are read: a number that is not finite would spoil a quantised
+    matrix in silence.
+
+    Raises:
+        CheckpointError: when such a part is read; it names the weights.
+    """
+
+    def read(parameter: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        part = parts.read(parameter, index)
+        if not _is_finite(part):
+            stored = ((name, each) for name, each in stored_tensors(parts.model.config).items() if each.parameter == parameter)
+            names = [name for name, each in stored if not _is_finite(parts.read(parameter, each.index))]
+            raise CheckpointError(f"{folder} has weights that are not finite: {', '.join(names)}; fetch or train it again")
+        return part
+
+    return replace(parts, read=read)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
 class _PartReader:
     """Reads parts of parameters; files are closed when much of them has been read, so that their pages leave memory."""
 
