@@ -13,6 +13,7 @@ from unmask.engine.engine import Engine, Update
 from unmask.engine.reference import generate_reference
 from unmask.engine.request import Request
 from unmask.engine.sampling_params import ResolvedParams
+from unmask.engine.sequences.block_diffusion import BlockDiffusionSequence
 from unmask.errors import RequestError
 
 MODEL = tiny_model("llama", 1, torch.float64)
@@ -133,3 +134,21 @@ def test_the_cache_is_no_larger_than_all_that_runs_can_fill() -> None:
     assert (
         Engine(MODEL, mask_id=MASK, cache_block_size=4, max_num_seqs=1).pool.num_cache_blocks * 4 > MODEL.config.max_positions
     )
+
+
+def test_a_step_does_nothing_for_requests_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands, only those in the forward are looked at and reported."""
+    engine = Engine(MODEL, mask_id=MASK, max_num_seqs=2)
+    touched: list[int] = []
+    reach = BlockDiffusionSequence.reach.fget
+    assert reach is not None
+
+    def counted(sequence: BlockDiffusionSequence) -> int:
+        touched.append(sequence.number)
+        return int(reach(sequence))
+
+    monkeypatch.setattr(BlockDiffusionSequence, "reach", property(counted))
+    for number in range(40):
+        engine.add(Request((1, 2 + number), SMALL.replace(max_new_tokens=8)))
+    assert {update.number for update in engine.step()} == {0, 1}
+    assert max(touched) <= 2

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,8 +37,7 @@ _RETAINED_BYTES = 2**25
 """Of the KV cache on a CPU: what prefixes that no request uses may take of memory, unless requests have needed more."""
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What a step did for one request: ids that are final now, what it saw, and the completion when it has ended.
 
     `error` is set instead when the request cannot go on (a grammar that has led into a dead end); the others do.
@@ -134,6 +132,7 @@ class Engine:
         self.runner = Runner(backend, num_cache_blocks, size, self.mask_id)
         self._sequences: dict[int, DecodingSequence] = {}
         self._unread: list[Update] = []
+        self._ended_unrun: list[DecodingSequence] = []  # a grammar may leave no choice at all
         self._next = 0
 
     @property
@@ -159,7 +158,8 @@ class Engine:
         sequence = self._sequence(request, number, scoring=request.params.prompt_logprobs is not None)
         sequence.watched |= watch
         self._next += 1
-        self._enter(sequence)
+        if (entered := self._enter(sequence)).completion is not None:
+            self._ended_unrun.append(entered)
         return number
 
     def _sequence(self, request: Request, number: int, *, scoring: bool) -> DecodingSequence:
@@ -217,8 +217,8 @@ class Engine:
         """One forward for everyone who takes part in it; nothing if there is no work."""
         started = time.perf_counter()
         updates, self._unread = self._unread, []
-        # A grammar may leave no choice at all: such a request has ended without a forward.
-        updates += [self._update(sequence) for sequence in list(self._sequences.values()) if sequence.completion is not None]
+        ended, self._ended_unrun = self._ended_unrun, []
+        updates += [self._update(sequence) for sequence in ended if sequence.number in self._sequences]
         work = self.scheduler.schedule()
         outputs = self.runner.run([scheduled for _, scheduled in work]) if work else []
         for (sequence, scheduled), output in zip(work, outputs, strict=True):
@@ -293,19 +293,19 @@ class Engine:
         Raises:
             RequestError: one of them is impossible, or cannot go on; all are aborted.
         """
-        numbers: dict[int, Completion | None] = {}
+        numbers, completions = dict[int, None](), dict[int, Completion]()
         try:
             for request in requests:
                 numbers[self.add(request)] = None
-            while None in numbers.values():
-                for update in self._step_for(numbers.keys()):
-                    numbers[update.number] = update.completion
+            while len(completions) < len(numbers):
+                for update in self._step_for(numbers):
                     if update.completion is not None:
+                        completions[update.number] = update.completion
                         on_completion(update.completion)
         finally:
             for number in numbers:
                 self.abort(number)
-        return [completion for completion in numbers.values() if completion is not None]
+        return [completions[number] for number in numbers]
 
     def _step_for(self, numbers: Container[int]) -> list[Update]:
         """A step's updates of some requests; those of others are kept for whoever calls `step`."""

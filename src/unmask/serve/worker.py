@@ -88,7 +88,7 @@ class Submission:
         unread = self._new.get(index)
         if unread is not None:
             ids, logprobs = unread.new_ids + update.new_ids, unread.new_logprobs + update.new_logprobs
-            update = replace(update, new_ids=ids, new_logprobs=logprobs, step=update.step or unread.step)
+            update = update._replace(new_ids=ids, new_logprobs=logprobs, step=update.step or unread.step)
         self._new[index] = update
         self._wake.set()
 

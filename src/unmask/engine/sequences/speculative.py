@@ -76,6 +76,10 @@ class SpeculativeSequence(DecodingSequence):
         # One more than is final: that row's hidden state predicts the next token.
         return self.num_final + 1
 
+    @property
+    def min_tokens(self) -> int:
+        return 1
+
     def schedule(self, budget: int) -> ScheduledSequence | None:
         start, causal_end = self.committed, self.reach
         if causal_end - start > budget:
@@ -87,7 +91,7 @@ class SpeculativeSequence(DecodingSequence):
         queries = tuple(range(self._num_decided, stop + self._lag))
         masks = [] if self.mask_id is None else [self.mask_id] * (len(queries) - len(drafts))
         self.tokens[self._num_decided :] = [*drafts, *masks]
-        rows, allowed = tuple(position - self._lag for position in queries), self._allowed(drafts)
+        rows, allowed = tuple(range(self._num_decided - self._lag, stop)), self._allowed(drafts)
         return self._scheduled(start, stop, queries, logits_positions=rows, causal_end=causal_end, allowed=allowed)
 
     def apply(self, scheduled: ScheduledSequence, output: ModelOutput | None) -> None:
@@ -203,12 +207,11 @@ class SpeculativeSequence(DecodingSequence):
         self._pending = drafts[:num_kept]
         self._estimates.record_masks(self._pending, len(drafts))
 
-    def _decide(self, tokens: Iterable[int]) -> None:
+    def _decide(self, tokens: Sequence[int]) -> None:
         """These tokens follow the decided ones."""
-        decided = list(tokens)
-        self.tokens[self._num_decided :] = decided
-        self._num_decided += len(decided)
-        for token in decided:
+        self.tokens[self._num_decided :] = tokens
+        self._num_decided += len(tokens)
+        for token in () if self.grammar is None else tokens:
             self._follow(token)
             if token in self.request.end_ids:
                 break
@@ -231,6 +234,8 @@ class SpeculativeSequence(DecodingSequence):
 
     def _add_forced(self) -> bool:
         """Decide what the grammar leaves no choice about; whether there was anything."""
+        if self.grammar is None:
+            return False
         forced = self._take_forced(self._num_decided, self._length - self._num_decided)
         self.tokens[self._num_decided :] = forced
         self._num_decided += len(forced)
