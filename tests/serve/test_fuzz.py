@@ -85,7 +85,7 @@ def test_it_does_what_its_own_schema_says(server: Live, mode: GenerationMode) ->
             continue
 
         @seed(5)
-        @settings(max_examples=12 if generates else 3, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=12 if generates else 2, suppress_health_check=list(HealthCheck), database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             modest(case.body, rng)
