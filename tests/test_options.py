@@ -30,7 +30,7 @@ from unmask.serve.served_model import ServedModel
 EVERYTHING = Capabilities(True, True, True, True)
 config = SimpleNamespace(block_size=8, shifted=True, mask_id=1, token_editing=True)
 model = SimpleNamespace(config=config, is_diffusion=True, capabilities=EVERYTHING)
-served = SimpleNamespace(language_model=model, config=ServerConfig(), name="m", created=0, context=9)
+served = SimpleNamespace(language_model=model, config=ServerConfig(), name="m", parent=None, created=0, context=9)
 hooks = runpy.run_path(sys.argv[-1])
 print(json.dumps({
     "cli": CliRunner().invoke(app, ["generate", "--help"]).stdout,

@@ -252,7 +252,7 @@ def test_models(site: Live, client: OpenAI) -> None:
     capabilities = {"diffusion": True, "speculative": False, "infill": True, "editing": True}
     diffusion = {"block_size": 8, "threshold": 0.95}
     rest = {"max_model_len": CONTEXT, "capabilities": capabilities, "diffusion": diffusion}
-    assert retrieved.model_extra == {"root": "tiny", **rest}
+    assert retrieved.model_extra == {"root": "tiny", "parent": None, **rest}
     for name, option in SamplingParams.options().items():
         causal = name in ("mode", "prompt_lookup")
         assert (name in options) == ("page" in option.surfaces and not causal), "no speculation without shift"

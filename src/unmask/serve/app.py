@@ -26,7 +26,9 @@ from starlette.staticfiles import StaticFiles
 from unmask import __version__
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
+from unmask.serve.adapters import ServedAdapters
 from unmask.serve.api import (
+    adapters,
     anthropic,
     batches,
     chat,
@@ -81,6 +83,7 @@ APIS = (
     Api(ollama.router, "/api/", ollama.ollama_error, is_untyped=True),
     Api(tokenize.router),
     Api(gateways.router),
+    Api(adapters.router),
     Api(files.router),
     Api(batches.router),
 )
@@ -95,17 +98,21 @@ router = APIRouter()
 
 @router.get("/v1/models", responses=COMMON_ERROR_RESPONSES)
 async def get_models(http: Request, state: CurrentState) -> dict[str, Any]:
-    """The served model, once under each of its names."""
+    """The served model, once under each of its names, and with each of its adapters."""
+    adapted = state.adapters.models
     if anthropic.VERSION_HEADER in http.headers:
-        return anthropic.model_page(state.model)
-    return {"object": "list", "data": [state.model.describe(name) for name in state.model.names]}
+        return anthropic.model_page(state.model, *adapted)
+    data = [state.model.describe(name) for name in state.model.names]
+    return {"object": "list", "data": [*data, *(model.describe(model.name) for model in adapted)]}
 
 
 @router.get("/v1/models/{name:path}", responses={**COMMON_ERROR_RESPONSES, 404: ERROR_RESPONSES[404]})
 async def get_model(http: Request, name: str, state: CurrentState) -> dict[str, Any]:
     """The model of this name."""
-    state.model.check_name(name)
-    return anthropic.model_info(state.model) if anthropic.VERSION_HEADER in http.headers else state.model.describe(name)
+    model = state.named(name).model
+    if anthropic.VERSION_HEADER in http.headers:
+        return anthropic.model_info(model)
+    return model.describe(name if model.parent is None else model.name)
 
 
 @router.get("/health", responses={403: ERROR_RESPONSES[403]})
@@ -154,10 +161,12 @@ def create_app(
         on_failure: called when the engine cannot be made.
 
     Raises:
+        CheckpointError: an adapter of the config is refused.
         ConfigError: the model has no tokenizer; a file or folder cannot be used; an address of KV events is wrong or in use, or
             their packages are missing.
     """
     model = ServedModel(language_model, config)
+    served_adapters = ServedAdapters(model)
     publisher = KVEventPublisher.of(config)
     metrics = Metrics(model.name)
     limits = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute}
@@ -167,7 +176,7 @@ def create_app(
     app = FastAPI(
         title="unmask",
         version=__version__,
-        lifespan=lambda app: _running(app, model, metrics, clients, publisher, audit, on_failure),
+        lifespan=lambda app: _running(app, served_adapters, metrics, clients, publisher, audit, on_failure),
         exception_handlers={
             RequestValidationError: _on_invalid,
             ValidationError: _on_invalid,
@@ -221,7 +230,7 @@ def _add_middleware(
 @asynccontextmanager
 async def _running(
     app: FastAPI,
-    model: ServedModel,
+    served_adapters: ServedAdapters,
     metrics: Metrics,
     clients: Clients,
     publisher: KVEventPublisher | None,
@@ -229,6 +238,7 @@ async def _running(
     on_failure: Callable[[BaseException], None],
 ) -> AsyncIterator[None]:
     """Runs the worker, and what answers batches, while the application runs."""
+    model = served_adapters.base
     config = model.config
 
     def make_engine() -> Engine:
@@ -249,7 +259,7 @@ async def _running(
         on_failure=on_failure,
     )
     metrics.observe_engine(lambda: worker.current_engine)
-    app.state.unmask = AppState(model, worker, metrics, config)
+    app.state.unmask = AppState(model, worker, metrics, config, served_adapters)
     try:
         async with _batches_running(app, worker, clients, model):
             yield

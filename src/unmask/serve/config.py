@@ -32,6 +32,12 @@ class ServerConfig:
     keys_file: Path | None = _setting(None, "YAML file of further keys: a list of name, key (or its sha256), and limits.")
     requests_per_minute: int | None = _setting(None, "POST requests a minute of each key that sets no limit.", "any number")
     tokens_per_minute: int | None = _setting(None, "Tokens a minute, of prompts and completions, likewise.", "any number")
+    loras: tuple[str, ...] = _setting((), "LoRA adapter of the model to serve as MODEL:NAME, NAME=FOLDER; repeatable.", "none")
+    lora_folder: Path | None = _setting(
+        None, "Folder whose adapters clients may load and unload (/v1/load_lora_adapter).", "clients may not"
+    )
+    max_loras: int = _setting(8, "Adapters that are loaded, or still used by a request.")
+    max_lora_rank: int = _setting(64, "Rank of an adapter.")
     max_concurrent: int = _setting(16, "Completions decoded together.")
     max_queue: int = _setting(1024, "Completions that may wait beside those; more get status 429.")
     timeout: float = _setting(600.0, "Seconds that a request may take, waiting included.")
@@ -59,7 +65,17 @@ class ServerConfig:
     audit_log: Path | None = _setting(None, "File of a JSON line for every request: who, what, when; no texts.", "none")
 
     def __post_init__(self) -> None:
-        least_one = ("max_concurrent", "max_body", "max_tokens", "cache_tokens", "max_connections", "max_file", "max_stored")
+        least_one = (
+            "max_loras",
+            "max_lora_rank",
+            "max_concurrent",
+            "max_body",
+            "max_tokens",
+            "cache_tokens",
+            "max_connections",
+            "max_file",
+            "max_stored",
+        )
         for name in (*least_one, "requests_per_minute", "tokens_per_minute"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -70,6 +86,14 @@ class ServerConfig:
             raise ConfigError(f"timeout is {self.timeout}; it must be positive")
         if self.kv_events is None and (self.kv_events_replay is not None or self.kv_events_topic):
             raise ConfigError("kv_events_replay and kv_events_topic say how events are published; set kv_events, too")
+        for each in self.loras:
+            name, is_pair, folder = each.partition("=")
+            if not (name and is_pair and folder):
+                raise ConfigError(f"loras holds {each!r}; it must be NAME=FOLDER")
+        if len({each.partition("=")[0] for each in self.loras}) < len(self.loras) or len(self.loras) > self.max_loras:
+            raise ConfigError(
+                f"loras holds {len(self.loras)} adapters; their names must differ, and max_loras is {self.max_loras}"
+            )
         check_unique(self.keys)
 
     @cached_property

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
@@ -19,10 +19,11 @@ from starlette.requests import Request as HttpRequest
 
 from unmask.engine.engine import Update
 from unmask.engine.request import decoding_seconds
+from unmask.serve.adapters import ServedAdapters
 from unmask.serve.choice import Choice, ChoiceDelta
 from unmask.serve.clients import Client
 from unmask.serve.config import ServerConfig
-from unmask.serve.errors import bad_request, internal
+from unmask.serve.errors import ApiError, bad_request, internal
 from unmask.serve.metrics import Metrics
 from unmask.serve.protocol.fields import ignored_fields
 from unmask.serve.served_model import PreparedRequests, ServedModel
@@ -33,12 +34,26 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 @dataclass(frozen=True)
 class AppState:
-    """The model, the engine's worker, the metrics and the config of one application; kept at `app.state.unmask`."""
+    """The model, the engine's worker, the metrics, the config and the adapters of one application; at `app.state.unmask`."""
 
     model: ServedModel
     worker: Worker
     metrics: Metrics
     config: ServerConfig
+    adapters: ServedAdapters
+
+    def named(self, name: str) -> AppState:
+        """The same with the model of this name: the base, or one with an adapter.
+
+        Raises:
+            ApiError: there is none.
+        """
+        model = self.adapters.find(name)
+        if model is None:
+            known = ", ".join(repr(each.name) for each in (self.model, *self.adapters.models))
+            message = f"model {name[:80]!r} is not served here; use {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return replace(self, model=model)
 
 
 async def _current_state(request: HttpRequest) -> AppState:

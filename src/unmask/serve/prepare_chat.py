@@ -31,7 +31,6 @@ def prepare_chat(model: ServedModel, body: ChatRequest, *, default_tokens: int |
     Raises:
         ApiError: naming the field at fault.
     """
-    model.check_name(body.model)
     functions, choice, parallel = _tools(body)
     ids = chat_ids(model, body.messages, body, functions, choice)
     calling = bool(functions) and choice.mode != "none"

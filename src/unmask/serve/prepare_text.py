@@ -34,7 +34,6 @@ def prepare_completion(
     Raises:
         ApiError: naming the field at fault.
     """
-    model.check_name(body.model)
     inputs: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if inputs and isinstance(inputs[0], int):
         inputs = [inputs]
@@ -103,7 +102,6 @@ def prepare_infill(model: ServedModel, body: InfillRequest) -> PreparedRequests:
     Raises:
         ApiError: naming the field at fault.
     """
-    model.check_name(body.model)
     tokens = body.tokens if isinstance(body.tokens, int) else (body.tokens[0], body.tokens[1])
     try:
         parts = split_holes(body.text, body.hole)

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
@@ -61,20 +61,24 @@ class ServedModel:
     Args:
         language_model: with a tokenizer.
         config: of the server.
+        parent: the model without its adapter, where it has one.
 
     Raises:
         ConfigError: the model has no tokenizer.
     """
 
-    def __init__(self, language_model: LanguageModel, config: ServerConfig) -> None:
+    def __init__(self, language_model: LanguageModel, config: ServerConfig, *, parent: ServedModel | None = None) -> None:
         if language_model.tokenizer is None:
             raise ConfigError(f"model {language_model.name} has no tokenizer; add tokenizer.json to its folder to serve it")
         self.language_model, self.config = language_model, config
         self.tokenizer: Tokenizer = language_model.tokenizer
+        self.parent, adapter = parent, language_model.adapter
         self.names = tuple(dict.fromkeys(config.names or (language_model.name,)))
+        if parent is not None and adapter is not None:
+            self.names = (*(f"{name}:{adapter.name}" for name in parent.names), adapter.name)
         self.name = self.names[0]
         self.created = int(time.time())
-        self.compile = lru_cache(maxsize=64)(self._compile_once)
+        self.compile = lru_cache(maxsize=64)(partial(_compile, language_model))
 
     @property
     def context(self) -> int:
@@ -94,6 +98,7 @@ class ServedModel:
             "created": self.created,
             "owned_by": "unmask",
             "root": self.name,
+            "parent": None if self.parent is None else self.parent.name,
             "max_model_len": self.context,
             "capabilities": asdict(capabilities),
             "diffusion": diffusion if capabilities.diffusion else None,
@@ -101,12 +106,6 @@ class ServedModel:
                 option.to_json(None if option.name == "seed" else getattr(defaults, option.name)) for option in options
             ],
         }
-
-    def check_name(self, name: str) -> None:
-        """Raises: ApiError: another model."""
-        if name not in self.names:
-            message = f"model {name[:80]!r} is not served here; use {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; none for a control token."""
@@ -216,20 +215,24 @@ class ServedModel:
         except RequestError as error:
             raise bad_request(f"{constraint.field}: {error}", constraint.field) from error
 
-    def _compile_once(self, kind: str, source: str) -> Grammar | None:
-        grammars = self.language_model.grammars
-        match kind:
-            case "json_schema":
-                return grammars.json_schema(source)
-            case "regex":
-                return grammars.regex(source)
-            case "grammar":
-                return grammars.lark(_lark(source))
-            case "choice":
-                return grammars.lark("start: " + " | ".join(json.dumps(text) for text in json.loads(source)))
-        definitions, choice, parallel, answer = json.loads(source)
-        functions = [FunctionSpec(**definition) for definition in definitions]
-        return self.tool_format.compile(grammars, functions, ToolChoice(*choice), parallel=parallel, answer=answer)
+
+def _compile(language_model: LanguageModel, kind: str, source: str) -> Grammar | None:
+    """A grammar of a model's tokens. No method: an object that holds its own cached method is not freed when it is let go."""
+    grammars = language_model.grammars
+    match kind:
+        case "json_schema":
+            return grammars.json_schema(source)
+        case "regex":
+            return grammars.regex(source)
+        case "grammar":
+            return grammars.lark(_lark(source))
+        case "choice":
+            return grammars.lark("start: " + " | ".join(json.dumps(text) for text in json.loads(source)))
+    definitions, choice, parallel, answer = json.loads(source)
+    functions = [FunctionSpec(**definition) for definition in definitions]
+    assert language_model.tokenizer is not None
+    form = tool_format(language_model.tokenizer)
+    return form.compile(grammars, functions, ToolChoice(*choice), parallel=parallel, answer=answer)
 
 
 def _lark(grammar: str) -> str:

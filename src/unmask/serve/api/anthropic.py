@@ -56,14 +56,16 @@ def model_info(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def model_page(model: ServedModel) -> dict[str, Any]:
+def model_page(*models: ServedModel) -> dict[str, Any]:
     """Anthropic's list of models."""
-    return {"data": [model_info(model)], "has_more": False, "first_id": model.name, "last_id": model.name}
+    data = [model_info(model) for model in models]
+    return {"data": data, "has_more": False, "first_id": models[0].name, "last_id": models[-1].name}
 
 
 @router.post("/v1/messages", responses=OTHER_ERROR_RESPONSES, response_class=JSONResponse)
 async def post_messages(http: HttpRequest, body: MessagesRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
+    state = state.named(body.model)
     prepared = await prepare(state, http, body, _prepared)
     writer = MessageWriter(body, state.model, prepared)
     return await respond_in_parts(state, http, prepared, writer, NAMED_SSE if body.stream else None)
@@ -73,7 +75,7 @@ async def post_messages(http: HttpRequest, body: MessagesRequest, state: StateWi
 async def post_count_tokens(http: HttpRequest, body: CountTokensRequest, state: CurrentState) -> dict[str, int]:
     """The number of tokens that a conversation has for the model."""
     note_ignored(state, http, body)
-    return {"input_tokens": await asyncio.to_thread(_num_tokens, state.model, body)}
+    return {"input_tokens": await asyncio.to_thread(_num_tokens, state.named(body.model).model, body)}
 
 
 def _prepared(model: ServedModel, body: MessagesRequest) -> PreparedRequests:
@@ -85,5 +87,4 @@ def _prepared(model: ServedModel, body: MessagesRequest) -> PreparedRequests:
 
 def _num_tokens(model: ServedModel, body: CountTokensRequest) -> int:
     with body.naming_fields():
-        model.check_name(body.model)
         return len(prompt_ids(model, body.chat()))

@@ -26,6 +26,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_chat(http: HttpRequest, body: ChatRequest, state: StateWithRoom) -> Response:
     """Answer a conversation."""
+    state = state.named(body.model)
     prepared = await prepare(state, http, body, prepare_chat)
     return await respond(state, http, body, _ChatForm(state.model, prepared, with_logprobs=bool(body.logprobs)))
 

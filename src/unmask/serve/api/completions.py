@@ -31,6 +31,7 @@ _Entry = tuple[int, TokenLogprob | None]
 @router.post("/v1/completions", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_completions(http: HttpRequest, body: CompletionRequest, state: StateWithRoom) -> Response:
     """Continue texts."""
+    state = state.named(body.model)
     prepared = await prepare(state, http, body, prepare_completion)
     return await respond(state, http, body, _TextForm(state.model, prepared, with_logprobs=body.logprobs is not None))
 

@@ -24,6 +24,7 @@ router = APIRouter()
 @router.post("/v1/infill", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_infill(http: HttpRequest, body: InfillRequest, state: StateWithRoom) -> Response:
     """Fill the holes of a text, given the text on both sides of each."""
+    state = state.named(body.model)
     prepared = await prepare(state, http, body, prepare_infill)
     async with open_exchange(state, http, prepared) as exchange:
         await exchange.finish()

@@ -32,7 +32,9 @@ _FRAMING = Framing(SSE.media_type, SSE.frame)
 
 @router.post("/infill", responses=ERROR_RESPONSES, response_class=JSONResponse)
 async def post_llama_infill(http: HttpRequest, body: LlamaInfillRequest, state: StateWithRoom) -> Response:
-    """Fill in what stands between a prefix and a suffix."""
+    """Fill in what stands between a prefix and a suffix; a model that is not served here is the base, as it was not chosen."""
+    if body.model is not None and state.adapters.find(body.model) is not None:
+        state = state.named(body.model)
     if body.n_predict == 0 or not (body.prefix or body.input_suffix):
         return JSONResponse({"content": "", "stop": True, "model": state.model.name, "tokens_predicted": 0})
     prepared = await prepare(state, http, body, _prepare)

@@ -54,15 +54,15 @@ async def post_generate(http: HttpRequest, body: OllamaGenerateRequest, state: S
 
 @router.get("/api/tags", responses=OTHER_ERROR_RESPONSES)
 async def get_tags(state: CurrentState) -> dict[str, Any]:
-    """The served model."""
-    return {"models": [_listed(state.model)]}
+    """The served model, and with its adapters."""
+    return {"models": [_listed(model) for model in (state.model, *state.adapters.models)]}
 
 
 @router.get("/api/ps", responses=OTHER_ERROR_RESPONSES)
 async def get_ps(state: CurrentState) -> dict[str, Any]:
-    """The loaded model: the same."""
+    """The loaded models: the same."""
     loaded = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": state.model.context}
-    return {"models": [{**_listed(state.model), **loaded}]}
+    return {"models": [{**_listed(model), **loaded} for model in (state.model, *state.adapters.models)]}
 
 
 @router.get("/api/version", responses=OTHER_ERROR_RESPONSES)
@@ -74,8 +74,8 @@ async def get_version() -> dict[str, str]:
 @router.post("/api/show", responses=OTHER_ERROR_RESPONSES)
 async def post_show(body: OllamaModelRequest, state: CurrentState) -> dict[str, Any]:
     """What is known about the model."""
-    _check_name(state.model, body.model or body.name)
-    model, config = state.model, state.model.language_model.config
+    model = _named(state, body.model or body.name).model
+    config = model.language_model.config
     sizes = {
         "context_length": config.max_positions,
         "embedding_length": config.hidden_size,
@@ -101,7 +101,7 @@ async def post_show(body: OllamaModelRequest, state: CurrentState) -> dict[str, 
 @router.post("/api/embeddings", responses=OTHER_ERROR_RESPONSES)
 async def post_embed(body: OllamaModelRequest, state: CurrentState) -> Response:
     """Refuses: there are no embeddings here."""
-    _check_name(state.model, body.model or body.name)
+    _named(state, body.model or body.name)
     raise bad_request("this model does not support embeddings; it generates text only")
 
 
@@ -175,7 +175,7 @@ async def _respond(
     write: _Write,
     prepare_body: Callable[[ServedModel, Any], PreparedRequests] | None,
 ) -> Response:
-    _check_name(state.model, body.model)
+    state = _named(state, body.model)
     writer = _Writer(state.model, body.model, write, bool(body.logprobs))
     if prepare_body is None:
         return JSONResponse({**writer.part(), "done": True, "done_reason": "unload" if body.unloads else "load"})
@@ -213,10 +213,10 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _check_name(model: ServedModel, name: str) -> None:
-    """Raises: ApiError: another model. A name may have the tag `latest`."""
-    known = {each.removesuffix(LATEST): each for each in reversed(model.names)}
-    model.check_name(known.get(name.removesuffix(LATEST), name))
+def _named(state: AppState, name: str) -> AppState:
+    """As `AppState.named`; a name of the base may have the tag `latest`, or not have it."""
+    known = {each.removesuffix(LATEST): each for each in reversed(state.model.names)}
+    return state.named(known.get(name.removesuffix(LATEST), name))
 
 
 def _listed(model: ServedModel) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _details(model: ServedModel) -> dict[str, Any]:
     language_model = model.language_model
     count, family = language_model.num_parameters, language_model.config.family
     return {
-        "parent_model": "",
+        "parent_model": "" if model.parent is None else model.parent.name,
         "format": "safetensors",
         "family": family,
         "families": [family],

@@ -42,6 +42,7 @@ async def post_response(
 ) -> Response:
     """Answer a conversation, given as items."""
     note_ignored(state, http, body)
+    state = state.named(body.model)
     items = _conversation(store, owner, body)
     prepared = await asyncio.to_thread(_prepared, state.model, body, items)
 
@@ -60,11 +61,11 @@ async def post_input_tokens(
 ) -> dict[str, Any]:
     """The number of tokens that a conversation has for the model."""
     note_ignored(state, http, body)
+    model = state.named(body.model).model
 
     def count(items: Sequence[InputItem]) -> int:
         with body.naming_fields():
-            state.model.check_name(body.model)
-            return len(prompt_ids(state.model, body.chat(items)))
+            return len(prompt_ids(model, body.chat(items)))
 
     return {
         "object": "response.input_tokens",

@@ -26,9 +26,7 @@ _CONTEXT = 16
 async def post_tokenize(http: HttpRequest, body: TokenizeRequest, state: CurrentState) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the model would see it."""
     note_ignored(state, http, body)
-    model = state.model
-    if body.model is not None:
-        model.check_name(body.model)
+    model = state.model if body.model is None else state.named(body.model).model
     ids = await asyncio.to_thread(_encode, model, body)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
     if body.return_token_strs:
@@ -41,14 +39,13 @@ async def post_tokenize(http: HttpRequest, body: TokenizeRequest, state: Current
 async def post_detokenize(http: HttpRequest, body: DetokenizeRequest, state: CurrentState) -> dict[str, Any]:
     """The text of token ids, control tokens spelled out."""
     note_ignored(state, http, body)
-    if body.model is not None:
-        state.model.check_name(body.model)
-    size = state.model.tokenizer.vocab_size
+    tokenizer = (state if body.model is None else state.named(body.model)).model.tokenizer
+    size = tokenizer.vocab_size
     wrong = next((index for index, token in enumerate(body.tokens) if token >= size), None)
     if wrong is not None:
         name = f"tokens[{wrong}]"
         raise bad_request(f"{name}: {body.tokens[wrong]} is no token id; it must be below {size}", name)
-    return {"prompt": await asyncio.to_thread(state.model.tokenizer.decode, body.tokens, skip_special=False)}
+    return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special=False)}
 
 
 def _token_strs(model: ServedModel, ids: Sequence[int]) -> list[str]:
