@@ -84,9 +84,10 @@ def accumulate(objective: Objective, rows: PackedRows, phase: Phase, step: int) 
     if setting.pipeline is not None:
         results = _train_stages(setting.pipeline, batches, counts)
     else:
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             output = single or batch.forward()
             partial_loss = _partial_loss(output, counts)
+            setting.world.begin_backward(setting.model, is_last=number == len(batches))
             partial_loss.backward()
             results.append((float(partial_loss.detach()), output.figures))
     setting.world.sum_gradients(setting.model.parameters())

@@ -22,8 +22,8 @@ from unmask.train.parallel.world import World
 def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype, stages: Sequence[Stage] = ()) -> None:
     """Shard the model in place: every block by itself, and the rest, which the head reads after the last block, as one.
 
-    With the stages of a pipeline each of them is such a model. They stay gathered from the first forward pass to the last
-    backward pass.
+    With the stages of a pipeline each of them is such a model. They, and whole copies of a model, stay gathered from the first
+    forward pass of a step to the last backward pass.
     """
     mesh = world.mesh["data_replicate", "shard"] if world.dims.data_replicate > 1 else world.mesh["shard"]
     shard_dtype = model.embed.weight.dtype
@@ -41,7 +41,7 @@ def apply_fsdp(model: Transformer, world: World, compute_dtype: torch.dtype, sta
             mp_policy=policy,
             ignored_params=wide,
             shard_placement_fn=placement,
-            reshard_after_forward=False if stages else None,
+            reshard_after_forward=False if stages or world.dims.shards == 1 else None,
         )
         sharded.set_gradient_divide_factor(1.0)
         # Other operations than the sum exist on NCCL only.

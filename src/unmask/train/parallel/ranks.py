@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -108,6 +109,16 @@ class Ranks(World):
     def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
         for name in names:
             dist.all_reduce(tensor, group=self.group(name))
+
+    def begin_backward(self, model: nn.Module, *, is_last: bool) -> None:
+        if self.dims.data_replicate == 1:
+            return
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # The gradients of embedding and head come one after the other: FSDP cannot add them up before the sum.
+                module.set_requires_all_reduce(is_last or module is model, recurse=False)
+                if self.dims.shards == 1:
+                    module.set_reshard_after_backward(is_last, recurse=False)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         plain = [parameter for parameter in parameters if parameter.requires_grad and not isinstance(parameter, DTensor)]

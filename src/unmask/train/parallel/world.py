@@ -89,6 +89,9 @@ class World:
     def sum_tensor(self, tensor: Tensor, *names: GroupName) -> None:
         """Sum a tensor, in place, over the groups of these names."""
 
+    def begin_backward(self, model: nn.Module, *, is_last: bool) -> None:
+        """Prepare for the backward pass of a micro-batch: what copies of a model need once a step is done in the last one's."""
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of parameters that no shards are made of, over the ranks that hold different predictions."""
 

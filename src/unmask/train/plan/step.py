@@ -15,7 +15,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
-from unmask.train.plan.memory import Stage, local_ends, local_layer
+from unmask.train.plan.memory import LocalParameters, Stage, local_ends, local_layer
 from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_flops
 
 _UPDATE_BYTES = 32
@@ -94,20 +94,24 @@ def stage_transfers(
     config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: Checkpointing
 ) -> Iterator[Transfer]:
     """What a rank sends in a step, dimension by dimension."""
-    local = local_ends(config, stage, dims)
-    for layer, number in stage.kinds(config).items():
-        local += local_layer(config, layer, dims) * number
+    ends = local_ends(config, stage, dims)
+    each = (local_layer(config, layer, dims) * number for layer, number in stage.kinds(config).items())
+    inner = sum(each, start=LocalParameters(0))
     # With a pipeline, the weights stay gathered and the gradients are added up over the micro-batches.
     gathers, reductions = (1, 1) if dims.pipeline > 1 else (2 * batch.micro_batches, batch.micro_batches)
     expert_shards = dims.shards // dims.expert
-    groups = ((local.dense, dims.shards, dims.tensor), (local.experts, expert_shards, dims.tensor * dims.expert))
-    for count, size, stride in groups:
+    groups = (
+        (ends.dense, reductions, dims.shards, dims.tensor),
+        (inner.dense, 1, dims.shards, dims.tensor),
+        (inner.experts, 1, expert_shards, dims.tensor * dims.expert),
+    )
+    for count, sums, size, stride in groups:
         if size > 1:
             yield _ring("data_shard", (2 * gathers + 4 * reductions) * count, size, stride, hidden=True)
         if dims.data_replicate > 1:
-            stride_of_copies = dims.tensor * dims.shards
-            sent = 2 * 4 * reductions * count / size
-            yield _ring("data_replicate", sent, dims.data_replicate, stride_of_copies, hidden=True)
+            # Of a layer once in a step: what the shards have added up.
+            sent = 2 * 4 * sums * count / size
+            yield _ring("data_replicate", sent, dims.data_replicate, dims.tensor * dims.shards, hidden=True)
     passes = (3 if recompute else 2) * batch.micro_batches
     positions, layers = batch.micro_rows * row.positions / dims.context, stage.last - stage.first
     stream = 2 * config.hidden_size * positions
