@@ -1,6 +1,6 @@
 """Weak scaling of training on a CPU: tokens/s of two processes of one thread over those of one process of one thread.
 
-    python benchmarks/scaling.py [--model smollm2-135m] [--rows 8] [--micro-rows 2] [--row-length 64] [--turns 2]
+    python benchmarks/scaling.py [--model smollm2-135m] [--rows 2] [--micro-rows 1] [--row-length 384] [--turns 2]
 
 Every process trains on `--rows` rows of a step, in micro-batches of `--micro-rows`, whose gradients add up before they are
 summed over the processes. The processes stay the same, and take turns:
@@ -10,8 +10,7 @@ summed over the processes. The processes stay the same, and take turns:
 - several: all train one model (`--layout`), and sum its gradients.
 
 A turn is a whole step: gradient, sums, clipping, optimiser. Also printed: what a sum of as many gradients takes by itself, and
-CPU time. A step has fewer and shorter rows than a recipe's (32 of 384), in which the same sum is a smaller share. The machine
-must be quiet, and have a core for each process. Writes benchmarks/results/scaling_DATE.json.
+CPU time. A recipe's step has more rows (32), of which the same sum is a smaller share. The machine must be quiet, and have a core for each process. Writes benchmarks/results/scaling_DATE.json.
 """
 
 from __future__ import annotations
@@ -113,25 +112,25 @@ def _sum_seconds(model: Transformer, world: World) -> float:
 def report(console: Console, turns: list[dict[str, Any]], options: argparse.Namespace, dims: ParallelDims) -> dict[str, Any]:
     """Print the turns; the figures."""
 
-    def median(value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(value(turn) for turn in turns)
+    def median(way: str, key: str) -> float:
+        return statistics.median(turn[way][key] for turn in turns)
 
-    def ratio(way: str, of: str = "one", key: str = "tokens_per_second") -> float:
-        return median(lambda turn: turn[way][key] / turn[of][key])
+    def ratio(way: str, of: str = "one") -> float:
+        return statistics.median(turn[way]["tokens_per_second"] / turn[of]["tokens_per_second"] for turn in turns)
 
     for way in WAYS:
         console.print(
-            f"{way:<8} {median(lambda turn: turn[way]['tokens_per_second']):7.1f} tokens/s"
-            f"  {ratio(way):5.2f}x  a step {median(lambda turn: turn[way]['seconds']):6.1f} s, CPU"
-            f" {median(lambda turn: turn[way]['user_seconds']):6.1f} s, system"
-            f" {median(lambda turn: turn[way]['system_seconds']):4.1f} s",
+            f"{way:<8} {median(way, 'tokens_per_second'):7.1f} tokens/s {ratio(way):5.2f}x  a step"
+            f" {median(way, 'seconds'):6.1f} s, CPU {median(way, 'user_seconds'):6.1f} s, system"
+            f" {median(way, 'system_seconds'):4.1f} s",
             highlight=False,
         )
-    share = median(lambda turn: turn["sum_seconds"] / turn["several"]["seconds"])
+    sum_seconds = statistics.median(turn["sum_seconds"] for turn in turns)
+    share = statistics.median(turn["sum_seconds"] / turn["several"]["seconds"] for turn in turns)
     console.print(
         f"{dims.size} processes ({options.layout}), {options.rows} rows of {options.row_length} each, micro-batches of "
-        f"{options.micro_rows}; a sum of the gradients takes {median(lambda turn: turn['sum_seconds']):.2f} s, "
-        f"{share:.1%} of a step; one model against {dims.size} apart: {ratio('several', 'apart'):.2f}x",
+        f"{options.micro_rows}; a sum of the gradients takes {sum_seconds:.2f} s, {share:.1%} of a step; one model against "
+        f"{dims.size} apart: {ratio('several', 'apart'):.2f}x",
         highlight=False,
     )
     console.print(f"T4 {ratio('several'):.2f}x, target {TARGET}x", highlight=False)
@@ -146,9 +145,9 @@ def report(console: Console, turns: list[dict[str, Any]], options: argparse.Name
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=8, help="of a step, for each process")
-    parser.add_argument("--micro-rows", type=int, default=2, help="of a micro-batch")
-    parser.add_argument("--row-length", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=2, help="of a step, for each process")
+    parser.add_argument("--micro-rows", type=int, default=1, help="of a micro-batch")
+    parser.add_argument("--row-length", type=int, default=384)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layout", default="data_replicate=2", help="of the processes, as of unmask plan")

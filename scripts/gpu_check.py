@@ -267,10 +267,14 @@ def check_memory(sizes: Sizes) -> Figures:
     """Peak memory of a step against `unmask plan`'s, activations kept and computed again."""
     figures: Figures = {}
     (row,), (stage,) = row_works(sizes.recipe), stages(sizes.config, ParallelDims())
-    micro = {"micro_rows": sizes.micro_rows, "micro_batches": sizes.batch_rows // sizes.micro_rows}
+    micro_batches = sizes.batch_rows // sizes.micro_rows
     for name, recompute in (("kept", False), ("recomputed", True)):
         peak = _peak_of_step(sizes, recompute=recompute)
-        predicted = stage_memory(sizes.config, row, ParallelDims(), stage, recompute=recompute, **micro).total
+        memory = stage_memory(
+            sizes.config, row, ParallelDims(), stage,
+            micro_rows=sizes.micro_rows, micro_batches=micro_batches, recompute=recompute,
+        )  # fmt: skip
+        predicted = memory.total
         figures[f"memory_{name}_gib"] = figure(peak / GIB)
         figures[f"memory_{name}_planned_gib"] = figure(predicted / GIB)
         figures[f"memory_{name}_error"] = figure(abs(predicted / peak - 1), MEMORY_ERROR, higher_is_better=False)

@@ -48,13 +48,14 @@ def test_utilisation_is_the_rows_work_over_the_peak_of_all_devices() -> None:
 @pytest.mark.parametrize(
     ("objective", "train", "shape"),
     [
-        ("denoise", {"lora": {"rank": 2}}, {}),
-        ("preference", {}, {}),
-        ("denoise", {}, {"mask_id": 3, "start_id": 0, "gated_lora_rank": 1}),
+        ({"kind": "joint", "align": 1.0}, {}, {}),
+        ({"kind": "denoise"}, {}, {"mask_id": 3, "start_id": 0, "gated_lora_rank": 1}),
     ],
 )
-def test_no_utilisation_where_the_work_is_not_known(objective: str, train: dict[str, Any], shape: dict[str, Any]) -> None:
-    recipe = stage_recipe(Path("x"), Path("x"), objective={"kind": objective}, **train)
+def test_no_utilisation_where_the_work_is_not_known(
+    objective: dict[str, Any], train: dict[str, Any], shape: dict[str, Any]
+) -> None:
+    recipe = stage_recipe(Path("x"), Path("x"), objective=objective, **train)
     assert Utilisation.of_run(recipe, tiny_config("llama", **shape), H100, 1) is None
 
 

@@ -60,8 +60,8 @@ def pack(
     unmask pack preferences.jsonl --for dpo --model out/chat --out data/pairs
     """
     from unmask.cli.progress import counting
+    from unmask.cores import num_cores
     from unmask.train.pack import PROGRESS, pack_recipe
-    from unmask.train.parallel.start import num_cores
 
     recipe, given = _recipe(inputs, model, verb, overrides or [])
     check_paths(source.path for source in recipe.data.sources)

@@ -119,7 +119,8 @@ def gated_hidden(
         over_clean = make_attend(index[clean], backend)
 
         def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            clean_kv[layer] = (k_BGTS, v_BGTS)
+            # Values alone: as they come they are a part of what was projected together.
+            clean_kv[layer] = (k_BGTS, v_BGTS.contiguous())
             return over_clean(layer, q_BHTS, k_BGTS, v_BGTS)
 
         with torch.no_grad():

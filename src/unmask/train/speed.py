@@ -12,7 +12,7 @@ import torch
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.train.plan.gpus import GIB, Gpu, gpu_of_device
-from unmask.train.plan.work import model_flops, row_works
+from unmask.train.plan.work import mean_row, model_flops, phase_works, trained_of
 from unmask.train.recipe import Recipe
 
 
@@ -43,14 +43,15 @@ class Utilisation:
 
     @classmethod
     def of_run(cls, recipe: Recipe, config: ModelConfig, gpu: Gpu | None, num_devices: int) -> Utilisation | None:
-        """That of a run; None where the peak or the FLOP are not known: other devices and objectives, adapters."""
-        if gpu is None or recipe.train.lora is not None or config.gated_lora_rank is not None:
+        """That of a run; None where the peak or the FLOP are not known: other devices, joint training with alignment."""
+        if gpu is None or config.gated_lora_rank != recipe.train.gated_lora_rank:
             return None
         try:
-            rows = row_works(recipe)
+            rows = [mean_row(kinds) for kinds in phase_works(recipe)]
         except ConfigError:
             return None
-        return cls(tuple(model_flops(config, row, recipe.train.batch_rows) for row in rows), gpu.flops * num_devices)
+        trained, batch_rows = trained_of(recipe), recipe.train.batch_rows
+        return cls(tuple(model_flops(config, row, batch_rows, trained) for row in rows), gpu.flops * num_devices)
 
     def mfu(self, phase_index: int, seconds: float) -> float:
         """MFU of a step in this phase."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tiny import FAMILIES, tiny_config
+from tiny import FAMILIES, MASK, pack, text, tiny_config
+from unmask.diffusion.corrupt import CorruptionConfig, Stream, corrupt
+from unmask.diffusion.drafts import DraftConfig, draft_stream
+from unmask.diffusion.joint import JointConfig, joint_stream
+from unmask.diffusion.masks import dense_mask
+from unmask.diffusion.schedule import Bandwidth
 from unmask.errors import ConfigError
 from unmask.models.arch.transformer import Transformer
 from unmask.train.parallel.dims import ParallelDims, layout_name, parse_layout
@@ -54,8 +60,68 @@ def test_a_stream_is_noisy_and_clean_copies() -> None:
 
 
 def test_an_objective_without_plans_is_named() -> None:
-    with pytest.raises(ConfigError, match="preference"):
-        row_works(recipe(objective={"kind": "preference"}, train={"tokens": 64, "batch_rows": 4, "micro_rows": 2}))
+    with pytest.raises(ConfigError, match=r"objective\.align"):
+        row_works(recipe(objective={"kind": "joint", "align": 1.0}, decode_block_size=8))
+
+
+def streams() -> dict[str, tuple[dict[str, object], Stream]]:
+    """Recipes, and the stream that each makes of a document that fills its row."""
+    rows, masks = pack([[text(64, 0)]], 64), CorruptionConfig(MASK, 8, complementary=True, start_id=1)
+    drafts = DraftConfig(MASK, start_id=1, block_size=8, cuts=2)
+    return {
+        "draft": ({"kind": "draft"}, draft_stream(rows, drafts)),
+        "joint": ({"kind": "joint", "cuts": 2}, joint_stream(rows, JointConfig(1, drafts=drafts, masks=masks), 0)),
+        "preference": (
+            {"kind": "preference", "mask_samples": 3, "bandwidth": [0.45, 0.55]},
+            corrupt(rows, replace(masks, complementary=False, mask_samples=3, bandwidth=Bandwidth(0.45, 0.55)), 0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["draft", "joint", "preference"])
+def test_rows_are_those_of_the_streams_that_train(kind: str) -> None:
+    objective, stream = streams()[kind]
+    train = {"tokens": 64, "batch_rows": 4, "micro_rows": 2}
+    data = {"sources": [{"kind": "jsonl", "path": "x"}], "row_length": 64, "overlong": "truncate"}
+    (row,) = row_works(recipe(objective=objective, decode_block_size=8, train=train, data=data))
+    assert row.positions == pytest.approx(stream.tokens_BT.shape[1], rel=0.04)
+    assert row.predictions == pytest.approx(len(stream.target_N), rel=0.04)
+    assert row.pairs == pytest.approx(int(dense_mask(stream.index).sum()), rel=0.1)
+    if kind == "preference":
+        assert (row.scored, row.scored_predictions, row.scored_pairs) == (row.positions, row.predictions, row.pairs)
+
+
+def test_of_a_stream_with_gated_lora_the_clean_copy_is_frozen() -> None:
+    train = {"tokens": 64, "batch_rows": 4, "micro_rows": 2}
+    objective = {"kind": "draft", "denoise_share": 0.25}
+    whole = row_works(recipe(objective=objective, decode_block_size=8, train=train))
+    gated = row_works(recipe(objective=objective, decode_block_size=8, train={**train, "gated_lora_rank": 4}))
+    assert [row.share for row in gated] == [0.75, 0.25]
+    for each, one in zip(gated, whole, strict=True):
+        assert (each.frozen, each.positions + each.frozen, each.pairs + each.frozen_pairs) == (64, one.positions, one.pairs)
+    config = tiny_config("llama")
+    question = Question(
+        recipe(objective=objective, decode_block_size=8, train={**train, "gated_lora_rank": 4}), config, find_gpu("h100"), 2
+    )
+    plan, full = (
+        find_plans(each, ParallelDims(data_shard=2)).fitting[0] for each in (question, replace(question, recipe=recipe()))
+    )
+    assert plan.memory.optimizer < full.memory.optimizer / 2
+
+
+def test_pairs_and_a_reference_are_planned() -> None:
+    train = {"tokens": 6400, "batch_rows": 4, "micro_rows": 2}
+    data = {"sources": [{"kind": "jsonl", "path": "x"}], "row_length": 64, "overlong": "truncate"}
+    question = Question(
+        recipe(objective={"kind": "preference"}, train=train, data=data), tiny_config("llama"), find_gpu("h100"), 4
+    )
+    (plan, *_) = find_plans(question, ParallelDims(data_shard=2, context=2)).fitting
+    assert plan.memory.reference > 0
+    with pytest.raises(ConfigError, match="pairs of rows"):
+        find_plans(question, ParallelDims(data_shard=4))
+    joint = recipe(objective={"kind": "joint", "parent_kl": 1.0}, decode_block_size=8, train=train)
+    with pytest.raises(ConfigError, match=r"objective\.parent_kl"):
+        find_plans(replace(question, recipe=joint), ParallelDims(data_shard=2, context=2))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ The entrance of the package. Knows no benchmark.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from unmask.cores import num_cores
 from unmask.eval.sandbox.isolation import isolation
 from unmask.eval.sandbox.process import Level, Limits, Outcome, run
 
@@ -48,7 +48,7 @@ def run_many(programs: Sequence[str], *, limits: Limits = Limits()) -> list[Outc
         BackendError: the sandbox could not be set up.
     """
     level = isolation().level
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(num_cores())
     try:
         return list(pool.map(partial(run_program, limits=limits, level=level), programs))
     finally:

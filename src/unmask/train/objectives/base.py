@@ -29,6 +29,7 @@ from unmask.diffusion.corrupt import Stream, embedding_noise
 from unmask.diffusion.objectives import TokenScores, nelbo, token_nll, token_scores
 from unmask.models.arch.transformer import Transformer
 from unmask.train.forward import AttentionBackend, predicted_hidden, stage_hidden, stage_lengths
+from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.world import World
 from unmask.train.passes import Pass, Pipeline, StageLayers
 from unmask.train.router import RouterMonitor
@@ -294,6 +295,9 @@ class ObjectiveSection(Section, ABC):
 
     def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
         """Raise ConfigError when the rest of the recipe does not fit the objective."""
+
+    def check_dims(self, dims: ParallelDims) -> None:
+        """Raise ConfigError when a run cannot be divided so over ranks."""
 
     def eos_fill(self, block_size: int) -> int:
         """To a multiple of how many tokens documents are filled with end-of-text tokens: whole blocks are learnt."""

@@ -29,6 +29,7 @@ from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective
 from unmask.train.objectives.denoise import MaskNoise, RandomMaskSection
 from unmask.train.objectives.draft import draft_layout, held_out_drafts
 from unmask.train.objectives.masking import held_out_nelbo
+from unmask.train.parallel.dims import ParallelDims
 from unmask.train.sections import DataSection, Positive, TrainSection
 
 
@@ -86,6 +87,16 @@ class JointSection(RandomMaskSection):
                 "change; set train.freeze_embeddings to true"
             )
 
+    def check_dims(self, dims: ParallelDims) -> None:
+        """Some terms take whole models and rows."""
+        divided = [name for name in ("tensor", "context", "pipeline") if getattr(dims, name) > 1]
+        for name in ("align", "parent_kl"):
+            if getattr(self, name) > 0 and divided:
+                raise ConfigError(
+                    f"objective.{name} is {getattr(self, name):g}, which takes whole models and rows on every rank, but "
+                    f"parallel.{divided[0]} divides them; leave one of them out"
+                )
+
     def eos_fill(self, block_size: int) -> int:
         """Random masks learn whole blocks; the others leave out what fills them."""
         return block_size if self.draft_share < 1 else 1
@@ -103,18 +114,12 @@ class JointObjective(Objective):
 
     def __init__(self, setting: Setting, section: JointSection) -> None:
         super().__init__(setting)
-        config, dims = setting.model.config, setting.world.dims
+        config = setting.model.config
         if not config.shifted or config.gated_lora_rank is not None:
             raise ConfigError(
                 "objective.kind joint takes a shifted model without gated LoRA; convert with shift: true, or use kind denoise"
             )
-        divided = [name for name in ("tensor", "context", "pipeline") if getattr(dims, name) > 1]
-        for name in ("align", "parent_kl"):
-            if getattr(section, name) > 0 and divided:
-                raise ConfigError(
-                    f"objective.{name} is {getattr(section, name):g}, which takes whole models and rows on every rank, but "
-                    f"parallel.{divided[0]} divides them; leave one of them out"
-                )
+        section.check_dims(setting.world.dims)
         self._section, self._noise = section, MaskNoise(setting, section)
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:

@@ -188,9 +188,8 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:
-        given = [
-            name for name in sorted(self.model_fields_set - _NO_DEGREES) if getattr(self, name) not in (1, None, "auto", "1f1b")
-        ]
+        degrees, defaults = self.model_dump(exclude=_NO_DEGREES), type(self).model_fields
+        given = [name for name, value in sorted(degrees.items()) if value not in (1, defaults[name].default)]
         if self.auto and given:
             raise ConfigError(f"parallel.auto chooses the degrees, but {given[0]} is given; leave one of them out")
         return self

@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from unmask.cores import num_cores
 from unmask.errors import LostRanksError, TrainingError, UnmaskError, error_of_user
-from unmask.train.parallel.start import num_cores
 
 _STOP = "stop"
 _FATAL, _LOST = "fatal", "lost"

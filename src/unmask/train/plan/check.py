@@ -21,20 +21,21 @@ from unmask.diffusion.corrupt import Stream
 from unmask.diffusion.masks import StreamIndex
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Checkpointing, Layers, Transformer
+from unmask.models.weights.adapter import adapters_off
 from unmask.models.weights.checkpoint import parameter_dtype
-from unmask.train.objectives.base import Setting
+from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.optim import MasterAdamW
 from unmask.train.parallel.apply import parallelize
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.expert import ExpertExchange, routed_layers
 from unmask.train.parallel.ranks import Ranks
 from unmask.train.passes import Pass, Pipeline, StageLayers
-from unmask.train.plan.footprint import flex_shapes
+from unmask.train.plan.footprint import flex_shapes, train_adapters
 from unmask.train.plan.memory import Memory, Stage, stage_memory, stages
 from unmask.train.plan.planner import Plan, Question
 from unmask.train.plan.step import Batch, stage_flops
 from unmask.train.plan.tracker import Tracker
-from unmask.train.plan.work import RowWork, row_works
+from unmask.train.plan.work import RowWork, StageOptions, Trained
 from unmask.train.sections import TrainSection
 
 
@@ -57,7 +58,7 @@ class Checked:
         memory = self.memory
         return [
             ("weights", memory.weights, self.weights, "GiB"),
-            ("gradients", memory.weights, self.gradients, "GiB"),
+            ("gradients", memory.optimizer / 2, self.gradients, "GiB"),
             ("optimizer", memory.optimizer, self.optimizer, "GiB"),
             ("peak", memory.total, self.peak, "GiB"),
             ("products of a micro-batch", self.predicted_flops, self.flops, "TFLOP"),
@@ -66,16 +67,16 @@ class Checked:
 
 def check_plan(question: Question, plan: Plan) -> Checked:
     """Check a plan in the phase that needs most memory and, of a pipeline, on the rank that does."""
-    config, dims, batch = question.config, plan.dims, plan.batch
-    row = max(row_works(question.recipe), key=lambda row: row.positions)
+    config, dims, batch, trained = question.trained_config, plan.dims, plan.batch, question.trained
+    row = question.largest_row
 
     def needed(stage: Stage) -> float:
         rows = {"micro_rows": batch.micro_rows, "micro_batches": batch.micro_batches}
-        return stage_memory(config, row, dims, stage, recompute=plan.recompute, **rows).total
+        return stage_memory(config, row, dims, stage, recompute=plan.recompute, trained=trained, **rows).total
 
     every = stages(config, dims)
     place = every.index(max(every, key=needed))
-    return check_layout(config, row, dims, batch, recompute=plan.recompute, place=place)
+    return check_layout(config, row, dims, batch, recompute=plan.recompute, place=place, trained=trained)
 
 
 @contextmanager
@@ -94,7 +95,14 @@ def fake_world(dims: ParallelDims, rank: int = 0) -> Iterator[Ranks]:
 
 
 def check_layout(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, batch: Batch, *, recompute: Checkpointing, place: int = 0
+    config: ModelConfig,
+    row: RowWork,
+    dims: ParallelDims,
+    batch: Batch,
+    *,
+    recompute: Checkpointing,
+    place: int = 0,
+    trained: Trained = Trained(),
 ) -> Checked:
     """Run one micro-batch, forward and backward, as the first rank of a layout; of a pipeline's, as many as it has in flight.
 
@@ -105,9 +113,11 @@ def check_layout(
         batch: rows of the micro-batch; with several micro-batches it is not the first one, and finds gradients.
         recompute: activation checkpointing.
         place: of the rank in its pipeline.
+        trained: what trains.
     """
+    tensors = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_world(dims, place * (dims.size // dims.pipeline)) as world:
-        return track_rank(config, row, world, batch, FakeTensorMode(allow_non_fake_inputs=True), recompute=recompute)
+        return track_rank(config, row, world, batch, tensors, recompute=recompute, trained=trained)
 
 
 def track_rank(
@@ -118,36 +128,33 @@ def track_rank(
     tensors: AbstractContextManager[Any],
     *,
     recompute: Checkpointing,
+    trained: Trained = Trained(),
 ) -> Checked:
     """`check_layout` in a world that is there already; what is allocated is allocated inside `tensors` (a fake tensor mode)."""
     started, dims = time.perf_counter(), world.dims
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.activation_checkpointing = recompute
-    pipeline = parallelize(model, world, compute_dtype=torch.bfloat16)
-    positions = batch.micro_rows * -(-row.positions // dims.context)
-    for moe in routed_layers(model) if dims.expert > 1 else ():
-        moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
-    if world.size == 1:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
+    model, pipeline = _divided(config, row, world, batch, recompute, trained)
+    reference = None
+    if trained.reference:
+        reference = _frozen_copy(config, row, world, batch)
+    elif row.scored:
+        reference = ReferencePolicy(model, lambda: adapters_off(model))
     with tensors, Tracker() as tracker:
-        if pipeline is None:
-            model.to_empty(device="cpu")
-        else:
-            pipeline.apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
+        _allocate(model, pipeline)
+        if reference is not None and reference.model is not model:
+            _allocate(reference.model, reference.pipeline)
         optimizer = MasterAdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.0, world=world)
         # One process adds gradients to the master weights; several, to the shards that the parameters are.
-        summed = optimizer.parameters if world.size == 1 else [each for each in model.parameters() if not each.is_meta]
+        own = [each for each in model.parameters() if not each.is_meta and each.requires_grad]
+        summed = optimizer.parameters if world.size == 1 else own
         _fill_gradients(summed)
         optimizer.clip(1.0)
         optimizer.step(1e-4)
         if batch.micro_batches > 1 and pipeline is None:
             _fill_gradients(summed)
-        weights = _bytes(world, summed)
+        weights = _bytes(world, summed if world.size == 1 else (each for each in model.parameters() if not each.is_meta))
         tracker.reset()
         number = 1 if pipeline is None else min(batch.micro_batches, dims.pipeline + 1)
-        one = _micro_batch(model, world, row, batch.micro_rows, pipeline)
+        one = _micro_batch(model, world, row, batch.micro_rows, pipeline, reference)
         if pipeline is None:
             (hidden_BTD,) = one.run(model, None)
             one.finish(hidden_BTD).backward()
@@ -156,12 +163,52 @@ def track_rank(
                 pipeline.train([one] * number)
         gradients = _bytes(world, (parameter.grad for parameter in summed))
         state = _bytes(world, (tensor for name, tensor in optimizer.state_tensors().items() if name.startswith("moment")))
-    stage = stages(config, dims)[world.index("pipeline")]
-    predicted = stage_flops(config, replace(row, pairs=0), dims, stage, rows=batch.micro_rows, recompute=recompute)
+    stage, options = stages(config, dims)[world.index("pipeline")], StageOptions(recompute=recompute, trained=trained)
+    counted = replace(row, pairs=0, frozen_pairs=0, scored_pairs=0)
+    if pipeline is not None:
+        counted = replace(counted, scored=0, scored_predictions=0)
+    predicted = stage_flops(config, counted, dims, stage, rows=batch.micro_rows, **options)
     run = batch.micro_batches if pipeline is None else number
-    memory = stage_memory(config, row, dims, stage, micro_rows=batch.micro_rows, micro_batches=run, recompute=recompute)
+    memory = stage_memory(config, row, dims, stage, micro_rows=batch.micro_rows, micro_batches=run, **options)
     seconds = time.perf_counter() - started
     return Checked(memory, weights, gradients, state, tracker.peak, tracker.flops // number, predicted.total, seconds)
+
+
+def _divided(
+    config: ModelConfig, row: RowWork, world: Ranks, batch: Batch, recompute: Checkpointing, trained: Trained | None
+) -> tuple[Transformer, Pipeline | None]:
+    """The model of this rank on the meta device, in the precision in which it trains; `trained` None: frozen."""
+    dims = world.dims
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.activation_checkpointing = recompute
+    if trained is None:
+        model.requires_grad_(False)
+    elif trained.adapts(config):
+        train_adapters(model, trained.lora, vocabulary=trained.vocabulary)
+    elif not trained.vocabulary:
+        for parameter in (model.embed.weight, model.head_weight):
+            parameter.requires_grad_(False)
+    pipeline = parallelize(model, world, compute_dtype=torch.bfloat16)
+    positions = batch.micro_rows * -(-row.positions // dims.context)
+    for moe in routed_layers(model) if dims.expert > 1 else ():
+        moe.run_experts = _BalancedExchange(world.group("expert"), positions * moe.moe.num_active)
+    if world.size == 1:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(parameter_dtype(name, torch.bfloat16))
+    return model, pipeline
+
+
+def _frozen_copy(config: ModelConfig, row: RowWork, world: Ranks, batch: Batch) -> ReferencePolicy:
+    model, pipeline = _divided(config, row, world, batch, False, None)
+    return ReferencePolicy(model, pipeline=pipeline)
+
+
+def _allocate(model: Transformer, pipeline: Pipeline | None) -> None:
+    if pipeline is None:
+        model.to_empty(device="cpu")
+    else:
+        pipeline.apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
 
 
 @contextmanager
@@ -196,24 +243,69 @@ def _fill_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _micro_batch(model: Transformer, world: Ranks, row: RowWork, micro_rows: int, pipeline: Pipeline | None) -> Pass[Tensor]:
-    """A micro-batch of streams of one token; which positions are predicted changes no shape."""
+def _micro_batch(
+    model: Transformer,
+    world: Ranks,
+    row: RowWork,
+    micro_rows: int,
+    pipeline: Pipeline | None,
+    reference: ReferencePolicy | None,
+) -> Pass[Tensor]:
+    """A micro-batch of streams of one token; which positions are predicted changes no shape.
+
+    A reference scores it first, but in a pipeline, where it would do so before the first micro-batch.
+    """
+    context = world.dims.context
     setting = Setting(model, TrainSection(tokens=1), "flex", mask_id=model.config.mask_id, world=world, pipeline=pipeline)
-    zeros_BT = torch.zeros(micro_rows, row.positions, dtype=torch.int64)
-    zeros_N = torch.zeros(micro_rows * row.predictions // world.dims.context, dtype=torch.int64)
-    index, weight_N = StreamIndex(zeros_BT, zeros_BT, zeros_BT), zeros_N.float()
-    predict = (zeros_N, zeros_N)
-    stream = Stream(zeros_BT, zeros_BT, index, zeros_BT, zeros_BT, predict, zeros_N, weight_N, weight_N, len(zeros_N))
+
+    def zeros(length: int) -> Tensor:
+        return torch.zeros(micro_rows, length, dtype=torch.int64)
+
+    def stream(positions: int, predictions: int) -> Stream:
+        zeros_BT, zeros_N = zeros(positions), torch.zeros(micro_rows * predictions // context, dtype=torch.int64)
+        index, weight_N, predict = StreamIndex(zeros_BT, zeros_BT, zeros_BT), zeros_N.float(), (zeros_N, zeros_N)
+        return Stream(zeros_BT, zeros_BT, index, zeros_BT, zeros_BT, predict, zeros_N, weight_N, weight_N, len(zeros_N))
+
+    def divide(layers: Layers) -> Layers:
+        return layers if setting.context is None else setting.context.divide(layers)
 
     def run(layers: StageLayers | Transformer, received: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        one: Layers = layers if received is None else partial(layers, received_BTD=received[0])
-        divided = one if setting.context is None else setting.context.divide(one)
-        return (divided(zeros_BT, zeros_BT, flex_shapes),)
+        parts = [
+            partial(layers) if received is None else partial(layers, received_BTD=each) for each in received or (None, None)
+        ]
+        zeros_BT = zeros(row.positions)
+        if not row.frozen:
+            return (divide(parts[0])(zeros_BT, zeros_BT, flex_shapes),)
+        clean_kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+            clean_kv[layer] = (k_BGTS, v_BGTS.contiguous())
+            return flex_shapes(layer, q_BHTS, k_BGTS, v_BGTS)
+
+        def attend_all(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+            k, v = clean_kv[layer]
+            return flex_shapes(layer, q_BHTS, torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2))
+
+        with torch.no_grad():
+            clean_BTD = divide(parts[1])(zeros(row.frozen), zeros(row.frozen), attend_clean)
+        noisy_BTD = divide(parts[0])(zeros_BT, zeros_BT, attend_all, noisy_BT=torch.ones_like(zeros_BT, dtype=torch.bool))
+        return (noisy_BTD,) if pipeline is None else (noisy_BTD, clean_BTD)
+
+    def score() -> None:
+        assert reference is not None
+        scored = stream(row.scored, row.scored_predictions)
+        with torch.no_grad(), reference.context():
+            hidden_BTD = divide(reference.model)(zeros(row.scored), zeros(row.scored), flex_shapes)
+            replace(setting, model=reference.model).nll(scored, hidden_ND=hidden_BTD[scored.predict])
 
     def finish(hidden_BTD: Tensor) -> Tensor:
-        return setting.nll(stream, hidden_ND=hidden_BTD[predict]).sum()
+        one = stream(row.positions, row.predictions)
+        return setting.nll(one, hidden_ND=hidden_BTD[one.predict]).sum()
 
-    return Pass(micro_rows, (-(-row.positions // world.dims.context),), run, finish)
+    if reference is not None and pipeline is None:
+        score()
+    lengths = (row.positions, row.frozen) if row.frozen else (row.positions,)
+    return Pass(micro_rows, tuple(-(-length // context) for length in lengths), run, finish)
 
 
 def _bytes(world: Ranks, tensors: Iterable[Tensor | None]) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from unmask.errors import ConfigError
@@ -17,7 +18,7 @@ from unmask.train.parallel.dims import ParallelDims, layout_name
 from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Memory, stage_memory, stages
 from unmask.train.plan.step import Batch, Transfer, stage_flops, stage_seconds, stage_transfers
-from unmask.train.plan.work import RowWork, mean_row, model_flops, row_works
+from unmask.train.plan.work import RowWork, StageOptions, Trained, mean_row, model_flops, row_works, trained_of
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400
@@ -79,6 +80,29 @@ class Question:
     price: float | None = None
     efficiency: Efficiency = field(default_factory=Efficiency)
 
+    @cached_property
+    def trained(self) -> Trained:
+        """What trains."""
+        return trained_of(self.recipe)
+
+    @cached_property
+    def mean_row(self) -> RowWork:
+        """A row of the whole run; raises ConfigError for an objective that plans are not made for."""
+        return mean_row(row_works(self.recipe))
+
+    @cached_property
+    def largest_row(self) -> RowWork:
+        """The row that needs most memory."""
+        return max(row_works(self.recipe), key=lambda row: (row.positions, row.predictions))
+
+    @cached_property
+    def trained_config(self) -> ModelConfig:
+        """The model as it trains: with the recipe's gated LoRA, which a shifted diffusion model has."""
+        rank = self.recipe.train.gated_lora_rank
+        if rank is None:
+            return self.config
+        return replace(self.config, gated_lora_rank=rank, mask_id=self.config.mask_id or 0, start_id=self.config.start_id or 0)
+
 
 def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
     """Plan every layout, or this one.
@@ -86,7 +110,6 @@ def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
     Raises:
         ConfigError: `layout` breaks a rule, or the recipe has an objective that plans are not made for.
     """
-    rows = row_works(question.recipe)
     found, refused = [], Counter[str]()
     for dims in [layout] if layout is not None else _layouts(question.num_gpus, question.config):
         try:
@@ -96,8 +119,9 @@ def find_plans(question: Question, layout: ParallelDims | None = None) -> Plans:
                 raise
             refused[str(error)] += 1
             continue
-        for recompute in CHECKPOINTING:
-            plans = [make_plan(question, rows, dims, batch, recompute=recompute) for batch in batches]
+        # What zero bubble splits, checkpointing computes again for every matrix, and holds all of it.
+        for recompute in CHECKPOINTING if dims.pipeline_schedule != "zero_bubble" else (False,):
+            plans = [make_plan(question, dims, batch, recompute=recompute) for batch in batches]
             found.append(min(plans, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else plan.memory.total)))
     fitting = sorted((plan for plan in found if plan.fits), key=lambda plan: (plan.seconds, plan.memory.total))
     too_large = sorted((plan for plan in found if not plan.fits), key=lambda plan: plan.memory.total)
@@ -110,7 +134,7 @@ def fastest_layout(question: Question) -> ParallelDims:
     Raises:
         ConfigError: none fits.
     """
-    train, rows = question.recipe.train, row_works(question.recipe)
+    train = question.recipe.train
     plans = []
     for dims in _layouts(question.num_gpus, question.config):
         try:
@@ -118,7 +142,7 @@ def fastest_layout(question: Question) -> ParallelDims:
         except ConfigError:
             continue
         own = [batch for batch in batches if batch.micro_rows == min(train.micro_rows, train.batch_rows // dims.data)]
-        plans += [make_plan(question, rows, dims, batch, recompute=train.activation_checkpointing) for batch in own]
+        plans += [make_plan(question, dims, batch, recompute=train.activation_checkpointing) for batch in own]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         raise ConfigError(
@@ -136,9 +160,10 @@ def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
     """
     train = question.recipe.train
     dims.check_model(question.config)
+    question.recipe.objective.check_dims(dims)
     if dims.pipeline_stages > 1:
         raise ConfigError(f"parallel.pipeline_stages is {dims.pipeline_stages}; plans are made for ranks of 1 stage")
-    dims.check_rows(train.batch_rows, pairs=False)
+    dims.check_rows(train.batch_rows, pairs=question.recipe.objective.pairs)
     if dims.tensor > PER_NODE:
         raise ConfigError(f"parallel.tensor is {dims.tensor}; it must stay within a node's {PER_NODE} GPUs")
     rows = train.batch_rows // dims.data
@@ -151,25 +176,20 @@ def legal_batches(question: Question, dims: ParallelDims) -> list[Batch]:
     return batches
 
 
-def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch: Batch, *, recompute: Checkpointing) -> Plan:
+def make_plan(question: Question, dims: ParallelDims, batch: Batch, *, recompute: Checkpointing) -> Plan:
     """The plan of a legal layout."""
-    config, gpu, efficiency = question.config, question.gpu, question.efficiency
+    config, gpu, efficiency = question.trained_config, question.gpu, question.efficiency
     micro_rows, micro_batches = batch.micro_rows, batch.micro_batches
-    every = stages(config, dims)
-    most = max(rows, key=lambda row: (row.positions, row.predictions))
-    memory = max(
-        (
-            stage_memory(config, most, dims, stage, micro_rows=micro_rows, micro_batches=micro_batches, recompute=recompute)
-            for stage in every
-        ),
-        key=lambda memory: memory.total,
-    )
-    row, seconds = mean_row(rows), 0.0
+    every, options = stages(config, dims), StageOptions(recompute=recompute, trained=question.trained)
+    of_batch = {"micro_rows": micro_rows, "micro_batches": micro_batches}
+    each = (stage_memory(config, question.largest_row, dims, stage, **of_batch, **options) for stage in every)
+    memory = max(each, key=lambda memory: memory.total)
+    row, seconds = question.mean_row, 0.0
     transfers: list[Transfer] = []
     for stage in every:
-        flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, recompute=recompute)
-        sent = list(stage_transfers(config, row, dims, stage, batch, recompute=recompute))
-        taken = stage_seconds(flops, sent, memory.weights, gpu, efficiency)
+        flops = stage_flops(config, row, dims, stage, rows=micro_rows * micro_batches, **options)
+        sent = list(stage_transfers(config, row, dims, stage, batch, **options))
+        taken = stage_seconds(flops, sent, memory.optimizer / 2, gpu, efficiency)
         if taken > seconds:
             seconds, transfers = taken, sent
     seconds *= (micro_batches + dims.pipeline - 1) / micro_batches
@@ -183,7 +203,7 @@ def make_plan(question: Question, rows: list[RowWork], dims: ParallelDims, batch
         memory=memory,
         fits=memory.total <= gpu.memory * efficiency.memory,
         seconds=seconds,
-        mfu=model_flops(config, row, train.batch_rows) / seconds / (gpu.flops * question.num_gpus),
+        mfu=model_flops(config, row, train.batch_rows, question.trained) / seconds / (gpu.flops * question.num_gpus),
         nvlink=_by_name((transfer.name, transfer.nvlink) for transfer in transfers),
         network=_by_name((transfer.name, transfer.network) for transfer in transfers),
         tokens_per_day=tokens_per_day,

@@ -15,8 +15,8 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Checkpointing
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.plan.gpus import PER_NODE, Efficiency, Gpu
-from unmask.train.plan.memory import LocalParameters, Stage, local_ends, local_layer
-from unmask.train.plan.work import Flops, LayerCount, RowWork, backward, head_flops, layer_flops
+from unmask.train.plan.memory import LocalParameters, Stage, learnt_layer, local_ends, local_layer
+from unmask.train.plan.work import Flops, LayerCount, RowWork, Trained, adapter_flops, backward, head_flops, layer_flops
 
 _UPDATE_BYTES = 32
 """Bytes that the optimiser reads and writes for each parameter: weight, gradient and moments, and the gradient for its norm."""
@@ -62,22 +62,41 @@ def _local(size: int, stride: int) -> int:
 
 
 def stage_flops(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, *, rows: int, recompute: Checkpointing
+    config: ModelConfig,
+    row: RowWork,
+    dims: ParallelDims,
+    stage: Stage,
+    *,
+    rows: int,
+    recompute: Checkpointing,
+    trained: Trained = Trained(),
 ) -> Flops:
     """FLOP of a rank for so many rows; routed experts and routers are not divided by tensor parallelism."""
-    positions, pairs = rows * row.positions / dims.context, rows * row.pairs / dims.context
-    layers = stage.kinds(config)
-    whole = layer_flops(config, layers, positions, pairs)
-    forward = Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
-    total = forward + backward(forward)
+    layers, share, frozen = stage.kinds(config), rows / dims.context, trained.adapts(config)
+
+    def forward(positions: float, pairs: float) -> Flops:
+        whole = layer_flops(config, layers, share * positions, share * pairs)
+        return Flops(whole.matrices / dims.tensor, whole.experts, whole.attention / dims.tensor)
+
+    learnt = forward(row.positions, row.pairs)
+    total = learnt + backward(learnt, frozen=frozen) + forward(row.frozen + row.scored, row.frozen_pairs + row.scored_pairs)
+    if frozen:
+        adapters = adapter_flops(config, layers, share * row.positions, trained.lora) * (1 / dims.tensor)
+        learnt += adapters
+        total += adapters + backward(adapters)
+        if stage.has_embedding and not trained.vocabulary and config.gated_lora_rank is None:
+            # Nothing before the first product takes a gradient.
+            total += Flops(-2.0 * config.hidden_size * config.qkv_size * share * row.positions / dims.tensor)
     if recompute == "selective":
         # The last of an expert's three products and, with FlexAttention, attention.
-        total += Flops(experts=forward.experts / 3, attention=forward.attention)
+        total += Flops(experts=learnt.experts / 3, attention=learnt.attention)
     elif recompute:
-        total += forward + Flops(-_last_products(config, layers, positions) / dims.tensor)
+        total += learnt + Flops(-_last_products(config, layers, share * row.positions) / dims.tensor) * (not frozen)
     if stage.has_head:
-        forward = head_flops(config, rows * row.predictions / dims.context) * (1 / dims.tensor)
-        total += forward * (2 if rows * row.predictions / dims.context > PREDICTIONS_AT_ONCE else 1) + backward(forward)
+        head = head_flops(config, share * row.predictions) * (1 / dims.tensor)
+        total += head * (2 if share * row.predictions > PREDICTIONS_AT_ONCE else 1)
+        total += backward(head, frozen=not trained.vocabulary)
+        total += head_flops(config, share * row.scored_predictions) * (1 / dims.tensor)
     return total
 
 
@@ -91,28 +110,19 @@ def _last_products(config: ModelConfig, layers: LayerCount, positions: float) ->
 
 
 def stage_transfers(
-    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, *, recompute: Checkpointing
+    config: ModelConfig,
+    row: RowWork,
+    dims: ParallelDims,
+    stage: Stage,
+    batch: Batch,
+    *,
+    recompute: Checkpointing,
+    trained: Trained = Trained(),
 ) -> Iterator[Transfer]:
     """What a rank sends in a step, dimension by dimension."""
-    ends = local_ends(config, stage, dims)
-    each = (local_layer(config, layer, dims) * number for layer, number in stage.kinds(config).items())
-    inner = sum(each, start=LocalParameters(0))
-    # With a pipeline, the weights stay gathered and the gradients are added up over the micro-batches.
-    gathers, reductions = (1, 1) if dims.pipeline > 1 else (2 * batch.micro_batches, batch.micro_batches)
-    expert_shards = dims.shards // dims.expert
-    groups = (
-        (ends.dense, reductions, dims.shards, dims.tensor),
-        (inner.dense, 1, dims.shards, dims.tensor),
-        (inner.experts, 1, expert_shards, dims.tensor * dims.expert),
-    )
-    for count, sums, size, stride in groups:
-        if size > 1:
-            yield _ring("data_shard", (2 * gathers + 4 * reductions) * count, size, stride, hidden=True)
-        if dims.data_replicate > 1:
-            # Of a layer once in a step: what the shards have added up.
-            sent = 2 * 4 * sums * count / size
-            yield _ring("data_replicate", sent, dims.data_replicate, dims.tensor * dims.shards, hidden=True)
-    passes = (3 if recompute else 2) * batch.micro_batches
+    yield from _weight_transfers(config, row, dims, stage, batch, trained)
+    unlearnt = row.frozen + row.scored
+    passes = (3 if recompute else 2) * batch.micro_batches * (1 + unlearnt / (2 * row.positions))
     positions, layers = batch.micro_rows * row.positions / dims.context, stage.last - stage.first
     stream = 2 * config.hidden_size * positions
     if dims.tensor > 1:
@@ -130,6 +140,32 @@ def stage_transfers(
         yield _ring("pipeline", 2 * batch.micro_batches * stream * 2 / dims.tensor, 2, stride)
 
 
+def _weight_transfers(
+    config: ModelConfig, row: RowWork, dims: ParallelDims, stage: Stage, batch: Batch, trained: Trained
+) -> Iterator[Transfer]:
+    """Weights that are gathered, and gradients that are summed."""
+    kinds, none = stage.kinds(config).items(), LocalParameters(0)
+    ends = local_ends(config, stage, dims)
+    inner = sum((local_layer(config, layer, dims) * number for layer, number in kinds), start=none)
+    learnt = sum((learnt_layer(config, layer, dims, trained) * number for layer, number in kinds), start=none)
+    # With a pipeline, the weights stay gathered and the gradients are added up over the micro-batches.
+    forwards = 1 + (row.frozen > 0) + (row.scored > 0)
+    gathers, reductions = (1, 1) if dims.pipeline > 1 else ((1 + forwards) * batch.micro_batches, batch.micro_batches)
+    expert_shards = dims.shards // dims.expert
+    groups = (
+        (ends.dense, ends.dense * trained.vocabulary, reductions, dims.shards, dims.tensor),
+        (inner.dense, learnt.dense, 1, dims.shards, dims.tensor),
+        (inner.experts, learnt.experts, 1, expert_shards, dims.tensor * dims.expert),
+    )
+    for count, own, sums, size, stride in groups:
+        if size > 1:
+            yield _ring("data_shard", 2 * gathers * count + 4 * reductions * own, size, stride, hidden=True)
+        if dims.data_replicate > 1:
+            # Of a layer once in a step: what the shards have added up.
+            sent = 2 * 4 * sums * own / size
+            yield _ring("data_replicate", sent, dims.data_replicate, dims.tensor * dims.shards, hidden=True)
+
+
 def compute_seconds(flops: Flops, gpu: Gpu, efficiency: Efficiency) -> float:
     """Time of products on one GPU."""
     kinds = (
@@ -145,7 +181,7 @@ def stage_seconds(flops: Flops, transfers: list[Transfer], weights: float, gpu: 
 
     Args:
         flops, transfers: of the rank.
-        weights: bytes of its float32 shards, which the optimiser updates.
+        weights: bytes of the float32 shards that the optimiser updates.
     """
     hidden = sum(transfer.seconds(gpu, efficiency) for transfer in transfers if transfer.hidden)
     exposed = sum(transfer.seconds(gpu, efficiency) for transfer in transfers if not transfer.hidden)

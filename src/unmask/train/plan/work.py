@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
 from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import CorruptionConfig
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
-from unmask.train.objectives.denoise import DenoiseSection
+from unmask.models.arch.transformer import Checkpointing
+from unmask.train.objectives.draft import DraftSection
+from unmask.train.objectives.joint import JointSection
+from unmask.train.objectives.masking import MaskingSection
+from unmask.train.objectives.next_token import NextTokenSection
+from unmask.train.objectives.preference import PreferenceSection
 from unmask.train.recipe import Recipe
 
 
@@ -24,9 +30,11 @@ class RowWork:
     Attributes:
         share: of the run's tokens in this phase.
         length: clean tokens.
-        positions: of the stream, noisy copies and clean copy.
+        positions: of the stream, noisy copies and clean copy; those that a gradient passes through.
         predictions: positions whose token is predicted.
         pairs: of a query and a key that it may attend to.
+        frozen, frozen_pairs: of the clean copy, where it passes through frozen weights alone (gated LoRA): no gradient.
+        scored, scored_predictions, scored_pairs: of the stream that a frozen reference reads.
     """
 
     share: float
@@ -34,51 +42,127 @@ class RowWork:
     positions: int
     predictions: int
     pairs: int
+    frozen: int = 0
+    frozen_pairs: int = 0
+    scored: int = 0
+    scored_predictions: int = 0
+    scored_pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What trains: all weights; or adapters of rank `lora` or, where the config has it, gated LoRA.
+
+    `vocabulary`: embedding and head do; `reference`: a frozen copy of the model is held beside it.
+    """
+
+    lora: int | None = None
+    vocabulary: bool = True
+    reference: bool = False
+
+    def adapts(self, config: ModelConfig) -> bool:
+        """Whether the layers' own weights are frozen."""
+        return self.lora is not None or config.gated_lora_rank is not None
+
+
+class StageOptions(TypedDict):
+    """What memory and work of a stage depend on beside its rows."""
+
+    recompute: Checkpointing
+    trained: Trained
+
+
+def trained_of(recipe: Recipe) -> Trained:
+    """What a recipe trains."""
+    train = recipe.train
+    rank = None if train.lora is None else train.lora.rank
+    vocabulary = not train.freeze_embeddings and train.gated_lora_rank is None
+    return Trained(rank, vocabulary, recipe.objective.needs_reference and rank is None)
 
 
 def row_works(recipe: Recipe) -> list[RowWork]:
-    """What a row is in each phase of the recipe.
+    """What a row is in each phase of the recipe; where steps of a phase differ, one for each kind of step.
 
     Raises:
         ConfigError: an objective that plans are not made for.
     """
+    return [row for rows in phase_works(recipe) for row in rows]
+
+
+def phase_works(recipe: Recipe) -> list[list[RowWork]]:
+    """`row_works`, phase by phase."""
     phases = recipe.blocks.phases
     total = sum(phase.tokens for phase in phases)
-    return [_row_work(recipe, phase, phase.tokens / total) for phase in phases]
+    return [_rows_of(recipe, phase, phase.tokens / total) for phase in phases]
 
 
 def is_planned(recipe: Recipe) -> bool:
-    """Whether plans are made for a recipe's objective, and all weights train."""
-    full = recipe.train.lora is None and recipe.train.gated_lora_rank is None
-    return full and recipe.objective.kind in ("denoise", "next_token")
+    """Whether plans are made for a recipe's objective."""
+    return not isinstance(recipe.objective, JointSection) or recipe.objective.align == 0
 
 
 def mean_row(rows: list[RowWork]) -> RowWork:
     """A row of the whole run: what takes time grows with each count in proportion."""
-    counts = (
-        round(sum(row.share * count for row, count in zip(rows, column, strict=True)))
-        for column in zip(*((row.length, row.positions, row.predictions, row.pairs) for row in rows), strict=True)
-    )
-    return RowWork(1.0, *counts)
+    total = sum(row.share for row in rows)
+    columns = zip(*(list(vars(row).values())[1:] for row in rows), strict=True)
+    means = (sum(row.share * count for row, count in zip(rows, column, strict=True)) / total for column in columns)
+    return RowWork(total, *(round(mean) for mean in means))
 
 
-def _row_work(recipe: Recipe, phase: Phase, share: float) -> RowWork:
-    length, objective = recipe.data.row_length, recipe.objective
-    if objective.kind == "next_token":
-        return RowWork(share, length, length, length, length * (length + 1) // 2)
-    if not isinstance(objective, DenoiseSection):
-        raise ConfigError(
-            f"objective.kind is {objective.kind}; plans are made for denoise and next_token: plan with one of them"
-        )
-    block = phase.block_size
-    masks = CorruptionConfig(0, block, complementary=objective.complementary, mask_samples=objective.mask_samples)
-    copies = masks.num_copies
-    rate = 1.0 if block == 1 else 0.5 if objective.complementary else sum(objective.bandwidth) / 2
-    predictions = round(copies * length * rate)
-    if block is None:
-        return RowWork(share, length, copies * length, predictions, copies * length**2)
-    before, own = length * (length - block) // 2, length * block
-    return RowWork(share, length, (copies + 1) * length, predictions, (copies + 1) * (before + own))
+class _Part(NamedTuple):
+    """Copies of a row in the stream: their positions, predictions and pairs."""
+
+    positions: int = 0
+    predictions: int = 0
+    pairs: int = 0
+
+
+def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
+    length, objective, block = recipe.data.row_length, recipe.objective, phase.block_size
+    causal = _Part(length, length, length * (length + 1) // 2)
+    # Every token sees its own block and, on average, half of the others.
+    clean = _Part() if block is None else _Part(length, 0, length * (length + block) // 2)
+
+    def row(share: float, *noisy: _Part, clean: _Part = clean, scored: _Part = _Part()) -> RowWork:
+        frozen = clean if recipe.train.gated_lora_rank is not None else _Part()
+        positions, predictions, pairs = map(sum, zip(*noisy, clean if frozen == _Part() else _Part(), strict=True))
+        return RowWork(share, length, positions, predictions, pairs, frozen.positions, frozen.pairs, *scored)
+
+    match objective:
+        case NextTokenSection():
+            return [row(share, clean=causal)]
+        case PreferenceSection():
+            masked = _masked(length, objective, block, complementary=False)
+            return [row(share, masked, scored=_Part(*map(sum, zip(masked, clean, strict=True))))]
+        case JointSection():
+            if objective.align > 0:
+                raise ConfigError(f"objective.align is {objective.align:g}; plans are made without it: set it to 0")
+            drafts = _drafts(length, objective.cuts, block) if "draft" in objective.weights else _Part()
+            masked = _masked(length, objective, block, complementary=objective.complementary)
+            parts = (drafts, masked if "denoise" in objective.weights else _Part())
+            return [row(share, *parts, clean=causal, scored=causal if objective.needs_reference else _Part())]
+    masked, noise = _masked(length, objective, block, complementary=objective.complementary), 1.0
+    rows = []
+    if isinstance(objective, DraftSection):
+        noise = objective.denoise_share
+        rows.append(row(share * (1 - noise), _drafts(length, objective.cuts, block), clean=causal._replace(predictions=0)))
+    return [*rows, *([row(share * noise, masked)] if noise else [])]
+
+
+def _masked(length: int, masking: MaskingSection, block: int | None, *, complementary: bool) -> _Part:
+    """Noisy copies with random masks."""
+    copies = CorruptionConfig(0, block, complementary=complementary, mask_samples=masking.mask_samples).num_copies
+    rate = 1.0 if block == 1 else 0.5 if complementary else sum(masking.bandwidth) / 2
+    pairs = length**2 if block is None else length * (length + block) // 2
+    return _Part(copies * length, round(copies * length * rate), copies * pairs)
+
+
+def _drafts(length: int, cuts: int, block: int | None) -> _Part:
+    """Noisy copies of drafts: of each block all tokens but the first."""
+    assert block is not None
+    drafts = length // block * (block - 1)
+    # A draft sees the clean tokens before its block, half of them on average, one in it, and the block's drafts.
+    return _Part(cuts * drafts, cuts * drafts, cuts * drafts * (length + block) // 2)
 
 
 @dataclass(frozen=True)
@@ -119,6 +203,15 @@ def layer_parameters(config: ModelConfig, layer: int) -> LayerParameters:
     shared = 3 * size * moe.expert_size * moe.num_shared
     experts = 3 * size * moe.expert_size * moe.num_experts
     return LayerParameters(matrices + shared, experts, size * moe.num_experts, rest)
+
+
+def adapter_parameters(config: ModelConfig, layer: int, lora: int | None) -> int:
+    """Parameters of a layer's LoRA of this rank; None: of the gated LoRA that the config has, one for each fused matrix."""
+    rank, apart = (config.gated_lora_rank or 0, (1, 1)) if lora is None else (lora, (3, 2))
+    size, heads, moe = config.hidden_size, config.num_heads * config.head_dim, config.moe
+    ffn = moe.expert_size * moe.num_shared if moe is not None and config.is_moe_layer(layer) else config.ffn_size
+    attention = apart[0] * size + config.qkv_size + heads + size
+    return rank * (attention + (apart[1] * size + 2 * ffn + ffn + size if ffn else 0))
 
 
 def end_parameters(config: ModelConfig) -> int:
@@ -169,13 +262,27 @@ def head_flops(config: ModelConfig, predictions: float) -> Flops:
     return Flops(matrices=2.0 * config.vocab_size * config.hidden_size * predictions)
 
 
-def backward(flops: Flops) -> Flops:
-    """FLOP of the backward pass of what took `flops`: two products for each; attention also computes its scores again."""
-    return Flops(2 * flops.matrices, 2 * flops.experts, 2.5 * flops.attention)
+def adapter_flops(config: ModelConfig, layers: LayerCount, positions: float, lora: int | None) -> Flops:
+    """FLOP of the forward pass of the layers' adapters over so many positions."""
+    return Flops(2.0 * positions * sum(adapter_parameters(config, layer, lora) * count for layer, count in layers.items()))
 
 
-def model_flops(config: ModelConfig, row: RowWork, rows: int) -> float:
+def backward(flops: Flops, *, frozen: bool = False) -> Flops:
+    """FLOP of the backward pass of what took `flops`: two products for each, one for frozen matrices; attention also computes
+    its scores again."""
+    products = 1 if frozen else 2
+    return Flops(products * flops.matrices, products * flops.experts, 2.5 * flops.attention)
+
+
+def model_flops(config: ModelConfig, row: RowWork, rows: int, trained: Trained = Trained()) -> float:
     """FLOP that the rows need on one device, without anything computed twice: what MFU counts."""
     layers = layer_count(config, 0, config.num_layers)
     forward = layer_flops(config, layers, rows * row.positions, rows * row.pairs)
-    return 3 * (forward + head_flops(config, rows * row.predictions)).total
+    head = head_flops(config, rows * row.predictions)
+    unlearnt = layer_flops(config, layers, rows * (row.frozen + row.scored), rows * (row.frozen_pairs + row.scored_pairs))
+    unlearnt += head_flops(config, rows * row.scored_predictions)
+    adapters = adapter_flops(config, layers, rows * row.positions, trained.lora)
+    learnt = forward * 3 + head * (3 if trained.vocabulary else 2) + adapters * 3
+    if trained.adapts(config):
+        learnt += Flops(-forward.matrices, -forward.experts)
+    return (learnt + unlearnt).total
