@@ -10,7 +10,8 @@ summed over the processes. The processes stay the same, and take turns:
 - several: all train one model (`--layout`), and sum its gradients.
 
 A turn is a whole step: gradient, sums, clipping, optimiser. Also printed: what a sum of as many gradients takes by itself, and
-CPU time. A recipe's step has more rows (32), of which the same sum is a smaller share. The machine must be quiet, and have a core for each process. Writes benchmarks/results/scaling_DATE.json.
+CPU time. A recipe's step has more rows (32), of which the same sum is a smaller share. The machine must be quiet, and have a
+core for each process. Writes benchmarks/results/scaling_DATE.json.
 """
 
 from __future__ import annotations
@@ -113,10 +114,12 @@ def report(console: Console, turns: list[dict[str, Any]], options: argparse.Name
     """Print the turns; the figures."""
 
     def median(way: str, key: str) -> float:
-        return statistics.median(turn[way][key] for turn in turns)
+        values: list[float] = [turn[way][key] for turn in turns]
+        return statistics.median(values)
 
     def ratio(way: str, of: str = "one") -> float:
-        return statistics.median(turn[way]["tokens_per_second"] / turn[of]["tokens_per_second"] for turn in turns)
+        ratios: list[float] = [turn[way]["tokens_per_second"] / turn[of]["tokens_per_second"] for turn in turns]
+        return statistics.median(ratios)
 
     for way in WAYS:
         console.print(
