@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -30,6 +31,30 @@ def _given_costs() -> Iterator[None]:
         patch.setattr("unmask.engine.draft_statistics.MeasuredCosts", lambda kernels: CostTable())
         patch.setenv("UNMASK_DRAFT_STATISTICS", "0")
         yield
+
+
+@pytest.fixture(scope="session")
+def plain_plots() -> Iterator[None]:
+    """Runs in this process leave an empty file for a plot: drawing takes half of a tiny run's time."""
+    from unmask.train.metrics import read_metrics
+
+    def plot_run(folder: Path) -> Path | None:
+        if not any(record["kind"] == "train" for record in read_metrics(folder / "metrics.jsonl")):
+            return None
+        (folder / "loss.png").touch()
+        return folder / "loss.png"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unmask.train.run.plot_run", plot_run)
+        yield
+
+
+@pytest.fixture
+def real_plots(plain_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their plots."""
+    from unmask.train.metrics import plot_run
+
+    monkeypatch.setattr("unmask.train.run.plot_run", plot_run)
 
 
 @pytest.fixture(scope="session")

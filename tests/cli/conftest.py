@@ -31,6 +31,11 @@ def make_folder(folder: Path, *, diffusion: bool) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plain_plots(plain_plots: None) -> None:
+    """No plots; see tests/conftest.py."""
+
+
 @pytest.fixture(scope="session")
 def ar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An autoregressive model; read only."""

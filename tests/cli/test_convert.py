@@ -48,7 +48,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in steps(run)]
 
 
-def test_converts_and_the_result_generates(run, fails, arguments: list[str], tmp_path: Path) -> None:
+def test_converts_and_the_result_generates(run, fails, arguments: list[str], tmp_path: Path, real_plots) -> None:
     out = tmp_path / "run"
     result = run(*arguments)
     assert result.exit_code == 0, result.output

@@ -22,7 +22,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 TINY = {
-    "data.row_length": 64, "data.validation_share": 0.2, "data.validation_rows": 2, "train.tokens": 3000, "train.device": "cpu",
+    "data.row_length": 64, "data.validation_share": 0.2, "data.validation_rows": 2, "train.tokens": 2400, "train.device": "cpu",
     "train.compute_dtype": "float32", "train.eval_every": 2, "train.checkpoint_every": 2,
 }  # fmt: skip
 

@@ -85,7 +85,13 @@ def test_presets_are_the_size_they_are_called(run, name: str, total: float, acti
     assert facts["parameters"] == pytest.approx(total, rel=0.04)
     assert facts["active_parameters"] == pytest.approx(active, rel=0.04)
     assert facts["experts"] == {"routed": 256, "active": 8, "shared": 1}
-    assert "active for a token" in run("info", name).stdout
+
+
+def test_active_parameters_are_told_to_people(run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(published_config("llada2-mini") | {"num_experts": 16, "num_hidden_layers": 2})
+    )
+    assert "active for a token" in run("info", tmp_path).stdout
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

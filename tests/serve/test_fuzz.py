@@ -72,8 +72,9 @@ CHECKS = [
 ]
 
 
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_it_does_what_its_own_schema_says(server: Live, mode: GenerationMode) -> None:
+def test_it_does_what_its_own_schema_says(server: Live, mode: GenerationMode, examples: int) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     statuses: set[int] = set()
     rng = random.Random(0)
@@ -85,7 +86,7 @@ def test_it_does_what_its_own_schema_says(server: Live, mode: GenerationMode) ->
             continue
 
         @seed(5)
-        @settings(max_examples=12 if generates else 2, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=examples if generates else examples // 4, suppress_health_check=list(HealthCheck), database=None)
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             modest(case.body, rng)

@@ -10,6 +10,11 @@ from runs import tiny_folder, tiny_jsonl, tiny_recipe
 from unmask.train.recipe import Recipe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plain_plots(plain_plots: None) -> None:
+    """No plots; see tests/conftest.py."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")

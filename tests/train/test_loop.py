@@ -22,7 +22,7 @@ from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.errors import ConfigError, DataError, TrainingError
 from unmask.train.loop import Trainer, accumulate, evaluate
-from unmask.train.metrics import read_metrics
+from unmask.train.metrics import plot_run, read_metrics
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
 from unmask.train.recipe import Recipe
 from unmask.train.run import build_components, run_recipe
@@ -57,6 +57,11 @@ def test_the_model_it_leaves_generates(uninterrupted: Path) -> None:
     generation = model.generate("say 3", max_new_tokens=8)
     assert generation.completion_tokens <= 8
     assert model.config.mask_id not in generation.ids
+
+
+def test_a_run_is_plotted(uninterrupted: Path, tmp_path: Path) -> None:
+    assert plot_run(tmp_path) is None
+    assert plot_run(uninterrupted) == uninterrupted / "loss.png"
     assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

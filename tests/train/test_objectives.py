@@ -317,15 +317,17 @@ def test_many_samples_estimate_the_exact_margin_with_less_variance() -> None:
     model = tiny_model("llama", 2, torch.float64, num_layers=1)
     policy, rows = moved(model), pairs(1)
     exact = [_nelbo(model, rows, side) - _nelbo(policy, rows, side) for side in range(2)]
-    passes = [replace(rows, epoch_RL=torch.full_like(rows.epoch_RL, epoch)) for epoch in range(256)]
-    objective = dpo(policy, model, mask_samples=16, beta=1.0)
+    many = PackedRows(**{name: getattr(rows, name).repeat(16, 1) for name in Rows.__dataclass_fields__})
+    epoch = torch.arange(32)[:, None] // 2
+    passes = [replace(many, epoch_RL=(epoch + 16 * number).expand_as(many.epoch_RL).clone()) for number in range(16)]
+    objective = dpo(policy, model, 32, batch_rows=32, mask_samples=16, beta=1.0)
     estimates = torch.tensor([evaluate(objective, each, PHASE)["reward_margin"] for each in passes])
     assert float(estimates.std()) / len(passes) ** 0.5 < 0.06
     assert float(estimates.mean()) == pytest.approx(exact[0] - exact[1], rel=0.1)
-    few, many = (
+    of_few, of_many = (
         evaluate(dpo(policy, model, mask_samples=samples, beta=1.0), rows, PHASE)["margin_variance"] for samples in (2, 128)
     )
-    assert many < few / 20
+    assert of_many < of_few / 20
     assert "margin_variance" not in evaluate(dpo(policy, model, mask_samples=1), rows, PHASE)
 
 

@@ -54,7 +54,7 @@ RUNS = {
     "cap": lambda base: sft(base, objective={"cap": {"weight": 1.0}, "mask_samples": 2}),
     "autoregressive": lambda base: control(base),
     "shifted": lambda base: shifted(base),
-    "drafts": lambda base: drafts(base, denoise_share=0.4),
+    "drafts": lambda base: drafts(base, denoise_share=0.4, tokens=1500),
     "sft-lora": lambda base: sft(base, lora=LORA),
     "dpo": dpo,
     "dpo-lora": lambda base: dpo(base, **FROZEN_LORA),
@@ -68,11 +68,11 @@ SLOW = {"cap", "sft-lora", "dpo", "moe-aux", "moe-frozen"}
 
 
 def mixture(base: Path, policy: str) -> Recipe:
-    return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=2000, router={"policy": policy, "rate": 0.01})
+    return tiny_recipe(base / "mixture", base / "chats.jsonl", tokens=1500, router={"policy": policy, "rate": 0.01})
 
 
 def shifted(base: Path) -> Recipe:
-    values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=2000).model_dump(mode="json")
+    values = tiny_recipe(base / "ar", base / "chats.jsonl", tokens=1500).model_dump(mode="json")
     values["objective"] = {"kind": "joint", "draft_share": 0, "diffusion_weight": 2.0, "mask_samples": 2, "mask_noise_steps": 4}
     return parse_recipe(values | {"shift": True}, "test")
 

@@ -23,6 +23,13 @@ TIMEOUT = 60.0
 """Seconds that a collective may take; a whole test of several processes may take three times as long."""
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_PRELOAD = [
+    "unmask.train.run", "unmask.train.parallel.ranks", "unmask.train.parallel.apply", "unmask.train.parallel.dcp",
+    "unmask.train.parallel.export", "unmask.train.parallel.vocabulary", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch.distributed.tensor._redistribute", "torch.distributed.tensor.debug", "torch.distributed.checkpoint.filesystem",
+    "matrix", "runs",
+]  # fmt: skip
+"""What ranks need: imported once, by the process that they are forks of."""
 
 
 class RanksFailed(Exception):  # noqa: N818
@@ -75,9 +82,10 @@ class Pool:
 
     def _start(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["unmask.train.run", "torch.distributed.fsdp", "torch.distributed.tensor"])
-        before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        os.environ.update(_ENVIRONMENT)
+        context.set_forkserver_preload(_PRELOAD)
+        environment = _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # finds our modules
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
         try:
             while len(self._members) < size:
                 ours, theirs = context.Pipe()
