@@ -193,9 +193,9 @@ def test_probes_take_a_hundredth_of_the_time(count: int) -> None:
 
 def test_where_no_draft_can_pay_nobody_is_asked_or_probed() -> None:
     """A token more costs as much as a token is worth: a large batch is decoded as without drafts, at no cost of choosing."""
-    costs = EstimatedCosts({1: 1.0, 4: 1.4, 64: 20.0}, noisy={0: 0.0, 1: 0.2, 64: 4.0})
+    costs = EstimatedCosts({1: 1.0, 8: 2.4, 64: 20.0}, noisy={0: 0.0, 1: 0.2, 64: 4.0})
     options = options_of((0.98,) * 4, (0.98,) * 4)
-    for count, is_asked, is_probed in ((1, True, True), (8, True, False), (64, False, False)):
+    for count, is_asked, is_probed in ((1, True, True), (4, True, False), (64, False, False)):
         sequences = [Scripted(options, wants_probe=True) for _ in range(count)]
         planned(costs, sequences)
         assert any(sequence.num_asked for sequence in sequences) == is_asked
@@ -233,19 +233,19 @@ def test_masks_are_worth_what_they_have_drafted_less_the_price_of_verifying_it()
     estimates = DraftEstimates(history)
     for _ in range(20):
         estimates.record_masks([draft(0.8), draft(0.5)], 3)
-    free, dear = (estimates.worth(3, DraftPrices(price, 0.0, 0.0), 0) for price in (0.0, 0.5))
+    free, dear = (estimates.worth(3, DraftPrices(price, 0.0, 0.0, price), 0) for price in (0.0, 0.5))
     assert free[0] == dear[0] == 0.0
     assert free[1:] == pytest.approx([0.8, 1.2, 1.2], abs=0.1)
     assert dear == pytest.approx([0.0, 0.3], abs=0.1), "as far as they are worth anything"
     for _ in range(20):
         estimates.record_masks([draft(0.1)], 1)
-    assert estimates.worth(3, DraftPrices(0.2, 0.0, 0.0), 0)[-1] < 0.1
-    assert estimates.worth(3, DraftPrices(0.2, 0.1, 0.1), 0) == [0.0], "not worth the price of a mask"
+    assert estimates.worth(3, DraftPrices(0.2, 0.0, 0.0, 0.2), 0)[-1] < 0.1
+    assert estimates.worth(3, DraftPrices(0.2, 0.1, 0.1, 0.2), 0) == [0.0], "not worth the price of a mask"
 
 
 def test_one_mask_that_drafts_well_makes_more_of_them_worth_trying() -> None:
     estimates = DraftEstimates(DraftHistory())
-    prices = DraftPrices(0.15, 0.0, 0.0)
+    prices = DraftPrices(0.15, 0.0, 0.0, 0.15)
     before = estimates.worth(7, prices, 0)[-1]
     estimates.record_masks([draft(0.95)], 1)
     assert estimates.worth(7, prices, 0)[7] > before + 1
@@ -253,7 +253,7 @@ def test_one_mask_that_drafts_well_makes_more_of_them_worth_trying() -> None:
 
 def test_a_request_of_an_unknown_kind_tries_masks_as_often_as_they_have_paid() -> None:
     """What a try costs is small beside what all that follows would gain."""
-    history, prices = DraftHistory(), DraftPrices(0.1, 0.05, 0.2)
+    history, prices = DraftHistory(), DraftPrices(0.1, 0.05, 0.2, 0.1)
     for _ in range(64):
         history.outcomes.add((0.0,) * 32)
 
@@ -270,7 +270,7 @@ def test_a_request_of_an_unknown_kind_tries_masks_as_often_as_they_have_paid() -
     unknown = first_worth(40)
     assert unknown > 0.5
     assert first_worth(4) < unknown, "there is less to gain in a short answer"
-    assert DraftEstimates(history).worth(7, DraftPrices(0.9, 0.9, 0.9), 40) == [0.0], "nor is there where tokens are dear"
+    assert DraftEstimates(history).worth(7, DraftPrices(0.9, 0.9, 0.9, 0.9), 40) == [0.0], "nor is there where tokens are dear"
     for _ in range(60):
         answer(0.05)
     assert first_worth(40) < 0.1

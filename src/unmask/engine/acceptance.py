@@ -21,7 +21,8 @@ _STRENGTH = 4.0
 _MEMORY, _LONG_MEMORY = 0.95, 0.997
 """Of a request's observations and of those of all requests, what counts after one more."""
 _NOTHING_SEEN = (0.0, 0.0, 0.0, 0.0)
-_HIGHEST = 0.98
+_HIGHEST, _LEAST_GAIN = 0.98, 0.1
+"""Probability of the surest draft, and tokens that it must gain for sequences to be asked for drafts: asking takes time too."""
 _LONGEST = 32
 """Distances for which the worth of masks is kept."""
 _NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.5, 2.0), 0.98
@@ -42,24 +43,26 @@ class DraftPrices(NamedTuple):
     """What a token more in the forward costs, in tokens that decoding writes in that time.
 
     Attributes:
-        verify: a verify token.
+        verify: a verify token, on average over some.
         mask: a mask beside others.
         first_mask: a mask where there is no other.
+        first_verify: the first verify token.
     """
 
     verify: float
     mask: float
     first_mask: float
+    first_verify: float
 
     @property
     def drafts_may_pay(self) -> bool:
-        """Whether verifying the surest draft might; else nothing is drafted, and nothing need be known of drafts."""
-        return _PROMISING * self.verify < _HIGHEST
+        """Whether the surest draft gains enough by being verified to look for it; else nothing need be known of drafts."""
+        return _HIGHEST - min(self.first_verify, self.verify) > _LEAST_GAIN
 
     @property
     def masks_may_pay(self) -> bool:
         """Whether a mask might whose draft is the surest."""
-        return _HIGHEST - _PROMISING * self.verify > min(self.mask, self.first_mask)
+        return _HIGHEST - min(self.first_verify, self.verify) > min(self.mask, self.first_mask)
 
 
 class Draft(NamedTuple):

@@ -111,7 +111,8 @@ class DraftPlanner:
     def plan(self, sequences: Sequence[Drafting], num_beside: int = 0, num_running: int = 0) -> None:
         """Tell each sequence what to do in the next forward.
 
-        Where a token more costs what the surest draft is worth, as in a large batch, no sequence is asked what it could do.
+        Where a token more costs nearly what the surest draft is worth, as in a large batch, no sequence is asked what it could
+        do.
 
         Args:
             sequences: one plain token each.
@@ -126,7 +127,8 @@ class DraftPlanner:
         prices = self._prices((tokens, 0, drawn), len(sequences), rate)
         for sequence in sequences:
             sequence.follow_plan(NO_DRAFTS)
-        able = [sequence for sequence in sequences if sequence.may_draft] if prices.drafts_may_pay else []
+        may_pay = prices.drafts_may_pay or prices.masks_may_pay
+        able = [sequence for sequence in sequences if sequence.may_draft] if may_pay else []
         counts, gained = self._choose(able, (tokens, 0, drawn), prices, rate)
         if not num_beside:
             gain = max(1.0, (1 + gained / len(sequences)) * cost(tokens, 0, drawn) / cost(*counts))
@@ -142,6 +144,7 @@ class DraftPlanner:
             rate * (cost(tokens + _PRICED * count, 0, drawn) - cost(*plain)) / (_PRICED * count),
             rate * (cost(tokens + 2, 2, drawn) - cost(tokens + 1, 1, drawn)),
             rate * (cost(tokens + 1, 1, drawn) - cost(*plain)),
+            rate * (cost(tokens + 1, 0, drawn) - cost(*plain)),
         )
 
     def _choose(self, able: Sequence[Drafting], plain: Counts, prices: DraftPrices, rate: float) -> tuple[Counts, float]:

@@ -23,7 +23,7 @@ from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.models.arch.transformer import Transformer
 
 START = 1
-FREE = DraftPrices(0.0, 0.0, 0.0)
+FREE = DraftPrices(0.0, 0.0, 0.0, 0.0)
 PROMPT = (5, 17, 3, 40, 8)
 
 
