@@ -22,8 +22,9 @@ pytestmark = pytest.mark.slow
 NUM_CLIENTS = 32
 PROMPTS = [f"Tell me about number {number}." for number in range(NUM_CLIENTS)]
 BODY = {"model": NAME, "max_tokens": 32, "ignore_eos": True, "stream": True}
-NUM_WORKERS, NUM_CONVERSATIONS, NUM_TURNS = 3, 9, 4
-TURN_TOKENS = 32
+NUM_WORKERS, NUM_CONVERSATIONS = 4, 18
+TURNS = (160, 32, 32)
+"""Letters, which are tokens, of a conversation's questions."""
 by_package = pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.package)
 
 
@@ -131,6 +132,8 @@ async def converse(url: str, *, ids: bool) -> None:
     choose = random.Random(1)
     conversations: list[list[dict[str, str]]] = [[] for _ in range(NUM_CONVERSATIONS)]
     async with httpx2.AsyncClient(timeout=300) as client:
+        # As many at a time as there are workers: a full one would be left for an empty one, whatever it holds.
+        places = asyncio.Semaphore(NUM_WORKERS)
 
         async def take_turn(messages: list[dict[str, str]], text: str) -> None:
             messages.append({"role": "user", "content": text})
@@ -139,13 +142,14 @@ async def converse(url: str, *, ids: bool) -> None:
                 body["prompt"] = [ord(letter) for message in messages for letter in message["content"]]
             else:
                 body["messages"] = messages
-            response = await client.post(f"{url}/v1/{'' if ids else 'chat/'}completions", json=body)
+            async with places:
+                response = await client.post(f"{url}/v1/{'' if ids else 'chat/'}completions", json=body)
             assert response.status_code == 200, response.text
             if not ids:
                 messages.append(response.json()["choices"][0]["message"])
 
-        for _ in range(NUM_TURNS):
-            texts = ["".join(choose.choices("abcdefghij", k=TURN_TOKENS)) for _ in conversations]
+        for num_letters in TURNS:
+            texts = ["".join(choose.choices("abcdefghij", k=num_letters)) for _ in conversations]
             order = choose.sample(range(NUM_CONVERSATIONS), NUM_CONVERSATIONS)
             await asyncio.gather(*(take_turn(conversations[number], texts[number]) for number in order))
 

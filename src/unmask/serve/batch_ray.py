@@ -48,8 +48,9 @@ class RayOptions:
     gpus: int = 0
 
     def __post_init__(self) -> None:
-        if (self.replicas is not None and self.replicas < 1) or self.cpus < 1 or self.gpus < 0:
-            raise ConfigError(f"replicas is {self.replicas}, cpus {self.cpus}, gpus {self.gpus}; each takes at least one")
+        for name, value, least in (("replicas", self.replicas, 1), ("cpus", self.cpus, 1), ("gpus", self.gpus, 0)):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
         if find_spec("ray") is None:
             raise ConfigError("a batch on Ray needs the package ray, which is not installed; pip install 'unmask[ray]'")
 
