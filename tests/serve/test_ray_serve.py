@@ -46,7 +46,13 @@ def url(ray_serve: ModuleType, tmp_path: Path) -> Iterator[str]:
 
     cloudpickle.register_pickle_by_value(ray_serve)
     environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=80_000_000, runtime_env={"env_vars": environment})
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=80_000_000,
+        runtime_env={"env_vars": environment},
+    )
     model, port = tiny_folder(tmp_path / "model", max_positions=4096), free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = ray_serve.Settings(model=str(model), name="tiny", max_replicas=2, max_concurrent=1, quantize="none")
