@@ -581,7 +581,7 @@ def test_a_conversation_is_saved_as_markdown(tab: Visit, tmp_path: Path) -> None
 class TestRealServer:
     """A random model's nonsense through the whole of it."""
 
-    @pytest.mark.parametrize("diffusion", [True, False])
+    @pytest.mark.parametrize("diffusion", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_a_block_denoises_and_the_answer_is_the_servers(self, browser: Browser, tmp_path: Path, diffusion: bool) -> None:
         model = served_model(tmp_path, diffusion=diffusion, seconds=0.03)
         with live(model, ServerConfig(api_keys=("secret",))) as server, visit(browser, server.url) as tab:

@@ -65,7 +65,7 @@ def test_a_run_is_plotted(uninterrupted: Path, tmp_path: Path) -> None:
     assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 7, 9, 11])
+@pytest.mark.parametrize("stop_after", [1, 7, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 9))])
 def test_resume_in_any_phase_gives_the_same_losses(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stop_after: int
 ) -> None:

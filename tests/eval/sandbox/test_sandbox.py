@@ -127,7 +127,7 @@ for level in ("namespaces", "landlock", "limits"):
     ends = {}
     for name, (source, status, needs) in attacks.items():
         if needs is None or getattr(walls, needs) not in (False, "open"):
-            limits = Limits(seconds=1.0 if status == "timeout" else 60.0, memory_bytes=1 << 27)
+            limits = Limits(seconds=0.5 if status == "timeout" else 60.0, memory_bytes=1 << 27)
             ends[name] = run_program(source, stdin=given, limits=limits, level=level).status
     print(json.dumps([level, ends]))
 """
