@@ -115,9 +115,14 @@ def gguf_files(python: str, source: Path, folder: Path) -> dict[str, Path]:
         files[kind] = folder / f"{source.stem}-{kind}.gguf"
         if not files[kind].exists():
             temporary = files[kind].with_suffix(".tmp")
-            subprocess.run([python, str(RIVAL), "--quantize", kind, str(source), str(temporary)], check=True)
+            requantise(python, kind, source, temporary)
             temporary.rename(files[kind])
     return files
+
+
+def requantise(python: str, kind: str, source: Path, out: Path) -> None:
+    """Write a GGUF file's weights as another kind, by llama.cpp's own quantiser."""
+    subprocess.run([python, str(RIVAL), "--quantize", kind, str(source), str(out)], check=True, stderr=subprocess.DEVNULL)
 
 
 def by_turns(sides: Mapping[str, Ask], asked: Sequence[Question], rounds: int, max_tokens: int) -> dict[str, list[Speed]]:

@@ -65,9 +65,27 @@ def write_gguf(
         hidden: size of the hidden states, and of the feed-forward but for the default.
         changes: metadata to add or replace; None leaves a key out.
     """
-    rng = np.random.default_rng(0)
     ffn = FFN if hidden == HIDDEN else hidden
     writer = gguf.GGUFWriter(path, architecture)
+    _add_sizes(writer, hidden, ffn)
+    _add_tokenizer(writer)
+    expected = _add_tensors(writer, architecture, kind, hidden, ffn)
+    for key, value in changes.items():
+        writer.kv_data[0].pop(key, None)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def _add_sizes(writer: gguf.GGUFWriter, hidden: int, ffn: int) -> None:
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
     writer.add_embedding_length(hidden)
@@ -76,6 +94,9 @@ def write_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(100_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocabulary())
@@ -86,6 +107,11 @@ def write_gguf(
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+
+
+def _add_tensors(writer: gguf.GGUFWriter, architecture: str, kind: str, hidden: int, ffn: int) -> dict[str, np.ndarray]:
+    """Add random tensors; returns what they stand for, by Hugging Face names."""
+    rng = np.random.default_rng(0)
     expected: dict[str, np.ndarray] = {}
 
     def add(name: str, hf_name: str, *shape: int, heads: int = 0) -> None:
@@ -122,16 +148,4 @@ def write_gguf(
         add(f"blk.{i}.ffn_up.weight", f"{disk}.mlp.up_proj.weight", ffn, hidden)
         add(f"blk.{i}.ffn_down.weight", f"{disk}.mlp.down_proj.weight", hidden, ffn)
     add("output_norm.weight", "model.norm.weight", hidden)
-    for key, value in changes.items():
-        writer.kv_data[0].pop(key, None)
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     return expected

@@ -2,6 +2,7 @@
 
     python benchmarks/reproduction/rival.py FILE.gguf THREADS
     python benchmarks/reproduction/rival.py --quantize Q4_0 FILE.gguf OUT.gguf     # nothing is asked: weights of another kind
+    python benchmarks/reproduction/rival.py --predict FILE.gguf     # of `{"ids": [...], "first": n}`, the ids from n on
 
 Needs llama-cpp-python and nothing of ours, so that it may live in an environment of its own. Greedy; an end-of-text token does
 not end an answer: how long it is, is not the question here. The first line out says the version.
@@ -16,6 +17,7 @@ import time
 from itertools import islice
 
 import llama_cpp
+import numpy as np
 
 
 def quantize(kind: str, source: str, out: str) -> None:
@@ -28,7 +30,25 @@ def quantize(kind: str, source: str, out: str) -> None:
         sys.exit(f"error: llama.cpp's quantiser failed ({status}) on {source}")
 
 
+def predict(path: str) -> None:
+    """For each token of the lines that is predicted: the likeliest one, and the loss of the true one in nats."""
+    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        ids, first = asked["ids"], asked["first"]
+        model.reset()
+        model.eval(ids)
+        logits = model.scores[first - 1 : len(ids) - 1].astype(np.float64)
+        targets = np.asarray(ids[first:])
+        normalizers = np.logaddexp.reduce(logits, axis=1)
+        losses = normalizers - logits[np.arange(len(targets)), targets]
+        print(json.dumps({"likeliest": logits.argmax(1).tolist(), "losses": losses.tolist()}), flush=True)
+
+
 def main() -> None:
+    if sys.argv[1] == "--predict":
+        predict(sys.argv[2])
+        return
     if sys.argv[1] == "--quantize":
         quantize(*sys.argv[2:])
         return

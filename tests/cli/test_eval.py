@@ -131,6 +131,7 @@ def test_compare_and_sweep(run, fails, wide_folder: Path, tmp_path: Path) -> Non
 def test_needles_in_a_stretched_context(run, fails, wide_folder: Path, tmp_path: Path) -> None:
     asked = ("eval", "--model", wide_folder, "--limit", 1, "--quantize", "none")
     assert "--yarn" in fails(*asked, "--needle", "3000", "--out", tmp_path / "no")
+    fails(*asked, "--needle", "100", "--expert-capacity", 4, "--out", tmp_path / "dense", names=["expert_capacity", 4])
     assert "separated by commas" in fails(*asked, "--needle", "long", "--out", tmp_path / "no")
     assert "more than 1" in fails(*asked, "--needle", "1500", "--yarn", "0.5", "--out", tmp_path / "no")
     result = run(*asked, "--needle", "1500,2500", "--yarn", "2", "--out", tmp_path / "run")

@@ -46,6 +46,7 @@ def eval_(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = "auto",
+    expert_capacity: options.ExpertCapacity = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and why the rest would not.")] = False,
     show: Annotated[bool, typer.Option("--list", help="List our own tasks and suites.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the plan, as JSON.")] = False,
@@ -74,7 +75,9 @@ def eval_(
         _show_plan(console, selection, report, limit, as_json=as_json)
         return
     folder = _folder(out, model, suite or tasks or f"needle-{needle}", resume=resume)
-    language_model = evaluation.open_model(model, dtype=dtype, device=device, quantize=quantize, yarn=yarn)
+    language_model = evaluation.open_model(
+        model, dtype=dtype, device=device, quantize=quantize, yarn=yarn, expert_capacity=expert_capacity
+    )
     selection = replace(selection, own=(*selection.own, *evaluation.needles(needle, language_model)))
     run = EvalRun(
         model=language_model,

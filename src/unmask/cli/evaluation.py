@@ -95,7 +95,9 @@ def check_models(*names: str) -> None:
         find_config(name)
 
 
-def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None) -> LanguageModel:
+def open_model(
+    name: str, *, dtype: str, device: str, quantize: str, yarn: float | None = None, expert_capacity: int | None = None
+) -> LanguageModel:
     """A model ready to be timed: weights quantised, one token decoded; `yarn` extends its context by that factor.
 
     Raises:
@@ -105,12 +107,13 @@ def open_model(name: str, *, dtype: str, device: str, quantize: str, yarn: float
     from unmask.engine.quantization import for_dtype
     from unmask.models.arch.yarn import stretch_context
 
-    model = load(name, dtype, device, quantize if yarn is None else "none")
+    model = load(name, dtype, device, quantize if yarn is None else "none", expert_capacity)
     if yarn is not None:
         extended = stretch_context(model.transformer, yarn)
         model = unmask.LanguageModel(
-            extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=for_dtype(quantize, dtype)
-        )
+            extended, model.tokenizer, name=f"{name} (YaRN {yarn:g})", quantize=for_dtype(quantize, dtype),
+            expert_capacity=expert_capacity,
+        )  # fmt: skip
     if model.tokenizer is None:
         raise ConfigError(f"model {name} has no tokenizer; add tokenizer.json to its folder to evaluate it")
     model.generate_ids([model.tokenizer.eos_id], max_new_tokens=1)

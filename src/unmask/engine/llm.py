@@ -61,6 +61,7 @@ class LanguageModel:
     Attributes:
         config: the architecture and special token ids.
         quantize: the weights that decode: "int8", "int4" or "none".
+        expert_capacity: as given.
         adapter: LoRA that its requests have (`adapted_model`).
     """
 
@@ -87,7 +88,7 @@ class LanguageModel:
             self._transformer = weights.eval()
             kind = decoding_weights(quantize, weights.embed.weight.device)
             self._native = None if kind == "none" else packed_backend(weights, kind)
-        self._expert_capacity = expert_capacity
+        self.expert_capacity = expert_capacity
         if expert_capacity is not None:
             self.config.with_expert_capacity(expert_capacity)  # checks it
             self._native = None if self._native is None else self._native.with_expert_capacity(expert_capacity)
@@ -138,7 +139,7 @@ class LanguageModel:
     @cached_property
     def _plain(self) -> TorchBackend:
         backend = TorchBackend(self.transformer)
-        return backend if self._expert_capacity is None else backend.with_expert_capacity(self._expert_capacity)
+        return backend if self.expert_capacity is None else backend.with_expert_capacity(self.expert_capacity)
 
     @cached_property
     def drafting(self) -> DraftStatistics:

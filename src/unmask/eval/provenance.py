@@ -38,6 +38,7 @@ def about_model(model: LanguageModel) -> dict[str, Any]:
         "weights": weights_digest(model),
         "dtype": model.weights_dtype,
         "quantize": model.quantize,
+        "expert_capacity": model.expert_capacity,
         "diffusion": model.is_diffusion,
     }
 

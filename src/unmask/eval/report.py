@@ -127,9 +127,10 @@ def _about(side: str, results: Mapping[str, Any]) -> str:
     kind = "diffusion" if model["diffusion"] else "autoregressive"
     decoding = ", ".join(f"{name} {value}" for name, value in settings["decoding"].items()) or "defaults"
     precision = model["dtype"] if model["quantize"] == "none" else model["quantize"]
+    routing = "" if model["expert_capacity"] is None else f", {model['expert_capacity']} experts a block"
     packages = ", ".join(f"{name} {where['packages'].get(name)}" for name in ("unmask", "torch"))
     return (
-        f"{side} is {model['name']} ({kind}, weights {model['weights'][:12]} in {precision}), decoding: {decoding}, "
+        f"{side} is {model['name']} ({kind}, weights {model['weights'][:12]} in {precision}{routing}), decoding: {decoding}, "
         f"batch {settings['batch']}; {where['cpu']}, {where['threads']} threads, {packages}."
     )
 

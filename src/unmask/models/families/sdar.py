@@ -46,7 +46,10 @@ class SDAR(Qwen3):
 
     def for_export(self, config: ModelConfig) -> ModelConfig:
         if config.shifted:
-            raise CheckpointError(f"the code for {self.name} does not run shifted models (shift_start_token_id); use unmask")
+            raise CheckpointError(
+                f"the code for {self.name} does not run shifted models (shift_start_token_id); export the model with remote "
+                "code, or convert its parent unshifted"
+            )
         return replace(config, hf_extras={**_EXPORT_KEYS, "max_window_layers": config.num_layers, **config.hf_extras})
 
     def export_notes(self, config: ModelConfig) -> tuple[str, ...]:
@@ -80,9 +83,4 @@ def as_sdar(config: ModelConfig) -> ModelConfig:
         raise CheckpointError("the model is autoregressive (no mask_token_id); convert it to block diffusion first")
     if config.gated_lora_rank is not None:
         raise CheckpointError("the code for sdar has no gated LoRA (gated_lora_rank); export the model with remote code")
-    if config.shifted:
-        raise CheckpointError(
-            "the code for sdar does not run shifted models (shift_start_token_id); export the model with remote code, or "
-            "convert its parent unshifted"
-        )
     return SDAR().for_export(replace(config, family=SDAR.name, block_size=config.block_size or BLOCK_SIZE))

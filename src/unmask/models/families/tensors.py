@@ -26,6 +26,21 @@ class StoredTensor:
         return state[self.parameter][self.index]
 
 
+def misfits(expected: Mapping[str, StoredTensor], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the tensors of a file or folder, for messages; empty: they are those of an architecture.
+
+    Args:
+        expected: of the architecture, by names on disk.
+        found: shapes by name.
+    """
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name}" for name in found if name not in expected]
+    for name, shape in found.items():
+        if name in expected and tuple(shape) != expected[name].shape:
+            problems.append(f"wrong shape: {name} is {list(shape)}, must be {list(expected[name].shape)}")
+    return problems
+
+
 def attention_tensors(config: ModelConfig, disk: str, ours: str, names: Mapping[str, str]) -> dict[str, StoredTensor]:
     """Projections and norms of one attention layer.
 

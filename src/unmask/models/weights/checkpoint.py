@@ -25,7 +25,7 @@ from unmask.models.arch.transformer import Transformer
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.hf_values import eos
 from unmask.models.families.registry import family_of, read_config, stored_tensors, write_config
-from unmask.models.families.tensors import StoredTensor
+from unmask.models.families.tensors import StoredTensor, misfits
 from unmask.models.weights.adapter import folded_state
 from unmask.models.weights.boxes import Box, BoxedTensor
 from unmask.models.weights.hub import ADAPTED_CONFIG, base_folder
@@ -292,14 +292,11 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
     stored, ignored = stored_tensors(config), family_of(config).ignored_tensors(config)
     with ExitStack() as stack:
         files = TensorFiles(folder, stack)
-        problems = [f"missing: {name}" for name in stored if name not in files.names]
-        problems += [f"unexpected: {name}" for name in files.names if name not in stored and not ignored.fullmatch(name)]
-        for name in (name for name in files.names if name in stored):
-            shape, dtype = files.header(name)
-            if shape != stored[name].shape:
-                problems.append(f"wrong shape: {name} is {list(shape)}, must be {list(stored[name].shape)}")
-            if not isinstance(dtype, torch.dtype):
-                problems.append(f"wrong dtype: {name} is {dtype}, must be floating point")
+        headers = {name: files.header(name) for name in files.names if name in stored or not ignored.fullmatch(name)}
+    problems = misfits(stored, {name: shape for name, (shape, _) in headers.items()})
+    for name, (_, dtype) in headers.items():
+        if name in stored and not isinstance(dtype, torch.dtype):
+            problems.append(f"wrong dtype: {name} is {dtype}, must be floating point")
     if f"missing: {_HEAD}" in problems:
         problems.append("tie_word_embeddings is false; make it true where the embedding is the head")
     if problems:

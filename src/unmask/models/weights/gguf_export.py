@@ -94,7 +94,7 @@ def export_gguf(
             "general.name": folder.resolve().name,
             **tokenizer_metadata(tokenizer.backend, tokenizer.named, config.eos_ids, tokenizer.template, config.vocab_size),
         }
-        extra = _rope_factors(hf)
+        extra = {ROPE_FACTORS: llama3_factors(config.rope, config.head_dim)} if config.rope.kind == "llama3" else {}
 
         def tensors() -> Any:
             yield from extra.items()
@@ -141,14 +141,6 @@ def _packed(name: str, tensor: Tensor, kind: str, config: ModelConfig) -> NDArra
         rows = converted_tensor(name, rows, torch.float16)
     packed: NDArray[Any] = quantize(np.ascontiguousarray(rows.float().numpy()), GGMLQuantizationType[kind.upper()])
     return packed
-
-
-def _rope_factors(hf: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """The tensor that stands for rope scaling of kind llama3, by name; none for other kinds."""
-    scaling = hf["rope_scaling"]
-    if scaling is None or scaling["rope_type"] != "llama3":
-        return {}
-    return {ROPE_FACTORS: llama3_factors(scaling, hf["rope_theta"], hf["head_dim"])}
 
 
 def _write(

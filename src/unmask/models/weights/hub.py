@@ -30,6 +30,7 @@ from unmask.errors import CheckpointError, ConfigError, UnmaskNote
 from unmask.files import atomic_write, bytes_writer, disk_errors, read_json, staging_folder
 from unmask.models.arch.config import ModelConfig
 from unmask.models.families.registry import read_config, stored_tensors
+from unmask.models.families.tensors import misfits
 from unmask.models.weights.delta import DIGEST_BYTES, Delta
 from unmask.models.weights.gguf.file import GGUFFile
 from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write_checkpoint
@@ -286,15 +287,8 @@ def _config_of(gguf: GGUFFile, hf_config: Mapping[str, Any]) -> ModelConfig:
         config = read_config(hf_config)
     except ConfigError as error:
         raise CheckpointError(f"{gguf.path}: {error}") from error
-    expected = {name: stored.shape for name, stored in stored_tensors(config).items()}
-    found = {name: gguf.shape(name) for name in gguf.names()}
-    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if differing:
-        name = differing[0]
-        raise CheckpointError(
-            f"{gguf.path} does not fit its own config: {name} has shape {found.get(name)}, must have {expected.get(name)}"
-            f"{f' (and {len(differing) - 1} others)' if len(differing) > 1 else ''}; get it again"
-        )
+    if problems := misfits(stored_tensors(config), {name: gguf.shape(name) for name in gguf.names()}):
+        raise CheckpointError(f"{gguf.path} does not fit its own config: {'; '.join(problems)}; get it again")
     return config
 
 

@@ -14,10 +14,13 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import rival_llama
 from helpers import refused
 from tiny_gguf import write_gguf
 from unmask.errors import CheckpointError
 from unmask.models.arch.attention import DenseAttend
+from unmask.models.arch.config import RopeConfig
+from unmask.models.arch.transformer import Transformer
 from unmask.models.families.registry import read_config, stored_tensors
 from unmask.models.weights.gguf.file import GGUFFile
 from unmask.models.weights.gguf.metadata import llama3_factors
@@ -122,10 +125,11 @@ def test_rope_scaling(changes: dict[str, Any], rope: dict[str, Any], tmp_path: P
 
 def test_llama3_factors_are_those_of_transformers() -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = RopeConfig(theta=500_000.0, kind="llama3", factor=8.0, original_max_positions=8192)
     config = LlamaConfig(head_dim=64, rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, **scaling})
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500_000.0 ** (-np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(llama3_factors(scaling, 500_000.0, 64), plain / frequencies.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(llama3_factors(rope, 64), plain / frequencies.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 3000, 30_000])
@@ -169,7 +173,7 @@ def test_other_types_of_weights_are_named(number: int, tiny_gguf: TinyGGUF) -> N
     ("changes", "names"),
     [
         ({"llama.block_count": None}, ("'llama.block_count'",)),
-        ({"llama.block_count": 3}, ("model.layers.2.input_layernorm.weight", 8)),
+        ({"llama.block_count": 3}, ("model.layers.2.input_layernorm.weight", "model.layers.2.mlp.down_proj.weight")),
         ({"llama.block_count": 1}, ("model.layers.1.input_layernorm.weight",)),
         ({"llama.attention.head_count": [4, 4]}, ("llama.attention.head_count", [4, 4])),
         ({"llama.attention.head_count": 0}, ("num_heads", 0)),
@@ -275,3 +279,34 @@ def test_embedded_tokenizer_is_smollm2s(embedded: Path) -> None:
     for text in ("Hello,  world!\n\n\tdef f(x):  return x", "<|im_start|>user\nnaïve 你好<|im_end|>", " leading"):
         assert tokenizer.encode(text) == theirs.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Activations in groups of 8-bit integers, as llama.cpp multiplies them with quantised weights (Q8_0, Q8_K)."""
+    groups = x.unflatten(-1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((groups / scale).round() * (scale.half().float() if group == 32 else scale)).flatten(-2)
+
+
+@pytest.mark.slow
+def test_llama_cpp_differs_from_quantised_weights_by_its_8_bit_activations(tmp_path: Path) -> None:
+    kinds, ids = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q6_K": 256}, [5, 9, 30, 100, 7, 60, 200, 11]
+    causal = DenseAttend(torch.ones(1, len(ids), len(ids), dtype=torch.bool).tril())
+    for kind in kinds:
+        write_gguf(tmp_path / f"{kind}.gguf", kind=kind, hidden=256)
+    answers = rival_llama.ask(*(rival_llama.request(tmp_path / f"{kind}.gguf", ids) for kind in kinds))
+    for (kind, group), answer in zip(kinds.items(), answers, strict=True):
+        model = load_model(resolve(str(tmp_path / f"{kind}.gguf"), cache=tmp_path / "cache"), dtype=torch.float32)
+        theirs = torch.tensor(answer["logits"])
+
+        @torch.no_grad()
+        def error(group: int | None, model: Transformer = model, theirs: torch.Tensor = theirs) -> float:
+            hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None], causal)
+            ours = model.head(hidden if group is None else rounded(hidden, 32))[0]  # the head is Q8_0
+            return float(torch.linalg.vector_norm(theirs - ours) / torch.linalg.vector_norm(ours))
+
+        before = error(None)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda module, inputs, group=group: (rounded(inputs[0], group),))
+        assert error(group) < before / 2, kind

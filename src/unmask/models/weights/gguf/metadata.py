@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmask.errors import CheckpointError
+from unmask.models.arch.config import RopeConfig
+from unmask.models.arch.layers import rope_frequencies
+from unmask.models.families.rope_keys import read_rope
 
 ARCHITECTURES: Mapping[str, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """llama.cpp's architectures that are read and written, which are called as our families, and transformers' class of each."""
@@ -123,7 +126,8 @@ class Metadata:
             scaling["original_max_position_embeddings"] = self.integer(
                 original, int(_LLAMA3["original_max_position_embeddings"])
             )
-            expected = llama3_factors(scaling, self.number(f"{arch}.rope.freq_base", 10_000.0), head_dim)
+            keys = {"rope_theta": self.number(f"{arch}.rope.freq_base", 10_000.0), "rope_scaling": scaling}
+            expected = llama3_factors(read_rope(keys, max_positions=0, default_fraction=1.0), head_dim)
             if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-3):
                 raise self.error("scales its rotary frequencies by factors other than Llama 3's; not supported")
             return scaling
@@ -144,13 +148,10 @@ class Metadata:
         return yarn | {field: self.number(f"{prefix}.{key}", default) for key, (field, default) in _YARN_KEYS.items()}
 
 
-def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> NDArray[np.float32]:
+def llama3_factors(rope: RopeConfig, rotary_dim: int) -> NDArray[np.float32]:
     """What rope scaling of kind llama3 divides the frequency of each rotating pair by."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    factors: NDArray[np.float32] = (1 / (kept + (1 - kept) / scaling["factor"])).astype(np.float32)
+    plain, scaled = (rope_frequencies(each, rotary_dim)[0] for each in (RopeConfig(theta=rope.theta), rope))
+    factors: NDArray[np.float32] = (plain / scaled).numpy()
     return factors
 
 
