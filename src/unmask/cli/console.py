@@ -188,5 +188,5 @@ def pick_device(device: str) -> str:
     if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device '{device}' is not supported; use auto, cpu or cuda")
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
+        raise ConfigError(f"device '{device}' is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
     return device
