@@ -32,13 +32,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flat top_p": {"temperature": 1.5, "top_p": 0.95},
     "penalties": {"frequency_penalty": 0.5, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3},
 }
-ONE_TOKEN_A_STEP: dict[str, Any] = {"threshold": 1.0, "mode": "diffusion", "ignore_eos": True}
+ONE_TOKEN_A_STEP: dict[str, Any] = {"threshold": 1.0, "ignore_eos": True}
 
 
 def seconds_per_forward(model: LanguageModel, ids: Sequence[int], tokens: int, options: dict[str, Any]) -> float:
     """CPU time of decoding `tokens` tokens by its forwards; what else the machine does hardly changes it."""
     started = time.process_time()
-    completion = model.complete(ids, max_new_tokens=tokens, **ONE_TOKEN_A_STEP, **options)
+    mode = "diffusion" if model.is_diffusion else "ar"
+    completion = model.complete(ids, max_new_tokens=tokens, mode=mode, **ONE_TOKEN_A_STEP, **options)
     return (time.process_time() - started) / completion.forwards
 
 
