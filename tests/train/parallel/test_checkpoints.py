@@ -109,10 +109,11 @@ SECTIONS: dict[str, Values] = {
 LAYOUTS = [
     ("full", "llama", ParallelDims(tensor=2), ParallelDims(data_shard=2)),
     ("full", "llama", ParallelDims(data_shard=2, tensor=2), ParallelDims(tensor=2)),
-    ("full", "llada2", ParallelDims(data_shard=2, expert=2), ParallelDims(data_shard=2)),
+    ("full", "llada2", ParallelDims(data_shard=2, expert=2), ParallelDims(data_replicate=2)),
+    ("full", "llada2", ParallelDims(data_replicate=2), ParallelDims(data_shard=2, tensor=2)),
     ("full", "llada2", ParallelDims(data_shard=2, tensor=2), ParallelDims(data_shard=4, expert=2)),
     ("lora", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
-    ("gated", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
+    ("gated", "llama", ParallelDims(data_replicate=2), ParallelDims(tensor=2)),
     ("pairs", "llama", ParallelDims(data_shard=2), ParallelDims(data_shard=2)),
     ("appended", "llama", ParallelDims(data_shard=2), ParallelDims(tensor=2)),
     ("packed", "llama", ParallelDims(data_shard=2), ParallelDims(data_shard=4)),

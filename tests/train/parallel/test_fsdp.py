@@ -9,7 +9,7 @@ from processes import Pool
 from unmask.train.parallel.dims import ParallelDims
 
 SHARD2 = ParallelDims(data_shard=2)
-HYBRID = ParallelDims(data_replicate=2, data_shard=2)
+HYBRID, COPIES = ParallelDims(data_replicate=2, data_shard=2), ParallelDims(data_replicate=2)
 
 QUICK = [
     Case(SHARD2, model={"tied_head": True}),
@@ -18,6 +18,7 @@ QUICK = [
     Case(HYBRID, "draft", "gated", train={"micro_rows": 1}),
     # Ranks have different numbers of chunks: of 8 rows the last is padding, and the noise differs.
     Case(SHARD2, chunk=3),
+    Case(COPIES, "denoise", train={"micro_rows": 1}),
 ]
 SLOW = [
     *(Case(SHARD2, block_size=size) for size in (1, None)),
@@ -34,7 +35,10 @@ SLOW = [
     Case(HYBRID, "cap", "full", "llada2", train={"micro_rows": 1}),
     Case(HYBRID, "preference"),
     Case(HYBRID, "next_token", "lora"),
-    Case(ParallelDims(data_replicate=2), "denoise"),
+    Case(COPIES, "joint"),
+    Case(COPIES, "draft", "gated", train={"activation_checkpointing": True}),
+    Case(COPIES, "cap", "full", "llada2", train={"micro_rows": 1}),
+    Case(COPIES, "preference", "lora"),
     Case(SHARD2, "cap", "lora", train={"activation_checkpointing": True}, chunk=3),
     Case(SHARD2, "preference", chunk=3),
     Case(SHARD2, "draft", "gated", model={"tied_head": True}, chunk=3),

@@ -18,7 +18,7 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
 
     Args:
         model: whole, its parameters in the dtype of the master weights: float32, or float64 in tests.
-        world: the ranks. With one process nothing happens.
+        world: the ranks. With one process nothing happens, nor where each has a whole copy in the compute dtype.
         compute_dtype: of matrix products.
 
     Returns:
@@ -29,7 +29,9 @@ def parallelize(model: Transformer, world: World, *, compute_dtype: torch.dtype)
     """
     dims = world.dims
     dims.check_model(model.config)
-    if world.size == 1:
+    # Whole copies that compute in the dtype of their masters: nothing is gathered, and `World.sum_gradients` sums.
+    whole = dims.data_replicate == world.size and compute_dtype == model.embed.weight.dtype
+    if world.size == 1 or whole:
         return None
     # Imported here: a run of one process needs none of it.
     from unmask.train.parallel.expert import apply_expert

@@ -27,7 +27,7 @@ class ParallelDims:
     """Degrees of parallelism; their product, without `expert`, is the number of processes.
 
     Attributes:
-        data_replicate: copies of the model, each trained on other rows (HSDP; DDP where `data_shard` is 1).
+        data_replicate: copies of the model, each trained on other rows: HSDP, or sums of gradients alone.
         data_shard: ranks that each hold a shard of every parameter and train on other rows (FSDP).
         context: ranks that divide the positions of a row.
         tensor: ranks that divide each matrix.

@@ -29,6 +29,8 @@ from unmask.train.parallel.faults import RollCall
 from unmask.train.parallel.world import GroupName, World
 
 T = TypeVar("T")
+_SUMMED_ALONE = 2**18
+"""Gradients of fewer numbers are summed together, in one message."""
 
 
 class Ranks(World):
@@ -124,11 +126,19 @@ class Ranks(World):
         plain = [parameter for parameter in parameters if parameter.requires_grad and not isinstance(parameter, DTensor)]
         if not plain:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-        total = torch.cat([gradient.flatten() for gradient in gradients])
-        self.sum_tensor(total, "predictions")
-        for parameter, part in zip(plain, total.split([gradient.numel() for gradient in gradients]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        small = []
+        for parameter in plain:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.numel() < _SUMMED_ALONE:
+                small.append(parameter.grad)
+            else:
+                self.sum_tensor(parameter.grad, "predictions")
+        if small:
+            total = torch.cat([gradient.flatten() for gradient in small])
+            self.sum_tensor(total, "predictions")
+            for gradient, part in zip(small, total.split([gradient.numel() for gradient in small]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         # Gradients of one mesh, sharded over the same dimensions of it, are summed together.
