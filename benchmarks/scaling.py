@@ -1,6 +1,6 @@
 """Weak scaling of training on a CPU: tokens/s of two processes of one thread over those of one process of one thread.
 
-    python benchmarks/scaling.py [--model smollm2-135m] [--rows 2] [--micro-rows 1] [--row-length 384] [--turns 2]
+    python benchmarks/scaling.py [--model smollm2-135m] [--rows 4] [--micro-rows 1] [--row-length 384] [--turns 1]
 
 Every process trains on `--rows` rows of a step, in micro-batches of `--micro-rows`, whose gradients add up before they are
 summed over the processes. The processes stay the same, and take turns:
@@ -148,10 +148,10 @@ def report(console: Console, turns: list[dict[str, Any]], options: argparse.Name
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=2, help="of a step, for each process")
+    parser.add_argument("--rows", type=int, default=4, help="of a step, for each process")
     parser.add_argument("--micro-rows", type=int, default=1, help="of a micro-batch")
     parser.add_argument("--row-length", type=int, default=384)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layout", default="data_replicate=2", help="of the processes, as of unmask plan")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
