@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx2
 import openai
-from common import arguments, figure, print_json, results_path, write_results
+from common import answers_at, arguments, figure, print_json, results_path, write_results
 from floors import machine
 from rich.console import Console
 from rich.table import Table
@@ -105,7 +105,7 @@ def process(command: list[str], url: str, threads: int) -> Iterator[None]:
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         end = time.monotonic() + 120
-        while not _answers(url):
+        while not answers_at(url):
             if running.poll() is not None or time.monotonic() > end:
                 sys.exit(f"error: {' '.join(command)} does not answer")
             time.sleep(0.2)
@@ -113,13 +113,6 @@ def process(command: list[str], url: str, threads: int) -> Iterator[None]:
     finally:
         running.terminate()
         running.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx2.get(url).status_code == 200
-    except httpx2.HTTPError:
-        return False
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
+
+import httpx2
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +48,14 @@ def results_path(folder: Path, name: str, suffix: str = ".json") -> Path:
     """`folder`/NAME_DATE.json, the folder being made."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}_{datetime.now(UTC):%Y-%m-%d}{suffix}"
+
+
+def answers_at(url: str, statuses: Container[int] = (200,)) -> bool:
+    """Whether a server answers at an address, with one of these statuses."""
+    try:
+        return httpx2.get(url).status_code in statuses
+    except httpx2.HTTPError:
+        return False
 
 
 def write_results(path: Path, content: Any) -> None:

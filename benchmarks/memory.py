@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import httpx2
 import openai
-from common import arguments, results_path, write_results
+from common import answers_at, arguments, results_path, write_results
 from rich.console import Console
 
 import unmask
@@ -44,7 +43,7 @@ def serving(model: str) -> Iterator[tuple[str, int]]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        while not _is_ready(url):
+        while not answers_at(f"{url}/ready"):
             if process.poll() is not None:
                 sys.exit(f"error: {' '.join(command)} ended with {process.returncode}")
             time.sleep(0.2)
@@ -52,13 +51,6 @@ def serving(model: str) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/ready").status_code == 200
-    except httpx2.HTTPError:
-        return False
 
 
 def resident_mb(pid: int) -> float:

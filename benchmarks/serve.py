@@ -30,9 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
-from common import arguments
+from common import answers_at, arguments
 from floors import machine
 from rich.console import Console
 from rich.progress import Progress
@@ -43,6 +42,8 @@ from unmask.serve.server import listen
 
 PAUSE_SECONDS = 0.5
 MAX_TOKENS = 64
+UP = (200, 404)
+"""llama-cpp-python's server has no /ready: 404 says that it is there."""
 QUESTIONS = (
     "What is the capital of France?",
     "Name three primary colours.",
@@ -108,9 +109,9 @@ def running(side: Side) -> Iterator[str]:
     try:
         for path in ("/ready", "/v1/models"):
             end = time.monotonic() + 120
-            while not _answers(url + path) and process.poll() is None and time.monotonic() < end:
+            while not answers_at(url + path, UP) and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.2)
-            if _answers(url + path):
+            if answers_at(url + path, UP):
                 break
         if process.poll() is not None:
             sys.exit(f"error: {' '.join(side.command)} ended with {process.returncode}")
@@ -118,14 +119,6 @@ def running(side: Side) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        # llama-cpp-python's server has no /ready: 404 says that it is there.
-        return httpx2.get(url).status_code in (200, 404)
-    except httpx2.HTTPError:
-        return False
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, question: str) -> Served:

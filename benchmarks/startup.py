@@ -27,8 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx2
-from common import Figure, arguments, figure, print_json, results_path, write_results
+from common import Figure, answers_at, arguments, figure, print_json, results_path, write_results
 from rich.console import Console
 
 from unmask.models.weights.hub import cache_folder, resolve
@@ -68,7 +67,7 @@ def serve_until(path: str, model: str, environment: Mapping[str, str]) -> Cost:
     started = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not _answers(f"http://127.0.0.1:{port}{path}"):
+        while not answers_at(f"http://127.0.0.1:{port}{path}"):
             if process.poll() is not None or time.perf_counter() - started > TIMEOUT:
                 sys.exit(f"error: {' '.join(command)} ended with {process.poll()}")
             time.sleep(0.02)
@@ -77,13 +76,6 @@ def serve_until(path: str, model: str, environment: Mapping[str, str]) -> Cost:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx2.get(url).status_code == 200
-    except httpx2.HTTPError:
-        return False
 
 
 def _cpu_seconds(pid: int) -> float:
