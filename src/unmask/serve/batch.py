@@ -95,7 +95,7 @@ def answer_missing(
 
         on_progress(BatchCounts.of(requests, answers))
         if len(answers.failed) < len(requests.ids):
-            answer((line for line in requests.lines() if line.custom_id not in answers.failed), write)
+            answer(requests.missing(answers), write)
         return BatchCounts.of(requests, answers)
     finally:
         answers.close()

@@ -105,6 +105,10 @@ class BatchFile:
         """The requests, one at a time; raises DataError as `read`."""
         return (line for _, line in _read_lines(self.path, str(self.path)))
 
+    def missing(self, answers: BatchAnswers) -> Iterator[BatchLine]:
+        """The requests that have no answer when their turn comes; raises DataError as `read`."""
+        return (line for line in self.lines() if line.custom_id not in answers.failed)
+
 
 def _read_lines(path: Path, where: str) -> Iterator[tuple[int, BatchLine]]:
     """The requests of a file with the numbers of their lines, from 1."""

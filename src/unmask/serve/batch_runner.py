@@ -133,10 +133,9 @@ class BatchRunner:
             return await ask(client, line, self._name, self._wait_ready)
 
         self._count(id_, requests, answers)
-        lines = (line for line in requests.lines() if line.custom_id not in answers.failed)
         # The client's own limits are for requests that somebody waits for.
         async with batch_client(self._app, {"unmask.client": Client(batch.owner)}) as client:
-            await answer_lines(lines, ask_line, write, admit, self._room.release)
+            await answer_lines(requests.missing(answers), ask_line, write, admit, self._room.release)
 
     async def _wait_ready(self) -> None:
         while self._worker.state == "loading":
@@ -212,9 +211,8 @@ def _divide(answered: Path, requests: BatchFile | None, answers: BatchAnswers, o
         for line in source:
             custom_id = json.loads(line)["custom_id"]
             (bad if answers.failed[custom_id] else good).write(line)
-        for request in () if requests is None else requests.lines():
-            if request.custom_id not in answers.failed:
-                _write_expired(request.custom_id, bad)
+        for request in () if requests is None else requests.missing(answers):
+            _write_expired(request.custom_id, bad)
 
 
 def _write_expired(custom_id: str, file: BinaryIO) -> None:

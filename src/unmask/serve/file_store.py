@@ -104,17 +104,13 @@ class FileStore:
     @contextmanager
     def arriving(self, num_bytes: int) -> Iterator[Path]:
         """Where a file of at most so many bytes is written before it is added; removed at the end, unless it was."""
-        path = self.new_path()
+        path = self._folder / "content" / f"{_UPLOADING}{secrets.token_hex(12)}"
         self._arriving += num_bytes
         try:
             yield path
         finally:
             self._arriving -= num_bytes
             path.unlink(missing_ok=True)
-
-    def new_path(self) -> Path:
-        """A name for a file that is not there yet."""
-        return self._folder / "content" / f"{_UPLOADING}{secrets.token_hex(12)}"
 
     def add_file(
         self, owner: str, path: Path, filename: str, purpose: str, *, seconds: int | None = None, id_: str = ""
