@@ -23,6 +23,24 @@ STOP_NOTICE = b"\nfinishing what runs; Ctrl-C again drops it\n"
 FAILED = 1
 """Exit code where some of the requests were refused or failed."""
 
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with --out: what it answers is not asked again, failures of the server (5xx) are."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster that answers; auto: the one of this machine, local: one of its own. [default: none]",
+        rich_help_panel="Ray",
+    ),
+]
+Replicas = Annotated[
+    int | None,
+    typer.Option(min=1, help="Replicas of the model on the cluster.", show_default="one a node", rich_help_panel="Ray"),
+]
+ReplicaCpus = Annotated[int, typer.Option(min=1, help="CPUs of a replica.", rich_help_panel="Ray")]
+
 
 def batch(
     requests: Annotated[Path, typer.Argument(metavar="REQUESTS", help="A file of requests, one JSON object a line.")],
@@ -36,25 +54,10 @@ def batch(
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache holds.", show_default="what fits 1 GiB")
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with --out: what it answers is not asked again, failures of the server (5xx) are."
-        ),
-    ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster that answers; auto: the one of this machine, local: one of its own. [default: none]",
-            rich_help_panel="Ray",
-        ),
-    ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(min=1, help="Replicas of the model on the cluster.", show_default="one a node", rich_help_panel="Ray"),
-    ] = None,
-    replica_cpus: Annotated[int, typer.Option(min=1, help="CPUs of a replica.", rich_help_panel="Ray")] = 1,
+    resume: Resume = False,
+    ray: RayAddress = None,
+    replicas: Replicas = None,
+    replica_cpus: ReplicaCpus = 1,
     quantize: options.Quantize = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -100,6 +103,11 @@ def batch(
             counts = run_batch(load(), batch_file, out, config, on_progress=on_progress, should_stop=should_stop)
         else:
             counts = run_ray_batch(load, batch_file, out, config, cluster, on_progress=on_progress, should_stop=should_stop)
+    _report(counts, out)
+
+
+def _report(counts: BatchCounts, out: Path) -> None:
+    """Say how far the job is, by the exit code too."""
     failed = f", {counts.failed:,} of them with an error" if counts.failed else ""
     typer.echo(f"answered {counts.done:,} of {counts.total:,} requests{failed}: {out}", err=True)
     if counts.done < counts.total:
