@@ -80,10 +80,14 @@ def _wait_until_served(url: str) -> None:
     time.sleep(HEALTH_SECONDS)
 
 
+_PORTS = iter(random.Random(os.getpid()).sample(range(12_000, 30_000, 4), 4_500))
+"""Below those that connections get; each is given once, with three behind it, where a worker may publish."""
+
+
 def free_port() -> int:
-    """A port that nobody listens on, below those that connections get."""
+    """A port that nobody listens on."""
     while True:
-        port = random.randint(12_000, 30_000)
+        port = next(_PORTS)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

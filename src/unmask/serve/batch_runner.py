@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,10 +188,15 @@ class _Room:
         self._num_asked = 0
         self._turn = asyncio.Lock()  # first come, first served: batches take turns
 
-    async def take(self, is_wanted: Any) -> bool:
-        """Wait for room for one line; False: it is not wanted any more."""
+    async def take(self, is_wanted: Callable[[], bool]) -> bool:
+        """Wait for room for one line; False: it is not wanted any more, which is asked before it waits and now and then."""
+        asked_at = -_COUNT_SECONDS
         async with self._turn:
-            while is_wanted():
+            while True:
+                if (now := time.monotonic()) - asked_at >= _COUNT_SECONDS:
+                    if not is_wanted():
+                        break
+                    asked_at = now
                 others = self._worker.num_requests - self._worker.num_background
                 allowed = self._beside if others else self._alone
                 if self._num_asked < allowed and others + self._num_asked < self._max_concurrent:

@@ -114,28 +114,35 @@ def gated_hidden(
     count = num_noisy(stream)
     noisy, clean = (slice(None), slice(count)), (slice(None), slice(count, None))
     assert bool((stream.predict[1] < count).all()), "the clean copy predicts nothing here"
-    clean_kv: dict[int, tuple[Tensor, Tensor]] = {}
+    attend_noisy = make_attend(index, backend, count)
     if count < index.copy_BT.shape[1]:
-        over_clean = make_attend(index[clean], backend)
-
-        def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            # Values alone: as they come they are a part of what was projected together.
-            clean_kv[layer] = (k_BGTS, v_BGTS.contiguous())
-            return over_clean(layer, q_BHTS, k_BGTS, v_BGTS)
-
+        attend_clean, attend_noisy = over_clean_copy(make_attend(index[clean], backend), attend_noisy)
         with torch.no_grad():
             clean_layers(stream.tokens_BT[clean], stream.position_BT[clean], attend_clean)
-    over_all = make_attend(index, backend, count)
-
-    def attend_noisy(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-        if clean_kv:
-            k, v = clean_kv[layer]
-            k_BGTS, v_BGTS = torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2)
-        return over_all(layer, q_BHTS, k_BGTS, v_BGTS)
-
     noise = None if noise_BTD is None else noise_BTD[noisy]
     noisy_BT = torch.ones_like(index.copy_BT[noisy], dtype=torch.bool)
     return noisy_layers(stream.tokens_BT[noisy], stream.position_BT[noisy], attend_noisy, input_noise=noise, noisy_BT=noisy_BT)
+
+
+def over_clean_copy(attend_clean: Attend, attend_all: Attend) -> tuple[Attend, Attend]:
+    """Attention of the clean copy, which leaves its keys and values, and of the noisy copies after it, which read them, too.
+
+    Args:
+        attend_clean: of the clean copy to itself.
+        attend_all: of the noisy copies to themselves and, behind these, the clean copy.
+    """
+    clean_kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def leave(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        # Values alone: as they come they are a part of what was projected together.
+        clean_kv[layer] = (k_BGTS, v_BGTS.contiguous())
+        return attend_clean(layer, q_BHTS, k_BGTS, v_BGTS)
+
+    def read(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
+        k, v = clean_kv[layer]
+        return attend_all(layer, q_BHTS, torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2))
+
+    return leave, read
 
 
 def stage_hidden(

@@ -12,7 +12,7 @@ import torch
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.train.plan.gpus import GIB, Gpu, gpu_of_device
-from unmask.train.plan.work import mean_row, model_flops, phase_works, trained_of
+from unmask.train.plan.work import as_trained, mean_row, model_flops, phase_works, trained_of
 from unmask.train.recipe import Recipe
 
 
@@ -44,8 +44,9 @@ class Utilisation:
     @classmethod
     def of_run(cls, recipe: Recipe, config: ModelConfig, gpu: Gpu | None, num_devices: int) -> Utilisation | None:
         """That of a run; None where the peak or the FLOP are not known: other devices, joint training with alignment."""
-        if gpu is None or config.gated_lora_rank != recipe.train.gated_lora_rank:
+        if gpu is None:
             return None
+        recipe = as_trained(recipe, config)
         try:
             rows = [mean_row(kinds) for kinds in phase_works(recipe)]
         except ConfigError:

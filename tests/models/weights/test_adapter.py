@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers import disk_full, make_tokenizer, refused
 from models.weights.saved import loads_as, saved_base
-from tiny import FAMILIES, causal_logits, perturb, tiny_model
+from tiny import FAMILIES, MASK, causal_logits, perturb, tiny_model
 from unmask.engine.loading import load
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
@@ -41,6 +41,12 @@ def test_starts_as_the_base_and_folds_into_what_it_computes(family: str) -> None
     folded = tiny_model(family, dtype=torch.float64)
     folded.load_state_dict(folded_state(model))
     assert torch.allclose(causal_logits(folded), adapted, atol=1e-4)
+
+
+def test_a_model_with_gated_lora_takes_no_adapter() -> None:
+    model = tiny_model("llama", mask_id=MASK, start_id=0, gated_lora_rank=2)
+    with refused(ConfigError, "gated LoRA"):
+        attach_lora(model, rank=2, alpha=4.0, seed=0, train_embedding=False)
 
 
 def test_modules_fused_in_one_layer_have_one_pair_each() -> None:

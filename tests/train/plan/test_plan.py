@@ -91,6 +91,17 @@ def test_rows_are_those_of_the_streams_that_train(kind: str) -> None:
         assert (row.scored, row.scored_predictions, row.scored_pairs) == (row.positions, row.predictions, row.pairs)
 
 
+def test_a_gated_lora_that_is_trained_further_is_planned_as_one_of_the_recipe() -> None:
+    train = {"tokens": 64, "batch_rows": 4, "micro_rows": 2}
+    gated = tiny_config("llama", mask_id=3, start_id=0, gated_lora_rank=4)
+    plain = replace(gated, gated_lora_rank=None)
+    values = {"objective": {"kind": "draft"}, "decode_block_size": 8}
+    further = Question(recipe(**values, train=train), gated, find_gpu("h100"), 1)
+    named = Question(recipe(**values, train={**train, "gated_lora_rank": 4}), plain, find_gpu("h100"), 1)
+    for name in ("trained", "mean_row", "largest_row", "trained_config"):
+        assert getattr(further, name) == getattr(named, name)
+
+
 def test_of_a_stream_with_gated_lora_the_clean_copy_is_frozen() -> None:
     train = {"tokens": 64, "batch_rows": 4, "micro_rows": 2}
     objective = {"kind": "draft", "denoise_share": 0.25}

@@ -266,6 +266,8 @@ def _attach(
 ) -> Transformer:
     if _lora_layers(model):
         raise ConfigError("the model has an adapter already; fold it in first (save the model and load it)")
+    if model.config.gated_lora_rank is not None:
+        raise ConfigError("the model has gated LoRA, which adapters cannot be attached beside; train it further as it is")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, modules in adaptable_layers(model.config).items():

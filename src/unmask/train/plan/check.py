@@ -23,6 +23,7 @@ from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Checkpointing, Layers, Transformer
 from unmask.models.weights.adapter import adapters_off
 from unmask.models.weights.checkpoint import parameter_dtype
+from unmask.train.forward import over_clean_copy
 from unmask.train.objectives.base import ReferencePolicy, Setting
 from unmask.train.optim import MasterAdamW
 from unmask.train.parallel.apply import parallelize
@@ -276,16 +277,7 @@ def _micro_batch(
         zeros_BT = zeros(row.positions)
         if not row.frozen:
             return (divide(parts[0])(zeros_BT, zeros_BT, flex_shapes),)
-        clean_kv: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def attend_clean(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            clean_kv[layer] = (k_BGTS, v_BGTS.contiguous())
-            return flex_shapes(layer, q_BHTS, k_BGTS, v_BGTS)
-
-        def attend_all(layer: int, q_BHTS: Tensor, k_BGTS: Tensor, v_BGTS: Tensor) -> Tensor:
-            k, v = clean_kv[layer]
-            return flex_shapes(layer, q_BHTS, torch.cat((k_BGTS, k), dim=2), torch.cat((v_BGTS, v), dim=2))
-
+        attend_clean, attend_all = over_clean_copy(flex_shapes, flex_shapes)
         with torch.no_grad():
             clean_BTD = divide(parts[1])(zeros(row.frozen), zeros(row.frozen), attend_clean)
         noisy_BTD = divide(parts[0])(zeros_BT, zeros_BT, attend_all, noisy_BT=torch.ones_like(zeros_BT, dtype=torch.bool))

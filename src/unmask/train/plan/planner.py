@@ -18,7 +18,7 @@ from unmask.train.parallel.dims import ParallelDims, layout_name
 from unmask.train.plan.gpus import GIB, PER_NODE, Efficiency, Gpu
 from unmask.train.plan.memory import Memory, stage_memory, stages
 from unmask.train.plan.step import Batch, Transfer, stage_flops, stage_seconds, stage_transfers
-from unmask.train.plan.work import RowWork, StageOptions, Trained, mean_row, model_flops, row_works, trained_of
+from unmask.train.plan.work import RowWork, StageOptions, Trained, as_trained, mean_row, model_flops, row_works, trained_of
 from unmask.train.recipe import Recipe
 
 _DAY = 86_400
@@ -81,24 +81,28 @@ class Question:
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     @cached_property
+    def _recipe(self) -> Recipe:
+        return as_trained(self.recipe, self.config)
+
+    @cached_property
     def trained(self) -> Trained:
         """What trains."""
-        return trained_of(self.recipe)
+        return trained_of(self._recipe)
 
     @cached_property
     def mean_row(self) -> RowWork:
         """A row of the whole run; raises ConfigError for an objective that plans are not made for."""
-        return mean_row(row_works(self.recipe))
+        return mean_row(row_works(self._recipe))
 
     @cached_property
     def largest_row(self) -> RowWork:
         """The row that needs most memory."""
-        return max(row_works(self.recipe), key=lambda row: (row.positions, row.predictions))
+        return max(row_works(self._recipe), key=lambda row: (row.positions, row.predictions))
 
     @cached_property
     def trained_config(self) -> ModelConfig:
         """The model as it trains: with the recipe's gated LoRA, which a shifted diffusion model has."""
-        rank = self.recipe.train.gated_lora_rank
+        rank = self._recipe.train.gated_lora_rank
         if rank is None:
             return self.config
         return replace(self.config, gated_lora_rank=rank, mask_id=self.config.mask_id or 0, start_id=self.config.start_id or 0)

@@ -72,6 +72,14 @@ class StageOptions(TypedDict):
     trained: Trained
 
 
+def as_trained(recipe: Recipe, config: ModelConfig) -> Recipe:
+    """The recipe with the gated LoRA that the model brings, which training continues."""
+    if config.gated_lora_rank is None or recipe.train.gated_lora_rank is not None:
+        return recipe
+    train = recipe.train.model_copy(update={"gated_lora_rank": config.gated_lora_rank})
+    return recipe.model_copy(update={"train": train})
+
+
 def trained_of(recipe: Recipe) -> Trained:
     """What a recipe trains."""
     train = recipe.train
