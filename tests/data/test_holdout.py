@@ -88,3 +88,12 @@ def test_resume_continues_with_the_next_document() -> None:
 def test_a_mixture_goes_on_when_one_source_has_given_all_it_holds_out() -> None:
     small, large = Split(Counting(3), 0.001, held_out=True), Split(Counting(200), 0.2, held_out=True)
     assert len(list(DocumentStream([small, large], epochs=1))) == len(held_out(200, 0.2))
+
+
+def test_passes_end_where_the_last_documents_of_one_are_held_out() -> None:
+    length = held_out(200, 0.2)[-1] + 1
+    expected = [i for i in range(length) if i not in held_out(200, 0.2)]
+    for epochs in (1, 2):
+        split = Split(Counting(length), 0.2, held_out=False, epochs=epochs)
+        found = [int(sample.document.tokens[0]) for sample in DocumentStream([split], epochs=epochs)]
+        assert found == expected * epochs

@@ -26,7 +26,7 @@ from unmask.models.weights.checkpoint import read_model_config
 from unmask.train.metrics import read_metrics
 from unmask.train.pack import PROGRESS, pack_recipe
 from unmask.train.recipe import Recipe, parse_recipe
-from unmask.train.rows import training_rows, validation_rows
+from unmask.train.rows import open_stream, training_rows, validation_rows
 from unmask.train.run import run_recipe
 from unmask.train.tokens import training_config
 
@@ -238,6 +238,18 @@ def test_data_that_end_with_a_file_end_the_job(base: Path, tmp_path: Path) -> No
         patch.setattr("unmask.train.pack.BATCH_ROWS", 2)
         manifest = pack_recipe(parse_recipe(values, "test"), tmp_path / "rows", epochs=2, file_bytes=1)
     assert [file.rows for file in manifest.files] == [2, 2]
+
+
+def test_one_pass_has_every_document_once_wherever_it_ends(base: Path) -> None:
+    """The last documents of a pass may be held out: the first of the next pass does not take their place."""
+    values = tiny_values(base / "model", base / "data.jsonl")
+    tokenizer = load_tokenizer(base / "model")
+    for seed in range(6):
+        chosen = with_data(parse_recipe(values | {"train": values["train"] | {"seed": seed}}, "test"), validation_share=0.3)
+        trained, kept = (
+            [sample.document for sample in open_stream(chosen, tokenizer, held_out=side, epochs=1)] for side in (False, True)
+        )
+        assert len(trained) + len(kept) == len((base / "data.jsonl").read_text().splitlines())
 
 
 def test_a_used_folder_is_refused(recipe: Recipe, packed: Path, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from unmask.errors import ConfigError, DataError
 class Split:
     """The documents of a source that are on one side of the split."""
 
-    def __init__(self, source: Source, share: float, *, held_out: bool) -> None:
+    def __init__(self, source: Source, share: float, *, held_out: bool, epochs: int | None = None) -> None:
         """Split a source.
 
         Args:
             source: read by this object only.
             share: share of the documents that is held out, in [0, 1).
             held_out: which side to read.
+            epochs: end after so many passes over the training side; None: never. The held-out side is read once.
 
         Raises:
             ConfigError: `share` outside its range, or 0 for the held-out side.
@@ -29,6 +30,7 @@ class Split:
         if not 0 <= share < 1 or (held_out and share == 0):
             raise ConfigError(f"held-out share {share} must lie in {'(0, 1)' if held_out else '[0, 1)'}")
         self._source, self._share, self._held_out = source, share, held_out
+        self._epochs = 1 if held_out else epochs
 
     @property
     def name(self) -> str:
@@ -48,12 +50,12 @@ class Split:
         """The next document on this side.
 
         Raises:
-            StopIteration: held-out side, and the source's first pass is over: held-out documents are read once.
+            StopIteration: the last pass is over; what is left of it may all be on the other side.
             DataError: training side, and a whole pass has no document for it.
         """
         started = self.epoch
         while True:
-            if self._held_out and self.epoch > 0:
+            if self._epochs is not None and self.epoch >= self._epochs:
                 raise StopIteration
             if self.epoch > started + 1:
                 raise DataError(f"{self.name}: every document is held out; lower data.validation_share ({self._share})")

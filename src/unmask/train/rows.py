@@ -81,7 +81,7 @@ def open_stream(
     for number, config in enumerate(data.sources):
         source: RecordSource = open_source(config, tokenizer, recipe.train.seed + number, pairs=pairs, eos_fill=eos_fill)
         ahead = source if pool is None else ParallelSource(source, pool)
-        sources.append(Split(ahead, held_out_share(recipe), held_out=held_out))
+        sources.append(Split(ahead, held_out_share(recipe), held_out=held_out, epochs=epochs))
     return DocumentStream(sources, [source.weight for source in data.sources], epochs=epochs)
 
 
