@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import unmask
 from helpers import assert_names, make_tokenizer
+from lora_folders import folded, write_adapter
 from tiny import tiny_model
 from unmask.cli.app import app
+from unmask.engine.llm import LanguageModel
 from unmask.models.weights.checkpoint import save_model
 
 CONTEXT = 256
@@ -59,6 +62,19 @@ def folder(request: pytest.FixtureRequest) -> Path:
 def own_folder(ar_folder: Path, tmp_path: Path) -> Path:
     """A copy of the autoregressive model for a test to damage."""
     return Path(shutil.copytree(ar_folder, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def adapter(diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the diffusion model; read only."""
+    return write_adapter(unmask.load(diffusion_folder, dtype="float32").transformer, tmp_path_factory.mktemp("adapters") / "a")
+
+
+@pytest.fixture(scope="session")
+def adapted(diffusion_folder: Path, adapter: Path) -> LanguageModel:
+    """The diffusion model with that adapter folded in."""
+    base = unmask.load(diffusion_folder, dtype="float32")
+    return LanguageModel(folded(base.transformer, adapter), base.tokenizer, name="adapted")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import unmask
 from runs import tiny_folder
 from unmask.cli.app import app
+from unmask.cli.batch import asked_names
+from unmask.engine.llm import LanguageModel
 from unmask.serve import batch_ray
 
 COUNT = 60
@@ -69,6 +71,43 @@ def test_a_killed_job_ends_with_the_answers_of_one_that_was_not(requests: Path, 
     assert f"{COUNT} of {COUNT} requests" in resumed.output
     assert CliRunner().invoke(app, command(requests, whole, model)).exit_code == 0
     assert answers(out) == answers(whole)
+
+
+def test_each_line_names_its_adapter(diffusion_folder: Path, adapter: Path, adapted: LanguageModel, tmp_path: Path) -> None:
+    """By the name that the lines themselves give the model."""
+    body = {"prompt": "Hello", "max_tokens": 12, "temperature": 0}
+    names = ("mine", "mine:a", "a")
+    lines = [{"custom_id": name, "url": "/v1/completions", "body": {"model": name, **body}} for name in names]
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["batch", str(requests), "--out", str(out), "--model", str(diffusion_folder), "--dtype", "float32"]
+    assert CliRunner().invoke(app, [*given, "--lora", f"a={adapter}"]).exit_code == 0
+    base = unmask.load(diffusion_folder, dtype="float32")
+    texts = [model.generate("Hello", chat=False, max_new_tokens=12).text for model in (base, adapted, adapted)]
+    assert texts[0] != texts[1]
+    assert answers(out) == dict(zip(names, texts, strict=True))
+
+
+@pytest.mark.parametrize(("lora", "named"), [("a", "NAME=FOLDER"), ("a:b=.", "a:b"), ("a=nosuch", "nosuch")])
+def test_a_wrong_adapter_leaves_no_file_behind(requests: Path, model: Path, tmp_path: Path, lora: str, named: str) -> None:
+    out = tmp_path / "answers.jsonl"
+    refused = CliRunner().invoke(app, [*command(requests, out, model), "--lora", lora])
+    assert (refused.exit_code, named in refused.stderr, refused.stderr.count("\n")) == (2, True, 1), refused.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (["x:a", "x", "b"], ("x",)),
+        (["llama3:8b"], ("llama3:8b",)),
+        (["llama3:8b:a"], ("llama3:8b",)),
+        (["a", "b"], ()),
+        (["x:a", "y"], ()),
+    ],
+)
+def test_the_name_of_the_model_is_what_is_left_of_the_adapters(models: list[str], expected: tuple[str, ...]) -> None:
+    assert asked_names(models, ("a=1", "b=2")) == expected
 
 
 def test_an_existing_file_needs_resume(requests: Path, model: Path, tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def typed(*lines: str) -> str:
 # In this process.
 
 
+def test_an_adapter_is_applied(run, fails, diffusion_folder: Path, adapter: Path, adapted: LanguageModel) -> None:
+    result = run("chat", "-m", diffusion_folder, "--lora", adapter, *SHORT, input=typed("Hello"))
+    assert (result.exit_code, result.stdout) == (0, reply(adapted, ["Hello"]) + "\n")
+    fails("chat", "--url", "http://127.0.0.1:1", "--lora", adapter, names=["--lora", "--url"])
+
+
 @pytest.mark.parametrize("watch", [(), ("--watch",)])
 def test_every_line_of_a_pipe_is_a_turn(run, folder: Path, watch: tuple[str, ...]) -> None:
     model = unmask.load(folder, dtype="float32")

@@ -36,6 +36,18 @@ def test_text_equals_the_python_interface(run, folder: Path) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, expected.text + "\n", "")
 
 
+def test_an_adapter_is_applied(run, fails, diffusion_folder: Path, ar_folder: Path, adapter: Path, adapted) -> None:
+    def ask(*arguments: object) -> str:
+        result = run("generate", "Hello", "--model", diffusion_folder, *SHORT, *arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    expected = adapted.generate("Hello", max_new_tokens=24).text + "\n"
+    assert ask("--lora", adapter) == expected != ask()
+    fails("generate", "Hello", "--model", ar_folder, "--lora", adapter, names=[adapter, "another model"])
+    fails("generate", "Hello", "--model", diffusion_folder, "--lora", "nosuch", names=["nosuch/adapter_config.json"])
+
+
 def test_json_is_one_object(run, folder: Path) -> None:
     result = run("generate", "Hello", "-m", folder, "--json", *SHORT)
     assert result.exit_code == 0

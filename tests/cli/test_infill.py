@@ -31,6 +31,12 @@ def test_every_hole_is_filled_and_the_likeliest_length_kept(run, diffusion_folde
     assert len(best["fills"]) == 2
 
 
+def test_an_adapter_is_applied(run, diffusion_folder: Path, adapter: Path, adapted) -> None:
+    given = ("infill", "one ___ three", "-m", diffusion_folder, "--tokens", "6", "--dtype", "float32")
+    expected = adapted.infill("one ___ three", tokens=6).text + "\n"
+    assert run(*given, "--lora", adapter).stdout == expected != run(*given).stdout
+
+
 def test_what_it_refuses(fails, ar_folder: Path, diffusion_folder: Path) -> None:
     assert "no hole" in fails("infill", "nothing here", "-m", diffusion_folder)
     assert "--tokens" in fails("infill", "a ___ b", "-m", diffusion_folder, "--tokens", "few")

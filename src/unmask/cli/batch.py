@@ -6,6 +6,7 @@ Owns the options and what is reported. Answering is `serve.batch`'s.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,19 @@ STOP_NOTICE = b"\nfinishing what runs; Ctrl-C again drops it\n"
 FAILED = 1
 """Exit code where some of the requests were refused or failed."""
 
+Name = Annotated[
+    str | None, typer.Option(help="Model name that the requests use.", show_default="MODEL; one in all requests does, too")
+]
+CacheTokens = Annotated[int | None, typer.Option(min=1, help="Tokens that the KV cache holds.", show_default="what fits 1 GiB")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME=FOLDER",
+        help="LoRA adapter of the model, for requests of MODEL:NAME; repeatable. [default: none]",
+        rich_help_panel="Model",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with --out: what it answers is not asked again, failures of the server (5xx) are."),
@@ -46,15 +60,12 @@ def batch(
     requests: Annotated[Path, typer.Argument(metavar="REQUESTS", help="A file of requests, one JSON object a line.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File of the answers.")],
     model: options.Model = options.DIFFUSION_MODEL,
-    name: Annotated[
-        str | None, typer.Option(help="Model name that the requests use.", show_default="MODEL; one in all requests does, too")
-    ] = None,
+    name: Name = None,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a chat completion that sets no limit.")] = 1024,
-    cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the KV cache holds.", show_default="what fits 1 GiB")
-    ] = None,
+    cache_tokens: CacheTokens = None,
     resume: Resume = False,
+    lora: Loras = None,
     ray: RayAddress = None,
     replicas: Replicas = None,
     replica_cpus: ReplicaCpus = 1,
@@ -67,6 +78,7 @@ def batch(
     \b
     unmask batch requests.jsonl --out answers.jsonl
     unmask batch requests.jsonl --out answers.jsonl --resume
+    unmask batch requests.jsonl --out answers.jsonl --lora support=out/lora/adapter
 
     A line is {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}; url may be
     /v1/completions, /v1/responses, /v1/messages or /infill, too. Every custom_id is answered once, in any order, as the server
@@ -74,7 +86,7 @@ def batch(
     Ctrl-C, the job goes on with --resume.
 
     With --ray, replicas on a cluster answer, each with --max-concurrent completions at a time and, for --device cuda, one GPU;
-    MODEL must be found on every node.
+    MODEL and adapters must be found on every node.
     """
     from unmask.cli.interrupt import stop_on_interrupt
     from unmask.cli.progress import counting
@@ -86,9 +98,12 @@ def batch(
     if out.exists() and not resume:
         raise ConfigError(f"{out} is there already; --resume goes on with it, or choose another file")
     batch_file = BatchFile.read(requests)
-    asked = tuple(batch_file.models) if len(batch_file.models) == 1 else ()
-    names = asked if name is None else (name,)
-    config = ServerConfig(names=names, max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens)
+    loras = tuple(lora or ())
+    config = ServerConfig(
+        names=asked_names(batch_file.models, loras) if name is None else (name,),
+        loras=loras, max_loras=max(1, len(loras)),
+        max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens,
+    )  # fmt: skip
     load = functools.partial(options.load, model, dtype, device, quantize)
     cluster = None
     if ray is not None:
@@ -104,6 +119,14 @@ def batch(
         else:
             counts = run_ray_batch(load, batch_file, out, config, cluster, on_progress=on_progress, should_stop=should_stop)
     _report(counts, out)
+
+
+def asked_names(models: Iterable[str], loras: Sequence[str]) -> tuple[str, ...]:
+    """The name that all requests give the model, with an adapter or without; none where there are several, or none."""
+    adapters = {each.partition("=")[0] for each in loras}
+    parts = [(model, *model.rpartition(":")) for model in models if model not in adapters]
+    names = {base if adapter in adapters else model for model, base, _, adapter in parts}
+    return tuple(names) if len(names) == 1 else ()
 
 
 def _report(counts: BatchCounts, out: Path) -> None:

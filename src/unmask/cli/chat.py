@@ -21,6 +21,7 @@ from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
     from unmask.cli.chat_session import Responder
+    from unmask.engine.llm import LanguageModel
 
 _PROMPT, _MORE = "> ", ". "
 _FENCE = '"""'
@@ -45,6 +46,7 @@ def chat(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = "auto",
+    lora: options.Lora = None,
     watch: Annotated[
         bool, typer.Option("--watch/--no-watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,
@@ -63,11 +65,10 @@ def chat(
     """
     is_interactive = sys.stdin.isatty()
     if url is None:
-        responder = _local(
-            model or options.DIFFUSION_MODEL, dtype, device, quantize, watch=watch, is_interactive=is_interactive
-        )
-    elif watch or (dtype, device, quantize) != ("auto", "auto", "auto"):
-        raise ConfigError("--watch, --dtype, --device and --quantize are for a model in this process; not with --url")
+        language_model = options.load(model or options.DIFFUSION_MODEL, dtype, device, quantize, lora=lora)
+        responder = _local(language_model, watch=watch, is_interactive=is_interactive)
+    elif watch or lora is not None or (dtype, device, quantize) != ("auto", "auto", "auto"):
+        raise ConfigError("--watch, --dtype, --device, --quantize and --lora are for a model in this process; not with --url")
     else:
         from unmask.cli.chat_remote import RemoteResponder
 
@@ -80,10 +81,9 @@ def chat(
         raise typer.Exit(1)
 
 
-def _local(name: str, dtype: str, device: str, quantize: str, *, watch: bool, is_interactive: bool) -> Responder:
+def _local(language_model: LanguageModel, *, watch: bool, is_interactive: bool) -> Responder:
     from unmask.cli.chat_local import LocalResponder
 
-    language_model = options.load(name, dtype, device, quantize)
     console = make_console()
     return LocalResponder(language_model, console if watch and is_live(console) else None, interruptible=is_interactive)
 

@@ -48,23 +48,31 @@ ExpertCapacity = Annotated[
         rich_help_panel="Model",
     ),
 ]
+Lora = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="LoRA adapter of the model. [default: none]", rich_help_panel="Model"),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object: the text and what it cost.", rich_help_panel="Output")
 ]
 
 
-def load(model: str, dtype: str, device: str, quantize: str, expert_capacity: int | None = None) -> LanguageModel:
-    """The model that `--model`, `--dtype`, `--device`, `--quantize` and `--expert-capacity` name."""
+def load(
+    model: str, dtype: str, device: str, quantize: str, expert_capacity: int | None = None, lora: Path | None = None
+) -> LanguageModel:
+    """The model that `--model`, `--dtype`, `--device`, `--quantize`, `--expert-capacity` and `--lora` name."""
     import unmask
     from unmask.cli.packing_line import PackingLine
+    from unmask.engine.adapted import adapted_model
     from unmask.models.weights.manifest import is_quantized
 
     if device == "auto" and is_quantized(Path(model).expanduser()):
         device = "cpu"  # where alone such weights are read
-    return unmask.load(
+    language_model = unmask.load(
         model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine(),
         expert_capacity=expert_capacity,
     )  # fmt: skip
+    return language_model if lora is None else adapted_model(language_model, lora, name=lora.resolve().name)
 
 
 def with_sampling_options(

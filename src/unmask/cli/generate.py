@@ -31,6 +31,7 @@ def generate(
     device: options.Device = "auto",
     quantize: options.Quantize = "auto",
     expert_capacity: options.ExpertCapacity = None,
+    lora: options.Lora = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the blocks while they are denoised.", rich_help_panel="Output")
     ] = False,
@@ -49,7 +50,7 @@ def generate(
     A lower --threshold accepts more tokens per step: faster, less careful.
     """
     text = _read_stdin() if prompt == "-" else prompt
-    language_model = options.load(model, dtype, device, quantize, expert_capacity)
+    language_model = options.load(model, dtype, device, quantize, expert_capacity, lora)
     chat = False if raw else None
     ask = partial(language_model.generate, text, params, chat=chat)
     live = False

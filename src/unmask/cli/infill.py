@@ -30,6 +30,7 @@ def infill(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = "auto",
+    lora: options.Lora = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Fill the holes of a text, reading what stands on both sides: what a left-to-right model cannot do.
@@ -45,5 +46,5 @@ def infill(
     if match is None:
         raise RequestError(f"--tokens is {tokens!r}; write a number, or two as in 2-12")
     lengths = (int(match[1]), int(match[2] or match[1]))
-    filling = options.load(model, dtype, device, quantize).infill(text, params, hole=hole, tokens=lengths)
+    filling = options.load(model, dtype, device, quantize, lora=lora).infill(text, params, hole=hole, tokens=lengths)
     typer.echo(json.dumps(asdict(filling)) if as_json else visible(filling.text))

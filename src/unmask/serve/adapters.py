@@ -74,7 +74,7 @@ class ServedAdapters:
             folder = self._folder(path)
             self._check_room()
             try:
-                self._models[name] = await asyncio.to_thread(self._read, name, folder)
+                self._models[name] = await asyncio.to_thread(self._read, name, folder, self._config.max_lora_rank)
             except UnmaskError as error:
                 raise bad_request(str(error).replace(f"{folder}", path), "lora_path") from error
 
@@ -88,11 +88,11 @@ class ServedAdapters:
             loaded = ", ".join(self._models) or "none"
             raise ApiError(404, f"adapter {name[:80]!r} is not loaded ({loaded})", param="lora_name", code="adapter_not_found")
 
-    def _read(self, name: str, folder: Path) -> ServedModel:
+    def _read(self, name: str, folder: Path, max_rank: int | None = None) -> ServedModel:
         language_model = self.base.language_model
         with suppress(RequestError):
             _ = language_model.grammars  # which all share
-        adapted = adapted_model(language_model, folder, name=name, max_rank=self._config.max_lora_rank)
+        adapted = adapted_model(language_model, folder, name=name, max_rank=max_rank)
         assert adapted.adapter is not None
         self._alive.add(adapted.adapter)
         return ServedModel(adapted, self._config, parent=self.base)

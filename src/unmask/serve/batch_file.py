@@ -221,10 +221,11 @@ class BatchAnswers:
         self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
 
     def close(self) -> None:
-        """Write everything to the disk."""
-        with disk_errors(self._path):
+        """Write everything to the disk; without any answer, there is no file."""
+        with disk_errors(self._path), self._file:
             os.fsync(self._file.fileno())
-            self._file.close()
+            if not os.fstat(self._file.fileno()).st_size:
+                self._path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

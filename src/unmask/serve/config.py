@@ -37,7 +37,7 @@ class ServerConfig:
         None, "Folder whose adapters clients may load and unload (/v1/load_lora_adapter).", "clients may not"
     )
     max_loras: int = _setting(8, "Adapters that are loaded, or still used by a request.")
-    max_lora_rank: int = _setting(64, "Rank of an adapter.")
+    max_lora_rank: int = _setting(64, "Rank of an adapter that clients load.")
     max_concurrent: int = _setting(16, "Completions decoded together.")
     max_queue: int = _setting(1024, "Completions that may wait beside those; more get status 429.")
     timeout: float = _setting(600.0, "Seconds that a request may take, waiting included.")
