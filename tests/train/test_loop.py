@@ -280,12 +280,21 @@ def test_resume_with_another_tokenizer_is_refused(base: Path, tmp_path: Path) ->
 
 def test_full_disk_keeps_the_last_checkpoint(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
-    monkeypatch.setattr("unmask.train.state.save_file", disk_full)
+    monkeypatch.setattr("unmask.train.state.write_safetensors", disk_full)
     with refused(TrainingError, "space"):
         run_recipe(recipe, tmp_path / "run", resume=True)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]
     assert run_recipe(recipe, tmp_path / "run", resume=True).finished
+
+
+def test_a_state_that_is_on_disk_is_not_replaced(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a step that is not finite right behind a checkpoint: killed then, the run would have lost it."""
+    run_recipe(recipe, tmp_path / "run", should_stop=lambda: True)
+    trainer = Trainer(build_components(recipe), tmp_path / "run")
+    assert trainer.resume()
+    monkeypatch.setattr("unmask.train.state.write_safetensors", disk_full)
+    assert [trainer.save()] == list_checkpoints(tmp_path / "run")
 
 
 def test_mask_token_in_the_data_is_refused(base: Path, tmp_path: Path) -> None:

@@ -7,18 +7,16 @@ background while training goes on: `shards/` (torch.distributed.checkpoint) in t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import CheckpointError, TrainingError
-from unmask.files import atomic_write, bytes_writer, disk_errors, sync_folder
+from unmask.files import disk_errors
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights.boxes import BoxedTensor
 from unmask.models.weights.safetensors_io import fill_boxes, names_in
@@ -28,8 +26,11 @@ from unmask.train.state import (
     OPTIMIZER,
     SHARDS,
     TrainState,
+    begin_checkpoint,
     checkpoint_folder,
+    finish_checkpoint,
     list_checkpoints,
+    partial_folder,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -84,12 +85,15 @@ class Checkpoints:
         """
         self.wait()
         final = checkpoint_folder(self._run, state.step)
+        if newest_checkpoint(self._run, self._world) == final:
+            # Of this very state: a step that was not taken is the only one that is saved twice.
+            return final
         if skeleton is None:
             save_checkpoint(self._run, state, dict(tensors), model, tokenizer)
             prune_checkpoints(self._run, self._keep)
             return final
-        partial = final.with_name(f".{final.name}.partial")
-        on_main(self._world, lambda: _make_empty(partial))
+        partial = partial_folder(final)
+        on_main(self._world, lambda: _begin(final))
         staged = {name: tensor.staged() for name, tensor in _with_frozen(tensors, model, self._world).items()}
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._thread.submit(self._write, state, staged, skeleton, tokenizer, partial, final)
@@ -138,10 +142,7 @@ class Checkpoints:
         try:
             if error is None and self._world.is_main:
                 tokenizer.save(partial / "model")
-                atomic_write(partial / "state.json", bytes_writer(json.dumps(asdict(state)).encode()))
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                sync_folder(final.parent)
+                finish_checkpoint(final, state)
                 prune_checkpoints(self._run, self._keep)
         except Exception as caught:
             error = self._in_one_line(caught)
@@ -203,14 +204,11 @@ def _with_frozen(tensors: Mapping[str, Tensor], model: Transformer, world: World
     return _boxed({**tensors, **frozen}, model, world)
 
 
-def _make_empty(partial: Path) -> None:
-    """An empty folder; what killed saves left behind goes."""
+def _begin(final: Path) -> None:
     try:
-        for left in partial.parent.glob(".*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin_checkpoint(final)
     except OSError as error:
-        raise TrainingError(f"checkpoint {partial} cannot be written: {error}; free some space and resume") from error
+        raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume") from error
 
 
 def newest_checkpoint(run: Path, world: World) -> Path | None:

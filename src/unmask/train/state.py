@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.data.tokenizer import Tokenizer
 from unmask.errors import CheckpointError, TrainingError
+from unmask.files import bytes_writer, sync_folder, write_synced
 from unmask.models.arch.transformer import Transformer
 from unmask.models.weights import checkpoint
+from unmask.models.weights.safetensors_io import specs_of, write_safetensors
 
 FORMAT = 2
 OPTIMIZER, SHARDS = "optimizer.safetensors", "shards"
@@ -71,18 +71,39 @@ def save_checkpoint(run: Path, state: TrainState, tensors: dict[str, Tensor], mo
         TrainingError: the disk is full or not writable; earlier checkpoints stay untouched.
     """
     final = checkpoint_folder(run, state.step)
-    partial = final.with_name(f".{final.name}.partial")
+    partial = partial_folder(final)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin_checkpoint(final)
         save_model(model, tokenizer, partial / "model")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / OPTIMIZER)
-        (partial / "state.json").write_text(json.dumps(asdict(state)))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except (OSError, SafetensorError, CheckpointError) as error:
+        write_synced(partial / OPTIMIZER, lambda file: write_safetensors(file, specs_of(tensors), tensors, tensors.__getitem__))
+        finish_checkpoint(final, state)
+    except (OSError, CheckpointError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"checkpoint {final} cannot be written: {error}; free some space and resume") from error
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def begin_checkpoint(final: Path) -> Path:
+    """Make the empty folder that a checkpoint is written in; what killed saves and removals left beside it goes."""
+    for left in final.parent.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = partial_folder(final)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_checkpoint(final: Path, state: TrainState) -> None:
+    """Give a checkpoint, all else of which is on disk, its state and its name."""
+    partial = partial_folder(final)
+    write_synced(partial / "state.json", bytes_writer(json.dumps(asdict(state)).encode()))
+    sync_folder(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    sync_folder(final.parent)
 
 
 def read_state(folder: Path) -> TrainState:
@@ -115,7 +136,9 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         return (score.nelbo if score is not None and comparable else float("inf"), -others.index(path))
 
     for path in sorted(others, key=rank)[keep - 1 :]:
-        shutil.rmtree(path)
+        # At once: a half of it must not be taken for a checkpoint when this process is killed.
+        removed = path.rename(path.with_name(f".{path.name}.removed"))
+        shutil.rmtree(removed)
 
 
 @dataclass(frozen=True)
