@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,44 @@ def test_a_request_keeps_its_adapter_when_it_is_unloaded_or_replaced(tmp_path: P
         model.seconds = 0.0
         assert texts == [before]
         assert text_of(site, "tiny:a") == expected(model, tmp_path / "b") != before
+
+
+def test_running_and_waiting_adapters_are_told_as_vllm_does(tiny: LanguageModel, folder: Path) -> None:
+    assert isinstance(tiny, SlowModel)
+
+    def told(site: Live) -> tuple[str, str] | None:
+        lines = [
+            each for each in HTTP.get(f"{site.url}/metrics").text.splitlines() if each.startswith("vllm:lora_requests_info")
+        ]
+        if not lines:
+            return None
+        found = re.fullmatch(
+            r'.*\{max_lora="8",running_lora_adapters="(.*)",waiting_lora_adapters="(.*)"\} (.*)', "".join(lines)
+        )
+        assert found is not None, lines
+        assert float(found[3]) == pytest.approx(time.time(), abs=60)
+        return found[1], found[2]
+
+    config = ServerConfig(loras=tuple(f"{name}={folder / name}" for name in "abc"), max_concurrent=2)
+    with live(tiny, config) as site:
+        soon(lambda: told(site) == ("", ""))
+        tiny.seconds = 0.05
+        try:
+            threads = [
+                threading.Thread(target=complete, args=(site, f"tiny:{name}"), kwargs={"max_tokens": 80}) for name in "abc"
+            ]
+            for count, thread in enumerate(threads, 1):
+                thread.start()
+                soon(lambda count=count: site.worker.num_requests == count)  # type: ignore[misc]
+            soon(lambda: told(site) == ("a,b", "c"))
+        finally:
+            tiny.seconds = 0.0
+        for thread in threads:
+            thread.join()
+        assert told(site) == ("", "")
+    with live(tiny) as site:
+        soon(lambda: site.worker.current_engine)
+        assert told(site) is None
 
 
 def test_as_many_as_may_be(site: Live) -> None:

@@ -168,7 +168,7 @@ def create_app(
     model = ServedModel(language_model, config)
     served_adapters = ServedAdapters(model)
     publisher = KVEventPublisher.of(config)
-    metrics = Metrics(model.name)
+    metrics = Metrics(model.name, config.max_loras if config.loras or config.lora_folder is not None else None)
     limits = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute}
     clients = Clients(config.keys, **limits)
     audit = None if config.audit_log is None else AuditLog(config.audit_log)

@@ -24,14 +24,15 @@ class Metrics:
 
     Args:
         model_name: that clients use.
+        max_loras: adapters that may be loaded; None: the server has none.
 
     Attributes:
         vllm: the same and more under vLLM's names.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, max_loras: int | None = None) -> None:
         self.registry = CollectorRegistry()
-        self.vllm = VllmMetrics(model_name, self.registry)
+        self.vllm = VllmMetrics(model_name, self.registry, max_loras)
         self._common: dict[str, Any] = {"registry": self.registry, "namespace": "unmask"}
         common = self._common
         self.responses = Counter("http_requests", "Answered HTTP requests.", ["path", "status"], **common)

@@ -1,11 +1,13 @@
 """Metrics under vLLM's names, which gateways and autoscalers read, with the semantics that vLLM gives them.
 
-Owns the names beginning with `vllm:`. Every sample is labelled as vLLM's, by model and engine; a process has one engine.
+Owns the names beginning with `vllm:`. Samples are labelled as vLLM's: by model and engine, of which a process has one; those of
+adapters by their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -14,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from unmask.engine.engine import Engine, Update
 from unmask.engine.request import Request
+from unmask.engine.sequences.base import DecodingSequence
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -52,10 +55,11 @@ class VllmMetrics(Collector):
     Args:
         model_name: label of all of them.
         registry: where they are registered.
+        max_loras: adapters that may be loaded; None: the server has none.
     """
 
-    def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
-        self._values = (model_name, "0")
+    def __init__(self, model_name: str, registry: CollectorRegistry, max_loras: int | None = None) -> None:
+        self._values, self._max_loras = (model_name, "0"), max_loras
         self._engine: Callable[[], Engine | None] = lambda: None
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, _LABELS, registry=registry, buckets=buckets).labels(*self._values)
@@ -112,3 +116,22 @@ class VllmMetrics(Collector):
             sizes = (engine.cache_block_size, engine.pool.num_cache_blocks, engine.scheduler.prefix_cache)
             info.add_metric((*self._values, *map(str, sizes)), 1)
             yield info
+            if self._max_loras is not None:
+                yield _lora_info(engine, self._max_loras)
+
+
+def _lora_info(engine: Engine, max_loras: int) -> Metric:
+    """The adapters in use, as labels; the value is the time of this state, by which a gateway finds the newest."""
+    text = "Adapters of running and of waiting completions."
+    info = GaugeMetricFamily(
+        "vllm:lora_requests_info", text, labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+    )
+    scheduler = engine.scheduler
+    info.add_metric((str(max_loras), _adapters(scheduler.running), _adapters(scheduler.waiting)), time.time())
+    return info
+
+
+def _adapters(sequences: Iterable[DecodingSequence]) -> str:
+    """The names of their adapters, separated by commas."""
+    adapters = (sequence.request.adapter for sequence in list(sequences))  # copied: the engine's thread changes it
+    return ",".join(sorted({adapter.name for adapter in adapters if adapter is not None}))
