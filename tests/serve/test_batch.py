@@ -102,6 +102,33 @@ def test_a_request_that_the_server_refuses_has_its_error(tiny: LanguageModel, tm
     assert found["request 3"]["response"]["body"]["error"]["param"] == "stream"
 
 
+def test_tokens_are_counted_in_every_form_and_again_when_the_file_is_read(tiny: LanguageModel, tmp_path: Path) -> None:
+    say, prompt = (
+        [{"role": "user", "content": "Hello"}],
+        {"prompt": "A prompt of some tokens, of which a block is cached", "n": 2},
+    )
+    asked = [
+        ("/v1/completions", {**prompt, "max_tokens": 5}),
+        ("/v1/completions", {**prompt, "max_tokens": 5}),
+        ("/v1/completions", {"prompt": 3}),
+        ("/v1/chat/completions", {"messages": say, "max_tokens": 3}),
+        ("/v1/messages", {"messages": say, "max_tokens": 4}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 16}),
+        ("/infill", {"input_prefix": "One", "n_predict": 6}),
+    ]
+    lines = [{"custom_id": f"{i}", "url": url, "body": {"ignore_eos": True, **body}} for i, (url, body) in enumerate(asked)]
+    out = tmp_path / "answers.jsonl"
+    one = ServerConfig(names=("tiny",), max_concurrent=1)
+    assert run_batch(tiny, write(tmp_path / "requests.jsonl", lines), out, one) == BatchCounts(7, 7, 1)
+    answers = BatchAnswers(out)
+    answers.close()
+    encoded = [len(tiny.encode_prompt(prompt["prompt"], chat=False)), len(tiny.encode_chat(say))]
+    num_infill = read(out)["6"]["response"]["body"]["tokens_evaluated"]
+    assert answers.usage.input_tokens == 2 * encoded[0] + 3 * encoded[1] + num_infill
+    assert answers.usage.output_tokens == 2 * 2 * 5 + 3 + 4 + 16 + 6
+    assert answers.usage.cached_tokens >= 8
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -93,6 +93,7 @@ def test_a_batch_from_upload_to_answers(first: OpenAI, tiny: LanguageModel) -> N
     for i in range(5):
         alone = tiny.complete(tiny.encode_prompt(f"say {i}", chat=False), max_new_tokens=4, temperature=0.0)
         assert answers[f"id {i}"]["response"]["body"]["choices"][0]["text"] == alone.text
+    assert usage_of(batch) == used(answers)
     errors = records(first, batch.error_file_id)
     assert errors["wrong"]["response"]["status_code"] == 400
     assert first.batches.list(limit=1).data[0].id == id_
@@ -100,6 +101,21 @@ def test_a_batch_from_upload_to_answers(first: OpenAI, tiny: LanguageModel) -> N
         assert first.files.delete(file_id).deleted
         with pytest.raises(openai.NotFoundError):
             first.files.content(file_id)
+
+
+def used(answers: dict[str, dict[str, Any]]) -> tuple[int, int, int]:
+    """Tokens of prompts, cached tokens and tokens of completions of these answers."""
+    usages = [record["response"]["body"]["usage"] for record in answers.values()]
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    return sum(usage["prompt_tokens"] for usage in usages), cached, sum(usage["completion_tokens"] for usage in usages)
+
+
+def usage_of(batch: Any) -> tuple[int, int, int]:
+    """The same by OpenAI's object."""
+    usage = batch.usage
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert usage.output_tokens_details.reasoning_tokens == 0
+    return usage.input_tokens, usage.input_tokens_details.cached_tokens, usage.output_tokens
 
 
 def test_files_are_listed_in_pages(first: OpenAI) -> None:
@@ -185,6 +201,7 @@ def test_a_server_that_ends_leaves_the_rest_to_the_next(tiny: LanguageModel, tmp
         found = records(client, batch.output_file_id)
         assert (batch.status, batch.request_counts.completed, len(found)) == ("completed", 12, 12)
         assert all(found[json.loads(line)["custom_id"]] == json.loads(line) for line in answered[1:])
+        assert usage_of(batch) == used(found)
         assert list((tmp_path / "answers").iterdir()) == []
 
 
@@ -205,7 +222,9 @@ def test_cancelled_batches_keep_what_was_answered(tiny: LanguageModel, tmp_path:
         assert client.batches.cancel(id_).status in ("cancelling", "cancelled")
         batch = ended(client, id_)
         assert batch.status == "cancelled"
-        assert 1 <= len(records(client, batch.output_file_id)) == batch.request_counts.completed < 50
+        found = records(client, batch.output_file_id)
+        assert 1 <= len(found) == batch.request_counts.completed < batch.request_counts.total == 50
+        assert usage_of(batch) == used(found)
         assert batch.error_file_id is None
         with pytest.raises(openai.BadRequestError, match="cancelled"):
             client.batches.cancel(id_)

@@ -16,6 +16,7 @@ from typing import Any
 
 from unmask.errors import DataError
 from unmask.files import cut_torn_line, disk_errors, sync_folder
+from unmask.serve.batch_usage import BatchUsage
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/infill")
 """Paths that a line may ask."""
@@ -156,6 +157,8 @@ class BatchAnswers:
         self._path = path
         self.failed: dict[str, bool] = {}
         """Of every answer by its custom_id, whether it is an error."""
+        self.usage = BatchUsage()
+        """Of the answers that are none."""
         with disk_errors(path), ExitStack() as stack:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = stack.enter_context(path.open("ab"))
@@ -183,13 +186,17 @@ class BatchAnswers:
         """Whether the answer stands: the server has not failed at it."""
         try:
             record = json.loads(text)
-            custom_id, status = record["custom_id"], record["response"]["status_code"]
-            stands = bool(status < 500)
-        except (ValueError, KeyError, TypeError) as error:
+            if stands := bool(record["response"]["status_code"] < 500):
+                self._count(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._foreign(number) from error
-        if stands:
-            self.failed[custom_id] = status != 200
         return stands
+
+    def _count(self, record: dict[str, Any]) -> None:
+        response = record["response"]
+        self.failed[record["custom_id"]] = is_error = response["status_code"] != 200
+        if not is_error:
+            self.usage.add(response["body"])
 
     def _rewrite(self, lines: list[bytes]) -> None:
         """Replace the file by one of these lines; the lock passes to it before it has the name."""
@@ -218,7 +225,7 @@ class BatchAnswers:
         with disk_errors(self._path):
             self._file.write(text + b"\n")
             self._file.flush()
-        self.failed[record["custom_id"]] = record["response"]["status_code"] != 200
+        self._count(record)
 
     def close(self) -> None:
         """Write everything to the disk; without any answer, there is no file."""

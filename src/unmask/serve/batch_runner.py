@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from starlette.types import ASGIApp
 
 from unmask.errors import DataError, UnmaskError
-from unmask.serve.batch_file import AnswersBusyError, BatchAnswers, BatchCounts, BatchFile, BatchLine, BatchLineError
+from unmask.serve.batch_file import AnswersBusyError, BatchAnswers, BatchFile, BatchLine, BatchLineError
 from unmask.serve.batch_lines import answer_lines, ask, batch_client
 from unmask.serve.clients import Client, Clients
 from unmask.serve.file_store import FileStore, OpenBatch
@@ -101,11 +101,12 @@ class BatchRunner:
             path, name = self._store.content(batch.object["input_file_id"]), batch.private["filename"]
             requests = await asyncio.to_thread(BatchFile.read, path, name=name, url=endpoint, max_lines=MAX_LINES)
             begun = {"status": "in_progress", "in_progress_at": _now(), "model": self._name}
+            begun |= {"request_counts": {"total": len(requests.ids)}}
             self._store.change_batch(id_, begun, statuses=("validating",))
             # Of a process that was killed: failures of the server are asked again.
             self._store.change_batch(id_, {"status": "in_progress"}, statuses=("finalizing",))
             await self._ask_all(batch, requests, answers)
-            self._count(id_, requests, answers)
+            self._count(id_, answers)
         status = self._store.status(id_)
         finished = requests is not None and len(answers.failed) == len(requests.ids)
         expired = _now() >= batch.object["expires_at"]
@@ -128,12 +129,12 @@ class BatchRunner:
             answers.write(record)
             if time.monotonic() - counted_at > _COUNT_SECONDS:
                 counted_at = time.monotonic()
-                self._count(id_, requests, answers)
+                self._count(id_, answers)
 
         async def ask_line(line: BatchLine) -> dict[str, Any]:
             return await ask(client, line, self._name, self._wait_ready)
 
-        self._count(id_, requests, answers)
+        self._count(id_, answers)
         # The client's own limits are for requests that somebody waits for.
         async with batch_client(self._app, {"unmask.client": Client(batch.owner)}) as client:
             await answer_lines(requests.missing(answers), ask_line, write, admit, self._room.release)
@@ -144,16 +145,14 @@ class BatchRunner:
         if self._worker.state == "stopping":
             raise _StoppingError
 
-    def _count(self, id_: str, requests: BatchFile, answers: BatchAnswers) -> None:
-        counts = BatchCounts.of(requests, answers)
-        shown = {"total": counts.total, "completed": counts.done - counts.failed, "failed": counts.failed}
-        self._store.change_batch(id_, {"request_counts": shown})
+    def _count(self, id_: str, answers: BatchAnswers) -> None:
+        self._store.change_batch(id_, _counts(answers))
 
     async def _finish(self, batch: OpenBatch, requests: BatchFile | None, answers: BatchAnswers, status: str) -> None:
         """Write the files of answers and errors, and say that the batch has ended."""
         id_, store = batch.object["id"], self._store
         answered = store.answers(id_)
-        fields: dict[str, Any] = {"status": status, f"{status}_at": _now()}
+        fields: dict[str, Any] = {"status": status, f"{status}_at": _now(), **_counts(answers)}
         with store.arriving(0) as output, store.arriving(0) as errors:
             await asyncio.to_thread(_divide, answered, requests, answers, output, errors)
             # Named by the batch: a process that was killed here and the next one write the same files.
@@ -176,6 +175,13 @@ class BatchRunner:
         errors = {"object": "list", "data": [shown]}
         self._store.change_batch(id_, {"status": "failed", "failed_at": _now(), "errors": errors})
         self._store.answers(id_).unlink(missing_ok=True)
+
+
+def _counts(answers: BatchAnswers) -> dict[str, Any]:
+    """Fields of the batch that change with its answers; the total stays."""
+    num_failed = sum(answers.failed.values())
+    counts = {"completed": len(answers.failed) - num_failed, "failed": num_failed}
+    return {"request_counts": counts, "usage": answers.usage.to_json()}
 
 
 class _Room:

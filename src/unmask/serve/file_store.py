@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unmask.errors import ConfigError
+from unmask.serve.batch_usage import BatchUsage
 
 MAX_OPEN_BATCHES = 64
 """Of one owner, not ended."""
@@ -28,7 +29,7 @@ _BATCH = {
     **{"completion_window": "24h", "status": "validating", "output_file_id": None, "error_file_id": None, "created_at": 0},
     **dict.fromkeys(("in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at")),
     **{"cancelling_at": None, "cancelled_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0}},
-    "metadata": None,
+    **{"usage": BatchUsage().to_json(), "metadata": None},
 }
 """OpenAI's object, with what a field has until it is set."""
 _SCHEMA = """
