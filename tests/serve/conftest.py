@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +47,12 @@ def client(site: Live) -> Iterator[OpenAI]:
     """The official client of that server, which tries nothing twice."""
     with connect(site.url) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def ray_token() -> Iterator[None]:
+    """The token of Ray's clusters. Without one, what it finds in the user's home decides; once imported, it looks no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        yield

@@ -80,8 +80,9 @@ def _wait_until_served(url: str) -> None:
     time.sleep(HEALTH_SECONDS)
 
 
-_PORTS = iter(random.Random(os.getpid()).sample(range(12_000, 30_000, 4), 4_500))
-"""Below those that connections get; each is given once, with three behind it, where a worker may publish."""
+_PORTS = iter(random.Random(os.getpid()).sample(range(20_000, 32_000, 4), 3_000))
+"""Above those of Ray's workers, below those that connections get; each is given once, with three behind it, where a worker
+may publish."""
 
 
 def free_port() -> int:

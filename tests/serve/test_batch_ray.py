@@ -40,7 +40,7 @@ def test_options_out_of_range_are_refused(values: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster(ray_token: None) -> Iterator[str]:
     """The address of two nodes on this machine; in Ray's processes, its dashboard left out."""
     pytest.importorskip("ray")
     port = free_port()

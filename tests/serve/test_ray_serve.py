@@ -25,7 +25,7 @@ NUM_CLIENTS = 6
 
 
 @pytest.fixture(scope="module")
-def ray_serve() -> ModuleType:
+def ray_serve(ray_token: None) -> ModuleType:
     """The module."""
     pytest.importorskip("ray")
     path = Path(__file__).parents[2] / "deploy/ray_serve.py"

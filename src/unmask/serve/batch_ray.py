@@ -111,7 +111,10 @@ def _connect(address: str) -> None:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, ValueError) as error:
         reason = f"no cluster answers at ray address {address!r} ({str(error)[:80]})"
-        raise ConfigError(f"{reason}; start one with `ray start --head`, or use local") from error
+        raise ConfigError(
+            f"{reason}; start one with `ray start --head`, or use local; if it takes a token, set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN to it"
+        ) from error
 
 
 def _records(
