@@ -75,8 +75,9 @@ class Job:
 
     @property
     def seed(self) -> int:
-        """Of the sampling."""
-        return int(self.id[:16], 16) % 2**31 + len(self.id)
+        """Of the sampling; another for each answer to a prompt."""
+        prompt, _, number = self.id.partition("-")
+        return int(prompt, 16) % 2**31 + len(prompt) + int(number or 0)
 
     @property
     def is_chat(self) -> bool:

@@ -164,6 +164,13 @@ def test_jobs_are_mixed_the_same_and_apart() -> None:
     assert not any(prefix in turn for prefix in prefixes for turn in asked)
 
 
+def test_no_two_answers_to_a_prompt_are_sampled_alike() -> None:
+    made = make_jobs(400, 3, [], 0.0, answers=4)
+    sampled = [(job.id.split("-")[0], job.seed) for job in made if job.temperature > 0]
+    assert len(set(sampled)) == len(sampled)
+    assert len(made) == len({(job.id.split("-")[0], job.temperature, job.seed if job.temperature else 0) for job in made})
+
+
 def test_some_prompts_ask_to_be_brief() -> None:
     asked = [chat_job(Prompt("talk", (f"say {number}",))).turns[0] for number in range(400)]
     share = sum(turn.endswith(own_text.HINTS) for turn in asked) / len(asked)
