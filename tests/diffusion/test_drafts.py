@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,13 +32,12 @@ def gated(family: str, rank: int | None = 3) -> Transformer:
 
 def blocks_of(maskable: list[bool], config: DraftConfig, cut: int) -> list[tuple[int, list[int]]]:
     """Of every block its first maskable position, and those that are drafted behind it; written with lists."""
-    if not any(maskable):
-        return []
-    begin, shift = maskable.index(True), cut * config.block_size // config.cuts
-    found: dict[int, list[int]] = {}
+    begin, shift = 0, cut * config.block_size // config.cuts
+    found: dict[tuple[int, int], list[int]] = {}
     for position, learnt in enumerate(maskable):
         if learnt:
-            found.setdefault((position - begin + shift) // config.block_size, []).append(position)
+            begin = begin if position and maskable[position - 1] else position
+            found.setdefault((begin, (position - begin + shift) // config.block_size), []).append(position)
     return [(places[0], places[1:]) for places in found.values() if places[1:]]
 
 
@@ -101,6 +102,16 @@ def test_training_drafts_what_decoding_would(family: str, config: DraftConfig, r
         columns = (stream.epoch_BT[at], stream.ordinal_BT[at], stream.index.copy_BT[at], stream.position_BT[at])
         where = list(zip(*(column.tolist() for column in columns), strict=True))
         assert dict(zip(where, found, strict=True)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_every_answer_of_a_conversation_has_blocks_of_its_own() -> None:
+    """No draft goes over a user's turn, which decoding reads before it drafts."""
+    answer = [False] * 2 + [True] * 3
+    doc = replace(text(15, 0), maskable=(*answer, *answer, *answer))
+    stream = draft_stream(pack([[doc]], 15), DraftConfig(MASK, START, 8))
+    drafts = (stream.copy_N != CLEAN).nonzero()[:, 0]
+    assert stream.position_BT[stream.predict][drafts].tolist() == [3, 4, 8, 9, 13, 14]
+    assert stream.index.block_BT[stream.predict][drafts].tolist() == [3, 3, 8, 8, 13, 13]
 
 
 def test_rows_with_nothing_to_draft_predict_nothing() -> None:

@@ -124,14 +124,12 @@ def block_groups(rows: CleanRows, block_RL: Tensor) -> tuple[Tensor, int]:
     return group_RL, len(groups)
 
 
-def extreme_in_block(
-    rows: CleanRows, block_RL: Tensor, values_RL: Tensor, where_RL: Tensor, extreme: Literal["amin", "amax"], otherwise: int
-) -> Tensor:
-    """Of each token, the least or largest of the values in its block at `where_RL`; `otherwise` where there are none."""
+def largest_in_block(rows: CleanRows, block_RL: Tensor, values_RL: Tensor, where_RL: Tensor, otherwise: int) -> Tensor:
+    """Of each token, the largest of the values in its block at `where_RL`; `otherwise` where there are none."""
     group_RL, num_groups = block_groups(rows, block_RL)
-    extremes = torch.full((num_groups,), otherwise, dtype=torch.int64, device=block_RL.device)
-    extremes.scatter_reduce_(0, group_RL[where_RL], values_RL[where_RL], extreme, include_self=False)
-    return extremes[group_RL]
+    largest = torch.full((num_groups,), otherwise, dtype=torch.int64, device=block_RL.device)
+    largest.scatter_reduce_(0, group_RL[where_RL], values_RL[where_RL], "amax", include_self=False)
+    return largest[group_RL]
 
 
 def noisy_copies(rows: CleanRows, config: CorruptionConfig, seed: int) -> list[NoisyCopy]:
@@ -206,7 +204,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
     stream_copies = masked_copies(rows, copies, config)
     if config.block_size is not None:
         block_RL = block_ids(rows.position_RL, config.block_size)
-        last_RL = extreme_in_block(rows, torch.zeros_like(block_RL), block_RL, rows.maskable_RL, "amax", -1)
+        last_RL = largest_in_block(rows, torch.zeros_like(block_RL), block_RL, rows.maskable_RL, -1)
         stream_copies.append(clean_copy(rows, (block_RL < last_RL) & (rows.segment_RL > 0), block_RL, config.start_id))
     return replace(assemble(rows, stream_copies), num_maskable=int(rows.maskable_RL.sum()) * len(copies))
 
@@ -214,7 +212,7 @@ def build_stream(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionCon
 def masked_copies(rows: CleanRows, copies: list[NoisyCopy], config: CorruptionConfig, first: int = 1) -> list[CompactCopy]:
     """Noisy copies number `first`, `first + 1`, ... of a stream: the blocks with a maskable token, those of `copies` masked."""
     block_RL = block_ids(rows.position_RL, config.block_size)
-    learnt_RL = extreme_in_block(rows, block_RL, torch.ones_like(block_RL), rows.maskable_RL, "amax", 0)
+    learnt_RL = largest_in_block(rows, block_RL, torch.ones_like(block_RL), rows.maskable_RL, 0)
     keep_RL = learnt_RL.bool() & (rows.segment_RL > 0)
     order_RL = block_RL if config.start_id is None else block_RL * (config.block_size or 0)
     compacted: list[CompactCopy] = []

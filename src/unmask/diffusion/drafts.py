@@ -20,10 +20,9 @@ from unmask.diffusion.corrupt import (
     NoisyCopy,
     Stream,
     assemble,
-    block_ids,
     causal_copy,
     compact,
-    extreme_in_block,
+    largest_in_block,
 )
 from unmask.errors import ConfigError
 
@@ -32,8 +31,9 @@ from unmask.errors import ConfigError
 class DraftConfig:
     """Layout of drafts: blocks of `block_size`, whose first token a verify token predicts and the others are drafts.
 
-    Every document is cut into blocks in `cuts` ways, over one clean copy, the first so that a block begins where an answer
-    does. Draft token `n` of a block (from 0) weighs `decay ** n`, since it is accepted only if all before it are.
+    Every answer is cut into blocks of its own in `cuts` ways, over one clean copy, the first so that a block begins where it
+    does: no draft goes over a user's turn, which decoding reads before it drafts. Draft token `n` of a block (from 0) weighs
+    `decay ** n`, since it is accepted only if all before it are.
     """
 
     mask_id: int
@@ -66,19 +66,23 @@ def draft_copies(rows: CleanRows, config: DraftConfig, learnt_RL: Tensor) -> tup
     copies: list[CompactCopy] = []
     masks_RL = torch.full_like(rows.tokens_RL, config.mask_id)
     last_RL = torch.full_like(rows.position_RL, -1)
-    whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
-    begin_RL = _first_learnt(rows, whole_RL, learnt_RL)
+    begin_RL = _begin_of_answer(rows, learnt_RL)
     for cut in range(config.cuts):
         offset_RL = rows.position_RL - begin_RL + cut * config.block_size // config.cuts
-        first_RL = _first_learnt(rows, block_ids(offset_RL, config.block_size), learnt_RL)
+        first_RL = torch.maximum(rows.position_RL - offset_RL % config.block_size, begin_RL)
         drafted_RL = learnt_RL & (rows.position_RL > first_RL)
         weight_RL = config.decay ** (rows.position_RL - first_RL - 1).clamp(min=0).float()
         predicted = NoisyCopy(drafted_RL, torch.ones_like(weight_RL), weight_RL)
         copies.append(compact(rows, drafted_RL, masks_RL, cut + 1, first_RL + 1, predicted))
         last_RL = torch.maximum(last_RL, torch.where(drafted_RL, first_RL, -1))
-    return copies, extreme_in_block(rows, whole_RL, last_RL, last_RL >= 0, "amax", -1)
+    whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
+    return copies, largest_in_block(rows, whole_RL, last_RL, last_RL >= 0, -1)
 
 
-def _first_learnt(rows: CleanRows, block_RL: Tensor, learnt_RL: Tensor) -> Tensor:
-    """Position in the document of the first learnt token of each token's block; the row length where there is none."""
-    return extreme_in_block(rows, block_RL, rows.position_RL, learnt_RL, "amin", block_RL.shape[1])
+def _begin_of_answer(rows: CleanRows, learnt_RL: Tensor) -> Tensor:
+    """Position in the document of the first of the learnt tokens, one behind the other, that each learnt token is among."""
+    goes_on_RL = torch.zeros_like(learnt_RL)
+    goes_on_RL[:, 1:] = learnt_RL[:, :-1] & (rows.segment_RL[:, 1:] == rows.segment_RL[:, :-1])
+    column_L = torch.arange(learnt_RL.shape[1], device=learnt_RL.device)
+    begin_RL = torch.where(learnt_RL & ~goes_on_RL, column_L, 0).cummax(dim=1).values
+    return rows.position_RL.gather(1, begin_RL)

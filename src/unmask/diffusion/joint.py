@@ -21,7 +21,7 @@ from unmask.diffusion.corrupt import (
     Stream,
     assemble,
     causal_copy,
-    extreme_in_block,
+    largest_in_block,
     masked_copies,
     noisy_copies,
 )
@@ -69,7 +69,7 @@ def joint_stream(rows: CleanRows, config: JointConfig, seed: int) -> Stream:
         copies += masked_copies(rows, masked, config.masks, first=len(copies) + 1)
         num_masked = len(masked)
     whole_RL = torch.zeros_like(rows.position_RL)  # the document as one block
-    last_RL = extreme_in_block(rows, whole_RL, rows.position_RL, rows.maskable_RL, "amax", -1)
+    last_RL = largest_in_block(rows, whole_RL, rows.position_RL, rows.maskable_RL, -1)
     ones_RL = torch.ones_like(learnt_RL, dtype=torch.float32)
     copies.append(causal_copy(rows, last_RL, config.start_id, NoisyCopy(learnt_RL, ones_RL, ones_RL)))
     return replace(assemble(rows, copies), num_maskable=int(rows.maskable_RL.sum()) * num_masked)
