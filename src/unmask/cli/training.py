@@ -23,6 +23,7 @@ from unmask.cli.startup import INTERRUPTED
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
+    from unmask.train.parallel.dims import ParallelDims
     from unmask.train.recipe import Recipe
     from unmask.train.run import RunResult
 
@@ -174,14 +175,15 @@ def _run(recipe: Recipe, out: Path, resume: bool) -> RunResult:
         return _show_run(should_stop, recipe, out, resume)
 
 
-def _show_layout(recipe: Recipe, ranks: int) -> None:
-    """Check the layout of a run; one that is chosen is printed."""
+def _show_layout(recipe: Recipe, ranks: int) -> ParallelDims:
+    """The layout of a run; one that is chosen is printed."""
     from unmask.train.parallel.dims import layout_name
     from unmask.train.run import run_layout
 
     dims = run_layout(recipe, ranks)
     if recipe.parallel.auto and ranks > 1:
         typer.echo(f"parallel {layout_name(dims)}", err=True)
+    return dims
 
 
 def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts: int) -> RunResult:
@@ -192,27 +194,32 @@ def _run_ranks(recipe: Recipe, out: Path, resume: bool, ranks: int, max_restarts
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(f"--nproc is {ranks}, but torchrun has started this process already; leave --nproc out")
-    _show_layout(recipe, ranks)
+    dims = _show_layout(recipe, ranks)
     check_devices(ranks, device_of(recipe.train))
     launcher = Launcher(ranks, max_restarts=max_restarts, logs=out / "logs")
     with stop_on_interrupt(on_stop=launcher.stop):
-        result: RunResult = launcher.run(_show_run, recipe, out, resume)
+        result: RunResult = launcher.run(_show_run, recipe, out, resume, dims)
     return result
 
 
-def _show_run(should_stop: Callable[[], bool], recipe: Recipe, out: Path, resume: bool) -> RunResult:
-    """Run the recipe as the process, or the rank, that this is; the main one shows the progress."""
+def _show_run(
+    should_stop: Callable[[], bool], recipe: Recipe, out: Path, resume: bool, dims: ParallelDims | None = None
+) -> RunResult:
+    """Run the recipe as the process, or the rank, that this is; the main one shows the progress.
+
+    `dims` is the layout that the launcher has chosen: planning takes each rank seconds.
+    """
     from unmask.cli.progress import showing_progress
     from unmask.train.parallel.start import restarted
     from unmask.train.run import run_recipe
 
     warnings.showwarning = show_warning  # A rank has not come through the application.
     if not is_main_rank():
-        return run_recipe(recipe, out, resume=resume, should_stop=should_stop)
+        return run_recipe(recipe, out, resume=resume, should_stop=should_stop, dims=dims)
     if restarted(out):
         typer.echo("note: a process was lost; all were started again and go on from the last checkpoint", err=True)
     with showing_progress(make_console(), recipe.train.tokens) as on_record:
-        return run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop)
+        return run_recipe(recipe, out, resume=resume, on_record=on_record, should_stop=should_stop, dims=dims)
 
 
 def _leave(verb: str, out: Path, ranks: int) -> NoReturn:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from unmask.files import atomic_write, bytes_writer
+
 MetricRecord = dict[str, Any]
 
 
@@ -25,7 +27,8 @@ class MetricLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         earlier = [record for record in read_metrics(self.path) if record["step"] <= from_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+        # Completely or not at all: it is all that is known of the steps before.
+        atomic_write(self.path, bytes_writer("".join(json.dumps(record) + "\n" for record in earlier).encode()))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 

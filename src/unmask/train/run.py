@@ -67,6 +67,7 @@ def run_recipe(
     on_record: Callable[[MetricRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
+    dims: ParallelDims | None = None,
 ) -> RunResult:
     """Run a recipe.
 
@@ -77,6 +78,7 @@ def run_recipe(
         on_record: called with every metric record.
         should_stop: called after every step; True, on any rank, saves a resumable checkpoint and returns.
         world: the ranks of the run, of which this process is one [default: those that torchrun or `--nproc` started].
+        dims: the layout of these, where it has been chosen already [default: as of `run_layout`].
 
     Returns:
         Where the model and the plot are.
@@ -86,7 +88,7 @@ def run_recipe(
         DataError, CheckpointError: unusable data or model.
         TrainingError: non-finite loss, or a full disk.
     """
-    with nullcontext(world) if world is not None else _opened(recipe) as world:
+    with nullcontext(world) if world is not None else _opened(recipe, dims) as world:
         return _run(recipe, out, world, resume, on_record, should_stop)
 
 
@@ -95,8 +97,8 @@ def run_layout(recipe: Recipe, num_processes: int) -> ParallelDims:
     return layout_of(recipe, num_processes, gpu_of(torch.device(device_of(recipe.train))))
 
 
-def _opened(recipe: Recipe) -> AbstractContextManager[World]:
-    dims = run_layout(recipe, num_ranks())
+def _opened(recipe: Recipe, dims: ParallelDims | None) -> AbstractContextManager[World]:
+    dims = dims or run_layout(recipe, num_ranks())
     return open_world(dims, recipe.parallel.timeout, device_of(recipe.train), f"{recipe.model_dump_json()} {dims}")
 
 
