@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import pytest
 from asking import HTTP, connect
 from live import Live, live
 
-from helpers import refused
+from helpers import refused, soon
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
 from unmask.serve.audit import AuditLog
@@ -22,6 +26,7 @@ from unmask.serve.clients import Bucket, Client, Clients
 from unmask.serve.config import ServerConfig
 from unmask.serve.errors import ApiError
 from unmask.serve.keys import ApiKey, read_keys
+from unmask.serve.server import listen, run, url_of
 
 KEYS = f"""
 - {{name: alice, key: alices-key, requests_per_minute: 3}}
@@ -92,6 +97,67 @@ def test_clients_are_found_by_their_keys() -> None:
     assert clients.find(("", "On")) is None
     assert (clients.named(""), Clients().named("")) != (None, None)
     assert clients.named("") is None
+
+
+def test_other_keys_take_the_place_of_those_before() -> None:
+    def key(name: str, secret: str, **fields: Any) -> ApiKey:
+        return ApiKey(name, hashlib.sha256(secret.encode()).digest(), **fields)
+
+    clients = Clients((key("a", "one"), key("b", "two"), key("c", "three")), requests_per_minute=7)
+    before = [clients.find((each,)) for each in ("one", "two", "three")]
+    clients.replace((key("a", "new"), key("b", "two", requests_per_minute=9), key("d", "four")))
+    assert clients.find(("new",)) is before[0], "the same owner with another key has used as much of the minute"
+    changed = clients.find(("two",))
+    assert changed is not None
+    assert (changed is before[1], changed.limits) == (False, (9, None))
+    assert [clients.find((each,)) for each in ("one", "three")] == [None, None]
+    assert clients.named("c") is None
+    assert clients.find(("four",)) is clients.named("d") is not None
+
+
+def test_the_keys_file_is_read_again_at_a_hangup(
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In this process, whose main thread gets the signals."""
+    path, listener = tmp_path / "keys.yaml", listen("127.0.0.1", 0)
+    path.write_text("- {name: alice, key: old-key}\n")
+    config, url = ServerConfig(keys_file=path), f"{url_of(listener)}/v1/models"
+    monkeypatch.setattr(logging.getLogger("unmask.serve"), "handlers", [caplog.handler])
+
+    def status(key: str) -> int:
+        return HTTP.get(url, headers={"authorization": f"Bearer {key}"}).status_code
+
+    def reload(content: str, *logged: str) -> None:
+        path.write_text(content)
+        caplog.clear()
+        os.kill(os.getpid(), signal.SIGHUP)
+        soon(lambda: any("key" in each.message for each in caplog.records))
+        (line,) = {each.message for each in caplog.records if "key" in each.message}
+        assert all(each in line for each in logged), line
+
+    def use() -> list[list[int]]:
+        try:
+            soon(lambda: status("old-key") == 200)
+            seen = [[status("old-key"), status("new-key")]]
+            for content, *logged in (
+                ("- {name: alice, key: new-key}\n", "read again"),
+                ("- {name: alice, key: 3}\n", "stay", "0.key"),
+            ):
+                reload(content, *logged)
+                seen.append([status("old-key"), status("new-key")])
+            return seen
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # Should the server not heed it, the signal would end the tests.
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        with caplog.at_level(logging.INFO, "unmask.serve"), ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(use)
+            assert run(tiny, config, listener, loopback=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen.result() == [[200, 401], [401, 200], [401, 200]]
 
 
 @pytest.mark.parametrize(

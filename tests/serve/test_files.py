@@ -21,7 +21,9 @@ from helpers import soon
 from unmask.engine.llm import LanguageModel
 from unmask.serve import batch_runner
 from unmask.serve.batch_file import BatchAnswers
+from unmask.serve.clients import Clients
 from unmask.serve.config import ServerConfig
+from unmask.serve.keys import plain_key
 
 ENDPOINT = "/v1/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
@@ -273,6 +275,26 @@ def test_batches_of_a_key_that_is_gone_wait_for_it(tiny: LanguageModel, tmp_path
         time.sleep(0.2)
         assert database.execute("SELECT status FROM batches").fetchone() == ("validating",)
         database.close()
+
+
+def test_a_batch_whose_key_is_taken_away_stops_until_it_is_back(tiny: LanguageModel, tmp_path: Path) -> None:
+    slow = SlowModel(tiny.transformer, tiny.tokenizer, name="tiny")
+    slow.seconds = 0.01
+    keys = plain_key("first"), plain_key("second")
+    config = ServerConfig(api_keys=("first", "second"), files=tmp_path, max_concurrent=4)
+    with live(slow, config) as running, connect(running.url, api_key="first") as client:
+        id_ = start(client, lines(16))
+        soon(lambda: client.batches.retrieve(id_).request_counts.completed >= 1)
+        clients: Clients = running.app.state.clients
+        clients.replace(keys[1:])
+        soon(lambda: not running.app.state.batches._running)
+        with pytest.raises(openai.AuthenticationError):
+            client.batches.retrieve(id_)
+        clients.replace(keys)
+        batch = client.batches.retrieve(id_)
+        assert (batch.status, batch.request_counts.completed < 16) == ("in_progress", True)
+        slow.seconds = 0.0
+        assert len(records(client, ended(client, id_).output_file_id)) == 16
 
 
 def test_without_a_folder_the_routes_say_so(site: Live, client: OpenAI) -> None:

@@ -187,6 +187,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.clients = clients
     app.state.responses = ResponseStore()
     app.state.files = None if config.files is None else FileStore(config.files, config.max_stored)
     for each in _routers():

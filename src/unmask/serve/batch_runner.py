@@ -119,10 +119,12 @@ class BatchRunner:
     async def _ask_all(self, batch: OpenBatch, requests: BatchFile, answers: BatchAnswers) -> None:
         id_, counted_at = batch.object["id"], 0.0
 
+        def is_wanted() -> bool:
+            is_open = self._store.status(id_) == "in_progress" and _now() < batch.object["expires_at"]
+            return is_open and self._clients.named(batch.owner) is not None
+
         async def admit() -> bool:
-            return await self._room.take(
-                lambda: self._store.status(id_) == "in_progress" and _now() < batch.object["expires_at"]
-            )
+            return await self._room.take(is_wanted)
 
         def write(record: dict[str, Any]) -> None:
             nonlocal counted_at

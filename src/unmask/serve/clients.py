@@ -71,8 +71,9 @@ class Client:
         tokens_per_minute: int | None = None,
     ) -> None:
         self.name, self.is_admin = name, is_admin
-        limits = dict(zip(_KINDS, (requests_per_minute, tokens_per_minute), strict=True))
-        self._buckets = {kind: Bucket(limit) for kind, limit in limits.items() if limit is not None}
+        self.limits = (requests_per_minute, tokens_per_minute)
+        limits = zip(_KINDS, self.limits, strict=True)
+        self._buckets = {kind: Bucket(limit) for kind, limit in limits if limit is not None}
 
     def take_request(self) -> None:
         """Count a request.
@@ -132,15 +133,25 @@ class Clients:
     ) -> None:
         self.need_key = bool(keys)
         self.everybody = Client(is_admin=not keys, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-        self._clients = {
-            key.digest: Client(
-                key.name,
-                is_admin=key.admin,
-                requests_per_minute=key.requests_per_minute or requests_per_minute,
-                tokens_per_minute=key.tokens_per_minute or tokens_per_minute,
-            )
-            for key in keys
-        }
+        self._clients: dict[bytes, Client] = {}
+        self.replace(keys)
+
+    def replace(self, keys: Sequence[ApiKey]) -> None:
+        """Know these keys from now on, and no others. Whose rights and limits stay keeps what this minute has left."""
+        before = {client.name: client for client in self._clients.values()}
+        self._clients = {key.digest: self._client(key, before.get(key.name)) for key in keys}
+
+    def _client(self, key: ApiKey, before: Client | None) -> Client:
+        requests, tokens = self.everybody.limits
+        client = Client(
+            key.name,
+            is_admin=key.admin,
+            requests_per_minute=key.requests_per_minute or requests,
+            tokens_per_minute=key.tokens_per_minute or tokens,
+        )
+        if before is not None and (before.is_admin, before.limits) == (client.is_admin, client.limits):
+            return before
+        return client
 
     def find(self, sent: Sequence[str]) -> Client | None:
         """The client with one of these keys; compared in constant time."""

@@ -29,7 +29,9 @@ class ServerConfig:
 
     names: tuple[str, ...] = _setting((), "Model name that clients use; repeatable: the first is the name in answers.", "MODEL")
     api_keys: tuple[str, ...] = _setting((), "API key that clients must send; repeatable.", "no key needed")
-    keys_file: Path | None = _setting(None, "YAML file of further keys: a list of name, key (or its sha256), and limits.")
+    keys_file: Path | None = _setting(
+        None, "YAML file of further keys: a list of name, key (or its sha256), and limits; SIGHUP reads it again."
+    )
     requests_per_minute: int | None = _setting(None, "POST requests a minute of each key that sets no limit.", "any number")
     tokens_per_minute: int | None = _setting(None, "Tokens a minute, of prompts and completions, likewise.", "any number")
     loras: tuple[str, ...] = _setting((), "LoRA adapter of the model to serve as MODEL:NAME, NAME=FOLDER; repeatable.", "none")
@@ -94,10 +96,20 @@ class ServerConfig:
             raise ConfigError(
                 f"loras holds {len(self.loras)} adapters; their names must differ, and max_loras is {self.max_loras}"
             )
-        check_unique(self.keys)
+        _ = self.keys
 
     @cached_property
     def keys(self) -> tuple[ApiKey, ...]:
-        """Every key that opens the server; none: no key is needed."""
+        """Every key that opens the server when it starts; none: no key is needed."""
+        return self.current_keys()
+
+    def current_keys(self) -> tuple[ApiKey, ...]:
+        """The same with the keys file as it is now.
+
+        Raises:
+            ConfigError: the file is wrong, or two keys or names are equal.
+        """
         plain = tuple(plain_key(key) for key in dict.fromkeys(self.api_keys))
-        return plain if self.keys_file is None else (*plain, *read_keys(self.keys_file))
+        keys = plain if self.keys_file is None else (*plain, *read_keys(self.keys_file))
+        check_unique(keys)
+        return keys

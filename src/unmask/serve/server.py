@@ -1,15 +1,19 @@
 """`Server`: the uvicorn server with a graceful shutdown.
 
 Owns sockets and signals. At the first SIGINT or SIGTERM nothing new is accepted; running requests have the grace period to
-finish and fail after it, and connections still open then are closed. A second SIGINT ends everything at once.
+finish and fail after it, and connections still open then are closed. A second SIGINT ends everything at once. SIGHUP reads the
+keys file again, where there is one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import resource
+import signal
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,6 +21,7 @@ from fastapi import FastAPI
 from unmask.engine.llm import LanguageModel
 from unmask.errors import ConfigError
 from unmask.serve.app import create_app
+from unmask.serve.clients import Clients
 from unmask.serve.config import ServerConfig
 from unmask.serve.connection import Connection
 
@@ -24,6 +29,7 @@ _OTHER_DESCRIPTORS = 256
 """Open files beside connections."""
 _FLUSH_SECONDS = 5.0
 """Time for clients to read the rest of their responses once the engine has stopped."""
+_log = logging.getLogger("unmask.serve")
 
 
 class Server(uvicorn.Server):
@@ -33,9 +39,12 @@ class Server(uvicorn.Server):
         app: from `create_app`.
         grace: seconds that running requests have to finish.
         max_connections: open at once.
+        on_hangup: called at SIGHUP; None: the signal does what it did before.
     """
 
-    def __init__(self, app: FastAPI, grace: float, max_connections: int = 2048) -> None:
+    def __init__(
+        self, app: FastAPI, grace: float, max_connections: int = 2048, on_hangup: Callable[[], None] | None = None
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=functools.partial(Connection, max_connections=max_connections),  # type: ignore[arg-type]
@@ -47,7 +56,13 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(grace + 2 * _FLUSH_SECONDS),
         )
         super().__init__(config)
-        self._app, self._grace = app, grace
+        self._app, self._grace, self._on_hangup = app, grace, on_hangup
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's start; SIGHUP is heeded from here on."""
+        if self._on_hangup is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's shutdown waits until all connections are closed; `_close` closes them meanwhile."""
@@ -97,11 +112,23 @@ def run(language_model: LanguageModel, config: ServerConfig, listener: socket.so
         server.should_exit = True
 
     app = create_app(language_model, config, loopback=loopback, on_failure=on_failure)
-    server = Server(app, config.shutdown_grace, _with_descriptors(config.max_connections))
+    on_hangup = None if config.keys_file is None else functools.partial(_reload_keys, app.state.clients, config)
+    server = Server(app, config.shutdown_grace, _with_descriptors(config.max_connections), on_hangup)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
     return not server.force_exit
+
+
+def _reload_keys(clients: Clients, config: ServerConfig) -> None:
+    """Read the keys file again; where it is wrong, the log says so and the keys stay."""
+    try:
+        keys = config.current_keys()
+    except ConfigError as error:
+        _log.error("the keys stay as they were: %s", error)
+        return
+    clients.replace(keys)
+    _log.info("keys_file read again", extra={"details": {"keys": len(keys)}})
 
 
 def _with_descriptors(max_connections: int) -> int:
