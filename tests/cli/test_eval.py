@@ -41,6 +41,38 @@ def test_a_run_says_scores_and_speeds_and_goes_on(run, fails, wide_folder: Path,
     assert json.loads(again.stdout)["tasks"] == results["tasks"]
 
 
+def test_tasks_of_lm_eval_are_run_and_resumed(
+    run, fails, wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    from unmask.eval import harness
+
+    # Reading all of lm-eval's own tasks takes ten seconds.
+    monkeypatch.setattr(harness, "TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
+    (tmp_path / "docs.jsonl").write_text('{"question": "1 + 2?", "choices": ["2", "3"], "gold": 1}\n')
+    task = {
+        **{"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}}},
+        **{"test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "gold", "doc_to_choice": "{{choices}}"},
+        **{"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    asked = ("eval", "--model", wide_folder, "--tasks", tmp_path / "mine.yaml", "--out", tmp_path / "run", *FEW)
+    result = run(*asked, "--threshold", 0.5, "--samples", 2)
+    assert result.exit_code == 0, result.output
+    assert "acc" in result.stdout
+    found = json.loads((tmp_path / "run" / "harness.json").read_text())
+    assert found["options"]["decoding"] == {"threshold": 0.5}
+    assert "--resume" in fails(*asked)
+    assert "threshold" in fails(*asked, "--samples", 2, "--resume")
+
+
+def test_a_task_that_is_named_twice_is_asked_once(run) -> None:
+    result = run("eval", "--suite", "mini-5", "--tasks", "mini-5/math,mini-5/math,arc_easy,arc_easy", "--dry-run")
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 6
+
+
 def test_what_there_is_is_listed(run) -> None:
     result = run("eval", "--list")
     for words in ("mini-5", "llada2-47", "mini-5/coding", "humaneval-offline", "MIT"):

@@ -177,6 +177,31 @@ def test_a_run_writes_what_it_found(model: LanguageModel, data: str, tmp_path: P
     )
 
 
+@pytest.mark.parametrize("change", ["quantize", "decoding"])
+def test_answers_are_not_taken_from_a_run_with_other_weights_or_options(data: str, tmp_path: Path, change: str) -> None:
+    settings = task(data, task="choice", output_type="multiple_choice", doc_to_choice="choices", metric_list=[ACCURACY])
+    model = model_of(tmp_path / "model", 8)
+    options: dict[str, Any] = {
+        "limit": 1,
+        "chat": False,
+        "samples": 2,
+        "decoding": SamplingParams(threshold=0.9),
+        "manager": NONE,
+    }
+    run_harness(model, [settings], tmp_path, **options)  # type: ignore[list-item]
+    if change == "quantize":
+        model.quantize = "int8"
+    else:
+        options |= (
+            {"decoding": SamplingParams(threshold=0.5)} if change == "decoding" else {"samples": 3, "chat": change == "chat"}
+        )
+    with refused(ConfigError, "another folder"):
+        run_harness(model, [settings], tmp_path, **options)  # type: ignore[list-item]
+    (tmp_path / "harness.json").unlink()  # of a run that was killed there is only the cache
+    found = run_harness(model, [settings], tmp_path, **options)  # type: ignore[list-item]
+    assert found["likelihood"] is not None, "nothing is from the cache"
+
+
 def test_an_unknown_task_is_told(model: LanguageModel, tmp_path: Path) -> None:
     with refused(ConfigError, "no_such_task"):
         run_harness(model, ["no_such_task"], tmp_path, limit=1, chat=False, manager=NONE)

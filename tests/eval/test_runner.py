@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from scripted import ScriptedModel
 
 from helpers import refused
 from unmask.engine.sampling_params import SamplingParams
-from unmask.errors import ConfigError
+from unmask.errors import CheckpointError, ConfigError
 from unmask.eval.runner import EvalSettings, load_samples, request_of, run_tasks
 from unmask.eval.task import Item, ItemScore, Split, Task
 
@@ -95,6 +97,41 @@ def test_a_killed_run_goes_on(model: ScriptedModel, tmp_path: Path, keep: float)
     done = text[: int(len(text) * keep)].count(b"\n") - (keep < 1.0)
     assert len(model.asked) - asked in (40 - done, 40 - done - 1, 40 - done + 1)
     assert load_samples(tmp_path / "run") == load_samples(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_answers_hold_any_character(tmp_path: Path, cut: int) -> None:
+    model = ScriptedModel(tmp_path / "model", lambda prompt: "one\u2028two\x85three ü")
+    run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 4)
+    path = tmp_path / "run" / "samples.jsonl"
+    line = path.read_bytes().splitlines(keepends=True)[-1]
+    inside = line.index("ü".encode()) + 1 if cut == 2 else len(line) - 3  # in the middle of a character, or of the line
+    with path.open("ab") as file:
+        file.write(line[: inside if cut else 0])
+    samples = load_samples(tmp_path / "run")
+    assert "\u2028" in samples[0].answer
+    assert run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 4, resume=True)["tasks"]["sums"]["items"] == 4
+    assert load_samples(tmp_path / "run") == samples
+
+
+def test_a_full_disk_leaves_the_answers(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 4)
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, refused(CheckpointError, "space"):
+        patch.setattr(os, "fsync", full)
+        run_tasks(model, [SUMS], tmp_path / "run", count=lambda task: 8, resume=True)
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+def test_a_task_that_is_not_asked_again_keeps_its_version(model: ScriptedModel, tmp_path: Path) -> None:
+    run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
+    run_tasks(model, [replace(SUMS, name="more")], tmp_path, count=lambda task: 4, resume=True)
+    with refused(ConfigError, "sums"):
+        run_tasks(model, [replace(SUMS, version="2")], tmp_path, count=lambda task: 4, resume=True)
 
 
 def test_what_is_there_is_not_overwritten(model: ScriptedModel, tmp_path: Path) -> None:

@@ -93,3 +93,31 @@ def test_code_runs_without_a_sandbox_only_where_it_is_allowed(tmp_path: Path, mo
     (result,) = allowed["benchmarks"]
     assert (result["score"], result["items"], result["metric"], result["reason"]) == (50.0, 4, "pass@1", None)
     assert allowed["mean"] == {"run": 1, "total": 1, "mean": 50.0, "published": {"m": 50.0}}
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "score", "metric"),
+    [
+        ("SQuAD 2.0", {"exact,none": 50.0, "f1,none": 75.0}, 75.0, "f1"),
+        ("DROP", {"em,none": 0.5, "f1,none": 0.75}, 75.0, "f1"),
+        ("HellaSwag", {"acc,none": 0.5, "acc_norm,none": 0.75}, 75.0, "acc_norm"),
+        ("GSM8K", {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 0.75}, 75.0, "exact_match"),
+        ("PIQA", {"acc,none": 0.75, "acc_norm,none": 0.5}, 75.0, "acc"),
+    ],
+)
+def test_the_score_is_by_the_metric_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, metrics: dict[str, float], score: float, metric: str
+) -> None:
+    whole = load_suite("llada2-47")
+    suite = whole.model_copy(update={"benchmarks": tuple(each for each in whole.benchmarks if each.name == task)})
+    (name,) = suite.benchmarks[0].tasks
+
+    def lm_eval(self: EvalRun, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
+        return {"results": {name: {"alias": name, "sample_len": 4, **metrics}}, "n-samples": {name: {"effective": 4}}}
+
+    monkeypatch.setattr(EvalRun, "_lm_eval", lm_eval)
+    model = ScriptedModel(tmp_path / "model", lambda prompt: "")
+    run = EvalRun(model, tmp_path, lambda task: 1, None, EvalSettings(), {}, resume=False)
+    content = run.suite(suite, lambda *_: None)
+    (result,) = content["benchmarks"]
+    assert (result["score"], result["metric"], content["mean"]["mean"]) == (score, metric, score)

@@ -109,7 +109,7 @@ def _folder(out: Path | None, model: str, tasks: str, *, resume: bool) -> Path:
     """
     name = f"{Path(model).name}-{Path(tasks).name}".replace(",", "+").replace("/", "-")
     folder = out if out is not None else Path("out/eval") / name
-    if not resume and any((folder / file).exists() for file in ("samples.jsonl", "suite.json")):
+    if not resume and any((folder / file).exists() for file in ("samples.jsonl", "suite.json", "harness.json")):
         raise ConfigError(f"{folder} holds a run already; add --resume to continue it, or use another --out")
     return folder
 

@@ -84,7 +84,7 @@ def select_tasks(suite: str | None, names: str | None, *, required: bool = True)
             harness.append(name)
     if required and not own and not harness:
         raise ConfigError(f"no tasks are selected; give --suite {MINI5} or --tasks, and see unmask eval --list")
-    return Selection(tuple(own), tuple(harness))
+    return Selection(tuple({task.name: task for task in own}.values()), tuple(dict.fromkeys(harness)))
 
 
 def check_models(*names: str) -> None:

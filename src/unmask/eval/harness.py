@@ -25,10 +25,10 @@ from unmask.engine.request import Completion, Request, distinct_samples
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError, RequestError
 from unmask.eval.likelihood import Likelihood, LikelihoodEstimator
-from unmask.eval.provenance import about_model, environment
+from unmask.eval.provenance import about_model, check_same_run, environment
 from unmask.eval.sentences import ensure_punkt
 from unmask.eval.speed import Cost, speed_of
-from unmask.files import atomic_write, atomic_write_json, bytes_writer
+from unmask.files import atomic_write, atomic_write_json, bytes_writer, read_json
 
 _DEFAULT_TOKENS = 256
 _RESULTS = ("results", "groups", "n-samples", "versions", "higher_is_better")
@@ -246,6 +246,7 @@ def run_harness(
     chat: bool,
     allow_code: bool = False,
     manager: TaskManager | None = None,
+    decoding: SamplingParams = SamplingParams(),
     **options: Any,
 ) -> dict[str, Any]:
     """Run tasks of lm-eval by its own names; the content of `harness.json`.
@@ -258,14 +259,19 @@ def run_harness(
         chat: apply the chat template to prompts.
         allow_code: let lm-eval execute code that the model writes, without our sandbox.
         manager: where tasks are looked up; all of lm-eval's where None.
-        options: of `HarnessLM`.
+        decoding: options for every answer.
+        options: others of `HarnessLM`.
 
     Raises:
-        ConfigError: lm-eval does not know a task, or its data is not available.
+        ConfigError: lm-eval does not know a task, its data is not available, or the folder holds results of another model or
+            of other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lm, about = HarnessLM(model, **options), about_model(model)
-    key = hashlib.blake2b(json.dumps([about["weights"], options], sort_keys=True).encode(), digest_size=8).hexdigest()
+    lm = HarnessLM(model, decoding=decoding, **options)
+    head = {"model": about_model(model), "options": {**options, "chat": chat, "decoding": decoding.given()}}
+    if (folder / "harness.json").exists():
+        check_same_run(folder, read_json(folder / "harness.json"), head)
+    key = hashlib.blake2b(json.dumps(head, sort_keys=True).encode(), digest_size=8).hexdigest()
     sentences = ensure_punkt(map(str, names))
     try:
         evaluated = simple_evaluate(
@@ -278,15 +284,14 @@ def run_harness(
             task_manager=manager,
             bootstrap_iters=1000,
         )
-    except (KeyError, OSError, ValueError) as error:
+    except (ImportError, KeyError, OSError, ValueError) as error:
         reason = f"{' '.join(str(error).split())[:300]}; see `lm-eval ls tasks`, and go online where data is missing"
         raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}") from error
     _write_samples(folder / "harness_samples.jsonl", evaluated.get("samples", {}))
     content = {
         **{name: evaluated[name] for name in _RESULTS if name in evaluated},
         "limit": limit,
-        "model": about,
-        "options": options,
+        **head,
         "likelihood": lm.likelihood_note(),
         "sentences": sentences,
         "truncated": lm.truncated,

@@ -1,11 +1,13 @@
-"""Provenance of a result: weights, git commit, package versions and machine."""
+"""Provenance of a result: weights, git commit, package versions and machine; and what a run is continued with."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from unmask.cores import num_cores
 from unmask.engine.llm import LanguageModel
+from unmask.errors import ConfigError
 
 PACKAGES = (
     *("unmask", "torch", "transformers", "tokenizers", "llguidance", "numpy"),
@@ -41,6 +44,29 @@ def about_model(model: LanguageModel) -> dict[str, Any]:
         "expert_capacity": model.expert_capacity,
         "diffusion": model.is_diffusion,
     }
+
+
+def check_same_run(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compare what a run was begun with, as JSON gave it back, with what would continue it.
+
+    Args:
+        folder: of the run.
+        old: by section, such as `model` and `settings`, each an object; other sections than those of `new` do not count.
+        new: likewise.
+
+    Raises:
+        ConfigError: a value differs; the first one is named.
+    """
+    for section, values in json.loads(json.dumps(new)).items():
+        before = old.get(section)
+        if not isinstance(before, dict):
+            raise ConfigError(f"{folder} does not say with what {section} it was begun; use another folder")
+        for name in [*values, *(name for name in before if name not in values)]:
+            if (name in before, before.get(name)) != (name in values, values.get(name)):
+                raise ConfigError(
+                    f"{folder} was begun with {section} {name} {before.get(name)!r}, now it is {values.get(name)!r}; use "
+                    "another folder"
+                )
 
 
 def environment() -> dict[str, Any]:

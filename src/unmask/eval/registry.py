@@ -32,6 +32,8 @@ class Benchmark(BaseModel):
     licence: str | None = None
     source: str | None = None
     tasks: tuple[str, ...] = ()
+    counts: str | None = None
+    in_percent: bool = False
     runs_code: bool = False
     differs: str | None = None
     elsewhere: str | None = None

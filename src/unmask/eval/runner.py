@@ -19,13 +19,15 @@ from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Request
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import ConfigError
-from unmask.eval.provenance import about_model, environment
+from unmask.eval.provenance import about_model, check_same_run, environment
 from unmask.eval.speed import Cost, speed_of
 from unmask.eval.task import Item, Split, Task
-from unmask.files import atomic_write_json
+from unmask.files import atomic_write, atomic_write_json, bytes_writer
 
 FORMAT = 1
 SCORED_TOGETHER = 16
+_FIXED = ("model", "settings", "tasks")
+"""What a run is continued with, in its first line."""
 TOO_LONG = "too long"
 """`finish_reason` of an item that does not fit the model's context."""
 OnProgress = Callable[[str, int, int], None]
@@ -230,20 +232,20 @@ def request_of(model: LanguageModel, item: Item, decoding: SamplingParams) -> Re
 
 def _open(path: Path, head: Mapping[str, Any], *, resume: bool) -> list[EvalSample]:
     """The samples of a run so far; writes the first line of a new run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.read_text(encoding="utf-8").strip():
-        path.write_text(json.dumps({"run": head}) + "\n", encoding="utf-8")
-        return []
-    if not resume:
-        raise ConfigError(f"{path.parent} holds a run already; set resume to continue it, or use another folder")
-    old_head, samples = _read(path)
-    new_head = json.loads(json.dumps(head))
-    for name, old in old_head.items():
+    samples: list[EvalSample] = []
+    if path.exists() and path.read_bytes().strip():
+        if not resume:
+            raise ConfigError(f"{path.parent} holds a run already; set resume to continue it, or use another folder")
+        old_head, samples = _read(path)
+        if old_head.get("format") != FORMAT:
+            raise ConfigError(f"{path} has format {old_head.get('format')!r}, and {FORMAT} is read; use another folder")
+        tasks = old_head.get("tasks")
+        tasks = tasks if isinstance(tasks, dict) else {}
         # More tasks may join a run, but none may change.
-        new = {key: new_head[name].get(key, value) for key, value in old.items()} if name == "tasks" else new_head.get(name)
-        if new != old:
-            raise ConfigError(f"{path.parent} was begun with {name} {old}, now it is {new}; use another folder")
-    path.write_text(json.dumps({"run": new_head}) + "\n" + "".join(map(_line, samples)), encoding="utf-8")
+        head = {**head, "tasks": {**tasks, **head["tasks"]}}
+        check_same_run(path.parent, {**old_head, "tasks": {**head["tasks"], **tasks}}, {k: head[k] for k in _FIXED})
+    lines = [json.dumps({"run": head}) + "\n", *map(_line, samples)]
+    atomic_write(path, bytes_writer("".join(lines).encode()))
     return samples
 
 
@@ -258,8 +260,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[EvalSample]]:
         ConfigError: the file is absent or damaged.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        head = json.loads(lines[0])["run"]
+        # Not `splitlines`: a line may hold other separators. Behind the last end of line stands what was cut off, or nothing.
+        lines = path.read_bytes().split(b"\n")
+        head = dict(json.loads(lines[0])["run"])
         parsed = []
         for number, line in enumerate(lines[1:], start=2):
             try:

@@ -169,7 +169,7 @@ class EvalRun:
         if benchmark.runs_code and not self.harness.get("allow_code"):
             raise ConfigError("lm-eval would run code that the model writes, without a sandbox; allow_code permits it")
         results = self._lm_eval(planned.tasks, folder)
-        metrics = [_main_metric(results, name) for name in planned.tasks]
+        metrics = [_main_metric(results, name, benchmark) for name in planned.tasks]
         return replace(
             planned,
             score=100 * sum(value for value, _ in metrics) / len(metrics),
@@ -196,11 +196,13 @@ def _harness() -> ModuleType:
     return harness
 
 
-def _main_metric(results: Mapping[str, Any], task: str) -> tuple[float, str]:
-    """The first metric that lm-eval lists for a task or group, and its name."""
+def _main_metric(results: Mapping[str, Any], task: str, benchmark: Benchmark) -> tuple[float, str]:
+    """The share of 1 that lm-eval gives a task or group, by the metric that counts in the benchmark, and the metric's name."""
     metrics = {**results["results"].get(task, {}), **results.get("groups", {}).get(task, {})}
     for key, value in metrics.items():
         name = key.partition(",")[0]
-        if isinstance(value, int | float) and "_stderr" not in key and name not in ("sample_len", "bypass"):
-            return float(value), name
-    raise ConfigError(f"lm-eval gave no score for {task}; see harness.json")
+        is_score = isinstance(value, int | float) and "_stderr" not in key and name not in ("sample_len", "bypass")
+        if is_score and benchmark.counts in (None, key):
+            return float(value) / (100 if benchmark.in_percent else 1), name
+    wanted = "score" if benchmark.counts is None else benchmark.counts
+    raise ConfigError(f"lm-eval gave no {wanted} for {task}; see harness.json")

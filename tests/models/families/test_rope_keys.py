@@ -60,6 +60,9 @@ def test_yarn_falls_back_to_the_positions() -> None:
     assert read({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).original_max_positions == 1024
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("hf", "names"),
     [
@@ -72,6 +75,21 @@ def test_yarn_falls_back_to_the_positions() -> None:
         ({"rope_scaling": "yarn"}, ("rope_scaling", "'yarn'")),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ("layer type",)),
         ({"rope_theta": -1.0}, ("rope theta", -1.0)),
+        ({"rope_theta": float("nan")}, ("rope_theta", "nan", "finite")),
+        ({"rope_theta": 10**400}, ("rope_theta", "finite")),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            ("original_max_positions", 0),
+        ),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}}, ("original_max_positions", 0)),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1e300}},
+            ("original_max_positions",),
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0}}, ("beta_fast", 0)),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1}, ("rope theta", 1)),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 0}}, ("low_freq_factor", 0)),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ("low_freq_factor", "high_freq_factor")),
     ],
 )
 def test_refusals_name_key_and_value(hf: dict[str, Any], names: tuple[object, ...]) -> None:

@@ -292,6 +292,17 @@ def test_bases_that_do_not_serve(tmp_path: Path) -> None:
             load_model(folder, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("last", ["one", "two"])
+def test_adapters_of_each_other_are_told(tmp_path: Path, last: str) -> None:
+    base = saved_base("llama", tmp_path / "base")
+    for name, of in (("one", "two"), ("two", "three"), ("three", last)):
+        save_adapter(trained(base), tmp_path / name, base=str(base))
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / of)}))
+    with refused(CheckpointError, "itself"):
+        load_model(tmp_path / "one", dtype=torch.float32)
+
+
 def test_frozen_weights_get_no_gradient_and_adapters_do(tmp_path: Path) -> None:
     model = trained(saved_base("llama", tmp_path))
     causal = torch.ones(1, 12, 12, dtype=torch.bool).tril()

@@ -155,6 +155,10 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], tmp_p
         ({"r": 0}, ("rank", 0)),
         ({"r": 2.5}, ("rank", 2.5)),
         ({"lora_alpha": "8"}, ("lora_alpha", "'8'")),
+        ({"target_modules": "("}, ("'('", "regular expression")),
+        ({"rank_pattern": {"(": 2}}, ("'('", "regular expression")),
+        ({"rank_pattern": ["q_proj"]}, ("rank_pattern", "object")),
+        ({"modules_to_save": "lm_head"}, ("modules_to_save", "'lm_head'", "list")),
     ],
 )
 def test_values_of_the_wrong_kind(changes: dict[str, Any], names: tuple[object, ...]) -> None:

@@ -36,6 +36,16 @@ class RopeConfig:
             raise ConfigError(f"partial rotary factor is {self.fraction}; it must lie in (0, 1]")
         if self.kind in ("llama3", "yarn") and self.original_max_positions is None:
             raise ConfigError(f"rope scaling '{self.kind}' needs original_max_position_embeddings")
+        for name in ("original_max_positions", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(name, value)
+        if self.kind == "yarn" and not self.theta > 1:
+            raise ConfigError(f"rope theta is {self.theta}; with YaRN it must be more than 1")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor is {self.low_freq_factor}; it must be less than high_freq_factor, {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +192,16 @@ class ModelConfig:
         return [self.start_id, *tokens[: stop - 1]] if start == 0 else tokens[start - 1 : stop - 1]
 
 
+_LARGEST = 2**31 - 1
+_MOST = {
+    "num_layers": 10_000, "num_experts": 10_000, "vocab_size": _LARGEST, "max_positions": _LARGEST,
+    "original_max_positions": _LARGEST,
+}  # fmt: skip
+"""Bounds for damaged configs: every layer and expert has names in tables, and sizes become numbers of 64 bits."""
+
+
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ConfigError(f"{name} is {value}; it must be positive")
+    if value > _MOST.get(name, value):
+        raise ConfigError(f"{name} is {value}; it must be at most {_MOST[name]:,}")

@@ -219,13 +219,15 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         if hf.get(key, allowed[0]) not in allowed:
             raise ConfigError(f"{key} is {hf[key]!r}; only {' or '.join(repr(value) for value in allowed)} is supported")
     layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ConfigError(f"layer_types is {layer_types!r}; it must be a list")
     other = [kind for kind in layer_types if kind != "full_attention"]
     if other:
         raise ConfigError(f"layer_types holds {other[0]!r}; only 'full_attention' is supported")
     # Qwen switches its window on by `use_sliding_window` from layer `max_window_layers` on; `layer_types` overrides both.
     in_use = hf.get("use_sliding_window", "use_sliding_window" not in hf) and hf.get("sliding_window") is not None
-    windowless = hf.get("max_window_layers")
-    if isinstance(windowless, int) and windowless >= hf.get("num_hidden_layers", 0):
+    windowless = optional_integer(hf, "max_window_layers")
+    if windowless is not None and windowless >= integer(hf, "num_hidden_layers"):
         in_use = False
     if in_use and not layer_types:
         raise ConfigError(f"sliding_window is {hf['sliding_window']!r} and in use; only full attention is supported")

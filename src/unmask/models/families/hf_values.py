@@ -5,6 +5,7 @@ Owns what a value of each type may look like, and the errors that say so. Knows 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +36,8 @@ def number(hf: Mapping[str, Any], key: str, default: float) -> float:
     value = hf.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} is {value!r}; it must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{key} is {value!r}; it must be a finite number")
     return float(value)
 
 

@@ -61,7 +61,7 @@ def read_rope(hf: Mapping[str, Any], *, max_positions: int, default_fraction: fl
             original_max_positions=original, low_freq_factor=_required(scaling, "low_freq_factor"),
             high_freq_factor=_required(scaling, "high_freq_factor"),
         )  # fmt: skip
-    factor = number(scaling, "factor", max_positions / original)
+    factor = number(scaling, "factor", max_positions / max(original, 1))
     return RopeConfig(
         theta=theta, fraction=fraction, kind="yarn", factor=factor, original_max_positions=original,
         beta_fast=number(scaling, "beta_fast", 32.0), beta_slow=number(scaling, "beta_slow", 1.0),

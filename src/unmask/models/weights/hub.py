@@ -182,9 +182,14 @@ def base_folder(folder: Path) -> Path | None:
         base = resolve(name)
     except CheckpointError as error:
         raise CheckpointError(f"the base model of the adapter in {folder} is not there: {error}") from error
-    if base.resolve() == folder.resolve():
-        raise CheckpointError(f"the adapter in {folder} names itself as its base; name the model it was trained from")
-    return base
+    seen, above = {folder.resolve()}, base
+    while above.resolve() not in seen:
+        seen.add(above.resolve())
+        name = base_name(above)
+        if name is None or not Path(name).expanduser().is_dir():
+            return base
+        above = Path(name).expanduser()
+    raise CheckpointError(f"the adapter in {folder} names itself as its base; name the model it was trained from")
 
 
 def model_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -56,6 +56,7 @@ def read_settings(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[s
             that no module matches.
     """
     _reject_unsupported(settings)
+    _check_types(settings)
     rank, alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
     loras = {}
@@ -114,6 +115,22 @@ def _reject_unsupported(settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key} is {value!r}, which is not supported; fold the adapter with peft (merge_and_unload) and use the result"
             )
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, value in patterns.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}; it must be an object of names or regular expressions")
+    targets, saved = settings.get("target_modules"), settings.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ConfigError(f"modules_to_save is {saved!r}; it must be a list of names")
+    expressions = [*(targets,) * isinstance(targets, str), *(pattern for value in patterns.values() for pattern in value)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"{expression!r} is no regular expression ({error}); correct it") from error
 
 
 def _is_target(module: str, targets: Any) -> bool:
