@@ -418,3 +418,13 @@ def test_answers_that_another_process_writes_are_left_to_it(tmp_path: Path) -> N
     with pytest.raises(batch_runner.AnswersBusyError):
         BatchAnswers(tmp_path / "answers.jsonl")
     answers.close()
+
+
+def test_answers_whose_file_is_removed_meanwhile_are_left_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job without an answer removes its file when it ends, perhaps just when another has opened it."""
+    path = tmp_path / "answers.jsonl"
+    monkeypatch.setattr("fcntl.flock", lambda file, flags: path.unlink())
+    with pytest.raises(batch_runner.AnswersBusyError):
+        BatchAnswers(path)

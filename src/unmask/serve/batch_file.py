@@ -175,7 +175,7 @@ class BatchAnswers:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
                 raise BlockingIOError
-        except BlockingIOError as error:
+        except (BlockingIOError, FileNotFoundError) as error:
             raise AnswersBusyError(f"another job is writing {self._path}; wait for it, or choose another file") from error
 
     def _check_torn(self, torn: bytes, number: int) -> None:
