@@ -47,6 +47,8 @@ CASUAL_SHARE = 0.08
 MAX_DUPLICATES = 2_000
 """So many draws in a row without a new prompt: the kind is exhausted."""
 _TURN, _SYSTEM = " >> ", "system: "
+_NO_TURN = "\ufdd0"
+"""Stands for `_TURN` inside a free text; no text holds this noncharacter."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,14 @@ def read_grammar(paragraphs: Sequence[str] = ()) -> Grammar:
     paths = sorted(GRAMMARS.glob("*.txt"))
     if not paragraphs:
         return Grammar(read_sections(path for path in paths if path.stem != "document"))
-    return Grammar({**read_sections(paths), "paragraph": [Alternative(text, is_literal=True) for text in paragraphs]})
+    coded = (text.replace(_TURN, _NO_TURN) for text in paragraphs)
+    return Grammar({**read_sections(paths), "paragraph": [Alternative(text, is_literal=True) for text in coded]})
 
 
 def draw(grammar: Grammar, kind: str, rng: random.Random) -> Prompt:
     """A random prompt of a kind."""
     text = grammar.expand(kind, rng)
-    system, turns = None, text.split(_TURN)
+    system, turns = None, [turn.replace(_NO_TURN, _TURN) for turn in text.split(_TURN)]
     if turns[0].startswith(_SYSTEM):
         system, turns = turns[0].removeprefix(_SYSTEM), turns[1:]
     return Prompt(kind, tuple(_casual(turn) if rng.random() < CASUAL_SHARE else _capital(turn) for turn in turns), system)

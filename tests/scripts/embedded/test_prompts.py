@@ -152,3 +152,10 @@ def test_literal_text_is_not_expanded() -> None:
 def test_faulty_grammars(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Grammar(read_sections([write_grammar(tmp_path / "g.txt", text)]))
+
+
+def test_a_free_text_is_in_one_turn_whatever_it_holds() -> None:
+    paragraph = "In Python x << n and x >> n shift the bits of a number."
+    grammar = read_grammar([paragraph])
+    for seed in range(20):
+        assert paragraph in draw(grammar, "document", random.Random(seed)).turns[0]
