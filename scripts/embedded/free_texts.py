@@ -51,7 +51,7 @@ _SKIPPED = _HEADINGS | {"head", "info", "nav", "pre", "screen", "script", "style
 _BLOCKS = {"article", "aside", "blockquote", "body", "dd", "div", "dl", "footer", "header", "item", "li", "list", "main"} | {
     *("note", "ol", "p", "page", "section", "steps", "td", "terms", "th", "tr", "ul")
 }
-_POD_CODE = re.compile(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)", re.DOTALL)
+_POD_CODE = re.compile(r"[A-Z](?:<<+\s+(.*?)\s+>>+|<([^<>]*)>)", re.DOTALL)
 _POD_ESCAPES = {"lt": "<", "gt": ">", "verbar": "|", "sol": "/"}
 
 

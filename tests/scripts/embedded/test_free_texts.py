@@ -20,7 +20,8 @@ HTML = f"""<html><head><title>Title that is not text</title></head><body><nav><p
 <ul><li>One item<p>Its paragraph.</p></li></ul><table><tr><td>cell</td></tr></table><p>Last &amp; least.<br></body></html>"""
 POD = """=head1 NAME
 
-B<Bold I<and italic>> text with C<< $a->{b} >> and L<a link|perlop/"x">, L<perlfunc>X<index>.
+B<Bold I<and italic>> text with C<< $a->{b}
+>> and L<a link|perlop/"x">, L<perlfunc>X<index>.
 
     my $code = 1;
 
