@@ -29,8 +29,9 @@ class RouterMonitor:
 
     - `frozen`: neither router weights nor selection bias change.
     - `bias`: the selection bias moves by `rate` against the sign of the load error after each step, never by gradient.
-    - `aux`: a loss `aux_weight * E * sum_e f_e P_e` per layer trains the router weights, P the mean normalised score of the
-      step's tokens, f the share of tokens each expert received in the step *before*.
+    - `aux`: a loss `aux_weight * E * sum_e f_e P_e` per layer trains the router weights, P the sum of the normalised scores of
+      the step's tokens in all of their copies over the tokens of its documents, f the share of tokens each expert received in
+      the step *before*.
 
     Source: DeepSeek-V3 (2412.19437) Eq. 16 (`bias`); Switch Transformer (2101.03961) Eq. 4 (`aux`). Departs: f is a step old,
         so that the gradient does not depend on how a batch is split.
