@@ -1,15 +1,16 @@
 """D2: whole answers, drafting against decoding the same weights token by token, by turns.
 
-    python benchmarks/everyday.py [--model smollm2-135m-diffusion] [--sections everyday in-domain copying] [--rounds 2] [--json]
+    python benchmarks/everyday.py [--model smollm2-135m] [--sections everyday in-domain copying] [--rounds 2] [--json]
 
 Sections: `everyday_prompts.jsonl` holds 100 prompts of ten kinds, written by hand, that nobody trains on; in-domain prompts are
 of the kinds that the drafts were trained on (mini-5); `copy_prompts.jsonl` holds prompts whose answers repeat them: edits,
-extraction, code, quotations. To each prompt three sides answer one after the other (A B C, then C B A), one request at a time,
+extraction, code, quotations. To each prompt the sides answer one after the other (A B C, then C B A), one request at a time,
 nothing cached, the time for the prompt included:
 
 - plain: autoregressive, no drafts. What the others are compared with;
 - lookup: autoregressive, with drafts from prompt lookup;
-- speculative: the model itself, which drafts with masks and by lookup.
+- ngrams: of a model with n-grams of its own text (`unmask ngrams`): with drafts from both;
+- speculative: a model that drafts for its own parent, with masks and from text.
 
 Each side keeps one engine, as a server does: what it learns of costs and acceptance serves the next prompt. A prompt's ratio is
 of the tokens/s over its rounds. Printed by kind of prompt: the median ratio, tokens per forward (every forward counted), drafts
@@ -38,12 +39,12 @@ from unmask.engine.costs import MeasuredCosts
 from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
+from unmask.engine.ngrams import NgramTable
 from unmask.engine.parent import parent_of
 from unmask.eval.mini5.tasks import mini5_tasks
 
 EVERYDAY, COPYING = (Path(__file__).with_name(f"{name}_prompts.jsonl") for name in ("everyday", "copy"))
 SECTIONS = ("everyday", "in-domain", "copying")
-DRAFTING = ("lookup", "speculative")
 TARGET_MEDIAN, TARGET_DECILE = 1.5, 0.97
 LOG = Console(stderr=True, width=140)
 
@@ -86,19 +87,22 @@ class Side:
     """A model, decoding options, and an engine that stays.
 
     Attributes:
-        start: ids before the prompt.
         clock: that measures answers; the engine learns its costs by the wall's.
+        start: ids before the prompt.
+        ngrams: to draft from.
     """
 
     model: LanguageModel
     clock: Callable[[], float]
     start: tuple[int, ...] = ()
+    ngrams: NgramTable | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kernels = self.model.backend().kernels  # quantises the weights
         self.costs = RecordedCosts(kernels.partition("-")[0])
-        self.engine: Engine = self.model.engine(max_num_seqs=1, prefix_cache=False, drafting=DraftStatistics(costs=self.costs))
+        drafting = DraftStatistics(costs=self.costs, ngrams=self.ngrams)
+        self.engine: Engine = self.model.engine(max_num_seqs=1, prefix_cache=False, drafting=drafting)
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
         """Answer one prompt."""
@@ -131,14 +135,19 @@ def prompts_of(section: str, per_kind: int) -> list[Prompt]:
     return [prompt for kind in by_kind.values() for prompt in kind[:per_kind]]
 
 
-def sides_of(speculative: LanguageModel, clock: Callable[[], float]) -> dict[str, Side]:
-    """A model that drafts for its own parent, and that parent twice."""
-    autoregressive, start = parent_of(speculative)
-    return {
-        "plain": Side(autoregressive, clock, start, {"prompt_lookup": False}),
+def sides_of(model: LanguageModel, clock: Callable[[], float]) -> dict[str, Side]:
+    """The model without drafts first, then with; where it drafts for its own parent, that parent, and the model itself."""
+    is_speculative, ngrams = model.config.gated_lora_rank is not None, model.drafting.ngrams
+    autoregressive, start = parent_of(model) if is_speculative else (model, ())
+    sides = {
+        "plain": Side(autoregressive, clock, start, options={"prompt_lookup": False}),
         "lookup": Side(autoregressive, clock, start),
-        "speculative": Side(speculative, clock),
     }
+    if ngrams is not None:
+        sides["ngrams"] = Side(autoregressive, clock, start, ngrams)
+    if is_speculative:
+        sides["speculative"] = Side(model, clock, ngrams=ngrams)
+    return sides
 
 
 def compare(
@@ -186,9 +195,9 @@ def deciles(ratios: Sequence[float]) -> list[float]:
 
 def figures(section: str, side: str, overall: dict[str, float], tenths: Sequence[float]) -> dict[str, Figure]:
     """Every figure with its target; one without a target says null."""
-    drafts = section == "everyday" and side == "speculative"
+    is_best = section == "everyday" and side != "lookup"
     return {
-        f"{section}_{side}_median_ratio": figure(overall["median_ratio"], TARGET_MEDIAN if drafts else None),
+        f"{section}_{side}_median_ratio": figure(overall["median_ratio"], TARGET_MEDIAN if is_best else None),
         f"{section}_{side}_first_decile": figure(tenths[0], TARGET_DECILE),
         f"{section}_{side}_identical": figure(overall["identical"], 1.0),
         f"{section}_{side}_tokens_per_forward": figure(overall["tokens_per_forward"]),
@@ -216,7 +225,8 @@ def measure(section: str, sides: dict[str, Side], model: LanguageModel, options:
     answered = list(track(compared, description=section, total=len(prompts), console=LOG))
     rows: dict[tuple[str, str], dict[str, float]] = {}
     found: dict[str, Any] = {"figures": {}, "deciles": {}, "forwards": {}}
-    for side in DRAFTING:
+    drafting = [side for side in sides if side != "plain"]
+    for side in drafting:
         for kind in dict.fromkeys(prompt.kind for prompt in prompts):
             rows[side, kind] = summarize([each for prompt, each in answered if prompt.kind == kind], side)
         rows[side, "all"] = summarize([each for _, each in answered], side)
@@ -229,7 +239,7 @@ def measure(section: str, sides: dict[str, Side], model: LanguageModel, options:
             "mask_tokens": costs.mask_tokens / max(costs.forwards, 1),
         }
     LOG.print(table(section, rows))
-    for side in DRAFTING:
+    for side in drafting:
         held = found["forwards"][side]
         LOG.print(f"{side}: deciles " + " ".join(f"{value:.2f}" for value in found["deciles"][side]))
         LOG.print(f"{side}: {held['verify_tokens']:.2f} drafts verified and {held['mask_tokens']:.2f} masks a forward so far")
@@ -244,7 +254,7 @@ def clock_of(options: Any) -> Callable[[], float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--model", default="smollm2-135m-diffusion", help="a model that drafts for its own parent")
+    parser.add_argument("--model", default="smollm2-135m", help="autoregressive, or one that drafts for its own parent")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--rounds", type=int, default=2, help="answers of each side to each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=96)

@@ -13,7 +13,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, Literal, NamedTuple
 
-Source = Literal["masks", "lookup"]
+Source = Literal["masks", "lookup", "ngrams"]
 Key = tuple[Source, int, int]
 
 _STRENGTH = 4.0
@@ -160,9 +160,9 @@ class DraftHistory:
 
 
 def _source(name: object) -> Source:
-    if name == "masks" or name == "lookup":
+    if name == "masks" or name == "lookup" or name == "ngrams":
         return name
-    raise ValueError(f"a source of drafts is {name!r}; it must be masks or lookup")
+    raise ValueError(f"a source of drafts is {name!r}; it must be masks, lookup or ngrams")
 
 
 def _share(part: Any, whole: Any) -> tuple[float, float]:

@@ -13,8 +13,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from unmask.engine.acceptance import DraftHistory
 from unmask.engine.costs import ForwardCosts, MeasuredCosts
+from unmask.engine.ngrams import NgramTable, find_ngrams
 from unmask.errors import CheckpointError
 from unmask.files import atomic_write, bytes_writer
 from unmask.models.weights.hub import cache_folder, cache_name
@@ -24,18 +27,26 @@ _LEAST_SECONDS = 2.0
 
 
 class DraftStatistics:
-    """Costs of forwards and acceptance of drafts, shared by the engines of a model.
+    """Costs of forwards, acceptance of drafts and the model's n-grams, shared by the engines of a model.
 
     Args:
         kernels: what computes, as of `Backend.kernels`.
         path: of the file; None: kept in memory alone.
         costs: given ones, which are not kept; None: learnt.
+        ngrams: of text that the model wrote; None: nothing is drafted from such text.
     """
 
-    def __init__(self, kernels: str = "", path: Path | None = None, *, costs: ForwardCosts | None = None) -> None:
+    def __init__(
+        self,
+        kernels: str = "",
+        path: Path | None = None,
+        *,
+        costs: ForwardCosts | None = None,
+        ngrams: NgramTable | None = None,
+    ) -> None:
         learnt = MeasuredCosts(kernels.partition("-")[0])
         self.costs: ForwardCosts = learnt if costs is None else costs
-        self.history = DraftHistory()
+        self.history, self.ngrams = DraftHistory(), ngrams
         self._learnt, self._path, self._written = learnt, path, -_LEAST_SECONDS
         if path is not None:
             with suppress(OSError, ValueError, KeyError, TypeError):  # not there, damaged, or of another version
@@ -53,6 +64,16 @@ class DraftStatistics:
         with suppress(CheckpointError):  # no room, or another user's folder
             # Not synchronised with the disk, which takes long: what a power cut damages is not read.
             atomic_write(self._path, bytes_writer(content.encode()), synced=False)
+
+
+def open_statistics(model: str, folder: Path | None, kernels: str, vocab_size: int) -> DraftStatistics:
+    """Those of a model, by its name and folder (None: it has none), as they were kept.
+
+    Raises:
+        CheckpointError: the model's table of n-grams is damaged, or of another model.
+    """
+    path = statistics_path(folder, kernels, torch.get_num_threads())
+    return DraftStatistics(kernels, path, ngrams=find_ngrams(model, folder, vocab_size))
 
 
 def statistics_path(folder: Path | None, kernels: str, num_threads: int) -> Path | None:

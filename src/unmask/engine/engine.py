@@ -170,7 +170,11 @@ class Engine:
             kind = SpeculativeSequence
         else:
             kind = BlockDiffusionSequence if request.grammar is None else ConstrainedSequence
-        options: dict[str, Any] = {"shifted": self.config.shifted, "history": self._drafting.history}
+        options: dict[str, Any] = {
+            "shifted": self.config.shifted,
+            "history": self._drafting.history,
+            "ngrams": self._drafting.ngrams,
+        }
         return kind(request, number, self.mask_id, self.cache_block_size, self._decode, **options)
 
     def _enter(self, sequence: DecodingSequence) -> DecodingSequence:

@@ -24,7 +24,7 @@ from unmask.engine.backends.base import Backend
 from unmask.engine.backends.native import NativeBackend, packed_backend
 from unmask.engine.backends.torch import TorchBackend
 from unmask.engine.capabilities import Capabilities, capabilities, check_capable
-from unmask.engine.draft_statistics import DraftStatistics, statistics_path
+from unmask.engine.draft_statistics import DraftStatistics, open_statistics
 from unmask.engine.engine import Engine
 from unmask.engine.generation import Generation
 from unmask.engine.infill import Infilling, best_filling, filling_requests, split_holes
@@ -144,8 +144,7 @@ class LanguageModel:
     @cached_property
     def drafting(self) -> DraftStatistics:
         """What its engines have learnt on drafts: what one of them has, the next knows."""
-        kernels = self.backend().kernels
-        return DraftStatistics(kernels, statistics_path(self._folder, kernels, torch.get_num_threads()))
+        return open_statistics(self.name, self._folder, self.backend().kernels, self.config.vocab_size)
 
     def engine(self, *, mask_id: int | None = None, **options: Any) -> Engine:
         """An engine of this model for many requests at a time; options as of `Engine`."""

@@ -22,6 +22,7 @@ from unmask.diffusion.decode import Guess
 from unmask.engine.acceptance import DraftHistory
 from unmask.engine.kv_cache import PrefixHashes
 from unmask.engine.logprobs import token_logprobs
+from unmask.engine.ngrams import NgramTable
 from unmask.engine.request import Completion, Costs, DecodingStep, FinishReason, Request, TokenLogprob, finish
 from unmask.errors import RequestError
 
@@ -108,8 +109,9 @@ class DecodingSequence(ABC):
         *,
         shifted: bool = False,
         history: DraftHistory | None = None,
+        ngrams: NgramTable | None = None,
     ) -> None:
-        self._history = DraftHistory() if history is None else history
+        self._history, self._ngrams = DraftHistory() if history is None else history, ngrams
         self.request, self.number, self.mask_id, self._decode, self._shifted = request, number, mask_id, decode, shifted
         key = b"" if request.adapter is None else request.adapter.digest
         self.prefix_hashes = PrefixHashes(self.block_size, cache_block_size, key)

@@ -1,8 +1,9 @@
 """A sequence decoded autoregressively, token by token or, by verified drafts, several tokens in one forward.
 
 Owns its state between forwards. Its text is what the model's causal tokens predict: that of decoding token by token. Drafts
-come from masks that a shifted model runs behind its causal tokens (self-speculative decoding), and from what followed earlier
-occurrences of the same tokens (prompt lookup), for any model. Which of them pay is `engine.drafting`'s matter.
+come from masks that a shifted model runs behind its causal tokens (self-speculative decoding), and, for any model, from what
+followed earlier occurrences of the same tokens in its text (prompt lookup) or in text that the model wrote before (n-grams).
+Which of them pay is `engine.drafting`'s matter.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from unmask.diffusion.decode import Decision
 from unmask.engine.acceptance import Draft, DraftEstimates, DraftPrices, Key, promising
 from unmask.engine.drafting import NO_DRAFTS, DraftPlan
 from unmask.engine.lookup import PromptLookup
+from unmask.engine.ngrams import LONGEST_CONTEXT, NextToken
 from unmask.engine.request import DecodingStep
 from unmask.engine.sequences.base import DecodingSequence, ModelOutput, ScheduledSequence
 from unmask.errors import RequestError
 
 _EVERYTHING = 2**40
 """A block size whose first block holds all positions."""
-_MOST_LOOKED_UP = 16
+_MOST_FOUND = 16
 _LOOKUP_PRIORS = (0.3, 0.5, 0.65, 0.8, 0.9)
 """Of acceptance, by the length of the match: 2 tokens, 3, 4, 5 or 6, more."""
 _CONFIDENCES, _DISTANCES = 10, 4
@@ -45,7 +47,7 @@ class SpeculativeSequence(DecodingSequence):
     it leaves no choice about.
 
     Source: speculative decoding (2211.17192) with a model that drafts for itself, as in TiDAR (2511.08923); prompt lookup
-    decoding (A. Saxena, 2023).
+    decoding (A. Saxena, 2023); drafts retrieved from text of the model, as in REST (2311.08252), here counted n-grams.
     """
 
     def _begin(self) -> None:
@@ -140,7 +142,7 @@ class SpeculativeSequence(DecodingSequence):
         return self._room > 0 and (self.mask_id is not None or self.request.params.prompt_lookup)
 
     def draft_options(self, prices: DraftPrices) -> list[DraftPlan]:
-        """All numbers of pending drafts and masks, and all numbers of looked-up drafts; the first is to do nothing.
+        """All numbers of pending drafts and masks, and all numbers of drafts found in text; the first is to do nothing.
 
         Args:
             prices: of verify tokens and masks.
@@ -148,8 +150,7 @@ class SpeculativeSequence(DecodingSequence):
         self._learn()
         room = self._room
         pending = promising(self._until_end(self._pending[:room]), prices.verify) if self._pending else []
-        has_match = self._lookup is not None and self._lookup.length > 0
-        found = promising(self._until_end(self._looked_up(room)), prices.verify) if has_match else []
+        found = promising(self._until_end(self._found(room)), prices.verify)
         num_masks = self._most_masks(())
         # What masks tell is told at less cost once the prompt has been read.
         faster = room if self.num_missing == 1 else 0
@@ -190,11 +191,23 @@ class SpeculativeSequence(DecodingSequence):
             if draft.token in self.request.end_ids:
                 return
 
-    def _looked_up(self, room: int) -> Iterator[Draft]:
-        """Drafts that continue an earlier occurrence."""
-        if self._lookup is not None:
-            for i, token in enumerate(self._lookup.draft(min(room, _MOST_LOOKED_UP)), start=self._lookup.length):
-                yield self._estimates.draft(token, *_lookup_kind(i))
+    def _found(self, room: int) -> Iterator[Draft]:
+        """Drafts that text gives: at each place the likelier of what followed an earlier occurrence and of the n-gram's."""
+        if self._lookup is None:
+            return
+        looked_up, length = self._lookup.draft(min(room, _MOST_FOUND)), self._lookup.length
+        context = self.tokens[max(0, self._num_decided - LONGEST_CONTEXT) : self._num_decided]
+        for i in range(min(room, _MOST_FOUND)):
+            found = [self._estimates.draft(looked_up[i], *_lookup_kind(length + i))] if i < len(looked_up) else []
+            if self._ngrams is not None and (ngram := self._ngrams.next(context)) is not None:
+                found.append(self._estimates.draft(ngram.token, *_ngram_kind(ngram)))
+            if not found:
+                return
+            best = max(found, key=lambda draft: draft.probability)
+            yield best
+            context.append(best.token)
+            if i < len(looked_up) and best.token != looked_up[i]:
+                looked_up = []  # the text is not taken to go on as it did there
 
     def _draft(self, tokens: Sequence[int], confidences: Sequence[float]) -> None:
         """Keep what masks have drafted, up to the first that is not above the request's threshold."""
@@ -221,7 +234,8 @@ class SpeculativeSequence(DecodingSequence):
         text in which is looked up has grown. Put off while nobody asks for drafts."""
         if self._lookup is None and self.request.params.prompt_lookup:
             self._lookup = PromptLookup(self.tokens[: self._num_learnt])
-        for token in self.tokens[self._num_learnt : self._num_decided]:
+        for place in range(self._num_learnt, self._num_decided):
+            token = self.tokens[place]
             if self._pending:
                 draft, *rest = self._pending
                 self._estimates.record(draft.key, draft.prior, draft.token == token)
@@ -230,7 +244,15 @@ class SpeculativeSequence(DecodingSequence):
                 if (expected := self._lookup.next) is not None:
                     self._estimates.record(*_lookup_kind(self._lookup.length), expected == token)
                 self._lookup.append(token)
+                self._learn_ngram(place)
         self._num_learnt = self._num_decided
+
+    def _learn_ngram(self, place: int) -> None:
+        """Take in whether the token at this place is what the n-grams drafted."""
+        if self._ngrams is not None:
+            ngram = self._ngrams.next(self.tokens[max(0, place - LONGEST_CONTEXT) : place])
+            if ngram is not None:
+                self._estimates.record(*_ngram_kind(ngram), ngram.token == self.tokens[place])
 
     def _add_forced(self) -> bool:
         """Decide what the grammar leaves no choice about; whether there was anything."""
@@ -276,6 +298,11 @@ def _lookup_kind(length: int) -> tuple[Key, float]:
     """Of a draft that continues a match of this length, and its probability without observations."""
     kind = min(length - 2, 3) if length < 7 else 4
     return ("lookup", kind, 0), _LOOKUP_PRIORS[kind]
+
+
+def _ngram_kind(ngram: NextToken) -> tuple[Key, float]:
+    """Of a draft of the n-grams, and its probability without observations."""
+    return ("ngrams", int(_CONFIDENCES * ngram.probability), 0), ngram.probability
 
 
 def _left_over(chain: Sequence[float], price: float) -> float:

@@ -49,7 +49,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
 ADAPTED_CONFIG = "unmask_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*ngrams.npz"]
 
 
 class GGUFSource(NamedTuple):
@@ -297,8 +297,13 @@ def _config_of(gguf: GGUFFile, hf_config: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def asset_folder(name: str) -> Path:
+    """Where this package has the files of an embedded model; there may be none."""
+    return Path(str(importlib.resources.files("unmask"))) / "assets" / name
+
+
 def _embedded_delta(name: str, cache: Path) -> Path:
-    asset = importlib.resources.files("unmask") / "assets" / name
+    asset = asset_folder(name)
     if not (asset / DELTA).is_file():
         raise CheckpointError(f"'{name}' is not in this build of unmask; use '{EMBEDDED}'")
     return _unpack_delta(asset, name, cache)
