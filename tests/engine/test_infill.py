@@ -160,3 +160,10 @@ def test_a_hole_between_long_texts_sees_what_fits(
 def test_a_hole_that_leaves_no_room_is_refused(model: LanguageModel, tokenizer: Tokenizer) -> None:
     with refused(RequestError, "max_tokens", 300, 256):
         fill_between(model.request((None,)), [5], 300, [7], tokenizer, 2048)
+
+
+def test_stop_strings_are_refused(model: LanguageModel) -> None:
+    """A hole that ended before one would not be filled."""
+    (fill, _) = model.infill(TEXT, tokens=3).fills
+    with refused(RequestError, "stop", repr(fill[-1])):
+        model.infill(TEXT, tokens=3, stop=fill[-1])

@@ -69,7 +69,8 @@ def candidates(
         seed: or int64 [N]; None: that of `params`.
 
     Returns:
-        Tokens int64 [N] and float32 [N] confidences: the candidate's probability before temperature, top-k and top-p.
+        Tokens int64 [N] and float32 [N] confidences: the candidate's probability before temperature, top-k and top-p. Where
+        all tokens are banned (-inf), token 0 and NaN.
 
     Departs: LLaDA2.0's code takes the probability under the scaled, filtered distribution. A low temperature, a small `top_k`
     or a small `top_p` push that to 1 whatever the model knows, so that a threshold accepts every guess. Unscaled, a threshold
@@ -82,7 +83,10 @@ def candidates(
         return greedy_candidates(logits_NV)
     logits_NV = logits_NV.float()
     key = NoiseKey(params.seed if seed is None else seed, torch.zeros_like(positions_N) + sample)
-    token_N = draw(scaled_probabilities(logits_NV, params.temperature), key.uniform("sample", positions_N, step), params)
+    probabilities_NV = scaled_probabilities(logits_NV, params.temperature)
+    if bool((is_banned_N := probabilities_NV[:, 0].isnan()).any()):
+        probabilities_NV[is_banned_N] = torch.eye(1, logits_NV.shape[-1], device=logits_NV.device)
+    token_N = draw(probabilities_NV, key.uniform("sample", positions_N, step), params)
     return token_N, (logits_NV.gather(1, token_N[:, None])[:, 0] - logits_NV.logsumexp(-1)).exp()
 
 

@@ -229,13 +229,13 @@ class Engine:
             sequence.last_step = None
             try:
                 sequence.apply(scheduled, output)
+                self.scheduler.publish(sequence)
+                if sequence.completion is not None:
+                    sequence = self._enter(sequence)  # of one that has scored its prompt, the grammar begins here
             except RequestError as error:
                 self.abort(sequence.number)
                 updates.append(Update(sequence.number, (), None, None, error))
             else:
-                self.scheduler.publish(sequence)
-                if sequence.completion is not None:
-                    sequence = self._enter(sequence)
                 updates.append(self._update(sequence))
         self._observe(work, time.perf_counter() - started)
         if self._on_cache_events is not None and self.pool.events:

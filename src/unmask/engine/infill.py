@@ -61,7 +61,12 @@ def filling_requests(
         tokens: tokens of a hole, or the least and the most.
         tokenizer: no special token is ever filled in.
         whole: one block over everything.
+
+    Raises:
+        RequestError: no such lengths, or stop strings, at which a hole would be left half filled.
     """
+    if template.params.stop:
+        raise RequestError(f"stop is {list(template.params.stop)!r}; holes are filled to their end: leave it out")
     least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
     if not 1 <= least <= most:
         raise RequestError(f"tokens of a hole are {least} to {most}; they must be at least 1, the least first")

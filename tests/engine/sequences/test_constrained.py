@@ -18,10 +18,14 @@ from helpers import SPECIAL_TOKENS, make_tokenizer, refused
 from tiny import tiny_model, with_params
 from unmask.data.detokenizer import find_stop
 from unmask.data.tokenizer import Tokenizer
+from unmask.diffusion.decode import Guess
+from unmask.engine.acceptance import Draft
+from unmask.engine.drafting import DraftPlan
 from unmask.engine.grammar import GrammarState
 from unmask.engine.llm import LanguageModel
 from unmask.engine.request import Completion, DecodingStep, Request
-from unmask.engine.sequences.base import NOTHING_LEFT
+from unmask.engine.sequences.base import NOTHING_LEFT, ModelOutput
+from unmask.engine.sequences.speculative import SpeculativeSequence
 from unmask.errors import RequestError
 
 PHONE = r"[0-9]{3}-[0-9]{4}"
@@ -276,10 +280,18 @@ def test_bias_and_least_length_hold_under_a_grammar(kit: Kit, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_without_a_way_on_fails_alone(kit: Kit, kind: str) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("by", ["bias", "stop tokens", "bias of the first token"])
+def test_a_request_without_a_way_on_fails_alone(kit: Kit, kind: str, temperature: float, by: str) -> None:
     """Everything the grammar allows is banned: an error for this request, none for its neighbours."""
-    banned = {token: float("-inf") for spelling in ("a", "b") for token in kit.tokenizer.encode(spelling)}
-    dead, alive = kit.request(kind, regex=r"[ab]", logit_bias=banned), kit.request(kind, regex=PHONE)
+    letters = [token for spelling in ("a", "b") for token in kit.tokenizer.encode(spelling)]
+    options: dict[str, Any] = {"regex": r"[ab]", "logit_bias": dict.fromkeys(letters, float("-inf"))}
+    if by == "stop tokens":
+        options = {"regex": r"[ab]", "stop_token_ids": letters, "min_new_tokens": 1}
+    elif by == "bias of the first token":
+        options = {"regex": "|[ab]", "logit_bias": dict.fromkeys([*kit.model(kind).eos_ids, *letters], float("-inf"))}
+        assert kit.eos == 0, "of tokens that are all banned the first, and one that the grammar allows"
+    dead, alive = kit.request(kind, temperature=temperature, **options), kit.request(kind, regex=PHONE)
     with refused(RequestError, NOTHING_LEFT):
         kit.run(kind, dead)
     engine = kit.model(kind).engine(num_tokens=512)
@@ -320,6 +332,30 @@ def test_a_grammar_that_cannot_go_on_fails_alone(kit: Kit, kind: str, monkeypatc
     assert completion.ids == expected
     assert next(update.number for update in updates if update.error is not None) == numbers[0]
     assert engine.pool.num_used == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("grammar", ['start: "abc" A\nA: /a/ & /b/', 'start: "abc" x\nx: "d" x'], ids=["dead end", "endless"])
+def test_a_grammar_that_forces_text_and_then_cannot_go_on_fails_alone(kit: Kit, kind: str, scored: bool, grammar: str) -> None:
+    """Before its first forward: it is refused, or gets an error once its prompt is scored; `step` raises nothing."""
+    dead = kit.request(kind, grammar=grammar, max_new_tokens=12, prompt_logprobs=0 if scored else None)
+    alive = kit.request(kind, max_new_tokens=12)
+    engine, errors, completions = kit.model(kind).engine(num_tokens=512), list[str](), list[Completion]()
+    engine.add(alive)
+    try:
+        engine.add(dead)
+    except RequestError as error:
+        errors.append(str(error))
+    while engine.has_work:
+        for update in engine.step():
+            errors += [] if update.error is None else [str(update.error)]
+            completions += [] if update.completion is None else [update.completion]
+    assert len(errors) == 1
+    assert "grammar" in errors[0]
+    assert [each.ids for each in completions] == [kit.run(kind, alive)[0].ids]
+    assert engine.pool.num_used == 0
+    engine.pool.check()
 
 
 def logprobs_of(model: LanguageModel, canvas: Sequence[int], place: int, mask_id: int | None, block_size: int) -> torch.Tensor:
@@ -444,3 +480,24 @@ def test_a_speculative_sentence_is_the_parents(kit: Kit, grammar: dict[str, Any]
         assert expected.logprobs is not None
         forced = [entry.logprob == 0.0 for entry in expected.logprobs]
         assert [entry.logprob == 0.0 for entry in found.logprobs] == forced
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
+def test_a_sentence_that_nothing_may_follow_ends_there_with_drafts_and_without(kit: Kit, num_drafts: int) -> None:
+    """What a verify token behind the end predicts, an end of text, is no part of it."""
+    (letter,) = kit.tokenizer.encode("a")
+    request = kit.request("causal", regex="(a|b){3}", logprobs=0)
+    sequence = SpeculativeSequence(request, 0, None, 4, kit.tokenizer.decode)
+    while sequence.completion is None:
+        position = len(sequence.tokens) - len(kit.ids)
+        drafts = [Draft(letter, 0.5, ("lookup", 0, 0), 0.5)] * num_drafts
+        sequence.follow_plan(DraftPlan(tuple(drafts[: 4 - position])))
+        scheduled = sequence.schedule(64)
+        assert scheduled is not None
+        targets = [letter if position + i < 3 else kit.eos for i in range(len(scheduled.queries))]
+        logits_NV = torch.zeros(len(targets), kit.tokenizer.vocab_size)
+        sequence.apply(scheduled, ModelOutput(Guess(scheduled.queries, targets, [0.9] * len(targets)), logits_NV, logits_NV))
+        assert len(sequence.tokens) >= sequence.committed
+    assert sequence.completion.ids == (letter,) * 3
+    assert (sequence.completion.text, sequence.completion.finish_reason) == ("aaa", "stop")
+    assert len(sequence.completion.logprobs or ()) == 3

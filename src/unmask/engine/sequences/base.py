@@ -7,6 +7,7 @@ the model nor other sequences.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
@@ -241,7 +242,7 @@ class DecodingSequence(ABC):
         return self.grammar is not None and self.grammar.finished
 
     def _check_grammar(self) -> None:
-        """Raise in `apply`, where it ends this request alone, what the next `schedule` would: that the grammar cannot go on."""
+        """Raise now what the next `schedule` would, that the grammar cannot go on: there it would end other requests too."""
         if self.grammar is not None and self.completion is None:
             self.grammar.allowed()
 
@@ -259,14 +260,14 @@ class DecodingSequence(ABC):
         elif len(self._times) == 2:
             self._times.append(time.perf_counter())
 
-    def _follow(self, token: int) -> None:
-        """Advance the grammar, if there is one, over a token just decided.
+    def _follow(self, token: int, confidence: float = 1.0) -> None:
+        """Advance the grammar, if there is one, over a token just decided; of confidence NaN where every token is banned.
 
         Raises:
             RequestError: the grammar does not allow it: the request's options ban all that it does.
         """
         if self.grammar is not None:
-            if not self.grammar.accepts(token):
+            if math.isnan(confidence) or not self.grammar.accepts(token):
                 raise RequestError(NOTHING_LEFT)
             self.grammar.advance(token)
 

@@ -63,7 +63,7 @@ class ConstrainedSequence(BlockDiffusionSequence):
             token, confidence = self._candidate(output.processed_NV[row_of[position]], position)
             if commits and not confidence > self.request.params.threshold:
                 break
-            self._settle(token)
+            self._settle(token, confidence)
             self._fill_forced()
             commits |= {p: self.tokens[p] for p in range(position, self._frontier)}
         return commits
@@ -88,9 +88,9 @@ class ConstrainedSequence(BlockDiffusionSequence):
             commits[position] = guess.tokens[right[i]]
         return commits
 
-    def _settle(self, token: int) -> None:
+    def _settle(self, token: int, confidence: float = 1.0) -> None:
         """`token` stands at the frontier for good."""
-        self._follow(token)
+        self._follow(token, confidence)
         self._place([token])
 
     def _place(self, tokens: Sequence[int]) -> None:

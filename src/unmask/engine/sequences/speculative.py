@@ -64,6 +64,7 @@ class SpeculativeSequence(DecodingSequence):
         self.is_drawn = self.request.needs_logits
         if self._add_forced():
             self._finish()
+            self._check_grammar()
 
     @property
     def mask_block_size(self) -> int:
@@ -106,9 +107,9 @@ class SpeculativeSequence(DecodingSequence):
         drafts = self.tokens[first : scheduled.causal_end + self._lag - 1]
         num_accepted = next((i for i, token in enumerate(drafts) if token != targets[i]), len(drafts))
         num_masks = scheduled.stop - scheduled.causal_end
-        self._accepted_drafts += num_accepted
-        self.committed = first + num_accepted + 1 - self._lag
-        self._decide(targets[: num_accepted + 1])
+        num_new = self._decide(targets[: num_accepted + 1], confidences)
+        self._accepted_drafts += min(num_accepted, num_new)
+        self.committed = self._num_decided - self._lag
         if len(scheduled.queries) > 1:
             self._learn()
         # Masks have read the drafts: what they predict counts only where all of those are accepted.
@@ -116,7 +117,7 @@ class SpeculativeSequence(DecodingSequence):
             self._draft(targets[len(drafts) + 1 :], confidences[len(drafts) + 1 :])
         self.num_idle = 0 if num_masks else self.num_idle + 1
         self._add_forced()
-        self._record(scheduled, output, first, num_accepted + 1)
+        self._record(scheduled, output, first, num_new)
         self._finish()
         self._check_grammar()
 
@@ -220,14 +221,17 @@ class SpeculativeSequence(DecodingSequence):
         self._pending = drafts[:num_kept]
         self._estimates.record_masks(self._pending, len(drafts))
 
-    def _decide(self, tokens: Sequence[int]) -> None:
-        """These tokens follow the decided ones."""
-        self.tokens[self._num_decided :] = tokens
-        self._num_decided += len(tokens)
-        for token in () if self.grammar is None else tokens:
-            self._follow(token)
-            if token in self.request.end_ids:
+    def _decide(self, tokens: Sequence[int], confidences: Sequence[float]) -> int:
+        """These tokens follow the decided ones, under a grammar up to the end of the sentence; returns how many do."""
+        count = len(tokens)
+        for index, token in enumerate(() if self.grammar is None else tokens):
+            self._follow(token, confidences[index])
+            if token in self.request.end_ids or self.is_whole:
+                count = index + 1  # token by token, nothing would be decided behind it
                 break
+        self.tokens[self._num_decided :] = tokens[:count]
+        self._num_decided += count
+        return count
 
     def _learn(self) -> None:
         """Take in what has been decided since the last call: drafts have turned out right or wrong, verified or not, and the
