@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from asking import HTTP
-from live import Live
+from live import CONTEXT, Live
 
 from unmask.engine.llm import LanguageModel
 from unmask.serve.protocol.llamacpp import LlamaInfillRequest
@@ -85,6 +85,12 @@ def test_nothing_is_filled_where_nothing_is_asked_for(site: Live, changes: dict[
 
 def test_a_long_prefix_loses_its_beginning(site: Live) -> None:
     assert len(ask(site, input_prefix="x y " * 2000).json()["content"]) > 0
+
+
+def test_a_long_suffix_leaves_room_for_the_prefix(site: Live) -> None:
+    """Its end is left out, so that a quarter of the context stands before the hole."""
+    found = ask(site, input_prefix="x y " * 2000, input_suffix=" z" * 2000, input_extra=[], prompt="", n_predict=4).json()
+    assert found["tokens_evaluated"] == CONTEXT - 4
 
 
 def test_seed_0_is_a_seed_and_a_negative_one_is_none() -> None:

@@ -49,15 +49,14 @@ async def post_llama_infill(http: HttpRequest, body: LlamaInfillRequest, state: 
 def _prepare(model: ServedModel, body: LlamaInfillRequest) -> PreparedRequests:
     """One engine request, or one per length of the hole; a prefix that is too long loses its beginning."""
     most = body.n_predict if body.n_predict > 0 else LENGTHS[-1]
-    lengths = [most]
-    if body.input_suffix and model.language_model.capabilities.infill:
-        lengths = [length for length in LENGTHS if length <= most] or [most]
+    fills = bool(body.input_suffix) and model.language_model.capabilities.infill
+    lengths = [length for length in LENGTHS if fills and length <= most] or [most]
     try:
         before, after = (model.tokenizer.encode(text) for text in (body.prefix, body.input_suffix))
     except UnmaskError as error:
         raise bad_request(str(error), "input_prefix") from error
-    room = model.context - most - len(after) - _CONTROL
-    before = before[-max(room, 1) :]
+    if not fills:  # what a hole does not see, filling leaves out itself, of the suffix too
+        before = before[-max(model.context - most - len(after) - _CONTROL, 1) :]
     if not body.input_suffix:
         before = [*model.tokenizer.prefix_ids, *before]  # filling adds them itself
     bodies = [body.to_completion(model.name, before, length) for length in lengths]
