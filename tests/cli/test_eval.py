@@ -73,6 +73,20 @@ def test_a_task_that_is_named_twice_is_asked_once(run) -> None:
     assert len(lines) == len(set(lines)) == 6
 
 
+def test_questions_that_do_not_fit_are_told(run, diffusion_folder: Path, tmp_path: Path) -> None:
+    result = run("eval", "--model", diffusion_folder, "--tasks", "mini-5/agent", "--out", tmp_path / "run", *FEW)
+    assert "2 of mini-5/agent" in " ".join(result.stdout.split())
+
+
+def test_numbers_are_checked_where_they_are_given(run, fails, wide_folder: Path, tmp_path: Path) -> None:
+    asked = ("eval", "--model", wide_folder, "--tasks", TWO, "--out", tmp_path / "run", *FEW)
+    for option, value in (("--samples", 1), ("--batch", 0)):
+        result = run(*asked, option, value)
+        assert (result.exit_code, option in result.stderr) == (2, True)
+    assert "--needle is -5" in fails(*asked, "--needle=-5")
+    assert "70 tokens do not fit" in fails(*asked, "--needle", 70)
+
+
 def test_what_there_is_is_listed(run) -> None:
     result = run("eval", "--list")
     for words in ("mini-5", "llada2-47", "mini-5/coding", "humaneval-offline", "MIT"):

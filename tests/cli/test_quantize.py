@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,17 @@ def test_training_and_export_name_the_model_it_was_made_from(
     fails("merge", quantized, quantized, "--out", tmp_path / "merge", names=names)
     fails("quantize", quantized, "--out", tmp_path / "quantize", names=names)
     fails("generate", "Hello", "-m", quantized, "--quantize", "int4", names=("int4", "int8", diffusion_folder))
+
+
+def test_int4_without_calibration_names_what_is_better(run, diffusion_folder: Path, tmp_path: Path) -> None:
+    def notes(*arguments: object) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert run("generate", "Hello", "--max-new-tokens", 2, "-m", *arguments).exit_code == 0
+        return [str(each.message) for each in found if "quantize" in str(each.message)]
+
+    (note,) = notes(diffusion_folder, "--quantize", "int4")
+    assert f"quantize {diffusion_folder}" in note
+    folder = tmp_path / "int4"
+    assert run("quantize", diffusion_folder, "--calibrate", "none", "--out", folder).exit_code == 0
+    assert notes(folder, "--quantize", "int4") == notes(folder) == notes(diffusion_folder, "--quantize", "int8") == []

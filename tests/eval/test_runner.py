@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted import ScriptedModel
@@ -15,7 +16,7 @@ from scripted import ScriptedModel
 from helpers import refused
 from unmask.engine.sampling_params import SamplingParams
 from unmask.errors import CheckpointError, ConfigError
-from unmask.eval.runner import EvalSettings, load_samples, request_of, run_tasks
+from unmask.eval.runner import EvalSettings, load_results, load_samples, request_of, run_tasks
 from unmask.eval.task import Item, ItemScore, Split, Task
 
 
@@ -178,3 +179,12 @@ def test_a_damaged_run_is_told(model: ScriptedModel, tmp_path: Path) -> None:
         run_tasks(model, [SUMS], tmp_path, count=lambda task: 4, resume=True)
     with refused(ConfigError, tmp_path / "nothing"):
         load_samples(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("change", [5, {}, {"model": 5}, {"model": {"name": "a"}}, {"tasks": []}, {"environment": None}])
+def test_damaged_results_are_told(model: ScriptedModel, tmp_path: Path, change: Any) -> None:
+    results = run_tasks(model, [SUMS], tmp_path, count=lambda task: 4)
+    assert load_results(tmp_path) == json.loads(json.dumps(results))
+    (tmp_path / "results.json").write_text(json.dumps({**results, **change} if change and isinstance(change, dict) else change))
+    with refused(ConfigError, tmp_path / "results.json", "damaged"):
+        load_results(tmp_path)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.console import pick_device
+from unmask.cli.console import pick_device, program
 from unmask.engine import quantization
 from unmask.engine.sampling_params import Option, Panel, SamplingParams, Surface
-from unmask.errors import RequestError
+from unmask.errors import RequestError, UnmaskNote
 
 if TYPE_CHECKING:
     from unmask.engine.llm import LanguageModel
@@ -64,14 +66,21 @@ def load(
     import unmask
     from unmask.cli.packing_line import PackingLine
     from unmask.engine.adapted import adapted_model
+    from unmask.models.weights.hub import EMBEDDED
     from unmask.models.weights.manifest import is_quantized
 
-    if device == "auto" and is_quantized(Path(model).expanduser()):
+    packed = is_quantized(Path(model).expanduser())
+    if device == "auto" and packed:
         device = "cpu"  # where alone such weights are read
     language_model = unmask.load(
         model, dtype=dtype, device=pick_device(device), quantize=quantize, on_packing=PackingLine(),
         expert_capacity=expert_capacity,
     )  # fmt: skip
+    if quantize == "int4" and not packed and model != EMBEDDED and not model.endswith(".gguf"):
+        remedy = shlex.join([program(), "quantize", model, "--out", "DIR"])
+        warnings.warn(
+            f"int4 is rounded to nearest here; {remedy} rounds by calibration, and loses less", UnmaskNote, stacklevel=1
+        )
     return language_model if lora is None else adapted_model(language_model, lora, name=lora.resolve().name)
 
 

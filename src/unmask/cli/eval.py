@@ -39,7 +39,7 @@ def eval_(
     split: evaluation.SplitName = "test",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: out/eval/MODEL-SUITE]")] = None,
     resume: evaluation.Resume = False,
-    samples: Annotated[int, typer.Option(help="Monte Carlo samples per block of a likelihood bound.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Monte Carlo samples per block of a likelihood bound.")] = 16,
     batch: evaluation.Batch = 1,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Apply the chat template to lm-eval's prompts.")] = False,
     allow_code: evaluation.AllowCode = False,

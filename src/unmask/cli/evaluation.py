@@ -46,7 +46,7 @@ SplitName = Annotated[
 Yarn = Annotated[float | None, typer.Option(help="Extend the context by this factor (YaRN).", rich_help_panel="Model")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let lm-eval's tasks run model-written code without a sandbox.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Batch = Annotated[int, typer.Option(help="Answers decoded together; with 1, tokens/s are those of a single stream.")]
+Batch = Annotated[int, typer.Option(min=1, help="Answers decoded together; with 1, tokens/s are those of a single stream.")]
 
 
 def open_suite(name: str | None) -> Suite | None:
@@ -132,6 +132,8 @@ def needles(lengths: str | None, model: LanguageModel) -> tuple[Task, ...]:
 
     targets = numbers(lengths, "--needle", int)
     room = model.config.max_positions
+    if min(targets) < 1:
+        raise ConfigError(f"--needle is {min(targets)}; a context has at least a token, and hundreds for question and answer")
     if max(targets) > room:
         raise ConfigError(f"--needle {max(targets)} is more than the context of {room} tokens; extend it with --yarn")
     return needle_tasks(targets, lambda text: len(model.encode_prompt(text)))
@@ -207,6 +209,9 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     if len(scores) > 1:
         rows.append(("mean", "", f"{100 * sum(scores) / len(scores):.1f}", "", "", ""))
     print_table(console, ("task", "metric", "score", "items", "tokens per forward", "tokens/s"), rows)
+    too_long = [f"{task['too_long']} of {name}" for name, task in tasks.items() if task["too_long"]]
+    if too_long:
+        console.print(f"not asked, and wrong: {', '.join(too_long)}, too long for the model's context", soft_wrap=True)
 
 
 def print_benchmarks(console: Console, benchmarks: Sequence[Mapping[str, Any]]) -> None:

@@ -159,7 +159,10 @@ def _items(
 def _fill(needles: Needles, depth: float, rng: random.Random, budget: int, count_tokens: CountTokens) -> str:
     """The prompt with the longest text around the facts that fits the budget."""
     if (needed := count_tokens(_prompt(needles, depth, ()))) > budget:
-        raise ConfigError(f"a question of {needed} tokens does not fit {budget} tokens; use a longer context")
+        raise ConfigError(
+            f"{budget + _MAX_NEW_TOKENS} tokens do not fit a question of {needed} and an answer of up to {_MAX_NEW_TOKENS}; "
+            "use a longer context"
+        )
     hay: list[str] = []
 
     def fits(sentences: int) -> bool:

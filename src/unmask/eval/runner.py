@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ FORMAT = 1
 SCORED_TOGETHER = 16
 _FIXED = ("model", "settings", "tasks")
 """What a run is continued with, in its first line."""
+_REPORTED: Mapping[str, Set[str]] = {
+    "model": {"name", "weights", "dtype", "quantize", "expert_capacity", "diffusion"},
+    "settings": {"decoding", "batch"},
+    "tasks": set(),
+    "environment": {"packages", "cpu", "threads"},
+}
+"""What reports take from `results.json`."""
 TOO_LONG = "too long"
 """`finish_reason` of an item that does not fit the model's context."""
 OnProgress = Callable[[str, int, int], None]
@@ -136,6 +143,10 @@ def load_results(folder: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({error}); resume the run there") from error
+    for section, names in _REPORTED.items():
+        values = results.get(section) if isinstance(results, dict) else None
+        if not isinstance(values, dict) or not names <= values.keys():
+            raise ConfigError(f"{folder / 'results.json'} is damaged, or of another version: its {section}; run it again")
     return results
 
 

@@ -49,7 +49,10 @@ def map_folder(folder: Path, manifest: Manifest, config: ModelConfig) -> PackedW
         numbers |= description["matrices"]
         vectors += description["vectors"]
         tensors |= mapped
-    weights = weights_of({**manifest.weights, "config": config}, numbers, vectors, tensors)
+    try:
+        weights = weights_of({**manifest.weights, "config": config}, numbers, vectors, tensors)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}); copy it again, or quantise again") from error
     if len(manifest.pieces) != 1 + config.num_layers or not _fits_config(weights):
         raise CheckpointError(f"{folder / MANIFEST} and config.json are of different models; copy both again")
     return weights

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from unmask.errors import CheckpointError
 from unmask.files import Writer, json_writer, read_json
 
@@ -104,10 +106,10 @@ def read_manifest(folder: Path) -> Manifest:
     if values.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {values.get('format')!r}, and {FORMAT} is read; quantise the model again")
     try:
-        pieces = tuple(Piece(**piece) for piece in values.pop("pieces"))
-        return Manifest(source=Source(**values.pop("source")), pieces=pieces, **values)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); quantise the model again") from error
+        return TypeAdapter(Manifest).validate_python(values)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise CheckpointError(f"{path} is damaged ({where}); copy it again, or quantise the model again") from error
 
 
 def describe_piece(path: Path) -> Piece:
