@@ -118,6 +118,38 @@ def test_other_requests_advance_beside_a_stream_and_lose_nothing() -> None:
     assert updates[-1].completion is not None
 
 
+def test_streams_side_by_side_lose_nothing() -> None:
+    """The shorter one ends in a step of the longer one."""
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=256)
+    requests = request_of(5, 20, start=1), request_of(3, 6)
+    long, short = (engine.stream(request) for request in requests)
+    updates = [[next(long)], [next(short)]]
+    for found, stream in zip(updates, (long, short), strict=True):
+        found += stream
+    for found, request in zip(updates, requests, strict=True):
+        assert found[-1].completion is not None
+        assert sum((update.new_ids for update in found), ()) == generate_reference(MODEL, request, MASK).ids
+    assert not engine.has_work
+
+
+def test_an_aborted_stream_ends() -> None:
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=64)
+    stream = engine.stream(request_of(5, 20))
+    engine.abort(next(stream).number)
+    assert list(stream) == []
+
+
+def test_nothing_is_reported_of_a_stream_left_while_another_goes_on() -> None:
+    engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=256)
+    left, other = (engine.stream(request) for request in (request_of(5, 20, start=1), request_of(3, 20)))
+    next(left)
+    next(other)
+    next(other)
+    left.close()
+    assert list(other)[-1].completion is not None
+    assert not engine.has_work
+
+
 def test_run_aborts_all_when_one_is_impossible() -> None:
     engine = Engine(MODEL, mask_id=MASK, cache_block_size=4, num_tokens=64)
     with refused(RequestError, "max_new_tokens", 0):

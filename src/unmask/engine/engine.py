@@ -265,7 +265,8 @@ class Engine:
             self._drafting.costs.observe(counts, seconds)
 
     def abort(self, number: int) -> None:
-        """End a request without a completion; its cache blocks are free at once. One that has ended is left alone."""
+        """End a request without a completion; its cache blocks are free at once, and nothing is reported of it any more."""
+        self._unread = [update for update in self._unread if update.number != number]
         sequence = self._sequences.pop(number, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
@@ -280,7 +281,8 @@ class Engine:
         """
         number = self.add(request, watch=watch)
         try:
-            while number in self._sequences:
+            # A step for somebody else may have ended it, and what that step said of it is still unread.
+            while number in self._sequences or any(update.number == number for update in self._unread):
                 yield from self._step_for({number})
         finally:
             self.abort(number)
