@@ -37,6 +37,7 @@ VERBS = (
     "compare",
     "sweep",
     "ceiling",
+    "ngrams",
 )
 
 

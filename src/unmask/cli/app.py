@@ -22,7 +22,7 @@ _VERBS: Mapping[str, str] = {
     "generate": "generate", "infill": "infill", "trace": "trace", "chat": "chat", "serve": "serve", "batch": "batch",
     "convert": "training", "sft": "training", "dpo": "training", "pack": "pack", "plan": "plan", "info": "info",
     "merge": "merge", "export": "export", "quantize": "quantize", "demo": "demo", "eval": "eval", "compare": "compare",
-    "sweep": "sweep", "ceiling": "ceiling",
+    "sweep": "sweep", "ceiling": "ceiling", "ngrams": "ngrams",
 }  # fmt: skip
 _RUNS_WITHOUT_ARGUMENTS = frozenset({"chat", "serve", "demo", "eval", "sweep"})
 

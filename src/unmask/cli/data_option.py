@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unmask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unmask.data.documents import Source
 
 GENERATED_PREFIX = "reasoning_gym:"
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}
@@ -47,6 +51,32 @@ def source_of(data: str) -> dict[str, object]:
     if is_hub_id(data) or re.fullmatch(r"[\w-]+", data):  # datasets may lack an owner
         return {"kind": "huggingface", "id": data}
     raise ConfigError(f"--data {data}: no such file; {_WAYS}")
+
+
+def text_source(folder: Path, data: str, option: str) -> Source:
+    """The documents that `data` names, in their order, encoded for the model in a folder.
+
+    Raises:
+        CheckpointError: there is no model in the folder.
+        ConfigError: it is nothing of the sort, or holds no text, or the model has no tokenizer.
+        DataError: there are no files.
+    """
+    from unmask.data.sources import SourceConfig, open_source
+    from unmask.data.tokenizer import load_tokenizer
+    from unmask.models.weights.checkpoint import read_model_config
+    from unmask.models.weights.hub import tokenizer_folder
+
+    start = read_model_config(folder).start_id
+    config = SourceConfig.model_validate({**source_of(data), "shuffle": False})
+    check_paths([config.path])
+    where = tokenizer_folder(folder)
+    if config.kind == "packed" or where is None:
+        what = "holds packed rows" if config.kind == "packed" else f"is text, and {folder} has no tokenizer"
+        raise ConfigError(f"{option} {data} {what}; give documents, and a model with a tokenizer")
+    tokenizer = load_tokenizer(where)
+    if start is not None:
+        tokenizer.set_start_token(start)
+    return open_source(config, tokenizer, 0)
 
 
 def check_paths(paths: Iterable[str | None]) -> None:

@@ -83,20 +83,7 @@ def quantize(
 
 def _rows(folder: Path, data: str | None) -> Tensor:
     """Rows of the text to calibrate with; `data`: as of `--calibrate`."""
-    from unmask.cli.data_option import check_paths, source_of
+    from unmask.cli.data_option import text_source
     from unmask.data.calibration import calibration_rows, packaged_text
-    from unmask.data.sources import SourceConfig, open_source
-    from unmask.data.tokenizer import load_tokenizer
-    from unmask.models.weights.checkpoint import read_model_config
-    from unmask.models.weights.hub import tokenizer_folder
 
-    source = SourceConfig.model_validate({**source_of(data or str(packaged_text())), "shuffle": False})
-    check_paths([source.path])
-    where = tokenizer_folder(folder)
-    if source.kind == "packed" or where is None:
-        what = "holds packed rows" if source.kind == "packed" else f"is text, and {folder} has no tokenizer"
-        raise ConfigError(f"--calibrate {data or 'text'} {what}; give documents, or --calibrate none")
-    tokenizer, start = load_tokenizer(where), read_model_config(folder).start_id
-    if start is not None:
-        tokenizer.set_start_token(start)
-    return calibration_rows(open_source(source, tokenizer, 0))
+    return calibration_rows(text_source(folder, data or str(packaged_text()), "--calibrate"))

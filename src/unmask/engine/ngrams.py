@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unmask.data.documents import Document
 from unmask.errors import CheckpointError, DataError
 from unmask.files import atomic_write
 from unmask.models.weights.hub import EMBEDDED_MODELS, asset_folder
@@ -29,15 +30,17 @@ _DOUBT = (2.5, 2.0, 1.5, 1.2)
 """By the length of the context: added to the number of its occurrences where the share of a token becomes a probability, since
 what was most frequent among few is less probable than its share."""
 _LIKE = 0.25
-"""An entry is left out where a shorter context has the same token with a probability no farther than this away."""
+"""A context is left out where the table says the same of the shorter one, with a probability no farther than this away."""
 _UNLIKELY = 0.15
-"""And where it is less probable than this, as that of the shorter context is."""
+"""And where both are less probable than this."""
 _FORMAT = 1
 _SEED, _FACTOR, _SHIFT, _WORD = 0x243F6A8885A308D3, 0x9E3779B97F4A7C15, 29, 2**64 - 1
 _BUCKET_BITS = 16
 
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
+Told = dict[int, tuple[int, float]]
+"""By the key of a context: the token that follows, and its probability."""
 
 
 class NextToken(NamedTuple):
@@ -129,29 +132,30 @@ def load_ngrams(path: Path, vocab_size: int) -> NgramTable:
     return NgramTable(keys, tokens, probabilities)
 
 
-def count_ngrams(documents: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> NgramTable:
+def count_ngrams(documents: Iterable[Document]) -> NgramTable:
     """Count which token follows which last tokens.
 
     Args:
-        documents: tokens of each, and which of them the model writes: only those are counted, after all that is before them.
+        documents: of text that the model wrote: only maskable tokens are counted, each after all that is before it.
 
     Raises:
-        DataError: nothing is to be written in any of them, or no continuation occurs twice.
+        DataError: nothing is maskable in any of them, or no continuation occurs twice.
     """
-    parts = [(np.asarray(tokens, np.int64), np.asarray(written, np.bool_)) for tokens, written in documents]
+    parts = [(document.tokens.astype(np.int64), document.maskable) for document in documents]
     if not any(written.any() for _, written in parts):
         raise DataError("the data holds no text that the model writes: answers, or whole documents")
     tokens_N, written_N = (np.concatenate(each) for each in zip(*parts, strict=True))
     lengths = [len(tokens) for tokens, _ in parts]
     place_N = np.arange(len(tokens_N)) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
     hashed_N = np.full(len(tokens_N), _SEED, np.uint64)
-    entries: dict[int, tuple[int, float]] = {}
+    entries: Told = {}
     shorter_N = np.zeros(len(tokens_N), np.uint64)  # the key of the context that is a token shorter
+    told: Told = {}
     for length in range(1, LONGEST_CONTEXT + 1):
         hashed_N[length:] = _mixed(hashed_N[length:], tokens_N[:-length])
         key_N = hashed_N >> np.uint64(32)
         at = np.flatnonzero(written_N & (place_N >= length))
-        _add_likeliest(entries, key_N[at], shorter_N[at], tokens_N[at], length)
+        told = _add_likeliest(entries, told, key_N[at], shorter_N[at], tokens_N[at], length)
         shorter_N = key_N
     if not entries:
         raise DataError(f"no continuation occurs {_LEAST_COUNT} times in the data; give more text that the model wrote")
@@ -167,28 +171,43 @@ def _mixed(hashed: Keys, tokens: Ints) -> Keys:
     return np.asarray(mixed ^ (mixed >> np.uint64(_SHIFT)))
 
 
-def _add_likeliest(entries: dict[int, tuple[int, float]], key: Keys, shorter: Keys, token: Ints, length: int) -> None:
-    """Add the contexts of one length, each with its most frequent token, where that tells more than the shorter context."""
+def _add_likeliest(entries: Told, told: Told, key: Keys, shorter: Keys, token: Ints, length: int) -> Told:
+    """Add the contexts of one length, each with its most frequent token, where that tells more than the shorter context.
+
+    Args:
+        entries: of the table, which grow.
+        told: what the table says of contexts that are a token shorter.
+        key: of the context of each token that was written.
+        shorter: of its context that is a token shorter.
+        token: that was written.
+        length: of the contexts.
+
+    Returns:
+        What the table says of contexts of this length.
+    """
     order = np.lexsort((token, key))
     key, shorter, token = key[order], shorter[order], token[order]
-    is_pair = np.ones(len(key), np.bool_)
-    is_pair[1:] = (key[1:] != key[:-1]) | (token[1:] != token[:-1])
-    at = np.flatnonzero(is_pair)
-    counts, key, shorter, token = np.diff(np.append(at, len(is_pair))), key[at], shorter[at], token[at]
-    is_context = np.ones(len(key), np.bool_)
-    is_context[1:] = key[1:] != key[:-1]
-    first = np.flatnonzero(is_context)
+    at = _first_of_runs(key, token)
+    counts, key, shorter, token = np.diff(np.append(at, len(key))), key[at], shorter[at], token[at]
+    first = _first_of_runs(key)
     totals = np.add.reduceat(counts, first) if len(first) else counts
-    context = np.cumsum(is_context) - 1
     # The most frequent of each context comes first; of equals the smaller id.
-    best = np.lexsort((token, -counts, context))[first]
-    for i, total in zip(
-        best[counts[best] >= _LEAST_COUNT].tolist(), totals[counts[best] >= _LEAST_COUNT].tolist(), strict=True
-    ):
-        probability = (int(counts[i]) - 0.5) / (total + _DOUBT[length - 1])
-        token_before, before = entries.get(int(shorter[i]), (-1, 0.0))
-        if token_before == token[i] and abs(before - probability) <= _LIKE:
-            continue
-        if max(before, probability) < _UNLIKELY:
-            continue
-        entries.setdefault(int(key[i]), (int(token[i]), probability))
+    best = np.lexsort((token, -counts, key))[first]
+    known = counts[best] >= _LEAST_COUNT
+    now: Told = {}
+    for i, total in zip(best[known].tolist(), totals[known].tolist(), strict=True):
+        likeliest = int(token[i]), (int(counts[i]) - 0.5) / (total + _DOUBT[length - 1])
+        before = told.get(int(shorter[i]), (-1, 0.0))
+        is_alike = likeliest[0] == before[0] and abs(likeliest[1] - before[1]) <= _LIKE
+        if is_alike or max(likeliest[1], before[1]) < _UNLIKELY:
+            now[int(key[i])] = before
+        else:
+            now[int(key[i])] = entries.setdefault(int(key[i]), likeliest)
+    return now
+
+
+def _first_of_runs(*sorted_columns: NDArray[Any]) -> NDArray[np.intp]:
+    """Where rows of equal values begin."""
+    begins = np.ones(len(sorted_columns[0]), np.bool_)
+    begins[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in sorted_columns])
+    return np.flatnonzero(begins)
