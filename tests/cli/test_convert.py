@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -239,14 +240,11 @@ def test_missing_recipe(fails, tmp_path: Path) -> None:
     fails("convert", "--recipe", tmp_path / "gone.yaml", "--out", tmp_path / "run", names=["gone.yaml"])
 
 
-@pytest.mark.parametrize("place", ["write_safetensors", "save_file"])
+@pytest.mark.parametrize("place", ["models.weights.safetensors_io", "train.state"])
 def test_disk_full_while_saving(fails, arguments: list[str], tmp_path: Path, monkeypatch, place: str) -> None:
-    """A checkpoint that does not fit leaves no trace of itself and the earlier ones as they were."""
-    import unmask.models.weights.safetensors_io
-    import unmask.train.state
-
-    module = unmask.models.weights.safetensors_io if place == "write_safetensors" else unmask.train.state
-    inner, calls = getattr(module, place), []
+    """A checkpoint that does not fit, model or optimiser, leaves no trace of itself and the earlier ones as they were."""
+    module = import_module(f"unmask.{place}")
+    inner, calls = module.write_safetensors, list[int]()
 
     def full(*given: Any, **named: Any) -> Any:
         calls.append(1)
@@ -254,12 +252,12 @@ def test_disk_full_while_saving(fails, arguments: list[str], tmp_path: Path, mon
             raise OSError(28, "No space left on device")
         return inner(*given, **named)
 
-    monkeypatch.setattr(module, place, full)
+    monkeypatch.setattr(module, "write_safetensors", full)
     fails(*arguments, code=1, names=["space"])
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert len(left) == 2
     assert all(name.startswith("step-") for name in left)
-    monkeypatch.setattr(module, place, inner)
+    monkeypatch.setattr(module, "write_safetensors", inner)
 
 
 def test_out_that_cannot_be_a_folder(fails, ar_folder: Path, answers: Path, tmp_path: Path) -> None:

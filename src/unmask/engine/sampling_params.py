@@ -236,7 +236,7 @@ class SamplingParams:
         default_text="speculative, or diffusion for models that are not shifted and with a policy, editing or holes",
     )  # fmt: skip
     prompt_lookup: bool = _option(
-        "Draft what followed earlier occurrences of the last tokens: the same text, sooner where it repeats the prompt.",
+        "Draft what followed the last tokens before, in this text or in the model's n-grams: the same text, sooner.",
         "Speculative", True,
     )  # fmt: skip
     json_schema: Mapping[str, Any] | str | bool | None = _option(

@@ -182,7 +182,7 @@ def summary(measured: Sequence[MeasuredAnswer], block_size: int, costs: ForwardC
 
     Returns:
         `all`, and `kinds` by name: prompts, tokens; tokens per forward of drafts that are always right (`ceiling`), of the
-        model's drafts if every forward runs all masks (`drafts`), and of its engine, prompt lookup included (`achieved`); the
+        model's drafts if every forward runs all masks (`drafts`), and of its engine, prompt lookup and n-grams included (`achieved`); the
         mean accepted length, and the mean overlap (`introspective_acceptance`).
         `distances`: for each, the share of drafts that are right if all before are (`acceptance`), the share of runs that are
         right so far (`reach`) and the overlap.
