@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unmask.data.documents import Document
 from unmask.errors import CheckpointError, DataError
 from unmask.files import atomic_write
-from unmask.models.weights.hub import EMBEDDED_MODELS, asset_folder
+from unmask.models.weights.hub import EMBEDDED, EMBEDDED_MODELS, asset_folder
 
 NGRAMS = "draft_ngrams.npz"
 """The table's file in the folder of a model."""
@@ -103,7 +103,7 @@ def find_ngrams(model: str, folder: Path | None, vocab_size: int) -> NgramTable 
     """
     places = [] if folder is None else [folder / NGRAMS]
     if model in EMBEDDED_MODELS:
-        places.append(asset_folder(model) / NGRAMS)
+        places.append(asset_folder(EMBEDDED) / NGRAMS)  # the others were made of it, and write alike
     path = next((path for path in places if path.is_file()), None)
     return None if path is None else load_ngrams(path, vocab_size)
 
