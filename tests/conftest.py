@@ -5,6 +5,7 @@ No example has a deadline, which a busy machine would miss; and no number of dra
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,11 @@ settings.load_profile("unmask")
 
 # Shells start jobs in the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: to look through it for garbage again and again takes a twentieth of the tests' time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unmask.engine.ngrams import NGRAMS, find_ngrams
+from unmask.engine.ngrams import find_ngrams
+from unmask.models.weights.hub import NGRAMS
 
 
 def write_texts(path: Path, count: int) -> Path:
@@ -31,6 +32,15 @@ def test_a_table_beside_the_model_changes_no_text(run, ar_folder: Path, tmp_path
     assert result.exit_code == 2
     assert NGRAMS in result.stderr
     (ar_folder / NGRAMS).unlink()
+
+
+def test_a_model_made_of_it_has_the_table(run, own_folder: Path, tmp_path: Path) -> None:
+    assert run("ngrams", own_folder, "--data", write_texts(tmp_path / "own.jsonl", 3)).exit_code == 0
+    table = (own_folder / NGRAMS).read_bytes()
+    assert run("export", own_folder, "--out", tmp_path / "exported").exit_code == 0
+    assert run("quantize", own_folder, "--bits", 8, "--out", tmp_path / "int8").exit_code == 0
+    for name in ("exported", "int8"):
+        assert (tmp_path / name / NGRAMS).read_bytes() == table
 
 
 def test_elsewhere(run, ar_folder: Path, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from unmask.engine.costs import CostTable
 from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.engine.ngrams import LONGEST_CONTEXT, NGRAMS, NgramTable, count_ngrams, find_ngrams, load_ngrams
+from unmask.engine.ngrams import LONGEST_CONTEXT, NgramTable, count_ngrams, find_ngrams, load_ngrams
 from unmask.errors import CheckpointError, DataError
-from unmask.models.weights.hub import EMBEDDED
+from unmask.models.weights.hub import EMBEDDED, NGRAMS
 
 LIKE, UNLIKELY, DOUBT = 0.25, 0.15, (2.5, 2.0, 1.5, 1.2)
 

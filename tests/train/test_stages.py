@@ -18,6 +18,7 @@ from unmask.engine.capabilities import capabilities
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import is_gated_lora
+from unmask.models.weights.hub import NGRAMS
 from unmask.train.loop import accumulate
 from unmask.train.merge import merge_checkpoints
 from unmask.train.recipe import Recipe, parse_recipe
@@ -202,8 +203,10 @@ def test_a_gated_lora_learns_to_draft_and_leaves_the_parent_as_it_is(base: Path,
     assert child.config.gated_lora_rank == 4
     expected = parent.generate("say 3", max_new_tokens=20)
     assert child.generate("say 3", max_new_tokens=20, threshold=0.1).ids == expected.ids
+    (tmp_path / "gated" / NGRAMS).write_bytes(b"a table")
     later = drafts(base, tokens=800).model_copy(update={"model": str(tmp_path / "gated"), "shift": False})
     run_recipe(later, tmp_path / "later")
+    assert (tmp_path / "later" / NGRAMS).read_bytes() == b"a table"
     ours = unmask.load(tmp_path / "later", dtype="float32").transformer.state_dict()
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
 

@@ -48,9 +48,9 @@ def ngrams(
 
     from unmask.cli.data_option import text_source
     from unmask.cli.progress import counting
-    from unmask.engine.ngrams import NGRAMS, count_ngrams
+    from unmask.engine.ngrams import count_ngrams
     from unmask.models.weights.checkpoint import read_model_config
-    from unmask.models.weights.hub import resolve
+    from unmask.models.weights.hub import NGRAMS, resolve
 
     console, folder = make_console(), resolve(model)
     if out is None and not Path(model).expanduser().is_dir():

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from unmask.data.documents import Document
 from unmask.errors import CheckpointError, DataError
 from unmask.files import atomic_write
-from unmask.models.weights.hub import EMBEDDED, EMBEDDED_MODELS, asset_folder
+from unmask.models.weights.hub import ngrams_path
 
-NGRAMS = "draft_ngrams.npz"
-"""The table's file in the folder of a model."""
 LONGEST_CONTEXT = 4
 _LEAST_COUNT = 2
 _DOUBT = (2.5, 2.0, 1.5, 1.2)
@@ -96,15 +94,12 @@ class NgramTable:
 
 
 def find_ngrams(model: str, folder: Path | None, vocab_size: int) -> NgramTable | None:
-    """The table of a model, by its name and folder: in the folder, or of an embedded model in this package; None: it has none.
+    """The table of a model, by its name and folder (`ngrams_path`); None: it has none.
 
     Raises:
         CheckpointError: as of `load_ngrams`.
     """
-    places = [] if folder is None else [folder / NGRAMS]
-    if model in EMBEDDED_MODELS:
-        places.append(asset_folder(EMBEDDED) / NGRAMS)  # the others were made of it, and write alike
-    path = next((path for path in places if path.is_file()), None)
+    path = ngrams_path(model, folder)
     return None if path is None else load_ngrams(path, vocab_size)
 
 

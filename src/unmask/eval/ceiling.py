@@ -182,8 +182,8 @@ def summary(measured: Sequence[MeasuredAnswer], block_size: int, costs: ForwardC
 
     Returns:
         `all`, and `kinds` by name: prompts, tokens; tokens per forward of drafts that are always right (`ceiling`), of the
-        model's drafts if every forward runs all masks (`drafts`), and of its engine, prompt lookup and n-grams included (`achieved`); the
-        mean accepted length, and the mean overlap (`introspective_acceptance`).
+        model's drafts if every forward runs all masks (`drafts`), and of its engine, prompt lookup and n-grams included
+        (`achieved`); the mean accepted length, and the mean overlap (`introspective_acceptance`).
         `distances`: for each, the share of drafts that are right if all before are (`acceptance`), the share of runs that are
         right so far (`reach`) and the overlap.
         `speed`: times as fast as token by token, once the prompt is read, by the costs of forwards: at best, if all drafts were

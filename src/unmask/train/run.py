@@ -15,13 +15,14 @@ import torch
 
 from unmask.data.tokenizer import load_tokenizer
 from unmask.errors import ConfigError
+from unmask.files import atomic_write, bytes_writer
 from unmask.lock import locked
 from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.arch.transformer import Transformer, resize_vocabulary
 from unmask.models.dtypes import parse_dtype
 from unmask.models.weights.adapter import adapters_off, attach_lora, save_adapter
 from unmask.models.weights.checkpoint import open_parts, read_model_config
-from unmask.models.weights.hub import base_folder, resolve, tokenizer_folder
+from unmask.models.weights.hub import NGRAMS, base_folder, ngrams_path, resolve, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.safetensors_io import copy_checkpoint
 from unmask.train.forward import AttentionBackend
@@ -159,8 +160,11 @@ def _save_result(components: Components, out: Path) -> None:
         copy_checkpoint(checkpoint / "model", out)
         if lora:
             model = LayerReader(checkpoint / SHARDS, components.skeleton).load_trained()
+    base = components.recipe.model
+    if model.config.gated_lora_rank is not None and (table := ngrams_path(base, resolve(base))) is not None:
+        atomic_write(out / NGRAMS, bytes_writer(table.read_bytes()))  # the text is that of the model it began with
     if lora:
-        save_adapter(model, out / ADAPTER, base=components.recipe.model)
+        save_adapter(model, out / ADAPTER, base=base)
         components.tokenizer.save(out / ADAPTER)
 
 

@@ -35,7 +35,7 @@ from unmask.models.native.recipe import QuantizationRecipe
 from unmask.models.native.sizes import packed_bytes
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, ModelParts, finite_parts, read_model_config
 from unmask.models.weights.export import generation_config, tokenizer_files
-from unmask.models.weights.hub import base_folder, model_files
+from unmask.models.weights.hub import NGRAMS, base_folder, model_files, ngrams_path
 from unmask.models.weights.loading import load_parts
 from unmask.models.weights.manifest import FORMAT, HEADER_BYTES, MANIFEST, PROGRESS, Manifest, Piece, Source, describe_piece
 from unmask.models.weights.room import in_words
@@ -91,7 +91,7 @@ class QuantizationJob:
             writer.check_disk()
             pieces = writer.write(on_progress)
             manifest = self._manifest(writer, pieces)
-            for name, write in _companions(self.folder, writer.config).items():
+            for name, write in _companions(self.name, self.folder, writer.config).items():
                 atomic_write(out / name, write)
             atomic_write(out / MANIFEST, manifest.writer())
             for name in (PROGRESS, _TEXT):
@@ -249,9 +249,11 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _companions(folder: Path, config: ModelConfig) -> dict[str, Writer]:
-    """The files beside the weights: config, end ids and tokenizer."""
+def _companions(name: str, folder: Path, config: ModelConfig) -> dict[str, Writer]:
+    """The files beside the weights: config, end ids, tokenizer and n-grams."""
     files = {path.name: bytes_writer(path.read_bytes()) for path in tokenizer_files(folder)}
+    if (table := ngrams_path(name, folder)) is not None:
+        files[NGRAMS] = bytes_writer(table.read_bytes())
     generation = generation_config(folder)
     if generation:
         files[GENERATION_CONFIG] = json_writer(generation)

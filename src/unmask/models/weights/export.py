@@ -23,7 +23,7 @@ from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
 from unmask.models.families.sdar import as_sdar
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, check_tensors, parameter_dtype, read_model_config, token_ids
-from unmask.models.weights.hub import base_folder, tokenizer_folder
+from unmask.models.weights.hub import NGRAMS, base_folder, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.remote_code import remote_code_files, remote_code_keys
 from unmask.models.weights.safetensors_io import DEFAULT_SHARD_BYTES, TensorFiles, TensorSpec, write_checkpoint
@@ -161,7 +161,7 @@ def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str
     else:
         jsons[GENERATION_CONFIG] = {**generation_config(folder), **token_ids(config)}
         files += [path for path in sorted(folder.iterdir()) if _CODE.fullmatch(path.name)]
-    return files, jsons
+    return [*files, *([folder / NGRAMS] if (folder / NGRAMS).is_file() else [])], jsons
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

