@@ -98,18 +98,15 @@ def batch(
     if out.exists() and not resume:
         raise ConfigError(f"{out} is there already; --resume goes on with it, or choose another file")
     batch_file = BatchFile.read(requests)
-    loras = tuple(lora or ())
+    loras, gpus = tuple(lora or ()), int(device == "cuda")
     config = ServerConfig(
         names=asked_names(batch_file.models, loras) if name is None else (name,),
         loras=loras, max_loras=max(1, len(loras)),
         max_concurrent=max_concurrent, max_tokens=max_tokens, cache_tokens=cache_tokens,
     )  # fmt: skip
     load = functools.partial(options.load, model, dtype, device, quantize)
-    cluster = None
-    if ray is not None:
-        cluster = RayOptions(address=ray, replicas=replicas, cpus=replica_cpus, gpus=int(device == "cuda"))
-    console = make_console(stderr=True)
-    with stop_on_interrupt(notice=STOP_NOTICE) as should_stop, counting(console, "answering") as show:
+    cluster = None if ray is None else RayOptions(address=ray, replicas=replicas, cpus=replica_cpus, gpus=gpus)
+    with stop_on_interrupt(notice=STOP_NOTICE) as should_stop, counting(make_console(stderr=True), "answering") as show:
 
         def on_progress(counts: BatchCounts) -> None:
             show(counts.done, counts.total)

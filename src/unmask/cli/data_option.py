@@ -74,8 +74,7 @@ def text_source(folder: Path, data: str, option: str) -> Source:
         what = "holds packed rows" if config.kind == "packed" else f"is text, and {folder} has no tokenizer"
         raise ConfigError(f"{option} {data} {what}; give documents, and a model with a tokenizer")
     tokenizer = load_tokenizer(where)
-    if start is not None:
-        tokenizer.set_start_token(start)
+    tokenizer.set_start_token(start)
     return open_source(config, tokenizer, 0)
 
 

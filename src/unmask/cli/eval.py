@@ -80,14 +80,10 @@ def eval_(
     )
     selection = replace(selection, own=(*selection.own, *evaluation.needles(needle, language_model)))
     run = EvalRun(
-        model=language_model,
-        folder=folder,
-        count=partial(evaluation.count_for, limit),
-        limit=limit,
+        model=language_model, folder=folder, count=partial(evaluation.count_for, limit), limit=limit, resume=resume,
         settings=EvalSettings(split, params, batch),
         harness={"samples": samples, "batch": batch, "decoding": params, "chat": chat, "allow_code": allow_code},
-        resume=resume,
-    )
+    )  # fmt: skip
     with evaluation.showing_tasks(console) as on_progress:
         results = run.suite(report, on_progress) if report else run.tasks(selection, on_progress)
     _print(console, results, folder, is_suite=report is not None, as_json=as_json)

@@ -75,14 +75,14 @@ def _export_folder(model: str, out: Path, dtype: str, shard: int, *, parent: boo
     from unmask.cli.progress import counting
     from unmask.models.dtypes import dtype_name, parse_dtype
     from unmask.models.weights.export import export_model
-    from unmask.models.weights.hub import resolve
+    from unmask.models.weights.hub import ngrams_path, resolve
 
     wanted = None if dtype == "auto" else parse_dtype(dtype)
-    console = make_console()
+    folder, console = resolve(model), make_console()
     with counting(console, "exporting") as on_progress:
         exported = export_model(
-            resolve(model), out, dtype=wanted, max_shard_bytes=shard, parent=parent, sdar=sdar, remote_code=code,
-            on_progress=on_progress,
+            folder, out, dtype=wanted, max_shard_bytes=shard, parent=parent, sdar=sdar, remote_code=code,
+            ngrams=ngrams_path(model, folder), on_progress=on_progress,
         )  # fmt: skip
     kind = "autoregressive" if exported.config.mask_id is None else "diffusion"
     _report(console, out, f"{exported.config.family}, {kind}, {dtype_name(exported.dtype)}", exported.notes)

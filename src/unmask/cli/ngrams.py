@@ -59,7 +59,7 @@ def ngrams(
         raise ConfigError(
             f"{model} decodes by denoising blocks, in which nothing verifies a draft; n-grams are for other models"
         )
-    target = (Path(model).expanduser() if out is None else out) / NGRAMS
+    target = (folder if out is None else out) / NGRAMS
     documents: list[Document] = []
     with counting(console, "documents") as on_progress:
         for source in [text_source(folder, each, "--data") for each in data]:
@@ -85,13 +85,11 @@ def ngrams(
 
 def _drafts(table: NgramTable, documents: Sequence[Document]) -> tuple[int, int, int]:
     """Of the tokens that were written: those that the table drafts rightly, those that it drafts, and all."""
-    from unmask.engine.ngrams import LONGEST_CONTEXT
-
     right = drafted = total = 0
     for document in documents:
         tokens = document.tokens.tolist()
         for place in document.maskable.nonzero()[0].tolist():
-            found = table.next(tokens[max(0, place - LONGEST_CONTEXT) : place])
+            found = table.next(tokens, place)
             drafted, total = drafted + (found is not None), total + 1
             right += found is not None and found.token == tokens[place]
     return right, drafted, total

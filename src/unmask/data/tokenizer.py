@@ -314,8 +314,8 @@ class Tokenizer:
         assert self.mask_id is not None
         return self.mask_id
 
-    def set_start_token(self, id_: int) -> None:
-        """Leave this token out at the start of conversations and prefixes: a shifted model reads it by itself."""
+    def set_start_token(self, id_: int | None) -> None:
+        """Leave this token, if any, out at the start of conversations and prefixes: a shifted model reads it by itself."""
         self._start_id = id_
 
     def _num_started(self, ids: Sequence[int]) -> int:
@@ -371,8 +371,7 @@ def _with_the_same_parts(backend: Backend) -> Backend:
 def _restored(files: TokenizerFiles, folder: Path, start_id: int | None) -> Tokenizer:
     """A tokenizer that was sent to another process."""
     tokenizer = Tokenizer(files, folder)
-    if start_id is not None:
-        tokenizer.set_start_token(start_id)
+    tokenizer.set_start_token(start_id)
     return tokenizer
 
 

@@ -52,7 +52,6 @@ def _own_tokenizer(model: LanguageModel, folder: Path) -> Tokenizer | None:
     if model.tokenizer is None or not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = load_tokenizer(folder)
-    if model.config.start_id is not None:
-        tokenizer.set_start_token(model.config.start_id)
+    tokenizer.set_start_token(model.config.start_id)
     tokenizer.check_rows(model.config.vocab_size)
     return None if tokenizer.identity == model.tokenizer.identity else tokenizer

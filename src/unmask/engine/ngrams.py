@@ -69,18 +69,19 @@ class NgramTable:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def next(self, tokens: Sequence[int]) -> NextToken | None:
-        """What follows a text most often; None: its end is not known."""
+    def next(self, tokens: Sequence[int], stop: int | None = None) -> NextToken | None:
+        """What follows a text, or its first `stop` tokens, most often; None: its end is not known."""
         found, hashed = -1, _SEED
-        for length in range(1, min(LONGEST_CONTEXT, len(tokens)) + 1):
-            hashed = ((hashed ^ (tokens[-length] + 1)) * _FACTOR) & _WORD
+        place = len(tokens) if stop is None else stop
+        for token in reversed(tokens[max(0, place - LONGEST_CONTEXT) : place]):
+            hashed = ((hashed ^ (token + 1)) * _FACTOR) & _WORD
             hashed ^= hashed >> _SHIFT
             key = hashed >> 32
             bucket = key >> (32 - _BUCKET_BITS)
-            stop = self._starts[bucket + 1]
-            place = bisect_left(self._keys, key, self._starts[bucket], stop)
-            if place < stop and self._keys[place] == key:
-                found = place
+            first, last = self._starts[bucket], self._starts[bucket + 1]
+            entry = bisect_left(self._keys, key, first, last)
+            if entry < last and self._keys[entry] == key:
+                found = entry
         return None if found < 0 else NextToken(self._tokens[found], self._shares[found] / 255)
 
     def save(self, path: Path) -> None:

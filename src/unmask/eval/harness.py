@@ -288,18 +288,20 @@ def run_harness(
         reason = f"{' '.join(str(error).split())[:300]}; see `lm-eval ls tasks`, and go online where data is missing"
         raise ConfigError(f"lm-eval cannot run {', '.join(map(str, names))}: {reason}") from error
     _write_samples(folder / "harness_samples.jsonl", evaluated.get("samples", {}))
+    return _write_results(folder / "harness.json", evaluated, lm, {"limit": limit, **head, "sentences": sentences})
+
+
+def _write_results(path: Path, evaluated: Mapping[str, Any], lm: HarnessLM, about: Mapping[str, Any]) -> dict[str, Any]:
     content = {
         **{name: evaluated[name] for name in _RESULTS if name in evaluated},
-        "limit": limit,
-        **head,
+        **about,
         "likelihood": lm.likelihood_note(),
-        "sentences": sentences,
         "truncated": lm.truncated,
         "speed": lm.speed(),
         "environment": environment(),
     }
     results: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    atomic_write_json(folder / "harness.json", results)
+    atomic_write_json(path, results)
     return results
 
 

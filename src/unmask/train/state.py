@@ -87,13 +87,11 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def begin_checkpoint(final: Path) -> Path:
+def begin_checkpoint(final: Path) -> None:
     """Make the empty folder that a checkpoint is written in; what killed saves and removals left beside it goes."""
     for left in final.parent.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
-    partial = partial_folder(final)
-    partial.mkdir(parents=True)
-    return partial
+    partial_folder(final).mkdir(parents=True)
 
 
 def finish_checkpoint(final: Path, state: TrainState) -> None:

@@ -254,7 +254,7 @@ class SpeculativeSequence(DecodingSequence):
     def _learn_ngram(self, place: int) -> None:
         """Take in whether the token at this place is what the n-grams drafted."""
         if self._ngrams is not None:
-            ngram = self._ngrams.next(self.tokens[max(0, place - LONGEST_CONTEXT) : place])
+            ngram = self._ngrams.next(self.tokens, place)
             if ngram is not None:
                 self._estimates.record(*_ngram_kind(ngram), ngram.token == self.tokens[place])
 

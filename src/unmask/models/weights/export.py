@@ -23,7 +23,7 @@ from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import family_of, stored_tensors, write_config
 from unmask.models.families.sdar import as_sdar
 from unmask.models.weights.checkpoint import GENERATION_CONFIG, check_tensors, parameter_dtype, read_model_config, token_ids
-from unmask.models.weights.hub import NGRAMS, base_folder, tokenizer_folder
+from unmask.models.weights.hub import base_folder, tokenizer_folder
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.remote_code import remote_code_files, remote_code_keys
 from unmask.models.weights.safetensors_io import DEFAULT_SHARD_BYTES, TensorFiles, TensorSpec, write_checkpoint
@@ -55,7 +55,7 @@ class TensorSource(NamedTuple):
 
 def export_model(
     folder: Path, out: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    parent: bool = False, sdar: bool = False, remote_code: bool = False,
+    parent: bool = False, sdar: bool = False, remote_code: bool = False, ngrams: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:  # fmt: skip
     """Write a model as a plain Hugging Face folder.
@@ -71,6 +71,7 @@ def export_model(
         max_shard_bytes: a larger model is split into shards of at most so many bytes.
         sdar: write a block-diffusion Qwen3 as an SDAR model, for SGLang and LMDeploy, with remote code.
         remote_code: add code with which transformers runs a diffusion model.
+        ngrams: table of n-grams to copy beside the weights.
         parent: leave out the gated LoRA and what makes the model a diffusion model: its autoregressive parent.
         on_progress: (tensors done, tensors in all).
 
@@ -103,6 +104,7 @@ def export_model(
             return converted_tensor(name, source.read(name), specs[name].dtype)
 
         files, jsons = _companions(folder, config)
+        files += [] if ngrams is None else [ngrams]
         write_checkpoint(
             out, write_config(config, dtype=dtype_name(embedding_dtype)) | code, specs, read, max_shard_bytes=max_shard_bytes,
             extra_files=files, extra_jsons=jsons, extra_texts=remote_code_files(config) if code else None,
@@ -161,7 +163,7 @@ def _companions(folder: Path, config: ModelConfig) -> tuple[list[Path], dict[str
     else:
         jsons[GENERATION_CONFIG] = {**generation_config(folder), **token_ids(config)}
         files += [path for path in sorted(folder.iterdir()) if _CODE.fullmatch(path.name)]
-    return [*files, *([folder / NGRAMS] if (folder / NGRAMS).is_file() else [])], jsons
+    return files, jsons
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

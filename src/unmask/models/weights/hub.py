@@ -51,7 +51,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # The config of the adapted model, beside an adapter: transformers takes a folder with a config.json for a whole model.
 ADAPTED_CONFIG = "unmask_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*ngrams.npz"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt", NGRAMS]
 
 
 class GGUFSource(NamedTuple):
@@ -307,8 +307,8 @@ def asset_folder(name: str) -> Path:
 def ngrams_path(model: str, folder: Path | None) -> Path | None:
     """The table of n-grams of a model, by its name and folder: in the folder, or of an embedded model in this package."""
     places = [] if folder is None else [folder / NGRAMS]
-    if model in EMBEDDED_MODELS:
-        places.append(asset_folder(EMBEDDED) / NGRAMS)  # the others were made of it, and write alike
+    if model in (EMBEDDED, EMBEDDED_DIFFUSION):  # the second was made of the first, and writes alike
+        places.append(asset_folder(EMBEDDED) / NGRAMS)
     return next((path for path in places if path.is_file()), None)
 
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from unmask.errors import CheckpointError
 from unmask.files import Writer, json_writer, read_json
 
@@ -105,6 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
     values = read_json(path)
     if values.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {values.get('format')!r}, and {FORMAT} is read; quantise the model again")
+    # Imported here: it takes a fifth of a second, and every start asks whether its folder is a quantised one.
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(Manifest).validate_python(values)
     except ValidationError as error:
