@@ -135,11 +135,16 @@ LAYOUTS = [([9, 1, 6], 4, 1), ([5, 11], 3, 2), ([16], 16, 1), ([3, 3, 10], 1, 1)
 
 @pytest.mark.parametrize(("documents", "block_size", "copies"), LAYOUTS)
 @pytest.mark.parametrize(("query", "key"), [(4, 3), (7, 8), (128, 32)])
-def test_blocked_attention_equals_dense(documents: list[int], block_size: int, copies: int, query: int, key: int) -> None:
+@pytest.mark.parametrize("num_queries", [None, 10])
+def test_blocked_attention_equals_dense(
+    documents: list[int], block_size: int, copies: int, query: int, key: int, num_queries: int | None
+) -> None:
     index = index_of([training_layout(documents, block_size, copies), training_layout(documents[::-1], block_size, copies)])
-    inputs = [x.requires_grad_() for x in heads(index.copy_BT.shape[1])]
-    dense = DenseAttend(dense_mask(index))(0, *inputs)
-    attend = BlockedAttend(blocked_mask(index, query_tile=query, key_tile=key))
+    queries = None if num_queries is None else index[:, :num_queries]
+    q_BHTS, *keys_values = heads(index.copy_BT.shape[1])
+    inputs = [x.requires_grad_() for x in (q_BHTS[:, :, :num_queries], *keys_values)]
+    dense = DenseAttend(dense_mask(index, queries=queries))(0, *inputs)
+    attend = BlockedAttend(blocked_mask(index, queries=queries, query_tile=query, key_tile=key))
     blocked = attend(0, *inputs)
     torch.testing.assert_close(blocked, dense, atol=1e-5, rtol=0)
     torch.testing.assert_close(attend.slice_by_slice(*inputs), dense, atol=1e-5, rtol=0)

@@ -87,29 +87,32 @@ class BlockedMask:
         return ((row, tile) for row, tiles in enumerate(self.rows) for tile in tiles)
 
 
-def blocked_mask(stream: StreamIndex, *, query_tile: int = 128, key_tile: int = 32) -> BlockedMask:
+def blocked_mask(
+    stream: StreamIndex, *, queries: StreamIndex | None = None, query_tile: int = 128, key_tile: int = 32
+) -> BlockedMask:
     """Cut the predicate into tiles of `query_tile` queries; keys are kept in runs of `key_tile`.
 
     Args:
-        stream: the index of B rows of T positions.
+        stream: the index of B rows of T positions, which are the keys.
+        queries: the index of the queries; None: the stream's own.
         query_tile: queries that share one attention call.
         key_tile: granularity at which invisible keys are skipped.
 
     Returns:
         Tiles that cover every query once; equal to `dense_mask` restricted to the kept keys.
     """
-    dense_BTT = dense_mask(stream)
-    length = dense_BTT.shape[1]
+    dense_BQT = dense_mask(stream, queries=queries)
+    count = dense_BQT.shape[1]
+    starts = range(0, count, query_tile)
     return BlockedMask(
         tuple(
-            tuple(_tile(dense_TT, start, min(start + query_tile, length), key_tile) for start in range(0, length, query_tile))
-            for dense_TT in dense_BTT
+            tuple(_tile(dense_QT, start, min(start + query_tile, count), key_tile) for start in starts) for dense_QT in dense_BQT
         )
     )
 
 
-def _tile(dense_TT: Tensor, start: int, stop: int, key_tile: int) -> Tile:
-    mask_QT = dense_TT[start:stop]
+def _tile(dense_QT: Tensor, start: int, stop: int, key_tile: int) -> Tile:
+    mask_QT = dense_QT[start:stop]
     length = mask_QT.shape[1]
     padded = torch.nn.functional.pad(mask_QT.any(0), (0, -length % key_tile))
     keep = padded.view(-1, key_tile).any(1).tolist()

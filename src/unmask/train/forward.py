@@ -32,7 +32,7 @@ AttentionBackend = Literal["dense", "blocked", "flex"]
 def make_attend(index: StreamIndex, backend: AttentionBackend, num_queries: int | None = None) -> Attend:
     """Attention under the training mask of a stream; all backends compute the same.
 
-    `num_queries`: the queries are so many of the first positions, the keys all; `blocked` is `dense` then.
+    `num_queries`: the queries are so many of the first positions, the keys all.
     """
     rows, length = index.copy_BT.shape
     if backend == "flex":
@@ -41,9 +41,8 @@ def make_attend(index: StreamIndex, backend: AttentionBackend, num_queries: int 
 
         device, queries = index.copy_BT.device, num_queries or length
         return FlexAttend(create_block_mask(flex_mask_mod(index), rows, None, queries, length, device=device))
-    if num_queries is not None:
-        return DenseAttend(dense_mask(index, queries=index[:, :num_queries]))
-    return DenseAttend(dense_mask(index)) if backend == "dense" else BlockedAttend(blocked_mask(index))
+    queries = None if num_queries is None else index[:, :num_queries]
+    return DenseAttend(dense_mask(index, queries=queries)) if backend == "dense" else BlockedAttend(blocked_mask(index, queries=queries))
 
 
 def predicted_hidden(
