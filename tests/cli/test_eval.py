@@ -67,6 +67,16 @@ def test_tasks_of_lm_eval_are_run_and_resumed(
     assert "threshold" in fails(*asked, "--samples", 2, "--resume")
 
 
+def test_ctrl_c_says_how_a_run_goes_on(run, wide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.eval.suite.EvalRun.tasks", interrupted)
+    result = run("eval", "--model", wide_folder, "--tasks", TWO, "--out", tmp_path / "run", *FEW)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+
+
 def test_a_task_that_is_named_twice_is_asked_once(run) -> None:
     result = run("eval", "--suite", "mini-5", "--tasks", "mini-5/math,mini-5/math,arc_easy,arc_easy", "--dry-run")
     lines = result.stdout.splitlines()

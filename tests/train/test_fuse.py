@@ -1,17 +1,24 @@
-"""Compiled layers compute what the layers compute."""
+"""Compiled layers compute what the layers compute, where the recipe wants them."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
+from helpers import refused
+from runs import tiny_recipe
 from tiny import MASK, tiny_model
+from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.transformer import Transformer
 from unmask.train.fuse import fuse
+from unmask.train.recipe import Recipe
+from unmask.train.run import build_components
 
 
 def outcome(model: Transformer, length: int, noisy: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -40,3 +47,22 @@ def test_gated_lora_is_compiled_too() -> None:
     compiled = deepcopy(model)
     fuse(compiled, backend="eager")
     torch.testing.assert_close(outcome(compiled, 6, True), outcome(model, 6, True), rtol=1e-9, atol=1e-9)
+
+
+def test_a_cpu_compiles_only_where_the_recipe_asks_for_it(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    compiled: list[Transformer] = []
+    monkeypatch.setattr("unmask.train.fuse.fuse", compiled.append)
+    wishes: list[Literal["always"] | bool] = [True, False, "always"]
+    models = [build_components(compiling(base, wish)).model for wish in wishes]
+    assert compiled == models[-1:]
+
+
+def test_compiling_on_a_cpu_takes_a_compiler(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    monkeypatch.setattr("unmask.train.run.which", lambda name: None)
+    with refused(ConfigError, "train.compile is always", "g++"):
+        build_components(compiling(base, "always"))
+
+
+def compiling(base: Path, wish: Literal["always"] | bool) -> Recipe:
+    recipe = tiny_recipe(base / "model", base / "data.jsonl")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": wish, "device": "cpu"})})

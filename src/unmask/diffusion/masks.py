@@ -103,12 +103,8 @@ def blocked_mask(
     """
     dense_BQT = dense_mask(stream, queries=queries)
     count = dense_BQT.shape[1]
-    starts = range(0, count, query_tile)
-    return BlockedMask(
-        tuple(
-            tuple(_tile(dense_QT, start, min(start + query_tile, count), key_tile) for start in starts) for dense_QT in dense_BQT
-        )
-    )
+    ranges = [(start, min(start + query_tile, count)) for start in range(0, count, query_tile)]
+    return BlockedMask(tuple(tuple(_tile(dense_QT, start, stop, key_tile) for start, stop in ranges) for dense_QT in dense_BQT))
 
 
 def _tile(dense_QT: Tensor, start: int, stop: int, key_tile: int) -> Tile:

@@ -1,4 +1,4 @@
-"""Compiled layers: what a layer computes beside attention and matrix products, fused into a few kernels, for training on a GPU.
+"""Compiled layers: what a layer computes beside attention and matrix products, fused into a few kernels, for training.
 
 Owns what is compiled. On a GPU norms, rotary embedding, gates, residuals and low-rank updates are some dozens of small kernels
 a layer, each of which reads and writes all activations.

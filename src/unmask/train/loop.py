@@ -318,7 +318,7 @@ class Trainer:
 
 def _meaning(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without the keys that change neither losses nor gradients: a run may be resumed on another layout."""
-    train = {key: value for key, value in recipe.get("train", {}).items() if key != "micro_rows"}
+    train = {key: value for key, value in recipe.get("train", {}).items() if key not in ("micro_rows", "compile")}
     return {key: value for key, value in recipe.items() if key != "parallel"} | {"train": train}
 
 

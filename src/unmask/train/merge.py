@@ -51,6 +51,10 @@ def top_k(run: Path, k: int) -> list[Path]:
     scored = [(score, path) for path in list_checkpoints(run) if (score := validation_score(path)) is not None]
     last = scored[-1][0].block_size if scored else None
     comparable = sorted(((s.nelbo, path) for s, path in scored if s.block_size == last), key=lambda pair: pair[0])
+    if not comparable:
+        raise CheckpointError(
+            f"{run} has no evaluated checkpoint; train with data.validation_rows of at least 1, and wait for train.eval_every"
+        )
     if len(comparable) < k:
         raise CheckpointError(
             f"{run} has {len(comparable)} evaluated checkpoints at its last block size, {k} are wanted; use a smaller k, "

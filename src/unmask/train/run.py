@@ -9,7 +9,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from os import environ
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -217,10 +219,8 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
 
         for each, its_pipeline in models:
             load_shards(each, folder, stored_config, world, device, its_pipeline)
-    # Of what is compiled, no single product could be kept.
-    fused = train.compile and train.activation_checkpointing != "selective"
-    if fused and device.startswith("cuda") and world.size == 1:
-        # Imported here: only a GPU needs it.
+    if world.size == 1 and _compiles(train, device):
+        # Imported here: most runs on a CPU do without.
         from unmask.train.fuse import fuse
 
         fuse(model)
@@ -235,6 +235,18 @@ def build_components(recipe: Recipe, world: World | None = None) -> Components:
 def device_of(train: TrainSection) -> str:
     """The type of device that the run computes on."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device
+
+
+def _compiles(train: TrainSection, device: str) -> bool:
+    """Whether layers are compiled; raises ConfigError where the recipe asks for it and there is no C++ compiler."""
+    # Of what is compiled, no single product could be kept.
+    if train.compile is False or train.activation_checkpointing == "selective":
+        return False
+    if device.startswith("cuda"):
+        return True
+    if train.compile == "always" and not any(map(which, ("g++", "clang++", environ.get("CXX", "c++")))):
+        raise ConfigError("train.compile is always, which takes a C++ compiler on a CPU; install g++, or leave it out")
+    return train.compile == "always"
 
 
 def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:

@@ -102,7 +102,11 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "blocked", "flex"] = "auto"
     activation_checkpointing: Checkpointing = False
-    compile: bool = Field(True, description="on one GPU: fuse what layers compute beside attention; false: nothing is compiled")
+    compile: Literal["always"] | bool = Field(
+        True,
+        description="in a run of one process, fuse what layers compute beside attention; true: on a GPU; always: on a CPU, "
+        "too, which takes a C++ compiler and a minute, and then a fifth less time a step; false: nothing is compiled",
+    )
     lora: LoraSection | None = None
     freeze_embeddings: bool = Field(
         False, description="embedding and head stay as they are; a new mask token then keeps the vector that it begins with"
