@@ -91,7 +91,9 @@ def held_back(text: str, marks: Sequence[str]) -> int:
     return next((size for size in range(longest, 0, -1) if any(mark.startswith(text[-size:]) for mark in marks)), 0)
 
 
-def find_stop(decode: DecodePiece, ids: Sequence[int], num_searched: int, stops: Sequence[str]) -> tuple[int, str, str] | None:
+def find_stop(
+    decode: DecodePiece, ids: Sequence[int], num_searched: int, stops: Sequence[str], *, num_kept: int = 0
+) -> tuple[int, str, str] | None:
     """The fewest leading ids whose text contains a stop string, the text before that string, and the string.
 
     Args:
@@ -99,13 +101,15 @@ def find_stop(decode: DecodePiece, ids: Sequence[int], num_searched: int, stops:
         ids: the completion so far.
         num_searched: leading ids known to contain none.
         stops: stop strings; of several, the one that begins first counts, and of those the longest.
+        num_kept: leading ids whose text may contain them: one that ends in it does not count.
     """
-    whole = decode(ids)
+    whole, kept = decode(ids), len(decode(ids[:num_kept])) if num_kept else 0
     if not any(stop in whole for stop in stops):
         return None
-    for count in range(num_searched, len(ids) + 1):
+    for count in range(max(num_searched, num_kept), len(ids) + 1):
         text = decode(ids[:count])
-        found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+        places = [(text.find(stop, max(0, kept - len(stop) + 1)), -len(stop), stop) for stop in stops]
+        found = [place for place in places if place[0] >= 0]
         if found:
             position, _, stop = min(found)
             return count, text[:position], stop

@@ -250,7 +250,7 @@ class SamplingParams:
         "Most tokens to generate.", "Output", surfaces=frozenset(("cli", "set", "page")),
         default_text=f"{MAX_NEW_TOKENS}; 512 in chat", minimum=0,
     )  # fmt: skip
-    min_new_tokens: int = _option("No end of text before this many tokens.", "Output", 0, minimum=0)
+    min_new_tokens: int = _option("No end of text and no stop string before this many tokens.", "Output", 0, minimum=0)
     ignore_eos: bool = _option(
         "Go on after the end of text; only stop, stop_token_ids and a grammar end the completion early.", "Output", False,
         frozenset(("cli", "http", "set")),

@@ -448,6 +448,20 @@ def test_stop_strings_end_before_themselves(kit: Kit, kind: str) -> None:
     assert text[3] not in answer.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_string_within_the_least_tokens_does_not_count(kit: Kit, kind: str) -> None:
+    base = kit.request(kind, max_new_tokens=40, temperature=1.5, seed=5, eos_id=[], threshold=0.1)
+    (endless,) = kit.run(kind, base)
+    text, least = kit.tokenizer.decode(endless.ids), 12
+    inside = kit.tokenizer.decode(endless.ids[:least])
+    stop = next(character for character in text[len(inside) :] if character in inside)
+    (found,) = kit.run(kind, with_params(base, stop=(stop,), min_new_tokens=least))
+    assert (found.finish_reason, found.text) == ("stop", text[: text.index(stop, len(inside))])
+    once = next(piece for piece in (inside[i : i + 3] for i in range(len(inside) - 2)) if text.count(piece) == 1)
+    (whole,) = kit.run(kind, with_params(base, stop=(once,), min_new_tokens=least))
+    assert (whole.ids, whole.stop, whole.finish_reason) == (endless.ids, None, "length")
+
+
 def test_of_several_stop_strings_the_first_in_the_text_counts(kit: Kit) -> None:
     text = "The answer is 5. Hello, how are you?"
     ids = kit.tokenizer.encode(text)

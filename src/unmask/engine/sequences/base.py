@@ -310,7 +310,8 @@ class DecodingSequence(ABC):
         if self.request.params.stop:
             assert self._decode is not None, "the engine refuses stop strings without a tokenizer"
             decode = partial(self._decode, after=self.request.prefix)
-            cut = find_stop(decode, completion.text_ids, len(self._final_ids), self.request.params.stop)
+            params = self.request.params
+            cut = find_stop(decode, completion.text_ids, len(self._final_ids), params.stop, num_kept=params.min_new_tokens)
             if cut is not None:
                 count, text, stop = cut
                 completion = replace(completion, ids=completion.ids[:count], text=text, stop=stop, end_token=None)
