@@ -1,6 +1,7 @@
 """The entry point of the `unmask` program: what must hold before anything slow is imported.
 
-Owns closed standard streams, how OpenMP's threads wait, and Ctrl-C until a verb begins. The application is `app`'s.
+Owns closed standard streams, how OpenMP's threads wait, and Ctrl-C until a verb begins. The allocator is `allocator`'s, the
+application `app`'s.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from unmask.cli.allocator import start_anew_with_allocator
 from unmask.cli.startup import exit_on_interrupt
 
 SPINNING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
@@ -19,6 +21,7 @@ def main() -> None:
     exit_on_interrupt()
     _open_streams()
     limit_spinning()
+    start_anew_with_allocator(sys.argv)
     from unmask.cli.app import run
 
     run()
