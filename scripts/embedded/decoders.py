@@ -46,7 +46,8 @@ class EngineDecoder:
 
     def add(self, ids: list[int], *, budget: int, temperature: float, seed: int) -> int:
         self.room -= 1
-        request = self._model.request(tuple(ids), max_new_tokens=budget, temperature=temperature, seed=seed)
+        options = {"temperature": temperature, "seed": seed, "prompt_lookup": False}
+        request = self._model.request(tuple(ids), max_new_tokens=budget, **options)
         return self._engine.add(request)
 
     def step(self) -> list[Decoded]:

@@ -2,12 +2,12 @@
 
     python scripts/embedded/own_text.py --out out/own_text --texts out/free_texts/texts.jsonl --tokens 3_000_000
 
-Writes OUT/SPLIT/chat-NNNNN.jsonl, conversations whose every assistant turn is the model's (`{"messages": [...]}`), and
-OUT/SPLIT/text-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}`, for a source with `chat: false`). Each record
-also has id, kind, temperature, tokens (written by the model) and whether the model ended it. Half of the prompts are answered
-greedily, half at temperature 0.8, chosen by their hash. An answer cut off at the budget is kept and ends its conversation; one
-that loops is dropped. Killed at any moment, it goes on where it was: a torn last line is cut off, and prompts that are there or
-were dropped are skipped. A recipe reads it as two sources:
+Writes OUT/SPLIT/chat-greedy-NNNNN.jsonl, conversations whose every assistant turn is the model's (`{"messages": [...]}`), and
+OUT/SPLIT/text-greedy-NNNNN.jsonl, continuations of free texts (`{"prompt", "response"}`, for a source with `chat: false`).
+Half of the prompts, chosen by their hash, are sampled at temperature 0.8 instead, into chat-sampled and text-sampled. Each
+record also has id, kind, temperature, tokens (written by the model) and whether the model ended it. An answer cut off at the
+budget is kept and ends its conversation; one that loops is dropped. Killed at any moment, it goes on where it was: a torn last
+line is cut off, and prompts that are there or were dropped are skipped. A recipe reads it as two sources:
 
     - {kind: jsonl, path: out/own_text/train/chat-*.jsonl, weight: 0.65}
     - {kind: jsonl, path: out/own_text/train/text-*.jsonl, weight: 0.35, chat: false}
@@ -103,7 +103,7 @@ class Shards:
         for split in ("train", *SPLITS):
             (out / split).mkdir(parents=True, exist_ok=True)
             for path in sorted((out / split).glob("*-*.jsonl")):
-                form = path.name.split("-")[0]
+                form = path.name.rpartition("-")[0]
                 for line in cut_torn_line(path):
                     record = json.loads(line)
                     self.done.add(record["id"])
@@ -114,7 +114,7 @@ class Shards:
 
     def write(self, split: str, record: dict[str, Any]) -> None:
         """Append a record to the last shard of its kind."""
-        form = "chat" if "messages" in record else "text"
+        form = f"{'chat' if 'messages' in record else 'text'}-{'sampled' if record['temperature'] else 'greedy'}"
         count = self._counts.get((split, form), 0)
         path = self._out / split / f"{form}-{count // SHARD_RECORDS:05}.jsonl"
         with path.open("a", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,15 @@ def test_records_are_what_the_model_says_alone(model: LanguageModel, tmp_path: P
     assert continued["prompt"] == TEXT["prefix"]
 
 
-def test_files_lie_by_split_and_form(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_lie_by_split_form_and_temperature(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_text, "SHARD_RECORDS", 5)
     write(model, tmp_path, [*map(chat_job, PROMPTS), text_job(TEXT)])
-    assert (tmp_path / "test" / "text-00000.jsonl").exists()
-    splits = [prompt.split for prompt in PROMPTS]
-    for split in set(splits):
-        num_files = -(-splits.count(split) // 5)
-        assert len(list((tmp_path / split).glob("chat-*.jsonl"))) == num_files
+    drawn = {0.0: "greedy", own_text.SAMPLED_TEMPERATURE: "sampled"}
+    assert (tmp_path / "test" / f"text-{drawn[text_job(TEXT).temperature]}-00000.jsonl").exists()
+    written = Counter((job.split, drawn[job.temperature]) for job in map(chat_job, PROMPTS))
+    assert {way for _, way in written} == {"greedy", "sampled"}
+    for (split, way), count in written.items():
+        assert len(list((tmp_path / split).glob(f"chat-{way}-*.jsonl"))) == -(-count // 5)
 
 
 def test_the_data_loader_reads_every_record(model: LanguageModel, tmp_path: Path) -> None:
