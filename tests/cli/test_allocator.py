@@ -55,3 +55,10 @@ def test_the_best_comes_first_and_other_libraries_stay(tmp_path: Path) -> None:
     assert best == str(tmp_path / "libtcmalloc_minimal.so.4")
     assert allocator.with_allocator({"LD_PRELOAD": "/lib/other.so"}, best) == {"LD_PRELOAD": f"{best}:/lib/other.so"}
     assert allocator.with_allocator({"LD_PRELOAD": "/opt/libmimalloc.so"}, best) is None
+
+
+def test_a_long_run_without_one_is_told_how_to_get_one(started: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "libtcmalloc" in str(allocator.hint(allocator.LONG))
+    assert allocator.hint(allocator.LONG - 1) is None
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
+    assert allocator.hint(allocator.LONG) is None

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from unmask.cli import allocator
 from unmask.cli.console import is_main_rank, make_console, pick_device, show_warning, try_command
 from unmask.cli.data_option import check_paths, source_of
 from unmask.cli.interrupt import SAVE_NOTICE, stop_on_interrupt
 from unmask.cli.startup import INTERRUPTED
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, UnmaskNote
 
 if TYPE_CHECKING:
     from unmask.train.parallel.dims import ParallelDims
@@ -64,7 +65,8 @@ def training_verb(name: str, help_text: str) -> Callable[..., None]:
         max_restarts: MaxRestarts = 3,
     ) -> None:
         plan = make_plan(name, recipe, model, data, overrides or [], out if resume else None)
-        pick_device(plan.train.device)
+        if pick_device(plan.train.device) == "cpu" and (missing := allocator.hint(plan.train.tokens)) is not None:
+            warnings.warn(missing, UnmaskNote, stacklevel=1)
         check_paths(source.path for source in plan.data.sources)
         _check_folder(out, resume=resume)
         try:
