@@ -1,11 +1,12 @@
 """What each part of the recipe is worth: short runs at equal tokens that differ in one setting.
 
-    python benchmarks/reproduction/ablations.py [--groups convert,sft,cap,merge,difference] [--plot-only]
+    python benchmarks/reproduction/ablations.py [--groups joint,convert,sft,cap,merge,difference] [--plot-only]
 
 Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
-ablations.png there. `convert`: the parent to block size 32. `sft`: the first of those on worked answers. `cap`: more of the
-converted child's last stage, with other weights. `merge`: means of that stage's best checkpoints. `difference`: that stage's
-model with what the control learned. Needs the data (data.py); the last two groups need what train.sh makes.
+ablations.png there. `joint`: one checkpoint for three modes. `convert`: the parent to block size 32. `sft`: the first of those
+on worked answers. `cap`: more of the converted child's last stage, with other weights. `merge`: means of that stage's best
+checkpoints. `difference`: that stage's model with what the control learned. Needs the data (data.py); the last two groups need
+what train.sh makes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from report import mean_score, read, unmask
+from report import unmask
 
 from unmask.train.loop import evaluate
 from unmask.train.metrics import read_metrics
@@ -53,6 +55,7 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """Every run; the first of a group is what the others differ from."""
+    yield from joint_variants()
     convert = {
         "WSD": (),
         "straight to 32": ("schedule={decay: [{block_size: 32, share: 1.0}]}",),
@@ -83,6 +86,26 @@ def variants() -> Iterator[Variant]:
         yield Variant("merge", f"top {count}", merge=count)
     for scale in (0.0, 0.5, 1.0, 1.5):
         yield Variant("difference", f"scale {scale:g}", scale=scale)
+
+
+def joint_variants() -> Iterator[Variant]:
+    """What the terms and settings of joint training are worth."""
+    short = ("train.tokens=30000", "train.eval_every=1000", "train.checkpoint_every=1000", "train.keep_checkpoints=1")
+    joint = {
+        "lambda 0.3, rate 1e-4": (),
+        "lambda 0.1": ("objective.diffusion_weight=0.1",),
+        "lambda 1": ("objective.diffusion_weight=1",),
+        "rate 1e-5": ("train.learning_rate=1e-5",),
+        "rate 5e-5": ("train.learning_rate=5e-5",),
+        "rate 2e-4": ("train.learning_rate=2e-4",),
+        "align 10": ("objective.align=10",),
+        "KL to the parent": ("objective.parent_kl=1",),
+        "embeddings frozen": ("train.freeze_embeddings=true",),
+        "drafts alone": ("objective.draft_share=1",),
+        "two cuts, complementary": ("objective.cuts=2", "objective.complementary=true"),
+    }
+    for name, overrides in joint.items():
+        yield Variant("joint", name, "reproduction_joint", "convert", (*short, *overrides))
 
 
 def documents() -> None:
@@ -127,6 +150,17 @@ def nelbo(model: Path) -> float:
     return value
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A json file."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def mean_score(results: dict[str, Any]) -> float:
+    """Plain mean over the suite's tasks."""
+    return statistics.fmean(task["score"] for task in results["tasks"].values())
+
+
 def figures(variant: Variant, questions: int) -> dict[str, Any]:
     """Loss figures of the run and, for what decodes well enough, score and tokens per forward on validation."""
     found: dict[str, Any] = asdict(variant)
@@ -138,7 +172,8 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
         norms = [record["grad_norm"] for record in train]
         found |= {"tokens": train[-1]["tokens"], "seconds": sum(record["seconds"] for record in train)}
         found |= {"nelbo": records[-1]["nelbo"], "grad_norm_max": max(norms), "loss_max": max(r["loss"] for r in train)}
-    if variant.group != "convert":
+        found |= {key: records[-1][key] for key in ("ar_nll", "accepted_length") if key in records[-1]}
+    if variant.group not in ("joint", "convert"):
         folder = ROOT / "scores" / variant.run.name
         size = 8 if variant.group == "sft" else 4
         unmask("eval", "--model", variant.run, "--suite", "mini-5", "--split", "validation", "--limit", questions,
@@ -152,6 +187,8 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
 
 COLUMNS = {
     "nelbo": ("NELBO", 1, 3),
+    "ar_nll": ("NLL, clean rows", 1, 3),
+    "accepted_length": ("drafts accepted", 1, 2),
     "grad_norm_max": ("largest gradient norm", 1, 1),
     "score": ("score", 100, 1),
     "tokens_per_forward": ("tokens per forward", 1, 2),
@@ -187,7 +224,7 @@ def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", default="convert,sft,cap,merge,difference")
+    parser.add_argument("--groups", default="joint,convert,sft,cap,merge,difference")
     parser.add_argument("--questions", type=int, default=20, help="validation questions per task")
     parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
     options = parser.parse_args()

@@ -50,10 +50,14 @@ def run(*command: object) -> None:
     subprocess.run(words, check=True)
 
 
+def unmask(*arguments: object) -> None:
+    """Run the command line."""
+    run(Path(sys.executable).with_name("unmask"), *arguments)
+
+
 def evaluate(model: str, options: argparse.Namespace, out: Path, *flags: object) -> None:
     """`unmask eval` on the test questions."""
-    command = Path(sys.executable).with_name("unmask")
-    run(command, "eval", "-m", model, "--suite", SUITE, "--limit", options.test, "--out", out, "--resume", *flags)
+    unmask("eval", "-m", model, "--suite", SUITE, "--limit", options.test, "--out", out, "--resume", *flags)
 
 
 def everyday(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains the reproduction's models: the gated child with its autoregressive control (PACK= scripts/embedded/gated.sh), and those that
-# it is compared with: the one converted in full (PACK= scripts/embedded/make.sh), the same given what the control learned, and a
-# shifted one. Interrupted, it goes on where it was.
+# Trains the reproduction's models: the one checkpoint of three modes and its control (PACK= scripts/embedded/joint.sh), and those that
+# they are compared with: the gated child of a fine-tuned control (scripts/embedded/gated.sh), the one converted without causal rows
+# (PACK= scripts/embedded/make.sh), the same given what the control learned, and a shifted one. Interrupted, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction
 source scripts/embedded/stage.sh
 
-PACK='' scripts/embedded/gated.sh
+PACK='' scripts/embedded/joint.sh
+scripts/embedded/gated.sh
 PACK='' scripts/embedded/make.sh
 if [[ ! -e $out/grafted/config.json ]]; then
     .venv/bin/unmask merge "$out/cap" --plus "$out/control_long" --minus smollm2-135m --out "$out/grafted"

@@ -39,7 +39,7 @@ def by_turns(name: str, ways: Mapping[str, SamplingParams], per_task: int) -> di
         answer(model, request_of(model, items[0], decoding))
     taken: dict[str, list[Answer]] = {way: [] for way in ways}
     for number, item in enumerate(items):
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
+        order = list(ways) if number % 2 == 0 else list(ways)[::-1]
         for way in order:
             taken[way].append(answer(model, request_of(model, item, ways[way])))
     return taken

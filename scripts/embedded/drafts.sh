@@ -25,5 +25,6 @@ if [[ ! -e $out/mini5/own.jsonl ]]; then
 fi
 stage convert drafts_own_long "$out/gated"
 if [[ -n "${PACK-1}" ]]; then
-    .venv/bin/python scripts/embedded/package.py --runs "$out"/{first,gated} --asset src/unmask/assets/smollm2-135m-diffusion
+    .venv/bin/python scripts/embedded/package.py --kind drafts --runs "$out"/{first,gated} \
+        --asset src/unmask/assets/smollm2-135m-diffusion
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes smollm2-135m-diffusion again: the autoregressive model fine-tuned on the reproduction's examples, then a gated LoRA that drafts
-# for it; about four hours on two CPU cores. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
+# The reproduction's gated child: the autoregressive model fine-tuned on its examples (the control), then a gated LoRA that drafts
+# for it; about four hours on two CPU cores. Interrupted, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction
@@ -17,7 +17,3 @@ if [[ ! -e $out/data/own.jsonl ]]; then
     .venv/bin/python benchmarks/reproduction/data.py --count 12000 --own "$out/control_long"
 fi
 stage convert reproduction_drafts_own "$out/drafts_own"
-if [[ -n "${PACK-1}" ]]; then
-    .venv/bin/python scripts/embedded/package.py --runs "$out"/{control,control_long,drafts,drafts_long,drafts_own} \
-        --asset src/unmask/assets/smollm2-135m-diffusion
-fi

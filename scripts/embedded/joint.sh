@@ -12,5 +12,6 @@ fi
 stage convert reproduction_joint "$out/joint"
 stage sft reproduction_joint_control "$out/joint_control"
 if [[ -n "${PACK-1}" ]]; then
-    .venv/bin/python scripts/embedded/package.py --runs "$out/joint" --asset src/unmask/assets/smollm2-135m-joint --max-bytes 35000000
+    .venv/bin/python scripts/embedded/package.py --kind joint --runs "$out/joint" \
+        --asset src/unmask/assets/smollm2-135m-joint --max-bytes 35000000
 fi

@@ -16,5 +16,6 @@ stage sft reproduction_sft out/reproduction/sft
 stage sft reproduction_cap out/reproduction/cap
 if [[ -n "${PACK-1}" ]]; then
     runs=(out/embedded out/embedded-2 out/reproduction/{child,sft,cap})
-    .venv/bin/python scripts/embedded/package.py --runs "${runs[@]}"
+    .venv/bin/python scripts/embedded/package.py --kind converted --runs "${runs[@]}" \
+        --asset src/unmask/assets/smollm2-135m-converted
 fi

