@@ -108,7 +108,7 @@ def root(
     Fine-tune it:     unmask sft --model out/mine --data chats.jsonl --out out/chat
 
     Models are folders in the Hugging Face layout, Hugging Face ids, or one of the embedded smollm2-135m,
-    smollm2-135m-diffusion and smollm2-135m-converted.
+    smollm2-135m-diffusion, smollm2-135m-joint and smollm2-135m-converted.
     """
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COST_OF_INT8 = {
     "smollm2-135m": (0.957, 0.010),
-    "smollm2-135m-diffusion": (0.984, 0.006),
+    "smollm2-135m-diffusion": (0.957, 0.010),
     "smollm2-135m-converted": (0.961, 0.017),
 }
 """Of the embedded models: share of positions whose likeliest token stays, and relative change of perplexity, against float32

