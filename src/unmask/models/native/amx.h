@@ -6,6 +6,10 @@
 
 constexpr int64_t kAmxRows = 16, kAmxInputs = 64;
 
+// Before a tile instruction reads memory: GCC's intrinsics do not say what they read (a pointer's worth of a configuration, nothing of
+// a tile), so that it may leave out or postpone what was stored there.
+INLINE void stored(const void* first, const void* second = nullptr) { __asm__ volatile("" : : "r"(first), "r"(second) : "memory"); }
+
 // What ldtilecfg reads. Tiles 0..3 are sums (upper and lower rows, first and second panel), 4 and 5 inputs, 6 and 7 weights.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -31,6 +35,7 @@ struct AmxInputs {
         : upper(from), lower(from + kAmxRows * row_stride), stride(row_stride), step(inputs) {
         const int64_t height = std::min(rows, kAmxRows);
         const TileShapes shapes(height, rows - height, inputs);
+        stored(&shapes);
         _tile_loadconfig(&shapes);
     }
 

@@ -120,6 +120,7 @@ __attribute__((target("amx-tile,amx-int8"))) static bool probe_tiles() {
     } shapes;
     alignas(64) int inputs[16 * 16], weights[16 * 16], sums[16 * 16];
     for (int i = 0; i < 16 * 16; i++) inputs[i] = input, weights[i] = weight;
+    __asm__ volatile("" : : "r"(&shapes), "r"(inputs), "r"(weights) : "memory");  // see amx.h, `stored`
     _tile_loadconfig(&shapes);
     _tile_loadd(1, inputs, 64);
     _tile_loadd(2, weights, 64);
