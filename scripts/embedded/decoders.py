@@ -46,8 +46,9 @@ class EngineDecoder:
 
     def add(self, ids: list[int], *, budget: int, temperature: float, seed: int) -> int:
         self.room -= 1
-        options = {"temperature": temperature, "seed": seed, "prompt_lookup": False}
-        request = self._model.request(tuple(ids), max_new_tokens=budget, **options)
+        request = self._model.request(
+            tuple(ids), max_new_tokens=budget, temperature=temperature, seed=seed, prompt_lookup=False
+        )
         return self._engine.add(request)
 
     def step(self) -> list[Decoded]:

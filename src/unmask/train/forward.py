@@ -41,10 +41,10 @@ def make_attend(index: StreamIndex, backend: AttentionBackend, num_queries: int 
 
         device, queries = index.copy_BT.device, num_queries or length
         return FlexAttend(create_block_mask(flex_mask_mod(index), rows, None, queries, length, device=device))
-    queries = None if num_queries is None else index[:, :num_queries]
+    asking = None if num_queries is None else index[:, :num_queries]
     if backend == "dense":
-        return DenseAttend(dense_mask(index, queries=queries))
-    return BlockedAttend(blocked_mask(index, queries=queries))
+        return DenseAttend(dense_mask(index, queries=asking))
+    return BlockedAttend(blocked_mask(index, queries=asking))
 
 
 def predicted_hidden(
