@@ -23,6 +23,8 @@ from typing import Any
 
 from report import unmask
 
+from unmask.eval.runner import load_results
+from unmask.files import read_json
 from unmask.train.loop import evaluate
 from unmask.train.metrics import read_metrics
 from unmask.train.recipe import load_recipe
@@ -33,6 +35,8 @@ DATA = Path("out/reproduction/data")
 CHILD = "smollm2-135m-converted"
 CAP_STAGE = Path("out/reproduction/cap")
 CONTROL = Path("out/reproduction/control_long")
+AT_THE_END = ("train.eval_every=1000", "train.checkpoint_every=1000", "train.keep_checkpoints=1")
+"""A short run is evaluated and saved once."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,7 @@ def variants() -> Iterator[Variant]:
     }
     for name, overrides in sft.items():
         yield Variant("sft", name, "ablation_sft", "sft", overrides)
-    short = (
-        f"model={CHILD}",
-        "train.tokens=20000",
-        "train.eval_every=1000",
-        "train.checkpoint_every=1000",
-        "train.keep_checkpoints=1",
-    )
+    short = (f"model={CHILD}", "train.tokens=20000", *AT_THE_END)
     for weight in (0.0, 0.5, 1.0, 2.0):
         yield Variant("cap", f"weight {weight:g}", "reproduction_cap", "sft", (*short, f"objective.cap.weight={weight}"))
     for count in (1, 3, 5):
@@ -90,7 +88,7 @@ def variants() -> Iterator[Variant]:
 
 def joint_variants() -> Iterator[Variant]:
     """What the terms and settings of joint training are worth."""
-    short = ("train.tokens=30000", "train.eval_every=1000", "train.checkpoint_every=1000", "train.keep_checkpoints=1")
+    short = ("train.tokens=30000", *AT_THE_END)
     joint = {
         "lambda 0.3, rate 1e-4": (),
         "lambda 0.1": ("objective.diffusion_weight=0.1",),
@@ -150,17 +148,6 @@ def nelbo(model: Path) -> float:
     return value
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A json file."""
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
-
-
-def mean_score(results: dict[str, Any]) -> float:
-    """Plain mean over the suite's tasks."""
-    return statistics.fmean(task["score"] for task in results["tasks"].values())
-
-
 def figures(variant: Variant, questions: int) -> dict[str, Any]:
     """Loss figures of the run and, for what decodes well enough, score and tokens per forward on validation."""
     found: dict[str, Any] = asdict(variant)
@@ -178,9 +165,9 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
         size = 8 if variant.group == "sft" else 4
         unmask("eval", "--model", variant.run, "--suite", "mini-5", "--split", "validation", "--limit", questions,
                "--block-size", size, "--batch", 8, "--out", folder, "--resume")  # fmt: skip
-        results = read(folder / "results.json")
-        speeds = [task["speed"] for task in results["tasks"].values()]
-        found["score"] = mean_score(results)
+        tasks = load_results(folder)["tasks"].values()
+        speeds = [task["speed"] for task in tasks]
+        found["score"] = statistics.fmean(task["score"] for task in tasks)
         found["tokens_per_forward"] = sum(s["tokens"] for s in speeds) / sum(s["forwards"] for s in speeds)
     return found
 
@@ -229,7 +216,7 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
     options = parser.parse_args()
     path = ROOT / "ablations.json"
-    known: dict[str, dict[str, Any]] = read(path) if path.exists() else {}
+    known: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
     ROOT.mkdir(parents=True, exist_ok=True)
     documents()
     for variant in variants():

@@ -14,7 +14,6 @@ docs/reproduction.md.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from unmask.engine.sampling_params import SamplingParams
 from unmask.eval.compare import compare_samples
 from unmask.eval.provenance import environment
 from unmask.eval.runner import load_samples
-from unmask.files import atomic_write_json
+from unmask.files import atomic_write_json, read_json
 
 SUITE, TARGET = "mini-5", 0.99
 """Questions, and the share of the control's mean score that modes `ar` and `speculative` are to reach."""
@@ -67,8 +66,7 @@ def everyday(options: argparse.Namespace) -> dict[str, Any]:
         script = (sys.executable, BENCHMARKS / "everyday.py", "--model", options.drafting, "--results", folder)
         run(*script, "--per-kind", options.per_kind)
     (path,) = folder.glob("everyday_*.json")
-    sections: dict[str, Any] = json.loads(path.read_text())["sections"]
-    return {name: section["rows"] for name, section in sections.items()}
+    return {name: section["rows"] for name, section in read_json(path)["sections"].items()}
 
 
 def ways(options: argparse.Namespace) -> dict[str, SamplingParams]:

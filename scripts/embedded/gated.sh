@@ -6,9 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction
 source scripts/embedded/stage.sh
 
-if [[ ! -e $out/data/mini5.jsonl ]]; then
-    .venv/bin/python benchmarks/reproduction/data.py --count 12000
-fi
+examples
 stage sft reproduction_control "$out/control"
 stage sft reproduction_control_long "$out/control_long"
 stage convert reproduction_drafts "$out/drafts"

@@ -6,9 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=out/reproduction
 source scripts/embedded/stage.sh
 
-if [[ ! -e $out/data/mini5.jsonl ]]; then
-    .venv/bin/python benchmarks/reproduction/data.py --count 12000
-fi
+examples
 stage convert reproduction_joint "$out/joint"
 stage sft reproduction_joint_control "$out/joint_control"
 if [[ -n "${PACK-1}" ]]; then

@@ -6,9 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 source scripts/embedded/stage.sh
 
-if [[ ! -e out/reproduction/data/mini5.jsonl ]]; then
-    .venv/bin/python benchmarks/reproduction/data.py --count 12000
-fi
+examples
 stage convert smollm2-135m_convert_cpu out/embedded
 stage convert smollm2-135m_continue_cpu out/embedded-2
 stage convert reproduction_child out/reproduction/child

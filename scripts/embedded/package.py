@@ -54,10 +54,12 @@ How, and what is missing: docs/reproduction.md.
 
 ## Limits
 
-A demonstration of the method, not an assistant: as small and as unreliable as its base. {limits} It does not call tools of
-its own accord; with `required` or a named function its calls are valid by construction, function and main argument right in
-{right} of the 8 questions of `benchmarks/tools.py`. English only. Nothing was done about safety.
+A demonstration of the method, not an assistant: as small and as unreliable as its base. {limits}
+With `tool_choice` `required` or a named function its calls are valid by construction; {right}.
+English only. Nothing was done about safety.
 """
+COUNTED = "function and main argument are right in {right} of the 8 questions of `benchmarks/tools.py`"
+NOT_COUNTED = "how many are right was not counted"
 
 ANSWERS = "greedy answers of the base model's own to `scripts/embedded/prompts.py` (Apache-2.0)"
 TASKS = "generated tasks of reasoning-gym and of mini-5's train split (Apache-2.0)"
@@ -124,7 +126,7 @@ def _file_of(recipe: dict[str, Any]) -> str | None:
     return next((str(path.relative_to(ROOT)) for path in paths), None)
 
 
-def card(name: str, kind: str, stages: list[dict[str, Any]], report: str, size: int, right: int) -> str:
+def card(name: str, kind: str, stages: list[dict[str, Any]], report: str, size: int, right: int | None) -> str:
     """The model card, every figure of it read from the runs."""
     rows = (f"| `{s['recipe']}` | {s['blocks']} | {s['tokens']:,} | {s['minutes']:,} |" for s in stages)
     about, rank = KINDS[kind], stages[-1].get("gated_lora_rank")
@@ -134,7 +136,7 @@ def card(name: str, kind: str, stages: list[dict[str, Any]], report: str, size: 
         data="\n".join(f"| {'' if number else 'data'} | {line} |" for number, line in enumerate(about.data)),
         weights=about.weights.format(rank=rank),
         limits=about.limits,
-        right=right,
+        right=NOT_COUNTED if right is None else COUNTED.format(right=right),
         version=unmask.__version__,
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         **{key: sum(s[key] for s in stages) for key in ("steps", "tokens", "minutes")},
@@ -175,7 +177,9 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
     parser.add_argument("--kind", choices=KINDS, required=True, help="what the card says of it")
     parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
-    parser.add_argument("--right", type=int, default=0, help="of the 8 calls of benchmarks/tools.py with `required`")
+    parser.add_argument(
+        "--right", type=int, help="of the 8 calls of benchmarks/tools.py [default: not counted]"
+    )
     parser.add_argument("--block-size", type=int, help="what generate uses unless it is given another [default: the model's]")
     parser.add_argument("--max-bytes", type=int, default=44_500_000)
     parser.add_argument("--asset", type=Path, required=True, help="folder of the difference, its metadata and its card")

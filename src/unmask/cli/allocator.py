@@ -30,7 +30,7 @@ def start_anew_with_allocator(argv: Sequence[str]) -> None:
 
 def hint(num_tokens: int) -> str | None:
     """What to tell before a run of so many tokens on a CPU, if it is long enough to gain from an allocator that is missing."""
-    if sys.platform != "linux" or num_tokens < LONG or "malloc" in os.environ.get(PRELOAD, ""):
+    if sys.platform != "linux" or num_tokens < LONG or _loads_one(os.environ):
         return None
     return (
         "steps of a long run on a CPU take half as long with tcmalloc; on Debian and Ubuntu: apt install libtcmalloc-minimal4"
@@ -48,7 +48,10 @@ def installed(folders: Sequence[str]) -> str | None:
 
 def with_allocator(environment: Mapping[str, str], library: str | None) -> dict[str, str] | None:
     """The environment with the library loaded first; None: it loads an allocator as it is, or there is none to load."""
-    loaded = environment.get(PRELOAD, "")
-    if library is None or "malloc" in loaded:
+    if library is None or _loads_one(environment):
         return None
-    return {**environment, PRELOAD: f"{library}:{loaded}".rstrip(":")}
+    return {**environment, PRELOAD: f"{library}:{environment.get(PRELOAD, '')}".rstrip(":")}
+
+
+def _loads_one(environment: Mapping[str, str]) -> bool:
+    return "malloc" in environment.get(PRELOAD, "")

@@ -84,7 +84,7 @@ def eval_(
         settings=EvalSettings(split, params, batch),
         harness={"samples": samples, "batch": batch, "decoding": params, "chat": chat, "allow_code": allow_code},
     )  # fmt: skip
-    with evaluation.showing_tasks(console, "the same command with --resume goes on") as on_progress:
+    with evaluation.showing_tasks(console, "the same command with --resume") as on_progress:
         results = run.suite(report, on_progress) if report else run.tasks(selection, on_progress)
     _print(console, results, folder, is_suite=report is not None, as_json=as_json)
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from unmask.cli.console import is_live
 from unmask.cli.decoding import load
-from unmask.cli.startup import INTERRUPTED
+from unmask.cli.interrupt import interruptible
 from unmask.cli.tables import print_table
 from unmask.errors import ConfigError
 
@@ -156,12 +156,12 @@ def numbers(text: str, option: str, kind: type[_Number]) -> list[_Number]:
 def showing_tasks(console: Console, going_on: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback (task, items done, all items): bars with the remaining time in a terminal, lines elsewhere.
 
-    Ctrl-C ends the command with `going_on`, which says how its answers are kept, on standard error.
+    Ctrl-C ends the command; `going_on` as of `interruptible`.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _interruptible(going_on), Progress(*columns, console=console, disable=not is_live(console)) as progress:
+    with interruptible(going_on), Progress(*columns, console=console, disable=not is_live(console)) as progress:
         bars: dict[str, Any] = {}
 
         def on_progress(task: str, done: int, total: int) -> None:
@@ -172,15 +172,6 @@ def showing_tasks(console: Console, going_on: str) -> Iterator[Callable[[str, in
             progress.update(bars[task], completed=done, total=total)
 
         yield on_progress
-
-
-@contextmanager
-def _interruptible(going_on: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; {going_on}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def answer(
@@ -196,7 +187,7 @@ def answer(
 
     count = partial(count_for, limit)
     console.print(f"{model.name}  {folder}", soft_wrap=True)
-    with showing_tasks(console, "the same command goes on") as on_progress:
+    with showing_tasks(console, "the same command") as on_progress:
         return run_tasks(model, tasks, folder, count=count, settings=settings, resume=True, on_progress=on_progress)
 
 

@@ -1,6 +1,6 @@
-"""Ctrl-C during a long job: the first one asks the job to stop, the second one interrupts it.
+"""Ctrl-C during a long job: the first one asks the job to stop, the second one interrupts it; or the first ends it at once.
 
-Owns the signal handlers while a job runs. Knows nothing of the job, which polls a function.
+Owns the signal handlers while a job runs, and what the command says then. Knows nothing of the job, which polls a function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,21 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+import typer
+
+from unmask.cli.startup import INTERRUPTED
+
 SAVE_NOTICE = b"\nstopping after this step to save; Ctrl-C again discards what is not saved\n"
+
+
+@contextlib.contextmanager
+def interruptible(going_on: str) -> Iterator[None]:
+    """Ctrl-C in the block ends the command, which says on standard error how it is gone on with, such as "the same command"."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {going_on} goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import typer
 
 from unmask.cli.console import make_console, program
 from unmask.cli.data_option import check_paths, source_of
-from unmask.cli.startup import INTERRUPTED
+from unmask.cli.interrupt import interruptible
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,12 +70,8 @@ def pack(
     console, started = make_console(), time.monotonic()
     processes = nproc or num_cores()
     passes = epochs if given or epochs is not None else 1
-    try:
-        with counting(console, "packing") as on_progress:
-            manifest = pack_recipe(recipe, out, nproc=processes, epochs=passes, resume=resume, on_progress=on_progress)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command with --resume goes on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible("the same command with --resume"), counting(console, "packing") as on_progress:
+        manifest = pack_recipe(recipe, out, nproc=processes, epochs=passes, resume=resume, on_progress=on_progress)
     for line in _report(manifest, time.monotonic() - started):
         console.print(line, soft_wrap=True)
     options = ["--recipe", inputs[0]] if given else [] if model is None else ["--model", model]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from unmask.cli.console import make_console, program
-from unmask.cli.startup import INTERRUPTED
+from unmask.cli.interrupt import interruptible
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,12 +66,8 @@ def quantize(
     elif calibrate not in (None, "none"):
         raise ConfigError("--calibrate is for --bits 4: 8 bits are rounded to nearest; leave it out")
     job = QuantizationJob(model, folder, recipe, num_layers=layers, tokens_RT=tokens_RT)
-    try:
-        with counting(console, "quantising (MB)") as on_progress:
-            manifest = job.run(out, on_progress)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible("the same command"), counting(console, "quantising (MB)") as on_progress:
+        manifest = job.run(out, on_progress)
     files = len(manifest.pieces)
     console.print(
         f"model    {out}: {manifest.quantize}, {decimal(manifest.num_bytes)} in {files} files, "

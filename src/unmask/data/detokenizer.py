@@ -103,9 +103,10 @@ def find_stop(
         stops: stop strings; of several, the one that begins first counts, and of those the longest.
         num_kept: leading ids whose text may contain them: one that ends in it does not count.
     """
-    whole, kept = decode(ids), len(decode(ids[:num_kept])) if num_kept else 0
+    whole = decode(ids)
     if not any(stop in whole for stop in stops):
         return None
+    kept = len(decode(ids[:num_kept]))
     for count in range(max(num_searched, num_kept), len(ids) + 1):
         text = decode(ids[:count])
         places = [(text.find(stop, max(0, kept - len(stop) + 1)), -len(stop), stop) for stop in stops]
