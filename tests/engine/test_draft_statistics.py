@@ -34,14 +34,15 @@ def learnt(path: Path) -> DraftStatistics:
     for _ in range(20):
         estimates.record(*drafts[0][2:], True)
         estimates.record(*drafts[1][2:], False)
-        estimates.record_masks(drafts[:1], 2)
+        estimates.record_masks(drafts[:1], 2, drafts[1:])
     statistics.history.record_request(True)
     return statistics
 
 
 def shown(statistics: DraftStatistics) -> object:
     history = statistics.history
-    return history.counts, history.paying, [tuple(round(p, 3) for p in chain) for chain in history.outcomes.chains][-20:]
+    outcomes = [[[round(p, 3) for p in chain] for chain in outcome] for outcome in history.outcomes.kept]
+    return history.counts, history.paying, outcomes[-20:]
 
 
 def test_another_process_starts_from_what_was_learnt(tmp_path: Path) -> None:
@@ -69,8 +70,10 @@ def damaged(content: str) -> list[str]:
         {**value, "costs": {**value["costs"], "parameters": [1.0]}},
         {**value, "acceptance": {**value["acceptance"], "counts": [["guess", 1, 0, 1.0, 2.0]]}},
         {**value, "acceptance": {**value["acceptance"], "counts": [["masks", 1, 0, 3.0, 2.0]]}},
-        {**value, "acceptance": {**value["acceptance"], "outcomes": [[0.5]]}},
-        {**value, "acceptance": {**value["acceptance"], "outcomes": [[2.0] * 32]}},
+        {**value, "acceptance": {**value["acceptance"], "outcomes": [[[0.5], []]]}},
+        {**value, "acceptance": {**value["acceptance"], "outcomes": [[[2.0] * 32, []]]}},
+        {**value, "acceptance": {**value["acceptance"], "outcomes": [[[0.5] * 32, [0.5] * 33]]}},
+        {**value, "acceptance": {**value["acceptance"], "outcomes": [[0.5] * 32]}},
         {**value, "acceptance": {**value["acceptance"], "paying": 3}},
         {"costs": value["costs"]},
     ]

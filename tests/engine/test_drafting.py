@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.engine.acceptance import Draft, DraftEstimates, DraftHistory, DraftPrices
+from unmask.engine.acceptance import Draft, DraftEstimates, DraftHistory, DraftPrices, Outcome
 from unmask.engine.costs import CostTable, ForwardCosts
 from unmask.engine.drafting import (
     Drafting,
@@ -243,6 +243,21 @@ def test_masks_are_worth_what_they_have_drafted_less_the_price_of_verifying_it()
     assert estimates.worth(3, DraftPrices(0.2, 0.1, 0.1, 0.2), 0) == [0.0], "not worth the price of a mask"
 
 
+def test_masks_are_worth_nothing_where_text_drafts_as_well_as_they_do() -> None:
+    prices = DraftPrices(0.1, 0.05, 0.1, 0.1)
+
+    def worth(text: list[Draft]) -> float:
+        estimates = DraftEstimates(DraftHistory())
+        for _ in range(64):
+            estimates.record_masks([draft(0.8), draft(0.5)], 2, text)
+        return estimates.worth(2, prices, 0)[-1]
+
+    assert worth([draft(0.9), draft(0.6)]) == 0.0
+    assert worth([]) == pytest.approx(0.7 + 0.3, abs=0.1)
+    assert worth([draft(0.6)]) == pytest.approx(worth([]) - 0.5, abs=0.1), "what text drafts is drafted without masks"
+    assert worth([draft(0.05)]) == pytest.approx(worth([])), "what does not pay is no draft"
+
+
 def test_one_mask_that_drafts_well_makes_more_of_them_worth_trying() -> None:
     estimates = DraftEstimates(DraftHistory())
     prices = DraftPrices(0.15, 0.0, 0.0, 0.15)
@@ -255,7 +270,7 @@ def test_a_request_of_an_unknown_kind_tries_masks_as_often_as_they_have_paid() -
     """What a try costs is small beside what all that follows would gain."""
     history, prices = DraftHistory(), DraftPrices(0.1, 0.05, 0.2, 0.1)
     for _ in range(64):
-        history.outcomes.add((0.0,) * 32)
+        history.outcomes.add(Outcome((0.0,) * 32))
 
     def first_worth(room: int) -> float:
         return DraftEstimates(history).worth(7, prices, room)[-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice, takewhile
 from operator import mul
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +25,13 @@ _HIGHEST, _LEAST_GAIN = 0.98, 0.1
 """Probability of the surest draft, and tokens that it must gain for sequences to be asked for drafts: asking takes time too."""
 _LONGEST = 32
 """Distances for which the worth of masks is kept."""
-_NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.5, 2.0), 0.98
+_NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.2, 2.0), 0.98
 """Runs of masks after which a request shows whether masks pay; of (paying requests, requests), what is taken to have been seen;
 and of the requests, what counts after one more."""
 _PAYING_GAIN, _FORESEEN = 0.25, 48
 """What masks gain for each token where they pay, and most tokens that an answer is counted on to have."""
+_UNLIKELY = 0.02
+"""Of drafts of text, and all before them: those that no price lets be verified."""
 _UNTRIED = 0.8
 """Of the probability of another draft, where no mask has been run so far ahead."""
 _FIRST_OUTCOME = 0.5
@@ -80,31 +82,51 @@ class Draft(NamedTuple):
     prior: float
 
 
+class Outcome(NamedTuple):
+    """What masks drafted once: of each draft, the probability that it and all before it are accepted.
+
+    Attributes:
+        masks: of the masks' drafts, `_LONGEST`.
+        text: of the drafts that text gave at the same place, without masks.
+    """
+
+    masks: tuple[float, ...]
+    text: tuple[float, ...] = ()
+
+    def surplus(self, price: float) -> list[float]:
+        """What each draft of the masks exceeds the price by, less its part of what text would have been worth anyway."""
+        own, text = ([chain - price for chain in chains if chain > price] for chains in self)
+        total = sum(own)
+        share = max(0.0, 1 - sum(text) / total) if own else 0.0
+        return [share * each for each in own]
+
+
 class Outcomes:
-    """The last times that masks were run: of each draft, the probability that it and all before it are accepted.
+    """The last times that masks were run.
 
     Args:
         size: how many are kept.
     """
 
     def __init__(self, size: int) -> None:
-        self.chains: deque[tuple[float, ...]] = deque(maxlen=size)
-        self._sums: tuple[float, list[float]] = (0.0, [])
+        self.kept: deque[Outcome] = deque(maxlen=size)
+        self._sums: tuple[float, list[float]] = (-1.0, [])
 
-    def add(self, chain: tuple[float, ...]) -> None:
-        """One more, of `_LONGEST`; the oldest is forgotten."""
-        self.chains.append(chain)
-        self._sums = (0.0, [])
+    def add(self, outcome: Outcome) -> None:
+        """One more; the oldest is forgotten."""
+        self.kept.append(outcome)
+        self._sums = (-1.0, [])
 
     def surplus(self, distance: int, price: float) -> float:
-        """The sum over the outcomes of what a draft exceeds the price by."""
+        """The sum over the outcomes of what a draft was worth; prices are told apart by hundredths."""
+        price = round(price, 2)
         if self._sums[0] != price:
-            self._sums = (price, [])
-        _, sums = self._sums
-        while len(sums) <= distance:
-            i = len(sums)
-            sums.append(sum([chain[i] - price for chain in list(self.chains) if chain[i] > price]))
-        return sums[distance]
+            sums = [0.0] * _LONGEST
+            for outcome in list(self.kept):
+                for i, surplus in enumerate(outcome.surplus(price)):
+                    sums[i] += surplus
+            self._sums = (price, sums)
+        return self._sums[1][distance]
 
 
 class DraftHistory:
@@ -114,7 +136,7 @@ class DraftHistory:
         self.counts: dict[Key, tuple[float, float]] = {}
         self.paying = _PAYING_PRIOR  # requests that masks have paid for, and all
         self.outcomes = Outcomes(_NUM_OTHERS)
-        self.outcomes.add(tuple(_FIRST_OUTCOME ** (1 + i) for i in range(_LONGEST)))
+        self.outcomes.add(Outcome(tuple(_FIRST_OUTCOME ** (1 + i) for i in range(_LONGEST))))
 
     def probability(self, key: Key, prior: float) -> float:
         """Of acceptance, from all requests."""
@@ -135,7 +157,9 @@ class DraftHistory:
         """What has been seen, for JSON."""
         return {
             "counts": [[*key, *seen] for key, seen in list(self.counts.items())],
-            "outcomes": [[round(probability, 3) for probability in chain] for chain in list(self.outcomes.chains)],
+            "outcomes": [
+                [[round(probability, 3) for probability in chain] for chain in outcome] for outcome in list(self.outcomes.kept)
+            ],
             "paying": list(self.paying),
         }
 
@@ -149,14 +173,17 @@ class DraftHistory:
             (_source(source), int(kind), int(distance)): _share(accepted, seen)
             for source, kind, distance, accepted, seen in state["counts"]
         }
-        chains = [tuple(_share(probability, 1.0)[0] for probability in chain) for chain in state["outcomes"]]
+        outcomes = [
+            Outcome(*(tuple(_share(probability, 1.0)[0] for probability in chain) for chain in chains))
+            for chains in state["outcomes"]
+        ]
         paying, total = state["paying"]
         paying = _share(paying, total)
-        if not chains or any(len(chain) != _LONGEST for chain in chains):
-            raise ValueError(f"outcomes must have {_LONGEST} probabilities each")
+        if not outcomes or any(len(outcome.masks) != _LONGEST or len(outcome.text) > _LONGEST for outcome in outcomes):
+            raise ValueError(f"outcomes must have {_LONGEST} probabilities each, and at most as many of text")
         self.counts, self.paying = counts, paying
-        for chain in chains:
-            self.outcomes.add(chain)
+        for outcome in outcomes:
+            self.outcomes.add(outcome)
 
 
 def _source(name: object) -> Source:
@@ -206,17 +233,18 @@ class DraftEstimates:
         )
         self._history.record(key, accepted)
 
-    def record_masks(self, drafts: Sequence[Draft], num_masks: int) -> None:
-        """So many masks (at least one) have been run, and these drafts were kept."""
+    def record_masks(self, drafts: Sequence[Draft], num_masks: int, text: Iterable[Draft] = ()) -> None:
+        """So many masks (at least one) have been run, and these drafts were kept, where text gives those."""
         count = min(num_masks, _LONGEST)
         chain = list(accumulate((draft.probability for draft in drafts[:count]), mul))
         if len(chain) == count:  # more masks might have drafted on as well
             step = _UNTRIED * chain[-1] ** (1 / count)
             chain += [chain[-1] * step**i for i in range(1, _LONGEST - count + 1)]
-        outcome = (*chain, *[0.0] * (_LONGEST - len(chain)))
+        likely = takewhile(lambda probability: probability > _UNLIKELY, accumulate((draft.probability for draft in text), mul))
+        outcome = Outcome((*chain, *[0.0] * (_LONGEST - len(chain))), tuple(islice(likely, _LONGEST)))
         self._outcomes.add(outcome)
         self._history.outcomes.add(outcome)
-        if self._prices is not None and len(self._outcomes.chains) == _NUM_JUDGED:
+        if self._prices is not None and len(self._outcomes.kept) == _NUM_JUDGED:
             price, least = self._prices.verify, self._prices.first_mask
             self._history.record_request(self._outcomes.surplus(0, price) > _NUM_JUDGED * least)
             self._prices = None
@@ -237,8 +265,8 @@ class DraftEstimates:
         """
         if not prices.masks_may_pay:
             return [0.0]
-        others, num_own = self._history.outcomes, len(self._outcomes.chains)
-        share, total, worth = _OTHERS_WEIGHT / len(others.chains), num_own + _OTHERS_WEIGHT, [0.0]
+        others, num_own = self._history.outcomes, len(self._outcomes.kept)
+        share, total, worth = _OTHERS_WEIGHT / len(others.kept), num_own + _OTHERS_WEIGHT, [0.0]
         told = 0.0
         if num_own < _NUM_JUDGED:
             self._prices = prices

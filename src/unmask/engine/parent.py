@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from unmask.data.tokenizer import Tokenizer
-from unmask.engine.backends.native import NativeBackend, packed_backend
+from unmask.engine.backends.native import NativeBackend
 from unmask.engine.llm import LanguageModel
 from unmask.models.arch.gated_lora import parent_config
-from unmask.models.arch.transformer import reconfigured
+from unmask.models.arch.transformer import Transformer, reconfigured
 from unmask.models.native.library import load_kernels
 from unmask.models.native.packing import PackedWeights
 
@@ -36,14 +36,17 @@ def parent_of(model: LanguageModel, tokenizer: Tokenizer | None = None) -> Paren
     """
     start = () if model.config.start_id is None else (model.config.start_id,)
     backend = model.backend()
-    if model.digest is not None and isinstance(backend, NativeBackend):
-        packed = NativeBackend(_without_gated_lora(backend.weights), load_kernels())
-        return Parent(LanguageModel(packed, tokenizer, name=f"parent of {model.name}", digest=model.digest), start)
-    transformer = reconfigured(model.transformer, parent_config(model.config))
-    is_packed = isinstance(backend, NativeBackend)
-    weights = packed_backend(transformer, model.quantize) if is_packed else transformer
-    parent = LanguageModel(weights, tokenizer, name=f"parent of {model.name}", reload=lambda: transformer)
-    return Parent(parent, start)
+
+    def transformer() -> Transformer:
+        return reconfigured(model.transformer, parent_config(model.config))
+
+    weights: NativeBackend | Transformer
+    if isinstance(backend, NativeBackend):
+        weights = NativeBackend(_without_gated_lora(backend.weights), load_kernels())
+    else:
+        weights = transformer()
+    name = f"parent of {model.name}"
+    return Parent(LanguageModel(weights, tokenizer, name=name, reload=transformer, digest=model.digest), start)
 
 
 def _without_gated_lora(weights: PackedWeights) -> PackedWeights:

@@ -219,7 +219,7 @@ class SpeculativeSequence(DecodingSequence):
         threshold = self.request.params.threshold
         num_kept = next((i for i, confidence in enumerate(confidences) if confidence <= threshold), len(drafts))
         self._pending = drafts[:num_kept]
-        self._estimates.record_masks(self._pending, len(drafts))
+        self._estimates.record_masks(self._pending, len(drafts), self._until_end(self._found(self._room)))
 
     def _decide(self, tokens: Sequence[int], confidences: Sequence[float]) -> int:
         """These tokens follow the decided ones, under a grammar up to the end of the sentence; returns how many do."""

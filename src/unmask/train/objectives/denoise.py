@@ -1,13 +1,14 @@
-"""Denoising: the NELBO of block diffusion, with confidence-aware training (CAP) if wanted.
+"""Denoising: the NELBO of block diffusion, with confidence-aware training (CAP) and alignment to the parent if wanted.
 
 Owns pre-training and supervised fine-tuning, which differ by data, bandwidth and block sizes only.
 
-Legend: N predictions.
+Legend: B rows, T stream positions, R rows, L row length, N predictions, D hidden.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,12 +16,16 @@ from pydantic import Field
 from torch import Tensor
 
 from unmask.data.packing import PackedRows
-from unmask.diffusion.blocks import Phase
+from unmask.diffusion.blocks import BlockSchedule, Phase
 from unmask.diffusion.corrupt import corrupt
-from unmask.diffusion.objectives import TokenScores, nelbo
+from unmask.diffusion.masks import CLEAN, StreamIndex
+from unmask.diffusion.objectives import TokenScores, alignment, nelbo
+from unmask.errors import ConfigError
+from unmask.train.forward import layer_outputs, make_attend
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, WeightedNll
 from unmask.train.objectives.masking import MaskingSection, held_out_nelbo
-from unmask.train.sections import Section
+from unmask.train.parallel.dims import ParallelDims
+from unmask.train.sections import DataSection, Section, TrainSection
 
 
 class CapSection(Section):
@@ -44,28 +49,75 @@ class DenoiseSection(RandomMaskSection):
 
     kind: Literal["denoise"] = "denoise"
     cap: CapSection | None = None
+    align: float = Field(
+        0.0,
+        ge=0,
+        description="mu, of 1 - cos between the hidden states of masked tokens and those by which the model as the run finds "
+        "it, frozen and causal, predicts the same tokens",
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.align > 0
+
+    def check(self, data: DataSection, train: TrainSection, blocks: BlockSchedule) -> None:
+        """A parent that stays as it is."""
+        if self.align > 0 and train.gated_lora_rank is not None:
+            raise ConfigError("objective.align goes with all weights or LoRA, not with train.gated_lora_rank; leave one out")
+        check_adapted_parent("align", self.align, train)
+
+    def check_dims(self, dims: ParallelDims) -> None:
+        """Alignment takes whole models and rows."""
+        check_whole(dims, align=self.align)
 
     def build(self, setting: Setting) -> DenoiseObjective:
-        return DenoiseObjective(setting, self, cap=self.cap)
+        """The objective; raises ConfigError for what alignment does not go with."""
+        if self.align > 0 and setting.model.config.gated_lora_rank is not None:
+            raise ConfigError("objective.align goes with all weights or LoRA, and the model has gated LoRA; set it to 0")
+        self.check_dims(setting.world.dims)
+        return DenoiseObjective(setting, self, cap=self.cap, align=self.align)
+
+
+def check_whole(dims: ParallelDims, **weights: float) -> None:
+    """Raise ConfigError where terms of these weights, by key, take whole models and rows and the ranks have parts."""
+    divided = [name for name in ("tensor", "context", "pipeline") if getattr(dims, name) > 1]
+    for name, weight in weights.items():
+        if weight > 0 and divided:
+            raise ConfigError(
+                f"objective.{name} is {weight:g}, which takes whole models and rows on every rank, but "
+                f"parallel.{divided[0]} divides them; leave one of them out"
+            )
+
+
+def check_adapted_parent(name: str, weight: float, train: TrainSection) -> None:
+    """Raise ConfigError where the model without its adapter is the parent of a term, and would change."""
+    if weight > 0 and train.lora is not None and not train.freeze_embeddings:
+        raise ConfigError(
+            f"objective.{name} with LoRA takes the model without its adapter as parent, so the embedding must not "
+            "change; set train.freeze_embeddings to true"
+        )
 
 
 class DenoiseObjective(Objective):
-    """`NELBO + lambda * L_conf`.
+    """`NELBO + lambda * L_conf + mu * L_align`.
 
-    Source: LLaDA2.0 Eqs 1, 5 and section 4.2.
+    Source: LLaDA2.0 Eqs 1, 5 and section 4.2; REPR-ALIGN (2605.06885).
     """
 
-    def __init__(self, setting: Setting, masks: RandomMaskSection, *, cap: CapSection | None = None) -> None:
+    def __init__(
+        self, setting: Setting, masks: RandomMaskSection, *, cap: CapSection | None = None, align: float = 0.0
+    ) -> None:
         super().__init__(setting)
-        self._masks, self._cap, self._noise = masks, cap, MaskNoise(setting, masks)
+        self._masks, self._cap, self._align, self._noise = masks, cap, align, MaskNoise(setting, masks)
 
     def prepare(self, rows: PackedRows, phase: Phase, step: int) -> MicroBatch:
         setting, noise_norm = self.setting, self._noise.norm(step)
         config = self._masks.corruption(setting, phase, complementary=self._masks.complementary)
         stream = setting.own_predictions(corrupt(rows, config, setting.train.seed))
-        if self._cap is None:
-            return WeightedNll(setting, stream, stream.num_maskable, noise_norm=noise_norm)
-        return CapBatch(setting, stream, stream.num_maskable, noise_norm=noise_norm, cap=self._cap)
+        batch = WeightedNll(setting, stream, stream.num_maskable, noise_norm=noise_norm)
+        if self._cap is not None:
+            batch = CapBatch(setting, stream, stream.num_maskable, noise_norm=noise_norm, cap=self._cap)
+        return AlignedBatch(batch, rows, self._align) if self._align > 0 else batch
 
     def evaluate(self, rows: PackedRows, phase: Phase) -> dict[str, Figure]:
         return held_out_nelbo(self.setting, rows, phase)
@@ -135,3 +187,65 @@ class CapBatch(WeightedNll):
             "correct_entropy": Figure(float(scores.entropy_N.detach().sum()), num_correct),
             "confident_accuracy": Figure(int((confident_N & correct_N).sum()), num_confident),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedBatch(MicroBatch):
+    """A batch's loss, and `mu` times the mean of `1 - cos` of hidden states behind each layer (`L_align`).
+
+    The state of a masked token at position p is compared with the parent's at p - 1, which reads the clean text causally and
+    predicts the same token. A document's first token, which the parent does not predict, is left out.
+
+    Source: REPR-ALIGN (2605.06885). Departs: the parent is run beside, since an unshifted clean copy is not causal.
+
+    Attributes:
+        batch: what is aligned.
+        rows: clean, as the parent reads them.
+        weight: mu.
+    """
+
+    batch: WeightedNll
+    rows: PackedRows
+    weight: float
+
+    def counts(self) -> tuple[float, ...]:
+        return (*self.batch.counts(), int(self._is_predicted_N.sum()))
+
+    def forward(self) -> Output:
+        batch, setting = self.batch, self.batch.setting
+        with layer_outputs(setting.model) as outputs:
+            hidden_ND = setting.hidden(batch.stream, batch.noise_norm or 0.0)
+        output = batch.forward(hidden_ND)
+        row_N, column_N, parent_N = (
+            place_N[self._is_predicted_N] for place_N in (*batch.stream.predict, self._parent_column_N)
+        )
+        pairs = zip(outputs, self._parent_outputs(), strict=True)
+        own, parent = zip(*((x_BTD[row_N, column_N], y_RLD[row_N, parent_N]) for x_BTD, y_RLD in pairs), strict=True)
+        total, count = alignment(own, parent), len(row_N)
+        figures = {**output.figures, "align": Figure(float(total.detach()), count)}
+        return Output((*output.terms, LossTerm(self.weight * total, count)), figures)
+
+    @cached_property
+    def _parent_column_N(self) -> Tensor:
+        """Where in the rows the parent predicts the token of each prediction; behind the document where it does not."""
+        rows, stream = self.rows, self.batch.stream
+        row_RL = torch.arange(rows.num_rows, device=rows.segment_RL.device)[:, None].expand_as(rows.segment_RL)
+        column_RL = torch.arange(rows.segment_RL.shape[1], device=row_RL.device).expand_as(row_RL)
+        first_RD = torch.zeros(rows.num_rows, int(rows.segment_RL.max()) + 1, dtype=torch.int64, device=row_RL.device)
+        first_RD[row_RL, rows.segment_RL] = column_RL - rows.position_RL
+        row_N, _ = stream.predict
+        return first_RD[row_N, stream.index.document_BT[stream.predict]] + stream.position_BT[stream.predict] - 1
+
+    @cached_property
+    def _is_predicted_N(self) -> Tensor:
+        return self.batch.stream.position_BT[self.batch.stream.predict] > 0
+
+    def _parent_outputs(self) -> list[Tensor]:
+        """What each layer of the parent gives on the clean rows, [R, L, D] each."""
+        rows, setting = self.rows, self.batch.setting
+        reference = setting.reference
+        assert reference is not None
+        index = StreamIndex(rows.segment_RL, rows.position_RL, torch.full_like(rows.segment_RL, CLEAN))
+        with torch.no_grad(), reference.context(), layer_outputs(reference.model) as outputs:
+            reference.model(rows.tokens_RL, rows.position_RL, make_attend(index, setting.backend))
+        return outputs

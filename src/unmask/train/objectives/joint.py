@@ -26,7 +26,7 @@ from unmask.diffusion.objectives import alignment, nelbo, parent_divergence
 from unmask.errors import ConfigError
 from unmask.train.forward import layer_outputs
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, StreamBatch
-from unmask.train.objectives.denoise import MaskNoise, RandomMaskSection
+from unmask.train.objectives.denoise import MaskNoise, RandomMaskSection, check_adapted_parent, check_whole
 from unmask.train.objectives.draft import draft_layout, held_out_drafts
 from unmask.train.objectives.masking import held_out_nelbo
 from unmask.train.parallel.dims import ParallelDims
@@ -81,21 +81,11 @@ class JointSection(RandomMaskSection):
                 f"block sizes are {sizes}; objective.draft_share is {self.draft_share:g}, which takes blocks of 2 tokens or "
                 "more in every phase"
             )
-        if self.parent_kl > 0 and train.lora is not None and not train.freeze_embeddings:
-            raise ConfigError(
-                "objective.parent_kl with LoRA takes the model without its adapter as parent, so the embedding must not "
-                "change; set train.freeze_embeddings to true"
-            )
+        check_adapted_parent("parent_kl", self.parent_kl, train)
 
     def check_dims(self, dims: ParallelDims) -> None:
         """Some terms take whole models and rows."""
-        divided = [name for name in ("tensor", "context", "pipeline") if getattr(dims, name) > 1]
-        for name in ("align", "parent_kl"):
-            if getattr(self, name) > 0 and divided:
-                raise ConfigError(
-                    f"objective.{name} is {getattr(self, name):g}, which takes whole models and rows on every rank, but "
-                    f"parallel.{divided[0]} divides them; leave one of them out"
-                )
+        check_whole(dims, align=self.align, parent_kl=self.parent_kl)
 
     def eos_fill(self, block_size: int) -> int:
         """Random masks learn whole blocks; the others leave out what fills them."""

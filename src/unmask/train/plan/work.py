@@ -15,6 +15,7 @@ from unmask.diffusion.corrupt import CorruptionConfig
 from unmask.errors import ConfigError
 from unmask.models.arch.config import ModelConfig
 from unmask.models.arch.transformer import Checkpointing
+from unmask.train.objectives.denoise import DenoiseSection
 from unmask.train.objectives.draft import DraftSection
 from unmask.train.objectives.joint import JointSection
 from unmask.train.objectives.masking import MaskingSection
@@ -106,7 +107,7 @@ def phase_works(recipe: Recipe) -> list[list[RowWork]]:
 
 def is_planned(recipe: Recipe) -> bool:
     """Whether plans are made for a recipe's objective."""
-    return not isinstance(recipe.objective, JointSection) or recipe.objective.align == 0
+    return not isinstance(recipe.objective, (JointSection, DenoiseSection)) or recipe.objective.align == 0
 
 
 def mean_row(rows: list[RowWork]) -> RowWork:
@@ -136,6 +137,8 @@ def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
         positions, predictions, pairs = map(sum, zip(*noisy, clean if frozen == _Part() else _Part(), strict=True))
         return RowWork(share, length, positions, predictions, pairs, frozen.positions, frozen.pairs, *scored)
 
+    if not is_planned(recipe):
+        raise ConfigError("objective.align is set; plans are made without it: set it to 0")
     match objective:
         case NextTokenSection():
             return [row(share, clean=causal)]
@@ -143,8 +146,6 @@ def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
             masked = _masked(length, objective, block, complementary=False)
             return [row(share, masked, scored=_Part(*map(sum, zip(masked, clean, strict=True))))]
         case JointSection():
-            if objective.align > 0:
-                raise ConfigError(f"objective.align is {objective.align:g}; plans are made without it: set it to 0")
             drafts = _drafts(length, objective.cuts, block) if "draft" in objective.weights else _Part()
             masked = _masked(length, objective, block, complementary=objective.complementary)
             parts = (drafts, masked if "denoise" in objective.weights else _Part())
