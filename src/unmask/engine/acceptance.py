@@ -25,7 +25,7 @@ _HIGHEST, _LEAST_GAIN = 0.98, 0.1
 """Probability of the surest draft, and tokens that it must gain for sequences to be asked for drafts: asking takes time too."""
 _LONGEST = 32
 """Distances for which the worth of masks is kept."""
-_NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.2, 2.0), 0.98
+_NUM_JUDGED, _PAYING_PRIOR, _PAYING_MEMORY = 2, (0.1, 2.0), 0.98
 """Runs of masks after which a request shows whether masks pay; of (paying requests, requests), what is taken to have been seen;
 and of the requests, what counts after one more."""
 _PAYING_GAIN, _FORESEEN = 0.25, 48
@@ -34,7 +34,7 @@ _UNLIKELY = 0.02
 """Of drafts of text, and all before them: those that no price lets be verified."""
 _UNTRIED = 0.8
 """Of the probability of another draft, where no mask has been run so far ahead."""
-_FIRST_OUTCOME = 0.5
+_FIRST_OUTCOME = 0.3
 """Until masks have shown what they draft: the probability of each draft, those before it being accepted."""
 _NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
 _PROMISING = 0.9

@@ -30,7 +30,8 @@ _KINKS = (1, 4, 8, 16)
 _VNNI = (0.09, -0.06, -0.01, 0.03, 0.15, 0.02, 0.1)
 _PRIORS: dict[str | None, tuple[float, ...]] = {
     "avx2": (0.08, 0.1, 0.0, 0.02, 0.22, 0.08, 0.1),
-    **dict.fromkeys(("avxvnni", "avx512vnni", "amx"), _VNNI),
+    **dict.fromkeys(("avxvnni", "avx512vnni"), _VNNI),
+    "amx": (0.04, 0.0, 0.0, 0.0, 0.17, 0.03, 0.1),
     None: (0.1, 0.1, 0.03, 0.0, 0.25, 0.05, 0.1),
 }
 """By the kind of kernels (None: any other), before anything is measured, relative to a forward of one token: each further

@@ -49,8 +49,12 @@ def moments(seconds: float) -> Iterator[float | None]:
 def process_of(work: Callable[[], object]) -> Callable[[float | None], int | None]:
     """Runs `work` in a process of its own, killed in its time; returns its exit code."""
 
+    def alone() -> None:
+        torch.set_num_threads(1)  # OpenMP's other threads have not been forked
+        work()
+
     def run(seconds: float | None) -> int | None:
-        process = multiprocessing.get_context("fork").Process(target=work)
+        process = multiprocessing.get_context("fork").Process(target=alone)
         process.start()
         process.join(120 if seconds is None else seconds)
         process.kill()

@@ -18,15 +18,14 @@ typedef int8_t Input;
 constexpr int kPasses = 1;
 #endif
 
-// Rows and panels of a tile: as many sums as fit the registers beside the weights, an input and a product.
-#if defined(UNMASK_AMX)
-constexpr int kTileRows = 4, kTilePanels = 4;  // more rows are amx.h's
-#elif defined(UNMASK_AVX512)
-constexpr int kTileRows = 8, kTilePanels = 3;
+// Rows and panels of a tile, of more than kWideRows rows kTallPanels: as many sums as fit the registers beside the weights, an input and
+// a product. More than these rows may be amx.h's.
+#if defined(UNMASK_AVX512)
+constexpr int kTileRows = 8, kTilePanels = 4, kWideRows = 4, kTallPanels = 3;
 #elif defined(UNMASK_AVX2) || defined(UNMASK_NEON)
-constexpr int kTileRows = 6, kTilePanels = 1;
+constexpr int kTileRows = 6, kTilePanels = 1, kWideRows = kTileRows, kTallPanels = kTilePanels;
 #else
-constexpr int kTileRows = 2, kTilePanels = 1;
+constexpr int kTileRows = 2, kTilePanels = 1, kWideRows = kTileRows, kTallPanels = kTilePanels;
 #endif
 
 constexpr int kParts = kLanes / kNative;

@@ -22,12 +22,21 @@ static void compute(const Tile& t, int64_t rows, int64_t panels) {
     tile_of<Tiles, P>(rows, std::make_integer_sequence<int, Tiles::kRows>())(t);
 }
 
+// Rows beyond which tiles of many rows are faster, where there are any.
+constexpr int64_t kFewRows = 24;
+
 // Rows of the next tile, when there are so many left: about the same for all.
 template <class Tiles>
 INLINE int64_t tile_height(int64_t rows) {
-    if (Tiles::kManyRows > 0 && rows > Tiles::kRows) return std::min<int64_t>(rows, Tiles::kManyRows);
+    if (Tiles::kManyRows > 0 && rows > kFewRows) return std::min<int64_t>(rows, Tiles::kManyRows);
     const int64_t tiles = (rows + Tiles::kRows - 1) / Tiles::kRows;
     return (rows + tiles - 1) / tiles;
+}
+
+// Panels of a tile of so many rows.
+template <class Tiles>
+INLINE int64_t tile_width(int64_t rows) {
+    return Tiles::kPanels > kTallPanels && kWideRows < rows && rows <= Tiles::kRows ? kTallPanels : Tiles::kPanels;
 }
 
 #if defined(UNMASK_AMX)
@@ -44,9 +53,9 @@ static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, c
     const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth), step = Tiles::kFetchStep;
     for (int64_t start = rows.from; start < rows.to; start += block) {
         const int64_t stop = std::min(start + block, rows.to), height = tile_height<Tiles>(stop - start);
-        const int64_t tiles = (stop - start + height - 1) / height;
-        for (int64_t panel = panels.from; panel < panels.to; panel += Tiles::kPanels) {
-            const int64_t wide = std::min<int64_t>(Tiles::kPanels, panels.to - panel);
+        const int64_t tiles = (stop - start + height - 1) / height, widest = tile_width<Tiles>(height);
+        for (int64_t panel = panels.from; panel < panels.to; panel += widest) {
+            const int64_t wide = std::min(widest, panels.to - panel);
             const uint8_t* weights = w.weight + panel * w.panel_bytes();
             // The next panels come from memory while these are computed on, a part with each tile.
             const int64_t steps = w.depth / step * tiles, lines = (wide * w.panel_bytes() + 64 * steps - 1) / (64 * steps);
