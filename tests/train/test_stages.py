@@ -19,6 +19,7 @@ from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import is_gated_lora
 from unmask.models.weights.hub import NGRAMS
+from unmask.models.weights.safetensors_io import iter_tensors
 from unmask.train.loop import accumulate
 from unmask.train.merge import merge_checkpoints
 from unmask.train.recipe import Recipe, parse_recipe
@@ -91,7 +92,7 @@ def drafts(base: Path, *, denoise_share: float = 0.0, **train: Any) -> Recipe:
     values = tiny_recipe(base / "ar", base / "chats.jsonl", gated_lora_rank=4, learning_rate=1e-2, **train).model_dump(
         mode="json"
     )
-    values["train"]["compute_dtype"] = "float32"  # in bfloat16 the parent would be rounded to it
+    values["train"]["compute_dtype"] = train.get("compute_dtype", "float32")
     values["objective"] = {"kind": "draft", "cuts": 3, "denoise_share": denoise_share, "mask_noise_steps": 0}
     values["schedule"] = {"decay": [{"block_size": 8, "share": 1.0}]}
     return parse_recipe(values | {"shift": True}, "test")
@@ -209,6 +210,17 @@ def test_a_gated_lora_learns_to_draft_and_leaves_the_parent_as_it_is(base: Path,
     assert (tmp_path / "later" / NGRAMS).read_bytes() == b"a table"
     ours = unmask.load(tmp_path / "later", dtype="float32").transformer.state_dict()
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
+
+
+def test_a_gated_lora_trained_in_fewer_bits_keeps_the_parent_to_the_bit(base: Path, tmp_path: Path) -> None:
+    run_recipe(drafts(base, tokens=400, compute_dtype="bfloat16"), tmp_path / "gated")
+    theirs, ours = (dict(iter_tensors(folder)) for folder in (base / "ar", tmp_path / "gated"))
+    assert any((tensor != tensor.bfloat16()).any() for tensor in theirs.values()), "rounding would be seen"
+    assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
+    assert all(ours[name].dtype == torch.bfloat16 for name in ours.keys() - theirs.keys())
+    files = {path.name for path in (tmp_path / "gated").iterdir()}
+    assert files >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert unmask.load(tmp_path / "gated").generate("say 3", max_new_tokens=4).ids
 
 
 def test_what_a_gated_lora_does_not_go_with_is_refused(base: Path, tmp_path: Path) -> None:

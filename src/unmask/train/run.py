@@ -28,6 +28,7 @@ from unmask.models.weights.hub import NGRAMS, base_folder, ngrams_path, resolve,
 from unmask.models.weights.loading import load_model
 from unmask.models.weights.safetensors_io import copy_checkpoint
 from unmask.train.forward import AttentionBackend
+from unmask.train.frozen import save_with_parent
 from unmask.train.loop import Components, Trainer
 from unmask.train.metrics import MetricRecord, plot_run
 from unmask.train.objectives.base import ReferencePolicy, Setting
@@ -151,7 +152,10 @@ def _train(
 def _save_result(components: Components, out: Path) -> None:
     """Write the trained model, and its adapter if it has one."""
     model, lora = components.model, components.recipe.train.lora is not None
-    if components.skeleton is None:
+    base, gated = components.recipe.model, components.model.config.gated_lora_rank is not None
+    if gated:
+        save_with_parent(list_checkpoints(out)[-1] / "model", resolve(base), out)
+    elif components.skeleton is None:
         save_model(model, components.tokenizer, out)
     else:
         # Imported here: a run of one process needs none of it.
@@ -162,8 +166,7 @@ def _save_result(components: Components, out: Path) -> None:
         copy_checkpoint(checkpoint / "model", out)
         if lora:
             model = LayerReader(checkpoint / SHARDS, components.skeleton).load_trained()
-    base = components.recipe.model
-    if model.config.gated_lora_rank is not None and (table := ngrams_path(base, resolve(base))) is not None:
+    if gated and (table := ngrams_path(base, resolve(base))) is not None:
         atomic_write(out / NGRAMS, bytes_writer(table.read_bytes()))  # the text is that of the model it began with
     if lora:
         save_adapter(model, out / ADAPTER, base=base)
