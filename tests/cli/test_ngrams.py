@@ -50,6 +50,21 @@ def test_elsewhere(run, ar_folder: Path, tmp_path: Path) -> None:
     assert not (ar_folder / NGRAMS).exists()
 
 
+def test_a_table_is_extended(run, fails, own_folder: Path, tmp_path: Path) -> None:
+    data, other = write_texts(tmp_path / "own.jsonl", 3), tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"prompt": str(n), "response": "six seven eight nine six seven eight"}) + "\n" for n in range(3))
+    )
+    fails("ngrams", own_folder, "--data", data, "--extend", names=(own_folder, "--extend"))
+    assert run("ngrams", own_folder, "--data", data).exit_code == 0
+    before = find_ngrams(str(own_folder), own_folder, 10**6)
+    assert before is not None
+    assert run("ngrams", own_folder, "--data", other, "--extend").exit_code == 0
+    after = find_ngrams(str(own_folder), own_folder, 10**6)
+    assert after is not None
+    assert set(before.keys.tolist()) < set(after.keys.tolist())
+
+
 def test_what_cannot_be_counted_is_refused(fails, ar_folder: Path, diffusion_folder: Path, tmp_path: Path) -> None:
     data, empty = write_texts(tmp_path / "own.jsonl", 3), tmp_path / "empty.jsonl"
     empty.write_text("")

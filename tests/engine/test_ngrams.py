@@ -17,7 +17,7 @@ from unmask.engine.costs import CostTable
 from unmask.engine.draft_statistics import DraftStatistics
 from unmask.engine.engine import Engine
 from unmask.engine.llm import LanguageModel
-from unmask.engine.ngrams import LONGEST_CONTEXT, NgramTable, count_ngrams, find_ngrams, load_ngrams
+from unmask.engine.ngrams import LONGEST_CONTEXT, NgramTable, count_ngrams, find_ngrams, load_ngrams, merge_tables
 from unmask.errors import CheckpointError, DataError
 from unmask.models.weights.hub import EMBEDDED, NGRAMS
 
@@ -81,6 +81,27 @@ def test_contexts_do_not_reach_into_another_document() -> None:
     table = count_ngrams([document([1, 2]), document([3, 2]), document([1, 2, 3])])
     assert table.next([2]) is None
     assert table.next([1]) is not None
+
+
+@given(st.lists(st.lists(tokens_of_a_text, min_size=1, max_size=3), min_size=1, max_size=3), tokens_of_a_text)
+def test_of_several_tables_the_surest_counts(texts: list[list[list[int]]], text: list[int]) -> None:
+    tables = []
+    for part in texts:
+        try:
+            tables.append(count_ngrams([document(tokens) for tokens in part]))
+        except DataError:
+            continue
+    if not tables:
+        return
+    merged = merge_tables(tables)
+    entries = [dict(zip(each.keys.tolist(), zip(each.tokens, each.probabilities, strict=True), strict=True)) for each in tables]
+    assert merged.keys.tolist() == sorted(set().union(*entries))
+    for key, token, probability in zip(merged.keys.tolist(), merged.tokens, merged.probabilities, strict=True):
+        found = [each[key] for each in entries if key in each]
+        assert probability == max(p for _, p in found)
+        assert token == next(t for t, p in found if p == probability)
+    if len(tables) == 1:
+        assert merged.next(text) == tables[0].next(text)
 
 
 @pytest.mark.parametrize("documents", [[], [document([1, 2], [False, False])], [document([1, 2, 3])]])

@@ -31,6 +31,9 @@ def ngrams(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Another folder to write the table into.", show_default="the model's")
     ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Keep what the present table says of contexts that the data does not hold.")
+    ] = False,
 ) -> None:
     """Count what a model writes after its last tokens, so that it drafts from that and decodes faster.
 
@@ -42,13 +45,14 @@ def ngrams(
     \b
     unmask ngrams out/mine --data own.jsonl
     unmask ngrams out/mine --data answers/ --data notes.txt
+    unmask ngrams out/mine --data this_week.jsonl --extend
     unmask generate "Hello!" --model out/mine
     """
     from rich.filesize import decimal
 
     from unmask.cli.data_option import text_source
     from unmask.cli.progress import counting
-    from unmask.engine.ngrams import count_ngrams
+    from unmask.engine.ngrams import count_ngrams, find_ngrams, load_ngrams, merge_tables
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import NGRAMS, resolve
 
@@ -60,6 +64,12 @@ def ngrams(
             f"{model} decodes by denoising blocks, in which nothing verifies a draft; n-grams are for other models"
         )
     target = (folder if out is None else out) / NGRAMS
+    present = None
+    if extend:
+        found = load_ngrams(target, config.vocab_size) if target.exists() else None
+        present = find_ngrams(model, folder, config.vocab_size) if found is None else found
+        if present is None:
+            raise ConfigError(f"{model} has no table of n-grams that --extend could add to; leave it out")
     documents: list[Document] = []
     with counting(console, "documents") as on_progress:
         for source in [text_source(folder, each, "--data") for each in data]:
@@ -69,10 +79,13 @@ def ngrams(
     held_out = documents[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
     counted = [document for place, document in enumerate(documents, 1) if place % _HELD_OUT_EVERY]
     table = count_ngrams(counted)
+    if present is not None:
+        table = merge_tables([table, present])
     table.save(target)
     written = sum(int(document.maskable.sum()) for document in counted)
     size = decimal(target.stat().st_size)
-    console.print(f"table    {target}: {len(table):,} contexts of {written:,} tokens, {size}", soft_wrap=True)
+    of_which = f"{written:,} tokens" if present is None else f"{written:,} tokens and of a table of {len(present):,}"
+    console.print(f"table    {target}: {len(table):,} contexts of {of_which}, {size}", soft_wrap=True)
     if held_out:
         right, drafted, total = _drafts(table, held_out)
         console.print(

@@ -161,6 +161,16 @@ def count_ngrams(documents: Iterable[Document]) -> NgramTable:
     return NgramTable(np.array(order, np.uint32), np.array(tokens, np.uint32), shares)
 
 
+def merge_tables(tables: Sequence[NgramTable]) -> NgramTable:
+    """A table of all contexts that any of these has; where several do, the surest says what follows, of equals the first."""
+    keys, tokens, probabilities = (
+        np.concatenate([getattr(table, name) for table in tables]) for name in ("keys", "tokens", "probabilities")
+    )
+    order = np.lexsort((-probabilities.astype(np.int64), keys))
+    chosen = order[_first_of_runs(keys[order])]
+    return NgramTable(keys[chosen], tokens[chosen], probabilities[chosen])
+
+
 def _mixed(hashed: Keys, tokens: Ints) -> Keys:
     """The hash of contexts with one more token in front; wraps around like `NgramTable.next`'s."""
     mixed = (hashed ^ (tokens.astype(np.uint64) + np.uint64(1))) * np.uint64(_FACTOR)

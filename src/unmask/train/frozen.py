@@ -24,7 +24,7 @@ def save_with_parent(checkpoint: Path, parent: Path, out: Path) -> None:
 
     Args:
         checkpoint: folder of the model as training saved it.
-        parent: folder of the model that the run began with. Rows that training added to its vocabulary are the checkpoint's; and
+        parent: folder of the model that the run began with. Rows that training added to its vocabulary are the checkpoint's;
             so is everything if the parent is an adapter's folder, or has no such weights.
         out: folder to write to.
 
