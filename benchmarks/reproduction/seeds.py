@@ -4,7 +4,7 @@
 
 Trains what is not there yet under out/reproduction/seeds (interrupted, it goes on), answers mini-5's test questions, and prints
 a table, also into seeds.md there: scores by seed, and the difference from the control over all seeds' questions, in pairs.
-Mode `ar` of a joint model writes what mode `speculative` does, which is evaluated. Needs the data (data.py).
+Mode `ar` of a joint model writes what mode `speculative` does, which is evaluated. Makes the data (data.py) if it is not there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from report import SUITE, unmask
+from report import BENCHMARKS, SUITE, run, unmask
 
 from unmask.eval.compare import compare_samples
 from unmask.eval.runner import EvalSample, load_results, load_samples
 from unmask.files import atomic_write_json
 
 ROOT = Path("out/reproduction/seeds")
+DATA = Path("out/reproduction/data")
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,19 @@ DIFFUSION = ("--block-size", 8, "--threshold", 0.9)
 
 def train(variant: Variant, seed: int, tokens: int) -> Path:
     """The model of a seed, unless it is there."""
-    run = ROOT / f"{variant.name}-{tokens}-{seed}"
-    if not (run / "config.json").exists():
+    model = ROOT / f"{variant.name}-{tokens}-{seed}"
+    if not (model / "config.json").exists():
         overrides = (*variant.overrides, f"train.tokens={tokens}", f"train.seed={seed}", "train.eval_every=100000")
         flags = [part for override in overrides for part in ("--set", override)]
-        resume = ["--resume"] if (run / "checkpoints").exists() else []
-        unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", run, *flags, *resume)
-        shutil.rmtree(run / "checkpoints")
-    return run
+        resume = ["--resume"] if (model / "checkpoints").exists() else []
+        unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", model, *flags, *resume)
+        shutil.rmtree(model / "checkpoints")
+    return model
 
 
-def evaluated(run: Path, mode: str, questions: int) -> Path:
+def evaluated(model: Path, mode: str, questions: int) -> Path:
     """The folder of a model's answers in a mode."""
-    folder = ROOT / "scores" / f"{run.name}-{mode}"
+    folder = ROOT / "scores" / f"{model.name}-{mode}"
     flags = DIFFUSION if mode == "diffusion" else ()
     unmask(
         "eval",
@@ -130,13 +132,15 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=60, help="test questions per task")
     options = parser.parse_args()
     names = options.variants.split(",")
+    if not (DATA / "mini5.jsonl").exists():
+        run(sys.executable, BENCHMARKS / "reproduction" / "data.py", "--out", DATA, "--count", 12_000)
     folders: dict[tuple[str, str], dict[int, Path]] = {}
     for seed in map(int, options.seeds.split(",")):
         for variant in VARIANTS:
             if variant.name in names:
-                run = train(variant, seed, options.tokens)
+                model = train(variant, seed, options.tokens)
                 for mode in variant.modes:
-                    folders.setdefault((variant.name, mode), {})[seed] = evaluated(run, mode, options.test)
+                    folders.setdefault((variant.name, mode), {})[seed] = evaluated(model, mode, options.test)
     found = list(rows(folders))
     atomic_write_json(ROOT / "seeds.json", {"tokens": options.tokens, "rows": found})
     lines = table(found, options.tokens)

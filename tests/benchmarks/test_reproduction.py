@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
+import seeds
 import turns
 from turns import Answer
 
@@ -15,6 +17,7 @@ from helpers import make_tokenizer
 from tiny import tiny_model
 from unmask.engine.sampling_params import SamplingParams
 from unmask.eval.compare import Comparison, Interval
+from unmask.eval.runner import EvalSample
 from unmask.models.weights.checkpoint import save_model
 
 
@@ -74,3 +77,44 @@ def test_the_report_says_scores_shares_and_speeds(tmp_path: Path) -> None:
     assert "| math | 80.0 | 80.0 | 80.0 | 60.0 |" in lines
     report.draw(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def write_run(folder: Path, scores: list[float]) -> Path:
+    """A run of one task of so many items."""
+    folder.mkdir(parents=True)
+    samples = [
+        EvalSample("mini-5/math", str(number), "?", "1", "1", "1", score, None, "stop", 5, 10, 4, 0.1)
+        for number, score in enumerate(scores)
+    ]
+    speed = {"tokens": 10 * len(scores), "forwards": 4 * len(scores), "seconds": 1.0}
+    tasks = {"mini-5/math": {"score": sum(scores) / len(scores), "speed": speed}}
+    (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    return folder
+
+
+def test_seeds_are_compared_in_pairs_of_their_own_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One seed's child has two more questions right, the other's one less: a sixth more in all."""
+    by_variant = {
+        ("control", "ar"): ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0]),
+        ("joint", "diffusion"): ([1.0, 1.0, 1.0], [1.0, 0.0, 0.0]),
+        ("aligned", "diffusion"): ([0.0, 0.0, 0.0],),
+    }
+    folders = {
+        key: {seed: write_run(tmp_path / f"{key[0]}-{seed}", scores) for seed, scores in enumerate(runs)}
+        for key, runs in by_variant.items()
+    }
+    monkeypatch.setattr(seeds, "load_results", lambda folder: json.loads((folder / "results.json").read_text()))
+    monkeypatch.setattr(
+        seeds,
+        "load_samples",
+        lambda folder: [EvalSample(**json.loads(line)) for line in (folder / "samples.jsonl").read_text().splitlines()],
+    )
+    control, joint, aligned = seeds.rows(folders)
+    assert "against_control" not in control
+    assert joint["against_control"]["value"] == pytest.approx(1 / 6)
+    assert joint["tokens_per_forward"] == pytest.approx(2.5)
+    assert aligned["against_control"]["value"] == pytest.approx(-1 / 3), "against the one control of its seed"
+    table = "\n".join(seeds.table([control, joint, aligned], 1000))
+    assert "| joint | diffusion | 100.0, 33.3 | 66.7 | +16.7" in table
+    assert "| control | ar | 33.3, 66.7 | 50.0 |  |" in table
