@@ -160,11 +160,12 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
         found |= {"tokens": train[-1]["tokens"], "seconds": sum(record["seconds"] for record in train)}
         found |= {"nelbo": records[-1]["nelbo"], "grad_norm_max": max(norms), "loss_max": max(r["loss"] for r in train)}
         found |= {key: records[-1][key] for key in ("ar_nll", "accepted_length") if key in records[-1]}
-    if variant.group not in ("joint", "convert"):
+    if variant.group != "convert":
         folder = ROOT / "scores" / variant.run.name
-        size = 8 if variant.group == "sft" else 4
+        size = 4 if variant.group in ("cap", "merge", "difference") else 8
+        mode = ("--mode", "speculative") if variant.group == "joint" else ()
         unmask("eval", "--model", variant.run, "--suite", "mini-5", "--split", "validation", "--limit", questions,
-               "--block-size", size, "--batch", 8, "--out", folder, "--resume")  # fmt: skip
+               "--block-size", size, "--batch", 8, *mode, "--out", folder, "--resume")  # fmt: skip
         tasks = load_results(folder)["tasks"].values()
         speeds = [task["speed"] for task in tasks]
         found["score"] = statistics.fmean(task["score"] for task in tasks)

@@ -67,7 +67,7 @@ def evaluated(model: Path, mode: str, questions: int) -> Path:
     unmask(
         "eval",
         "-m",
-        run,
+        model,
         "--suite",
         SUITE,
         "--limit",
