@@ -120,13 +120,14 @@ class Outcomes:
     def surplus(self, distance: int, price: float) -> float:
         """The sum over the outcomes of what a draft was worth; prices are told apart by hundredths."""
         price = round(price, 2)
-        if self._sums[0] != price:
+        known, sums = self._sums  # engines in other threads may add outcomes meanwhile
+        if known != price:
             sums = [0.0] * _LONGEST
             for outcome in list(self.kept):
                 for i, surplus in enumerate(outcome.surplus(price)):
                     sums[i] += surplus
             self._sums = (price, sums)
-        return self._sums[1][distance]
+        return sums[distance]
 
 
 class DraftHistory:
