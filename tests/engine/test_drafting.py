@@ -283,7 +283,7 @@ def test_a_request_of_an_unknown_kind_tries_masks_as_often_as_they_have_paid() -
         return estimates
 
     unknown = first_worth(40)
-    assert unknown > 0.5
+    assert unknown > prices.first_mask
     assert first_worth(4) < unknown, "there is less to gain in a short answer"
     assert DraftEstimates(history).worth(7, DraftPrices(0.9, 0.9, 0.9, 0.9), 40) == [0.0], "nor is there where tokens are dear"
     for _ in range(60):
