@@ -20,7 +20,7 @@ from helpers import disk_full, refused
 from runs import tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.errors import ConfigError, DataError, TrainingError
+from unmask.errors import ConfigError, DataError, TrainingError, UnmaskWarning
 from unmask.train.loop import Trainer, accumulate, evaluate
 from unmask.train.metrics import plot_run, read_metrics
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
@@ -48,6 +48,17 @@ def test_a_run_visits_every_phase_and_learns(uninterrupted: Path) -> None:
     assert min(at_last_size) < seen[1][0] - 1.0
     phases = {r["block_size"] for r in read_metrics(uninterrupted / "metrics.jsonl") if r["kind"] == "validation"}
     assert phases == {1, 4, None, 16, 8}
+
+
+def test_phases_shorter_than_a_step_are_named(base: Path, tmp_path: Path) -> None:
+    with pytest.warns(UnmaskWarning) as noted:
+        run_recipe(tiny_recipe(base / "model", base / "data.jsonl", tokens=300), tmp_path / "short")
+    texts = [str(each.message) for each in noted]
+    skipped = {None, 1, 4, 8, 16} - {size for _, size in losses(tmp_path / "short").values()}
+    assert skipped
+    for size in skipped:
+        place = "whole sequence" if size is None else f"block size {size},"
+        assert any(place in text and "skipped" in text for text in texts), size
 
 
 def test_the_model_it_leaves_generates(uninterrupted: Path) -> None:

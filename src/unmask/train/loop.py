@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import Phase
-from unmask.errors import ConfigError, TrainingError
+from unmask.errors import ConfigError, TrainingError, UnmaskWarning
 from unmask.models.arch.transformer import Transformer
 from unmask.train.checkpoints import Checkpoints, fill_tensors, newest_checkpoint
 from unmask.train.metrics import MetricLog, MetricRecord
@@ -244,6 +245,7 @@ class Trainer:
                 before = self.phase_index
                 self._emit(log, self.train_step())
                 phase_ended = self.finished or self.phase_index != before
+                self._warn_of_skipped(before)
                 if self.components.validation is not None and (phase_ended or self.step % self.train.eval_every == 0):
                     self._emit(log, self._evaluate(self.schedule.phases[before]))
                 if phase_ended or self._stop or self.step % self.train.checkpoint_every == 0:
@@ -252,6 +254,19 @@ class Trainer:
                     break
             self.checkpoints.wait()
         return self.finished
+
+    def _warn_of_skipped(self, before: int) -> None:
+        """Say which phases the last step went past: they are shorter than it."""
+        last = self.phase_index
+        if self.world.is_main:
+            for phase in self.schedule.phases[before + 1 : last]:
+                size = "whole sequence" if phase.block_size is None else f"block size {phase.block_size}"
+                warnings.warn(
+                    f"phase {phase.name}, {size}, has {phase.tokens} tokens, fewer than a step's, and was skipped; raise "
+                    "train.tokens or its share, or leave it out",
+                    UnmaskWarning,
+                    stacklevel=2,
+                )
 
     def save(self) -> Path:
         """Write a checkpoint and drop those no longer wanted; several ranks write in the background."""
