@@ -23,6 +23,10 @@ DEAR = CostTable({1: 1.0, 2: 1.6, 3: 2.2})
 CHEAP = CostTable({1: 1.0, 64: 1.3}, noisy={0: 0.0, 1: 0.1, 64: 0.2})
 
 
+COUNTED_ON = 0.7
+"""Of what masks were worth."""
+
+
 def options_of(chain: Sequence[float], worth: Sequence[float]) -> list[DraftPlan]:
     """Drafts with these probabilities, and masks of this worth where all drafts are accepted."""
     accepted = np.cumprod([1.0, *chain])
@@ -235,8 +239,8 @@ def test_masks_are_worth_what_they_have_drafted_less_the_price_of_verifying_it()
         estimates.record_masks([draft(0.8), draft(0.5)], 3)
     free, dear = (estimates.worth(3, DraftPrices(price, 0.0, 0.0, price), 0) for price in (0.0, 0.5))
     assert free[0] == dear[0] == 0.0
-    assert free[1:] == pytest.approx([0.8, 1.2, 1.2], abs=0.1)
-    assert dear == pytest.approx([0.0, 0.3], abs=0.1), "as far as they are worth anything"
+    assert free[1:] == pytest.approx([COUNTED_ON * drafted for drafted in (0.8, 1.2, 1.2)], abs=0.1)
+    assert dear == pytest.approx([0.0, COUNTED_ON * 0.3], abs=0.1), "as far as they are worth anything"
     for _ in range(20):
         estimates.record_masks([draft(0.1)], 1)
     assert estimates.worth(3, DraftPrices(0.2, 0.0, 0.0, 0.2), 0)[-1] < 0.1
@@ -253,8 +257,10 @@ def test_masks_are_worth_nothing_where_text_drafts_as_well_as_they_do() -> None:
         return estimates.worth(2, prices, 0)[-1]
 
     assert worth([draft(0.9), draft(0.6)]) == 0.0
-    assert worth([]) == pytest.approx(0.7 + 0.3, abs=0.1)
-    assert worth([draft(0.6)]) == pytest.approx(worth([]) - 0.5, abs=0.1), "what text drafts is drafted without masks"
+    assert worth([]) == pytest.approx(COUNTED_ON * (0.7 + 0.3), abs=0.05)
+    assert worth([draft(0.6)]) == pytest.approx(worth([]) - COUNTED_ON * 0.5, abs=0.05), (
+        "what text drafts is drafted without masks"
+    )
     assert worth([draft(0.05)]) == pytest.approx(worth([])), "what does not pay is no draft"
 
 

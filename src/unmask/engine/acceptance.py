@@ -37,6 +37,9 @@ _UNTRIED = 0.8
 _FIRST_OUTCOME = 0.3
 """Until masks have shown what they draft: the probability of each draft, those before it being accepted."""
 _NUM_OWN, _NUM_OTHERS, _OTHERS_WEIGHT = 8, 64, 2.0
+_COUNTED_ON, _PRICE_STEP = 0.7, 0.05
+"""Of what masks were worth, what is counted on: text may draft the same again. And what prices are rounded to for their worth,
+which takes long to add up."""
 _PROMISING = 0.9
 """Drafts less probable than this share of the price of a verify token are no option: the price is a mean."""
 
@@ -118,8 +121,8 @@ class Outcomes:
         self._sums = (-1.0, [])
 
     def surplus(self, distance: int, price: float) -> float:
-        """The sum over the outcomes of what a draft was worth; prices are told apart by hundredths."""
-        price = round(price, 2)
+        """The sum over the outcomes of what a draft was worth, the price being rounded to `_PRICE_STEP`."""
+        price = _PRICE_STEP * round(price / _PRICE_STEP)
         known, sums = self._sums  # engines in other threads may add outcomes meanwhile
         if known != price:
             sums = [0.0] * _LONGEST
@@ -275,7 +278,7 @@ class DraftEstimates:
             told = paying / requests * _PAYING_GAIN * (1 - prices.first_mask) * min(room, _FORESEEN)
         for distance in range(min(num_masks, _LONGEST)):
             own = self._outcomes.surplus(distance, prices.verify)
-            more = (own + share * others.surplus(distance, prices.verify)) / total
+            more = _COUNTED_ON * (own + share * others.surplus(distance, prices.verify)) / total
             if distance == 0:
                 more += max(told, 0.0)
             if more <= (_PROMISING if distance else 1.0) * prices.mask:
