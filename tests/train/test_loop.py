@@ -20,7 +20,7 @@ from helpers import disk_full, refused
 from runs import tiny_recipe
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
-from unmask.errors import ConfigError, DataError, TrainingError, UnmaskWarning
+from unmask.errors import ConfigError, DataError, TrainingError, UnmaskNote
 from unmask.train.loop import Trainer, accumulate, evaluate
 from unmask.train.metrics import plot_run, read_metrics
 from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting
@@ -51,7 +51,7 @@ def test_a_run_visits_every_phase_and_learns(uninterrupted: Path) -> None:
 
 
 def test_phases_shorter_than_a_step_are_named(base: Path, tmp_path: Path) -> None:
-    with pytest.warns(UnmaskWarning) as noted:
+    with pytest.warns(UnmaskNote) as noted:
         run_recipe(tiny_recipe(base / "model", base / "data.jsonl", tokens=300), tmp_path / "short")
     texts = [str(each.message) for each in noted]
     skipped = {None, 1, 4, 8, 16} - {size for _, size in losses(tmp_path / "short").values()}

@@ -24,7 +24,7 @@ from torch import Tensor
 from unmask.data.packing import PackedRows, RowStream
 from unmask.data.tokenizer import Tokenizer
 from unmask.diffusion.blocks import Phase
-from unmask.errors import ConfigError, TrainingError, UnmaskWarning
+from unmask.errors import ConfigError, TrainingError, UnmaskNote
 from unmask.models.arch.transformer import Transformer
 from unmask.train.checkpoints import Checkpoints, fill_tensors, newest_checkpoint
 from unmask.train.metrics import MetricLog, MetricRecord
@@ -264,7 +264,7 @@ class Trainer:
                 warnings.warn(
                     f"phase {phase.name}, {size}, has {phase.tokens} tokens, fewer than a step's, and was skipped; raise "
                     "train.tokens or its share, or leave it out",
-                    UnmaskWarning,
+                    UnmaskNote,
                     stacklevel=2,
                 )
 
