@@ -19,7 +19,7 @@ constexpr int kPasses = 1;
 #endif
 
 // Rows and panels of a tile, of more than kWideRows rows kTallPanels: as many sums as fit the registers beside the weights, an input and
-// a product. More than these rows may be amx.h's.
+// a product. Many rows may be amx.h's.
 #if defined(UNMASK_AVX512)
 constexpr int kTileRows = 8, kTilePanels = 4, kWideRows = 4, kTallPanels = 3;
 #elif defined(UNMASK_AVX2) || defined(UNMASK_NEON)

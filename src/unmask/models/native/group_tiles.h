@@ -9,7 +9,7 @@
 #include "int8_tiles.h"
 
 #if defined(UNMASK_AMX)
-constexpr int kGroupRows = 4, kGroupPanels = 4;  // more rows are amx.h's
+constexpr int kGroupRows = 4, kGroupPanels = 4;  // many rows are amx.h's
 #elif defined(UNMASK_AVX512)
 constexpr int kGroupRows = 4, kGroupPanels = 3;
 #elif defined(UNMASK_AVX2) || defined(UNMASK_NEON)
