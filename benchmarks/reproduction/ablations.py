@@ -122,6 +122,14 @@ def documents() -> None:
     partial.rename(target)
 
 
+def train(verb: str, recipe: str, run: Path, overrides: Sequence[str]) -> None:
+    """Start or continue a run, and keep its result alone."""
+    resume = ["--resume"] if (run / "checkpoints").exists() else []
+    changes = [part for override in overrides for part in ("--set", override)]
+    unmask(verb, "--recipe", f"recipes/{recipe}.yaml", "--out", run, *changes, *resume)
+    shutil.rmtree(run / "checkpoints")
+
+
 def make(variant: Variant) -> None:
     """Train or merge, unless it is done."""
     if (variant.run / "config.json").exists():
@@ -133,10 +141,7 @@ def make(variant: Variant) -> None:
         difference = ("--plus", CONTROL, "--minus", "smollm2-135m", "--scale", variant.scale)
         unmask("merge", CAP_STAGE, *difference, "--out", variant.run)
         return
-    resume = ["--resume"] if (variant.run / "checkpoints").exists() else []
-    overrides = [part for override in variant.overrides for part in ("--set", override)]
-    unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", variant.run, *overrides, *resume)
-    shutil.rmtree(variant.run / "checkpoints")
+    train(variant.verb, variant.recipe, variant.run, variant.overrides)
 
 
 def nelbo(model: Path) -> float:

@@ -10,7 +10,6 @@ Mode `ar` of a joint model writes what mode `speculative` does, which is evaluat
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ablations
 from report import BENCHMARKS, SUITE, run, unmask
 
 from unmask.eval.compare import compare_samples
@@ -25,7 +25,6 @@ from unmask.eval.runner import EvalSample, load_results, load_samples
 from unmask.files import atomic_write_json
 
 ROOT = Path("out/reproduction/seeds")
-DATA = Path("out/reproduction/data")
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ def train(variant: Variant, seed: int, tokens: int) -> Path:
     model = ROOT / f"{variant.name}-{tokens}-{seed}"
     if not (model / "config.json").exists():
         overrides = (*variant.overrides, f"train.tokens={tokens}", f"train.seed={seed}", "train.eval_every=100000")
-        flags = [part for override in overrides for part in ("--set", override)]
-        resume = ["--resume"] if (model / "checkpoints").exists() else []
-        unmask(variant.verb, "--recipe", f"recipes/{variant.recipe}.yaml", "--out", model, *flags, *resume)
-        shutil.rmtree(model / "checkpoints")
+        ablations.train(variant.verb, variant.recipe, model, overrides)
     return model
 
 
@@ -64,23 +60,8 @@ def evaluated(model: Path, mode: str, questions: int) -> Path:
     """The folder of a model's answers in a mode."""
     folder = ROOT / "scores" / f"{model.name}-{mode}"
     flags = DIFFUSION if mode == "diffusion" else ()
-    unmask(
-        "eval",
-        "-m",
-        model,
-        "--suite",
-        SUITE,
-        "--limit",
-        questions,
-        "--batch",
-        8,
-        "--mode",
-        mode,
-        *flags,
-        "--out",
-        folder,
-        "--resume",
-    )
+    asked = ("--suite", SUITE, "--limit", questions, "--batch", 8)
+    unmask("eval", "-m", model, *asked, "--mode", mode, *flags, "--out", folder, "--resume")
     return folder
 
 
@@ -132,8 +113,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=60, help="test questions per task")
     options = parser.parse_args()
     names = options.variants.split(",")
-    if not (DATA / "mini5.jsonl").exists():
-        run(sys.executable, BENCHMARKS / "reproduction" / "data.py", "--out", DATA, "--count", 12_000)
+    if not (ablations.DATA / "mini5.jsonl").exists():
+        run(sys.executable, BENCHMARKS / "reproduction" / "data.py", "--out", ablations.DATA, "--count", 12_000)
     folders: dict[tuple[str, str], dict[int, Path]] = {}
     for seed in map(int, options.seeds.split(",")):
         for variant in VARIANTS:

@@ -146,15 +146,10 @@ def card(name: str, kind: str, stages: list[dict[str, Any]], report: str, size: 
     )
 
 
-def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None, frozen: bool) -> tuple[int, dict[str, Any]]:
-    """Write the difference of `model` to the base; returns its size and what `metadata.json` says of the json files.
-
-    `frozen`: the base's own tensors were not trained, so they stay as they are; a run may save them rounded to bfloat16.
-    """
+def pack(model: Path, asset: Path, *, max_bytes: int, block_size: int | None) -> tuple[int, dict[str, Any]]:
+    """Write the difference of `model` to the base; returns its size and what `metadata.json` says of the json files."""
     base_folder = resolve("smollm2-135m")
     base, tuned = dict(iter_tensors(base_folder)), dict(iter_tensors(model))
-    if frozen:
-        tuned |= base
     encoded = encode_delta(base, tuned, bits=4, max_bytes=max_bytes)
     restored = decode_delta(encoded, base)
     wanted = sum(float((tuned[name].float() - base.get(name, torch.tensor(0.0)).float()).square().sum()) for name in tuned)
@@ -177,17 +172,14 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="json list of earlier stages whose folders are gone")
     parser.add_argument("--kind", choices=KINDS, required=True, help="what the card says of it")
     parser.add_argument("--report", type=Path, help="markdown with what was measured, for the card")
-    parser.add_argument(
-        "--right", type=int, help="of the 8 calls of benchmarks/tools.py [default: not counted]"
-    )
+    parser.add_argument("--right", type=int, help="of the 8 calls of benchmarks/tools.py [default: not counted]")
     parser.add_argument("--block-size", type=int, help="what generate uses unless it is given another [default: the model's]")
     parser.add_argument("--max-bytes", type=int, default=44_500_000)
     parser.add_argument("--asset", type=Path, required=True, help="folder of the difference, its metadata and its card")
     options = parser.parse_args()
     stages = json.loads(options.before.read_text()) if options.before else []
     stages += [stage(run) for run in options.runs]
-    limits = {"max_bytes": options.max_bytes, "block_size": options.block_size}
-    size, changes = pack(options.runs[-1], options.asset, **limits, frozen=options.kind == "drafts")
+    size, changes = pack(options.runs[-1], options.asset, max_bytes=options.max_bytes, block_size=options.block_size)
     (options.asset / METADATA).write_text(json.dumps(changes, indent=2) + "\n")
     report = options.report.read_text() if options.report else "Nothing yet."
     text = card(options.asset.name, options.kind, stages, report, size, options.right)

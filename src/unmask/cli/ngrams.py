@@ -15,6 +15,8 @@ from unmask.cli.console import make_console, program
 from unmask.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from unmask.data.documents import Document
     from unmask.engine.ngrams import NgramTable
 
@@ -50,9 +52,7 @@ def ngrams(
     """
     from rich.filesize import decimal
 
-    from unmask.cli.data_option import text_source
-    from unmask.cli.progress import counting
-    from unmask.engine.ngrams import count_ngrams, find_ngrams, load_ngrams, merge_tables
+    from unmask.engine.ngrams import count_ngrams, merge_tables
     from unmask.models.weights.checkpoint import read_model_config
     from unmask.models.weights.hub import NGRAMS, resolve
 
@@ -64,18 +64,8 @@ def ngrams(
             f"{model} decodes by denoising blocks, in which nothing verifies a draft; n-grams are for other models"
         )
     target = (folder if out is None else out) / NGRAMS
-    present = None
-    if extend:
-        found = load_ngrams(target, config.vocab_size) if target.exists() else None
-        present = find_ngrams(model, folder, config.vocab_size) if found is None else found
-        if present is None:
-            raise ConfigError(f"{model} has no table of n-grams that --extend could add to; leave it out")
-    documents: list[Document] = []
-    with counting(console, "documents") as on_progress:
-        for source in [text_source(folder, each, "--data") for each in data]:
-            while source.epoch == 0:
-                documents.append(source.next_document())
-                on_progress(len(documents), None)
+    present = _present_table(model, folder, target, config.vocab_size) if extend else None
+    documents = _read_documents(console, folder, data)
     held_out = documents[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
     counted = [document for place, document in enumerate(documents, 1) if place % _HELD_OUT_EVERY]
     table = count_ngrams(counted)
@@ -94,6 +84,30 @@ def ngrams(
             soft_wrap=True,
         )
     console.print(f"decode   {program()} chat --model {target.parent}", soft_wrap=True)
+
+
+def _present_table(model: str, folder: Path, target: Path, vocab_size: int) -> NgramTable:
+    """The table that is extended: the one that is written over, else the model's; raises ConfigError where there is none."""
+    from unmask.engine.ngrams import find_ngrams, load_ngrams
+
+    present = load_ngrams(target, vocab_size) if target.exists() else find_ngrams(model, folder, vocab_size)
+    if present is None:
+        raise ConfigError(f"{model} has no table of n-grams that --extend could add to; leave it out")
+    return present
+
+
+def _read_documents(console: Console, folder: Path, data: Sequence[str]) -> list[Document]:
+    """All documents of the sources, tokenized as the model in a folder does."""
+    from unmask.cli.data_option import text_source
+    from unmask.cli.progress import counting
+
+    documents: list[Document] = []
+    with counting(console, "documents") as on_progress:
+        for source in [text_source(folder, each, "--data") for each in data]:
+            while source.epoch == 0:
+                documents.append(source.next_document())
+                on_progress(len(documents), None)
+    return documents
 
 
 def _drafts(table: NgramTable, documents: Sequence[Document]) -> tuple[int, int, int]:

@@ -34,22 +34,19 @@ def save_with_parent(checkpoint: Path, parent: Path, out: Path) -> None:
     config = read_model_config(checkpoint)
     with ExitStack() as stack:
         trained = TensorFiles(checkpoint, stack)
-        frozen = TensorFiles(parent, stack) if (parent / CONFIG_NAME).exists() else None
-        names = () if frozen is None else frozen.names
+        frozen = TensorFiles(parent, stack) if (parent / CONFIG_NAME).exists() else trained
         stored = stored_tensors(config)
-        kept = {name for name in trained.names if name in names and not is_gated_lora(stored[name].parameter)}
-
-        def dtype_of(name: str) -> torch.dtype:
-            return (frozen if frozen is not None and name in kept else trained).spec(name).dtype
+        is_kept = {name: name in frozen.names and not is_gated_lora(stored[name].parameter) for name in trained.names}
 
         def read(name: str) -> Tensor:
             own = trained.read(name)
-            if frozen is None or name not in kept:
+            if not is_kept[name]:
                 return own
             theirs = frozen.read(name)
             return torch.cat((theirs, own[len(theirs) :].to(theirs.dtype)))
 
-        specs = {name: TensorSpec(trained.spec(name).shape, dtype_of(name)) for name in trained.names}
+        dtypes = {name: (frozen if kept else trained).spec(name).dtype for name, kept in is_kept.items()}
+        specs = {name: TensorSpec(trained.spec(name).shape, dtype) for name, dtype in dtypes.items()}
         others = [path for path in checkpoint.iterdir() if path.suffix != ".safetensors" and path.is_file()]
         extra = [path for path in others if path.name not in (CONFIG_NAME, INDEX_NAME)]
         write_checkpoint(out, read_json(checkpoint / CONFIG_NAME), specs, read, extra_files=extra)
