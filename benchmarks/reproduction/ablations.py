@@ -1,12 +1,13 @@
 """What each part of the recipe is worth: short runs at equal tokens that differ in one setting.
 
-    python benchmarks/reproduction/ablations.py [--groups joint,convert,sft,cap,merge,difference] [--plot-only]
+    python benchmarks/reproduction/ablations.py [--groups joint,drafts,convert,sft,cap,merge,difference] [--plot-only]
 
 Trains what is not there yet under out/reproduction/ablations (interrupted, it goes on), scores it, and writes ablations.md and
-ablations.png there. `joint`: one checkpoint for three modes. `convert`: the parent to block size 32. `sft`: the first of those
-on worked answers. `cap`: more of the converted child's last stage, with other weights. `merge`: means of that stage's best
-checkpoints. `difference`: that stage's model with what the control learned. Needs the data (data.py); the last two groups need
-what train.sh makes.
+ablations.png there. `joint`: one checkpoint for three modes. `drafts`: a gated LoRA that drafts for its parent, without scores:
+the text is the parent's. `convert`: the parent to block size 32. `sft`: the first of those on worked answers. `cap`: more of
+the converted child's last stage, with other weights. `merge`: means of that stage's best checkpoints. `difference`: that model
+with what the control learned. Needs the data (data.py); `drafts` needs what scripts/embedded/drafts.sh writes, the last two
+groups what train.sh makes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """Every run; the first of a group is what the others differ from."""
     yield from joint_variants()
+    yield from draft_variants()
     convert = {
         "WSD": (),
         "straight to 32": ("schedule={decay: [{block_size: 32, share: 1.0}]}",),
@@ -104,6 +106,35 @@ def joint_variants() -> Iterator[Variant]:
     }
     for name, overrides in joint.items():
         yield Variant("joint", name, "reproduction_joint", "convert", (*short, *overrides))
+
+
+def draft_variants() -> Iterator[Variant]:
+    """What the settings and terms of draft training are worth."""
+
+    def rank(rank: int) -> str:
+        return f"train.gated_lora_rank={rank}"
+
+    def targets(*layers: str) -> str:
+        return f"train.gated_lora_targets=[{', '.join(layers)}]"
+
+    drafts = {
+        "rank 16, rate 4e-3, blocks of 4, two cuts": (),
+        **{f"rank {size}": (rank(size),) for size in (4, 64, 128)},
+        **{f"rate {rate}": (f"train.learning_rate={rate}",) for rate in ("2e-3", "8e-3", "1.6e-2")},
+        "one cut": ("objective.cuts=1",),
+        "four cuts": ("objective.cuts=4",),
+        "blocks of 8": ("decode_block_size=8", "schedule={decay: [{block_size: 8, share: 1.0}]}"),
+        "out and down": (targets("out", "down"),),
+        "out and down, rank 64": (targets("out", "down"), rank(64)),
+        "qkv and out": (targets("qkv", "out"),),
+        "KL to the verify tokens, too": ("objective.kl=1",),
+        "KL instead": ("objective.kl=1", "objective.nll=0"),
+        "align 10": ("objective.align=10",),
+        "decay 0.5": ("objective.decay=0.5",),
+        "decay 1": ("objective.decay=1",),
+    }
+    for name, overrides in drafts.items():
+        yield Variant("drafts", name, "ablation_drafts", "convert", (*AT_THE_END, *overrides))
 
 
 def documents() -> None:
@@ -163,9 +194,12 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
         train = [record for record in records if record["kind"] == "train"]
         norms = [record["grad_norm"] for record in train]
         found |= {"tokens": train[-1]["tokens"], "seconds": sum(record["seconds"] for record in train)}
-        found |= {"nelbo": records[-1]["nelbo"], "grad_norm_max": max(norms), "loss_max": max(r["loss"] for r in train)}
+        loss = "draft_nll" if variant.group == "drafts" else "nelbo"
+        found |= {loss: records[-1]["nelbo"], "grad_norm_max": max(norms), "loss_max": max(r["loss"] for r in train)}
         found |= {key: records[-1][key] for key in ("ar_nll", "accepted_length") if key in records[-1]}
-    if variant.group != "convert":
+        if variant.group == "drafts":
+            found["accepted_of_3"] = records[-1]["accepted_of_3"]
+    if variant.group not in ("convert", "drafts"):
         folder = ROOT / "scores" / variant.run.name
         size = 4 if variant.group in ("cap", "merge", "difference") else 8
         mode = ("--mode", "speculative") if variant.group == "joint" else ()
@@ -181,7 +215,9 @@ def figures(variant: Variant, questions: int) -> dict[str, Any]:
 COLUMNS = {
     "nelbo": ("NELBO", 1, 3),
     "ar_nll": ("NLL, clean rows", 1, 3),
+    "draft_nll": ("NLL of drafts", 1, 3),
     "accepted_length": ("drafts accepted", 1, 2),
+    "accepted_of_3": ("of the first 3", 1, 2),
     "grad_norm_max": ("largest gradient norm", 1, 1),
     "score": ("score", 100, 1),
     "tokens_per_forward": ("tokens per forward", 1, 2),
@@ -202,12 +238,12 @@ def table(group: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """One panel a group: NELBO where there is one, else the score."""
+    """One panel a group: NELBO where there is one, else drafts accepted or the score."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.2), layout="constrained", squeeze=False)
     for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
-        key = "nelbo" if "nelbo" in rows[0] and group != "cap" else "score"
+        key = next(key for key in ("nelbo", "accepted_of_3", "score") if key in rows[0] and (key, group) != ("nelbo", "cap"))
         label, scale, _ = COLUMNS[key]
         axis.barh([row["name"] for row in rows], [scale * row[key] for row in rows], color="tab:blue")
         axis.invert_yaxis()
@@ -217,16 +253,18 @@ def plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", default="joint,convert,sft,cap,merge,difference")
+    parser.add_argument("--groups", default="joint,drafts,convert,sft,cap,merge,difference")
     parser.add_argument("--questions", type=int, default=20, help="validation questions per task")
     parser.add_argument("--plot-only", action="store_true", help="from ablations.json as it is")
     options = parser.parse_args()
     path = ROOT / "ablations.json"
     known: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
     ROOT.mkdir(parents=True, exist_ok=True)
-    documents()
+    chosen = options.groups.split(",")
+    if "convert" in chosen:
+        documents()
     for variant in variants():
-        if not options.plot_only and variant.group in options.groups.split(",") and variant.run.name not in known:
+        if not options.plot_only and variant.group in chosen and variant.run.name not in known:
             make(variant)
             known[variant.run.name] = figures(variant, options.questions)
             path.write_text(json.dumps(known, indent=1) + "\n")

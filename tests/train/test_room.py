@@ -12,7 +12,7 @@ from helpers import limit_memory, refused
 from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences
 from tiny import tiny_model
 from unmask.errors import RoomError
-from unmask.models.arch.gated_lora import add_gated_lora
+from unmask.models.arch.gated_lora import add_gated_lora, train_gated_lora
 from unmask.models.weights.adapter import attach_lora
 from unmask.models.weights.room import RESERVE, Memory, weight_bytes
 from unmask.train.optim import MasterAdamW
@@ -41,6 +41,9 @@ def test_of_gated_lora_only_itself() -> None:
     gated = add_gated_lora(model, 3, seed=0)
     count = sum(parameter.numel() for parameter in gated.parameters() if parameter.requires_grad)
     assert num_trainable(model.config, section(gated_lora_rank=3)) == num_trainable(gated.config, section()) == count
+    targets = ["out", "gate_up"]
+    count = sum(parameter.numel() for parameter in train_gated_lora(gated, targets).parameters() if parameter.requires_grad)
+    assert num_trainable(model.config, section(gated_lora_rank=3, gated_lora_targets=targets)) == count
 
 
 def test_what_the_optimiser_holds(tmp_path: Path) -> None:

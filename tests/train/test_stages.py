@@ -17,7 +17,7 @@ from runs import stage_recipe, tiny_folder, tiny_jsonl, tiny_preferences, tiny_r
 from unmask.engine.capabilities import capabilities
 from unmask.errors import CheckpointError, ConfigError
 from unmask.models.arch.attention import DenseAttend
-from unmask.models.arch.gated_lora import is_gated_lora
+from unmask.models.arch.gated_lora import is_gated_lora, is_target
 from unmask.models.weights.hub import NGRAMS
 from unmask.models.weights.safetensors_io import iter_tensors
 from unmask.train.loop import accumulate
@@ -212,6 +212,36 @@ def test_a_gated_lora_learns_to_draft_and_leaves_the_parent_as_it_is(base: Path,
     assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
 
 
+def test_only_the_targets_of_a_gated_lora_train(base: Path, tmp_path: Path) -> None:
+    """A later stage may choose others, and a run goes on where it was."""
+    recipe = drafts(base, tokens=800, gated_lora_targets=["out", "down"])
+    stops = stop_after(2)
+    assert not run_recipe(recipe, tmp_path / "first", should_stop=lambda: next(stops)).finished
+    assert run_recipe(recipe, tmp_path / "first", resume=True).finished
+    changes = {"gated_lora_rank": None, "gated_lora_targets": ["qkv"]}
+    later = recipe.model_copy(
+        update={"model": str(tmp_path / "first"), "shift": False, "train": recipe.train.model_copy(update=changes)}
+    )
+    run_recipe(later, tmp_path / "later")
+    first, second = (unmask.load(tmp_path / name, dtype="float32").transformer.state_dict() for name in ("first", "later"))
+    for name in filter(is_gated_lora, first):
+        of_first, of_second = (is_target(name, targets) for targets in (["out", "down"], ["qkv"]))
+        if name.endswith("gated_out"):
+            assert bool(first[name].any()) == of_first
+        assert torch.equal(first[name], second[name]) != of_second
+
+
+def test_drafts_learn_from_what_verifies_them(base: Path, tmp_path: Path) -> None:
+    values = drafts(base, tokens=800).model_dump(mode="json")
+    run_recipe(
+        parse_recipe(values | {"objective": {**values["objective"], "nll": 0, "kl": 1, "align": 1}}, "test"), tmp_path / "run"
+    )
+    train = [record for record in untimed_records(tmp_path / "run") if record["kind"] == "train"]
+    assert all({"kl", "align"} <= record.keys() for record in train)
+    theirs, ours = (unmask.load(folder, dtype="float32").transformer.state_dict() for folder in (base / "ar", tmp_path / "run"))
+    assert all(torch.equal(tensor, ours[name][: len(tensor)]) for name, tensor in theirs.items())
+
+
 def test_a_gated_lora_trained_in_fewer_bits_keeps_the_parent_to_the_bit(base: Path, tmp_path: Path) -> None:
     run_recipe(drafts(base, tokens=400, compute_dtype="bfloat16"), tmp_path / "gated")
     theirs, ours = (dict(iter_tensors(folder)) for folder in (base / "ar", tmp_path / "gated"))
@@ -233,10 +263,13 @@ def test_what_a_gated_lora_does_not_go_with_is_refused(base: Path, tmp_path: Pat
     with refused(ConfigError, "dense", "shifted"):
         build_components(parse_recipe(values | {"shift": False}, "test"))
     values["train"]["gated_lora_rank"] = None
+    with refused(ConfigError, "train.gated_lora_targets", "down", "train.gated_lora_rank"):
+        build_components(parse_recipe(values | {"train": values["train"] | {"gated_lora_targets": ["down"]}}, "test"))
     with refused(ConfigError, "objective.kind", "draft", "shifted"):
         build_components(parse_recipe(values | {"shift": False}, "test"))
     for section, change, names in (
         ("train", {"gated_lora_rank": 4, "lora": LORA}, ("train.gated_lora_rank", "train.lora")),
+        ("train", {"gated_lora_rank": 4, "gated_lora_targets": ["q_proj"]}, ("train.gated_lora_targets", "q_proj", "qkv")),
         ("objective", {"cap": {}}, ("objective.cap",)),
         ("schedule", {"stable": 1.0}, ("blocks", 2)),
     ):

@@ -49,15 +49,20 @@ class DraftConfig:
             raise ConfigError(f"cuts is {self.cuts}; use 1 to {self.block_size}, the block size")
 
 
-def draft_stream(rows: CleanRows, config: DraftConfig) -> Stream:
+def draft_stream(rows: CleanRows, config: DraftConfig, *, verified: bool = False) -> Stream:
     """The rows with a noisy copy for each cut: of every block the maskable tokens behind its first one, all masked.
 
     The draft tokens of a block attend to the clean tokens up to and including the one that predicts its first maskable token,
-    and to each other. `num_maskable` counts predictions.
+    and to each other. `num_maskable` counts predictions. The clean copy predicts nothing and ends where drafts stop reading it;
+    `verified`: it goes on to the row that verifies the last draft, so that each draft token has its verify token there
+    (`joint.clean_columns`).
 
     Source: TiDAR (2511.08923) section 3; cutting the blocks in several ways is ours.
     """
     copies, last_RL = draft_copies(rows, config, rows.maskable_RL)
+    if verified:
+        whole_RL = torch.zeros_like(rows.position_RL)
+        last_RL = largest_in_block(rows, whole_RL, rows.position_RL, rows.maskable_RL, -1)
     return assemble(rows, [*copies, causal_copy(rows, last_RL, config.start_id)])
 
 

@@ -3,20 +3,21 @@
 Owns the choice of attention backend, and the split forward of models with gated LoRA. Knows nothing of optimisers, files or the
 loop.
 
-Legend: B rows, T stream positions, N predictions, D hidden.
+Legend: B rows, T stream positions, N predictions, D hidden, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unmask.diffusion.corrupt import Stream
+from unmask.diffusion.joint import clean_columns
 from unmask.diffusion.masks import CLEAN, StreamIndex, blocked_mask, dense_mask, flex_mask_mod
 from unmask.models.arch.attention import Attend, BlockedAttend, DenseAttend, FlexAttend
 from unmask.models.arch.transformer import Layers, Transformer
@@ -77,6 +78,54 @@ def layer_outputs(model: Transformer) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class DraftStates(NamedTuple):
+    """Hidden states that predict the N draft tokens of a stream, and those of the verify tokens that predict the same.
+
+    `draft_ND` and `verify_ND` are what the head reads, `draft_LND` and `verify_LND` what each layer gives (empty where not
+    asked for). No gradient reaches `verify_ND`.
+    """
+
+    draft_ND: Tensor
+    verify_ND: Tensor
+    draft_LND: list[Tensor]
+    verify_LND: list[Tensor]
+
+
+def draft_states(
+    model: Transformer, stream: Stream, backend: AttentionBackend, router: RouterMonitor | None = None, *, layers: bool
+) -> DraftStates:
+    """States of a `draft_stream` whose clean copy verifies every draft, in one forward; `layers`: behind each layer, too."""
+    (row_N, draft_N), verify_N = stream.predict, clean_columns(stream)
+    outputs = list[Tensor]()
+    with layer_outputs(model) if layers else nullcontext(outputs) as outputs:
+        if model.config.gated_lora_rank is None:
+            noisy_BTD = clean_BTD = stream_hidden(model, stream, backend, None, router)
+        else:
+            noisy_BTD, clean_BTD = _gated_and_clean_hidden(model, stream, backend)
+    noisy_LBTD = clean_LBTD = outputs
+    if model.config.gated_lora_rank is not None:
+        # Two passes: the clean copy's comes first, and has columns of its own.
+        clean_LBTD, noisy_LBTD = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+        verify_N = verify_N - num_noisy(stream)
+    return DraftStates(
+        noisy_BTD[row_N, draft_N],
+        clean_BTD[row_N, verify_N].detach(),
+        [x_BTD[row_N, draft_N] for x_BTD in noisy_LBTD],
+        [x_BTD[row_N, verify_N] for x_BTD in clean_LBTD],
+    )
+
+
+def _gated_and_clean_hidden(model: Transformer, stream: Stream, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
+    """`gated_hidden`, and the hidden states of the clean copy, which it drops."""
+    clean: list[Tensor] = []
+
+    def clean_layers(tokens_BT: Tensor, positions_BT: Tensor, attend: Attend, **options: Tensor | None) -> Tensor:
+        clean.append(model(tokens_BT, positions_BT, attend, **options))
+        return clean[0]
+
+    return gated_hidden(clean_layers, model, stream, backend, None), clean[0]
 
 
 def stream_hidden(

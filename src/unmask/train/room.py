@@ -12,6 +12,7 @@ import torch
 
 from unmask.errors import RoomError
 from unmask.models.arch.config import ModelConfig
+from unmask.models.arch.gated_lora import is_target
 from unmask.models.dtypes import dtype_name
 from unmask.models.families.registry import stored_tensors
 from unmask.models.families.tensors import StoredTensor, gated_lora_tensors
@@ -89,7 +90,8 @@ def num_trainable(config: ModelConfig, train: TrainSection, dims: ParallelDims =
     """How many parameters train on a rank: all, those of gated LoRA, or those of adapters (and of the vocabulary)."""
     rank, stored = train.gated_lora_rank or config.gated_lora_rank, stored_tensors(replace(config, gated_lora_rank=None))
     if rank is not None:
-        return sum(_own(each, dims) for each in gated_lora_tensors(stored, rank, config.hidden_size).values())
+        gated = gated_lora_tensors(stored, rank, config.hidden_size).values()
+        return sum(_own(each, dims) for each in gated if is_target(each.parameter, train.gated_lora_targets))
     tensors = [each for each in stored.values() if not each.parameter.endswith("expert_bias")]
     vocabulary = [each for each in tensors if each.parameter.startswith(_VOCABULARY)]
     if train.freeze_embeddings:

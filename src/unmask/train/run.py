@@ -263,16 +263,21 @@ def _reference(model: Transformer, recipe: Recipe) -> ReferencePolicy | None:
 
 def _gated_lora(model: Transformer, train: TrainSection) -> Transformer:
     """Freeze all but the gated LoRA of a model that has one, or that the recipe gives one."""
-    rank = model.config.gated_lora_rank
-    if train.gated_lora_rank is not None and rank is None:
-        return add_gated_lora(model, train.gated_lora_rank, seed=train.seed)
-    if rank is None:
+    rank, targets = model.config.gated_lora_rank, train.gated_lora_targets
+    if rank is None and train.gated_lora_rank is None:
+        if targets is not None:
+            raise ConfigError(
+                f"train.gated_lora_targets is {targets}, but the model has no gated LoRA; set train.gated_lora_rank, or leave "
+                "the targets out"
+            )
         return model
+    if train.gated_lora_rank is not None and rank is None:
+        return train_gated_lora(add_gated_lora(model, train.gated_lora_rank, seed=train.seed), targets)
     if train.gated_lora_rank not in (None, rank) or train.lora is not None:
         raise ConfigError(
             f"the model has a gated LoRA of rank {rank}, which training continues; leave train.gated_lora_rank and lora out"
         )
-    return train_gated_lora(model)
+    return train_gated_lora(model, targets)
 
 
 def _router(model: Transformer, train: TrainSection, world: World) -> RouterMonitor | None:

@@ -17,6 +17,7 @@ from unmask.models.arch.transformer import Checkpointing
 from unmask.train.router import RouterPolicy
 
 Positive = Annotated[int, Field(gt=0)]
+GatedLoraTarget = Literal["qkv", "out", "gate_up", "down"]
 
 
 class Section(BaseModel):
@@ -115,6 +116,12 @@ class TrainSection(Section):
         None,
         description="shifted models: freeze the model and train a gated LoRA of this rank, which only draft (mask) tokens pass "
         "through; autoregressive decoding stays exactly that of the parent",
+    )
+    gated_lora_targets: list[GatedLoraTarget] | None = Field(
+        None,
+        min_length=1,
+        description="linear layers whose gated LoRA trains: `qkv` and `out` of attention, `gate_up` and `down` of the "
+        "feed-forward; the others' stays as it is, zero in the beginning [default: all]",
     )
     router: RouterSection = RouterSection()
     eval_every: Positive = 50

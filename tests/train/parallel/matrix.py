@@ -40,6 +40,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "joint": {"kind": "joint", "mask_noise_steps": 0},
     "joint_to_parent": {"kind": "joint", "mask_noise_steps": 0, "align": 2.0, "parent_kl": 0.5},
     "draft": {"kind": "draft", "mask_noise_steps": 0},
+    "taught_draft": {"kind": "draft", "mask_noise_steps": 0, "kl": 0.5, "align": 2.0},
     "preference": {"kind": "preference", "mask_samples": 2},
     "next_token": {"kind": "next_token"},
 }
@@ -114,12 +115,13 @@ def _chunks(size: int | None) -> Iterator[None]:
     from unmask.train.parallel.vocabulary import parallel_nll, parallel_scores
 
     plain, parallel = "unmask.train.objectives.base", "unmask.train.parallel.vocabulary"
-    joint = "unmask.train.objectives.joint"
+    joint, draft = "unmask.train.objectives.joint", "unmask.train.objectives.draft"
     with pytest.MonkeyPatch.context() as patch:
         for module, function in (
             (plain, token_nll),
             (plain, token_scores),
             (joint, parent_divergence),
+            (draft, parent_divergence),
             (parallel, parallel_nll),
             (parallel, parallel_scores),
         ):
@@ -161,7 +163,7 @@ def _step_of_rank(case: Case) -> Result:
 def _objective(case: Case, world: World) -> Objective:
     recipe = _recipe(case)
     autoregressive = recipe.objective.autoregressive
-    shifted = case.objective in ("joint", "joint_to_parent", "draft") or case.trained == "gated"
+    shifted = case.objective in ("joint", "joint_to_parent", "draft", "taught_draft") or case.trained == "gated"
     diffusion = {} if autoregressive else {"mask_id": MASK, "start_id": START if shifted else None}
     model = tiny_model(case.family, 2, torch.float64, **(diffusion | case.model))
     reference = ReferencePolicy(deepcopy(model).requires_grad_(False))

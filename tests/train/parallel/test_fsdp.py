@@ -30,6 +30,8 @@ SLOW = [
     Case(SHARD2, "joint_to_parent", "lora", train={"freeze_embeddings": True}),
     Case(SHARD2, "denoise", "gated", train={"activation_checkpointing": True}),
     Case(SHARD2, "draft", "lora"),
+    Case(SHARD2, "taught_draft", model={"tied_head": True}, train={"activation_checkpointing": True}, chunk=3),
+    Case(HYBRID, "taught_draft", "gated", train={"micro_rows": 1}),
     Case(SHARD2, "denoise", "full", "llada2"),
     Case(HYBRID, "denoise", "lora", train={"activation_checkpointing": "selective"}),
     Case(HYBRID, "cap", "full", "llada2", train={"micro_rows": 1}),

@@ -7,6 +7,7 @@ Owns adding gated LoRA to a model and removing it again; `layers.GatedLoraLinear
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -50,11 +51,20 @@ def add_gated_lora(model: Transformer, rank: int, *, seed: int) -> Transformer:
     return train_gated_lora(gated)
 
 
-def train_gated_lora(model: Transformer) -> Transformer:
-    """Make gated LoRA and the mask vector trainable and freeze everything else, in place."""
+def train_gated_lora(model: Transformer, targets: Collection[str] | None = None) -> Transformer:
+    """Make the mask vector and the updates of `targets` trainable and freeze everything else, in place.
+
+    `targets`: which of `qkv`, `out`, `gate_up` and `down` of every layer; None: all. The other updates stay as they are.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_gated_lora(name))
+        parameter.requires_grad_(is_target(name, targets))
     return model
+
+
+def is_target(name: str, targets: Collection[str] | None) -> bool:
+    """Whether the parameter of this name in our state dict belongs to gated LoRA and trains with these `targets`."""
+    layer = name.rpartition(".")[0].rpartition(".")[2]
+    return is_gated_lora(name) and (targets is None or name == "mask_vector" or layer in targets)
 
 
 def parent_config(config: ModelConfig) -> ModelConfig:

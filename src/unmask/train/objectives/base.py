@@ -67,6 +67,12 @@ class Output:
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
+def weighted_output(weights: Mapping[str, float], sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> Output:
+    """The terms of a loss that is a weighted sum of means, and each unweighted mean as a figure; all by the terms' names."""
+    terms = tuple(LossTerm(weight * sums[name], counts[name]) for name, weight in weights.items())
+    return Output(terms, {name: Figure(float(sums[name].detach()), counts[name]) for name in weights})
+
+
 class MicroBatch(ABC):
     """Rows prepared for one forward pass."""
 

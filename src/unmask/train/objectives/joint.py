@@ -25,7 +25,7 @@ from unmask.diffusion.masks import CLEAN
 from unmask.diffusion.objectives import alignment, nelbo, parent_divergence
 from unmask.errors import ConfigError
 from unmask.train.forward import layer_outputs
-from unmask.train.objectives.base import Figure, LossTerm, MicroBatch, Objective, Output, Setting, StreamBatch
+from unmask.train.objectives.base import Figure, MicroBatch, Objective, Output, Setting, StreamBatch, weighted_output
 from unmask.train.objectives.denoise import MaskNoise, RandomMaskSection, check_adapted_parent, check_whole
 from unmask.train.objectives.draft import draft_layout, held_out_drafts
 from unmask.train.objectives.masking import held_out_nelbo
@@ -171,10 +171,8 @@ class JointBatch(StreamBatch):
             sums["align"] = self._alignment(outputs)
         if "kl" in self.weights:
             sums["kl"] = self._divergence(hidden_ND[rows_N["ar"]])
-        counts = self._counts
-        terms = tuple(LossTerm(weight * sums[name], counts[name]) for name, weight in self.weights.items())
-        figures = {name: Figure(float(sums[name].detach()), counts[name]) for name in self.weights}
-        return Output(terms, figures | self._noise_figure())
+        output = weighted_output(self.weights, sums, self._counts)
+        return replace(output, figures={**output.figures, **self._noise_figure()})
 
     @cached_property
     def _rows_N(self) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ class RowWork:
         predictions: positions whose token is predicted.
         pairs: of a query and a key that it may attend to.
         frozen, frozen_pairs: of the clean copy, where it passes through frozen weights alone (gated LoRA): no gradient.
-        scored, scored_predictions, scored_pairs: of the stream that a frozen reference reads.
+        scored, scored_predictions, scored_pairs: of the stream that a frozen reference reads; predictions alone where verify
+            tokens teach drafts.
     """
 
     share: float
@@ -107,7 +108,7 @@ def phase_works(recipe: Recipe) -> list[list[RowWork]]:
 
 def is_planned(recipe: Recipe) -> bool:
     """Whether plans are made for a recipe's objective."""
-    return not isinstance(recipe.objective, (JointSection, DenoiseSection)) or recipe.objective.align == 0
+    return not isinstance(recipe.objective, (JointSection, DenoiseSection, DraftSection)) or recipe.objective.align == 0
 
 
 def mean_row(rows: list[RowWork]) -> RowWork:
@@ -154,7 +155,9 @@ def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
     rows = []
     if isinstance(objective, DraftSection):
         noise = objective.denoise_share
-        rows.append(row(share * (1 - noise), _drafts(length, objective.cuts, block), clean=causal._replace(predictions=0)))
+        drafts = _drafts(length, objective.cuts, block)
+        teacher = _Part(predictions=drafts.predictions if objective.kl else 0)
+        rows.append(row(share * (1 - noise), drafts, clean=causal._replace(predictions=0), scored=teacher))
     return [*rows, *([row(share * noise, masked)] if noise else [])]
 
 
