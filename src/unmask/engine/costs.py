@@ -40,6 +40,8 @@ candidate takes all logits."""
 _PRIOR_ERRORS = (0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2)
 _NOISE, _DRIFT = 0.1, 1e-3
 _NUM_RECENT, _QUANTILE = 16, 0.3
+_NUM_FIRST, _EVERY = 64, 4
+"""Of an engine's forwards, all are learnt from up to this number, then every so many: learning takes time as well."""
 _OUTLIER = 1.5
 _SLOWER = 0.2
 """What a forward that took longer than expected counts: another process may have been why."""
@@ -133,6 +135,7 @@ class MeasuredCosts:
         self._parameters_P: tuple[float, ...] = _PRIORS.get(kernels, _PRIORS[None])
         self._covariance_PP = _diagonal(_PRIOR_ERRORS)
         self._recent: deque[tuple[float, float]] = deque(maxlen=_NUM_RECENT)  # seconds of a forward of one token, and weights
+        self._num_observed = 0
 
     def cost(self, tokens: int, noisy: int, drawn: int) -> float:
         parameters = self._parameters_P
@@ -156,7 +159,8 @@ class MeasuredCosts:
     def observe(self, counts_F: Sequence[int], seconds: float) -> None:
         tokens, noisy, drawn = counts_F
         predicted = self.cost(tokens, noisy, drawn)
-        if tokens > 1 and self._recent:
+        self._num_observed += tokens > 1
+        if tokens > 1 and self._recent and (self._num_observed <= _NUM_FIRST or self._num_observed % _EVERY == 0):
             ratio = min(max(seconds / (self._seconds() * predicted), 1 / _OUTLIER), _OUTLIER)
             self._learn(_inputs(*counts_F), predicted, predicted * (ratio - 1.0), _SLOWER if ratio > 1 else 1.0)
         self._recent.append((seconds / predicted, predicted**-2))

@@ -61,7 +61,7 @@ class Sampler:
         for sampled, chosen in ((self._greedy, greedy), (self._drawn, drawn)):
             if chosen:
                 rows = [row for _, of_sequence, _ in chosen for row in of_sequence]
-                in_order = rows == list(range(len(hidden_TD)))
+                in_order = rows == list(range(hidden_TD.shape[0]))
                 hidden_ND = hidden_TD if in_order else hidden_TD[torch.tensor(rows, device=hidden_TD.device)]
                 for (i, _, _), output in zip(chosen, sampled(hidden_ND, [each for *_, each in chosen]), strict=True):
                     outputs[i] = output

@@ -80,7 +80,7 @@ static void amx_tile(const Int8Tiles&, const Tile& t, int64_t rows) {
     AmxInputs inputs(a.q + t.row * a.stride, a.stride, rows, kAmxInputs);
     alignas(64) uint8_t ends[P][kAmxInputs * kLanes];
     for (int64_t k = 0; k < t.w.depth; k += kAmxInputs) {
-        for (int64_t step = 0; step < kAmxInputs; step += kStep) ahead.fetch();
+        ahead.fetch<P, kAmxInputs * kLanes>(panel_bytes);
         const uint8_t *first = t.weights + k * kLanes, *second = first + panel_bytes;
         if (t.w.depth - k < kAmxInputs) {  // behind the end rows are zero, but weights must be there
             memset(ends, 0, sizeof ends);
@@ -127,7 +127,7 @@ static void amx_tile(const GroupTiles<kBits>&, const Tile& t, int64_t rows) {
     AmxSums sums;
     Floats totals[P][2 * kAmxRows] = {};
     for (int64_t group = 0; group < t.w.depth / kGroup; group++, weights += kGroup * kLanes * kBits / 8) {
-        ahead.fetch();
+        ahead.fetch<P, kGroup * kLanes * kBits / 8>(panel_bytes);
         const uint8_t *first = weights, *second = weights + panel_bytes;
         if constexpr (kBits == 4) {
             for (int p = 0; p < P; p++) expand(weights + p * panel_bytes, bytes[p]);
@@ -156,11 +156,13 @@ struct AmxTiles : Tiles {
 
     static void many(const Tile& t, int64_t rows, int64_t panels) {
         Tile two = t;
-        for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * t.w.panel_bytes()) {
+        const int64_t panel_bytes = t.w.panel_bytes();
+        for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * panel_bytes) {
             const bool is_one = panels - p == 1;
+            const uint8_t* after = panels - p > 2 ? two.weights + 2 * panel_bytes : t.ahead.after;
+            if (t.ahead.from) two.ahead = Ahead(two.weights + t.w.head_bytes(), two.weights + panel_bytes, after);
             if (rows > kAmxRows) is_one ? amx_tile<1, true>(Tiles(), two, rows) : amx_tile<2, true>(Tiles(), two, rows);
             else is_one ? amx_tile<1, false>(Tiles(), two, rows) : amx_tile<2, false>(Tiles(), two, rows);
-            two.ahead.lines = 0;
         }
     }
 };

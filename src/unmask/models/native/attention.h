@@ -12,7 +12,7 @@
 
 constexpr int64_t kKeyTile = 64, kQueryLanes = 48;
 // Keys are summed in chunks, and chunks joined in order, whoever computes them: so threads can share one long context.
-constexpr int64_t kKeyChunk = 1024;
+constexpr int64_t kKeyChunk = 256;
 INLINE int64_t chunks_of(int64_t keys) { return (keys + kKeyChunk - 1) / kKeyChunk; }
 
 // Rows start..stop of a forward are positions past, past + 1, ... of one sequence; its key at position p lies at slots[p].
@@ -235,7 +235,7 @@ struct Lanes {
 
     void read_queries() const {
         const float scale = 1.0f / std::sqrt(float(q.size));
-        memset(s.query, 0, q.size * kQueryLanes * sizeof(float));
+        for (int64_t i = 0; i < q.size; i++) memset(s.query + i * kQueryLanes, 0, vectors * kNative * sizeof(float));
         q.each_lane([&](int64_t lane, int64_t row, int64_t offset) {
             const float* from = q.in + (segment.start + row) * q.in_stride + offset;
             for (int64_t i = 0; i < q.size; i++) s.query[i * kQueryLanes + lane] = from[i] * scale;
@@ -248,7 +248,7 @@ struct Lanes {
         std::fill_n(visible, kQueryLanes, 1);  // lanes past the last one: only key 0
         q.each_lane([&](int64_t lane, int64_t row, int64_t) { visible[lane] = int32_t(segment.visible(row)); });
         std::fill_n(to.peak, kQueryLanes, -1e30f);  // finite, so that hidden scores lie below it
-        memset(to.total, 0, (1 + q.size) * kQueryLanes * sizeof(float));
+        memset(to.total, 0, (kQueryLanes + count * q.size) * sizeof(float));
         const int64_t size = q.size, end = std::min(last, (chunk + 1) * kKeyChunk);
         KeyTile keys, values;
         keys.gather(head.keys, segment, chunk * kKeyChunk, end, size);

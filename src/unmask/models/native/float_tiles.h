@@ -27,7 +27,7 @@ INLINE NativeFloats float_weights(const uint8_t* from, int odd) {
 template <int kBits>
 struct FloatTiles : RegisterTiles {
     static constexpr int kRows = kFloatRows, kPanels = kFloatPanels;
-    static constexpr int64_t kDepth = kFloatChunk, kFetchStep = kStep;
+    static constexpr int64_t kDepth = kFloatChunk;
     // Rows that stay in the second-level cache.
     static int64_t row_block(int64_t depth) { return std::max<int64_t>(65536 / depth, 1) * kRows; }
 
@@ -42,7 +42,7 @@ struct FloatTiles : RegisterTiles {
         Ahead ahead = t.ahead;
         NativeFloats sums[R][kSums] = {};
         for (int64_t k = t.depth.from; k < t.depth.to; k += kStep, weights += kStep * kInputBytes) {
-            if (R > 1 || kBits < 32) ahead.fetch();  // one row of float32 is slower with it: the processor fetches ahead by itself
+            if (R > 1 || kBits < 32) ahead.fetch<P, kStep * kInputBytes>(panel_bytes);  // one row of float32 is slower with it: the processor fetches ahead by itself
 #pragma GCC unroll 8
             for (int j = 0; j < kStep; j += kInputs)
 #pragma GCC unroll 2

@@ -23,12 +23,12 @@ static void compute(const Tile& t, int64_t rows, int64_t panels) {
 }
 
 // Rows beyond which tiles of many rows are faster, where there are any.
-constexpr int64_t kFewRows = 24;
+constexpr int64_t kRegisterRows = 24;
 
 // Rows of the next tile, when there are so many left: about the same for all.
 template <class Tiles>
 INLINE int64_t tile_height(int64_t rows) {
-    if (Tiles::kManyRows > 0 && rows > kFewRows) return std::min<int64_t>(rows, Tiles::kManyRows);
+    if (Tiles::kManyRows > 0 && rows > kRegisterRows) return std::min<int64_t>(rows, Tiles::kManyRows);
     const int64_t tiles = (rows + Tiles::kRows - 1) / Tiles::kRows;
     return (rows + tiles - 1) / tiles;
 }
@@ -50,19 +50,18 @@ using BestTiles = Tiles;
 
 template <class Tiles>
 static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to) {
-    const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth), step = Tiles::kFetchStep;
+    const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth);
     for (int64_t start = rows.from; start < rows.to; start += block) {
-        const int64_t stop = std::min(start + block, rows.to), height = tile_height<Tiles>(stop - start);
-        const int64_t tiles = (stop - start + height - 1) / height, widest = tile_width<Tiles>(height);
+        const int64_t stop = std::min(start + block, rows.to), widest = tile_width<Tiles>(tile_height<Tiles>(stop - start));
         for (int64_t panel = panels.from; panel < panels.to; panel += widest) {
             const int64_t wide = std::min(widest, panels.to - panel);
             const uint8_t* weights = w.weight + panel * w.panel_bytes();
-            // The next panels come from memory while these are computed on, a part with each tile.
-            const int64_t steps = w.depth / step * tiles, lines = (wide * w.panel_bytes() + 64 * steps - 1) / (64 * steps);
-            Ahead ahead = {w.weight + (panel + wide) * w.panel_bytes(), lines};
+            const uint8_t *end = weights + w.panel_bytes(), *after = panel + wide < panels.to ? weights + wide * w.panel_bytes() : nullptr;
             for (int64_t from = 0; from < w.depth; from += chunk) {
                 const int64_t depth = std::min(chunk, w.depth - from);
-                for (int64_t row = start; row < stop; ahead.from += lines * depth / step * 64) {
+                // The first rows' weights come from memory, the others' from a cache.
+                Ahead ahead(weights + w.head_bytes() + w.bytes_of(from), end, after);
+                for (int64_t row = start; row < stop; ahead = Ahead()) {
                     const int64_t tall = tile_height<Tiles>(stop - row);
                     compute<Tiles>({w, weights + w.bytes_of(from), panel, a, row, {from, from + depth}, to, ahead}, tall, wide);
                     row += tall;

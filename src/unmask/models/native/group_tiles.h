@@ -75,7 +75,6 @@ struct GroupScale<8> {
 template <int kBits>
 struct GroupTiles : IntegerTiles {
     static constexpr int kRows = kGroupRows, kPanels = kGroupPanels;
-    static constexpr int64_t kFetchStep = kGroup;
 
     template <int R, int P>
     static void tile(const Tile& t) {
@@ -87,7 +86,7 @@ struct GroupTiles : IntegerTiles {
         Ahead ahead = t.ahead;
         NativeFloats totals[R][kSums] = {};
         for (int64_t group = 0; group < groups; group++, weights += kGroup * kInputBytes, q += kGroup, scales += 2 * kLanes) {
-            ahead.fetch();
+            ahead.fetch<P, kGroup * kInputBytes>(panel_bytes);
             NativeInts sums[R][kSums] = {};
 #pragma GCC unroll 4
             for (int j = 0; j < kGroup; j += 8) {

@@ -24,7 +24,7 @@ struct Finish {
 
 // What tiles of integers share: sums over the whole depth, and rows that stay in the second-level cache.
 struct IntegerTiles : RegisterTiles {
-    static constexpr int64_t kDepth = INT64_MAX, kFetchStep = kStep;
+    static constexpr int64_t kDepth = INT64_MAX;
     static int64_t row_block(int64_t) { return 256; }
 };
 
@@ -46,7 +46,7 @@ struct Int8Tiles : IntegerTiles {
             UNMASK_UNROLL_IN_CLANG
             for (int p = 0; p < kSums; p++) sums[r][p] = splat_to<NativeInts>(-kWeightOffset * t.a.sum[t.row + r]);
         for (int64_t k = 0; k < t.w.depth; k += kStep, weights += kStep * kLanes) {
-            ahead.fetch();
+            ahead.fetch<P, kStep * kLanes>(panel_bytes);
 #pragma GCC unroll 4
             for (int j = 0; j < kStep; j += 4)
 #pragma GCC unroll 2

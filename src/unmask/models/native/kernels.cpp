@@ -129,14 +129,14 @@ struct Forward {
                 store_row(scratch, m.hidden, work.normed, r, forms | m.lora_form());
             }
             lower(next, work.normed, rows);
-        });
+        }, kFewRows);
     }
 
     void store(const float* x, int64_t width, const Rows& to, const GatedLinear& next) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
             for (int64_t r = rows.from; r < rows.to; r++) store_row(x + r * width, width, to, r, next.forms() | m.lora_form());
             lower(next, to, rows);
-        });
+        }, kFewRows);
     }
 
     void gate(const Layer& l) const {
@@ -148,7 +148,7 @@ struct Forward {
                 store_row(scratch, l.ffn, work.gated, r, l.down.forms() | m.lora_form());
             }
             lower(l.down, work.gated, rows);
-        });
+        }, kFewGates);
     }
 
     float* stored(int64_t layer, int64_t value, int64_t head) const {
@@ -159,7 +159,7 @@ struct Forward {
     void place_keys(const Layer& l, int64_t layer) const {
         team.share(step.rows, kRowGrain, [&](Range rows, int) {
             for (int64_t r = rows.from; r < rows.to; r++) place_keys_of(r, l, layer);
-        });
+        }, kFewRows);
     }
 
     void place_keys_of(int64_t row, const Layer& l, int64_t layer) const {
@@ -259,7 +259,7 @@ struct LinearWorkspace {
     void store(const float* x, int64_t count, int64_t width, const Team& team) const {
         team.share(count, kRowGrain, [&](Range range, int) {
             for (int64_t r = range.from; r < range.to; r++) store_row(x + r * width, width, rows, r, form);
-        });
+        }, kFewRows);
     }
 };
 

@@ -75,10 +75,19 @@ struct Rows {
     int64_t stride;
 };
 
+INLINE float largest_magnitude(const float* x, int64_t size) {
+    constexpr int kChains = 4;  // a processor finds as many maxima at a time
+    Floats top[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= size; i += kChains * kLanes)
+#pragma GCC unroll 4
+        for (int chain = 0; chain < kChains; chain++) top[chain] = larger(top[chain], magnitude(load<Floats>(x + i + chain * kLanes)));
+    for (; i < size; i += kLanes) top[0] = larger(top[0], magnitude(load_some(x + i, lanes_left(i, size))));
+    return max_of(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+}
+
 INLINE void quantize_row(const float* x, int64_t size, const Rows& to, int64_t row) {
-    Floats top = {};
-    for (int64_t i = 0; i < size; i += kLanes) top = larger(top, magnitude(load_some(x + i, lanes_left(i, size))));
-    const float peak = max_of(top), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    const float peak = largest_magnitude(x, size), inverse = peak > 0 ? 127.0f / peak : 0.0f;
     Input* q = to.q + row * to.stride;
     Ints total = {};
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -143,13 +152,33 @@ struct Target {
     int64_t first = 0;
 };
 
-// Memory to fetch while a tile is computed, `lines` cache lines at each step of so many inputs as the tile takes at once.
-struct Ahead {
-    const uint8_t* from;
-    int64_t lines;
+// Memory to fetch while a tile is computed: of each of its panels what is read kAhead bytes later, and behind the end of a panel what
+// the next tile begins with. Nearer than that it would come late, and farther the processor's own fetching is in the way.
+constexpr int64_t kAhead = 3072;
 
-    void fetch() {
-        for (const uint8_t* end = from + 64 * lines; from != end; from += 64) __builtin_prefetch(from, 0, 2);
+struct Ahead {
+    const uint8_t* from = nullptr;                   // of the first panel; null: nothing
+    const uint8_t *end = nullptr, *after = nullptr;  // of its weights, and where it goes on; null: nowhere
+
+    Ahead() = default;
+    // From a place in the first panel on.
+    Ahead(const uint8_t* place, const uint8_t* panel_end, const uint8_t* next) : from(place + kAhead), end(panel_end), after(next) { turn(); }
+
+    // While so many bytes of each of P panels are computed on.
+    template <int P, int kBytes>
+    __attribute__((always_inline)) void fetch(int64_t panel_bytes) {
+        if (!from) return;
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 16
+            for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + p * panel_bytes + line);
+        from += kBytes;
+        turn();
+    }
+
+  private:
+    __attribute__((always_inline)) void turn() {
+        if (from >= end) from = after, end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
     }
 };
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import byref
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,20 +37,18 @@ class PackedLinear:
         self._workspace = interface.Workspace()
         self._struct = linear_struct(matrix, bias, by_group=by_group)
 
-    @torch.no_grad()
     def __call__(self, x_NK: Tensor) -> Tensor:
         """float32 [N, V] products of float rows."""
-        out_NV = torch.empty(len(x_NK), self._outputs)
+        out_NV = torch.empty(x_NK.shape[0], self._outputs)
         self._run(self._kernels.linear, x_NK, out_NV.data_ptr())
         return out_NV
 
-    @torch.no_grad()
     def greedy(self, x_NK: Tensor, banned_id: int | None) -> tuple[Tensor, Tensor]:
         """The largest output of each row and its softmax probability, without writing the others; see `PackedTransformer`."""
-        tokens_N, probability_N = torch.empty(len(x_NK), dtype=torch.int64), torch.empty(len(x_NK))
-        banned = self._outputs if banned_id is None else banned_id
-        self._run(self._kernels.greedy, x_NK, banned, tokens_N.data_ptr(), probability_N.data_ptr())
-        return tokens_N, probability_N
+        count, banned = x_NK.shape[0], self._outputs if banned_id is None else banned_id
+        tokens_N, probability_N = np.empty(count, np.int64), np.empty(count, np.float32)
+        self._run(self._kernels.greedy, x_NK, banned, tokens_N.ctypes.data, probability_N.ctypes.data)
+        return torch.from_numpy(tokens_N), torch.from_numpy(probability_N)
 
     def _run(self, kernel: Callable[..., None], x_NK: Tensor, *arguments: int) -> None:
         assert x_NK.ndim == 2
@@ -57,7 +56,7 @@ class PackedLinear:
         if x_NK.dtype != torch.float32 or not x_NK.is_contiguous():
             x_NK = x_NK.float().contiguous()
         threads = torch.get_num_threads()
-        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self._struct), len(x_NK), threads))
+        buffer = self._workspace.address(self._kernels.linear_bytes(byref(self._struct), x_NK.shape[0], threads))
         kernel(byref(self._struct), x_NK.data_ptr(), *x_NK.shape, *arguments, buffer, threads)
 
 

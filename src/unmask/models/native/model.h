@@ -12,8 +12,10 @@ struct GatedLinear {
     int forms() const { return base.form() | in.form(); }
 };
 
-// The least that a thread takes of a loop: panels of a product as tiles take them, and rows.
-constexpr int64_t kPanelGrain = kTilePanels > 1 ? kTilePanels : 2, kRowGrain = 1;
+// The least that a thread takes of a loop: panels of a product, and rows.
+constexpr int64_t kPanelGrain = 2, kRowGrain = 1;
+// Rows up to which one thread is as fast as several, which wait for each other: in a loop over rows, and in that over gates.
+constexpr int64_t kFewRows = 8, kFewGates = 2;
 
 // Routed experts of a layer. Those of one kind are a stack: a matrix of all their outputs, each expert's padded to panels.
 struct Experts {

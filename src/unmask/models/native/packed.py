@@ -65,7 +65,6 @@ class PackedTransformer:
         )  # fmt: skip
         self._workspace = interface.Workspace()
 
-    @torch.no_grad()
     def run(
         self, tokens_T: Tensor, positions_T: Ints, segments_C6: Ints, slots_NK: Ints, kv_cache: Tensor,
         *, adapted: Sequence[tuple[int, int, PackedAdapter]] = (), touched_L: Ints | None = None,
@@ -98,7 +97,7 @@ class PackedTransformer:
             raise ConfigError(
                 f"the KV cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; it must be contiguous float32 [L, 2, G, P, S]"
             )
-        hidden_TD = self._embed_VD.index_select(0, tokens_T).float()
+        hidden_TD = self._embedded(tokens_T)
         cos_TR, sin_TR = self._cos_sin(positions_T)
         # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
         segments = segments_C6.copy()
@@ -109,12 +108,12 @@ class PackedTransformer:
         model = interface.Model.from_buffer_copy(self._model) if adapted else self._model
         model.lora_rank = max((each.rank for _, _, each in adapted), default=0)
         step = interface.ForwardBatch(
-            len(hidden_TD), len(segments), segments.ctypes.data, cos_TR.ctypes.data, sin_TR.ctypes.data, hidden_TD.data_ptr(),
+            len(positions_T), len(segments), *(array.ctypes.data for array in (segments, cos_TR, sin_TR)), hidden_TD.data_ptr(),
             kv_cache.data_ptr(), kv_cache.shape[3], None if touched_L is None else touched_L.ctypes.data,
             len(adapted), addressof(runs),
         )  # fmt: skip
         threads = torch.get_num_threads()
-        buffer = self._workspace.address(self._kernels.forward_bytes(byref(model), len(hidden_TD), threads))
+        buffer = self._workspace.address(self._kernels.forward_bytes(byref(model), len(positions_T), threads))
         self._kernels.forward(byref(model), byref(step), buffer, threads)
         return hidden_TD
 
@@ -133,6 +132,12 @@ class PackedTransformer:
             int64 [N] tokens, the lowest of equals, and float32 [N] probabilities.
         """
         return self._head.greedy(hidden_ND, banned_id)
+
+    def _embedded(self, tokens_T: Tensor) -> Tensor:
+        """float32 [T, D]. By NumPy where it knows the type: its small operations take less time than PyTorch's."""
+        if self._embed_VD.dtype == torch.bfloat16:
+            return self._embed_VD[tokens_T].float()
+        return torch.from_numpy(self._embed_VD.numpy().take(tokens_T.numpy(), 0).astype(np.float32))
 
     def _cos_sin(self, positions_T: Ints) -> tuple[Floats, Floats]:
         """Cosines and sines at these positions, each [T, R], from tables that grow with the positions seen. Calls from several

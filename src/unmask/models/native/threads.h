@@ -123,7 +123,7 @@ class Pool {
             const uint32_t next = uint32_t(ticket);
             if (next >= size || thread >= threads) return;
             // Large ranges first, small ones to even out the end.
-            const uint32_t share = (size - next) / (2 * uint32_t(threads)) / grain * grain;
+            const uint32_t share = uint32_t(uint64_t(size - next) * 4 / (5 * uint32_t(threads))) / grain * grain;
             const uint32_t count = std::min(std::max(share, grain), size - next);
             if (!ticket_.compare_exchange_weak(ticket, ticket + count, std::memory_order_acq_rel, std::memory_order_acquire))
                 continue;
@@ -200,10 +200,11 @@ class Team {
 
     int threads() const { return threads_; }
 
-    // Calls f(range, thread), thread < the number wanted, for ranges that together are [0, size); returns when all are done.
+    // Calls f(range, thread), thread < the number wanted, for ranges that together are [0, size); returns when all are done. A loop of
+    // no more than `alone` items is the calling thread's.
     template <class F>
-    void share(int64_t size, int64_t grain, const F& f) const {
-        if (threads_ == 1 || size <= grain) return f(Range{0, size}, 0);
+    void share(int64_t size, int64_t grain, const F& f, int64_t alone = 0) const {
+        if (threads_ == 1 || size <= std::max(grain, alone)) return f(Range{0, size}, 0);
         const Pool::Body body = [](const void* context, Range range, int thread) {
             (*static_cast<const F*>(context))(range, thread);
         };

@@ -164,6 +164,11 @@ template <class V>
 INLINE V larger(V a, V b) {
     return select(a > b, a, b);
 }
+#if defined(UNMASK_AVX512)
+INLINE NativeFloats larger(NativeFloats a, NativeFloats b) { return (NativeFloats)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(UNMASK_AVX2)
+INLINE NativeFloats larger(NativeFloats a, NativeFloats b) { return (NativeFloats)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
 template <class V>
 INLINE V smaller(V a, V b) {
     return select(a < b, a, b);
