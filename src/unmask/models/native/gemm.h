@@ -52,16 +52,16 @@ template <class Tiles>
 static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, const Target& to) {
     const int64_t block = Tiles::row_block(w.depth), chunk = std::min(Tiles::kDepth, w.depth);
     for (int64_t start = rows.from; start < rows.to; start += block) {
-        const int64_t stop = std::min(start + block, rows.to), widest = tile_width<Tiles>(tile_height<Tiles>(stop - start));
+        const int64_t stop = std::min(start + block, rows.to), height = tile_height<Tiles>(stop - start);
+        const int64_t tiles = (stop - start + height - 1) / height, widest = tile_width<Tiles>(height);
         for (int64_t panel = panels.from; panel < panels.to; panel += widest) {
             const int64_t wide = std::min(widest, panels.to - panel);
-            const uint8_t* weights = w.weight + panel * w.panel_bytes();
-            const uint8_t *end = weights + w.panel_bytes(), *after = panel + wide < panels.to ? weights + wide * w.panel_bytes() : nullptr;
+            const uint8_t *weights = w.weight + panel * w.panel_bytes(), *end = weights + w.panel_bytes();
+            const uint8_t* next = panel + wide < panels.to ? weights + wide * w.panel_bytes() : nullptr;  // others take what is behind
+            Ahead ahead(tiles, weights + w.head_bytes(), end, next);
             for (int64_t from = 0; from < w.depth; from += chunk) {
                 const int64_t depth = std::min(chunk, w.depth - from);
-                // The first rows' weights come from memory, the others' from a cache.
-                Ahead ahead(weights + w.head_bytes() + w.bytes_of(from), end, after);
-                for (int64_t row = start; row < stop; ahead = Ahead()) {
+                for (int64_t row = start; row < stop;) {
                     const int64_t tall = tile_height<Tiles>(stop - row);
                     compute<Tiles>({w, weights + w.bytes_of(from), panel, a, row, {from, from + depth}, to, ahead}, tall, wide);
                     row += tall;

@@ -115,6 +115,7 @@ struct GroupTiles : IntegerTiles {
                 for (int r = 0; r < R; r++) totals[r][p] = scale.add(totals[r][p], sums[r][p], inputs[r * row_groups + group]);
             }
         }
+        t.ahead = ahead;
         UNMASK_UNROLL_IN_CLANG
         for (int p = 0; p < P; p++) {
             const Finish finish(t.w, t.to, t.panel + p);

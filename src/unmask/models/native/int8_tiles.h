@@ -64,6 +64,7 @@ struct Int8Tiles : IntegerTiles {
                 }
             for (int i = 0; 3 * i < R; i++) q[i] += kStep;
         }
+        t.ahead = ahead;
         UNMASK_UNROLL_IN_CLANG
         for (int p = 0; p < P; p++) {
             const Finish finish(t.w, t.to, t.panel + p);

@@ -152,22 +152,30 @@ struct Target {
     int64_t first = 0;
 };
 
-// Memory to fetch while a tile is computed: of each of its panels what is read kAhead bytes later, and behind the end of a panel what
-// the next tile begins with. Nearer than that it would come late, and farther the processor's own fetching is in the way.
-constexpr int64_t kAhead = 3072;
+// Memory to fetch while tiles of some panels are computed. Of rows that are one tile, which wait for memory: of each panel what is
+// read kNear bytes later, and behind its end what the next panels begin with. Nearer than that it would come late, and farther the
+// processor's own fetching is in the way. Of rows that are several: the next panels, a part with each tile.
+constexpr int64_t kNear = 3072;
 
 struct Ahead {
-    const uint8_t* from = nullptr;                   // of the first panel; null: nothing
-    const uint8_t *end = nullptr, *after = nullptr;  // of its weights, and where it goes on; null: nowhere
+    const uint8_t* from;        // null: nothing
+    const uint8_t *end, *next;  // of the first panel, and where the next ones begin or null
+    int64_t tiles;
 
-    Ahead() = default;
-    // From a place in the first panel on.
-    Ahead(const uint8_t* place, const uint8_t* panel_end, const uint8_t* next) : from(place + kAhead), end(panel_end), after(next) { turn(); }
+    // For rows of that many tiles, and panels of which the first begins here.
+    Ahead(int64_t tiles, const uint8_t* begin, const uint8_t* end, const uint8_t* next)
+        : from(tiles > 1 ? next : begin + kNear), end(end), next(next), tiles(tiles) {
+        if (tiles == 1) turn();
+    }
 
     // While so many bytes of each of P panels are computed on.
     template <int P, int kBytes>
     __attribute__((always_inline)) void fetch(int64_t panel_bytes) {
         if (!from) return;
+        if (tiles > 1) {
+            for (int64_t line = 0; line < P * kBytes / 64; line += tiles, from += 64) __builtin_prefetch(from, 0, 2);
+            return;
+        }
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 16
@@ -178,7 +186,7 @@ struct Ahead {
 
   private:
     __attribute__((always_inline)) void turn() {
-        if (from >= end) from = after, end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+        if (from >= end) from = next, end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
     }
 };
 
@@ -191,7 +199,7 @@ struct Tile {
     int64_t row;
     Range depth;
     const Target& to;
-    Ahead ahead;
+    Ahead& ahead;  // goes on with the next tile
 };
 
 // Unless every loop over sums is unrolled, clang keeps them in memory. GCC does not, and is slower with longer code.
