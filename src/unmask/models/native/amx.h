@@ -162,7 +162,7 @@ struct AmxTiles : Tiles {
         Tile two = {t.w, t.weights, t.panel, t.a, t.row, t.depth, t.to, t.ahead.tiles > 1 ? t.ahead : near};
         for (int64_t p = 0; p < panels; p += 2, two.panel += 2, two.weights += 2 * panel_bytes) {
             const bool is_one = panels - p == 1;
-            const uint8_t* next = panels - p > 2 ? two.weights + 2 * panel_bytes : t.ahead.next;
+            const uint8_t* next = panels - p > 2 ? two.weights + 2 * panel_bytes : t.ahead.next;  // of rows that are one tile
             near = Ahead(1, two.weights + t.w.head_bytes(), two.weights + panel_bytes, next);
             if (rows > kAmxRows) is_one ? amx_tile<1, true>(Tiles(), two, rows) : amx_tile<2, true>(Tiles(), two, rows);
             else is_one ? amx_tile<1, false>(Tiles(), two, rows) : amx_tile<2, false>(Tiles(), two, rows);

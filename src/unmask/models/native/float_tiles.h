@@ -42,7 +42,7 @@ struct FloatTiles : RegisterTiles {
         Ahead ahead = t.ahead;
         NativeFloats sums[R][kSums] = {};
         for (int64_t k = t.depth.from; k < t.depth.to; k += kStep, weights += kStep * kInputBytes) {
-            if (R > 1 || kBits < 32) ahead.fetch<P, kStep * kInputBytes>(panel_bytes);  // one row of float32 is slower with it: the processor fetches ahead by itself
+            ahead.fetch<P, kStep * kInputBytes>(panel_bytes);
 #pragma GCC unroll 8
             for (int j = 0; j < kStep; j += kInputs)
 #pragma GCC unroll 2

@@ -14,7 +14,7 @@
 #include "rows.h"
 
 // Attention to one context that several threads share: how many of its parts are done, and their results.
-constexpr int64_t kMaxParts = 128;
+constexpr int64_t kMaxParts = 512;
 
 struct AttentionParts {
     std::atomic<int64_t>* done;  // [groups of parts], 0 between layers

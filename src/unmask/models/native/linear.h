@@ -159,13 +159,14 @@ constexpr int64_t kNear = 3072;
 
 struct Ahead {
     const uint8_t* from;        // null: nothing
-    const uint8_t *end, *next;  // of the first panel, and where the next ones begin or null
+    const uint8_t *end, *next;  // where it turns to the next panels, and where these begin, or null
     int64_t tiles;
 
-    // For rows of that many tiles, and panels of which the first begins here.
+    // For rows of that many tiles, and panels of which the first begins and ends here.
     Ahead(int64_t tiles, const uint8_t* begin, const uint8_t* end, const uint8_t* next)
-        : from(tiles > 1 ? next : begin + kNear), end(end), next(next), tiles(tiles) {
-        if (tiles == 1) turn();
+        : from(begin + kNear), end(end), next(next), tiles(tiles) {
+        if (tiles > 1) from = next, this->end = next ? next + (next - begin) : next, this->next = nullptr;
+        else turn();
     }
 
     // While so many bytes of each of P panels are computed on.
@@ -174,7 +175,7 @@ struct Ahead {
         if (!from) return;
         if (tiles > 1) {
             for (int64_t line = 0; line < P * kBytes / 64; line += tiles, from += 64) __builtin_prefetch(from, 0, 2);
-            return;
+            return turn();
         }
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++)
