@@ -102,7 +102,7 @@ bench: $(STAMP) $(KERNELS) ## Run every script under benchmarks/ (ARGS='benchmar
 	test -n "$$scripts" || echo "benchmarks/ holds no scripts yet; see benchmarks/README.md"; \
 	for script in $$scripts; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-reproduction: $(STAMP) $(KERNELS) ## Measure the embedded model against its autoregressive control again, with plots (half an hour)
+reproduction: $(STAMP) $(KERNELS) ## Measure the embedded models again, against their parent and control, with plots (ten minutes)
 	@$(BIN)/python benchmarks/reproduction/report.py $(ARGS)
 
 clean: ## Remove what tools leave behind, but neither .venv nor out/

@@ -1,8 +1,9 @@
 """The reproduction's figures from the shipped weights: the parent as it is, faster; and a full conversion against its control.
 
-    python benchmarks/reproduction/report.py [--per-kind 4] [--test 60] [--turns 10] [--control MODEL] [--docs]
+    python benchmarks/reproduction/report.py [--per-kind 4] [--test 60] [--turns 10] [--control MODEL] [--llama-python PYTHON] [--docs]
 
-1. The parent's own text, faster: `benchmarks/everyday.py` on the model that drafts for its unmodified parent.
+1. The parent's own text, faster: `benchmarks/everyday.py` on the model that drafts for its unmodified parent; with a Python
+   that has llama-cpp-python also `benchmarks/vs_llamacpp.py`, which takes some ten minutes more.
 2. One checkpoint, three modes: mini-5's test questions, answered by the model converted in full in modes `ar`, `speculative`
    and `diffusion`, against the autoregressive control of as many tokens. The control is not shipped: what it answered is in
    benchmarks/results/control, unless another is given. Then speeds of the modes by turns.
@@ -69,6 +70,18 @@ def everyday(options: argparse.Namespace) -> dict[str, Any]:
     return {name: section["rows"] for name, section in read_json(path)["sections"].items()}
 
 
+def llamacpp(options: argparse.Namespace) -> dict[str, float]:
+    """What vs_llamacpp.py prints of our sides over llama.cpp's best quantisation, by side; nothing without a rival."""
+    if options.llama_python is None:
+        return {}
+    folder = options.out / "llamacpp"
+    if not list(folder.glob("vs_llamacpp_*.json")):
+        script = (sys.executable, BENCHMARKS / "vs_llamacpp.py", "--llama-python", options.llama_python)
+        run(*script, "--model", options.drafting, "--results", folder)
+    (path,) = folder.glob("vs_llamacpp_*.json")
+    return {name: each["value"] for name, each in read_json(path)["figures"].items() if name.startswith("D1 ")}
+
+
 def ways(options: argparse.Namespace) -> dict[str, SamplingParams]:
     """Decoding options of each mode; plain: `ar` without prompt lookup."""
     block = {"block_size": options.block_size, "threshold": options.threshold}
@@ -112,7 +125,8 @@ def speeds(taken: Mapping[str, list[Answer]]) -> dict[str, dict[str, float]]:
 def describe(found: dict[str, Any]) -> list[str]:
     """The report in Markdown."""
     machine = found["environment"]
-    return [f"{found['date']}, {machine['cpu']}, {machine['cores']} cores.", "", *_everyday(found), "", *_modes(found)]
+    beginning = f"{found['date']}, {machine['cpu']}, {machine['cores']} cores."
+    return [beginning, "", *_everyday(found), *_llamacpp(found), "", *_modes(found)]
 
 
 def _everyday(found: dict[str, Any]) -> list[str]:
@@ -132,6 +146,18 @@ def _everyday(found: dict[str, Any]) -> list[str]:
             f"| {text['median_ratio']:.2f}x | {best['tokens_per_forward']:.2f} | {best['identical']:.0%} |"
         )
     return lines
+
+
+def _llamacpp(found: dict[str, Any]) -> list[str]:
+    sides = [f"{name.removeprefix('D1 ours, ')} {ratio:.2f}x" for name, ratio in found["llamacpp"].items() if _is_whole(name)]
+    if not sides:
+        return []
+    return ["", f"Over llama.cpp's best quantisation of the same weights, all kinds of prompts together: {'; '.join(sides)}."]
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a figure of vs_llamacpp.py is of all prompts together."""
+    return not name.endswith(("everyday", "in-domain", "copying"))
 
 
 def _modes(found: dict[str, Any]) -> list[str]:
@@ -204,6 +230,7 @@ def main() -> None:
     parser.add_argument("--drafting", default="smollm2-135m-diffusion", help="the model that drafts for its unmodified parent")
     parser.add_argument("--child", default="smollm2-135m-joint", help="the model converted in full")
     parser.add_argument("--control", help="[default: its answers as recorded]")
+    parser.add_argument("--llama-python", help="a Python with llama-cpp-python [default: llama.cpp is not compared with]")
     parser.add_argument("--out", type=Path, default=Path("out/reproduction/report"))
     parser.add_argument("--per-kind", type=int, default=4, help="everyday prompts of each kind")
     parser.add_argument("--test", type=int, default=60, help="test questions per task")
@@ -217,7 +244,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     names = {key: getattr(options, key) for key in ("drafting", "child", "block_size", "threshold")}
     found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": environment(), **names}
-    found |= {"everyday": everyday(options), **modes(options)}
+    found |= {"everyday": everyday(options), "llamacpp": llamacpp(options), **modes(options)}
     atomic_write_json(options.out / "report.json", found)
     lines = describe(found)
     draw(found, options.out / PLOT)

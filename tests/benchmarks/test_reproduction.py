@@ -68,11 +68,14 @@ def test_the_report_says_scores_shares_and_speeds(tmp_path: Path) -> None:
         "environment": {"cpu": "one", "cores": 2},
         **{"drafting": "drafting", "child": "child", "block_size": 8, "threshold": 0.9},
         "everyday": {"everyday": rows},
+        "llamacpp": {"D1 ours, default model, everyday": 2.0, "D1 ours, default model": 2.5},
         "against_control": {mode: {task: compared(0.8, score) for task in tasks} for mode, score in scores.items()},
         "speeds": dict.fromkeys(("plain", *scores), way),
     }
     lines = report.describe(found)
     assert "| everyday | 10 | **1.50x** (1.10 to 1.10 by kind) | 1.50x | 1.90 | 100% |" in lines
+    assert any("llama.cpp" in line and line.endswith("together: default model 2.50x.") for line in lines)
+    assert not any("llama.cpp" in line for line in report.describe({**found, "llamacpp": {}}))
     assert "| diffusion | 60.0 | **0.750** | -20.0 (-22.0 to -18.0) | 2.50 | 1.70 (1.20 to 2.50) |" in lines
     assert "| math | 80.0 | 80.0 | 80.0 | 60.0 |" in lines
     report.draw(found, tmp_path / "plot.png")
