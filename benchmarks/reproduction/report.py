@@ -1,6 +1,6 @@
 """The reproduction's figures from the shipped weights: the parent as it is, faster; and a full conversion against its control.
 
-    python benchmarks/reproduction/report.py [--per-kind 4] [--test 60] [--turns 10] [--control MODEL] [--llama-python PYTHON] [--docs]
+    python benchmarks/reproduction/report.py [--per-kind 4] [--control MODEL] [--llama-python PYTHON] [--docs]
 
 1. The parent's own text, faster: `benchmarks/everyday.py` on the model that drafts for its unmodified parent; with a Python
    that has llama-cpp-python also `benchmarks/vs_llamacpp.py`, which takes some ten minutes more.
