@@ -31,6 +31,14 @@ static inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
     return c;
 }
 
+static inline __m512 larger(__m512 a, __m512 b) {
+    __m256 x[2], y[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64);
+    for (int half = 0; half < 2; half++) y[half] = _mm256_max_ps(x[half], y[half]);
+    memcpy(&b, y, 64);
+    return b;
+}
+
 static inline __m512i widened(__m128i bytes) {
     uint8_t narrow[16];
     int32_t wide[16];
@@ -93,6 +101,7 @@ static thread_local Tiles tiles;
 }  // namespace emulated
 
 #undef _mm512_fmadd_ps
+#undef _mm512_max_ps
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_dpbusd_epi32
 #undef _mm256_dpbusd_avx_epi32
@@ -103,6 +112,7 @@ static thread_local Tiles tiles;
 #undef _tile_zero
 #undef _tile_dpbsud
 #define _mm512_fmadd_ps emulated::fmadd
+#define _mm512_max_ps emulated::larger
 #define _mm512_cvtepu8_epi32 emulated::widened
 #define _mm512_dpbusd_epi32 emulated::dpbusd<__m512i>
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd<__m256i>

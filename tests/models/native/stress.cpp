@@ -219,7 +219,18 @@ static int check_threads(const Shape& s) {
 }
 
 // Without arguments checks threads; with any prints digests of results, to compare with those of another build.
+#if defined(UNMASK_AMX) && !defined(UNMASK_EMULATE)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Linux lends tiles to a process that asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#else
+static bool ask_for_tiles() { return true; }
+#endif
+
 int main(int count, char**) {
+    if (!ask_for_tiles()) return 2;
     const Shape shapes[] = {
         {64, 4, 2, 16, 96, 2, 0, 61, 8, false, false},    {64, 4, 2, 16, 96, 2, 0, 61, 4, true, false},
         {48, 3, 1, 10, 40, 1, 16, 1601, 8, true, true},  {48, 3, 3, 8, 128, 8, 8, 770, 4, false, true},

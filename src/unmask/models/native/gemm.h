@@ -57,7 +57,7 @@ static void multiply(const Linear& w, const Rows& a, Range rows, Range panels, c
         for (int64_t panel = panels.from; panel < panels.to; panel += widest) {
             const int64_t wide = std::min(widest, panels.to - panel);
             const uint8_t *weights = w.weight + panel * w.panel_bytes(), *end = weights + w.panel_bytes();
-            const uint8_t* next = panel + wide < panels.to ? weights + wide * w.panel_bytes() : nullptr;  // others take what is behind
+            const uint8_t* next = panel + wide < panels.to ? weights + wide * w.panel_bytes() : nullptr;  // behind the range, others read
             Ahead ahead(tiles, weights + w.head_bytes(), end, next);
             for (int64_t from = 0; from < w.depth; from += chunk) {
                 const int64_t depth = std::min(chunk, w.depth - from);

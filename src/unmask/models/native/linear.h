@@ -165,7 +165,7 @@ struct Ahead {
     // For rows of that many tiles, and panels of which the first begins and ends here.
     Ahead(int64_t tiles, const uint8_t* begin, const uint8_t* end, const uint8_t* next)
         : from(begin + kNear), end(end), next(next), tiles(tiles) {
-        if (tiles > 1) from = next, this->end = next ? next + (next - begin) : next, this->next = nullptr;
+        if (tiles > 1) from = next, this->end = next ? next + (next - begin) : nullptr, this->next = nullptr;
         else turn();
     }
 

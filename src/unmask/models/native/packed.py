@@ -136,8 +136,8 @@ class PackedTransformer:
     def _embedded(self, tokens_T: Tensor) -> Tensor:
         """float32 [T, D]. By NumPy where it knows the type: its small operations take less time than PyTorch's."""
         if self._embed_VD.dtype == torch.bfloat16:
-            return self._embed_VD[tokens_T].float()
-        return torch.from_numpy(self._embed_VD.numpy().take(tokens_T.numpy(), 0).astype(np.float32))
+            return self._embed_VD.index_select(0, tokens_T).float()
+        return torch.from_numpy(self._embed_VD.numpy().take(tokens_T.numpy(), 0).astype(np.float32, copy=False))
 
     def _cos_sin(self, positions_T: Ints) -> tuple[Floats, Floats]:
         """Cosines and sines at these positions, each [T, R], from tables that grow with the positions seen. Calls from several

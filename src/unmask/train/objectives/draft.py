@@ -122,8 +122,8 @@ class DraftObjective(Objective):
 class TaughtDrafts(MicroBatch):
     """Drafts that learn from the verify tokens of the same stream: `a * NLL + b * KL(verify || draft) + c * L_align`.
 
-    NLL and KL are means with the weights of the drafts, `L_align` is a plain one. The vocabulary is projected for drafts and,
-    with KL, for the states that verify them.
+    NLL and KL are means with the weights of the drafts, `L_align` is a plain one. The vocabulary is projected for drafts, once
+    for NLL and once for KL, and with KL for the states that verify them.
 
     Source: TiDAR (2511.08923) for both kinds of tokens in one forward; REPR-ALIGN (2605.06885).
 

@@ -35,8 +35,7 @@ class RowWork:
         predictions: positions whose token is predicted.
         pairs: of a query and a key that it may attend to.
         frozen, frozen_pairs: of the clean copy, where it passes through frozen weights alone (gated LoRA): no gradient.
-        scored, scored_predictions, scored_pairs: of the stream that a frozen reference reads; predictions alone where verify
-            tokens teach drafts.
+        scored, scored_predictions, scored_pairs: of the stream that a frozen reference reads.
     """
 
     share: float
@@ -108,7 +107,10 @@ def phase_works(recipe: Recipe) -> list[list[RowWork]]:
 
 def is_planned(recipe: Recipe) -> bool:
     """Whether plans are made for a recipe's objective."""
-    return not isinstance(recipe.objective, (JointSection, DenoiseSection, DraftSection)) or recipe.objective.align == 0
+    objective = recipe.objective
+    if isinstance(objective, DraftSection) and objective.kl > 0:
+        return False
+    return not isinstance(objective, (JointSection, DenoiseSection, DraftSection)) or objective.align == 0
 
 
 def mean_row(rows: list[RowWork]) -> RowWork:
@@ -139,7 +141,7 @@ def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
         return RowWork(share, length, positions, predictions, pairs, frozen.positions, frozen.pairs, *scored)
 
     if not is_planned(recipe):
-        raise ConfigError("objective.align is set; plans are made without it: set it to 0")
+        raise ConfigError("objective.align, or objective.kl of kind draft, is set; plans are made without them: set them to 0")
     match objective:
         case NextTokenSection():
             return [row(share, clean=causal)]
@@ -155,9 +157,7 @@ def _rows_of(recipe: Recipe, phase: Phase, share: float) -> list[RowWork]:
     rows = []
     if isinstance(objective, DraftSection):
         noise = objective.denoise_share
-        drafts = _drafts(length, objective.cuts, block)
-        teacher = _Part(predictions=drafts.predictions if objective.kl else 0)
-        rows.append(row(share * (1 - noise), drafts, clean=causal._replace(predictions=0), scored=teacher))
+        rows.append(row(share * (1 - noise), _drafts(length, objective.cuts, block), clean=causal._replace(predictions=0)))
     return [*rows, *([row(share * noise, masked)] if noise else [])]
 
 
