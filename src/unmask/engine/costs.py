@@ -41,7 +41,7 @@ _PRIOR_ERRORS = (0.15, 0.15, 0.1, 0.1, 0.3, 0.1, 0.2)
 _NOISE, _DRIFT = 0.1, 1e-3
 _NUM_RECENT, _QUANTILE = 16, 0.3
 _NUM_FIRST, _EVERY = 64, 5
-"""Of an engine's forwards of more than one token, all are learnt from up to this number, then every so many: that takes time, too."""
+"""Of an engine's forwards of more than one token, all are learnt from up to this number, then every so many: it takes time."""
 _OUTLIER = 1.5
 _SLOWER = 0.2
 """What a forward that took longer than expected counts: another process may have been why."""
