@@ -21,7 +21,7 @@ constexpr int kPasses = 1;
 // Rows and panels of a tile, of more than kWideRows rows kTallPanels: as many sums as fit the registers beside the weights, an input and
 // a product. Many rows may be amx.h's.
 #if defined(UNMASK_AVX512)
-constexpr int kTileRows = 8, kTilePanels = 4, kWideRows = 4, kTallPanels = 3;
+constexpr int kTileRows = 8, kTilePanels = 4, kWideRows = 6, kTallPanels = 3;
 #elif defined(UNMASK_AVX2) || defined(UNMASK_NEON)
 constexpr int kTileRows = 6, kTilePanels = 1, kWideRows = kTileRows, kTallPanels = kTilePanels;
 #else
