@@ -34,6 +34,8 @@ _UNLIKELY = 0.15
 _FORMAT = 1
 _SEED, _FACTOR, _SHIFT, _WORD = 0x243F6A8885A308D3, 0x9E3779B97F4A7C15, 29, 2**64 - 1
 _BUCKET_BITS = 16
+_MOST_ASKED = 64
+"""Contexts that are remembered with what was said of them."""
 
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
@@ -65,15 +67,26 @@ class NgramTable:
         self._keys, self._tokens, self._shares = keys.data, tokens.data, probabilities.data
         edges = np.arange(2**_BUCKET_BITS + 1, dtype=np.uint64) << np.uint64(32 - _BUCKET_BITS)
         self._starts: list[int] = np.searchsorted(keys.astype(np.uint64), edges).tolist()
+        # Most are asked for twice: to draft, and to learn whether that was right.
+        self._asked: dict[tuple[int, ...], NextToken | None] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def next(self, tokens: Sequence[int], stop: int | None = None) -> NextToken | None:
         """What follows a text, or its first `stop` tokens, most often; None: its end is not known."""
-        found, hashed = -1, _SEED
         place = len(tokens) if stop is None else stop
-        for token in reversed(tokens[max(0, place - LONGEST_CONTEXT) : place]):
+        context = tuple(tokens[max(0, place - LONGEST_CONTEXT) : place])
+        asked = self._asked  # engines in other threads may begin anew meanwhile
+        if context not in asked:
+            if len(asked) >= _MOST_ASKED:
+                asked = self._asked = {}
+            asked[context] = self._find(context)
+        return asked[context]
+
+    def _find(self, context: tuple[int, ...]) -> NextToken | None:
+        found, hashed = -1, _SEED
+        for token in reversed(context):
             hashed = ((hashed ^ (token + 1)) * _FACTOR) & _WORD
             hashed ^= hashed >> _SHIFT
             key = hashed >> 32

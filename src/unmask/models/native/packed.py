@@ -97,7 +97,7 @@ class PackedTransformer:
             raise ConfigError(
                 f"the KV cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; it must be contiguous float32 [L, 2, G, P, S]"
             )
-        hidden_TD = self._embedded(tokens_T)
+        hidden_TD = self._embed_VD.index_select(0, tokens_T).float()
         cos_TR, sin_TR = self._cos_sin(positions_T)
         # `Segment` of attention.h is six 64-bit numbers, the last one the address of the slots.
         segments = segments_C6.copy()
@@ -132,12 +132,6 @@ class PackedTransformer:
             int64 [N] tokens, the lowest of equals, and float32 [N] probabilities.
         """
         return self._head.greedy(hidden_ND, banned_id)
-
-    def _embedded(self, tokens_T: Tensor) -> Tensor:
-        """float32 [T, D]. By NumPy where it knows the type: its small operations take less time than PyTorch's."""
-        if self._embed_VD.dtype == torch.bfloat16:
-            return self._embed_VD.index_select(0, tokens_T).float()
-        return torch.from_numpy(self._embed_VD.numpy().take(tokens_T.numpy(), 0).astype(np.float32, copy=False))
 
     def _cos_sin(self, positions_T: Ints) -> tuple[Floats, Floats]:
         """Cosines and sines at these positions, each [T, R], from tables that grow with the positions seen. Calls from several
