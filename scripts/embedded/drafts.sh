@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes smollm2-135m-diffusion again: drafts for the unmodified smollm2-135m from its own text. Free texts of Debian packages, what the
-# model says to prompts and makes of those texts (TOKENS of it [700,000]), the n-grams of that (the package holds those of 3,500,000
+# model says to prompts and makes of those texts (TOKENS of it [700,000]), the n-grams of that (the package holds those of 4,700,000
 # tokens, counted in two parts by `unmask ngrams --extend`), and a gated LoRA that drafts it: two hours and a half on two CPU cores with
 # AMX, DEVICE=cuda for one GPU. Interrupted, it goes on where it was. PACK= leaves the shipped files alone.
 set -euo pipefail
