@@ -60,26 +60,27 @@ def evaluate(model: str, options: argparse.Namespace, out: Path, *flags: object)
     unmask("eval", "-m", model, "--suite", SUITE, "--limit", options.test, "--out", out, "--resume", *flags)
 
 
+def results(script: str, options: argparse.Namespace, *flags: object) -> Any:
+    """What a script of benchmarks/ writes about the drafting model, which it does unless an interrupted report has it."""
+    folder = options.out / script
+    if not list(folder.glob("*.json")):
+        run(sys.executable, BENCHMARKS / f"{script}.py", "--model", options.drafting, "--results", folder, *flags)
+    (path,) = folder.glob("*.json")
+    return read_json(path)
+
+
 def everyday(options: argparse.Namespace) -> dict[str, Any]:
     """The rows of everyday.py, by section."""
-    folder = options.out / "everyday"
-    if not list(folder.glob("everyday_*.json")):
-        script = (sys.executable, BENCHMARKS / "everyday.py", "--model", options.drafting, "--results", folder)
-        run(*script, "--per-kind", options.per_kind)
-    (path,) = folder.glob("everyday_*.json")
-    return {name: section["rows"] for name, section in read_json(path)["sections"].items()}
+    sections = results("everyday", options, "--per-kind", options.per_kind)["sections"]
+    return {name: section["rows"] for name, section in sections.items()}
 
 
 def llamacpp(options: argparse.Namespace) -> dict[str, float]:
     """What vs_llamacpp.py prints of our sides over llama.cpp's best quantisation, by side; nothing without a rival."""
     if options.llama_python is None:
         return {}
-    folder = options.out / "llamacpp"
-    if not list(folder.glob("vs_llamacpp_*.json")):
-        script = (sys.executable, BENCHMARKS / "vs_llamacpp.py", "--llama-python", options.llama_python)
-        run(*script, "--model", options.drafting, "--results", folder)
-    (path,) = folder.glob("vs_llamacpp_*.json")
-    return {name: each["value"] for name, each in read_json(path)["figures"].items() if name.startswith("D1 ")}
+    figures = results("vs_llamacpp", options, "--llama-python", options.llama_python)["figures"]
+    return {name: each["value"] for name, each in figures.items() if name.startswith("D1 ")}
 
 
 def ways(options: argparse.Namespace) -> dict[str, SamplingParams]:

@@ -218,7 +218,6 @@ static int check_threads(const Shape& s) {
     return wrong;
 }
 
-// Without arguments checks threads; with any prints digests of results, to compare with those of another build.
 #if defined(UNMASK_AMX) && !defined(UNMASK_EMULATE)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -229,6 +228,7 @@ static bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 static bool ask_for_tiles() { return true; }
 #endif
 
+// Without arguments checks threads; with any prints digests of results, to compare with those of another build.
 int main(int count, char**) {
     if (!ask_for_tiles()) return 2;
     const Shape shapes[] = {

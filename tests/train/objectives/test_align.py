@@ -10,41 +10,32 @@ import torch
 from torch import Tensor
 
 from helpers import refused
-from tiny import MASK, Doc, Rows, pack, text, tiny_model
+from steps import BLOCK, PHASE, one_step, packed_rows, recipe_of
+from tiny import MASK, Doc, text, tiny_model
 from unmask.data.packing import PackedRows
-from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import corrupt
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import add_gated_lora
 from unmask.models.arch.transformer import Transformer
 from unmask.train.forward import layer_outputs
-from unmask.train.loop import accumulate
 from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.world import World
-from unmask.train.recipe import Recipe, parse_recipe
+from unmask.train.recipe import Recipe
 
-BLOCK, WEIGHT, START = 4, 2.0, 1
-PHASE = Phase("decay", BLOCK, 1000)
+WEIGHT, START = 2.0, 1
 DOCS = [text(12, 0, prompt=3), text(8, 1, prompt=2), text(8, 2, prompt=0), text(4, 3, prompt=0)]
 """The last two predict their first token, which the parent does not."""
 
 
 def rows() -> PackedRows:
-    packed = pack([[DOCS[0], DOCS[3]], [DOCS[1], DOCS[2]], []], 16)
-    return PackedRows(**{name: getattr(packed, name) for name in Rows.__dataclass_fields__})
+    return packed_rows([[DOCS[0], DOCS[3]], [DOCS[1], DOCS[2]], []])
 
 
 def recipe(micro_rows: int = 3, train: dict[str, Any] | None = None, **objective: Any) -> Recipe:
-    values = {
-        "model": "none",
-        "decode_block_size": BLOCK,
-        "data": {"row_length": 16, "sources": [{"kind": "jsonl", "path": "none"}]},
-        "objective": {"kind": "denoise", "mask_noise_steps": 0, "align": WEIGHT, **objective},
-        "train": {"tokens": 1000, "batch_rows": 3, "micro_rows": micro_rows, **(train or {})},
-    }
-    return parse_recipe(values, "test")
+    values = {"kind": "denoise", "align": WEIGHT, **objective}
+    return recipe_of(values, batch_rows=3, micro_rows=micro_rows, **(train or {}))
 
 
 def parent() -> Transformer:
@@ -66,9 +57,7 @@ def build(model: Transformer, chosen: Recipe, backend: str = "dense", world: Wor
 
 
 def step(model: Transformer, chosen: Recipe, backend: str = "dense") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    model.zero_grad()
-    figures = accumulate(build(model, chosen, backend), rows(), PHASE, 0)
-    return figures, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return one_step(model, build(model, chosen, backend), rows())
 
 
 def states(model: Transformer, ids: list[int], allowed: Tensor) -> list[Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers import refused
-from tiny import MASK, Doc, Rows, pack, perturb, text, tiny_model
+from steps import BLOCK, PHASE, log_p, one_step, packed_rows, recipe_of
+from tiny import MASK, Doc, perturb, text, tiny_model
 from unmask.data.packing import PackedRows
 from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import Stream
@@ -19,33 +20,25 @@ from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.gated_lora import add_gated_lora, is_gated_lora
 from unmask.models.arch.transformer import Checkpointing, Transformer
 from unmask.train.forward import layer_outputs
-from unmask.train.loop import accumulate, evaluate
+from unmask.train.loop import evaluate
 from unmask.train.metrics import MetricRecord
 from unmask.train.objectives.base import Objective, Setting, WeightedNll
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.world import World
-from unmask.train.recipe import Recipe, parse_recipe
+from unmask.train.recipe import Recipe
 
-BLOCK, START, DECAY = 4, 1, 0.8
-PHASE = Phase("decay", BLOCK, 1000)
+START, DECAY = 1, 0.8
 DOCS = [text(10, 0, prompt=3), text(5, 1, prompt=2), text(13, 2, prompt=6), text(6, 3, prompt=6)]
 KINDS = {"gated": 3, "full": None}
 
 
 def rows() -> PackedRows:
-    packed = pack([[DOCS[0], DOCS[1]], [DOCS[3]], [DOCS[2]], []], 16)
-    return PackedRows(**{name: getattr(packed, name) for name in Rows.__dataclass_fields__})
+    return packed_rows([[DOCS[0], DOCS[1]], [DOCS[3]], [DOCS[2]], []])
 
 
 def recipe(micro_rows: int = 4, **objective: Any) -> Recipe:
-    values = {
-        "model": "none",
-        "decode_block_size": BLOCK,
-        "data": {"row_length": 16, "sources": [{"kind": "jsonl", "path": "none"}]},
-        "objective": {"kind": "draft", "mask_noise_steps": 0, "cuts": 1, "decay": DECAY, **objective},
-        "train": {"tokens": 1000, "batch_rows": 4, "micro_rows": micro_rows},
-    }
-    return parse_recipe(values, "test")
+    values = {"kind": "draft", "cuts": 1, "decay": DECAY, **objective}
+    return recipe_of(values, batch_rows=4, micro_rows=micro_rows)
 
 
 def tiny(rank: int | None) -> Transformer:
@@ -59,9 +52,7 @@ def build(model: Transformer, chosen: Recipe, backend: str = "dense", world: Wor
 
 
 def step(model: Transformer, chosen: Recipe, backend: str = "dense") -> tuple[MetricRecord, dict[str, Tensor]]:
-    model.zero_grad()
-    figures = accumulate(build(model, chosen, backend), rows(), PHASE, 0)
-    return figures, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return one_step(model, build(model, chosen, backend), rows())
 
 
 def states(model: Transformer, doc: Doc, first: int, stop: int) -> list[Tensor]:
@@ -73,10 +64,6 @@ def states(model: Transformer, doc: Doc, first: int, stop: int) -> list[Tensor]:
     with layer_outputs(model) as outputs:
         last = model(torch.tensor(canvas)[None], torch.arange(stop)[None], DenseAttend(allowed[None]), noisy_BT=noisy)
     return [output[0] for output in (*outputs, last)]
-
-
-def log_p(model: Transformer, hidden: Tensor) -> Tensor:
-    return model.head(hidden).index_fill(-1, torch.tensor(MASK), float("-inf")).log_softmax(-1)
 
 
 def by_hand(model: Transformer) -> dict[str, Tensor]:

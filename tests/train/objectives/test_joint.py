@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 
 from helpers import refused
-from tiny import MASK, Doc, Rows, pack, text, tiny_model
+from steps import BLOCK, PHASE, log_p, one_step, packed_rows, recipe_of
+from tiny import MASK, Doc, Rows, text, tiny_model
 from unmask.data.packing import PackedRows
-from unmask.diffusion.blocks import Phase
 from unmask.diffusion.corrupt import CorruptionConfig, noisy_copies
 from unmask.errors import ConfigError
 from unmask.models.arch.attention import DenseAttend
 from unmask.models.arch.transformer import Checkpointing, Transformer
 from unmask.train.forward import layer_outputs
-from unmask.train.loop import accumulate, evaluate
+from unmask.train.loop import evaluate
 from unmask.train.metrics import MetricRecord
 from unmask.train.objectives.base import Objective, ReferencePolicy, Setting
 from unmask.train.parallel.dims import ParallelDims
 from unmask.train.parallel.world import World
 from unmask.train.recipe import Recipe, parse_recipe
 
-BLOCK, START, END = 4, 1, 2
-PHASE = Phase("decay", BLOCK, 1000)
+START, END = 1, 2
 DECAY, LAMBDA, SHARE = 0.8, 0.4, 0.3
 
 
@@ -44,19 +43,12 @@ DOCS = [ended(10, 0, prompt=3), ended(5, 1, prompt=2), ended(13, 2, prompt=6), e
 
 
 def rows() -> PackedRows:
-    packed = pack([[DOCS[0]], [DOCS[1], DOCS[3]], [DOCS[2]], []], 16)
-    return PackedRows(**{name: getattr(packed, name) for name in Rows.__dataclass_fields__})
+    return packed_rows([[DOCS[0]], [DOCS[1], DOCS[3]], [DOCS[2]], []])
 
 
 def recipe(micro_rows: int = 4, **objective: Any) -> Recipe:
-    values = {
-        "model": "none",
-        "decode_block_size": BLOCK,
-        "data": {"row_length": 16, "sources": [{"kind": "jsonl", "path": "none"}]},
-        "objective": {"kind": "joint", "mask_noise_steps": 0, "decay": DECAY, "diffusion_weight": LAMBDA, **objective},
-        "train": {"tokens": 1000, "batch_rows": 4, "micro_rows": micro_rows},
-    }
-    return parse_recipe(values, "test")
+    values = {"kind": "joint", "decay": DECAY, "diffusion_weight": LAMBDA, **objective}
+    return recipe_of(values, batch_rows=4, micro_rows=micro_rows)
 
 
 def tiny(**changes: Any) -> Transformer:
@@ -70,9 +62,7 @@ def build(model: Transformer, chosen: Recipe, backend: str = "dense", world: Wor
 
 
 def step(model: Transformer, chosen: Recipe, backend: str = "dense") -> tuple[MetricRecord, dict[str, Tensor]]:
-    model.zero_grad()
-    figures = accumulate(build(model, chosen, backend), rows(), PHASE, 0)
-    return figures, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return one_step(model, build(model, chosen, backend), rows())
 
 
 def hidden(model: Transformer, doc: Doc, masked: Sequence[int], start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
@@ -83,10 +73,6 @@ def hidden(model: Transformer, doc: Doc, masked: Sequence[int], start: int, stop
     with layer_outputs(model) as outputs:
         last = model(torch.tensor(canvas)[None], torch.arange(stop)[None], DenseAttend(allowed[None]))[0]
     return last, [output[0] for output in outputs]
-
-
-def log_p(model: Transformer, states: Tensor) -> Tensor:
-    return model.head(states).index_fill(-1, torch.tensor(MASK), float("-inf")).log_softmax(-1)
 
 
 def learnt(doc: Doc) -> list[int]:
